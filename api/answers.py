@@ -1,0 +1,203 @@
+"""The shapes of what is said about many results, and of the service itself: answers only, for the OpenAPI document."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.schemas import JOB_EXAMPLE, JOB_ID
+
+Curves = dict[str, dict[str, Any]]  # by part and name; a curve has a list of numbers for each of its columns
+CURVES: Any = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
+
+
+class Alive(BaseModel):
+    status: Literal["ok"] = Field(examples=["ok"])
+
+
+class Ready(BaseModel):
+    status: Literal["ready"]
+    version: str = Field(examples=["0.1.0"])
+    dispatcher_leads: bool = Field(description="Jobs are accepted without one too; they wait.")
+
+
+class Cluster(BaseModel):
+    """Who leads, and what it last said."""
+
+    leading: bool
+    dispatcher: str | None
+    lease_expires_at: str | None
+    status: dict[str, Any] = Field(
+        description="Of the cluster: ready, cpus, gpus, nodes ...", examples=[{"cpus": 16.0}]
+    )
+
+
+class Catalog(BaseModel):
+    """By name, with parameters, bounds and defaults as JSON schemas."""
+
+    architectures: dict[str, dict[str, Any]]
+    datasets: dict[str, dict[str, Any]]
+    registered_datasets: list[dict[str, Any]] = Field(description="As in `GET /v1/datasets`.")
+    recipes: dict[str, dict[str, Any]]
+    attacks: dict[str, dict[str, Any]]
+    attack_presets: dict[str, dict[str, Any]] = Field(examples=[{"pgd_linf": JOB_EXAMPLE["attack"]}])
+    measures: dict[str, dict[str, Any]]
+    always_measured: list[str]
+    job: dict[str, Any] = Field(description="The JSON schema of a job.")
+    sweep: dict[str, Any] = Field(description="The JSON schema of a sweep.")
+
+
+class Standing(BaseModel):
+    """Whether a result stands: when, by whom and why it was retracted, or nulls."""
+
+    retracted_at: str | None
+    retracted_by: str | None
+    retraction_reason: str | None
+
+
+class Retracted(BaseModel):
+    retracted: list[str] = Field(description="Jobs whose results are hidden from now on.", examples=[[JOB_ID]])
+    resubmitted: list[str] = Field(description="The jobs that compute them again, where that was asked for.")
+
+
+class Restored(BaseModel):
+    restored: list[str] = Field(description="Jobs whose results are shown again.", examples=[[JOB_ID]])
+
+
+class Trajectory(Standing):
+    job_id: str = Field(examples=[JOB_ID])
+    curves: Curves = Field(examples=[CURVES])
+
+
+class TrajectoryOfSeveral(Trajectory):
+    architecture: str
+    dataset: str
+    scale: float
+    seed: int
+    robust_accuracy: float | None
+
+
+class Trajectories(BaseModel):
+    items: list[TrajectoryOfSeveral]
+
+
+class Aggregate(BaseModel):
+    """Groups in the order of `by`."""
+
+    by: list[str] = Field(examples=[["scale"]])
+    metrics: dict[str, list[str]] = Field(examples=[{"robust_accuracy": ["mean", "count"]}])
+    items: list[dict[str, Any]] = Field(
+        description="Each group: the values of `by`, the number of `results`, and the statistics of each metric.",
+        examples=[[{"scale": 5.0, "results": 3, "robust_accuracy": {"mean": 0.57, "count": 3}}]],
+    )
+    mixed: dict[str, list[Any]] = Field(description="Fields, other than seeds, that differ within a group.")
+
+
+class Pair(BaseModel):
+    """Two results on the examples that all have: how many each withstands, and McNemar's exact test."""
+
+    a: str
+    b: str
+    only_a: int
+    only_b: int
+    both: int
+    neither: int
+    difference: float = Field(description="Robust accuracy of a less that of b.")
+    difference_low: float = Field(description="Of its 95 % bootstrap interval over examples.")
+    difference_high: float
+    p_value: float
+
+
+class Union(BaseModel):
+    """The worst case per example over attacks on one network."""
+
+    robust_accuracy: float
+    broken_only_by: dict[str, int] = Field(description="Examples that no other of the attacks breaks, by job.")
+
+
+class Compared(Standing):
+    job_id: str = Field(examples=[JOB_ID])
+    architecture: str
+    dataset: str
+    scale: float
+    seed: int
+    samples: int
+    clean_accuracy: float | None
+    robust_accuracy: float | None
+    verdict: str | None
+
+
+class Comparison(BaseModel):
+    results: list[Compared]
+    examples: int = Field(description="Which all of them have: the first of one fixed permutation.")
+    differing: dict[str, list[Any]] = Field(description="Fields of the specs, with each one's value.")
+    pairs: list[Pair]
+    union: Union | None
+    union_refused: str | None = Field(description="Why there is no union.")
+
+
+class Rank(BaseModel):
+    rank: int
+    architecture: str
+    recipe: dict[str, Any]
+    scale: float
+    seeds: int
+    robust_accuracy: float
+    ci95_low: float | None
+    ci95_high: float | None
+    best: float
+    clean_accuracy: float | None
+
+
+class Board(BaseModel):
+    """Networks under one attack, the most robust first."""
+
+    dataset: str
+    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    preset: str | None = Field(examples=["pgd_linf"])
+    samples: int
+    scale_bias: bool
+    version: int = Field(description="Of the attack task.")
+    rows: list[Rank]
+
+
+class Leaderboard(BaseModel):
+    items: list[Board]
+
+
+class OverScales(BaseModel):
+    n: int = Field(examples=[336])
+    tau: float | None = Field(examples=[-0.41])
+    note: str = Field(examples=["confounded by design: points of one checkpoint at several scales share ..."])
+
+
+class Correlation(BaseModel):
+    """Kendall's tau-b in one group. The fields of `by` stand beside these; nulls below ten checkpoints."""
+
+    model_config = ConfigDict(extra="allow")
+
+    dataset: str = Field(examples=["cifar10"])
+    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    samples: int = Field(examples=[1000])
+    version: int = Field(examples=[1])
+    measure_version: int = Field(examples=[1])
+    measure_spec: dict[str, Any] | None = Field(
+        default=None,
+        description="Of the further measure that `measure` is a number of: its parameters and version.",
+        examples=[{"type": "sam_sharpness", "images": 1024, "rho": 0.05, "m": 128, "version": 1}],
+    )
+    target_spec: dict[str, Any] | None = Field(default=None, description="The same of `target`.")
+    n: int = Field(description="Checkpoints at s = 1.", examples=[48])
+    architectures: int = Field(examples=[4])
+    pooled: float | None = Field(examples=[-0.12])
+    pooled_low: float | None = Field(examples=[-0.31])
+    pooled_high: float | None = Field(examples=[0.08])
+    within: float | None = Field(description="Mean over architectures.", examples=[-0.05])
+    within_low: float | None = Field(examples=[-0.27])
+    within_high: float | None = Field(examples=[0.16])
+    over_scales: OverScales
+
+
+class Correlations(BaseModel):
+    measure: str = Field(examples=["log_relative_sharpness_median"])
+    target: str = Field(examples=["robust_accuracy"])
+    items: list[Correlation]

@@ -1,0 +1,72 @@
+"""The HTTP application: routes on the service's verbs and questions."""
+
+from importlib import metadata
+
+from fastapi import Depends, FastAPI
+
+from api import (
+    access,
+    artifacts,
+    catalog,
+    checkpoints,
+    datasets,
+    docs,
+    document,
+    errors,
+    events,
+    health,
+    jobs,
+    queueing,
+    results,
+    statistics,
+    sweeps,
+    tasks,
+)
+from api.auth import Limiter, current_caller
+from api.conditional import Conditional
+from api.deps import only_documented_parameters
+from api.limits import BodyLimit
+from api.security import SecurityHeaders
+from service.access import Access
+from service.artifacts import Artifacts
+from service.insights import Insights
+from service.settings import Settings
+from service.store import Database
+from service.submission import Service
+
+ROUTERS = [
+    jobs, sweeps, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, artifacts, access,
+    health,
+]  # fmt: skip
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application on the store and the artifact root of these settings. Making it touches neither."""
+    settings = settings or Settings()
+    database = Database(settings.database)
+    app = FastAPI(
+        title="Uncanny",
+        version=metadata.version("uncanny-bench"),
+        description=document.DESCRIPTION,
+        openapi_tags=document.TAGS,
+        generate_unique_id_function=document.operation_id,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(current_caller), Depends(only_documented_parameters)],
+    )
+    app.state.settings = settings
+    app.state.service = Service(database, Artifacts(settings.artifacts), settings.limits)
+    app.state.access = Access(database)
+    app.state.limiter = Limiter()
+    app.state.insights = Insights(database)
+    for module in ROUTERS:
+        app.include_router(module.router)
+    docs.install(app)
+    errors.install(app)
+    app.add_middleware(Conditional)
+    app.add_middleware(
+        BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes
+    )  # fmt: skip
+    app.add_middleware(SecurityHeaders)
+    document.install(app)
+    return app

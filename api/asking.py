@@ -1,0 +1,214 @@
+"""The questions of the client: rows of results, statistics of them, retractions and files; frames on request."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
+
+from api.transport import Json, Transport
+from service.dotted import flat
+from service.errors import UncannyError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
+
+Names = str | Sequence[str]
+Format = Literal["csv", "ndjson", "parquet"]
+ENDINGS = (".csv", ".ndjson", ".parquet")
+FORMATS: dict[str, Format] = {
+    ".csv": "csv",
+    ".ndjson": "ndjson",
+    ".jsonl": "ndjson",
+    ".parquet": "parquet",
+    "": "parquet",
+}
+
+
+class Asking(Transport):
+    """Questions about results. A `filter` is in the grammar of the service; simple filters are by field, as `scale=5`,
+    with several values for any of them, and dotted fields as in `**{"attack.norm": "linf"}`.
+    """
+
+    def results(
+        self, filter: str | None = None, *, sort: str = "-created_at", fields: Names = "",
+        include_retracted: bool = False, **filters: Any,
+    ) -> "Rows":  # fmt: skip
+        """The result rows that match, fetched as they are taken; `fields` may name any stored number, `*` is all."""
+        asked = _asked(filter, include_retracted, filters)
+        return Rows(self, {"sort": sort, **({"fields": _listed(fields)} if fields else {}), **asked})
+
+    def result(self, job_id: str) -> Json:
+        """One result whole: every number of the tasks it rests on, with their provenance."""
+        return self._request("GET", f"/v1/results/{job_id}")
+
+    def aggregate(
+        self, by: Names = "", metrics: Names = "", filter: str | None = None, *, allow_mixed: bool = False,
+        include_retracted: bool = False, **filters: Any,
+    ) -> "Aggregate":  # fmt: skip
+        """Statistics over groups: `by="scale"`, `metrics="robust_accuracy:mean,ci95"`; a row per group.
+
+        Groups that differ in more than seeds are refused, unless `allow_mixed=True`.
+        """
+        params = {"by": _listed(by), "allow_mixed": allow_mixed, **({"metrics": _listed(metrics)} if metrics else {})}
+        found = self._request(
+            "GET", "/v1/results:aggregate", params={**params, **_asked(filter, include_retracted, filters)}
+        )
+        return Aggregate(**found)
+
+    def compare(self, *job_ids: str) -> Json:
+        """Results side by side: what differs, McNemar's test of every two, the union of attacks on one network."""
+        return self._request("GET", "/v1/results:compare", params={"ids": ",".join(job_ids)})
+
+    def leaderboard(
+        self, filter: str | None = None, *, attack: str | None = None, scale: float | str = 1,
+        trusted: bool = True, **filters: Any,
+    ) -> list[Json]:  # fmt: skip
+        """A board for each data set, attack and number of samples, best first; `scale` may be `all`."""
+        params = {"scale": scale, "trusted": trusted, **({"attack": attack} if attack else {}), **filters}
+        items: list[Json] = self._request(
+            "GET", "/v1/leaderboard", params={**params, **({"filter": filter} if filter else {})}
+        )["items"]
+        return items
+
+    def correlations(
+        self, measure: str, filter: str | None = None, *, target: str = "robust_accuracy", by: Names = "",
+        trusted: bool = True, **filters: Any,
+    ) -> list[Json]:  # fmt: skip
+        """Kendall's tau-b of a measure with `target`, one point per checkpoint at s = 1, with bootstrap intervals."""
+        params = {"measure": measure, "target": target, "by": _listed(by), "trusted": trusted, **filters}
+        items: list[Json] = self._request(
+            "GET", "/v1/correlations", params={**params, **({"filter": filter} if filter else {})}
+        )["items"]
+        return items
+
+    def trajectory(self, job_id: str) -> Json:
+        """The curves of a result: `{"attack": {"trajectory": {...}}, "train": {"epochs": {...}}, ...}`."""
+        curves: Json = self._request("GET", f"/v1/results/{job_id}/trajectory")["curves"]
+        return curves
+
+    def trajectories(self, *job_ids: str, parts: Names = "") -> list[Json]:
+        """The curves of several results in one answer: of these parts (`attack`, `train`, ...), or of all."""
+        params = {"ids": ",".join(job_ids), "parts": _listed(parts)}
+        items: list[Json] = self._request("GET", "/v1/results:trajectories", params=params)["items"]
+        return items
+
+    def retract(self, job_id: str = "", reason: str = "", *, filter: str = "", rerun: bool = False) -> Json:
+        """Hide a result and all that show the same numbers, or every result that a filter chooses.
+
+        With `rerun` they are computed again, as another replicate.
+        """
+        said: Json = {"reason": reason, "rerun": rerun}
+        if filter:
+            return self._request("POST", "/v1/results:retract", json={**said, "filter": filter})
+        return self._request("POST", f"/v1/results/{job_id}:retract", json=said)
+
+    def restore(self, job_id: str) -> Json:
+        """Take a retraction back."""
+        return self._request("POST", f"/v1/results/{job_id}:restore")
+
+    def export(
+        self, path: str | Path, filter: str | None = None, *, format: Format | None = None, **more: Any
+    ) -> Path:  # fmt: skip
+        """Write every row that matches to a file, as it comes; the format is told from the file's name.
+
+        `more` is as for `results`. The file is there whole or not at all.
+        """
+        path = Path(path)
+        wanted = format or FORMATS.get(path.suffix)
+        if wanted is None:
+            raise UncannyError(f"{path} ends in none of {', '.join(ENDINGS)}: say which format is meant")
+        with whole(path) as partial:
+            self._download("/v1/results", {**self.results(filter, **more).params, "format": wanted}, partial)
+        return path
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Results that match a question: iterated page by page, or all at once as a frame."""
+
+    client: Asking
+    params: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[Json]:
+        return self.client._pages("/v1/results", self.params)
+
+    def to_polars(self) -> "pl.DataFrame":
+        """Every row, typed, a column per dotted name. Raises `UncannyError` without polars."""
+        polars = _library("polars")
+        with self._parquet() as path:
+            frame: pl.DataFrame = polars.read_parquet(path)
+        return frame
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """The same for pandas."""
+        pandas = _library("pandas")
+        with self._parquet() as path:
+            frame: pd.DataFrame = pandas.read_parquet(path)
+        return frame
+
+    @contextmanager
+    def _parquet(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "results.parquet"
+            self.client._download("/v1/results", {**self.params, "format": "parquet"}, path)
+            yield path
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Groups in the order of `by`; `mixed` has the fields other than seeds that differ within one."""
+
+    by: list[str]
+    metrics: dict[str, list[str]]
+    items: list[Json]
+    mixed: dict[str, list[Any]]
+
+    def __iter__(self) -> Iterator[Json]:
+        return iter(self.items)
+
+    def flat(self) -> list[Json]:
+        """The groups with dotted names: `{"scale": 1.0, "results": 3, "robust_accuracy.mean": 0.4, ...}`."""
+        return [dict(flat(item)) for item in self.items]
+
+    def to_polars(self) -> "pl.DataFrame":
+        """A row per group. Raises `UncannyError` without polars."""
+        frame: pl.DataFrame = _library("polars").DataFrame(self.flat(), infer_schema_length=None)
+        return frame
+
+    def to_pandas(self) -> "pd.DataFrame":
+        frame: pd.DataFrame = _library("pandas").DataFrame(self.flat())
+        return frame
+
+
+def _asked(filter: str | None, include_retracted: bool, filters: Mapping[str, Any]) -> Json:
+    asked: Json = {"filter": filter} if filter else {}
+    return asked | ({"include_retracted": True} if include_retracted else {}) | dict(filters)
+
+
+def _listed(names: Names) -> str:
+    return names if isinstance(names, str) else ",".join(names)
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UncannyError(f"a frame needs {name}: `pip install 'uncanny-bench[frames]'`") from None
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` that takes its place when all is written. Raises `UncannyError` where nothing can be."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise UncannyError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)

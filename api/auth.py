@@ -1,0 +1,144 @@
+"""Who is asking, and whether they may. Without authentication everyone on this machine is believed."""
+
+import getpass
+import re
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+
+from api.errors import Forbidden, TooManyRequests
+from api.processes import is_loopback
+from service.access import Access, Caller
+from service.errors import InvalidQuery, Unauthenticated
+from service.settings import Settings
+
+HEADER = "X-Uncanny-User"
+NAME = re.compile(r"[\w.@+-]{1,100}")
+PUBLIC = {"/healthz", "/readyz"}
+READING = {"GET", "HEAD"}
+ADMIN = {
+    ("POST", "/v1/queue:pause"),
+    ("POST", "/v1/queue:resume"),
+    ("POST", "/v1/results:retract"),
+    ("GET", "/v1/users"),
+    ("PUT", "/v1/users/{name}"),
+    ("DELETE", "/v1/users/{name}"),
+}
+"""What only an admin may do. All else takes `read` to look and `submit` to change what is one's own."""
+FAILURES_PER_MINUTE = 60  # of one address with bad tokens
+
+_bearer = HTTPBearer(auto_error=False, description="A token of `uncanny token create`; not needed where auth is off.")
+
+
+class Limiter:
+    """How many requests a caller may make in a minute, counted in this process."""
+
+    def __init__(self) -> None:
+        self._counter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    def count(self, per_minute: int, kind: str, who: str) -> None:
+        """Count a request. Raises `TooManyRequests` beyond the limit; 0 is none."""
+        if per_minute and not self._counter.hit(RateLimitItemPerMinute(per_minute), kind, who):
+            raise TooManyRequests(f"more than {per_minute} requests a minute: wait a little")
+
+
+def current_caller(
+    request: Request, credentials: HTTPAuthorizationCredentials | None = Depends(_bearer)
+) -> Caller | None:
+    """Who asks, allowed to ask this; None only where everyone may look.
+
+    Raises `Unauthenticated`, `Forbidden` for what this caller may not do, `TooManyRequests`.
+    """
+    path = getattr(request.scope.get("route"), "path_format", request.url.path)
+    if path in PUBLIC:
+        return None
+    settings: Settings = request.app.state.settings
+    access: Access = request.app.state.access
+    if not settings.auth:
+        return _trusted(request, settings)
+    limiter: Limiter = request.app.state.limiter
+    caller = _identified(request, credentials, access, limiter)
+    limiter.count(settings.requests_per_minute, "caller", caller.name)
+    needed = "admin" if (request.method, path) in ADMIN else "read" if _only_reads(request, caller) else "submit"
+    if not caller.may(needed):
+        raise Forbidden(f"this takes a token of scope {needed!r}, yours has {caller.scope!r}")
+    if request.method not in READING and not caller.may("admin"):
+        _check_owner(request, access, caller)
+    return caller
+
+
+def current_user(caller: Caller | None = Depends(current_caller)) -> str:
+    return caller.name if caller is not None else operating_system_user()
+
+
+def _identified(
+    request: Request, credentials: HTTPAuthorizationCredentials | None, access: Access, limiter: Limiter
+) -> Caller:
+    if credentials is None:
+        raise Unauthenticated("send a token: `Authorization: Bearer ...`, or UNCANNY_TOKEN for the commands")
+    try:
+        caller = access.caller(credentials.credentials)
+    except Unauthenticated:
+        limiter.count(FAILURES_PER_MINUTE, "failed", request.client.host if request.client else "")
+        raise
+    if request.headers.get(HEADER, caller.name) != caller.name:
+        raise Forbidden(f"this token is {caller.name}'s: leave {HEADER} out")
+    return caller
+
+
+def _trusted(request: Request, settings: Settings) -> Caller:
+    """The user named by the header, else the one who runs the server.
+
+    A page of another site can reach a loopback server through a name that resolves to it, and can send it simple
+    requests: such hosts and origins are refused.
+    """
+    if not settings.insecure and not is_loopback(request.url.hostname or ""):
+        raise Forbidden(f"this server answers on loopback only, not as {request.url.hostname!r}")
+    origin = request.headers.get("Origin")
+    if origin is not None and _place(origin) != request.url.netloc:
+        raise Forbidden(f"a page of {origin!r:.200} may not use this server")
+    name = request.headers.get(HEADER)
+    if name is None:
+        return Caller(operating_system_user())
+    if not NAME.fullmatch(name):
+        raise InvalidQuery(HEADER, f"{name!r:.120} cannot be a user's name: letters, digits and . _ @ + -, at most 100")
+    return Caller(name)
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an origin; None for what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
+def _only_reads(request: Request, caller: Caller) -> bool:
+    """To look, or to give up the very token that is used."""
+    return request.method in READING or (
+        request.method == "DELETE"
+        and caller.token_id is not None
+        and request.path_params.get("token_id") == caller.token_id
+    )
+
+
+def _check_owner(request: Request, access: Access, caller: Caller) -> None:
+    """What is changed must be the caller's own; what does not exist is the endpoint's to speak of."""
+    job_id, sweep_id = (request.path_params.get(name) for name in ("job_id", "sweep_id"))
+    if job_id is None and sweep_id is None:
+        return
+    owner = access.owner(job_id=job_id, sweep_id=sweep_id)
+    if owner is not None and owner != caller.name:
+        noun = f"job {job_id}" if job_id is not None else f"sweep {sweep_id}"
+        raise Forbidden(f"{noun} is {owner}'s: only they or an admin can change it")
+
+
+def operating_system_user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"

@@ -1,0 +1,1 @@
+"""The commands of `uncanny`, a module for each family."""

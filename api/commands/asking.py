@@ -1,0 +1,146 @@
+"""`aggregate`, `leaderboard`, `compare`, `correlations`, `retract`: questions to all results at once."""
+
+from typing import Annotated, Any
+
+import typer
+
+from api.client import Json
+from api.commands.options import (
+    AsJson,
+    BadUsage,
+    Filter,
+    Filters,
+    Home,
+    Retracted,
+    Url,
+    client_of,
+    filters_of,
+    print_json,
+)
+from api.render import attack_name, fields_table, number, out, percent, say, table
+from service.dotted import flat
+
+Trusted = Annotated[bool, typer.Option("--trusted/--any-verdict", help="Only results with the verdict `trusted`.")]
+
+
+def aggregate(
+    filters: Filters = None,
+    filter: Filter = "",
+    by: Annotated[str, typer.Option("--by", help="Fields by comma; without, all is one group.")] = "",
+    metrics: Annotated[str, typer.Option("--metrics", help="As robust_accuracy:mean,ci95,clean_accuracy:median.")] = "",
+    allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Let a group differ in more than seeds.")] = False,
+    include_retracted: Retracted = False,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Statistics over groups of results, as `uncanny aggregate dataset=digits --by architecture,scale,attack`."""
+    with client_of(home, url) as client:
+        found = client.aggregate(
+            by, metrics, filter, allow_mixed=allow_mixed, include_retracted=include_retracted, **filters_of(filters)
+        )
+    if as_json:
+        return print_json(found.items)
+    return out.print(fields_table(found.flat())) if found.items else say("No results match.")
+
+
+def leaderboard(
+    filters: Filters = None,
+    filter: Filter = "",
+    scale: Annotated[str, typer.Option("--scale", help="Of this scale, or `all`.")] = "1",
+    trusted: Trusted = True,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Networks by robust accuracy, as `uncanny leaderboard attack=pgd_linf dataset=digits`."""
+    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    with client_of(home, url) as client:
+        boards = client.leaderboard(scale=scale, trusted=trusted, **asked)
+    if as_json:
+        return print_json(boards)
+    for board in boards:
+        title = f"{board['dataset']}, {board['preset'] or attack_name(board['attack'])}, {board['samples']} samples"
+        out.print(table(["rank", "architecture", "recipe", "scale", "seeds", "robust", "95 %", "clean"],
+                        [_place(row) for row in board["rows"]], title), "")  # fmt: skip
+    if not boards:
+        say("No results match.")
+    return None
+
+
+def compare(
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB JOB ...", help="Ids of two or more results.")],
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Results side by side: what differs, whether they break the same examples, and the worst case over all."""
+    with client_of(home, url) as client:
+        found = client.compare(*jobs)
+    if as_json:
+        return print_json(found)
+    differing = [[name, *map(number, values)] for name, values in found["differing"].items()]
+    out.print(table(["differs", *(row["job_id"] for row in found["results"])], differing), "")
+    columns = ["a", "b", "only_a", "only_b", "difference", "difference_low", "difference_high", "p_value"]
+    out.print(fields_table([{name: pair[name] for name in columns} for pair in found["pairs"]]), "")
+    if found["union"] is None:
+        say(f"No worst case over all of them: {found['union_refused']}.")
+    else:
+        say(f"Robust against all of them: {percent(found['union']['robust_accuracy'])}.")
+    return None
+
+
+def correlations(
+    measure: Annotated[str, typer.Argument(help="A number, such as log_relative_sharpness_median.")],
+    filters: Filters = None,
+    filter: Filter = "",
+    trusted: Trusted = True,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Does a measure rank networks as their robust accuracy does? Kendall's tau, one point per checkpoint at s = 1."""
+    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    with client_of(home, url) as client:
+        found = client.correlations(measure, trusted=trusted, **asked)
+    if as_json:
+        return print_json(found)
+    rows = [
+        {"dataset": row["dataset"], "attack": attack_name(row["attack"]), "samples": row["samples"], **_tau(row)}
+        for row in found
+    ]
+    return out.print(fields_table(rows))
+
+
+def retract(
+    job: Annotated[str, typer.Argument(metavar="[JOB]", help="Id of a result.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="Why; it is shown with the result.")] = "",
+    filter: Filter = "",
+    rerun: Annotated[bool, typer.Option("--rerun", help="Compute them again, as another replicate.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the retraction of JOB back.")] = False,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hide a result, or all that --filter chooses, from now on. Nothing is deleted."""
+    if bool(job) == bool(filter) or (undo and filter):
+        raise BadUsage("give the id of one result, or --filter")
+    if not (reason or undo):
+        raise BadUsage("say why: --reason TEXT")
+    with client_of(home, url) as client:
+        done = client.restore(job) if undo else client.retract(job, reason, filter=filter, rerun=rerun)
+    return print_json(done) if as_json else out.print(fields_table([dict(flat(done))]))
+
+
+def _place(row: Json) -> list[str]:
+    interval = "–" if row["ci95_low"] is None else f"{percent(row['ci95_low'])} to {percent(row['ci95_high'])}"
+    return [
+        str(row["rank"]), row["architecture"], row["recipe"]["name"], number(row["scale"]), str(row["seeds"]),
+        percent(row["robust_accuracy"]), interval, percent(row["clean_accuracy"]),
+    ]  # fmt: skip
+
+
+def _tau(row: Json) -> Json:
+    left = {"dataset", "attack", "samples", "version", "measure_version"}
+    found = {name: value for name, value in row.items() if name not in left}
+    return {name: value for name, value in flat(found) if isinstance(value, (int, float, type(None)))}

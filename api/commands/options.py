@@ -1,0 +1,74 @@
+"""Options that commands share, and the settings that come of them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from api.client import Client
+from api.home import service_url
+from service.errors import UncannyError
+from service.settings import Settings
+
+Home = Annotated[Path | None, typer.Option("--home", help="Folder of database, artifacts, data, logs [UNCANNY_HOME].")]
+Host = Annotated[str | None, typer.Option("--host", help="Address to listen on [UNCANNY_HOST].")]
+Port = Annotated[int | None, typer.Option("--port", help="Port to listen on; 0 takes a free one [UNCANNY_PORT].")]
+Auth = Annotated[bool | None, typer.Option("--auth", help="Ask every request for a token [UNCANNY_AUTH].")]
+Insecure = Annotated[bool | None, typer.Option("--insecure", help="Listen beyond this machine without any login.")]
+Url = Annotated[str | None, typer.Option("--url", help="Where the service is [UNCANNY_URL].")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Filters = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="FIELD=VALUE ...", help="Only rows with this, as scale=5; a field repeated: any of these."),
+]
+
+Filter = Annotated[str, typer.Option("--filter", help='As "architecture = resnet18 and attack.eps <= 8/255".')]
+Retracted = Annotated[bool, typer.Option("--include-retracted", help="Take retracted results too.")]
+
+PATIENCE_SECONDS = 2.0
+
+
+class BadUsage(UncannyError):
+    """The command line makes no sense."""
+
+
+def settings_of(**flags: Any) -> Settings:
+    """Settings from the environment, overridden by the flags that were given."""
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BadUsage(f"bad settings: {said}") from None
+
+
+def client_of(home: Path | None, url: str | None) -> Client:
+    return Client(service_url(settings_of(home=home, url=url)), patience_seconds=PATIENCE_SECONDS)
+
+
+def program() -> str:
+    """How this program is called where it was started, for the commands that it suggests."""
+    return "uv run uncanny" if settings_of().uv else "uncanny"
+
+
+def filters_of(given: list[str] | None) -> dict[str, Any]:
+    """`["scale=5", "scale=10"]` as `{"scale": ["5", "10"]}`."""
+    filters: dict[str, list[str]] = {}
+    for item in given or []:
+        name, equals, value = item.partition("=")
+        if not name or not equals:
+            raise BadUsage(f"{item!r} is not of the form FIELD=VALUE")
+        filters.setdefault(name, []).append(value)
+    return filters
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_line(value: Any) -> None:
+    """One line of JSON, at once."""
+    sys.stdout.write(json.dumps(value, separators=(",", ":")) + "\n")
+    sys.stdout.flush()

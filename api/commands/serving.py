@@ -1,0 +1,74 @@
+"""`serve`, and its halves for a cluster: `api` and `dispatch`. What is slow to import is imported by who needs it."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Annotated
+
+import typer
+
+from api.commands.options import AsJson, Auth, Home, Host, Insecure, Port, print_line, settings_of
+from api.processes import check_bind, listen
+from api.render import err
+from service import logs
+
+
+def serve(
+    home: Home = None,
+    host: Host = None,
+    port: Port = None,
+    auth: Auth = None,
+    insecure: Insecure = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Logs to the terminal, not to files.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole service: API, dispatcher and, unless RAY_ADDRESS names a cluster, a local Ray. Ctrl-C stops it."""
+    from api.supervisor import Supervisor
+
+    settings = settings_of(home=home, host=host, port=port, auth=auth, insecure=insecure)
+
+    def say(sentence: str) -> None:
+        err.print(sentence, markup=False, soft_wrap=True)
+
+    stop = threading.Event()
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, lambda *_: stop.set())
+    supervisor = Supervisor(settings, say, verbose=verbose)
+    if as_json:
+        print_line(
+            {"url": supervisor.url, "docs": f"{supervisor.url}/docs", "home": str(settings.home), "pid": os.getpid()}
+        )
+    say(f"Uncanny answers at {supervisor.url} (documentation: {supervisor.url}/docs); jobs are accepted from now on.")
+    say(f"Home is {settings.home}" + ("" if verbose else f", logs are in {settings.logs}") + ". Ctrl-C stops it.")
+    supervisor.run(stop)
+    say("Stopped. What was accepted is kept and goes on when it is started again.")
+
+
+def api(home: Home = None, host: Host = None, port: Port = None, auth: Auth = None, insecure: Insecure = None) -> None:
+    """Run the API alone; a dispatcher elsewhere works on the same database (UNCANNY_DATABASE_URL)."""
+    from api import server
+    from service.store.database import prepare_store
+
+    logs.configure("plain")
+    settings = settings_of(home=home, host=host, port=port, auth=auth, insecure=insecure)
+    check_bind(settings)
+    prepare_store(settings)
+    server.serve(settings, listen(settings.host, settings.port))
+
+
+def dispatch(home: Home = None) -> None:
+    """Run the dispatcher alone: it hands tasks to the Ray cluster at RAY_ADDRESS, or to a local Ray."""
+    importlib.import_module("service.store")  # where only the client is installed, that is said here
+    environment = {**os.environ, **settings_of(home=home).environment()}
+    os.execve(sys.executable, [sys.executable, "-m", "workers.dispatch"], environment)
+
+
+def openapi() -> None:
+    """Print the OpenAPI document of the API, sorted, so that a difference between two is a change."""
+    from api.app import create_app
+
+    json.dump(create_app(settings_of()).openapi(), sys.stdout, indent=1, sort_keys=True, ensure_ascii=False)
+    sys.stdout.write("\n")

@@ -1,0 +1,199 @@
+"""Every refusal and failure as an RFC 9457 problem document. One table says which error has which status."""
+
+import logging
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from api.preconditions import PreconditionRequired
+from service.access import NotAllowed
+from service.checkpoints import NotChecked
+from service.errors import (
+    ArtifactMissing,
+    ArtifactRootFull,
+    Changed,
+    Conflict,
+    DatabaseAway,
+    IdempotencyMismatch,
+    InvalidQuery,
+    InvalidSpec,
+    NotFound,
+    QuotaExceeded,
+    SchemaOutdated,
+    Unauthenticated,
+    UncannyError,
+)  # fmt: skip
+from service.specs.sweep import TAGS
+
+log = logging.getLogger("uncanny.api")
+
+PARAMETER = re.compile(r"{[^}]*}")
+PROBLEM_JSON = "application/problem+json"
+NO_JSON = "the body must be JSON in UTF-8, sent with `Content-Type: application/json`"
+RETRY_AFTER_SECONDS = 2
+ALWAYS = (401, 403, 429, 503)
+
+
+class Forbidden(UncannyError):
+    """The request may not be served as it came."""
+
+
+class TooManyRequests(UncannyError):
+    """The caller asks faster than one caller may."""
+
+
+class BodyTooLarge(UncannyError):
+    """The body is larger than this server takes."""
+
+
+STATUS: dict[type[UncannyError], int] = {
+    InvalidSpec: 422,
+    InvalidQuery: 422,
+    IdempotencyMismatch: 422,
+    NotFound: 404,
+    ArtifactMissing: 404,
+    Conflict: 409,
+    Changed: 412,
+    PreconditionRequired: 428,
+    QuotaExceeded: 403,
+    Unauthenticated: 401,
+    Forbidden: 403,
+    NotAllowed: 403,
+    TooManyRequests: 429,
+    BodyTooLarge: 413,
+    DatabaseAway: 503,
+    ArtifactRootFull: 507,
+    SchemaOutdated: 503,
+    NotChecked: 503,
+}
+
+
+class FieldProblem(BaseModel):
+    """What is wrong with one field of the body (`pointer`) or one parameter of the request (`parameter`)."""
+
+    pointer: str | None = Field(default=None, description="JSON pointer into the body.", examples=["/attack/eps"])
+    parameter: str | None = Field(default=None, description="Name of a query, path or header parameter.")
+    position: int | None = Field(default=None, description="Where in a filter, counted from 0.")
+    detail: str
+
+
+class Problem(BaseModel):
+    """A problem document (RFC 9457)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    errors: list[FieldProblem] = Field(default_factory=list)
+
+
+def problem(
+    status: int, detail: str, request: Request, errors: Sequence[dict[str, Any]] = (), headers: Any = None
+) -> JSONResponse:
+    """The response for a problem. `Retry-After` goes with what will pass by itself."""
+    headers = dict(headers or {})
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers.setdefault("WWW-Authenticate", "Bearer")
+    if status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
+        headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+    body: dict[str, Any] = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    body |= {"detail": detail, "instance": request.url.path}
+    if errors:
+        body["errors"] = list(errors)
+    return JSONResponse(body, status, headers, PROBLEM_JSON)
+
+
+def install(app: FastAPI) -> None:
+    """Translate whatever an endpoint raises, and what the framework refuses by itself."""
+    app.add_exception_handler(UncannyError, _uncanny)
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def _uncanny(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, UncannyError)
+    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+    fields: list[dict[str, Any]] = []
+    if isinstance(error, InvalidSpec):
+        fields = [{"pointer": pointer, "detail": sentence} for pointer, sentence in error.errors]
+    if isinstance(error, InvalidQuery):
+        fields = [{"parameter": error.parameter, "detail": error.sentence}]
+        if error.position is not None:
+            fields[0]["position"] = error.position
+    return problem(status, str(error), request, fields)
+
+
+def _invalid_request(request: Request, error: Exception) -> JSONResponse:
+    """What pydantic found in the body or in the parameters."""
+    assert isinstance(error, RequestValidationError)
+    fields = [_field(item) for item in error.errors()]
+    said = [f"{field.get('pointer') or field.get('parameter') or '/'}: {field['detail']}" for field in fields]
+    return problem(422, "; ".join(said), request, fields)
+
+
+def _field(item: dict[str, Any]) -> dict[str, str]:
+    where, *path = item["loc"]
+    sentence = item["msg"].removeprefix("Value error, ")
+    if isinstance(item.get("input"), bytes):
+        return {"pointer": "", "detail": NO_JSON}
+    if item["type"] == "json_invalid":
+        return {"pointer": "", "detail": f"the body is not JSON: {item['ctx']['error']} at position {path[0]}"}
+    if item["type"] not in {"missing", "value_error"} and not isinstance(item.get("input"), (dict, list)):
+        sentence += f" (it was {item.get('input')!r:.200})"
+    parts = [str(part) for part in path if part not in TAGS and not str(part).startswith("function-")]
+    if where == "body":
+        return {"pointer": "".join(f"/{part}" for part in parts), "detail": sentence}
+    return {"parameter": ".".join(parts), "detail": sentence}
+
+
+def _http(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: no such route, wrong method, a body that is not JSON."""
+    assert isinstance(error, HTTPException)
+    detail = str(error.detail)
+    if error.status_code == HTTPStatus.BAD_REQUEST:  # which the framework says of bytes that are no text, or too deep
+        fields = [{"pointer": "", "detail": NO_JSON}]
+        return problem(422, f"/: {NO_JSON}", request, fields)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        detail = f"there is no {request.url.path}; see /docs"
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_allowed(request))
+        detail = f"{request.method} is not offered at {request.url.path}; {headers['Allow']} is"
+    return problem(error.status_code, detail, request, headers=headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of the documented path that says the most about this one; the framework names its first match."""
+    documented_paths = request.app.openapi()["paths"]
+    matching = [
+        path
+        for path in documented_paths
+        if re.fullmatch("[^/]+".join(map(re.escape, PARAMETER.split(path))), request.url.path)
+    ]
+    said = max(matching, key=lambda path: len(PARAMETER.sub("", path)), default=None)
+    methods = [method.upper() for method in documented_paths[said]] if said else ["GET"]
+    return [*methods, "HEAD"] if "GET" in methods else methods
+
+
+def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    detail = "something unexpected happened; the server's log has the details. What was accepted before is safe."
+    return problem(500, detail, request)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The problems that a route documents; those of who asks, how often, and of the database can always come."""
+    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": content}
+        for status in sorted({*statuses, *ALWAYS})
+    }

@@ -1,0 +1,85 @@
+"""The live stream of what happens, as server-sent events: the only async code here."""
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Annotated, Any
+
+from anyio import sleep, to_thread
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from api.deps import CurrentCaller, Questions
+from api.errors import documented
+from api.schemas import JOB_ID
+from service.errors import DatabaseAway
+
+router = APIRouter(prefix="/v1/events", tags=["events"])
+POLL_SECONDS = 0.3
+LAST_ID = 2**63 - 1
+OF_ACCESS = ("user.", "token.")  # what only admins are told, and who did it
+
+
+def _start(
+    insights: Questions,
+    sweep: Annotated[
+        str | None, Query(description="Only events of this sweep, its jobs and their tasks.", examples=[JOB_ID])
+    ] = None,
+    job: Annotated[
+        str | None, Query(description="Only events of this job and of the tasks that it needs.", examples=[JOB_ID])
+    ] = None,
+    after: Annotated[
+        int | None,
+        Query(ge=0, le=LAST_ID, description="Start behind this event; as `Last-Event-ID`.", examples=[0]),
+    ] = None,
+    last_event_id: Annotated[int | None, Header(ge=0, le=LAST_ID)] = None,
+) -> tuple[int, dict[str, str | None]]:
+    """Where the stream starts: where it broke off; else at the beginning of that sweep or job; else now.
+
+    Refuses what is not there before the stream begins.
+    """
+    if sweep is not None:
+        insights.sweep(sweep)
+    if job is not None:
+        insights.job(job)
+    resumed = last_event_id if last_event_id is not None else after
+    if resumed is None:
+        resumed = 0 if sweep or job else insights.last_event()
+    return resumed, {"sweep_id": sweep, "job_id": job}
+
+
+@router.get("", response_class=EventSourceResponse, responses=documented(404, 422))
+async def follow_events(
+    request: Request,
+    insights: Questions,
+    caller: CurrentCaller,
+    start: Annotated[tuple[int, dict[str, str | None]], Depends(_start)],
+    follow: Annotated[bool, Query(description="False: send what there is, and end.")] = True,
+) -> AsyncIterator[ServerSentEvent]:
+    """State changes with their ids (`event: task.succeeded` and so on), and `progress` of running tasks without one.
+
+    A client that comes back with `Last-Event-ID` misses no state change: the stream begins with the `id` that it
+    starts behind, without data. Comments keep a silent stream open. What changes of users and tokens is told to
+    admins, and to who changed it.
+    """
+    last_id, of = start
+    yield ServerSentEvent(id=str(last_id))
+    told: dict[str, Any] = {}
+    while True:
+        try:
+            happened, running = await to_thread.run_sync(partial(insights.events, last_id, **of))
+        except DatabaseAway:
+            return  # the client comes back, and then is told so
+        for event in happened:
+            last_id = event["id"]
+            if event["kind"].startswith(OF_ACCESS) and not (caller.may("admin") or event["actor"] == caller.name):
+                continue
+            yield ServerSentEvent(data=event, event=event["kind"], id=str(last_id))
+        news = [task for task in running if told.get(task["task_id"]) != (task["progress"], task["detail"])]
+        told = {task["task_id"]: (task["progress"], task["detail"]) for task in running}
+        for task in news:
+            yield ServerSentEvent(data=task, event="progress")
+        if happened:
+            continue  # there may be more than one answer holds
+        if not follow or getattr(request.app.state, "stopping", False):
+            return
+        await sleep(POLL_SECONDS)

@@ -1,0 +1,32 @@
+"""Is it alive, is it ready, what is going on."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from api.answers import Alive, Cluster, Ready
+from api.deps import Questions
+from api.errors import documented
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", response_model=Alive)
+def healthz() -> Any:
+    """This process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", response_model=Ready, responses=documented())
+def readyz(request: Request, insights: Questions) -> Any:
+    """The database answers and has the right schema. Jobs are accepted also while no dispatcher leads."""
+    insights.database.check_schema()
+    cluster = insights.cluster()
+    version = request.app.version
+    return {"status": "ready", "version": version, "dispatcher_leads": cluster["leading"]}
+
+
+@router.get("/v1/cluster", response_model=Cluster, responses=documented())
+def get_cluster(insights: Questions) -> Any:
+    """The leading dispatcher and what it last said of its cluster."""
+    return insights.cluster()

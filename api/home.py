@@ -1,0 +1,88 @@
+"""The home folder as processes share it: one service at a time, and a note of where it answers."""
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from service.errors import UncannyError
+from service.settings import Settings
+
+LAST_BREATH_SECONDS = 40.0  # what children of a killed supervisor get to stop
+CLOCK_SECONDS = 5.0  # by which a clock that is set may move the time at which a process began
+
+
+class AlreadyServing(UncannyError):
+    """Another process serves this home."""
+
+
+def lock(settings: Settings) -> IO[str]:
+    """The home's lock, for as long as the file is open here or in a child that inherited it.
+
+    Raises `AlreadyServing`. Children of a supervisor that was killed are given time to stop.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    file = (settings.home / "serve.lock").open("a+")
+    deadline = time.monotonic() + LAST_BREATH_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            note = _note(settings)
+            if _serves(note) or time.monotonic() > deadline:
+                by = f"{note.get('url', 'an unknown address')} (process {note.get('pid', 'unknown')})"
+                raise AlreadyServing(
+                    f"{settings.home} is already served at {by}: use that one, stop it, or take another --home"
+                ) from None
+            time.sleep(0.2)
+
+
+def announce(settings: Settings, url: str) -> None:
+    """Note where this home's service answers."""
+    path = _path(settings)
+    me = psutil.Process()
+    note = {"url": url, "pid": me.pid, "process_began_at": me.create_time()}
+    path.with_suffix(".new").write_text(json.dumps(note))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def forget(settings: Settings) -> None:
+    _path(settings).unlink(missing_ok=True)
+
+
+def running_url(settings: Settings) -> str | None:
+    """Where this home's service answers, if one runs."""
+    note = _note(settings)
+    return str(note["url"]) if _serves(note) else None
+
+
+def service_url(settings: Settings) -> str:
+    """Where a client looks: as it was told, else where the home's service answers, else the usual port."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return (settings.url or running_url(settings) or f"http://{host}:{settings.port}").rstrip("/")
+
+
+def _path(settings: Settings) -> Path:
+    return settings.home / "serve.json"
+
+
+def _note(settings: Settings) -> dict[str, Any]:
+    try:
+        note = json.loads(_path(settings).read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) and note.keys() >= {"url", "pid", "process_began_at"} else {}
+
+
+def _serves(note: dict[str, Any]) -> bool:
+    """Whether the process that wrote the note still runs, and not another that got its number."""
+    try:
+        began_at = psutil.Process(int(note["pid"])).create_time()
+    except (KeyError, psutil.Error):
+        return False
+    return abs(began_at - float(note["process_began_at"])) < CLOCK_SECONDS

@@ -1,0 +1,44 @@
+"""Changing only what one has seen: `ETag` with an answer, `If-Match` with a change (RFC 9110, RFC 6585).
+
+The tag of a job or sweep is `"VERSION.CONTENT"`: the version of what can be changed of it, which is what `If-Match`
+looks at (progress must not refuse a change), and a digest of all that is shown, for `If-None-Match`.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Response
+
+from service.errors import UncannyError
+from service.views import version
+
+
+class PreconditionRequired(UncannyError):
+    """A change must say what it is based on."""
+
+
+def tag(view: dict[str, Any], response: Response) -> dict[str, Any]:
+    """The view of a job or sweep, with its `ETag` on the answer."""
+    content = hashlib.sha256(json.dumps(view, sort_keys=True).encode()).hexdigest()[:32]
+    response.headers["ETag"] = f'"{version(view["id"], view["priority"], view["labels"])}.{content}"'
+    return view
+
+
+def _seen(
+    if_match: Annotated[
+        str | None,
+        Header(alias="If-Match", description="The `ETag` of the answer that the change is based on, or `*`."),
+    ] = None,
+) -> frozenset[str] | None:
+    """The versions of which one must be current; None for any. A weak tag is never one: it promises too little."""
+    if if_match is None:
+        raise PreconditionRequired("send If-Match with the ETag of what you have seen (GET it first), or `If-Match: *`")
+    tags = [part.strip() for part in if_match.split(",")]
+    if "*" in tags:
+        return None
+    strong = (part[1:-1] for part in tags if len(part) >= 2 and part[0] == part[-1] == '"')
+    return frozenset(tag.partition(".")[0] for tag in strong)
+
+
+Seen = Annotated[frozenset[str] | None, Depends(_seen)]

@@ -1,0 +1,76 @@
+"""Processes that end together, and the port that they answer on. Light enough for every command to import."""
+
+import ctypes
+import ipaddress
+import signal
+import socket
+import sys
+
+from service.errors import UncannyError
+from service.settings import Settings
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class PortTaken(UncannyError):
+    """Nothing can listen at this address."""
+
+
+class NotLoopback(UncannyError):
+    """The server would be reachable from elsewhere, and nothing would ask who is there."""
+
+
+def check_bind(settings: Settings) -> None:
+    """Raises `NotLoopback` for an address that others can reach, unless tokens are asked for or that was wanted."""
+    if not (settings.auth or settings.insecure or is_loopback(settings.host)):
+        raise NotLoopback(
+            f"refusing to listen on {settings.host}: anyone who reaches it could submit jobs as anyone. "
+            "Switch tokens on (--auth, UNCANNY_AUTH=1; the first one: "
+            "`uncanny token create NAME --scope admin --direct`), "
+            "use 127.0.0.1 and a tunnel, or say --insecure on a network that you trust"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    host = host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises `PortTaken` with a sentence that says what to do."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _taken(host, port, error) from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise _taken(host, port, error) from None
+    return listening
+
+
+def _taken(host: str, port: int, error: OSError) -> PortTaken:
+    said = error.strerror or error
+    return PortTaken(f"cannot listen on {host}:{port} ({said}): stop what uses it, or take another --port")
+
+
+def die_with_parent() -> None:
+    """In a child, before it becomes its program: SIGTERM when its parent dies, however that dies (Linux)."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """What dead children leave behind becomes this process's own child (Linux)."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -1,0 +1,127 @@
+"""Tables and progress bars for the terminal."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from api.transport import Json, OnProgress
+
+WIDE = 160  # columns of a table where no terminal says how wide it is
+out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+err = Console(stderr=True, highlight=False)
+COLOURS = {
+    "succeeded": "green", "trusted": "green", "failed": "red", "invalid": "red", "held": "red", "suspect": "yellow",
+    "running": "cyan", "cancelled": "dim", "queued": "dim",
+}  # fmt: skip
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(row[i][:1] in "-0123456789–" for row in rows)
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(coloured(cell) for cell in row))
+    return made
+
+
+def coloured(cell: str) -> str:
+    colour = COLOURS.get(cell)
+    return f"[{colour}]{escape(cell)}[/]" if colour else escape(cell)
+
+
+def say(text: str) -> None:
+    """A sentence as it is: no markup, and no line breaks that a copied command would carry along."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def attack_name(attack: Json) -> str:
+    norm = attack.get("norm")
+    return f"{attack['type']} {norm} {number(attack['eps'])}" if norm else str(attack["type"])
+
+
+def jobs_table(jobs: Sequence[Json]) -> Table:
+    rows = [
+        [
+            job["id"], job["state"], f"{100 * job['progress']:.0f} %", job["spec"]["architecture"],
+            job["spec"]["dataset"], number(job["spec"]["scale"]), attack_name(job["spec"]["attack"]), job["user"],
+            job["reason"] or "",
+        ]
+        for job in jobs
+    ]  # fmt: skip
+    return table(["job", "state", "done", "architecture", "dataset", "scale", "attack", "user", "reason"], rows)
+
+
+def sweeps_table(sweeps: Sequence[Json]) -> Table:
+    rows = [
+        [
+            sweep["id"], sweep["name"], sweep["state"], f"{100 * sweep['progress']:.0f} %",
+            f"{sweep['jobs']['succeeded']}/{sweep['jobs']['total']}", str(sweep["jobs"]["failed"]),
+            duration(sweep["eta_seconds"]), sweep["user"],
+        ]
+        for sweep in sweeps
+    ]  # fmt: skip
+    return table(["sweep", "name", "state", "done", "succeeded", "failed", "left", "user"], rows)
+
+
+def results_table(results: Sequence[Json]) -> Table:
+    rows = [
+        [
+            row["job_id"], row["architecture"], row["dataset"], number(row["scale"]), attack_name(row["attack"]),
+            percent(row["clean_accuracy"]), percent(row["robust_accuracy"]),
+            number(row.get("log_relative_sharpness_median")), percent(row["zero_gradient_fraction"]),
+            percent(row["masked_fraction"]), row["verdict"] or "–",
+        ]
+        for row in results
+    ]  # fmt: skip
+    columns = ["job", "architecture", "dataset", "scale", "attack", "clean", "robust", "log sharpness"]
+    return table([*columns, "zero gradient", "masked", "verdict"], rows)
+
+
+def fields_table(rows: Sequence[dict[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return table(columns, [[number(row.get(name)) for name in columns] for row in rows])
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+@contextmanager
+def sweep_progress(name: str) -> Iterator[OnProgress]:
+    """A progress bar on stderr for a sweep or a job; call what it gives with each status."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"), console=err, transient=True,
+    )  # fmt: skip
+    with bar:
+        shown = bar.add_task(escape(name), total=1.0, left="")
+
+        def update(status: Json) -> None:
+            left = ""
+            if "jobs" in status:
+                jobs = status["jobs"]
+                left = f"{jobs['succeeded']}/{jobs['total']} jobs, ETA {duration(status['eta_seconds'])}"
+            bar.update(shown, completed=status["progress"], left=left)
+
+        yield update

@@ -1,0 +1,110 @@
+"""Results: rows as JSON pages; as CSV, NDJSON or Parquet in one stream; one result whole; curves."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic_core import to_json
+
+from api.answers import Restored, Retracted, Trajectory
+from api.deps import CurrentCaller, Cursor, Limit, Questions, User, Verbs
+from api.errors import documented
+from api.filters import Filter, Sort, documented_filters, filters_of
+from api.paging import next_link
+from api.schemas import Result, ResultPage, Retraction, Retractions
+from service import exporting, retraction
+from service.query import names_of
+from service.questions import NEWEST_FIRST, Question, nodes_of
+from service.store.fields import RESULTS
+
+router = APIRouter(prefix="/v1/results", tags=["results"])
+Format = Literal["json", "csv", "ndjson", "parquet"]
+PARQUET = "application/vnd.apache.parquet"
+MEDIA: dict[str, Format] = {
+    "application/json": "json", "text/csv": "csv", "application/x-ndjson": "ndjson", PARQUET: "parquet",
+}  # fmt: skip
+STREAMED: dict[str, Any] = {
+    "text/csv": {"schema": {"type": "string"}},
+    "application/x-ndjson": {"schema": {"type": "string"}},
+    PARQUET: {"schema": {"type": "string", "format": "binary"}},
+}
+WithRetracted = Annotated[bool, Query(description="Show retracted results too.")]
+
+
+@router.get(
+    "",
+    response_model=None,
+    responses={200: {"model": ResultPage, "content": STREAMED}, **documented(422)},
+    openapi_extra=documented_filters(RESULTS),
+)
+def list_results(
+    request: Request,
+    insights: Questions,
+    filter: Filter = None,
+    sort: Sort = NEWEST_FIRST,
+    fields: Annotated[
+        str,
+        Query(
+            description="Up to 200 names by comma of what to show, any stored number among them; `*` for all.",
+            examples=["job_id,architecture,scale,attack.norm,robust_accuracy"],
+        ),
+    ] = "",
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    format: Annotated[Format | None, Query(description="Instead of the `Accept` header.")] = None,
+    include_retracted: WithRetracted = False,
+) -> Response:
+    """Results of succeeded jobs, the newest first. JSON comes in pages; CSV, NDJSON and Parquet with all rows."""
+    simple = filters_of(request, RESULTS)
+    question = Question(simple, sort, cursor, limit, names_of(fields), filter, include_retracted)
+    match format or _accepted(request):
+        case "json":
+            page = insights.results(question)
+            headers = next_link(request, page["next_cursor"])
+            return Response(to_json(page), media_type="application/json", headers=headers)
+        case "csv":
+            lines = exporting.csv_lines(exporting.table(insights.database, question))
+            return StreamingResponse(lines, media_type="text/csv; charset=utf-8")
+        case "ndjson":
+            rows = exporting.json_lines(insights.all_results(question))
+            return StreamingResponse(rows, media_type="application/x-ndjson")
+        case "parquet":
+            pieces = exporting.parquet_bytes(exporting.table(insights.database, question))
+            named = {"Content-Disposition": 'attachment; filename="results.parquet"'}
+            return StreamingResponse(pieces, media_type=PARQUET, headers=named)
+
+
+@router.post(":retract", response_model=Retracted, responses=documented(422))
+def retract_results(body: Retractions, service: Verbs, user: User) -> Any:
+    """Retract every result that a filter chooses, such as all of one version of a task."""
+    return retraction.retract_all(service, nodes_of(body.filter), body.reason, user=user, rerun=body.rerun)
+
+
+@router.get("/{job_id}", response_model=Result, responses=documented(404))
+def get_result(job_id: str, insights: Questions) -> Any:
+    """One result whole: every number of the tasks it rests on, their provenance, and which curves there are."""
+    return insights.result(job_id)
+
+
+@router.get("/{job_id}/trajectory", response_model=Trajectory, responses=documented(404))
+def get_trajectory(job_id: str, insights: Questions) -> Any:
+    """The curves of a result: along the steps of the attack, and over the epochs of the training."""
+    return insights.trajectory(job_id)
+
+
+@router.post("/{job_id}:retract", response_model=Retracted, responses=documented(404, 409, 422))
+def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, caller: CurrentCaller) -> Any:
+    """Hide a result, and all others that show the same numbers, from now on. Nothing is deleted."""
+    return retraction.retract(service, job_id, body.reason, user=user, rerun=body.rerun, admin=caller.may("admin"))
+
+
+@router.post("/{job_id}:restore", response_model=Restored, responses=documented(404, 409))
+def restore_result(job_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Any:
+    """Take a retraction back."""
+    return retraction.restore(service, job_id, user=user, admin=caller.may("admin"))
+
+
+def _accepted(request: Request) -> Format:
+    """The first media type of the `Accept` header that we speak; JSON for all else."""
+    accepted = (part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(","))
+    return next((MEDIA[media] for media in accepted if media in MEDIA), "json")

@@ -1,0 +1,63 @@
+"""The API as a process of its own: `python -m api.server`. Settings come from the environment."""
+
+import argparse
+import logging
+import socket
+import sys
+
+import uvicorn
+from fastapi import FastAPI
+
+from api.app import create_app
+from api.processes import check_bind, listen
+from service import logs
+from service.errors import UncannyError
+from service.settings import Settings
+from service.store.database import prepare_store
+
+log = logging.getLogger("uncanny.api")
+GRACE_SECONDS = 3
+
+
+class _Server(uvicorn.Server):
+    """Tells open event streams to end as soon as the server is asked to stop."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        self._app.state.stopping = True
+        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+
+
+def serve(settings: Settings, listening: socket.socket) -> None:
+    """Answer requests on that socket until SIGTERM or SIGINT; open requests get a few seconds."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+    )
+    log.info("answers requests on %s port %s", *listening.getsockname()[:2])
+    _Server(config, app).run(sockets=[listening])
+    log.info("has stopped")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, help="A listening socket that the parent process has opened.")
+    fd = parser.parse_args().fd
+    logs.configure("plain")
+    settings = Settings()
+    try:
+        check_bind(settings)
+        prepare_store(settings)
+        listening = socket.socket(fileno=fd) if fd is not None else listen(settings.host, settings.port)
+        serve(settings, listening)
+    except UncannyError as error:
+        print(f"uncanny: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Statistics of results: groups, comparisons, leaderboards, correlations, curves of several."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+
+from api.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories
+from api.deps import Questions
+from api.errors import documented
+from api.filters import Filter, documented_filters, filters_of
+from api.schemas import JOB_ID
+from service import aggregates, comparing, correlating, leaderboard
+from service.query import names_of
+from service.questions import nodes_of
+from service.store.fields import RESULTS
+
+router = APIRouter(prefix="/v1", tags=["statistics"])
+Retracted = Annotated[bool, Query(description="Count retracted results too.")]
+OWN = ("attack", "scale")  # parameters of the leaderboard itself
+Trusted = Annotated[bool, Query(description="Only results with the verdict `trusted`.")]
+Ids = Annotated[str, Query(description="Job ids by comma.", min_length=1, examples=[f"{JOB_ID},{JOB_ID[:-1]}b"])]
+
+
+@router.get(
+    "/results:aggregate", response_model=Aggregate, responses=documented(422), openapi_extra=documented_filters(RESULTS)
+)
+def aggregate_results(
+    request: Request,
+    insights: Questions,
+    by: Annotated[
+        str,
+        Query(
+            description="Up to 20 fields by comma; none: all results are one group.", examples=["architecture,scale"]
+        ),
+    ] = "",
+    metrics: Annotated[
+        str,
+        Query(
+            description="`METRIC:STATISTIC,...` of up to 20 metrics: mean, std, ci95 (Student's t over distinct "
+            "digests), median, q05 to q95, min, max, count, best and worst (with their job).",
+            examples=["robust_accuracy:mean,ci95,clean_accuracy:mean"],
+        ),
+    ] = aggregates.DEFAULT,
+    filter: Filter = None,
+    allow_mixed: Annotated[bool, Query(description="Let a group differ in more than seeds.")] = False,
+    include_retracted: Retracted = False,
+) -> Any:
+    """Statistics over groups of results. Groups that differ in more than seeds are refused, unless told otherwise."""
+    nodes = nodes_of(filter, filters_of(request, RESULTS))
+    wanted = aggregates.metrics_of(metrics)
+    return aggregates.aggregate(
+        insights.database, nodes, names_of(by), wanted, allow_mixed=allow_mixed, retracted=include_retracted
+    )
+
+
+@router.get("/results:compare", response_model=Comparison, responses=documented(404, 422))
+def compare_results(insights: Questions, ids: Ids) -> Any:
+    """Results side by side: the fields that differ, McNemar's exact test and a bootstrap interval for every two on
+    the examples that all have, and the worst case per example where they are attacks on one network."""
+    return comparing.compare(insights.database, names_of(ids))
+
+
+@router.get("/results:trajectories", response_model=Trajectories, responses=documented(404, 422))
+def get_trajectories(
+    insights: Questions,
+    ids: Ids,
+    parts: Annotated[
+        str, Query(description="attack, baseline, train, ... by comma; all where left out.", examples=["attack,train"])
+    ] = "",
+) -> Any:
+    """The curves of several results in one answer."""
+    return {"items": insights.trajectories(names_of(ids), names_of(parts))}
+
+
+@router.get(
+    "/leaderboard",
+    response_model=Leaderboard,
+    responses=documented(422),
+    openapi_extra=documented_filters(RESULTS, OWN),
+)
+def get_leaderboard(
+    request: Request,
+    insights: Questions,
+    attack: Annotated[
+        str | None, Query(description="A preset; all attacks where left out.", examples=["pgd_linf"])
+    ] = None,
+    scale: Annotated[Literal["all"] | float, Query(description="Of this scale, or `all`.", examples=["all"])] = 1.0,
+    filter: Filter = None,
+    trusted: Trusted = True,
+) -> Any:
+    """Networks by mean robust accuracy over their seeds: a board for each data set, attack and number of samples."""
+    nodes = nodes_of(filter, filters_of(request, RESULTS, OWN))
+    wanted = None if scale == "all" else float(scale)
+    boards = leaderboard.leaderboard(insights.database, nodes, attack=attack, scale=wanted, trusted=trusted)
+    return {"items": boards}
+
+
+@router.get(
+    "/correlations", response_model=Correlations, responses=documented(422), openapi_extra=documented_filters(RESULTS)
+)
+def get_correlations(
+    request: Request,
+    insights: Questions,
+    measure: Annotated[str, Query(description="A number.", examples=["log_relative_sharpness_median"])],
+    target: Annotated[
+        str, Query(description="The number that it should rank alike.", examples=["robust_accuracy"])
+    ] = "robust_accuracy",
+    by: Annotated[
+        str,
+        Query(
+            description="Further fields by comma; data set, attack, samples, versions and parameters of the measure "
+            "always are.",
+            examples=["recipe"],
+        ),
+    ] = "",
+    filter: Filter = None,
+    trusted: Trusted = True,
+) -> Any:
+    """Kendall's tau-b at s = 1, one point per checkpoint, pooled and within architectures, with bootstrap intervals.
+
+    What is too much to resample is refused: n checkpoints of a group make n² pairs, and count as 10,000 where
+    they are fewer; 10,000,000 are allowed in all groups together. Groups below ten checkpoints are not resampled."""
+    nodes = nodes_of(filter, filters_of(request, RESULTS))
+    found = correlating.correlations(insights.database, nodes, measure, target=target, by=names_of(by), trusted=trusted)
+    return {"measure": measure, "target": target, "items": found}

@@ -1,0 +1,207 @@
+"""`uncanny serve`: API and dispatcher as child processes, started again when they die, stopped together.
+
+The supervisor holds the listening socket, so connections wait while the API is started again, and the home's lock,
+which its children inherit: a new service of this home starts when the last of the old one is gone.
+"""
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import psutil
+
+from api import home
+from api.processes import adopt_orphans, check_bind, die_with_parent, listen
+from service.errors import UncannyError
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.store import Database
+
+LOOK_SECONDS = 0.1
+STOP_SECONDS = 20.0  # what the halves get to stop by themselves, beside what running tasks get to finish
+ORPHAN_SECONDS = 10.0
+STARTING_SECONDS = 2.0  # the same while Ray still starts
+LONGEST_PAUSE_SECONDS = 10.0
+HEALTHY_SECONDS = 60.0  # who lived so long starts again at once
+LOG_BYTES = 20 << 20
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Half:
+    """A child process that is meant to be there: `command` in a session of its own, so that Ctrl-C passes it by."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    log: Path | None
+    inherited: tuple[int, ...]
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    start_at: float = 0.0
+    pause_seconds: float = field(default=0.0)
+
+    def start(self) -> None:
+        sink = _open_log(self.log) if self.log else None
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, pass_fds=self.inherited, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT if sink else None,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+        self.started_at = time.monotonic()
+        if sink is not None:
+            sink.close()
+
+    def died(self) -> str | None:
+        """What it died of, if it has; then it is to start again after a pause."""
+        if self.process is None or self.process.poll() is None:
+            return None
+        code = self.process.returncode
+        lived = time.monotonic() - self.started_at
+        self.pause_seconds = (
+            0.0 if lived > HEALTHY_SECONDS else min(LONGEST_PAUSE_SECONDS, self.pause_seconds * 2 + 0.5)
+        )
+        self.process, self.start_at = None, time.monotonic() + self.pause_seconds
+        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+    def end(self) -> None:
+        self.send(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def send(self, which: signal.Signals) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(which)
+
+    @property
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+class Supervisor:
+    """One service for one home. Raises `PortTaken`, `AlreadyServing`, `NotLoopback`, `SchemaOutdated` when made."""
+
+    def __init__(self, settings: Settings, say: Say, *, verbose: bool = False) -> None:
+        check_bind(settings)
+        self.settings, self.say = settings, say
+        self._lock: IO[str] = home.lock(settings)
+        self._socket: socket.socket = listen(settings.host, settings.port)
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        settings.logs.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **settings.environment()}
+        logs = {name: None if verbose else settings.logs / f"{name}.log" for name in ("api", "dispatcher")}
+        api = [sys.executable, "-m", "api.server", "--fd", str(self._socket.fileno())]
+        dispatcher = [sys.executable, "-m", "workers.dispatch", "--name", dispatcher_name(settings)]
+        held = (self._lock.fileno(),)
+        self.halves = [
+            Half("api", api, environment, logs["api"], (*held, self._socket.fileno())),
+            Half("dispatcher", dispatcher, environment, logs["dispatcher"], held),
+        ]
+        self.halves[0].start()
+        try:
+            self._database = _prepared(settings)  # slow to import, as the API is: side by side
+        except BaseException:
+            self.halves[0].end()
+            raise
+
+    def run(self, stop: threading.Event) -> None:
+        """Keep both halves alive until `stop` is set, then stop them in bounded time and leave nothing behind."""
+        adopt_orphans()
+        home.announce(self.settings, self.url)
+        try:
+            while not stop.is_set():
+                for half in self.halves:
+                    self._look_after(half)
+                stop.wait(LOOK_SECONDS)
+        finally:
+            self._stop()
+            home.forget(self.settings)
+            self._database.close()
+            self._socket.close()
+            self._lock.close()
+
+    def _look_after(self, half: Half) -> None:
+        how = half.died()
+        if how is not None:
+            self._end_orphans()
+            log = f"; its log is {half.log}" if half.log else ""
+            self.say(f"the {half.name} died {how}; it starts again in {half.pause_seconds:g} s{log}")
+        if half.process is None and time.monotonic() >= half.start_at:
+            half.start()
+
+    def _stop(self) -> None:
+        bounded = self.settings.stop_seconds + STOP_SECONDS
+        patience = bounded if self._ray_is_up() else STARTING_SECONDS
+        for half in reversed(self.halves):
+            half.send(signal.SIGTERM)
+        deadline = time.monotonic() + patience
+        while any(half.runs for half in self.halves) and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+        for half in self.halves:
+            if half.runs and patience == bounded:
+                self.say(f"the {half.name} did not stop within {bounded:g} s and was killed")
+            half.end()
+        self._end_orphans()
+
+    def _ray_is_up(self) -> bool:
+        """Before that nothing has been handed over, so a dispatcher that waits for Ray need not be waited for."""
+        from service.insights import Insights
+
+        try:
+            cluster = Insights(self._database).cluster()
+        except UncannyError:
+            return True
+        return bool(cluster["leading"] and cluster["status"].get("capacity", {}).get("ready"))
+
+    def _end_orphans(self) -> None:
+        """End what dead halves left running, such as the processes of a local Ray.
+
+        Look again until none is left: what one of them had started is adopted when that one dies.
+        """
+        ours = {half.process.pid for half in self.halves if half.process is not None and half.runs}
+        me, deadline = psutil.Process(), time.monotonic() + ORPHAN_SECONDS
+        while orphans := [child for child in me.children() if child.pid not in ours]:
+            if time.monotonic() > deadline:
+                return
+            for process in orphans:
+                _kill_family(process)
+            psutil.wait_procs(orphans, timeout=1)
+
+
+def _kill_family(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        for member in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+def _prepared(settings: Settings) -> "Database":
+    from service.store.database import Database, prepare_store
+
+    prepare_store(settings)
+    return Database(settings.database)
+
+
+def dispatcher_name(settings: Settings) -> str:
+    """The name of this home's dispatcher: the same after a restart, so that it has its leases back at once."""
+    place = hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]
+    return f"{socket.gethostname()}-{place}"
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    return path.open("ab")

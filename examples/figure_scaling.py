@@ -1,0 +1,72 @@
+"""Draw what scaling the last layer does to an attack, from the results of a running service.
+
+    uv run uncanny demo --keep                                     # in one terminal
+    uv run python examples/figure_scaling.py scaling.png           # in another
+    uv run python examples/figure_scaling.py scaling.png sweep=ID dataset=cifar10
+
+One column per network and attack; above, what the attack reports and how much of it is its own blindness; below, the
+sharpness at the clean images. Further arguments filter the results, as in `uncanny results`.
+"""
+
+import sys
+from collections import defaultdict
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from api.client import Client
+
+SHARES = {
+    "robust_accuracy": ("reported robust accuracy", "tab:red", "-"),
+    "masked_fraction": ("masked", "tab:orange", "--"),
+    "zero_gradient_fraction": ("zero gradient (of clean-correct)", "tab:gray", ":"),
+    "clean_accuracy": ("clean accuracy", "tab:blue", "-."),
+}
+VERDICTS = {"trusted": "tab:green", "suspect": "gold", "invalid": "black"}
+
+
+def draw(path: str, rows: list[dict[str, Any]]) -> None:
+    """A PNG (or PDF, SVG) at `path`; `rows` are results of at least one network at several scales."""
+    columns: dict[tuple[str, str, str], dict[float, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        attack = row["attack"]
+        loss = attack.get("loss", "").removesuffix("cross_entropy").rstrip("_")
+        name = " ".join(part for part in (attack["type"], attack.get("norm"), loss) if part)
+        columns[row["architecture"], row["dataset"], name].setdefault(row["scale"], row)
+    wide = len(columns)
+    figure, axes = plt.subplots(2, wide, figsize=(3.6 * wide, 6), sharex=True, sharey="row", squeeze=False)
+    for place, (title, cells) in enumerate(sorted(columns.items())):
+        above, below = axes[0][place], axes[1][place]
+        scales = sorted(cells)
+        for field, (label, colour, line) in SHARES.items():
+            above.plot(scales, [cells[s][field] for s in scales], line, color=colour, label=label)
+        for s in scales:
+            above.plot(s, cells[s]["robust_accuracy"], "o", color=VERDICTS[cells[s]["verdict"]], zorder=3)
+        above.set(title="{} on {}\n{}".format(*title), xscale="log", ylim=(-0.03, 1.03))
+        below.plot(scales, [cells[s]["log_relative_sharpness_median"] for s in scales], "s-", color="tab:purple")
+        below.set(xlabel="scale s of the last layer")
+    axes[0][0].set_ylabel("share of the images")
+    axes[1][0].set_ylabel("log relative sharpness, median")
+    for verdict, colour in VERDICTS.items():
+        axes[0][0].plot([], [], "o", color=colour, label=f"verdict: {verdict}")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    figure.suptitle(
+        "No prediction changes with s, so the true robust accuracy is flat: what rises is the attack's blindness"
+    )
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: {sys.argv[0]} FILE.png [FIELD=VALUE ...]")
+    filters = dict(argument.split("=", 1) for argument in sys.argv[2:])
+    with Client() as client:
+        found = list(client.results(**filters))
+    if not found:
+        sys.exit("no results match: run `uncanny demo` first, or ask for less")
+    draw(sys.argv[1], found)

@@ -1,0 +1,178 @@
+"""Who may do what: users, their tokens, and the caller that a token stands for."""
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection
+
+from service.errors import Conflict, NotFound, Unauthenticated, UncannyError
+from service.store import Database, accounts, history
+from service.store.history import Event
+from service.views import iso
+
+SCOPES = ("read", "submit", "admin")
+"""What a token may be used for; each includes those before it."""
+ROLES = {"reader": "read", "researcher": "submit", "admin": "admin"}
+"""What users are, and the widest scope that any token of theirs has."""
+PREFIX_LETTERS = 8
+USED_EVERY_SECONDS = 60  # how exactly it is known when a token was last used
+DAY_SECONDS = 86_400
+
+
+class NotAllowed(UncannyError):
+    """The caller is known, and may not do this."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who is asking, and how far they may go. Without authentication everyone is trusted with everything."""
+
+    name: str
+    scope: str = "admin"
+    token_id: str | None = None
+
+    def may(self, scope: str) -> bool:
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+
+class Access:
+    """Users and tokens of one store."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def caller(self, secret: str) -> Caller:
+        """Who this token stands for. Raises `Unauthenticated` for one that is unknown, revoked or expired."""
+        with self.database.read() as connection:
+            row = accounts.token_by_hash(connection, _hash(secret))
+            now = self.database.now(connection)
+        if row is None or row.revoked_at is not None or row.disabled_at is not None:
+            raise Unauthenticated("this token is unknown or was revoked: make a new one with `uncanny token create`")
+        if row.expires_at is not None and row.expires_at <= now:
+            raise Unauthenticated("this token has expired: make a new one with `uncanny token create`")
+        if row.last_used_at is None or now - row.last_used_at > USED_EVERY_SECONDS:
+            with self.database.write() as connection:
+                accounts.note_use(connection, row.id, now)
+        return Caller(row.user, min(row.scope, ROLES[row.role], key=SCOPES.index), row.id)
+
+    def put_user(self, name: str, changes: dict[str, Any], *, actor: str) -> dict[str, Any]:
+        """Make a user, or change role, weight and quotas (None: the default of the settings) of one."""
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            known = accounts.user(connection, name) is not None
+            accounts.put_user(connection, now, name, changes)
+            verb = "changed" if known else "created"
+            history.append(connection, now, actor, [Event(f"user.{verb}", data={"name": name, **changes})])
+            return _user_view(accounts.user(connection, name))
+
+    def disable_user(self, name: str, *, actor: str) -> dict[str, Any]:
+        """Let none of a user's tokens be used any more; what they measured stays. `put_user` lets them in again."""
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            self._user(accounts.user(connection, name), name)
+            accounts.put_user(connection, now, name, {"disabled_at": now})
+            history.append(connection, now, actor, [Event("user.disabled", data={"name": name})])
+            return _user_view(accounts.user(connection, name))
+
+    def users(self) -> list[dict[str, Any]]:
+        with self.database.read() as connection:
+            return [_user_view(row) for row in accounts.users_by_name(connection)]
+
+    def create_token(
+        self, user: str, name: str, scope: str, expires_in_days: float | None, *, by: Caller
+    ) -> dict[str, Any]:
+        """A new token; its `secret` is in this answer and nowhere else: only a hash of it is kept.
+
+        It does not outlive the token that makes it, unless an admin asks.
+        Raises `NotFound` for an unknown user, and `NotAllowed` where the scope is wider than the caller's or the
+        user's role, or the token is for another user and the caller no admin.
+        """
+        if user != by.name and not by.may("admin"):
+            raise NotAllowed(f"only an admin can make a token for {user}")
+        if not by.may(scope):
+            raise NotAllowed(f"a token of scope {by.scope!r} cannot make one of scope {scope!r}")
+        secret = f"unc_{secrets.token_hex(PREFIX_LETTERS // 2)}_{secrets.token_urlsafe(32)}"
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            row = self._user(accounts.user(connection, user), user)
+            if SCOPES.index(scope) > SCOPES.index(ROLES[row.role]):
+                raise NotAllowed(f"{user} is a {row.role}, whose tokens have at most the scope {ROLES[row.role]!r}")
+            expires_at = None if expires_in_days is None else now + expires_in_days * DAY_SECONDS
+            if not by.may("admin"):
+                expires_at = _earlier(expires_at, _expiry(connection, by))
+            made = accounts.insert_token(
+                connection, now, user=user, name=name, prefix=secret[: len("unc_") + PREFIX_LETTERS],
+                sha256=_hash(secret), scope=scope, created_by=by.name, expires_at=expires_at,
+            )  # fmt: skip
+            data = {"id": made.id, "user": user, "name": name, "scope": scope}
+            history.append(connection, now, by.name, [Event("token.created", data=data)])
+            return {**_token_view(made), "secret": secret}
+
+    def tokens(self, *, by: Caller, user: str | None = None) -> list[dict[str, Any]]:
+        """The tokens of a user, the caller's own where none is named."""
+        user = user or by.name
+        if user != by.name and not by.may("admin"):
+            raise NotAllowed(f"only an admin can see the tokens of {user}")
+        with self.database.read() as connection:
+            return [_token_view(row) for row in accounts.tokens_of(connection, user)]
+
+    def revoke_token(self, token_id: str, *, by: Caller) -> dict[str, Any]:
+        """From now on this token is refused. Raises `NotFound`, `Conflict` where it was revoked before."""
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            row = accounts.token(connection, token_id)
+            if row is None or (row.user != by.name and not by.may("admin")):
+                raise NotFound(f"there is no token {token_id} of yours")
+            if row.revoked_at is not None:
+                raise Conflict(f"token {token_id} was revoked before")
+            accounts.revoke(connection, token_id, now)
+            data = {"id": token_id, "user": row.user, "name": row.name}
+            history.append(connection, now, by.name, [Event("token.revoked", data=data)])
+            return _token_view(accounts.token(connection, token_id))
+
+    def owner(self, *, job_id: str | None, sweep_id: str | None) -> str | None:
+        """Whose job or sweep that is; None where there is no such thing."""
+        with self.database.read() as connection:
+            return accounts.owner(connection, job_id=job_id, sweep_id=sweep_id)
+
+    def me(self, caller: Caller) -> dict[str, Any]:
+        """The caller, their role and quotas (those of the row, where there is one)."""
+        with self.database.read() as connection:
+            row = accounts.user(connection, caller.name)
+        known = _user_view(row) if row is not None else {"name": caller.name, "role": None}
+        return {**known, "scope": caller.scope, "token_id": caller.token_id}
+
+    def _user(self, row: Any, name: str) -> Any:
+        if row is None:
+            raise NotFound(f"there is no user {name}: `uncanny user set {name}` makes one")
+        return row
+
+
+def _expiry(connection: Connection, caller: Caller) -> float | None:
+    """When the caller's own token expires; None for never."""
+    row = accounts.token(connection, caller.token_id) if caller.token_id is not None else None
+    return None if row is None else row.expires_at
+
+
+def _earlier(a: float | None, b: float | None) -> float | None:
+    return min((moment for moment in (a, b) if moment is not None), default=None)
+
+
+def _hash(secret: str) -> str:
+    """256 random bits cannot be guessed, so a plain hash of them keeps them; a slow one would only slow requests."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _user_view(row: Any) -> dict[str, Any]:
+    """A user as the API shows it; None stands for the default of the settings."""
+    shown = {name: getattr(row, name) for name in ("name", "role", "weight", "max_queued_jobs", "max_gpus")}
+    return {**shown, "created_at": iso(row.created_at), "disabled_at": iso(row.disabled_at)}
+
+
+def _token_view(row: Any) -> dict[str, Any]:
+    """A token as the API shows it: never its hash."""
+    shown = {name: getattr(row, name) for name in ("id", "user", "name", "prefix", "scope", "created_by")}
+    times = ("created_at", "expires_at", "last_used_at", "revoked_at")
+    return {**shown, **{name: iso(getattr(row, name)) for name in times}}

@@ -1,0 +1,218 @@
+"""Bytes by SHA-256 under the artifact root: a folder, or any fsspec URL. Written by workers, read by everyone."""
+
+import errno
+import hashlib
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+import fsspec
+
+from service.errors import ArtifactMissing, ArtifactRootFull
+from service.executor import ArtifactRef
+
+CHUNK_BYTES = 1 << 20
+FULL_BYTES = 64 << 10  # a disk with less room than that is full
+
+
+DIGEST = re.compile("[0-9a-f]{64}")
+MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")  # what file systems call it
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes under the root, and when they were last published (seconds since 1970, by the clock of their server)."""
+
+    digest: str
+    size_bytes: int
+    modified_at: float
+
+
+class Artifacts:
+    """The artifact root. Opening it never writes; a digest either names all of its bytes or nothing."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._fs, self._base = fsspec.core.url_to_fs(root)
+        self._local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
+
+    def _path(self, digest: str) -> str:
+        if not DIGEST.fullmatch(digest):
+            raise ArtifactMissing(f"{digest!r} is not a SHA-256 digest")
+        return f"{self._base}/{digest[:2]}/{digest}"
+
+    def write(self, kind: str, fill: Callable[[Path], Any]) -> ArtifactRef:
+        """Let `fill(path)` write a new file, and publish it under its digest by an atomic rename.
+
+        Raises `ArtifactRootFull` where there is no room; then nothing of it is left.
+        """
+        with self._room(), tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch()) as folder, self._room():
+            path = Path(folder) / "bytes"
+            fill(path)
+            digest, size = _sha256(path)
+            self._publish(path, digest)
+        return ArtifactRef(digest, size, kind)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, ArtifactRootFull) or not self._full(error):
+                raise
+            raise ArtifactRootFull(
+                f"there is no room under the artifact root {self.root} ({error}): make some, or give it more; "
+                "what waits for it goes on by itself"
+            ) from error
+
+    def _full(self, error: Exception) -> bool:
+        """Whether that is what a full disk, or a quota, looks like; not every library gives the error's number."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if "No space left" in str(error) or "quota exceeded" in str(error).lower():
+            return True
+        return self._local and os.path.isdir(self._base) and shutil.disk_usage(self._base).free < FULL_BYTES
+
+    def write_chunks(self, kind: str, chunks: Iterable[bytes]) -> ArtifactRef:
+        def fill(path: Path) -> None:
+            with path.open("wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+
+        return self.write(kind, fill)
+
+    @contextmanager
+    def local(self, digest: str) -> Iterator[Path]:
+        """A local file with these bytes, for as long as the context lasts.
+
+        Raises `ArtifactMissing` where they are not there, or not those that the digest promises.
+        """
+        source = self._path(digest)
+        if not self._fs.exists(source):
+            raise ArtifactMissing(
+                f"artifact {digest} is not under {self.root}; was it deleted, or is this another root?"
+            )
+        with tempfile.TemporaryDirectory(prefix="uncanny-") as folder:
+            path = Path(source) if self._local else Path(folder) / "bytes"
+            if not self._local:
+                self._fs.get_file(source, str(path))
+            if _sha256(path)[0] != digest:
+                raise ArtifactMissing(f"artifact {digest} is damaged under {self.root}: its bytes have another SHA-256")
+            yield path
+
+    def open(self, digest: str) -> BinaryIO:
+        """The bytes as a file. Raises `ArtifactMissing`."""
+        file: BinaryIO = self._fs.open(self._present(digest), "rb")
+        return file
+
+    def size(self, digest: str) -> int:
+        """How many bytes there are. Raises `ArtifactMissing`."""
+        return int(self._fs.size(self._present(digest)))
+
+    def _present(self, digest: str) -> str:
+        source = self._path(digest)
+        if not self._fs.exists(source):
+            raise ArtifactMissing(f"artifact {digest} is not under {self.root}")
+        return source
+
+    def exists(self, digest: str) -> bool:
+        return bool(self._fs.exists(self._path(digest)))
+
+    def delete(self, digest: str) -> None:
+        if self.exists(digest):
+            self._fs.rm_file(self._path(digest))
+
+    def stored(self) -> Iterator["Stored"]:
+        """All that is there, referred to or not; not those whose age the file system does not tell."""
+        if self._local:
+            for file in Path(self._base).glob("??/*"):
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    if DIGEST.fullmatch(file.name):
+                        yield Stored(file.name, (found := file.lstat()).st_size, found.st_mtime)
+            return
+        for path, info in self._fs.find(self._base, detail=True).items():
+            digest, at = path.rpartition("/")[2], _modified(info)
+            if DIGEST.fullmatch(digest) and at is not None:
+                yield Stored(digest, int(info["size"]), at)
+
+    def discard(self, digest: str, older_than: float) -> bool:
+        """Delete these bytes unless they were published, or published again, at or after that time; true if deleted.
+
+        In a folder they are renamed first and then looked at, so none that were just published get lost. An object
+        store has no such rename: they are looked at once more right before.
+        """
+        path = self._path(digest)
+        if not self._local:
+            self._fs.invalidate_cache(path)
+            try:
+                at = _modified(self._fs.info(path))
+                if at is None or at >= older_than:
+                    return False
+                self._fs.rm_file(path)
+            except FileNotFoundError:  # another collector was faster
+                return False
+            return True
+        trash = f"{os.path.dirname(path)}/.trash-{uuid4().hex}"
+        with suppress(FileNotFoundError):  # another collector was faster
+            os.rename(path, trash)
+            if young := os.stat(trash).st_mtime >= older_than:
+                with suppress(FileExistsError):  # once more in the meantime: the same bytes
+                    os.link(trash, path)
+            os.unlink(trash)
+            return not young
+        return False
+
+    def leftovers(self, older_than: float) -> list[Path]:
+        """What interrupted writes have left in a folder, none changed since that time."""
+        if not self._local or not os.path.isdir(self._base):
+            return []
+        base = Path(self._base)
+        found = [*base.glob(".writing-*"), *base.glob("??/.trash-*")]
+        return [path for path in found if _newest(path) < older_than]
+
+    def _scratch(self) -> str | None:
+        """Scratch space on the root's own file system, so that publishing is a rename."""
+        if not self._local:
+            return None
+        os.makedirs(self._base, exist_ok=True)
+        return str(self._base)
+
+    def _publish(self, path: Path, digest: str) -> None:
+        target = self._path(digest)
+        if self._local:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, target)
+        else:  # also where it is there: what is published again is new to the collector of garbage
+            with path.open("rb") as source, self._fs.open(target, "wb") as sink:
+                shutil.copyfileobj(source, sink, CHUNK_BYTES)
+
+
+def _modified(info: Mapping[str, Any]) -> float | None:
+    """When a file system says that a file was last written, in seconds since 1970; None where it does not say."""
+    at = next((info[name] for name in MODIFIED if info.get(name) is not None), None)
+    return at.timestamp() if isinstance(at, datetime) else None if at is None else float(at)
+
+
+def _sha256(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest, path.stat().st_size
+
+
+def _newest(path: Path) -> float:
+    """When that, or anything below it, was last changed; infinity where it goes while it is looked at."""
+    try:
+        return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+    except FileNotFoundError:
+        return math.inf

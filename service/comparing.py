@@ -1,0 +1,91 @@
+"""Two or more results side by side: in what they differ, and whether the examples that they break tell them apart."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from service.dotted import flat
+from service.errors import InvalidQuery
+from service.results import found
+from service.store import results as store
+from service.store.database import Database
+from service.verdict import BitArray
+from service.views import retracted
+
+MAX_COMPARED = 20
+RESAMPLES = 10_000
+SHOWN = ("architecture", "dataset", "scale", "seed", "samples", "clean_accuracy", "robust_accuracy", "verdict")
+
+
+def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
+    """The fields that differ, a paired test for every two, and the union of attacks where they are on one network.
+
+    Examples are paired by position: the first so many of one fixed permutation, as many as all have.
+    Raises `InvalidQuery` for other than 2 to 20 ids and for different data sets, `NotFound`.
+    """
+    ids = list(dict.fromkeys(job_ids))
+    if not 2 <= len(ids) <= MAX_COMPARED:
+        raise InvalidQuery("ids", f"between 2 and {MAX_COMPARED} results can be compared, not {len(ids)}")
+    with database.read() as connection:
+        rows = [found(connection, job_id) for job_id in ids]
+        cells = store.cell_specs(connection, {row.cell_id for row in rows})
+        robust = store.bits_of(connection, [row.attack_task_id for row in rows], "robust")
+    if len(names := sorted({row.dataset for row in rows})) > 1:
+        raise InvalidQuery("ids", f"results on different data sets have no examples in common: {', '.join(names)}")
+    bits = [robust[row.attack_task_id] for row in rows]
+    n = min(of.size for of in bits)
+    specs = [dict(flat({**row.spec, "versions": cells[row.cell_id]["versions"]})) for row in rows]
+    union, why = _union(rows, [of[:n] for of in bits])
+    return {
+        "results": [
+            {"job_id": row.id, **{name: getattr(row, name) for name in SHOWN}, **retracted(row)} for row in rows
+        ],
+        "examples": n,
+        "differing": differing(specs),
+        "pairs": [
+            {"a": ids[i], "b": ids[j], **paired(bits[i][:n], bits[j][:n])} for i, j in combinations(range(len(ids)), 2)
+        ],
+        "union": union,
+        "union_refused": why,
+    }
+
+
+def differing(specs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The fields that are not equal everywhere, with the value of each."""
+    names = dict.fromkeys(name for spec in specs for name in spec)
+    values = {name: [spec.get(name) for spec in specs] for name in names}
+    return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
+
+
+def paired(a: BitArray, b: BitArray) -> dict[str, Any]:
+    """McNemar's exact test on outcomes `a [n]`, `b [n]` of the same examples, and the difference of their means.
+
+    The interval is a percentile bootstrap over examples: those resampled are a multinomial of the three differences.
+    """
+    from scipy.special import bdtr  # a tenth of a second that other questions need not wait for
+
+    n, only_a, only_b = a.size, int((a & ~b).sum()), int((~a & b).sum())
+    discordant = only_a + only_b
+    p_value = min(1.0, 2 * float(bdtr(min(only_a, only_b), discordant, 0.5))) if discordant else 1.0
+    shares = [only_a / n, only_b / n, 1 - discordant / n]
+    draws = np.random.RandomState(0).multinomial(n, shares, RESAMPLES)
+    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, (0.025, 0.975))
+    return {
+        "only_a": only_a, "only_b": only_b, "both": int((a & b).sum()), "neither": int((~a & ~b).sum()),
+        "difference": (only_a - only_b) / n, "difference_low": float(low), "difference_high": float(high),
+        "p_value": p_value,
+    }  # fmt: skip
+
+
+def _union(rows: Sequence[Any], bits: Sequence[BitArray]) -> tuple[dict[str, Any] | None, str | None]:
+    """The worst case per example over attacks on one network, or why there is none."""
+    if len({row.train_task_id for row in rows}) > 1:
+        return None, "these are attacks on different networks"
+    if len({row.scale for row in rows}) > 1 and not all(row.scale == 1 or row.spec["scale_bias"] for row in rows):
+        return None, "without the bias scaled too, a network predicts other classes at another scale"
+    worst = np.logical_and.reduce(bits)
+    alone = [int((~of & np.logical_and.reduce([*bits[:i], *bits[i + 1 :]])).sum()) for i, of in enumerate(bits)]
+    broken_only_by = {row.id: count for row, count in zip(rows, alone, strict=True)}
+    return {"robust_accuracy": float(worst.mean()), "broken_only_by": broken_only_by}, None

@@ -1,0 +1,111 @@
+"""Does a measure rank networks as their robustness does? Asked of the whole history (SCIENCE.md section 9)."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, Label, Row, Select, null, select
+
+from service.aggregates import keys_of
+from service.correlation import MINIMUM, Floats, correlate, tau
+from service.errors import InvalidQuery
+from service.query import Comparison, Node, Value
+from service.store import results as store
+from service.store.database import Database
+from service.store.fields import RESULTS, Column, Field
+from service.store.listed import json_object
+from service.store.result_tables import results
+from service.store.tables import tasks
+
+MAX_POINTS = 200_000
+MAX_PAIRS = 10_000_000  # of checkpoints that are compared, each 2,000 times: seconds
+LEAST_PAIRS = 10_000  # what a small group costs, in time of pairs
+CONFOUNDED = "confounded by design: points of one checkpoint at several scales share the true robust accuracy"
+ASKED = ("measure", "target")
+SAME = ("dataset", "attack", "samples")
+
+
+def correlations(
+    database: Database, nodes: Sequence[Node], measure: str, *, target: str = "robust_accuracy",
+    by: Sequence[str] = (), trusted: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Kendall's tau-b of `measure` with `target`, for each data set, attack, samples, versions of the tasks and `by`;
+    where a number is one of a further measure, for each of its parameters and versions too.
+
+    One point per checkpoint at s = 1, its earliest, and only trusted ones unless told otherwise. The same over all
+    scales stands apart, as what it is. Raises `InvalidQuery`.
+    """
+    asked = [*nodes, *([Comparison("verdict", "=", (Value("trusted"),))] if trusted else [])]
+    with database.read() as connection:
+        keys = keys_of(connection, by)
+        numbers = [_number(connection, name, of) for name, of in zip(ASKED, (measure, target), strict=True)]
+        columns = [number.column.label(name) for number, name in zip(numbers, ASKED, strict=True)]
+        measured_by = [_measure_of(number).label(f"{name}_spec") for number, name in zip(numbers, ASKED, strict=True)]
+        rows = _points(connection, asked, columns, [*measured_by, *(key.column for key in keys.values())])
+        specs = store.cell_specs(connection, {row.cell_id for row in rows})
+    groups: dict[str, list[Row[Any]]] = defaultdict(list)
+    for row in rows:
+        spec = specs[row.cell_id]
+        versions = {"version": spec["versions"]["attack"], "measure_version": spec["versions"]["measure"]}
+        measures = {"measure_spec": _spec(row.measure_spec), "target_spec": _spec(row.target_spec)}
+        same = {**{name: spec[name] for name in SAME}, **versions, **measures}
+        groups[json.dumps([same, list(row[7:])], sort_keys=True)].append(row)
+    checkpoints = [len({row.train_task_id for row in points}) for points in groups.values()]
+    if sum(max(count**2, LEAST_PAIRS) for count in checkpoints if count >= MINIMUM) > MAX_PAIRS:
+        sentence = f"{sum(checkpoints):,} checkpoints in {len(groups):,} groups are too many to resample"
+        raise InvalidQuery("filter", f"{sentence}: filter, or group otherwise")
+    return [_group(json.loads(key), keys, points, specs) for key, points in sorted(groups.items())]
+
+
+def _points(
+    connection: Connection, nodes: Sequence[Node], columns: Sequence[Label[Any]], keys: Sequence[Column]
+) -> list[Row[Any]]:
+    wanted = [results.c.cell_id, results.c.train_task_id, results.c.sequence, *columns, *keys]
+    where = store.selected(connection, nodes)
+    known = [column.element.is_not(None) for column in columns]
+    query: Select[Any] = select(*wanted).where(*where, *known).order_by(results.c.sequence).limit(MAX_POINTS + 1)
+    rows = list(connection.execute(query))
+    if len(rows) > MAX_POINTS:
+        raise InvalidQuery("filter", f"these are more than {MAX_POINTS:,} points: filter")
+    return rows
+
+
+def _group(
+    key: list[Any], keys: Mapping[str, Field], rows: Sequence[Row[Any]], specs: Mapping[int, dict[str, Any]]
+) -> dict[str, Any]:
+    same, values = key
+    first: dict[tuple[float, str], Row[Any]] = {}  # of each scale and checkpoint
+    for row in rows:
+        first.setdefault((specs[row.cell_id]["scale"], row.train_task_id), row)
+    points = {checkpoint: row for (scale, checkpoint), row in first.items() if scale == 1}
+    architectures = [specs[row.cell_id]["architecture"] for row in points.values()]
+    found = correlate(*_pairs(points.values()), architectures, list(points))
+    over_scales = {"n": len(first), "tau": tau(*_pairs(first.values())), "note": CONFOUNDED}
+    return {**same, **dict(zip(keys, values, strict=True)), **asdict(found), "over_scales": over_scales}
+
+
+def _pairs(rows: Iterable[Row[Any]]) -> tuple[Floats, Floats]:
+    pairs = np.array([(row.measure, row.target) for row in rows], np.float64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _measure_of(number: Field) -> Column:
+    """The spec and the version of the further measure that computed a number, as JSON; null where none did."""
+    if number.measure is None:
+        return null()
+    found = select(json_object(measure=tasks.c.spec["measure"], version=tasks.c.version))
+    return found.where(tasks.c.id == number.measure).correlate(results).scalar_subquery()
+
+
+def _spec(measure: Any) -> dict[str, Any] | None:
+    return None if measure is None else {**measure["measure"], "version": measure["version"]}
+
+
+def _number(connection: Connection, parameter: str, name: str) -> Field:
+    found = RESULTS.find(connection, name, parameter)
+    if found.kind not in ("number", "integer"):
+        raise InvalidQuery(parameter, f"{name} is a {found.kind}; ranks are of numbers")
+    return found

@@ -1,0 +1,73 @@
+"""What a task will take, by what tasks like it took: pure functions of stored timings."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What makes tasks take alike, but for their size. `method` is the recipe, the attack or the measure."""
+
+    kind: str
+    method: str
+    architecture: str
+    dataset: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.method} of {self.architecture} on {self.dataset}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A succeeded task: the device that it ran on, and device seconds per unit of its size."""
+
+    device: str
+    seconds_per_unit: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Device seconds per unit: median and 90th percentile of `count` timings on `device`, the one last used."""
+
+    device: str
+    count: int
+    p50: float
+    p90: float
+
+
+def likeness(spec: Mapping[str, Any], train_spec: Mapping[str, Any]) -> Likeness:
+    """Of a task by its stored spec and that of the training it works on."""
+    match spec["kind"]:
+        case "train":
+            method = spec["recipe"]["name"]
+        case "measure":
+            method = spec["measure"]["type"]
+        case "attack":
+            method = spec["attack"]["type"]
+        case _:
+            method = "panel"
+    return Likeness(spec["kind"], method, train_spec["architecture"], train_spec["dataset"]["name"])
+
+
+def units(spec: Mapping[str, Any]) -> float:
+    """The size of a task: a training's epochs, otherwise images, times the attack's steps where it has some."""
+    if spec["kind"] == "train":
+        return float(max(1, spec["recipe"].get("epochs") or 1))
+    steps = spec.get("attack", spec).get("steps") or 1
+    return float(max(1, spec["samples"])) * float(steps)
+
+
+def estimate(newest_first: Sequence[Timing]) -> Estimate | None:
+    """By the timings of the device that was used last; None where there are none."""
+    if not newest_first:
+        return None
+    device = newest_first[0].device
+    took = sorted(timing.seconds_per_unit for timing in newest_first if timing.device == device)
+    return Estimate(device, len(took), _percentile(took, 0.5), _percentile(took, 0.9))
+
+
+def _percentile(ascending: Sequence[float], fraction: float) -> float:
+    """By nearest rank: a value that was measured."""
+    return ascending[max(0, math.ceil(fraction * len(ascending)) - 1)]

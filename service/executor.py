@@ -1,0 +1,192 @@
+"""The seam between the queue and whatever runs tasks: bundles go in, messages come out.
+
+All of these are plain frozen values that pickle, so they travel to a Ray worker and back as they are.
+Every message names the task and the attempt it speaks for; the store drops those of a superseded attempt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Numbers = dict[str, float | int | None]
+Reason = Literal[
+    "worker_died", "out_of_memory", "out_of_shared_memory", "stalled", "node_died", "preempted", "executor_lost",
+    "disk_full", "cancelled", "given_back",
+]  # fmt: skip
+"""Why an attempt was lost. Only a dead worker, memory of its own and standing still are held against the task."""
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """Bytes under the artifact root, by SHA-256. `kind` is what they are: `checkpoint`, `epoch_state`, `arrays`."""
+
+    digest: str
+    size_bytes: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Bits:
+    """One outcome bit per example, in sample order: `n` of them, packed eight to a byte, most significant first."""
+
+    n: int
+    packed: bytes
+
+
+@dataclass(frozen=True)
+class Grant:
+    """The right to run one task once. `attempt` is the fencing token.
+
+    `spec` is the task's whole spec as plain JSON; `resume` an epoch state of an earlier attempt of a training.
+    """
+
+    task_id: str
+    attempt: int
+    digest: str
+    spec: dict[str, Any]
+    resume: ArtifactRef | None = None
+
+    def __str__(self) -> str:
+        return f"{self.spec['kind']} {self.digest[:10]} (attempt {self.attempt})"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a bundle takes: CPUs, GPUs (a share of one, or whole ones), memory, and what a place must have besides.
+
+    `accelerator` is a type of GPU and `custom` are resources, both as Ray names them.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    accelerator: str = ""
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Grants that share a checkpoint, run one after the other on one worker.
+
+    `train_spec` and `checkpoint` are those of the network that they measure or attack (a training has only itself);
+    `sources` those of other networks that a transfer's examples are made on, by the training's digest.
+    """
+
+    id: str
+    grants: tuple[Grant, ...]
+    train_spec: dict[str, Any]
+    checkpoint: ArtifactRef | None = None
+    sources: dict[str, tuple[dict[str, Any], ArtifactRef | None]] = field(default_factory=dict)
+    needs: Needs = field(default_factory=Needs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished task leaves behind: numbers, curves, outcome bits, artifacts, and how it was made."""
+
+    numbers: Numbers = field(default_factory=dict)
+    curves: dict[str, Any] = field(default_factory=dict)
+    bits: dict[str, Bits] = field(default_factory=dict)
+    artifacts: tuple[ArtifactRef, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The worker took the task up. `worker` names it: host, pid, device; `node` is the executor's name of its node."""
+
+    task_id: str
+    attempt: int
+    worker: str
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the task is: `fraction` of 1, and what there is to say (epoch, step, loss, images_per_second).
+
+    `resume` is a new epoch state from which a later attempt of this training can go on.
+    """
+
+    task_id: str
+    attempt: int
+    fraction: float
+    detail: dict[str, Any]
+    resume: ArtifactRef | None = None
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    task_id: str
+    attempt: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The task's own code gave up. A `configuration` error would come again, an `error` may not.
+
+    A `missing_checkpoint`, whose digest the message names, comes again until its training has run again.
+    """
+
+    task_id: str
+    attempt: int
+    kind: Literal["configuration", "missing_checkpoint", "error"]
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The attempt ended without an answer."""
+
+    task_id: str
+    attempt: int
+    reason: Reason
+    message: str
+
+
+Message = Started | Progress | Succeeded | Failed | Lost
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What may run at once: CPUs and GPUs of the cluster in all, and whether it is up.
+
+    `nodes` are what each has of every resource, as Ray names them (`CPU`, `GPU`, `memory` in bytes,
+    `accelerator_type:...`); where there are none, all is one node with memory without end.
+    """
+
+    ready: bool
+    cpus: float
+    gpus: float
+    nodes: tuple[Mapping[str, float], ...] = ()
+
+
+class Executor(Protocol):
+    """Runs bundles. No call blocks for longer than it says, none raises for what a bundle does.
+
+    For each grant submitted, exactly one of `Succeeded`, `Failed`, `Lost` comes back, sooner or later.
+    """
+
+    def capacity(self) -> Capacity:
+        """What there is to run on; `ready` is false while the cluster comes up."""
+        ...
+
+    def submit(self, bundle: Bundle) -> None:
+        """Hand a bundle over; returns at once."""
+        ...
+
+    def poll(self, timeout_seconds: float) -> list[Message]:
+        """All messages that have arrived, waiting up to the timeout for a first one; never much longer than that,
+        however much the bundles have to say.
+        """
+        ...
+
+    def cancel(self, task_id: str, attempt: int) -> None:
+        """Stop one attempt: softly first, by force after a grace period. The rest of its bundle is given back."""
+        ...
+
+    def close(self) -> None:
+        """Stop everything that runs and let go of the cluster."""
+        ...

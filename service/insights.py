@@ -1,0 +1,109 @@
+"""Read-only questions, shared by API, CLI and whatever shows something: plain JSON comes back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import Connection, Row
+
+from service import views
+from service.errors import InvalidQuery, NotFound
+from service.questions import ALL_FIELDS, MAX_LIMIT, NEWEST_FIRST, Question
+from service.results import Results
+from service.specs import Task
+from service.store import claiming, history, reading
+from service.store.fields import JOBS
+from service.store.tables import jobs
+
+TASK: TypeAdapter[Task] = TypeAdapter(Task)
+
+
+class Insights(Results):
+    """What can be asked of one store."""
+
+    def jobs(self, question: Question) -> dict[str, Any]:
+        """A page of jobs. Raises `InvalidQuery`."""
+        with self.database.read() as connection:
+            order = question.order(connection, JOBS, jobs.c.sequence)
+            rows = reading.jobs_page(connection, question.nodes, order, question.after(order), question.limit + 1)
+            rows, cursor = question.cut(order, rows)
+            progress = reading.progress_of_jobs(connection, [row.id for row in rows])
+        return {"items": [views.job_view(row, progress.get(row.id, 0.0)) for row in rows], "next_cursor": cursor}
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        with self.database.read() as connection:
+            row = _found(reading.job(connection, job_id), f"there is no job {job_id}")
+            tasks = reading.tasks_of_job(connection, job_id)
+        progress = sum(task.progress for task in tasks) / len(tasks)
+        return {**views.job_view(row, progress), "tasks": views.roles_of(row, tasks)}
+
+    def sweeps(self, *, user: str | None, cursor: str | None, limit: int) -> dict[str, Any]:
+        with self.database.read() as connection:
+            rows = reading.sweeps_page(connection, user, cursor, limit + 1)
+            items = self._sweeps(connection, rows[:limit])
+        return {"items": items, "next_cursor": rows[limit - 1].id if len(rows) > limit else None}
+
+    def sweep(self, sweep_id: str) -> dict[str, Any]:
+        with self.database.read() as connection:
+            row = _found(reading.sweep(connection, sweep_id), f"there is no sweep {sweep_id}")
+            [view] = self._sweeps(connection, [row])
+        return {**view, "spec": row.spec}
+
+    def _sweeps(self, connection: Connection, rows: Sequence[Row[Any]]) -> list[dict[str, Any]]:
+        ids = [row.id for row in rows]
+        jobs, counts = reading.job_counts(connection, ids), reading.task_counts(connection, ids)
+        seconds, slots = reading.seconds_by_kind(connection, ids), claiming.places(connection)
+        mine = {sweep_id: [count for count in counts if count.sweep_id == sweep_id] for sweep_id in ids}
+        return [views.sweep_view(row, jobs[row.id], mine[row.id], seconds[row.id], slots) for row in rows]
+
+    def task(self, id_or_digest: str) -> dict[str, Any]:
+        with self.database.read() as connection:
+            row = _found(reading.task(connection, id_or_digest), f"there is no task {id_or_digest}")
+            attempts = reading.attempts_of(connection, row.id)
+            jobs = reading.jobs_of_task(connection, row.id, MAX_LIMIT)
+        return views.task_view(row, TASK.validate_python(row.spec), attempts, jobs)
+
+    def datasets(self) -> list[dict[str, Any]]:
+        with self.database.read() as connection:
+            return [views.registered_dataset(row) for row in reading.registered_datasets(connection)]
+
+    def queue(self) -> dict[str, Any]:
+        with self.database.read() as connection:
+            in_state, tasks = reading.queue_counts(connection)
+        return {"jobs": in_state, "tasks": tasks}
+
+    def cluster(self) -> dict[str, Any]:
+        """Who leads, since when nobody does, and what the leader last said of its cluster."""
+        with self.database.read() as connection:
+            row, now = claiming.leader(connection), self.database.now(connection)
+        if row is None:
+            return {"leading": False, "dispatcher": None, "lease_expires_at": None, "status": {}}
+        expires = views.iso(row.expires_at)
+        return {
+            "leading": row.expires_at > now,
+            "dispatcher": row.holder,
+            "lease_expires_at": expires,
+            "status": row.status,
+        }
+
+    def last_event(self) -> int:
+        with self.database.read() as connection:
+            return history.last_id(connection)
+
+    def events(
+        self, after: int, *, sweep_id: str | None = None, job_id: str | None = None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """`(events later than that id, the progress of what runs)`, of everything or of one sweep or job."""
+        with self.database.read() as connection:
+            happened = history.after(connection, after, sweep_id=sweep_id, job_id=job_id)
+            running = reading.running_tasks(connection, sweep_id=sweep_id, job_id=job_id)
+        return [views.event_view(event) for event in happened], [views.running_view(task) for task in running]
+
+
+def _found(row: Row[Any] | None, otherwise: str) -> Row[Any]:
+    if row is None:
+        raise NotFound(otherwise)
+    return row
+
+
+__all__ = ["ALL_FIELDS", "MAX_LIMIT", "NEWEST_FIRST", "Insights", "InvalidQuery", "Question"]

@@ -1,0 +1,71 @@
+"""The states of a task and of a job, and what moves them. Imports nothing of ours.
+
+Who moves a task into each state:
+
+    blocked    submission: a parent (its checkpoint's training) has not succeeded yet, or is to run again
+    queued     submission, where nothing is waited for; the last parent's success; a lost or backed-off attempt
+    running    the dispatcher's claim, which counts `attempt` up: that number fences every later write
+    succeeded  the outcome of the current attempt was recorded
+    failed     a configuration error, or `max_errors` application errors
+    cancelled  no live job needs it any more, or (upstream) a parent failed
+    held       it keeps killing its worker: a person must look at it
+"""
+
+from enum import StrEnum
+
+
+class TaskState(StrEnum):
+    BLOCKED = "blocked"
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    HELD = "held"
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    HELD = "held"
+
+
+TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
+    TaskState.BLOCKED: frozenset({TaskState.QUEUED, TaskState.CANCELLED}),
+    # Blocked once more: its parent was reopened, because its bytes were lost.
+    TaskState.QUEUED: frozenset({TaskState.RUNNING, TaskState.CANCELLED, TaskState.BLOCKED}),
+    TaskState.RUNNING: frozenset(
+        {
+            TaskState.SUCCEEDED,
+            TaskState.FAILED,
+            TaskState.QUEUED,
+            TaskState.CANCELLED,
+            TaskState.HELD,
+            TaskState.BLOCKED,
+        }
+    ),
+    TaskState.SUCCEEDED: frozenset({TaskState.BLOCKED, TaskState.QUEUED}),  # its bytes were lost: a new generation
+    TaskState.FAILED: frozenset({TaskState.BLOCKED, TaskState.QUEUED}),  # reopened: a new generation
+    TaskState.CANCELLED: frozenset({TaskState.BLOCKED, TaskState.QUEUED}),  # reopened
+    TaskState.HELD: frozenset({TaskState.BLOCKED, TaskState.QUEUED, TaskState.CANCELLED}),  # released by a person
+}
+
+ENDED_TASK = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED, TaskState.HELD})
+LIVE_JOB = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.HELD})
+
+
+def job_state(tasks: list[TaskState]) -> JobState:
+    """The state of a job that was not cancelled, from those of the tasks it needs."""
+    states = set(tasks)
+    if states <= {TaskState.SUCCEEDED}:
+        return JobState.SUCCEEDED
+    if states & {TaskState.FAILED, TaskState.CANCELLED}:
+        return JobState.FAILED
+    if TaskState.HELD in states:
+        return JobState.HELD
+    if states & {TaskState.RUNNING, TaskState.SUCCEEDED}:
+        return JobState.RUNNING
+    return JobState.QUEUED

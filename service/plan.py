@@ -1,0 +1,156 @@
+"""From a job to the tasks it needs: a pure function of the spec and of the data set's row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from service.specs import AttackTask, ControlTask, DatasetRef, JobSpec, MeasureTask, Task, TrainTask, digest
+from service.specs.attacks import AnyAttack, Attack, Pgd, Transfer
+from service.specs.measures import ClosedForms, Measure
+from service.specs.recipes import AnyRecipe, Imported
+
+PANEL_SAMPLES = 256  # SCIENCE.md section 8
+REMEMBERED = 4096  # tasks of each kind, some kilobytes each
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """A task spec with its digest, and the digest of the training whose checkpoint it works on (its own, for one)."""
+
+    digest: str
+    train_digest: str
+    spec: Task
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The digests of the trainings that must succeed before this one can start."""
+        if self.spec.kind == "train":
+            return ()
+        source = getattr(self.spec, "source", None)
+        return (self.train_digest,) if source is None else (self.train_digest, source)
+
+    @property
+    def stored_spec(self) -> dict[str, Any]:
+        """The spec, fully spelled out, as plain JSON."""
+        return self.spec.model_dump(mode="json")
+
+    @cached_property
+    def spec_json(self) -> str:
+        """The same as text."""
+        return self.spec.model_dump_json()
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """The tasks of one job by the part they play in it.
+
+    For the verdict: `baseline`, the same attack at s = 1, and `control`, the panel; None where there is no ball.
+    `source` is the training of the network that a transfer's examples come from, where it is another one.
+    """
+
+    job: JobSpec
+    train: PlannedTask
+    closed_forms: PlannedTask
+    measures: tuple[PlannedTask, ...]
+    attack: PlannedTask
+    baseline: PlannedTask
+    control: PlannedTask | None
+    source: PlannedTask | None
+
+    @property
+    def tasks(self) -> dict[str, PlannedTask]:
+        """All of them, each once, parents before children, by digest."""
+        parts = (self.train, self.source, self.attack, self.baseline, self.control, self.closed_forms, *self.measures)
+        return {task.digest: task for task in parts if task is not None}
+
+
+def plan_job(job: JobSpec, dataset: DatasetRef, weights: Mapping[str, str] | None = None) -> JobPlan:
+    """Everything that `job` needs computed; `dataset` is the row that its data set's name stands for.
+
+    `weights` are the SHA-256s of the registered checkpoints that it names.
+    """
+    train = _network(job.architecture, dataset, job.augmented(job.recipe), job.seed, job.replicate, weights or {})
+    attack, source = job.attack, None
+    if isinstance(attack, Transfer) and (of := attack.source) is not None:
+        recipe = job.augmented(of.recipe or job.recipe)
+        source = _network(of.architecture, dataset, recipe, of.seed, of.replicate, weights or {})
+        attack = attack.model_copy(update={"source": None})
+    where = (job.attack_seed, job.samples)
+    made_on = source.digest if source is not None and source.digest != train.digest else None
+    return JobPlan(
+        job,
+        train,
+        _measure(train.digest, ClosedForms(), job.scale, job.scale_bias, job.samples),
+        tuple(_measure(train.digest, measure, job.scale, job.scale_bias, job.samples) for measure in job.measures),
+        _attack(train.digest, attack, job.scale, job.scale_bias, *where, made_on, job.arrays),
+        _attack(train.digest, attack, 1.0, job.scale_bias, *where, made_on, job.arrays),
+        _control(train.digest, attack, min(job.samples, PANEL_SAMPLES)),
+        source,
+    )
+
+
+def _network(
+    architecture: str, dataset: DatasetRef, recipe: AnyRecipe, seed: int, replicate: int, weights: Mapping[str, str]
+) -> PlannedTask:
+    """Its training. For imported weights neither their name nor a seed matters."""
+    if isinstance(recipe, Imported):
+        recipe, seed = Imported(weights_sha256=weights[recipe.checkpoint or ""]), 0
+    return _train(architecture, dataset, recipe, seed, replicate)
+
+
+# The jobs of a sweep share most of their tasks, so each is built and hashed once.
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _train(architecture: str, dataset: DatasetRef, recipe: AnyRecipe, seed: int, replicate: int) -> PlannedTask:
+    spec = TrainTask(architecture=architecture, dataset=dataset, recipe=recipe, seed=seed, replicate=replicate)
+    own = digest(spec)
+    return PlannedTask(own, own, spec)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _measure(checkpoint: str, measure: Measure, scale: float, scale_bias: bool, samples: int) -> PlannedTask:
+    # A measure with images of its own does not depend on the job's samples.
+    samples = getattr(measure, "images", samples)
+    spec = MeasureTask(
+        checkpoint=checkpoint, measure=measure, scale=scale, scale_bias=_bias(scale, scale_bias), samples=samples
+    )
+    return PlannedTask(digest(spec), checkpoint, spec)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _attack(
+    checkpoint: str, attack: Attack, scale: float, scale_bias: bool, seed: int, samples: int, source: str | None,
+    arrays: bool,
+) -> PlannedTask:  # fmt: skip
+    if getattr(attack, "source_scale", 1.0) == 1.0:  # else the bias of a transfer's source is scaled, or is not
+        scale_bias = _bias(scale, scale_bias)
+    spec = AttackTask(
+        checkpoint=checkpoint, attack=attack, scale=scale, scale_bias=scale_bias,
+        attack_seed=seed, samples=samples, source=source, arrays=arrays,
+    )  # fmt: skip
+    return PlannedTask(digest(spec), checkpoint, spec)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _control(checkpoint: str, attack: AnyAttack, samples: int) -> PlannedTask | None:
+    """The panel in the attack's ball: with its own steps if it is PGD, else with ten of a quarter of eps.
+
+    None for an attack without a ball, or a ball without room.
+    """
+    if isinstance(attack, Transfer):
+        return _control(checkpoint, attack.attack, samples)
+    norm, eps = getattr(attack, "norm", None), getattr(attack, "eps", 0.0)
+    if norm is None or eps == 0 or getattr(attack, "kind", "uniform") == "gaussian":
+        return None
+    step_size, steps = (attack.step_size, attack.steps) if isinstance(attack, Pgd) else (eps / 4, 10)
+    spec = ControlTask(
+        checkpoint=checkpoint, norm=norm, eps=eps, step_size=step_size, steps=steps, samples=samples
+    )  # fmt: skip
+    return PlannedTask(digest(spec), checkpoint, spec)
+
+
+def _bias(scale: float, scale_bias: bool) -> bool:
+    """At s = 1 nothing is scaled, so both conventions are one task."""
+    return True if scale == 1.0 else scale_bias

@@ -1,0 +1,92 @@
+"""What cells need, on the data sets of one store, and how much of it is there."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from service.checkpoints import weights_of
+from service.errors import InvalidSpec
+from service.jobs import TaskState
+from service.plan import JobPlan, PlannedTask, plan_job
+from service.specs import DatasetRef, JobSpec
+from service.specs.attacks import Transfer
+from service.specs.recipes import Imported
+from service.store.tables import datasets
+
+REOPENED = (TaskState.FAILED, TaskState.CANCELLED)
+Known = Mapping[str, tuple[str, TaskState]]
+"""`digest -> (task id, state)`, as `submitting.known_tasks` says it."""
+
+
+def plans_of(
+    connection: Connection, cells: Sequence[JobSpec], pointer: Callable[[str], str] = "/{}".format
+) -> list[JobPlan]:
+    """What the jobs need; `pointer` says where in the request a field of theirs is."""
+    samples: dict[str, int] = {}
+    for job in cells:
+        samples[job.dataset] = max(job.samples, samples.get(job.dataset, 0))
+    rows = {name: _dataset(connection, name, most, pointer) for name, most in samples.items()}
+    weights: dict[tuple[str, str, str], str] = {}
+    return [plan_job(job, rows[job.dataset], _weights(connection, job, weights, pointer)) for job in cells]
+
+
+def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
+    return {digest: task for plan in plans for digest, task in plan.tasks.items()}
+
+
+def counted(jobs: int, needed: Mapping[str, PlannedTask], known: Known) -> dict[str, Any]:
+    """Cells, distinct tasks by kind, and how many of those are known, under way already, or to be computed."""
+    kinds: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "known", "under_way", "to_compute")}
+    for digest, task in needed.items():
+        kinds["tasks"][task.spec.kind] += 1
+        kinds["to_compute"][task.spec.kind] += 0
+        kinds[standing(digest, known)][task.spec.kind] += 1
+    return {"jobs": jobs, **{name: dict(counts) for name, counts in kinds.items()}}
+
+
+def standing(digest: str, known: Known) -> str:
+    """Whether a task is `known`, `under_way` or still `to_compute`; one that failed is computed again."""
+    _, state = known.get(digest, ("", TaskState.FAILED))
+    if state in REOPENED:
+        return "to_compute"
+    return "known" if state is TaskState.SUCCEEDED else "under_way"
+
+
+def _weights(
+    connection: Connection, job: JobSpec, known: dict[tuple[str, str, str], str], pointer: Callable[[str], str]
+) -> dict[str, str]:
+    """The SHA-256 of each checkpoint that the job names: its own, and the one that a transfer's images come from."""
+    source = job.attack.source if isinstance(job.attack, Transfer) else None
+    networks = [(job.recipe, job.architecture, "recipe")]
+    if source is not None:
+        networks.append((source.recipe or job.recipe, source.architecture, "attack"))
+    named: dict[str, str] = {}
+    for recipe, architecture, field in networks:
+        if isinstance(recipe, Imported):
+            if recipe.checkpoint is None or recipe.weights_sha256 is not None:
+                raise InvalidSpec([(pointer(field), "name a registered checkpoint, and nothing else of it")])
+            key = (recipe.checkpoint, architecture, job.dataset)
+            if key not in known:
+                try:
+                    known[key] = weights_of(connection, *key)
+                except ValueError as error:
+                    raise InvalidSpec([(pointer(field), str(error))]) from None
+            named[recipe.checkpoint] = known[key]
+    return named
+
+
+def _dataset(connection: Connection, name: str, samples: int, pointer: Callable[[str], str]) -> DatasetRef:
+    """The row that a data set's name stands for; nothing else of it is read when jobs are submitted."""
+    if not name.startswith("npz:"):
+        return DatasetRef(name=name)
+    row = connection.execute(select(datasets).where(datasets.c.name == name.removeprefix("npz:"))).one_or_none()
+    if row is None:
+        known = ", ".join(f"npz:{other}" for other in connection.scalars(select(datasets.c.name).limit(20))) or "none"
+        sentence = f"{name} is not registered (registered: {known}): `uncanny data add NAME DIR`"
+        raise InvalidSpec([(pointer("dataset"), sentence)])
+    if samples > row.test_count:
+        sentence = f"{name} has {row.test_count} test images, {samples} were asked for"
+        raise InvalidSpec([(pointer("samples"), sentence)])
+    return DatasetRef(name=name, train_sha256=row.train_sha256, test_sha256=row.test_sha256)

@@ -1,0 +1,56 @@
+"""From a spec to its digest, in steps that can be looked at (DESIGN.md, "Three identities").
+
+1. `fields(spec)`    every field, presets expanded, except those equal to the default frozen for that `version`
+2. `canonical(spec)` those as JSON: keys sorted, numbers as the shortest float64, no spaces
+3. `digest(spec)`    SHA-256 of that, in hex
+"""
+
+import hashlib
+import json
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+# Fields that name what a spec is. They are always written, so a digest never rests on which default came first.
+IDENTIFYING = frozenset({"kind", "version", "type", "name"})
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def fields(spec: BaseModel) -> dict[str, Any]:
+    """The fields that make this spec what it is. A new option that is left at its default changes nothing here."""
+    out: dict[str, Any] = {}
+    for name, always, default in _fields_of(type(spec)):
+        value = getattr(spec, name)
+        if always or value != default:
+            out[name] = _plain(value)
+    return out
+
+
+def canonical(spec: BaseModel) -> str:
+    return _ENCODER.encode(fields(spec))
+
+
+def digest(spec: BaseModel) -> str:
+    return hashlib.sha256(canonical(spec).encode()).hexdigest()
+
+
+@cache
+def _fields_of(kind: type[BaseModel]) -> tuple[tuple[str, bool, Any], ...]:
+    """`(name, always written, default)` of each field."""
+    return tuple(
+        (name, name in IDENTIFYING or field.is_required(), field.get_default(call_default_factory=True))
+        for name, field in kind.model_fields.items()
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return fields(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,103 @@
+"""JobSpec: one benchmark cell, as a user writes it and as it is fully spelled out."""
+
+import re
+from collections import Counter
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from service.specs import catalog
+from service.specs.attacks import ATTACKS, PRESETS, Attack
+from service.specs.base import Scale, Spec, Whole
+from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES, Measure
+from service.specs.names import Architecture, NamedRecipe, known
+from service.specs.recipes import AnyRecipe, Imported, Standard
+
+OWN_DATASET = re.compile(r"npz:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def _dataset(value: Any) -> Any:
+    if not (isinstance(value, str) and OWN_DATASET.fullmatch(value)):
+        known("dataset", value, catalog.DATASETS, "npz:NAME (after `uncanny data add NAME DIR`)")
+    return value
+
+
+def _attack(value: Any) -> Any:
+    if isinstance(value, str):
+        known("attack", value, PRESETS, *(f"{{type: {name}, ...}}" for name in ATTACKS))
+        return PRESETS[value]
+    if isinstance(value, dict):
+        known("attack type", value.get("type"), ATTACKS)
+    return value
+
+
+def _measures(value: Any) -> Any:
+    """Names become specs; closed forms are always measured, so naming them or one of their quantities adds nothing."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    named = [{"type": item} if isinstance(item, str) else item for item in value]
+    for item in named:
+        if isinstance(item, dict):
+            known("measure", item.get("type"), [*MEASURES, *CLOSED_FORM_QUANTITIES])
+    closed = {"closed_forms", *CLOSED_FORM_QUANTITIES}
+    return tuple(item for item in named if not (isinstance(item, dict) and item.get("type") in closed))
+
+
+class JobSpec(Spec):
+    """One benchmark cell: train `architecture` on `dataset`, scale its head by `scale`, measure it and attack it."""
+
+    architecture: Architecture
+    dataset: Annotated[str, BeforeValidator(_dataset), Field(examples=["cifar10", "npz:my_images"])]
+    scale: Scale = 1.0
+    scale_bias: bool = True
+    attack: Annotated[Attack, BeforeValidator(_attack, json_schema_input_type=Attack | str)]
+    attack_seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
+    recipe: NamedRecipe = Standard()
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
+    measures: Annotated[
+        tuple[Measure, ...], BeforeValidator(_measures, json_schema_input_type=list[Measure | str])
+    ] = ()
+    samples: Annotated[Whole, Field(ge=1, le=1_000_000, description="The first so many of one fixed permutation.")] = (
+        1000
+    )
+    arrays: bool = Field(default=False, description="Keep every example's trajectory as an artifact (safetensors).")
+    replicate: Annotated[Whole, Field(ge=0, lt=2**31, description="Another number forces an independent rerun.")] = 0
+
+    @field_validator("samples")
+    @classmethod
+    def _enough_images(cls, samples: int, info: ValidationInfo) -> int:
+        dataset = info.data.get("dataset", "")
+        known = catalog.DATASETS.get(dataset)
+        if known is not None and samples > known.test:
+            raise ValueError(f"{dataset} has {known.test} test images, {samples} were asked for")
+        return samples
+
+    @field_validator("measures")
+    @classmethod
+    def _once_each(cls, measures: tuple[Measure, ...]) -> tuple[Measure, ...]:
+        twice = [kind for kind, count in Counter(measure.type for measure in set(measures)).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"{twice[0]} is there with several parameters, and a result has one number of each name: ask for the "
+                "others in a job of their own (all else that they need is shared)"
+            )
+        return measures
+
+    def augmented(self, recipe: AnyRecipe) -> AnyRecipe:
+        """The recipe with its augmentation spelled out: what suits the data set where nothing was said."""
+        return _augmented(recipe, self.dataset)
+
+    def __str__(self) -> str:
+        attack = getattr(self.attack, "norm", "")
+        name = f"{self.attack.type} {attack}".strip()
+        return f"job({self.architecture}, {self.dataset}, s={self.scale:g}, {name}, seed={self.seed})"
+
+
+@lru_cache(maxsize=1000)
+def _augmented(recipe: AnyRecipe, dataset: str) -> AnyRecipe:
+    if isinstance(recipe, Imported):
+        return recipe
+    suits = catalog.DATASETS.get(dataset, catalog.DatasetInfo((0, 0, 0), 0, 0, 0, ""))
+    names = ("crop_padding", "flip", "rotation_degrees")
+    return recipe.model_copy(update={name: getattr(suits, name) for name in names if getattr(recipe, name) is None})

@@ -1,0 +1,33 @@
+"""Fields that name something known: an unknown name is refused with the list of those that there are."""
+
+from collections.abc import Collection
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from service.specs import catalog
+from service.specs.base import shorten
+from service.specs.recipes import KNOWN, AnyRecipe
+
+
+def known(what: str, name: Any, names: Collection[str], *hints: str) -> None:
+    """Raises `ValueError` with all `names` where `name` is none of them."""
+    if name not in list(names):
+        raise ValueError(f"unknown {what} {shorten(name)}; known are: {', '.join([*sorted(names), *hints])}")
+
+
+def _architecture(value: Any) -> Any:
+    known("architecture", value, catalog.ARCHITECTURES)
+    return value
+
+
+def _recipe(value: Any) -> Any:
+    value = {"name": value} if isinstance(value, str) else value
+    if isinstance(value, dict):
+        value = {"name": "standard", **value}
+        known("recipe", value["name"], KNOWN)
+    return value
+
+
+Architecture = Annotated[str, BeforeValidator(_architecture), Field(examples=["resnet18"])]
+NamedRecipe = Annotated[AnyRecipe, BeforeValidator(_recipe, json_schema_input_type=AnyRecipe | str)]

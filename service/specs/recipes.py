@@ -1,0 +1,127 @@
+"""The recipes that a job can ask for (SCIENCE.md section 4). `standard` is the paper's."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from service.specs.base import Number, Spec, Whole
+
+Positive = Annotated[Number, Field(gt=0, le=1e6)]
+Share = Annotated[Number, Field(gt=0, lt=1)]
+
+
+class Recipe(Spec):
+    """What every recipe shares: SGD with momentum and a cosine schedule, on augmented batches.
+
+    Augmentation fields left out take what suits the data set (`catalog.DATASETS`), and are then part of the digest.
+    """
+
+    epochs: Annotated[Whole, Field(ge=1, le=10_000)] = 100
+    batch_size: Annotated[Whole, Field(ge=2, le=65_536)] = 128
+    lr: Positive = 0.1
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[Number, Field(ge=0, le=1)] = 1e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+    crop_padding: Annotated[Whole, Field(ge=0, le=64)] | None = None
+    flip: bool | None = None
+    rotation_degrees: Annotated[Number, Field(ge=0, le=180)] | None = None
+    train_samples: Annotated[Whole, Field(ge=2, lt=2**31)] | None = Field(
+        default=None, description="Train on the first so many of one fixed permutation; all when left out."
+    )
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+
+
+class Standard(Recipe):
+    """Cross-entropy, the paper's recipe."""
+
+    name: Literal["standard"] = "standard"
+
+
+class LabelSmoothing(Recipe):
+    """Cross-entropy with smoothed labels."""
+
+    name: Literal["label_smoothing"] = "label_smoothing"
+    smoothing: Share = 0.1
+
+
+class Margin(Recipe):
+    """Multi-class hinge on the margin, `max_{j!=y}(1 + z_j - z_y)_+`."""
+
+    name: Literal["margin"] = "margin"
+
+
+class AdversarialSteps(Recipe):
+    """PGD-linf in the training loop."""
+
+    eps: Annotated[Number, Field(ge=0, le=1)] = 8 / 255
+    step_size: Annotated[Number, Field(gt=0, le=1)] = 2 / 255
+    steps: Annotated[Whole, Field(ge=1, le=1000)] = 10
+
+
+class Adversarial(AdversarialSteps):
+    """Cross-entropy on PGD-linf examples only (Madry et al. 2018)."""
+
+    name: Literal["adversarial"] = "adversarial"
+
+
+class Trades(AdversarialSteps):
+    """Cross-entropy plus beta times the divergence of adversarial from clean predictions (Zhang et al. 2019)."""
+
+    name: Literal["trades"] = "trades"
+    beta: Positive = 6.0
+    start_std: Annotated[Number, Field(ge=0, le=1)] = 0.001
+
+
+class Sam(Recipe):
+    """Sharpness-aware minimisation (Foret et al. 2021)."""
+
+    name: Literal["sam"] = "sam"
+    rho: Positive = 0.05
+
+
+class RelativeFlatness(Recipe):
+    """Cross-entropy plus `strength` times relative flatness."""
+
+    name: Literal["relative_flatness"] = "relative_flatness"
+    strength: Positive = 1e-3
+
+
+class Imported(Spec):
+    """Nothing is trained: the weights of a registered checkpoint, made elsewhere.
+
+    Jobs name the `checkpoint`; the task that comes of it names its weights, so equal weights are one network.
+    """
+
+    name: Literal["imported"] = "imported"
+    checkpoint: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        default=None, description="Filled in when the job is accepted."
+    )
+
+
+AnyRecipe = Annotated[
+    Standard | LabelSmoothing | Margin | Adversarial | Trades | Sam | RelativeFlatness | Imported,
+    Field(discriminator="name"),
+]
+
+RECIPES: dict[str, type[Recipe]] = {
+    "standard": Standard,
+    "label_smoothing": LabelSmoothing,
+    "margin": Margin,
+    "adversarial": Adversarial,
+    "trades": Trades,
+    "sam": Sam,
+    "relative_flatness": RelativeFlatness,
+}
+"""Those that train."""
+
+KNOWN: dict[str, type[Spec]] = {**RECIPES, "imported": Imported}
+
+
+def parameters(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's own parameters, beyond what every recipe has."""
+    return {
+        name: getattr(recipe, name) for name in type(recipe).model_fields if name not in {"name", *Recipe.model_fields}
+    }

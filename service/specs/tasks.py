@@ -1,0 +1,82 @@
+"""What is computed: the tasks that jobs share. Their digest is their identity (DESIGN.md, "Nouns").
+
+A change of a default or of what a number means bumps the `version` of that kind by hand.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from service.specs.attacks import Attack, Eps, Norm, Steps, StepSize
+from service.specs.base import Scale, Spec
+from service.specs.measures import Measure
+from service.specs.recipes import AnyRecipe
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class DatasetRef(Spec):
+    """A data set by name; a lab's own (`npz:NAME`) also by the SHA-256 of its files."""
+
+    name: str
+    train_sha256: Digest | None = None
+    test_sha256: Digest | None = None
+
+
+class TrainTask(Spec):
+    """Train a network; makes a checkpoint."""
+
+    kind: Literal["train"] = "train"
+    version: Literal[1] = 1
+    architecture: str
+    dataset: DatasetRef
+    recipe: AnyRecipe
+    seed: int = 0
+    replicate: int = 0
+
+
+class MeasureTask(Spec):
+    """One sharpness measure of a checkpoint at a scale; `samples` as in an attack."""
+
+    kind: Literal["measure"] = "measure"
+    version: Literal[1] = 1
+    checkpoint: Digest
+    measure: Measure
+    scale: Scale = 1.0
+    scale_bias: bool = True
+    samples: int
+
+
+class AttackTask(Spec):
+    """One attack on a checkpoint at a scale, with its trajectory, on the first `samples` test images.
+
+    `source` is the training of the network that a transfer's examples are made on, where it is another one.
+    With `arrays` the trajectory of every example is kept as an artifact (safetensors), beside its quantiles.
+    """
+
+    kind: Literal["attack"] = "attack"
+    version: Literal[1] = 1
+    checkpoint: Digest
+    attack: Attack
+    scale: Scale = 1.0
+    scale_bias: bool = True
+    attack_seed: int = 0
+    samples: int
+    source: Digest | None = None
+    arrays: bool = False
+
+
+class ControlTask(Spec):
+    """The panel of controls of a checkpoint and an attack geometry, at s = 1, on the first `samples` test images."""
+
+    kind: Literal["control"] = "control"
+    version: Literal[1] = 1
+    checkpoint: Digest
+    norm: Norm
+    eps: Eps
+    step_size: StepSize
+    steps: Steps
+    samples: int
+
+
+Task = Annotated[TrainTask | MeasureTask | AttackTask | ControlTask, Field(discriminator="kind")]

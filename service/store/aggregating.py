@@ -1,0 +1,84 @@
+"""Sums over results, a cell at a time, and the values themselves where sums do not do."""
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Float, Integer, Row, Select, Text, cast, func, select
+
+from service.store.fields import Column
+from service.store.result_tables import cells, results
+from service.store.tables import tasks
+
+FETCHED = 10_000
+
+
+def moments(
+    connection: Connection, where: Sequence[Column], keys: Sequence[Column], metrics: Sequence[Column]
+) -> Generator[Sequence[Row[Any]], None, None]:
+    """Per cell and `keys`: `rows`, how many are `repeated`, and of metric i `n_i, sum_i, squares_i, low_i, high_i`.
+
+    They come in batches, to be closed: with keys that are not of the cell there may be as many as results.
+    """
+    named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
+    of = [
+        part.label(f"{name}_{i}")
+        for i, metric in enumerate(metrics)
+        for name, part in (
+            ("n", func.count(metric)), ("sum", func.sum(_real(metric))),
+            ("squares", func.sum(_real(metric) * _real(metric))),
+            ("low", func.min(metric)), ("high", func.max(metric)),
+        )
+    ]  # fmt: skip
+    # SQLite has no maximum of booleans, PostgreSQL none either.
+    repeated = func.count(func.nullif(results.c.repeated, False)).label("repeated")
+    query: Select[Any] = select(results.c.cell_id, *named, func.count().label("rows"), repeated, *of)
+    query = query.where(*where).group_by(results.c.cell_id, *named)
+    if keys:  # else all of it at once, which a database may plan for
+        query = query.execution_options(yield_per=FETCHED)
+    with connection.execute(query) as rows:
+        yield from rows.partitions(FETCHED)
+
+
+def _real(metric: Column) -> Column:
+    """Sums and squares of integers leave their range on one database, and are decimals on the other."""
+    return cast(metric, Float(53)) if isinstance(metric.type, Integer) else metric
+
+
+def measures(
+    connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column, task_id: Column
+) -> Iterator[Row[Any]]:
+    """`(cell_id, *keys, measure, version)`, each once, of the measure tasks that computed a metric; specs as texts."""
+    named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
+    spec = cast(tasks.c.spec["measure"], Text).label("measure")
+    query: Select[Any] = select(results.c.cell_id, *named, spec, tasks.c.version)
+    query = query.select_from(results.join(tasks, tasks.c.id == task_id))
+    return iter(connection.execute(query.where(*where, metric.is_not(None)).distinct()))
+
+
+def values(
+    connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column, task_id: Column | None
+) -> Iterator[Sequence[Any]]:
+    """`(cell_id, *keys, task_id, value)` of each result that has one; with a `task_id`, once per task."""
+    named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
+    query: Select[Any] = select(results.c.cell_id, *named, *([] if task_id is None else [task_id]), metric)
+    query = query.where(*where, metric.is_not(None))
+    if task_id is not None:
+        query = query.distinct()
+    rows = connection.execute(query.execution_options(yield_per=FETCHED))
+    for row in rows:
+        yield row if task_id is not None else (*row[:-1], None, row[-1])
+
+
+def first(connection: Connection, where: Sequence[Column], condition: Column) -> str | None:
+    """The earliest result of these that fulfils `condition`."""
+    query = select(results.c.job_id).where(*where, condition).order_by(results.c.sequence).limit(1)
+    return connection.scalars(query).one_or_none()
+
+
+def of_cells(connection: Connection, ids: Iterable[int], columns: Sequence[Column]) -> dict[int, tuple[Any, ...]]:
+    """These columns of each of these cells."""
+    wanted = set(ids)
+    query = select(cells.c.id, *columns)
+    if len(wanted) < FETCHED:
+        query = query.where(cells.c.id.in_(wanted))
+    return {row[0]: tuple(row[1:]) for row in connection.execute(query) if row[0] in wanted}

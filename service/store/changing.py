@@ -1,0 +1,82 @@
+"""What can be changed of accepted work: whether it is paused, its priority, its labels."""
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, func, insert, literal, select, update
+
+from service.jobs import ENDED_TASK, LIVE_JOB, TaskState
+from service.store import history
+from service.store.claiming import QUEUE
+from service.store.history import Event
+from service.store.settling import rank_anew
+from service.store.tables import Json, job_tasks, jobs, queues, sweeps, tasks
+
+
+def pause_sweep(connection: Connection, now: float, actor: str, sweep_id: str, *, paused: bool) -> bool:
+    """Detach a sweep's jobs from the queue, or attach them again: each task ranks by the unpaused jobs that are left.
+
+    What only they need is claimed no more; what runs is finished. False where nothing changes.
+    """
+    changed = update(sweeps).where(sweeps.c.id == sweep_id, sweeps.c.paused.is_not(paused)).values(paused=paused)
+    if connection.execute(changed).rowcount == 0:
+        return False
+    verb = "paused" if paused else "resumed"
+    history.append(connection, now, actor, [Event(f"sweep.{verb}", sweep_id=sweep_id)])
+    rank_anew(connection, now, _open_tasks_of(jobs.c.sweep_id == sweep_id))
+    return True
+
+
+def pause_queue(connection: Connection, now: float, actor: str, *, paused: bool) -> bool:
+    """Claim nothing any more, of nobody, or go on. False where nothing changes."""
+    row = queue(connection)
+    if (row is not None and row.paused) == paused:
+        return False
+    values = {"paused": paused, "changed_by": actor, "changed_at": now}
+    if row is None:
+        connection.execute(insert(queues).values(name=QUEUE, **values))
+    else:
+        connection.execute(update(queues).where(queues.c.name == QUEUE).values(values))
+    history.append(connection, now, actor, [Event("queue.paused" if paused else "queue.resumed")])
+    return True
+
+
+def queue(connection: Connection) -> Row[Any] | None:
+    """Whether the queue is paused, by whom and since when; None where it never was."""
+    return connection.execute(select(queues).where(queues.c.name == QUEUE)).one_or_none()
+
+
+def change_jobs(
+    connection: Connection, now: float, actor: str, which: ColumnElement[bool],
+    *, priority: int | None, labels: dict[str, str] | None,
+) -> int:  # fmt: skip
+    """Give live jobs another priority, and all of `which` other labels. Their tasks rank anew; returns how many."""
+    if labels is not None:
+        connection.execute(update(jobs).where(which).values(labels=labels))
+    if priority is not None:
+        connection.execute(update(jobs).where(which, jobs.c.state.in_(LIVE_JOB)).values(priority=priority))
+        rank_anew(connection, now, _open_tasks_of(which))
+    given = _given(priority, labels)
+    history.append_for_jobs(connection, now, actor, "job.changed", select(jobs.c.id).where(which), literal(given, Json))
+    return int(connection.execute(select(func.count()).select_from(jobs).where(which)).scalar_one())
+
+
+def change_sweep(
+    connection: Connection, now: float, actor: str, sweep_id: str,
+    *, priority: int | None, labels: dict[str, str] | None,
+) -> int:  # fmt: skip
+    """The same for a sweep and all of its jobs; returns how many those are."""
+    given = _given(priority, labels)
+    connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(given))
+    history.append(connection, now, actor, [Event("sweep.changed", sweep_id=sweep_id, data=given)])
+    return change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
+
+
+def _given(priority: int | None, labels: dict[str, str] | None) -> dict[str, Any]:
+    return {name: value for name, value in (("priority", priority), ("labels", labels)) if value is not None}
+
+
+def _open_tasks_of(which: ColumnElement[bool]) -> ColumnElement[bool]:
+    """The tasks that have not ended, of live jobs."""
+    needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id)
+    theirs = select(job_tasks.c.task_id).select_from(needing).where(which, jobs.c.state.in_(LIVE_JOB))
+    return and_(tasks.c.id.in_(theirs), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}))

@@ -1,0 +1,279 @@
+"""Leadership, grants and leases: who may run what, by the database's clock and never by age."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    CompoundSelect,
+    Connection,
+    Integer,
+    Select,
+    String,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.sql import ColumnElement
+
+from service.executor import ArtifactRef, Grant
+from service.jobs import TaskState
+from service.scheduling import MAX_BUNDLE, Waiting
+from service.settings import KINDS
+from service.store import history, users
+from service.store.history import Event
+from service.store.listed import listed
+from service.store.settling import UNWANTED, settle, start_jobs
+from service.store.states import CLAIMABLE, RUNNING
+from service.store.tables import attempts, leases, queues, tasks, trainings
+
+LEADER = "dispatcher"
+QUEUE = "default"
+REASONS = {
+    "lease_expired": "its dispatcher was silent for a whole lease",
+    "given_back": "its dispatcher stopped, or started anew",
+}
+
+
+def lead(
+    connection: Connection, now: float, holder: str, epoch: int | None, lease_seconds: float, status: dict[str, Any]
+) -> int | None:
+    """Become the leading dispatcher for one lease, or stay it in `epoch`. Returns the epoch; None while another leads.
+
+    One that is started under the leader's name takes over at once: the process that had it is gone, or has to go.
+    """
+    row = leader(connection)
+    values = {"holder": holder, "expires_at": now + lease_seconds, "status": status}
+    if row is None:
+        connection.execute(insert(leases).values(role=LEADER, epoch=1, **values))
+        return 1
+    if epoch is None and not led_by_another(row, now, holder):
+        epoch = row.epoch + 1
+    elif (row.holder, row.epoch) != (holder, epoch):
+        return None
+    connection.execute(update(leases).where(leases.c.role == LEADER).values(epoch=epoch, **values))
+    return epoch
+
+
+def led_by_another(row: Any, now: float, holder: str) -> bool:
+    """Whether that row of `leader` is a valid lease of another dispatcher."""
+    return row is not None and row.holder != holder and row.expires_at > now
+
+
+def still_leads(connection: Connection, holder: str, epoch: int | None) -> bool:
+    """Whether nobody else has taken the lead since that epoch began (its lease may have expired)."""
+    row = leader(connection)
+    return row is not None and (row.holder, row.epoch) == (holder, epoch)
+
+
+def resign(connection: Connection, now: float, holder: str) -> None:
+    """Let the next dispatcher take over at once."""
+    mine = (leases.c.role == LEADER) & (leases.c.holder == holder)
+    connection.execute(update(leases).where(mine).values(expires_at=now))
+
+
+def leader(connection: Connection) -> Any:
+    """The row of the leading dispatcher: holder, expires_at and its last status; None before the first one."""
+    return connection.execute(select(leases).where(leases.c.role == LEADER)).one_or_none()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a task goes when it is claimed: at whose expense, in which bundle, with how many devices."""
+
+    sponsor: str
+    bundle: str
+    share: float
+
+
+def _best_of_each_kind() -> CompoundSelect[Any]:
+    columns = (
+        tasks.c.id, tasks.c.kind, tasks.c.train_digest, tasks.c.sponsor, tasks.c.priority, tasks.c.sequence,
+        tasks.c.waiting_since, tasks.c.needed_by,
+    )  # fmt: skip
+    ran_out = (attempts.c.task_id == tasks.c.id) & (attempts.c.end == "out_of_shared_memory")
+    whole = and_(tasks.c.attempt > 0, exists().where(ran_out)).label("whole")
+    asked = (CLAIMABLE, tasks.c.sponsor == bindparam("payer"), tasks.c.not_before <= bindparam("now"))
+    best = (
+        select(*columns, whole)
+        .where(*asked, tasks.c.kind == literal(kind))
+        .order_by(tasks.c.due, tasks.c.sequence)
+        .limit(bindparam("each", type_=Integer))
+        .subquery(f"best_{kind}")
+        for kind in KINDS
+    )
+    return union_all(*(select(of_kind) for of_kind in best))
+
+
+BEST_OF_EACH_KIND = _best_of_each_kind()
+
+
+def waiting(connection: Connection, now: float, limit: int) -> list[Waiting]:
+    """The best of each user's queue, about `limit` in all; those that back off or are paused are left out.
+
+    However many tasks one user has queued, each other user's best are there too, and so are the best of each kind: one
+    for which there is no room hides no other. Nothing is read but these.
+    """
+    sponsors = waiting_sponsors(connection)
+    each = max(limit // max(1, len(sponsors) * len(KINDS)), min(limit, MAX_BUNDLE))
+    found: list[Waiting] = []
+    for sponsor in sponsors:
+        rows = connection.execute(BEST_OF_EACH_KIND, {"payer": sponsor, "now": now, "each": each}).all()
+        found += [Waiting(*row) for row in rows]
+    return found
+
+
+def _each_sponsor() -> Select[Any]:
+    first = select(func.min(tasks.c.sponsor).label("sponsor")).where(CLAIMABLE).cte("sponsors", recursive=True)
+    later = tasks.alias("later")
+    queued = later.c.state == literal_column(f"'{TaskState.QUEUED}'")
+    following = select(func.min(later.c.sponsor)).where(queued, ~later.c.paused, later.c.sponsor > first.c.sponsor)
+    sponsors = first.union_all(select(following.scalar_subquery()).where(first.c.sponsor.is_not(None)))
+    return select(sponsors.c.sponsor).where(sponsors.c.sponsor.is_not(None))
+
+
+EACH_SPONSOR = _each_sponsor()
+
+
+def waiting_sponsors(connection: Connection) -> list[str]:
+    """The users who have something queued that is not paused, by one look into the index for each of them."""
+    return list(connection.scalars(EACH_SPONSOR))
+
+
+def queued_of(connection: Connection, sponsor: str, most: int) -> int:
+    """How many tasks wait at this user's expense, counted up to `most`."""
+    mine = select(tasks.c.id).where(CLAIMABLE, tasks.c.sponsor == sponsor).limit(most).subquery()
+    return int(connection.execute(select(func.count()).select_from(mine)).scalar_one())
+
+
+def places(connection: Connection) -> float:
+    """How many tasks the leader's cluster can run at once, as far as it has said."""
+    row = leader(connection)
+    capacity = (row.status if row else {}).get("capacity", {})
+    return float(capacity.get("gpus") or capacity.get("cpus") or 0.0)
+
+
+def is_paused(connection: Connection) -> bool:
+    """Whether the whole queue is."""
+    return bool(connection.scalar(select(queues.c.paused).where(queues.c.name == QUEUE)))
+
+
+def running_by_sponsor(connection: Connection) -> dict[str, int]:
+    query = select(tasks.c.sponsor, func.count()).where(RUNNING).group_by(tasks.c.sponsor)
+    return {sponsor: count for sponsor, count in connection.execute(query)}
+
+
+def grant(
+    connection: Connection, now: float, holder: str, lease_seconds: float, task_ids: Collection[str],
+    placements: Mapping[str, Placement] | None = None,
+) -> dict[str, Grant]:  # fmt: skip
+    """Give queued tasks to `holder` for one lease. The attempt number that each gets fences every later write.
+
+    With `placements` (by task id), only those whose sponsor is still the same: whoever pays has been asked.
+    """
+    mine = update(tasks).where(tasks.c.id.in_(listed(task_ids)), CLAIMABLE)
+    if placements is not None:
+        payers = listed(f"{task_id}:{placements[task_id].sponsor}" for task_id in task_ids)
+        mine = mine.where((tasks.c.id + literal(":", String) + tasks.c.sponsor).in_(payers))
+    values: dict[str, Any] = {
+        "state": TaskState.RUNNING, "attempt": tasks.c.attempt + 1, "holder": holder, "worker": None,
+        "lease_expires_at": now + lease_seconds, "started_at": now, "finished_at": None,
+        "progress": 0.0, "detail": {},
+    }  # fmt: skip
+    made_of = (tasks.c.sponsor, tasks.c.digest, tasks.c.spec, tasks.c.resume_digest, tasks.c.resume_bytes)
+    granted: dict[str, Grant] = {}
+    sponsors: set[str] = set()
+    for row in connection.execute(mine.values(values).returning(tasks.c.id, tasks.c.attempt, *made_of)):
+        resume = ArtifactRef(row.resume_digest, row.resume_bytes, "epoch_state") if row.resume_digest else None
+        granted[row.id] = Grant(row.id, row.attempt, row.digest, row.spec, resume)
+        sponsors.add(row.sponsor)
+    if granted:
+        given = [granted[task_id] for task_id in task_ids if task_id in granted]
+        connection.execute(insert(attempts), [_attempt(one, now, holder, placements) for one in given])
+        happened = [Event("task.running", task_id=one.task_id, attempt=one.attempt) for one in given]
+        history.append(connection, now, holder, happened)
+        start_jobs(connection, now, holder, list(granted))
+        users.serve(connection, now, sponsors)
+    return granted
+
+
+def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Placement] | None) -> dict[str, Any]:
+    place = placements[one.task_id] if placements else None
+    return {
+        "task_id": one.task_id, "number": one.attempt, "holder": holder, "started_at": now,
+        "bundle": place.bundle if place else None, "device_share": place.share if place else None,
+    }  # fmt: skip
+
+
+def checkpoint_of(connection: Connection, train_digest: str) -> tuple[dict[str, Any], ArtifactRef | None]:
+    """The spec of a training and, once it has succeeded, its checkpoint."""
+    query = (
+        select(tasks.c.spec, trainings.c.checkpoint_digest, trainings.c.checkpoint_bytes)
+        .outerjoin(trainings, trainings.c.task_id == tasks.c.id)
+        .where(tasks.c.digest == train_digest)
+    )
+    row = connection.execute(query).one()
+    if row.checkpoint_digest is None:
+        return row.spec, None
+    return row.spec, ArtifactRef(row.checkpoint_digest, row.checkpoint_bytes, "checkpoint")
+
+
+def renew(connection: Connection, now: float, holder: str, lease_seconds: float) -> None:
+    """Prolong the leases of everything that `holder` runs, and charge its sponsors so far."""
+    mine = (tasks.c.holder == holder) & (RUNNING)
+    connection.execute(update(tasks).where(mine).values(lease_expires_at=now + lease_seconds))
+    users.charge_running(connection, now, holder)
+
+
+def held_by(connection: Connection, holder: str) -> dict[tuple[str, int], bool]:
+    """What `holder` runs: `(task id, attempt) -> cancel requested`."""
+    query = select(tasks.c.id, tasks.c.attempt, tasks.c.cancel_requested)
+    mine = query.where(tasks.c.holder == holder, RUNNING)
+    return {(task_id, attempt): unwanted for task_id, attempt, unwanted in connection.execute(mine)}
+
+
+def reap(connection: Connection, now: float, actor: str) -> int:
+    """Take back what runs under an expired lease, at no cost to the task. Returns how many."""
+    return _requeue(connection, now, actor, tasks.c.lease_expires_at < now, "lease_expired")
+
+
+def take_back(connection: Connection, now: float, holder: str, task_ids: Collection[str] | None = None) -> int:
+    """Take back what `holder` runs, or of that only these tasks: nothing of it runs any more."""
+    mine = tasks.c.holder == holder
+    if task_ids is not None:
+        mine &= tasks.c.id.in_(listed(task_ids))
+    return _requeue(connection, now, holder, mine, "given_back")
+
+
+def _requeue(connection: Connection, now: float, actor: str, which: ColumnElement[bool], end: str) -> int:
+    """Queue running tasks again, or cancel those that no live job needs."""
+    mine = update(tasks).where(RUNNING, which)
+    unwanted = tasks.c.cancel_requested
+    values = {
+        "state": case((unwanted, str(TaskState.CANCELLED)), else_=str(TaskState.QUEUED)),
+        "reason": case((unwanted, UNWANTED), else_=tasks.c.reason),
+        "finished_at": case((unwanted, now), else_=None),
+        "holder": None,
+        "lease_expires_at": None,
+    }
+    rows = connection.execute(mine.values(values).returning(tasks.c.id, tasks.c.attempt, tasks.c.state)).all()
+    if not rows:
+        return 0
+    this = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
+    ended = update(attempts).where(this).values(ended_at=now, end=end)
+    connection.execute(ended, [{"task": row.id, "attempt": row.attempt} for row in rows])
+    happened = [
+        Event(f"task.{row.state}", task_id=row.id, attempt=row.attempt, data={"end": end, "reason": REASONS[end]})
+        for row in rows
+    ]
+    history.append(connection, now, actor, happened)
+    settle(connection, now, actor, [row.id for row in rows])
+    return len(rows)

@@ -1,0 +1,201 @@
+"""A filter's tree as a condition in SQL, which holds for the same rows on both databases (see `service/query.py`)."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import Connection, and_, false, func, not_, or_, select, true
+
+from service.errors import InvalidQuery
+from service.query import And, Comparison, Node, Not, Or, Value
+from service.specs.base import Number, shorten
+from service.store.fields import Column, Field, Fields, Kind
+from service.store.result_tables import cells, results
+from service.store.typed import bytewise, contains, unindexed
+
+NUMBER: TypeAdapter[float] = TypeAdapter(Number)
+MAX_INTEGER = 2**31
+FLAGS = {"true": True, "false": False}
+LISTED = 5000  # cells that a statement lists; more are asked for in a subquery
+SOUGHT, MOST = 1000, 4  # up to so many cells, and to one in so many, are looked into one by one for a page
+FEW = 300  # where fewer than one cell in so many matches, they are found by their index
+ORDER: dict[str, Callable[[Any, Any], Column]] = {
+    "<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b,
+}  # fmt: skip
+EQUAL = frozenset({"=", "!=", "in", "not in"})
+ORDERED = EQUAL | frozenset(ORDER)
+OPERATORS: dict[Kind, frozenset[str]] = {
+    "text": ORDERED | {"~"}, "number": ORDERED, "integer": ORDERED, "time": ORDERED, "boolean": EQUAL,
+    "list": frozenset({"=", "in", "~"}),
+}  # fmt: skip
+NULL = frozenset({"is null", "is not null"})
+
+
+def condition(connection: Connection, nodes: Sequence[Node], fields: Fields, *, scanning: bool = False) -> Column:
+    """All of `nodes` as one condition. With `scanning` the rows are read in the order of an index anyway.
+
+    Raises `InvalidQuery` for unknown fields and for values and operators that do not suit their kind.
+    """
+    return _Builder(connection, fields, scanning).build(And(tuple(nodes))) if nodes else true()
+
+
+def by_cell(connection: Connection, nodes: Sequence[Node], fields: Fields) -> tuple[list[int], Column] | None:
+    """`condition` in two: the cells that it allows, and what else it asks of a row. None where it allows many cells."""
+    builder = _Builder(connection, fields, scanning=True)
+    parts = [inner for node in nodes for inner in (node.parts if isinstance(node, And) else (node,))]
+    of_cells = tuple(part for part in parts if builder.is_of_cells(part))
+    if not of_cells:
+        return None
+    ids, every = builder.matching(And(of_cells))
+    if not ids or len(ids) > SOUGHT or len(ids) * MOST > every:
+        return None
+    return ids, and_(true(), *(builder.build(part) for part in parts if part not in of_cells))
+
+
+class _Builder:
+    def __init__(self, connection: Connection, fields: Fields, scanning: bool) -> None:
+        self.connection, self.fields, self.scanning = connection, fields, scanning
+        self._found: dict[str, Field] = {}
+
+    def build(self, node: Node) -> Column:
+        if self.is_of_cells(node):
+            return self._among_cells(node)
+        match node:
+            case Comparison():
+                return compared(node, self._field(node))
+            case Not(inner):
+                return not_(func.coalesce(self.build(inner), false()))
+            case And(parts):
+                return and_(*self._built(parts, And))
+            case Or(parts):
+                return or_(*self._built(parts, Or))
+
+    def _built(self, parts: Sequence[Node], join: type[And] | type[Or]) -> list[Column]:
+        """The parts, those about the cell in one."""
+        of_cells = tuple(part for part in parts if self.is_of_cells(part))
+        others = [self.build(part) for part in parts if part not in of_cells]
+        return [self._among_cells(join(of_cells)), *others] if of_cells else others
+
+    def _field(self, comparison: Comparison) -> Field:
+        name = comparison.field
+        if name not in self._found:
+            self._found[name] = self.fields.find(self.connection, name, comparison.parameter, comparison.position)
+        return self._found[name]
+
+    def is_of_cells(self, node: Node) -> bool:
+        match node:
+            case Comparison():
+                return self._field(node).of_cell is not None
+            case Not(inner):
+                return self.is_of_cells(inner)
+            case And(parts) | Or(parts):
+                return bool(parts) and all(self.is_of_cells(part) for part in parts)
+
+    def _among_cells(self, node: Node) -> Column:
+        """That a result's cell is one of those of which `node` is true: there are few, so they are looked up first."""
+        ids, every = self.matching(node)
+        if not ids:
+            return false()
+        if len(ids) == every:
+            return true()
+        scan = self.scanning and len(ids) * FEW > every
+        column: Column = unindexed(results.c.cell_id) if scan else results.c.cell_id
+        return column.in_(ids if len(ids) <= LISTED else select(cells.c.id).where(self._of_cells(node)))
+
+    def matching(self, node: Node) -> tuple[list[int], int]:
+        """The cells of which `node` is true, up to one more than `LISTED`, and how many cells there are."""
+        matching = select(cells.c.id).where(self._of_cells(node))
+        ids = list(self.connection.scalars(matching.limit(LISTED + 1)))
+        return ids, self.connection.execute(select(func.count()).select_from(cells)).scalar_one()
+
+    def _of_cells(self, node: Node) -> Column:
+        match node:
+            case Comparison():
+                field = self._field(node)
+                return compared(node, Field(field.kind, field.of_cell if field.of_cell is not None else field.column))
+            case Not(inner):
+                return not_(func.coalesce(self._of_cells(inner), false()))
+            case And(parts):
+                return and_(*map(self._of_cells, parts))
+            case Or(parts):
+                return or_(*map(self._of_cells, parts))
+
+
+def compared(comparison: Comparison, field: Field) -> Column:
+    """One comparison; null where the field is, except of `is null`."""
+    operator, kind = comparison.operator, field.kind
+    if operator not in OPERATORS[kind] | NULL:
+        allowed = ", ".join(sorted(OPERATORS[kind]))
+        advice = f"; use `not ({comparison.field} in (...))`" if kind == "list" and operator in ("!=", "not in") else ""
+        sentence = f"{comparison.field} is a {kind}, which can be asked for by {allowed}, not by {operator}{advice}"
+        raise InvalidQuery(comparison.parameter, sentence, comparison.position)
+    values = [literal_of(kind, comparison, value) for value in comparison.values]
+    if field.any_of is not None:
+        if operator in NULL:
+            some = field.any_of(lambda _: true())
+            return not_(some) if operator == "is null" else some
+        return field.any_of(lambda element: _scalar(operator, element, values, "text"))
+    return _scalar(operator, field.column, values, kind)
+
+
+def _scalar(operator: str, column: Column, values: list[Any], kind: Kind) -> Column:
+    found: Column
+    match operator:
+        case "is null":
+            found = column.is_(None)
+        case "is not null":
+            found = column.is_not(None)
+        case "=":
+            found = column == values[0]
+        case "!=":
+            found = column != values[0]
+        case "in":
+            found = column.in_(values)
+        case "not in":
+            found = column.not_in(values)
+        case "~":
+            found = contains(column, values[0])
+        case _:
+            found = ORDER[operator](bytewise(column) if kind == "text" else column, values[0])
+    return found
+
+
+def literal_of(kind: Kind, comparison: Comparison, value: Value) -> Any:
+    """A value as its field's kind has it. Raises `InvalidQuery` that says where it stands and what was expected."""
+    text = value.text
+
+    def refuse(sentence: str) -> InvalidQuery:
+        return InvalidQuery(comparison.parameter, sentence, value.position)
+
+    match kind:
+        case "text" | "list":
+            if bad := re.search("[\x00\ud800-\udfff]", text):
+                raise refuse(f"a text has the control character {bad[0]!r}")
+            return text
+        case "boolean":
+            if text.lower() not in FLAGS:
+                raise refuse(f"{shorten(text)} is neither true nor false")
+            return FLAGS[text.lower()]
+        case "time":
+            return _time(text, refuse)
+    try:
+        number = NUMBER.validate_python(text)
+    except ValidationError as error:
+        raise refuse(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    if kind == "integer":
+        if not (number.is_integer() and abs(number) < MAX_INTEGER):
+            raise refuse(f"{shorten(text)} is not a whole number that fits")
+        return int(number)
+    return number
+
+
+def _time(text: str, refuse: Callable[[str], InvalidQuery]) -> float:
+    try:
+        moment = datetime.fromisoformat(text)
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise refuse(f"{shorten(text)} is no time such as 2026-01-31 or 2026-01-31T12:00:00Z") from None
+    return seconds if math.isfinite(seconds) else 0.0

@@ -1,0 +1,21 @@
+"""The rows of the decision log: the last claims, each with what the scheduler saw and decided."""
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, insert, select
+
+from service.store import counters
+from service.store.tables import decisions
+
+
+def keep(connection: Connection, now: float, actor: str, seen: bytes, decided: list[dict[str, Any]], most: int) -> None:
+    """Write one down, and forget those beyond the last `most`."""
+    number = counters.take(connection, "decisions", 1)
+    row = {"id": number, "at": now, "actor": actor, "seen": seen, "decided": decided}
+    connection.execute(insert(decisions).values(row))
+    connection.execute(delete(decisions).where(decisions.c.id <= number - most))
+
+
+def recorded(connection: Connection) -> list[Row[Any]]:
+    """All that are kept, oldest first."""
+    return list(connection.execute(select(decisions).order_by(decisions.c.id)))

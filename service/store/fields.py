@@ -1,0 +1,335 @@
+"""What jobs and results can be asked about: a name as in a result row, its kind, and the SQL that it stands for."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from sqlalchemy import BigInteger, Connection, case, cast, exists, func, literal, select
+from sqlalchemy.sql import ColumnElement
+
+from service.errors import InvalidQuery
+from service.query import LABEL, plain
+from service.specs import JobSpec
+from service.specs.measures import MEASURES
+from service.store.listed import elements
+from service.store.result_tables import METRICS, cells, number_names, results
+from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
+from service.store.typed import json_flag, json_list, json_number, json_text
+
+Column = ColumnElement[Any]
+Kind = Literal["text", "number", "integer", "boolean", "time", "list"]
+Test = Callable[[Column], Column]
+KINDS: dict[str, Kind] = {"number": "number", "integer": "integer", "boolean": "boolean", "string": "text"}
+UNQUOTABLE = re.compile(r'[\x00-\x1f\x7f"\\]')
+JSON_KINDS: dict[str, Callable[..., Column]] = {
+    "text": json_text, "number": json_number, "boolean": json_flag, "list": json_list,
+}  # fmt: skip
+DIGITS = 18  # of an integer that every database holds
+
+
+@dataclass(frozen=True)
+class Field:
+    """A scalar SQL expression of each row, null where the row has no such value.
+
+    `of_cell` is the same of the row's cell, where it is the same for all of its seeds; `any_of`, of a list, whether
+    any element passes a test; `task`, of a number, the id of the task that computed it, where that is not the attack,
+    and `measure` the id of that task where it is a measure that the job asked for beyond the closed forms.
+    """
+
+    kind: Kind
+    column: Column
+    of_cell: Column | None = None
+    any_of: Callable[[Test], Column] | None = None
+    task: Column | None = None
+    measure: Column | None = None
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Fields by name: those that are always there, families of them (`labels.KEY`), and stored numbers."""
+
+    known: Mapping[str, Field]
+    families: Mapping[str, Callable[[str], Field | None]] = field(default_factory=dict)
+    number: Callable[[str], Field] | None = None
+
+    def find(self, connection: Connection, name: str, parameter: str, position: int | None = None) -> Field:
+        """Raises `InvalidQuery` for a name that there is not, with those that are nearest."""
+        name = plain(name)
+        if name in self.known:
+            return self.known[name]
+        family, _, key = name.partition(".")
+        found = self.families[family](key) if key and family in self.families else None
+        if found is not None:
+            return found
+        if self.number is not None:
+            names = stored_numbers(connection)
+            if name in names:
+                return self.number(name)
+            raise unknown(parameter, name, [*self.known, *self._of_families()], position, others=names)
+        raise unknown(parameter, name, [*self.known, *self._of_families()], position)
+
+    def _of_families(self) -> list[str]:
+        named = [f"provenance.{name}" for name in PROVENANCE] if "provenance" in self.families else []
+        shown = {"provenance": named, "measures": ["measures.TYPE.PARAMETER"]}
+        return [name for family in self.families for name in shown.get(family, [f"{family}.KEY"])]
+
+
+def unknown(
+    parameter: str, name: str, known: Sequence[str], position: int | None = None, others: Sequence[str] = ()
+) -> InvalidQuery:
+    """That there is no such field, and which are near; `others` are too many to be listed."""
+    near = get_close_matches(name, [*known, *others], n=3)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    return InvalidQuery(parameter, f"unknown field {name!r}{meant} (known are: {', '.join(known)})", position)
+
+
+def stored_numbers(connection: Connection) -> list[str]:
+    """The names of all numbers that attacks and measures have left, beside those with a column of their own."""
+    query = select(number_names.c.name).distinct().order_by(number_names.c.name)
+    return [name for name in connection.scalars(query) if name not in METRICS]
+
+
+def _spec_kinds() -> dict[str, Kind]:
+    """Every scalar of a job's spec by its dotted name, of whichever attack or recipe, also of a transfer's own."""
+    schema = JobSpec.model_json_schema(mode="serialization")
+    return dict(_scalars(schema, schema["$defs"]))
+
+
+def _scalars(schema: Mapping[str, Any], models: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Kind]]:
+    for name, of in schema.get("properties", {}).items():
+        for choice in _choices(of):
+            if "$ref" in choice:
+                yield from _scalars(models[choice["$ref"].rpartition("/")[2]], models, f"{prefix}{name}.")
+            elif choice.get("type") in KINDS:
+                yield prefix + name, KINDS[choice["type"]]
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a value may be, one of several or only this."""
+    several = schema.get("anyOf", schema.get("oneOf"))
+    return [schema] if several is None else [choice for one in several for choice in _choices(one)]
+
+
+SPEC_KINDS = _spec_kinds()
+SHORT = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
+COLUMNS = {"attack.type": "attack", "attack.norm": "norm", "attack.eps": "eps", "recipe.name": "recipe"}
+PROVENANCE: dict[str, Kind] = {
+    **dict.fromkeys(
+        (
+            "code_version", "code_revision", "code_digest", "python", "torch", "torchvision", "timm", "numpy", "ray",
+            "cuda", "driver", "device", "hostname", "matmul_precision", "weights_sha256", "dataset_sha256",
+            "task_digest", "task_kind", "dataset",
+        ),
+        "text",
+    ),
+    **dict.fromkeys(
+        ("code_dirty", "deterministic_algorithms", "cudnn_deterministic", "cudnn_benchmark"), "boolean"
+    ),
+    **dict.fromkeys(
+        (
+            "cudnn", "threads", "task_version", "wall_seconds", "cpu_seconds", "device_seconds",
+            "peak_host_memory_bytes", "peak_device_memory_bytes", "seed", "attack_seed", "pid",
+        ),
+        "number",
+    ),
+    "dataset_files_sha256": "list",
+}  # fmt: skip
+
+
+def _json(column: Any, path: tuple[str, ...], kind: Kind) -> Column:
+    value: Any = column[path]
+    match kind:
+        case "number":
+            found: Column = value.as_float()
+        case "integer":  # one that is too long would make a cast, and so every question of this field, fail
+            text = value.as_string()
+            found = case((func.length(text) <= DIGITS, cast(text, BigInteger)))
+        case "boolean":
+            found = value.as_boolean()
+        case _:
+            found = value.as_string()
+    return found
+
+
+def _of_cell(kind: Kind, expression: Column) -> Field:
+    here = select(expression).where(cells.c.id == results.c.cell_id).correlate(results).scalar_subquery()
+    return Field(kind, here, expression)
+
+
+def _cell_field(name: str, kind: Kind) -> Field:
+    column = COLUMNS.get(name, name)
+    return _of_cell(kind, cells.c[column] if column in cells.c else _json(cells.c.spec, tuple(name.split(".")), kind))
+
+
+def _job_spec_field(name: str, kind: Kind) -> Field:
+    column = COLUMNS.get(name, name)
+    return Field(kind, jobs.c[column] if column in jobs.c else _json(jobs.c.spec, tuple(name.split(".")), kind))
+
+
+def _of_job(kind: Kind, expression: Column) -> Field:
+    return Field(kind, select(expression).where(jobs.c.id == results.c.job_id).correlate(results).scalar_subquery())
+
+
+def _measures(job_id: Column) -> Field:
+    kind = tasks.c.spec["measure", "type"].as_string()
+
+    def any_of(test: Test) -> Column:
+        theirs = (job_tasks.c.job_id == job_id) & (tasks.c.id == job_tasks.c.task_id) & (tasks.c.kind == "measure")
+        return exists(select(literal(1)).where(theirs, kind != "closed_forms", test(kind)))
+
+    return Field("list", literal(None), any_of=any_of)
+
+
+def _list(array: Column) -> Field:
+    def any_of(test: Test) -> Column:
+        rows = elements(array)
+        return exists(select(literal(1)).select_from(rows).where(test(rows.c.value)))
+
+    return Field("list", array, any_of=any_of)
+
+
+def _text_of(column: Column) -> Callable[[str], Field | None]:
+    """By a key of that JSON object; some keys it cannot have, and a path in JSON could not name them.
+
+    Rows of before have keys in escapes, which SQLite does not undo.
+    """
+
+    def text_of(key: str) -> Field | None:
+        if UNQUOTABLE.search(key):
+            return None
+        forms = dict.fromkeys((key, json.dumps(key)[1:-1]))
+        found = [json_text(column, literal(form)) for form in forms]
+        return Field("text", found[0] if len(found) == 1 else func.coalesce(*found))
+
+    return text_of
+
+
+def _within(make: Callable[[str], Field | None]) -> Callable[[str], Field | None]:
+    def within(key: str) -> Field | None:
+        found = make(key)
+        return None if found is None else _of_job(found.kind, found.column)
+
+    return within
+
+
+def _provenance(key: str) -> Field | None:
+    kind = PROVENANCE.get(key)
+    if kind is None:
+        return None
+    value = JSON_KINDS[kind](attempts.c.provenance, literal(key))
+    made = (tasks.c.id == results.c.attack_task_id) & (attempts.c.task_id == tasks.c.id)
+    query = select(value).where(made, attempts.c.number == tasks.c.attempt).correlate(results)
+    return _list(query.scalar_subquery()) if kind == "list" else Field(kind, query.scalar_subquery())
+
+
+def _number(name: str) -> Field:
+    """Of the attack, else of a measure that the job asked for, else of the closed forms."""
+    attack = json_number(attack_results.c.numbers, literal(name))
+    measure = json_number(measurements.c.numbers, literal(name))
+    further = (
+        select(measure)
+        .join(job_tasks, job_tasks.c.task_id == measurements.c.task_id)
+        .join(tasks, tasks.c.id == measurements.c.task_id)
+        .where(job_tasks.c.job_id == results.c.job_id, tasks.c.id != results.c.measure_task_id, measure.is_not(None))
+        .order_by(tasks.c.digest.desc())
+        .limit(1)
+    )
+    of_attack = select(attack).where(attack_results.c.task_id == results.c.attack_task_id)
+    of_closed_forms = select(measure).where(measurements.c.task_id == results.c.measure_task_id)
+    whose = further.with_only_columns(tasks.c.id)
+    from_attack, from_further, from_closed_forms, measured_by = (
+        query.correlate(results).scalar_subquery() for query in (of_attack, further, of_closed_forms, whose)
+    )
+    task = case(
+        (from_attack.is_not(None), results.c.attack_task_id),
+        else_=func.coalesce(measured_by, results.c.measure_task_id),
+    )
+    number = func.coalesce(from_attack, from_further, from_closed_forms)
+    return Field("number", number, task=task, measure=case((from_attack.is_(None), measured_by)))
+
+
+def _of_measure(name: str) -> Field | None:
+    """`TYPE.PARAMETER` of a further measure, or its `version`; of two, those of the one whose numbers are shown."""
+    kind, _, parameter = name.partition(".")
+    found = MEASURE_KINDS.get(kind, {}).get(parameter)
+    if found is None:
+        return None
+    value = tasks.c.version if parameter == "version" else _json(tasks.c.spec, ("measure", parameter), found)
+    of_type = tasks.c.spec["measure", "type"].as_string() == kind
+    theirs = (
+        (job_tasks.c.job_id == results.c.job_id) & (tasks.c.id == job_tasks.c.task_id) & (tasks.c.kind == "measure")
+    )
+    query = select(value).where(theirs, of_type).order_by(tasks.c.digest.desc()).limit(1)
+    return Field(found, query.correlate(results).scalar_subquery())
+
+
+def _measure_kinds() -> dict[str, dict[str, Kind]]:
+    """The parameters of each further measure, and the version of its task."""
+    found: dict[str, dict[str, Kind]] = {}
+    for kind, model in MEASURES.items():
+        schema = model.model_json_schema(mode="serialization")
+        found[kind] = {**dict(_scalars(schema, schema.get("$defs", {}))), "version": "integer"}
+    return found
+
+
+MEASURE_KINDS = _measure_kinds()
+
+
+# The short names stand for the dotted ones; `sweep` is an id.
+LABEL_OF_JOB, CHECK_OF_JOB = _text_of(jobs.c.labels), _text_of(jobs.c.verdict_checks)
+JOB_SPEC = {name: _job_spec_field(name, kind) for name, kind in SPEC_KINDS.items()}
+JOBS = Fields(
+    {
+        "id": Field("text", jobs.c.id), "state": Field("text", jobs.c.state), "user": Field("text", jobs.c.user),
+        "owner": Field("text", jobs.c.user), "sweep": Field("text", jobs.c.sweep_id), **JOB_SPEC,
+        **{short: JOB_SPEC[name] for short, name in SHORT.items()}, "measures": _measures(jobs.c.id),
+        "priority": Field("integer", jobs.c.priority), "reason": Field("text", jobs.c.reason),
+        "verdict": Field("text", jobs.c.verdict), "verdict_reasons": _list(jobs.c.verdict_reasons),
+        "spec_digest": Field("text", jobs.c.spec_digest),
+        "created_at": Field("time", jobs.c.created_at), "finished_at": Field("time", jobs.c.finished_at),
+    },
+    {"labels": LABEL_OF_JOB, "verdict_checks": CHECK_OF_JOB},
+)  # fmt: skip
+
+VERSIONS = {
+    f"versions.{kind}": _cell_field(f"versions.{kind}", "integer") for kind in ("train", "measure", "attack", "control")
+}
+SPEC: dict[str, Field] = {
+    name: Field(kind, results.c[name]) if name in results.c else _cell_field(name, kind)
+    for name, kind in SPEC_KINDS.items()
+}  # fmt: skip
+OF_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
+OF_TRAINING = ("test_accuracy", "train_seconds")
+COMPUTED_BY = {
+    **dict.fromkeys(OF_MEASURE, results.c.measure_task_id), **dict.fromkeys(OF_TRAINING, results.c.train_task_id)
+}  # fmt: skip
+HEADLINE: dict[str, Field] = {
+    **{name: Field("number", results.c[name], task=COMPUTED_BY.get(name)) for name in METRICS},
+    "verdict": Field("text", results.c.verdict),
+}
+ATTACK_DIGEST = select(tasks.c.digest).where(tasks.c.id == results.c.attack_task_id).correlate(results)
+RESULTS = Fields(
+    {
+        "job_id": Field("text", results.c.job_id), "user": Field("text", results.c.user),
+        "owner": Field("text", results.c.user), "sweep": Field("text", results.c.sweep_id),
+        "sweep_id": Field("text", results.c.sweep_id), **SPEC, **{short: SPEC[name] for short, name in SHORT.items()},
+        "measures": _measures(results.c.job_id), **HEADLINE,
+        "verdict_reasons": _list(_of_job("list", jobs.c.verdict_reasons).column),
+        "verdict_version": _of_job("integer", jobs.c.verdict_version),
+        "spec_digest": _of_job("text", jobs.c.spec_digest), **VERSIONS,
+        "attack_digest": Field("text", ATTACK_DIGEST.scalar_subquery()),
+        "created_at": Field("time", results.c.created_at), "finished_at": Field("time", results.c.finished_at),
+        "retracted_at": Field("time", results.c.retracted_at), "retracted_by": Field("text", results.c.retracted_by),
+        "retraction_reason": Field("text", results.c.retraction_reason),
+    },
+    {
+        "labels": _within(LABEL_OF_JOB), "verdict_checks": _within(CHECK_OF_JOB), "provenance": _provenance,
+        "measures": _of_measure,
+    },
+    _number,
+)  # fmt: skip
+
+__all__ = ["HEADLINE", "JOBS", "LABEL", "RESULTS", "SPEC", "Column", "Field", "Fields", "stored_numbers", "unknown"]

@@ -1,0 +1,143 @@
+"""Filing a finished job's result: its row among those that are asked for, in the transaction that ends the job."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, insert, select, update
+
+from service.store.listed import insert_rows, listed
+from service.store.result_tables import cells, number_names, results
+from service.store.tables import attack_results, job_tasks, jobs, measurements, tasks, trainings
+
+AT_ONCE = 1000
+# What seeds of one cell may differ in; further measures say more about the same network.
+OF_SPEC = ("seed", "attack_seed", "replicate", "arrays")
+OWN = frozenset({*OF_SPEC, "measures"})
+FROM_JOB = ("masked_fraction", "masked_fraction_of_correct", "reverse_fraction", "verdict")
+FROM_ATTACK = ("clean_accuracy", "clean_loss", "robust_accuracy", "robust_loss", "zero_gradient_fraction")
+FROM_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
+PARTS = {kind: f"{kind}_task_id" for kind in ("train", "measure", "attack", "control")}
+RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
+
+
+def file(connection: Connection, job_ids: Sequence[str]) -> None:
+    """Write the rows of these jobs, which have just succeeded and been judged."""
+    for start in range(0, len(job_ids), AT_ONCE):
+        rows = connection.execute(_finished(job_ids[start : start + AT_ONCE])).all()
+        same = _same_attack(connection, [row.attack_task_id for row in rows])
+        ids = _cells(
+            connection, [cell_spec(row.spec, of) for row, of in zip(rows, _versions(connection, rows), strict=True)]
+        )
+        filed = []
+        for row, cell_id in zip(rows, ids, strict=True):
+            filed.append(_row(row, cell_id, same.get(row.attack_task_id)))
+            same.setdefault(row.attack_task_id, filed[-1])
+        insert_rows(connection, results, filed)
+
+
+def note_names(connection: Connection, kind: str, numbers: Iterable[Mapping[str, Any]]) -> None:
+    """Remember which numbers tasks of this kind leave."""
+    names = {name for of_task in numbers for name in of_task}
+    known = set(connection.scalars(select(number_names.c.name).where(number_names.c.kind == kind)))
+    if fresh := names - known:
+        connection.execute(insert(number_names), [{"kind": kind, "name": name} for name in sorted(fresh)])
+
+
+def refresh(connection: Connection, task_ids: Collection[str]) -> None:
+    """Carry the numbers of tasks that were computed again over to the results that rest on them."""
+    of_them = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
+    attack = {name: _number(attack_results, name, results.c.attack_task_id) for name in FROM_ATTACK}
+    measure = {name: _number(measurements, name, results.c.measure_task_id) for name in FROM_MEASURE}
+    train = {
+        "test_accuracy": _number(trainings, "test_accuracy", results.c.train_task_id),
+        "train_seconds": _number(trainings, "seconds", results.c.train_task_id),
+    }
+    connection.execute(update(results).where(results.c.job_id.in_(of_them)).values({**attack, **measure, **train}))
+
+
+def cell_spec(spec: Mapping[str, Any], versions: Mapping[str, int | None]) -> dict[str, Any]:
+    """What a job's numbers rest on, but for seeds: its spec without what is its own, and the versions of its tasks."""
+    kept = {name: value for name, value in spec.items() if name not in OWN}
+    if spec["scale"] == 1 and spec["attack"].get("source_scale", 1) == 1:
+        kept["scale_bias"] = True  # nothing is scaled
+    return {**kept, "versions": dict(versions)}
+
+
+def cell_digest(spec: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    attack = spec["attack"]
+    ball = attack.get("attack", attack)  # a transfer's is that of the attack that makes its examples
+    return {
+        "digest": digest, "architecture": spec["architecture"], "dataset": spec["dataset"], "scale": spec["scale"],
+        "attack": attack["type"], "norm": ball.get("norm"), "eps": ball.get("eps"),
+        "recipe": spec["recipe"]["name"], "samples": spec["samples"], "spec": dict(spec),
+    }  # fmt: skip
+
+
+def _finished(job_ids: Sequence[str]) -> Select[Any]:
+    columns = [jobs.c[name] for name in ("id", "sequence", "user", "sweep_id", "spec", "created_at", *FROM_JOB)]
+    parts = [jobs.c[name] for name in ("finished_at", *PARTS.values())]
+    numbers = [*(attack_results.c[name] for name in FROM_ATTACK), *(measurements.c[name] for name in FROM_MEASURE)]
+    training = (trainings.c.test_accuracy, trainings.c.seconds.label("train_seconds"))
+    return (
+        select(*columns, *parts, *numbers, *training)
+        .join(attack_results, attack_results.c.task_id == jobs.c.attack_task_id)
+        .outerjoin(measurements, measurements.c.task_id == jobs.c.measure_task_id)
+        .outerjoin(trainings, trainings.c.task_id == jobs.c.train_task_id)
+        .where(jobs.c.id.in_(listed(job_ids)))
+        .order_by(jobs.c.sequence)
+    )
+
+
+def _versions(connection: Connection, rows: Sequence[Row[Any]]) -> list[dict[str, int | None]]:
+    """Of each of these jobs, by the kind of its tasks. Apart, because a planner gives up on many joins at once."""
+    parts = [{kind: getattr(row, column) for kind, column in PARTS.items()} for row in rows]
+    ids = {task_id for of_job in parts for task_id in of_job.values() if task_id is not None}
+    query = select(tasks.c.id, tasks.c.version).where(tasks.c.id.in_(listed(ids)))
+    version = dict(connection.execute(query).all())
+    return [{kind: version.get(task_id) for kind, task_id in of_job.items()} for of_job in parts]
+
+
+def _same_attack(connection: Connection, task_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Of each of these attack tasks that has a result already, whether that is retracted, and why."""
+    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
+    theirs = (
+        select(results.c.attack_task_id, *(results.c[name] for name in RETRACTION))
+        .where(results.c.job_id.in_(listed(connection.scalars(needing))))
+        .order_by(results.c.sequence.desc())
+    )
+    return {row.attack_task_id: row._asdict() for row in connection.execute(theirs)}
+
+
+def _cells(connection: Connection, specs: Sequence[dict[str, Any]]) -> list[int]:
+    """The id of the cell of each of these specs; those that there are not yet are made."""
+    digests = [cell_digest(spec) for spec in specs]
+    ids = _known_cells(connection, digests)
+    if fresh := {digest: spec for digest, spec in zip(digests, specs, strict=True) if digest not in ids}:
+        connection.execute(insert(cells), [cell_row(digest, spec) for digest, spec in fresh.items()])
+        ids |= _known_cells(connection, list(fresh))
+    return [ids[digest] for digest in digests]
+
+
+def _known_cells(connection: Connection, digests: Sequence[str]) -> dict[str, int]:
+    query = select(cells.c.digest, cells.c.id).where(cells.c.digest.in_(listed(dict.fromkeys(digests))))
+    return {digest: cell_id for digest, cell_id in connection.execute(query)}
+
+
+def _row(row: Row[Any], cell_id: int, same: Mapping[str, Any] | None) -> dict[str, Any]:
+    kept = ("sequence", "user", "sweep_id", "train_task_id", "measure_task_id", "attack_task_id", "created_at")
+    numbers = (*FROM_JOB, *FROM_ATTACK, *FROM_MEASURE, "test_accuracy", "train_seconds")
+    return {
+        "job_id": row.id, "cell_id": cell_id, "repeated": same is not None, "finished_at": row.finished_at,
+        **{name: getattr(row, name) for name in (*kept, *numbers)}, **{name: row.spec[name] for name in OF_SPEC},
+        **{name: same[name] if same else None for name in RETRACTION},
+    }  # fmt: skip
+
+
+def _number(table: Any, name: str, task_id: Any) -> Any:
+    return select(table.c[name]).where(table.c.task_id == task_id).scalar_subquery()

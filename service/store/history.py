@@ -1,0 +1,94 @@
+"""Events: an append-only row per state change, with the actor. The audit log, and what the live stream sends."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, Table, exists, func, insert, literal, select
+
+from service.store import counters
+from service.store.tables import Json, events, job_tasks, jobs, tasks
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened to a job, a task or a sweep: `kind` is `noun.verb`, as in `task.succeeded`."""
+
+    kind: str
+    sweep_id: str | None = None
+    job_id: str | None = None
+    task_id: str | None = None
+    attempt: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def append(connection: Connection, now: float, actor: str, happened: list[Event]) -> None:
+    """Write events in order, with gap-free ids."""
+    if not happened:
+        return
+    first = counters.take(connection, "events", len(happened))
+    connection.execute(
+        insert(events),
+        [
+            {
+                "id": first + offset, "at": now, "actor": actor, "kind": event.kind, "sweep_id": event.sweep_id,
+                "job_id": event.job_id, "task_id": event.task_id, "attempt": event.attempt, "data": event.data,
+            }
+            for offset, event in enumerate(happened)
+        ],
+    )  # fmt: skip
+
+
+def append_for_jobs(
+    connection: Connection, now: float, actor: str, kind: str, which: Select[tuple[str]],
+    data: ColumnElement[Any] | None = None,
+) -> None:  # fmt: skip
+    """The same event for each job of `which` (a query of ids), in the order they were submitted.
+
+    `data` is made of columns of `jobs`, as they are at this moment.
+    """
+    columns = {"sweep_id": jobs.c.sweep_id, "job_id": jobs.c.id}
+    _append_for(connection, now, actor, literal(kind), jobs, which, columns, data)
+
+
+def append_for_tasks(
+    connection: Connection, now: float, actor: str, kind: str | None, which: Select[tuple[str]],
+    data: ColumnElement[Any] | None = None,
+) -> None:  # fmt: skip
+    """The same for tasks; without a `kind` it is `task.` and the state that each is in at this moment."""
+    named = literal(kind) if kind else "task." + tasks.c.state
+    _append_for(connection, now, actor, named, tasks, which, {"task_id": tasks.c.id}, data)
+
+
+def _append_for(
+    connection: Connection, now: float, actor: str, kind: ColumnElement[str], table: Table,
+    which: Select[tuple[str]], columns: Mapping[str, ColumnElement[Any]], data: ColumnElement[Any] | None,
+) -> None:  # fmt: skip
+    place = func.row_number().over(order_by=(table.c.sequence, table.c.id))
+    values = {
+        "id": counters.current("events") + place, "at": literal(now), "actor": literal(actor), "kind": kind, **columns,
+        "data": literal({}, Json) if data is None else data,
+    }  # fmt: skip
+    rows = select(*values.values()).where(table.c.id.in_(which))
+    statement = insert(events).from_select(list(values), rows).execution_options(preserve_rowcount=True)
+    counters.take(connection, "events", connection.execute(statement).rowcount)
+
+
+def after(
+    connection: Connection, last_id: int, *, sweep_id: str | None = None, job_id: str | None = None, limit: int = 1000
+) -> list[dict[str, Any]]:
+    """Events later than `last_id`, oldest first, of everything or of one sweep or job and the tasks that it needs."""
+    query = select(events).where(events.c.id > last_id).order_by(events.c.id).limit(limit)
+    # Asked of each event and not listed beforehand, by nested questions that leave the planner no other way: thousands
+    # of jobs may need tens of thousands of tasks.
+    needed = exists().where(job_tasks.c.task_id == events.c.task_id)
+    if sweep_id is not None:
+        by_it = exists().where(jobs.c.id == job_tasks.c.job_id, jobs.c.sweep_id == sweep_id)
+        query = query.where((events.c.sweep_id == sweep_id) | needed.where(by_it.correlate(job_tasks)))
+    if job_id is not None:
+        query = query.where((events.c.job_id == job_id) | needed.where(job_tasks.c.job_id == job_id))
+    return [dict(row._mapping) for row in connection.execute(query)]
+
+
+def last_id(connection: Connection) -> int:
+    return int(connection.execute(select(events.c.id).order_by(events.c.id.desc()).limit(1)).scalar_one_or_none() or 0)

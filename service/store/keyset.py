@@ -1,0 +1,206 @@
+"""Pages by where the one before ended, never by counting: rows that come or go meanwhile shift nothing."""
+
+import base64
+import binascii
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Column as SchemaColumn
+from sqlalchemy import Connection, Row, Select, and_, false, or_, select, true, tuple_
+
+from service.errors import InvalidQuery
+from service.store.fields import Column, Field
+from service.store.typed import bytewise, unsorted
+
+Position = tuple[list[Any], int]  # the values that the last row is sorted by, and its sequence number
+STATES = "take `next_cursor` of the page before"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One field to sort by; nulls come last in both directions."""
+
+    field: Field
+    descending: bool
+
+    @property
+    def column(self) -> Column:
+        return bytewise(self.field.column) if self.field.kind == "text" else self.field.column
+
+
+@dataclass(frozen=True)
+class Among:
+    """The rows whose `column` is one of `ids`, which are of the primary key `group`: few groups, each in an index."""
+
+    column: Column
+    group: SchemaColumn[int]
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The fields to sort by, the first one first, and then the order of submission."""
+
+    terms: tuple[Term, ...]
+    descending: bool
+    sequence: Column
+
+    def page(
+        self, connection: Connection, query: Select[Any], after: Position | None, limit: int, among: Among | None = None
+    ) -> list[Row[Any]]:
+        """Up to `limit` rows of `query` behind `after`, with the values that they are sorted by as `sort_0`, ...
+
+        `among` says which groups of rows have them, where the order of each group is that of an index.
+        """
+        named = [term.column.label(f"sort_{i}") for i, term in enumerate(self.terms)]
+        query = query.add_columns(self.sequence.label("sort_sequence"), *named)
+        if len(self.terms) == 1:
+            return self._page_by_index(connection, query, after, limit, among)
+        if after is not None:
+            query = query.where(self._behind(*after))
+        if not self.terms:
+            return self._first(connection, query, (self.sequence,), limit, among)
+        order = [part for term in self.terms for part in (term.column.is_(None), _directed(term))]
+        return list(connection.execute(query.order_by(*order, self._tie).limit(limit)))
+
+    def position(self, row: Row[Any]) -> Position:
+        return [getattr(row, f"sort_{i}") for i in range(len(self.terms))], row.sort_sequence
+
+    @property
+    def _tie(self) -> Column:
+        return self.sequence.desc() if self.descending else self.sequence.asc()
+
+    def _page_by_index(
+        self, connection: Connection, query: Select[Any], after: Position | None, limit: int, among: Among | None
+    ) -> list[Row[Any]]:
+        """First the rows with a value, then those without: an index has either in order, but not nulls last."""
+        [term] = self.terms
+        rows: list[Row[Any]] = []
+        if after is None or after[0][0] is not None:
+            known = query.where(term.column.is_not(None))
+            if after is not None:
+                known = known.where(self._behind_in_index(term, after))
+            if term.descending == self.descending:
+                rows = self._first(connection, known, (term.column, self.sequence), limit, among)
+            else:
+                known = known if among is None else known.where(among.column.in_(among.ids))
+                rows = list(connection.execute(known.order_by(_directed(term), self._tie).limit(limit)))
+            after = None
+        if len(rows) < limit:
+            unknown = query.where(term.column.is_(None))
+            if after is not None:
+                unknown = unknown.where(self._later(after[1]))
+            rows += self._first(connection, unknown, (self.sequence,), limit - len(rows), among)
+        return rows
+
+    def _first(
+        self, connection: Connection, query: Select[Any], key: tuple[Column, ...], limit: int, among: Among | None
+    ) -> list[Row[Any]]:
+        """The first rows of `query` in the order of `key`."""
+        directed = [column.desc() if self.descending else column.asc() for column in key]
+        if among is None:
+            return list(connection.execute(query.order_by(*directed).limit(limit)))
+        end = self._end(connection, query, key, limit, among)
+        if end is not None:
+            here, there = tuple_(*key), tuple_(*end)
+            query = query.where(here >= there if self.descending else here <= there)
+        if connection.dialect.name == "postgresql":  # which may prefer to read all rows of the groups otherwise
+            of_group = query.where(among.column == among.group).order_by(*directed).limit(limit).lateral("of_group")
+            query = (
+                select(of_group).select_from(among.group.table.join(of_group, true())).where(among.group.in_(among.ids))
+            )
+            key = tuple(of_group.c[name] for name in ("sort_0", "sort_sequence")[-len(key) :])
+        else:
+            # So few rows are left that they are sorted: no index on the key alone is to be read up to the first.
+            query, key = query.where(among.column.in_(among.ids)), tuple(map(unsorted, key))
+        ordered = query.order_by(*(column.desc() if self.descending else column.asc() for column in key))
+        return list(connection.execute(ordered.limit(limit)))
+
+    def _end(
+        self, connection: Connection, query: Select[Any], key: tuple[Column, ...], limit: int, among: Among
+    ) -> tuple[Any, ...] | None:
+        """A key with at least `limit` rows up to it, from where each group's n-th row is; None where there are few."""
+        directed = [column.desc() if self.descending else column.asc() for column in key]
+        for n in dict.fromkeys((-(-limit // len(among.ids)), limit)):
+            of_group = query.with_only_columns(self.sequence).where(among.column == among.group)
+            nth = of_group.order_by(*directed).offset(n - 1).limit(1).correlate(among.group.table).scalar_subquery()
+            there = select(nth).where(among.group.in_(among.ids))
+            ends = select(*key).where(self.sequence.in_(there)).order_by(*directed)
+            found = connection.execute(ends.offset(-(-limit // n) - 1).limit(1)).one_or_none()
+            if found is not None:
+                return tuple(found)
+        return None
+
+    def _behind_in_index(self, term: Term, after: Position) -> Column:
+        if term.descending != self.descending:
+            return self._behind(*after)
+        here, there = tuple_(term.column, self.sequence), tuple_(after[0][0], after[1])
+        return here < there if self.descending else here > there
+
+    def _later(self, sequence: int) -> Column:
+        return self.sequence < sequence if self.descending else self.sequence > sequence
+
+    def _behind(self, values: Sequence[Any], sequence: int) -> Column:
+        """Behind in the first term in which they differ, or equal in all and later."""
+        either: list[Column] = []
+        equal: list[Column] = []
+        for term, value in zip(self.terms, values, strict=True):
+            column = term.column
+            either.append(and_(*equal, _beyond(term, value)))
+            equal.append(column.is_(None) if value is None else column == value)
+        return or_(*either, and_(*equal, self._later(sequence)))
+
+
+def _directed(term: Term) -> Column:
+    return term.column.desc() if term.descending else term.column.asc()
+
+
+def _beyond(term: Term, value: Any) -> Column:
+    if value is None:
+        return false()
+    return or_(term.column < value if term.descending else term.column > value, term.column.is_(None))
+
+
+def encode_cursor(question: Any, position: Position) -> str:
+    """Where a page ended, bound to the question that it answers."""
+    packed = json.dumps([_fingerprint(question), *position], separators=(",", ":"))
+    return base64.urlsafe_b64encode(packed.encode()).decode().rstrip("=")
+
+
+def decode_cursor(question: Any, cursor: str, order: Order) -> Position:
+    """Raises `InvalidQuery` where it is none of ours, or one of another question."""
+    try:
+        fingerprint, values, sequence = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (ValueError, TypeError, binascii.Error, RecursionError):
+        raise InvalidQuery("cursor", f"this is not a cursor: {STATES}") from None
+    if fingerprint != _fingerprint(question):
+        raise InvalidQuery("cursor", "this cursor belongs to another question: keep filters and sort as they were")
+    kinds = [term.field.kind for term in order.terms]
+    fits = isinstance(values, list) and len(values) == len(kinds) and _is_whole(sequence)
+    if not fits or not all(value is None or _fits(kind, value) for kind, value in zip(kinds, values, strict=True)):
+        raise InvalidQuery("cursor", f"this is not a cursor: {STATES}")
+    return values, sequence
+
+
+def _fits(kind: str, value: Any) -> bool:
+    match kind:
+        case "text":
+            return isinstance(value, str) and not re.search("[\x00\ud800-\udfff]", value)
+        case "boolean":
+            return isinstance(value, bool)
+        case "integer":
+            return _is_whole(value) and abs(value) < 2**31
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62
+
+
+def _fingerprint(question: Any) -> str:
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]

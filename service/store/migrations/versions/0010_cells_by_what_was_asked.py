@@ -1,0 +1,13 @@
+"""What a filter asks of cells, from an index: their specs are most of the table"""
+
+from alembic import op
+
+revision = "0010"
+down_revision = "0009"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    asked = ["architecture", "dataset", "attack", "scale", "norm", "eps", "recipe", "samples"]
+    op.create_index("ix_cells_asked", "cells", asked)

@@ -1,0 +1,152 @@
+"""Questions about jobs, sweeps, tasks, data sets and the queue. They change nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Float, Row, cast, exists, func, select
+
+from service.jobs import JobState, TaskState
+from service.query import Node
+from service.store.conditions import condition
+from service.store.fields import JOBS
+from service.store.keyset import Order, Position
+from service.store.listed import listed
+from service.store.tables import attempts, datasets, job_tasks, jobs, sweeps, tasks
+
+Rows = list[Row[Any]]
+
+# The parts that tasks play in a job, and the columns that name them; further measures are found by their kind.
+ROLES = {
+    "train": jobs.c.train_task_id,
+    "closed_forms": jobs.c.measure_task_id,
+    "attack": jobs.c.attack_task_id,
+    "baseline": jobs.c.baseline_task_id,
+    "control": jobs.c.control_task_id,
+}
+
+
+def jobs_page(connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int) -> Rows:
+    return order.page(connection, select(jobs).where(condition(connection, nodes, JOBS)), after, limit)
+
+
+def job(connection: Connection, job_id: str) -> Row[Any] | None:
+    return connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+
+
+def tasks_of_job(connection: Connection, job_id: str) -> Rows:
+    query = select(tasks).join(job_tasks, job_tasks.c.task_id == tasks.c.id).where(job_tasks.c.job_id == job_id)
+    return list(connection.execute(query.order_by(tasks.c.sequence, tasks.c.id)))
+
+
+def roles(job_row: Row[Any], task: Row[Any]) -> list[str]:
+    """Which parts this task plays in the job: at s = 1 the attack is its own baseline."""
+    found = [role for role, column in ROLES.items() if getattr(job_row, column.name) == task.id]
+    return found or ["measure"]
+
+
+def progress_of_jobs(connection: Connection, job_ids: Sequence[str]) -> dict[str, float]:
+    """How far each job is, as the mean over its tasks: `job id -> fraction`."""
+    query = (
+        select(job_tasks.c.job_id, func.avg(tasks.c.progress))
+        .join(tasks, tasks.c.id == job_tasks.c.task_id)
+        .where(job_tasks.c.job_id.in_(listed(job_ids)))
+        .group_by(job_tasks.c.job_id)
+    )
+    return {job_id: float(fraction) for job_id, fraction in connection.execute(query)}
+
+
+def sweeps_page(connection: Connection, user: str | None, after: str | None, limit: int) -> Rows:
+    """The newest first; `after` is the id where the page before ended (UUIDv7: in the order of their making)."""
+    query = select(sweeps).order_by(sweeps.c.id.desc()).limit(limit)
+    if user is not None:
+        query = query.where(sweeps.c.user == user)
+    if after is not None:
+        query = query.where(sweeps.c.id < after)
+    return list(connection.execute(query))
+
+
+def sweep(connection: Connection, sweep_id: str) -> Row[Any] | None:
+    return connection.execute(select(sweeps).where(sweeps.c.id == sweep_id)).one_or_none()
+
+
+def job_counts(connection: Connection, sweep_ids: Sequence[str]) -> dict[str, dict[str, int]]:
+    """`sweep id -> state -> jobs`, with all states."""
+    counts = {sweep_id: {str(state): 0 for state in JobState} for sweep_id in sweep_ids}
+    query = select(jobs.c.sweep_id, jobs.c.state, func.count()).where(jobs.c.sweep_id.in_(sweep_ids))
+    for sweep_id, state, count in connection.execute(query.group_by(jobs.c.sweep_id, jobs.c.state)):
+        counts[sweep_id][state] = count
+    return counts
+
+
+def task_counts(connection: Connection, sweep_ids: Sequence[str]) -> Rows:
+    """Per sweep, kind and state of its distinct tasks: `sweep_id, kind, state, n, progress` (the sum of it)."""
+    needed = (
+        select(jobs.c.sweep_id, tasks.c.id, tasks.c.kind, tasks.c.state, tasks.c.progress)
+        .join(job_tasks, job_tasks.c.job_id == jobs.c.id)
+        .join(tasks, tasks.c.id == job_tasks.c.task_id)
+        .where(jobs.c.sweep_id.in_(sweep_ids))
+        .distinct()
+        .subquery()
+    )
+    key = (needed.c.sweep_id, needed.c.kind, needed.c.state)
+    totals = (func.count().label("n"), func.sum(needed.c.progress).label("progress"))
+    return list(connection.execute(select(*key, *totals).group_by(*key)))
+
+
+def seconds_by_kind(connection: Connection, sweep_ids: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What one task of a kind took on average in each sweep, by the workers' own clocks."""
+    took = cast(attempts.c.provenance["wall_seconds"].as_float(), Float)
+    query = (
+        select(jobs.c.sweep_id, tasks.c.kind, func.avg(took))
+        .join(job_tasks, job_tasks.c.job_id == jobs.c.id)
+        .join(tasks, tasks.c.id == job_tasks.c.task_id)
+        .join(attempts, (attempts.c.task_id == tasks.c.id) & (attempts.c.number == tasks.c.attempt))
+        .where(jobs.c.sweep_id.in_(sweep_ids), tasks.c.state == TaskState.SUCCEEDED)
+        .group_by(jobs.c.sweep_id, tasks.c.kind)
+    )
+    found: dict[str, dict[str, float]] = {sweep_id: {} for sweep_id in sweep_ids}
+    for sweep_id, kind, seconds in connection.execute(query):
+        if seconds is not None:
+            found[sweep_id][kind] = float(seconds)
+    return found
+
+
+def task(connection: Connection, id_or_digest: str) -> Row[Any] | None:
+    named = tasks.c.digest if len(id_or_digest) == 64 else tasks.c.id
+    return connection.execute(select(tasks).where(named == id_or_digest)).one_or_none()
+
+
+def attempts_of(connection: Connection, task_id: str) -> Rows:
+    return list(connection.execute(select(attempts).where(attempts.c.task_id == task_id).order_by(attempts.c.number)))
+
+
+def jobs_of_task(connection: Connection, task_id: str, limit: int) -> list[str]:
+    query = select(jobs.c.id).join(job_tasks, job_tasks.c.job_id == jobs.c.id).where(job_tasks.c.task_id == task_id)
+    return list(connection.scalars(query.order_by(jobs.c.sequence).limit(limit)))
+
+
+def running_tasks(connection: Connection, *, sweep_id: str | None = None, job_id: str | None = None) -> Rows:
+    """What runs now, with its progress: of everything, or of one sweep or job."""
+    query = select(
+        tasks.c.id, tasks.c.digest, tasks.c.kind, tasks.c.attempt, tasks.c.worker, tasks.c.progress, tasks.c.detail
+    ).where(tasks.c.state == TaskState.RUNNING)
+    needed = (job_tasks.c.task_id == tasks.c.id) & (job_tasks.c.job_id == jobs.c.id)
+    if sweep_id is not None:
+        query = query.where(exists().where(needed, jobs.c.sweep_id == sweep_id))
+    if job_id is not None:
+        query = query.where(exists().where(needed, jobs.c.id == job_id))
+    return list(connection.execute(query.order_by(tasks.c.sequence)))
+
+
+def registered_datasets(connection: Connection) -> Rows:
+    return list(connection.execute(select(datasets).order_by(datasets.c.name)))
+
+
+def queue_counts(connection: Connection) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Jobs by state, and tasks by kind and state."""
+    in_state = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+    of_kind = select(tasks.c.kind, tasks.c.state, func.count()).group_by(tasks.c.kind, tasks.c.state)
+    by_kind: dict[str, dict[str, int]] = {}
+    for kind, state, count in connection.execute(of_kind):
+        by_kind.setdefault(kind, {})[state] = count
+    return {state: count for state, count in connection.execute(in_state)}, by_kind

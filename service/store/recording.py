@@ -1,0 +1,260 @@
+"""What attempts report. Each write says in its UPDATE that its attempt is still the current one, or changes nothing."""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, assert_never
+
+from sqlalchemy import ColumnElement, Connection, String, and_, bindparam, cast, delete, insert, select, update
+
+from service.executor import Failed, Lost, Message, Outcome, Progress, Started, Succeeded
+from service.jobs import TaskState
+from service.store import filing, history
+from service.store.history import Event
+from service.store.listed import listed
+from service.store.settling import UNWANTED, settle
+from service.store.tables import (
+    artifacts,
+    attack_results,
+    attempts,
+    control_results,
+    curves,
+    measurements,
+    outcome_bits,
+    tasks,
+    trainings,
+)  # fmt: skip
+
+RESULTS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
+THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
+Key = tuple[str, int]
+COSTLY = {"worker_died", "out_of_memory", "stalled"}  # losses that may be the task's own doing
+PATIENT = {"out_of_shared_memory", "disk_full"}  # those that would come again at once
+MISSING_CHECKPOINT = "missing_checkpoint"  # a kind of failure, by which a retry finds the training to run again
+LONGEST_WAIT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How many application errors and lost workers a task may have, and the wait before a retry: doubled each time."""
+
+    max_errors: int
+    max_suspect_losses: int
+    backoff_seconds: float
+
+    def wait_seconds(self, errors: int) -> float:
+        """With jitter, so that what failed together does not come back together."""
+        doubled = min(self.backoff_seconds * 2.0 ** min(errors - 1, 20), LONGEST_WAIT_SECONDS)
+        return float(doubled * random.uniform(0.75, 1.25))
+
+
+def record(
+    connection: Connection, now: float, actor: str, messages: Iterable[Message], patience: Patience
+) -> list[str]:
+    """Write messages down, each if its attempt is the current one, and what follows from them.
+
+    Returns digests of artifacts that nobody points to any more.
+    """
+    started: dict[str, list[Started]] = defaultdict(list)
+    succeeded: dict[Key, Succeeded] = {}
+    ended: list[str] = []
+    superseded: list[str] = []
+    rare: list[Failed | Lost] = []
+    for message in messages:
+        match message:
+            case Started():
+                started[message.worker].append(message)
+            case Progress():
+                superseded += _progress(connection, now, message)
+            case Succeeded():
+                succeeded.setdefault((message.task_id, message.attempt), message)
+            case Failed() | Lost():
+                rare.append(message)
+            case _:
+                assert_never(message)
+    for worker, those in started.items():
+        _write_worker(connection, now, worker, those)
+    if succeeded:
+        ended += _write_successes(connection, now, actor, succeeded)
+        superseded += _forget_epoch_states(connection, ended, keep=None)
+    for message in rare:
+        if _stopped(connection, now, actor, message, patience):
+            ended.append(message.task_id)
+    settle(connection, now, actor, ended)
+    return superseded
+
+
+def _fence(reports: Iterable[Message]) -> ColumnElement[bool]:
+    """True of the tasks whose current and running attempt is that of one of these reports."""
+    keys = [f"{report.task_id}:{report.attempt}" for report in reports]
+    ids = [key.rpartition(":")[0] for key in keys]
+    theirs = tasks.c.id + ":" + cast(tasks.c.attempt, String)
+    return and_(tasks.c.id.in_(listed(ids)), theirs.in_(listed(keys)), tasks.c.state == TaskState.RUNNING)
+
+
+def _current(connection: Connection, message: Message, **values: Any) -> bool:
+    """The fence: one UPDATE that hits the task only while `message.attempt` is its running attempt."""
+    return connection.execute(update(tasks).where(_fence([message])).values(**values)).rowcount == 1
+
+
+def _write_worker(connection: Connection, now: float, worker: str, reports: Sequence[Started]) -> None:
+    mine = update(tasks).where(_fence(reports)).values(worker=worker).returning(tasks.c.id, tasks.c.attempt)
+    rows = [{"task": row.id, "attempt": row.attempt} for row in connection.execute(mine)]
+    if rows:
+        connection.execute(update(attempts).where(THIS_ATTEMPT).values(worker=worker, charged_until=now), rows)
+
+
+def _write_successes(connection: Connection, now: float, actor: str, reports: Mapping[Key, Succeeded]) -> list[str]:
+    """Returns the tasks that have succeeded: those whose report was of their current attempt."""
+    values = {"state": TaskState.SUCCEEDED, "reason": None, "finished_at": now, "progress": 1.0}
+    nothing_left = {"holder": None, "lease_expires_at": None, "resume_digest": None, "resume_bytes": None}
+    mine = update(tasks).where(_fence(reports.values())).values(**values, **nothing_left)
+    columns = (tasks.c.id, tasks.c.attempt, tasks.c.kind, tasks.c.generation)
+    done = connection.execute(mine.returning(*columns)).all()
+    if not done:
+        return []
+    outcomes = {row.id: reports[row.id, row.attempt].outcome for row in done}
+    provenance = [{"task": row.id, "attempt": row.attempt, "made": finite(outcomes[row.id].provenance)} for row in done]
+    made = {"ended_at": now, "end": "succeeded", "provenance": bindparam("made")}
+    connection.execute(update(attempts).where(THIS_ATTEMPT).values(made), provenance)
+    for kind in {row.kind for row in done}:
+        _store_outcomes(connection, now, kind, {row.id: outcomes[row.id] for row in done if row.kind == kind})
+    if again := [row.id for row in done if row.generation > 1]:
+        filing.refresh(connection, again)
+    happened = [Event("task.succeeded", task_id=row.id, attempt=row.attempt) for row in done]
+    history.append(connection, now, actor, happened)
+    return list(outcomes)
+
+
+def _attempt(connection: Connection, report: Message, **values: Any) -> None:
+    this = (attempts.c.task_id == report.task_id) & (attempts.c.number == report.attempt)
+    connection.execute(update(attempts).where(this).values(**values))
+
+
+def _progress(connection: Connection, now: float, message: Progress) -> list[str]:
+    detail = finite(message.detail)
+    values: dict[str, Any] = {"progress": message.fraction, "detail": detail}
+    if message.resume is None:
+        _current(connection, message, **values)
+        return []
+    resume = {"resume_digest": message.resume.digest, "resume_bytes": message.resume.size_bytes, "suspect_losses": 0}
+    if not _current(connection, message, **values, **resume):
+        return []  # its bytes stay for the collector of garbage: the current attempt may have written the same
+    superseded = _forget_epoch_states(connection, [message.task_id], keep=message.resume.digest)
+    _artifact(connection, now, message.task_id, message.resume.digest, "epoch_state", message.resume.size_bytes)
+    data = {"detail": detail}
+    happened = Event("task.checkpointed", task_id=message.task_id, attempt=message.attempt, data=data)
+    history.append(connection, now, "worker", [happened])
+    return superseded
+
+
+def _store_outcomes(connection: Connection, now: float, kind: str, outcomes: Mapping[str, Outcome]) -> None:
+    """Numbers into the table of their kind: known ones in their columns, all of them in `numbers`."""
+    table = RESULTS[kind]
+    named = [column.name for column in table.columns if column.name not in ("task_id", "numbers")]
+    rows, bits, points = [], [], []
+    # A reopened task replaces what an earlier generation left.
+    for old in (table, outcome_bits, curves):
+        connection.execute(delete(old).where(old.c.task_id.in_(listed(outcomes))))
+    for task_id, outcome in outcomes.items():
+        numbers = finite(outcome.numbers)
+        row = {"task_id": task_id, "numbers": numbers, **{name: numbers.get(name) for name in named}}
+        for ref in outcome.artifacts:
+            _artifact(connection, now, task_id, ref.digest, ref.kind, ref.size_bytes)
+            if ref.kind == "checkpoint":
+                row |= {"checkpoint_digest": ref.digest, "checkpoint_bytes": ref.size_bytes}
+        rows.append(row)
+        bits += [{"task_id": task_id, "name": name, **vars(of)} for name, of in outcome.bits.items()]
+        points += [{"task_id": task_id, "name": name, "points": finite(of)} for name, of in outcome.curves.items()]
+    for into, these in ((table, rows), (outcome_bits, bits), (curves, points)):
+        if these:
+            connection.execute(insert(into), these)
+    if kind in ("attack", "measure"):
+        filing.note_names(connection, kind, [row["numbers"] for row in rows])
+
+
+def _stopped(connection: Connection, now: float, actor: str, message: Failed | Lost, patience: Patience) -> bool:
+    """An attempt ended without success: try again, or not."""
+    counters = select(tasks.c.errors, tasks.c.suspect_losses, tasks.c.cancel_requested)
+    task = connection.execute(counters.where(tasks.c.id == message.task_id)).one_or_none()
+    if task is None:
+        return False
+    state, why, end = TaskState.QUEUED, message.message, "error"
+    values: dict[str, Any] = {}
+    if isinstance(message, Failed):
+        values["errors"] = task.errors + 1
+        if message.kind != "error" or values["errors"] >= patience.max_errors:
+            state = TaskState.FAILED
+            end = MISSING_CHECKPOINT if message.kind == MISSING_CHECKPOINT else "failed"
+        else:
+            values["not_before"] = now + patience.wait_seconds(values["errors"])
+    else:
+        end = message.reason
+        if message.reason in PATIENT:
+            values["not_before"] = now + patience.wait_seconds(1 + _in_a_row(connection, message))
+        if message.reason in COSTLY:
+            losses = values["suspect_losses"] = task.suspect_losses + 1
+            if losses >= patience.max_suspect_losses:
+                state = TaskState.HELD
+                why = f"held for review: it lost its worker {losses} times, last: {message.message}"
+            values["not_before"] = now + patience.wait_seconds(losses)
+    if task.cancel_requested and state is not TaskState.FAILED:
+        state, why = TaskState.CANCELLED, UNWANTED
+    values["finished_at"] = None if state is TaskState.QUEUED else now
+    if not _current(connection, message, state=state, reason=why, holder=None, lease_expires_at=None, **values):
+        return False
+    traceback = message.traceback or None if isinstance(message, Failed) else None
+    _attempt(connection, message, ended_at=now, end=end, message=message.message, traceback=traceback)
+    data = {"end": end, "reason": why}
+    happened = Event(f"task.{state}", task_id=message.task_id, attempt=message.attempt, data=data)
+    history.append(connection, now, actor, [happened])
+    return True
+
+
+def _in_a_row(connection: Connection, message: Lost) -> int:
+    """How many attempts before this one ended for a reason as patient, one after the other."""
+    before = (attempts.c.task_id == message.task_id) & (attempts.c.number < message.attempt)
+    last = select(attempts.c.end).where(before).order_by(attempts.c.number.desc()).limit(20)
+    return len(list(takewhile(PATIENT.__contains__, connection.scalars(last).all())))
+
+
+def note_stalled(connection: Connection, now: float, actor: str, still_seconds: Mapping[Key, float]) -> None:
+    """Say of these attempts that they have not advanced for so long: as an event, and in the detail until they do."""
+    query = select(tasks.c.attempt, tasks.c.progress, tasks.c.detail).where(tasks.c.state == TaskState.RUNNING)
+    for (task_id, attempt), seconds in still_seconds.items():
+        task = connection.execute(query.where(tasks.c.id == task_id, tasks.c.attempt == attempt)).one_or_none()
+        if task is not None:
+            still = {"stalled_seconds": round(seconds, 1)}
+            connection.execute(update(tasks).where(tasks.c.id == task_id).values(detail={**task.detail, **still}))
+            data = {**still, "progress": task.progress}
+            history.append(connection, now, actor, [Event("task.stalled", task_id=task_id, attempt=attempt, data=data)])
+
+
+def _artifact(connection: Connection, now: float, task_id: str, digest: str, kind: str, size_bytes: int) -> None:
+    same = (artifacts.c.digest == digest) & (artifacts.c.task_id == task_id)
+    connection.execute(delete(artifacts).where(same))
+    row = {"digest": digest, "task_id": task_id, "kind": kind, "size_bytes": size_bytes, "created_at": now}
+    connection.execute(insert(artifacts).values(**row))
+
+
+def _forget_epoch_states(connection: Connection, task_ids: Sequence[str], *, keep: str | None) -> list[str]:
+    """Drop the rows of trainings' earlier epoch states; returns those digests that nothing else points to."""
+    theirs = (artifacts.c.task_id.in_(listed(task_ids))) & (artifacts.c.kind == "epoch_state")
+    old = delete(artifacts).where(theirs, artifacts.c.digest != (keep or "")).returning(artifacts.c.digest)
+    digests = list(connection.scalars(old))
+    used = set(connection.scalars(select(artifacts.c.digest).where(artifacts.c.digest.in_(listed(digests)))))
+    return [digest for digest in dict.fromkeys(digests) if digest not in used]
+
+
+def finite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not have: null, as where there is no number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

@@ -1,0 +1,194 @@
+"""What follows when tasks change state: children are unblocked or cancelled, jobs get their state and their verdict.
+
+Thousands of jobs may share one task, so whatever happens to them is a statement or two, however many they are.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, case, distinct, exists, func, select, update
+
+from service.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
+from service.scheduling import AGEING_SECONDS, HEAD_START_SECONDS
+from service.store import filing, history, timings, users
+from service.store.judging import verdicts
+from service.store.listed import json_object, listed
+from service.store.tables import job_tasks, jobs, sweeps, task_edges, tasks
+
+UNWANTED = "no live job needs it"
+UNPAUSED = func.coalesce(sweeps.c.paused, False).is_(False)  # of jobs joined with their sweeps
+# The states that a job's tasks are in, as a set of bits, and the state of the job that follows by `job_state`.
+BITS = {str(state): 1 << place for place, state in enumerate(TaskState)}
+STATE_BY_BITS = {
+    bits: str(job_state([state for state in TaskState if BITS[state] & bits])) for bits in range(1, 1 << len(TaskState))
+}
+
+
+def start_jobs(connection: Connection, now: float, actor: str, running: Collection[str]) -> None:
+    """The jobs that have waited run, now that these tasks of theirs do."""
+    theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(running)))
+    waiting = and_(jobs.c.id.in_(theirs), jobs.c.state == JobState.QUEUED)
+    history.append_for_jobs(connection, now, actor, "job.running", select(jobs.c.id).where(waiting))
+    connection.execute(update(jobs).where(waiting).values(state=JobState.RUNNING))
+
+
+def settle(connection: Connection, now: float, actor: str, changed: Collection[str]) -> None:
+    """Carry the new states of the tasks `changed` over to their children and to the jobs that need them."""
+    if not changed:
+        return
+    users.charge_ended(connection, now, changed)
+    state = dict(connection.execute(select(tasks.c.id, tasks.c.state).where(tasks.c.id.in_(listed(changed)))).all())
+    succeeded = [task_id for task_id in changed if state[task_id] == TaskState.SUCCEEDED]
+    others = [task_id for task_id in changed if state[task_id] != TaskState.SUCCEEDED]
+    if succeeded:
+        timings.keep(connection, now, succeeded)
+        _unblock(connection, now, actor, succeeded)
+        _finish_jobs(connection, now, actor, succeeded)
+    if others:
+        touched = listed([*others, *_cancel_upstream(connection, now, actor, others)])
+        settle_jobs(connection, now, actor, select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(touched)))
+
+
+def _unblock(connection: Connection, now: float, actor: str, changed: Collection[str]) -> None:
+    """Queue the blocked children whose parents have all succeeded."""
+    children = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(changed)))
+    parent = tasks.alias("parent")
+    waits = exists().where(
+        task_edges.c.child_id == tasks.c.id,
+        task_edges.c.parent_id == parent.c.id,
+        parent.c.state != TaskState.SUCCEEDED,
+    )
+    free = and_(tasks.c.id.in_(children), tasks.c.state == TaskState.BLOCKED, ~waits)
+    history.append_for_tasks(connection, now, actor, "task.queued", select(tasks.c.id).where(free))
+    connection.execute(update(tasks).where(free).values(state=TaskState.QUEUED))
+
+
+def _cancel_upstream(connection: Connection, now: float, actor: str, changed: Collection[str]) -> list[str]:
+    """Cancel the blocked children of tasks that ended without success."""
+    ended = tasks.c.state.in_((TaskState.FAILED, TaskState.CANCELLED))
+    failed = connection.execute(select(tasks.c.id, tasks.c.reason).where(tasks.c.id.in_(listed(changed)), ended)).all()
+    cancelled: list[str] = []
+    for parent_id, reason in failed:
+        children = select(task_edges.c.child_id).where(task_edges.c.parent_id == parent_id)
+        statement = update(tasks).where(tasks.c.id.in_(children), tasks.c.state == TaskState.BLOCKED)
+        values = {"state": TaskState.CANCELLED, "reason": f"upstream: {reason}", "finished_at": now}
+        cancelled += connection.scalars(statement.values(values).returning(tasks.c.id))
+    if cancelled:
+        why = json_object(reason=tasks.c.reason)
+        history.append_for_tasks(connection, now, actor, "task.cancelled", listed(cancelled), why)
+    return cancelled
+
+
+def _finish_jobs(connection: Connection, now: float, actor: str, succeeded: Collection[str]) -> None:
+    """The jobs for which one of these tasks was the last have succeeded."""
+    theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(succeeded)))
+    needs = job_tasks.alias("needs")
+    missing = exists().where(
+        needs.c.job_id == jobs.c.id, needs.c.task_id == tasks.c.id, tasks.c.state != TaskState.SUCCEEDED
+    )
+    done = select(jobs.c.id).where(jobs.c.id.in_(theirs), jobs.c.state.in_(LIVE_JOB), ~missing)
+    _move_jobs(connection, now, actor, connection.scalars(done).all(), JobState.SUCCEEDED)
+
+
+def settle_jobs(connection: Connection, now: float, actor: str, which: Select[tuple[str]]) -> None:
+    """Derive the state of each live job of `which` (a query of ids) from its tasks, whatever has changed there."""
+    seen = func.sum(distinct(case(BITS, value=tasks.c.state)))
+    state = case(STATE_BY_BITS, value=seen)
+    needs = jobs.join(job_tasks, job_tasks.c.job_id == jobs.c.id).join(tasks, tasks.c.id == job_tasks.c.task_id)
+    live = and_(jobs.c.id.in_(which), jobs.c.state.in_(LIVE_JOB))
+    moved: dict[str, list[str]] = defaultdict(list)
+    derived = select(jobs.c.id, state).select_from(needs).where(live).group_by(jobs.c.id, jobs.c.state)
+    for job_id, new in connection.execute(derived.having(state != jobs.c.state)):
+        moved[new].append(job_id)
+    for new, ids in moved.items():
+        _move_jobs(connection, now, actor, ids, JobState(new))
+
+
+def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence[str], state: JobState) -> None:
+    if not job_ids:
+        return
+    if state is JobState.SUCCEEDED:
+        _judge(connection, job_ids)
+    values: dict[str, Any] = {"state": state, "reason": None, "finished_at": None if state in LIVE_JOB else now}
+    stopped = state in (JobState.FAILED, JobState.HELD)
+    if stopped:
+        values["reason"] = _reason_of_tasks()
+    connection.execute(update(jobs).where(jobs.c.id.in_(listed(job_ids))).values(values))
+    if state is JobState.SUCCEEDED:
+        filing.file(connection, job_ids)
+    data = json_object(reason=jobs.c.reason) if stopped else None
+    history.append_for_jobs(connection, now, actor, f"job.{state}", listed(job_ids), data)
+    if state is JobState.FAILED:
+        release(connection, now, actor, job_ids)
+
+
+def _judge(connection: Connection, job_ids: Sequence[str]) -> None:
+    found = verdicts(connection, job_ids)
+    columns: dict[str, Any] = {name: bindparam(f"new_{name}") for name in found[0] if name != "id"}
+    statement = update(jobs).where(jobs.c.id == bindparam("new_id")).values(columns)
+    connection.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in found])
+
+
+def _reason_of_tasks() -> ColumnElement[str | None]:
+    """The reason of the task of a job that failed itself, rather than of those that it took along."""
+    rank = case({str(TaskState.FAILED): 0, str(TaskState.HELD): 1}, value=tasks.c.state, else_=2)
+    mine = tasks.join(job_tasks, job_tasks.c.task_id == tasks.c.id)
+    query = select(tasks.c.reason).select_from(mine)
+    stopped = tasks.c.state.in_((TaskState.FAILED, TaskState.HELD, TaskState.CANCELLED))
+    here = query.where(job_tasks.c.job_id == jobs.c.id, stopped, tasks.c.reason.is_not(None))
+    return here.order_by(rank, tasks.c.id).limit(1).correlate(jobs).scalar_subquery()
+
+
+def release(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> None:
+    """Let go of the tasks of jobs that are not live any more: those that no live job needs end, others rank anew."""
+    if not job_ids:
+        return
+    mine = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(job_ids)))
+    theirs = and_(tasks.c.id.in_(mine), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}))
+    unneeded = and_(theirs, ~_of_live_jobs(select(1)).exists())
+    running = tasks.c.state == TaskState.RUNNING
+    connection.execute(update(tasks).where(unneeded, running).values(cancel_requested=True))
+    values = {"state": TaskState.CANCELLED, "reason": UNWANTED, "finished_at": now}
+    ended = connection.scalars(update(tasks).where(unneeded, ~running).values(values).returning(tasks.c.id)).all()
+    if ended:
+        why = json_object(reason=tasks.c.reason)
+        history.append_for_tasks(connection, now, actor, "task.cancelled", listed(ended), why)
+    rank_anew(connection, now, theirs)
+
+
+def rank_anew(connection: Connection, now: float, which: ColumnElement[bool]) -> None:
+    """Each of these tasks ranks as the best-ranked live, unpaused job that needs it; that job's user is its sponsor.
+
+    Those that only paused jobs need are paused with the rank that they had; one that goes on begins to wait anew.
+    """
+    ids = select(tasks.c.id).where(which)
+    place = func.row_number().over(partition_by=job_tasks.c.task_id, order_by=(jobs.c.priority.desc(), jobs.c.sequence))
+    needed_by = func.count().over(partition_by=job_tasks.c.task_id)
+    needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
+    by_rank = (
+        select(job_tasks.c.task_id, jobs.c.priority, jobs.c.user, jobs.c.sequence,
+               place.label("place"), needed_by.label("needed_by"))
+        .select_from(needing)
+        .where(job_tasks.c.task_id.in_(ids), jobs.c.state.in_(LIVE_JOB), UNPAUSED)
+        .subquery("by_rank")
+    )  # fmt: skip
+    since = case((tasks.c.paused, now), else_=tasks.c.waiting_since)
+    head_start = case((tasks.c.kind == "train", HEAD_START_SECONDS), else_=0.0)
+    rank = {
+        "priority": by_rank.c.priority, "sponsor": by_rank.c.user, "sequence": by_rank.c.sequence,
+        "needed_by": by_rank.c.needed_by, "waiting_since": since, "paused": False,
+        "due": since - by_rank.c.priority * AGEING_SECONDS - head_start,
+    }  # fmt: skip
+    unranked = and_(which, tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}), ~tasks.c.paused)
+    wanted = _of_live_jobs(select(1), unpaused=True).exists()
+    connection.execute(update(tasks).where(unranked, ~wanted, _of_live_jobs(select(1)).exists()).values(paused=True))
+    best = and_(tasks.c.id == by_rank.c.task_id, by_rank.c.place == 1)
+    connection.execute(update(tasks).where(best).values(rank))
+
+
+def _of_live_jobs(query: Select[Any], *, unpaused: bool = False) -> Select[Any]:
+    """The query, of the live jobs that need the task at hand."""
+    needing = jobs.join(job_tasks, job_tasks.c.job_id == jobs.c.id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
+    here = query.select_from(needing).where(job_tasks.c.task_id == tasks.c.id, jobs.c.state.in_(LIVE_JOB))
+    return (here.where(UNPAUSED) if unpaused else here).correlate(tasks)

@@ -1,0 +1,14 @@
+"""Conditions on a task's state that partial indices stand for.
+
+They are written into statements instead of bound to them: only so does SQLite know that an index holds all of them.
+"""
+
+from sqlalchemy import and_, literal_column
+
+from service.jobs import TaskState
+from service.store.tables import attempts, tasks
+
+QUEUED = tasks.c.state == literal_column(f"'{TaskState.QUEUED}'")
+CLAIMABLE = and_(QUEUED, ~tasks.c.paused)
+RUNNING = tasks.c.state == literal_column(f"'{TaskState.RUNNING}'")
+CURRENT = (attempts.c.task_id == tasks.c.id) & (attempts.c.number == tasks.c.attempt)

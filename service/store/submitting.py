@@ -1,0 +1,296 @@
+"""Writing accepted jobs: they join the tasks that exist, and bring the ones that do not."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, func, insert, or_, select, union_all, update
+from uuid_utils import uuid7
+
+from service.jobs import LIVE_JOB, JobState, TaskState
+from service.plan import JobPlan, PlannedTask
+from service.scheduling import AGEING_SECONDS, due
+from service.specs import JobSpec, digest
+from service.store import counters, history
+from service.store.history import Event
+from service.store.listed import insert_rows, json_object, listed
+from service.store.recording import MISSING_CHECKPOINT
+from service.store.settling import rank_anew, release, settle, settle_jobs
+from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks, trainings
+
+BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
+REOPENED = (TaskState.FAILED, TaskState.CANCELLED)  # by a new job that needs them
+RETRIABLE = jobs.c.state.in_((JobState.FAILED, JobState.CANCELLED, JobState.HELD))
+
+
+def new_id() -> str:
+    return str(uuid7())
+
+
+def insert_sweep(
+    connection: Connection,
+    now: float,
+    *,
+    name: str,
+    user: str,
+    spec: dict[str, Any],
+    priority: int,
+    labels: dict[str, str],
+) -> str:
+    sweep_id = new_id()
+    row = {"id": sweep_id, "name": name, "user": user, "spec": spec, "priority": priority, "labels": labels}
+    connection.execute(insert(sweeps).values(**row, paused=False, created_at=now))
+    history.append(connection, now, user, [Event("sweep.submitted", sweep_id=sweep_id, data={"name": name})])
+    return sweep_id
+
+
+def known_tasks(connection: Connection, digests: Iterable[str]) -> dict[str, tuple[str, TaskState]]:
+    """Which of these digests are tasks already: `digest -> (id, state)`."""
+    query = select(tasks.c.digest, tasks.c.id, tasks.c.state).where(tasks.c.digest.in_(listed(digests)))
+    return {digest: (task_id, TaskState(state)) for digest, task_id, state in connection.execute(query)}
+
+
+def insert_jobs(
+    connection: Connection,
+    now: float,
+    plans: Sequence[JobPlan],
+    known: dict[str, tuple[str, TaskState]],
+    *,
+    user: str,
+    sweep_id: str | None,
+    priority: int,
+    labels: dict[str, str],
+    paused: bool = False,
+) -> list[str]:
+    """Insert jobs with the tasks they need. Live and succeeded tasks are joined, failed and cancelled ones reopened,
+    with the trainings whose checkpoints these have not found (see `retry_jobs`).
+
+    `known` are those of their tasks that there are already; `paused` says that their sweep is.
+    """
+    sequence = counters.take(connection, "jobs", len(plans))
+    needed: dict[str, tuple[PlannedTask, int]] = {}
+    needed_by: Counter[str] = Counter()
+    for offset, plan in enumerate(plans):
+        for task_digest, task in plan.tasks.items():
+            needed.setdefault(task_digest, (task, sequence + offset))
+        needed_by.update(plan.tasks.keys())
+    ids = {task_digest: task_id for task_digest, (task_id, _) in known.items()}
+    states = {task_digest: state for task_digest, (_, state) in known.items()}
+    again = [task_digest for task_digest, state in states.items() if state in REOPENED]
+    broken = tasks.c.id.in_(listed(ids[task_digest] for task_digest in again))
+    lost = _lost_trainings(connection, broken) if again else []
+    again += lost
+    fresh = [task_digest for task_digest in needed if task_digest not in known]
+    # Parents first: whether a child waits depends on whether its parent has succeeded, or is reopened too.
+    for task_digest in sorted([*again, *fresh], key=lambda task_digest: bool(needed[task_digest][0].parents)):
+        states[task_digest] = _first_state(needed[task_digest][0].parents, states)
+    for task_digest in fresh:
+        ids[task_digest] = new_id()
+
+    if fresh:
+        made = [(*needed[task_digest], ids[task_digest], states[task_digest]) for task_digest in fresh]
+        rank = {"priority": priority, "sponsor": user, "waiting_since": now, "paused": paused}
+        rows = [_task_row(*one, now) | rank for one in made]
+        for row in rows:
+            row |= {"needed_by": needed_by[row["digest"]], "due": due(now, priority, row["kind"])}
+        insert_rows(connection, tasks, rows)
+        edges = [{"parent_id": ids[d], "child_id": task_id} for task, _, task_id, _ in made for d in task.parents]
+        insert_rows(connection, task_edges, edges)
+    rows = [
+        _job_row(plan, ids, sequence + offset, now)
+        | {"user": user, "sweep_id": sweep_id, "priority": priority, "labels": labels}
+        for offset, plan in enumerate(plans)
+    ]
+    insert_rows(connection, jobs, rows)
+    _insert_needs(connection, rows, plans, ids)
+    job_ids = [row["id"] for row in rows]
+    history.append_for_jobs(connection, now, user, "job.submitted", listed(job_ids))
+    kind = json_object(kind=tasks.c.kind)
+    history.append_for_tasks(connection, now, user, None, listed(ids[task_digest] for task_digest in fresh), kind)
+
+    reopen(connection, now, user, {ids[task_digest]: states[task_digest] for task_digest in again})
+    moved = _let_wait(connection, now, user, [ids[task_digest] for task_digest in lost])
+    if not paused:
+        trainings = {plan.train.digest for plan in plans} & known.keys()
+        _need_more(connection, {ids[task_digest]: needed_by[task_digest] for task_digest in trainings})
+    joined = tasks.c.id.in_(listed(ids[task_digest] for task_digest in known))
+    reopened = tasks.c.id.in_(listed(ids[task_digest] for task_digest in again))
+    lacking = or_(tasks.c.priority < priority, tasks.c.paused, tasks.c.cancel_requested, reopened)
+    rank_anew(connection, now, and_(joined, lacking))
+    connection.execute(update(tasks).where(joined, tasks.c.cancel_requested).values(cancel_requested=False))
+    settle(connection, now, user, moved)
+    # A job may be further already than `queued`: where all of its numbers are known, it has succeeded at once.
+    waiting = (TaskState.BLOCKED, TaskState.QUEUED)
+    ahead = [
+        row["id"]
+        for row, plan in zip(rows, plans, strict=True)
+        if any(states[task_digest] not in waiting for task_digest in plan.tasks)
+    ]
+    if ahead:
+        settle_jobs(connection, now, user, listed(ahead))
+    return job_ids
+
+
+def _need_more(connection: Connection, jobs_by_training: Mapping[str, int]) -> None:
+    """So many jobs more need these trainings, which go before others of equal rank the more they are needed."""
+    more = update(tasks).where(tasks.c.id == bindparam("task"), tasks.c.finished_at.is_(None))
+    more = more.values(needed_by=tasks.c.needed_by + bindparam("more"))
+    if jobs_by_training:
+        connection.execute(more, [{"task": task_id, "more": count} for task_id, count in jobs_by_training.items()])
+
+
+def reopen(connection: Connection, now: float, actor: str, again: Mapping[str, TaskState]) -> None:
+    """A new generation of ended tasks, from the state that each begins in. Attempts count on: they are the fence."""
+    if not again:
+        return
+    blocked = listed(task_id for task_id, state in again.items() if state is TaskState.BLOCKED)
+    first = case((tasks.c.id.in_(blocked), str(TaskState.BLOCKED)), else_=str(TaskState.QUEUED))
+    connection.execute(
+        update(tasks)
+        .where(tasks.c.id.in_(listed(again)))
+        .values(
+            state=first, generation=tasks.c.generation + 1, errors=0, suspect_losses=0, not_before=0.0, reason=None,
+            progress=0.0, detail={}, started_at=None, finished_at=None, cancel_requested=False,
+            waiting_since=now, due=now - tasks.c.priority * AGEING_SECONDS,
+        )
+    )  # fmt: skip
+    generation = json_object(generation=tasks.c.generation)
+    history.append_for_tasks(connection, now, actor, None, listed(again), generation)
+
+
+def _lost_trainings(connection: Connection, which: ColumnElement[bool]) -> list[str]:
+    """Digests of the succeeded trainings whose checkpoints those of these tasks that failed have not found.
+
+    Each failed task's last attempt says so, and of which checkpoint; one that had begun before the training succeeded
+    speaks of bytes that have been replaced since.
+    """
+    parent = tasks.alias("parent")
+    query = (
+        select(parent.c.digest)
+        .distinct()
+        .select_from(tasks)
+        .join(attempts, and_(attempts.c.task_id == tasks.c.id, attempts.c.number == tasks.c.attempt))
+        .join(task_edges, task_edges.c.child_id == tasks.c.id)
+        .join(parent, parent.c.id == task_edges.c.parent_id)
+        .join(trainings, trainings.c.task_id == parent.c.id)
+        .where(which, tasks.c.state == TaskState.FAILED, attempts.c.end == MISSING_CHECKPOINT)
+        .where(attempts.c.message.contains(trainings.c.checkpoint_digest))
+        .where(parent.c.state == TaskState.SUCCEEDED, parent.c.finished_at <= attempts.c.started_at)
+    )
+    return list(connection.scalars(query))
+
+
+def _let_wait(connection: Connection, now: float, actor: str, reopened: Sequence[str]) -> list[str]:
+    """What is queued, or runs, on the checkpoints of these reopened trainings waits for the new ones.
+
+    What runs is taken back at no cost: it would fail where the old one is not in its worker's memory. Returns all tasks
+    that this is about.
+    """
+    if not reopened:
+        return []
+    children = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(reopened)))
+    under_way = tasks.c.state.in_((TaskState.QUEUED, TaskState.RUNNING))
+    theirs = and_(tasks.c.id.in_(children), under_way, ~tasks.c.cancel_requested)
+    values = {"state": TaskState.BLOCKED, "holder": None, "lease_expires_at": None}
+    waiting = list(connection.scalars(update(tasks).where(theirs).values(values).returning(tasks.c.id)))
+    running = and_(attempts.c.task_id.in_(listed(waiting)), attempts.c.ended_at.is_(None))
+    taken_back = {"ended_at": now, "end": "given_back", "message": "its network is trained again"}
+    connection.execute(update(attempts).where(running).values(taken_back))
+    history.append_for_tasks(connection, now, actor, "task.blocked", listed(waiting))
+    return [*reopened, *waiting]
+
+
+def cancel_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence[str], reason: str) -> list[str]:
+    """Detach live jobs from their tasks; a task that no other live job needs ends. Returns the jobs that were live."""
+    live = update(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(LIVE_JOB))
+    values = {"state": JobState.CANCELLED, "reason": reason, "finished_at": now}
+    cancelled = list(connection.scalars(live.values(values).returning(jobs.c.id)))
+    why = json_object(reason=jobs.c.reason)
+    history.append_for_jobs(connection, now, actor, "job.cancelled", listed(cancelled), why)
+    release(connection, now, actor, cancelled)
+    return cancelled
+
+
+def reopening(connection: Connection, job_ids: Sequence[str]) -> dict[str, int]:
+    """By how many `retry_jobs` would add to each user's unfinished jobs: held ones are unfinished as they are."""
+    ended = (jobs.c.id.in_(listed(job_ids)), RETRIABLE, jobs.c.finished_at.is_not(None))
+    query = select(jobs.c.user, func.count()).where(*ended).group_by(jobs.c.user)
+    return {user: count for user, count in connection.execute(query)}
+
+
+def retry_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> list[str]:
+    """Reopen failed, held and cancelled jobs, and those of their tasks that did not succeed. Returns the jobs.
+
+    A training whose checkpoint these tasks have not found, or found damaged, runs again too, and what is to use it
+    waits. What had succeeded on the lost weights stays as it is: each attempt's provenance names the weights that it
+    used (`weights_sha256`), and on a CPU the new ones are the same bits.
+    """
+    values = {"state": JobState.QUEUED, "reason": None, "finished_at": None}
+    statement = update(jobs).where(jobs.c.id.in_(listed(job_ids)), RETRIABLE)
+    retried = list(connection.scalars(statement.values(values).returning(jobs.c.id)))
+    if not retried:
+        return []
+    history.append_for_jobs(connection, now, actor, "job.retried", listed(retried))
+    mine = tasks.c.id.in_(select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(retried))))
+    connection.execute(update(tasks).where(mine, tasks.c.cancel_requested).values(cancel_requested=False))
+    columns = (tasks.c.id, tasks.c.digest, tasks.c.train_digest, tasks.c.state, tasks.c.spec)
+    needed = connection.execute(select(*columns).where(mine)).all()
+    states = {row.digest: TaskState(row.state) for row in needed}
+    again: dict[str, TaskState] = {}
+    lost = _lost_trainings(connection, mine)
+    for row in sorted(needed, key=lambda row: row.digest != row.train_digest):
+        if row.state in (*REOPENED, TaskState.HELD) or row.digest in lost:
+            made_on = (row.train_digest, row.spec.get("source") or row.train_digest)
+            parents = () if row.digest == row.train_digest else made_on
+            again[row.id] = states[row.digest] = _first_state(parents, states)
+    reopen(connection, now, actor, again)
+    moved = _let_wait(connection, now, actor, [row.id for row in needed if row.digest in lost])
+    rank_anew(connection, now, mine)
+    settle(connection, now, actor, [*again, *moved])  # other jobs may have been held by the same tasks
+    settle_jobs(connection, now, actor, listed(retried))
+    return retried
+
+
+def _insert_needs(
+    connection: Connection, rows: Sequence[dict[str, Any]], plans: Sequence[JobPlan], ids: dict[str, str]
+) -> None:
+    """Which job needs which tasks: those that its row names, its further measures, and a transfer's other network."""
+    these = jobs.c.sequence.between(rows[0]["sequence"], rows[-1]["sequence"])
+    parts = [column for column in jobs.columns if column.name.endswith("_task_id")]
+    named = [select(jobs.c.id, part).where(these, part.is_not(None)) for part in parts if part.name != BASELINE.name]
+    at_scale = select(jobs.c.id, BASELINE).where(these, jobs.c.attack_task_id != BASELINE)
+    connection.execute(insert(job_tasks).from_select(["job_id", "task_id"], union_all(*named, at_scale)))
+    further = [
+        {"job_id": row["id"], "task_id": ids[task_digest]}
+        for row, plan in zip(rows, plans, strict=True)
+        for task_digest in {task.digest for task in (*plan.measures, plan.source) if task} - {plan.train.digest}
+    ]
+    insert_rows(connection, job_tasks, further)
+
+
+def _first_state(parents: Iterable[str], states: Mapping[str, TaskState]) -> TaskState:
+    waits = any(states[parent] is not TaskState.SUCCEEDED for parent in parents)
+    return TaskState.BLOCKED if waits else TaskState.QUEUED
+
+
+def _task_row(task: PlannedTask, sequence: int, task_id: str, state: TaskState, now: float) -> dict[str, Any]:
+    return {
+        "id": task_id, "digest": task.digest, "kind": task.spec.kind, "version": task.spec.version,
+        "spec": task.spec_json, "generation": 1, "state": state, "train_digest": task.train_digest,
+        "sequence": sequence, "attempt": 0, "errors": 0, "suspect_losses": 0, "not_before": 0.0,
+        "cancel_requested": False, "progress": 0.0, "detail": {}, "created_at": now,
+    }  # fmt: skip
+
+
+def _job_row(plan: JobPlan, ids: dict[str, str], sequence: int, now: float) -> dict[str, Any]:
+    job: JobSpec = plan.job
+    return {
+        "id": new_id(), "sequence": sequence, "spec": job.model_dump_json(), "spec_digest": digest(job),
+        "architecture": job.architecture, "dataset": job.dataset, "scale": job.scale, "attack": job.attack.type,
+        "norm": getattr(job.attack, "norm", None), "eps": getattr(job.attack, "eps", None),
+        "recipe": job.recipe.name, "seed": job.seed, "samples": job.samples,
+        "state": JobState.QUEUED, "created_at": now,
+        "train_task_id": ids[plan.train.digest], "measure_task_id": ids[plan.closed_forms.digest],
+        "attack_task_id": ids[plan.attack.digest], "baseline_task_id": ids[plan.baseline.digest],
+        "control_task_id": ids[plan.control.digest] if plan.control else None,
+    }  # fmt: skip

@@ -1,0 +1,421 @@
+"""The schema: one table a noun, typed columns for what is known, JSON for the rest.
+
+Ids are UUIDv7 as text; times are seconds since 1970 (UTC) by the database's clock.
+"""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)  # fmt: skip
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+Json = JSON(none_as_null=True)
+
+
+def _id(name: str = "id", **options: bool) -> Column[str]:
+    return Column(name, String(36), **options)  # type: ignore[arg-type]
+
+
+datasets = Table(
+    "datasets",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("train_sha256", String(64), nullable=False),
+    Column("test_sha256", String(64), nullable=False),
+    Column("channels", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("classes", Integer, nullable=False),
+    Column("train_count", Integer, nullable=False),
+    Column("test_count", Integer, nullable=False),
+    Column("created_by", String(200), nullable=False),
+    Column("created_at", Float(53), nullable=False),
+)
+
+# Weights made elsewhere: what was uploaded and how it is read, and the weights as they are used.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("architecture", String(80), nullable=False),
+    Column("dataset", String(200), nullable=False),
+    Column("channels", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("classes", Integer, nullable=False),
+    Column("weights_sha256", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("parameters", BigInteger, nullable=False),
+    Column("uploaded_sha256", String(64), nullable=False),
+    Column("keys", Json, nullable=False),
+    Column("mean", Json, nullable=False),
+    Column("std", Json, nullable=False),
+    Column("created_by", String(200), nullable=False),
+    Column("created_at", Float(53), nullable=False),
+)
+
+sweeps = Table(
+    "sweeps",
+    metadata,
+    _id(primary_key=True),
+    Column("name", String(200), nullable=False),
+    Column("user", String(200), nullable=False),
+    Column("spec", Json, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("labels", Json, nullable=False),
+    Column("paused", Boolean, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    _id(primary_key=True),
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("kind", String(20), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("spec", Json, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("reason", Text),
+    # What it is computed on: the training it belongs to, so that bundles share a checkpoint.
+    Column("train_digest", String(64), nullable=False),
+    # Its rank: that of the best-ranked live, unpaused job which needs it; that job's user is its sponsor.
+    Column("priority", Integer, nullable=False),
+    Column("sponsor", String(200), nullable=False),
+    Column("sequence", BigInteger, nullable=False),
+    Column("needed_by", Integer, nullable=False),  # so many live, unpaused jobs when it was last ranked
+    Column("waiting_since", Float(53), nullable=False),
+    Column("due", Float(53), nullable=False),  # its place among its sponsor's: `scheduling.due`
+    Column("paused", Boolean, nullable=False),  # all live jobs that need it are
+    # Three counters (DESIGN.md, "States"): the fence, application errors, workers that it took down.
+    Column("attempt", Integer, nullable=False),
+    Column("errors", Integer, nullable=False),
+    Column("suspect_losses", Integer, nullable=False),
+    Column("not_before", Float(53), nullable=False),
+    Column("holder", String(200)),
+    Column("lease_expires_at", Float(53)),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("worker", Text),
+    Column("progress", Float(53), nullable=False),
+    Column("detail", Json, nullable=False),
+    Column("resume_digest", String(64)),
+    Column("resume_bytes", BigInteger),
+    Column("created_at", Float(53), nullable=False),
+    Column("started_at", Float(53)),
+    Column("finished_at", Float(53)),
+    Index(
+        "ix_tasks_claim", "sponsor", "kind", "due", "sequence",
+        postgresql_where=text("state = 'queued' AND NOT paused"),
+        sqlite_where=text("state = 'queued' AND paused = 0"),
+    ),
+    Index(
+        "ix_tasks_running", "holder",
+        postgresql_where=text("state = 'running'"), sqlite_where=text("state = 'running'"),
+    ),
+    Index("ix_tasks_train", "train_digest", "state"),
+)  # fmt: skip
+
+# These two are written only with the rows that they name, tens of thousands at once, and have no foreign keys for it:
+# PostgreSQL would look each one up again, which takes as long as all the rest.
+task_edges = Table(
+    "task_edges",
+    metadata,
+    _id("parent_id", primary_key=True),
+    _id("child_id", primary_key=True),
+    Index("ix_task_edges_child", "child_id"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("task_id", ForeignKey("tasks.id"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("holder", String(200), nullable=False),
+    Column("worker", Text),
+    Column("started_at", Float(53), nullable=False),
+    Column("ended_at", Float(53)),
+    Column("end", String(40)),  # succeeded, failed, or the reason of a loss
+    Column("message", Text),
+    Column("traceback", Text),
+    Column("provenance", Json),
+    # Its place: which bundle it is in, the devices that bundle takes, and until when its sponsor was charged for it.
+    Column("bundle", String(200)),
+    Column("device_share", Float(53)),
+    Column("charged_until", Float(53)),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    _id(primary_key=True),
+    Column("sequence", BigInteger, nullable=False, unique=True),
+    Column("sweep_id", ForeignKey("sweeps.id")),
+    Column("user", String(200), nullable=False),
+    Column("spec", Json, nullable=False),
+    Column("spec_digest", String(64), nullable=False),
+    Column("architecture", String(80), nullable=False),
+    Column("dataset", String(200), nullable=False),
+    Column("scale", Float(53), nullable=False),
+    Column("attack", String(40), nullable=False),
+    Column("norm", String(10)),
+    Column("eps", Float(53)),
+    Column("recipe", String(80), nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("samples", Integer, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("labels", Json, nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("reason", Text),
+    Column("created_at", Float(53), nullable=False),
+    Column("finished_at", Float(53)),
+    # The parts that tasks play in it; `job_tasks` has them too.
+    _id("train_task_id", nullable=False),
+    _id("measure_task_id", nullable=False),
+    _id("attack_task_id", nullable=False),
+    _id("baseline_task_id", nullable=False),
+    _id("control_task_id"),
+    # The verdict: a pure function of stored bits, computed when the last task lands, then fixed.
+    Column("masked_fraction", Float(53)),
+    Column("masked_fraction_of_correct", Float(53)),
+    Column("reverse_fraction", Float(53)),
+    Column("verdict", String(20)),
+    Column("verdict_reasons", Json),
+    Column("verdict_checks", Json),
+    Column("verdict_version", Integer),
+    Index("ix_jobs_sweep", "sweep_id", "state"),
+    Index("ix_jobs_state", "state", "sequence"),
+    Index("ix_jobs_user", "user", "sequence"),
+    Index("ix_jobs_cell", "architecture", "dataset", "scale", "attack"),
+    Index(
+        "ix_jobs_unfinished", "user",
+        postgresql_where=text("finished_at IS NULL"), sqlite_where=text("finished_at IS NULL"),
+    ),
+)  # fmt: skip
+
+job_tasks = Table(
+    "job_tasks",
+    metadata,
+    _id("job_id", primary_key=True),
+    _id("task_id", primary_key=True),
+    Index("ix_job_tasks_task", "task_id"),
+)
+
+# Numbers belong to the task and are stored once. The headline ones have columns of their own, the rest is JSON.
+trainings = Table(
+    "trainings",
+    metadata,
+    Column("task_id", ForeignKey("tasks.id"), primary_key=True),
+    Column("checkpoint_digest", String(64), nullable=False),
+    Column("checkpoint_bytes", BigInteger, nullable=False),
+    Column("test_accuracy", Float(53)),
+    Column("test_loss", Float(53)),
+    Column("train_loss", Float(53)),
+    Column("seconds", Float(53)),
+    Column("numbers", Json, nullable=False),
+)
+
+measurements = Table(
+    "measurements",
+    metadata,
+    Column("task_id", ForeignKey("tasks.id"), primary_key=True),
+    Column("log_hessian_trace_median", Float(53)),
+    Column("log_relative_sharpness_median", Float(53)),
+    Column("log_relative_flatness_median", Float(53)),
+    Column("numbers", Json, nullable=False),
+)
+
+attack_results = Table(
+    "attack_results",
+    metadata,
+    Column("task_id", ForeignKey("tasks.id"), primary_key=True),
+    Column("clean_accuracy", Float(53)),
+    Column("clean_loss", Float(53)),
+    Column("robust_accuracy", Float(53)),
+    Column("robust_loss", Float(53)),
+    Column("zero_gradient_fraction", Float(53)),
+    Column("numbers", Json, nullable=False),
+)
+
+control_results = Table(
+    "control_results",
+    metadata,
+    Column("task_id", ForeignKey("tasks.id"), primary_key=True),
+    Column("numbers", Json, nullable=False),
+)
+
+outcome_bits = Table(
+    "outcome_bits",
+    metadata,
+    Column("task_id", ForeignKey("tasks.id"), primary_key=True),
+    Column("name", String(40), primary_key=True),
+    Column("n", Integer, nullable=False),
+    Column("packed", LargeBinary, nullable=False),
+)
+
+curves = Table(
+    "curves",
+    metadata,
+    Column("task_id", ForeignKey("tasks.id"), primary_key=True),
+    Column("name", String(80), primary_key=True),
+    Column("points", Json, nullable=False),
+)
+
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("task_id", String(36), primary_key=True),  # "" for an upload
+    Column("kind", String(40), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Index("ix_artifacts_task", "task_id"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Float(53), nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("kind", String(40), nullable=False),
+    Column("sweep_id", String(36)),
+    Column("job_id", String(36)),
+    Column("task_id", String(36)),
+    Column("attempt", Integer),
+    Column("data", Json, nullable=False),
+    Index("ix_events_sweep", "sweep_id", "id"),
+    Index("ix_events_job", "job_id", "id"),
+    Index("ix_events_task", "task_id", "id"),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("user", String(200), primary_key=True),
+    Column("key", String(200), primary_key=True),
+    Column("body_sha256", String(64), nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("location", Text),
+    Column("body", Json, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+)
+
+# One row a role (`dispatcher`): who leads, until when, and how long the executor says it has room for.
+leases = Table(
+    "leases",
+    metadata,
+    Column("role", String(40), primary_key=True),
+    Column("holder", String(200), nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("expires_at", Float(53), nullable=False),
+    Column("status", Json, nullable=False),
+)
+
+# Limits and weights of users by name; null is the default of the settings. Who has no row has all defaults.
+users = Table(
+    "users",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("weight", Float(53)),
+    Column("max_queued_jobs", Integer),
+    Column("max_gpus", Float(53)),
+    Column("created_at", Float(53), nullable=False),
+    Column("role", String(20), nullable=False, server_default="researcher"),
+    Column("disabled_at", Float(53)),
+)
+
+# A token's secret is not here, only its SHA-256; the prefix is what its owner knows it by.
+tokens = Table(
+    "tokens",
+    metadata,
+    _id(primary_key=True),
+    Column("user", ForeignKey("users.name"), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("prefix", String(20), nullable=False),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("scope", String(20), nullable=False),
+    Column("created_by", String(200), nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("expires_at", Float(53)),
+    Column("last_used_at", Float(53)),
+    Column("revoked_at", Float(53)),
+    Index("ix_tokens_user", "user"),
+)
+
+# What each sponsor has used: device seconds, decayed by the half-life until `as_of`, and those charged since then.
+usage = Table(
+    "usage",
+    metadata,
+    Column("user", String(200), primary_key=True),
+    Column("device_seconds", Float(53), nullable=False),
+    Column("as_of", Float(53), nullable=False),
+    Column("recent_seconds", Float(53), nullable=False),
+    Column("served_at", Float(53), nullable=False),  # when something of theirs was last claimed
+)
+
+# The one queue: a row from the first time on that it is paused.
+queues = Table(
+    "queues",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("paused", Boolean, nullable=False),
+    Column("changed_by", String(200), nullable=False),
+    Column("changed_at", Float(53), nullable=False),
+)
+
+# The last claims: what the scheduler saw (packed) and what it decided, so that it can be replayed.
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Float(53), nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("seen", LargeBinary, nullable=False),
+    Column("decided", Json, nullable=False),
+)
+
+# What succeeded tasks took, for estimates: device seconds per epoch or per sample, by what makes them alike.
+timings = Table(
+    "timings",
+    metadata,
+    Column("task_id", ForeignKey("tasks.id"), primary_key=True),
+    Column("kind", String(20), nullable=False),
+    Column("method", String(80), nullable=False),
+    Column("architecture", String(80), nullable=False),
+    Column("dataset", String(200), nullable=False),
+    Column("device", String(200), nullable=False),
+    Column("device_seconds", Float(53), nullable=False),
+    Column("units", Float(53), nullable=False),
+    Column("at", Float(53), nullable=False),
+    Index("ix_timings_alike", "kind", "method", "architecture", "dataset", "at"),
+)
+
+# Counters under their own row lock: job sequence numbers and gap-free event ids.
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)

@@ -1,0 +1,90 @@
+"""Waiting until somebody writes to the database, so that what is new is seen in milliseconds and not at the next look.
+
+PostgreSQL tells those who listen. SQLite counts the commits of others, which is a look into shared memory.
+"""
+
+import sqlite3
+import time
+from typing import Protocol
+
+import psycopg
+from psycopg.sql import SQL, Identifier
+from sqlalchemy import URL
+
+from service.store.database import CONNECT_SECONDS, WRITTEN, Database
+
+LISTEN = SQL("LISTEN {}").format(Identifier(WRITTEN))
+LOOK_SECONDS = 0.005
+
+
+class Waking(Protocol):
+    """For one thread. A wait may end early for no reason, and sees nothing while the database is away."""
+
+    def wait(self, timeout_seconds: float) -> None:
+        """Until another connection has committed something since the last wait began, at most for so long."""
+
+    def close(self) -> None: ...
+
+
+def waking(database: Database) -> Waking:
+    if not database.is_sqlite:
+        return _Listening(database.engine.url)
+    path = database.engine.url.database
+    return _Counting(path) if path else _Sleeping()
+
+
+class _Sleeping:
+    """A database in memory has nobody else who writes."""
+
+    def wait(self, timeout_seconds: float) -> None:
+        time.sleep(timeout_seconds)
+
+    def close(self) -> None:
+        pass
+
+
+class _Counting:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._connection: sqlite3.Connection | None = None
+        self._seen = -1
+
+    def wait(self, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while (now := self._commits()) == self._seen and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(LOOK_SECONDS, left))
+        self._seen = now
+
+    def _commits(self) -> int:
+        try:
+            if self._connection is None:
+                self._connection = sqlite3.connect(self._path, isolation_level=None)
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        except sqlite3.Error:  # it is away, which is told by whoever needs it for more than a hint
+            return self._seen
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+class _Listening:
+    def __init__(self, url: URL) -> None:
+        self._url = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._connection: psycopg.Connection | None = None
+
+    def wait(self, timeout_seconds: float) -> None:
+        try:
+            if self._connection is None:
+                self._connection = psycopg.connect(self._url, autocommit=True, connect_timeout=CONNECT_SECONDS)
+                self._connection.execute(LISTEN)
+            for _ in self._connection.notifies(timeout=timeout_seconds, stop_after=1):
+                pass
+        except psycopg.Error:  # it is away, too
+            self.close()
+            time.sleep(timeout_seconds)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

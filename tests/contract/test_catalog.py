@@ -1,0 +1,118 @@
+"""The torch-free tables of the service say the same as those of the science. A new entry passes by being in both."""
+
+import inspect
+from dataclasses import asdict
+
+import pytest
+
+from service.specs import catalog
+from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
+from service.specs.measures import MEASURES, ClosedForms
+from service.specs.recipes import RECIPES, parameters
+from workers.science.__main__ import PRESETS as SHELL_PRESETS
+from workers.science.architectures import ARCHITECTURES as NETWORKS
+from workers.science.attacks import ATTACKS as ATTACK_FUNCTIONS
+from workers.science.augmentation import default_augmentation
+from workers.science.datasets import DATASETS
+from workers.science.recipes import RECIPES as RECIPE_FUNCTIONS
+from workers.science.sharpness import MEASURES as MEASURE_FUNCTIONS
+
+# What the runner hands to every attack or measure, and what only exists inside a worker.
+NOT_IN_ATTACK_SPECS = {
+    "index",
+    "attack_seed",
+    "observer",
+    "on_progress",
+    "scale",
+    "source",
+    "source_attack",
+    "params",
+    "feature_loss",
+}
+NOT_IN_MEASURE_SPECS = {"seed", "batch_size", "on_progress", "scale"}
+
+
+def keywords(function: object) -> dict[str, object]:
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    return {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+    }
+
+
+def test_architectures() -> None:
+    assert {name: (known.features, known.summary) for name, known in catalog.ARCHITECTURES.items()} == {
+        name: (network.features, network.summary) for name, network in NETWORKS.items()
+    }
+
+
+def test_datasets() -> None:
+    assert list(catalog.DATASETS) == list(DATASETS)
+    for name, known in catalog.DATASETS.items():
+        read = DATASETS[name]
+        assert (known.shape, known.classes, known.train, known.test) == (
+            read.shape,
+            read.classes,
+            read.train,
+            read.test,
+        )
+        assert asdict(default_augmentation(name)) == {
+            "crop_padding": known.crop_padding,
+            "flip": known.flip,
+            "rotation_degrees": known.rotation_degrees,
+        }
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack_parameters_are_those_of_the_function(name: str) -> None:
+    spec, function = ATTACKS[name], ATTACK_FUNCTIONS[name]
+    offered = {
+        field: info.default
+        for field, info in spec.model_fields.items()
+        if field not in {"type", *NUMERICS, "attack", "source_scale", "source"}
+    }
+    taken = {key: default for key, default in keywords(function).items() if key not in NOT_IN_ATTACK_SPECS}
+    fixed = {"steps", "targets", "queries"} if name == "autoattack" else set()  # the standard ensemble is a standard
+    assert set(offered) == set(taken) - fixed
+    for field, info in spec.model_fields.items():
+        if field in taken and not info.is_required():
+            assert info.default == taken[field], field
+
+
+def test_every_attack_of_the_science_can_be_asked_for() -> None:
+    assert set(ATTACKS) == set(ATTACK_FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measure_parameters_are_those_of_the_function(name: str) -> None:
+    spec = MEASURES[name]
+    offered = {field: info.default for field, info in spec.model_fields.items() if field != "type"}
+    taken = {key: value for key, value in keywords(MEASURE_FUNCTIONS[name]).items() if key not in NOT_IN_MEASURE_SPECS}
+    assert offered == taken
+    assert spec is ClosedForms or offered["images"]
+
+
+def test_every_measure_of_the_science_can_be_asked_for() -> None:
+    assert list(MEASURES) == list(MEASURE_FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_parameters_are_those_of_the_function(name: str) -> None:
+    assert parameters(RECIPES[name]()) == dict(RECIPE_FUNCTIONS[name].params)
+
+
+def test_every_recipe_of_the_science_can_be_asked_for() -> None:
+    assert list(RECIPES) == list(RECIPE_FUNCTIONS)
+
+
+def test_the_presets_are_those_of_the_paper() -> None:
+    assert PRESETS["pgd_l2"] == Pgd(norm="l2", eps=0.025, step_size=0.001, steps=25)
+    assert PRESETS["pgd_linf"] == Pgd(norm="linf", eps=8 / 255, step_size=2 / 255, steps=10)
+    assert PRESETS["fgsm"] == Fgsm(norm="linf", eps=8 / 255)
+
+
+@pytest.mark.parametrize("name", SHELL_PRESETS)
+def test_the_shell_knows_the_same_presets(name: str) -> None:
+    spec = PRESETS[name]
+    assert {field: getattr(spec, field) for field in SHELL_PRESETS[name]} == SHELL_PRESETS[name]

@@ -1,0 +1,146 @@
+"""A real server on loopback whose dispatcher hands tasks to threads that make up numbers: HTTP and SQL are real."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from api.app import create_app
+from api.client import ENDED, Client
+from service.artifacts import Artifacts
+from service.dispatcher import Dispatcher
+from service.executor import ArtifactRef, Bits, Bundle, Failed, Grant, Message, Outcome, Progress, Started, Succeeded
+from service.inprocess import InProcessExecutor
+from service.settings import Settings
+from service.store import Database
+
+DIVERGES, SLOW = 666, 777  # seeds of trainings that fail at once, and that do not end by themselves
+PANEL = ("fgsm", "noise", "margin", "square", "pgd", "more_steps")
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """`url`, the home of its store, and a client for it."""
+
+    url: str
+    settings: Settings
+    client: Client
+    http: httpx.Client
+
+    def sweep(self, name: str, *, seed: int = 0, **grid: list[Any]) -> dict[str, Any]:
+        """A small sweep that is done, as GET shows it."""
+        base = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 20, "seed": seed}
+        handle = self.client.sweep(name=name, base=base, grid=grid or {"scale": [1, 5]})
+        return handle.wait()
+
+    def idle(self) -> None:
+        """Wait until nothing waits or runs, so that nothing changes by itself."""
+        deadline = time.monotonic() + 60
+        while any(
+            count and state in ("blocked", "queued", "running")
+            for of_kind in self.client.queue()["tasks"].values()
+            for state, count in of_kind.items()
+        ):
+            assert time.monotonic() < deadline, self.client.queue()
+            time.sleep(0.05)
+
+    def ended(self, path: str) -> dict[str, Any]:
+        """The job or sweep at this path, at its end."""
+        while True:
+            seen: dict[str, Any] = self.http.get(path, params={"wait": 10}).json()
+            if seen["state"] in ENDED:
+                return seen
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The API on a free port, with a store of its own and a dispatcher; shared by the tests of a session."""
+    with running_server(tmp_path_factory.mktemp("home")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Callable[..., AbstractContextManager[RunningServer]]:
+    """For tests that need a server of their own: `with start_server(home, auth=True) as server`."""
+    return running_server
+
+
+@contextmanager
+def running_server(home: Path, *, dispatching: bool = True, **options: Any) -> Iterator[RunningServer]:
+    settings = Settings(home=home, port=0, **options)
+    database = Database(settings.database)
+    database.upgrade()
+    app = create_app(settings)
+    listening = socket.create_server(("127.0.0.1", 0))
+    web = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    stop = threading.Event()
+    executor = InProcessExecutor(made_up, cpus=2, grace_seconds=1)
+    dispatcher = Dispatcher(database, Artifacts(settings.artifacts), executor, settings, "dispatcher-of-tests")
+    threads = [threading.Thread(target=web.run, kwargs={"sockets": [listening]}, name="api")]
+    threads += [threading.Thread(target=dispatcher.run, args=(stop,), name="dispatcher")] if dispatching else []
+    for thread in threads:
+        thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    try:
+        with Client(url, user="ada") as client, httpx.Client(base_url=url, timeout=20) as http:
+            client.ready()
+            yield RunningServer(url, settings, client, http)
+    finally:
+        app.state.stopping = True
+        web.should_exit = True
+        stop.set()
+        for thread in threads:
+            thread.join()
+        database.close()
+
+
+def made_up(bundle: Bundle) -> Iterator[Message]:
+    """Run a bundle without computing anything: the same numbers for the same spec."""
+    for grant in bundle.grants:
+        yield Started(grant.task_id, grant.attempt, "made up")
+        yield Progress(grant.task_id, grant.attempt, 0.5, {"done": 1, "total": 2})
+        if grant.spec["kind"] == "train" and grant.spec["seed"] == DIVERGES:
+            yield Failed(grant.task_id, grant.attempt, "configuration", "training diverged in epoch 1: the loss is nan")
+            continue
+        while grant.spec["kind"] == "train" and grant.spec["seed"] == SLOW:
+            time.sleep(0.01)
+        yield Succeeded(grant.task_id, grant.attempt, outcome_of(grant))
+
+
+def outcome_of(grant: Grant) -> Outcome:
+    spec = grant.spec
+    provenance = {"torch": "0.0", "device": "none", "wall_seconds": 0.01, "weights_sha256": "0" * 64}
+    match spec["kind"]:
+        case "train":
+            epochs = {"epochs": {"epoch": [1, 2], "loss": [1.0, 0.5]}}
+            checkpoint = ArtifactRef(grant.digest, 1000, "checkpoint")
+            return Outcome({"test_accuracy": 0.9, "seconds": 1.5}, epochs, {}, (checkpoint,), provenance)
+        case "measure":
+            return Outcome({name: -float(spec["scale"]) for name in NUMBERS}, provenance=provenance)
+        case "control":
+            bits = {f"robust_{name}": packed([True] * spec["samples"]) for name in PANEL}
+            counts = ("eps_zero_changed", "random_forward_changed", "train_mode_modules", "batch_dependent_changed")
+            return Outcome(dict.fromkeys(counts, 0), bits=bits, provenance=provenance)
+    n = spec["samples"]
+    robust = [i % 2 == 0 or spec["scale"] >= 50 for i in range(n)]
+    bits = {"clean_correct": packed([True] * n), "robust": packed(robust), "zero_gradient": packed([False] * n)}
+    numbers = {"clean_accuracy": 1.0, "clean_loss": 0.1, "robust_accuracy": sum(robust) / n, "robust_loss": 2.0}
+    numbers |= {"zero_gradient_fraction": 0.0, "flip_rate": 0.5, "loss_increase_q95": 3.0}
+    trajectory = {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}
+    return Outcome(numbers, trajectory, bits, (), provenance)
+
+
+NUMBERS = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median", "weight_norm")
+
+
+def packed(bits: list[bool]) -> Bits:
+    return Bits(len(bits), np.packbits(np.array(bits)).tobytes())

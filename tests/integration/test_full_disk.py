@@ -1,0 +1,120 @@
+"""A disk without room, under the database and under the artifact root: said in a sentence, and nothing is harmed."""
+
+import hashlib
+import os
+import resource
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.artifacts import Artifacts
+from service.executor import Bundle, Grant, Lost, Message, Succeeded
+from service.plan import plan_job
+from service.specs import DatasetRef, JobSpec
+from workers import run
+from workers.context import Context
+
+JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 20}
+BYTES = os.urandom(1 << 20)
+DIGEST = hashlib.sha256(BYTES).hexdigest()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Something else takes all of its room."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while file.write(b"x" * size):
+                    pass
+            except OSError:
+                pass
+    yield
+    filler.unlink()
+
+
+def sentence(reply: Any, status: int) -> str:
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == "application/problem+json"
+    detail: str = reply.json()["detail"]
+    assert "\n" not in detail
+    return detail
+
+
+def test_a_service_whose_disk_is_full(start_server: Callable[..., Any], disk: Path) -> None:
+    with start_server(disk / "home") as server:
+        done = server.sweep("before", seed=1)
+        with full(disk):
+            refused = server.http.post("/v1/jobs", json={**JOB, "seed": 2})
+            assert "disk is full" in sentence(refused, 503)
+            assert refused.headers["retry-after"]
+            upload = server.http.put(f"/v1/artifacts/{DIGEST}", content=BYTES)
+            assert "there is no room under the artifact root" in sentence(upload, 507)
+            # What was accepted before is there to be read.
+            assert server.http.get(f"/v1/sweeps/{done['id']}").json()["state"] == "succeeded"
+            assert len(server.http.get("/v1/results").json()["items"]) == done["jobs"]["succeeded"]
+        assert server.client.submit({**JOB, "seed": 2}).wait()["state"] == "succeeded"
+        assert server.http.put(f"/v1/artifacts/{DIGEST}", content=BYTES).status_code == 201
+        assert server.http.get(f"/v1/artifacts/{DIGEST}").content == BYTES
+        assert list((disk / "home" / "artifacts").glob(".writing-*")) == []
+    with sqlite3.connect(disk / "home" / "uncanny.db") as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        [(jobs,)] = connection.execute("SELECT count(*) FROM jobs WHERE seed = 2")
+    connection.close()
+    assert jobs == 1
+
+
+def test_an_upload_that_does_not_fit(start_server: Callable[..., Any], tmp_path: Path) -> None:
+    """The same where no disk can be mounted: files may not grow beyond what the database needs."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = BYTES * 16
+    digest = hashlib.sha256(large).hexdigest()
+    with start_server(tmp_path / "home") as server:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(large) // 2, limits[1]))
+        try:
+            upload = server.http.put(f"/v1/artifacts/{digest}", content=large)
+            assert "there is no room under the artifact root" in sentence(upload, 507)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [path for path in (tmp_path / "home" / "artifacts").rglob("*") if path.is_file()] == []
+        assert server.http.put(f"/v1/artifacts/{digest}", content=large).status_code == 201
+
+
+def test_a_training_that_finds_no_room_is_lost_at_no_cost(disk: Path, tmp_path: Path) -> None:
+    """`disk_full` costs a task nothing (test_dispatcher); and it succeeds once there is room."""
+    plan = plan_job(JobSpec.model_validate({**JOB, "recipe": {"epochs": 1}}), DatasetRef(name="digits"))
+    root = disk / "artifacts"
+    root.mkdir()
+    context = Context(Artifacts(str(root)), tmp_path / "data", epoch_state_seconds=0)
+
+    def train(attempt: int) -> Message:
+        grant = Grant("t", attempt, plan.train.digest, plan.train.stored_spec)
+        return list(run.execute(Bundle("b", (grant,), plan.train.stored_spec), context))[-1]
+
+    with full(disk):
+        lost = train(1)
+        assert isinstance(lost, Lost), lost
+        assert lost.reason == "disk_full"
+        assert f"there is no room under the artifact root {root}" in lost.message
+    assert [path for path in root.rglob("*") if path.is_file()] == []
+    assert isinstance(train(2), Succeeded)

@@ -1,0 +1,76 @@
+"""What the README tells people to paste is pasted here, against a real server."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+# Run elsewhere: installing, the demo, the service itself (test_demo, test_serve), the tests and tools, benchmarks.
+ELSEWHERE = ("pip install uv", "uncanny serve", "uv run pytest", "uv run ruff")
+
+
+def blocks() -> list[Any]:
+    wanted = [(kind, text) for kind, text in BLOCKS if not any(command in text for command in ELSEWHERE)]
+    return [pytest.param(kind, text, id=text.strip().splitlines()[0][:60]) for kind, text in wanted]
+
+
+@pytest.fixture
+def shell(server: Any, tmp_path: Path) -> dict[str, str]:
+    """An environment in which `uv run X` is X of this environment, and clients find the server."""
+    uv = tmp_path / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    uv.chmod(0o755)
+    path = os.pathsep.join([str(uv.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "UNCANNY_URL": server.url, "UNCANNY_HOME": str(tmp_path / "home")}
+
+
+@pytest.mark.parametrize(("kind", "text"), blocks())
+def test_block(kind: str, text: str, server: Any, shell: dict[str, str], tmp_path: Path) -> None:
+    text = text.replace("http://127.0.0.1:8765", server.url).replace("path/to/folder", str(tmp_path / "images"))
+    for written in ("results.parquet", "--snapshot frozen", "verify frozen"):
+        *command, name = written.split()
+        text = text.replace(written, " ".join([*command, str(tmp_path / name)]))
+    if "resnet18 and" in text:
+        base = {"architecture": "resnet18", "dataset": "cifar10", "attack": "pgd_linf", "samples": 20}
+        asked = server.client.sweep(name="of the README", base=base, grid={"scale": [1, 5], "seed": [0, 1, 2]})
+        assert asked.wait()["state"] == "succeeded"
+    if "data add" in text:
+        (tmp_path / "images").mkdir()
+        for split in ("train", "test"):
+            x = np.random.RandomState(0).randint(0, 256, (20, 8, 8, 3)).astype(np.uint8)
+            np.savez(tmp_path / "images" / f"{split}.npz", x=x, y=np.arange(20, dtype=np.int64) % 4)
+    # A refusal by the server is a failure here, as it would be to the reader.
+    text = text.replace("curl -sS", "curl --fail-with-body -sS")
+    command = [sys.executable, "-c", text] if kind == "python" else ["bash", "-euo", "pipefail", "-c", text]
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    done = subprocess.run(command, cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
+    if "to_polars" in text:  # half of the images are robust, of every seed
+        rows = [re.findall(r"[\d.]+", line) for line in done.stdout.splitlines() if line.startswith("│")][-2:]
+        assert [[float(number) for number in (row[0], *row[-3:])] for row in rows] == [
+            [s, 0.5, 0.5, 0.5] for s in (1, 5)
+        ]
+
+
+def test_every_language_of_a_block_is_run_or_named() -> None:
+    assert len(blocks()) >= 6
+    assert all(any(command in README for _, text in BLOCKS if command in text) for command in ELSEWHERE)
+
+
+def test_the_figure_is_drawn_from_results(server: Any, shell: dict[str, str], tmp_path: Path) -> None:
+    sweep = server.sweep("figure", scale=[1, 5, 50], attack=["pgd_l2", "pgd_linf"])
+    picture = tmp_path / "scaling.png"
+    command = [sys.executable, str(REPOSITORY / "examples" / "figure_scaling.py"), str(picture), f"sweep={sweep['id']}"]
+    done = subprocess.run(command, env=shell, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")

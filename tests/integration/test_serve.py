@@ -1,0 +1,279 @@
+"""`uncanny serve` as a process: what it survives, what it refuses, and that it leaves nothing behind."""
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from api import home as homes
+from api.client import Client
+from service.settings import Settings
+
+JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20, "recipe": {"epochs": 1}}
+SERVE = [sys.executable, "-m", "api.cli", "serve", "--json"]
+
+
+def serve_with(dispatcher: str) -> list[str]:
+    """The same supervisor with another dispatcher: an expression for its command, which knows the real `command`."""
+    script = (
+        "import sys; from api import supervisor; from api.cli import main\n"
+        "made = supervisor.Supervisor.__init__\n"
+        "def other(self, *args, **options):\n"
+        "    made(self, *args, **options)\n"
+        "    command = self.halves[1].command\n"
+        f"    self.halves[1].command = {dispatcher}\n"
+        "supervisor.Supervisor.__init__ = other\n"
+        "sys.argv[1:1] = ['serve', '--json']; main()"
+    )
+    return [sys.executable, "-c", script]
+
+
+# A dispatcher that does nothing, where Ray would only cost time; it leaves an orphan behind.
+IDLE = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new_session=True); time.sleep(1000)"
+WITHOUT_RAY = serve_with(f"[sys.executable, '-c', {IDLE!r}]")
+
+
+@pytest.fixture(autouse=True)
+def no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("RAY_", "UNCANNY_")):
+            monkeypatch.delenv(name)
+
+
+@contextmanager
+def serving(home: Path, command: list[str], *options: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """The process and its URL, once it says that it accepts jobs; whatever happens, nothing of it is left."""
+    arguments = [*command, "--home", str(home), "--port", "0", *options]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    family: list[psutil.Process] = []
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        yield process, json.loads(line)["url"]
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+        process.communicate(timeout=60)
+        for member in family:
+            if member.is_running():
+                member.kill()
+
+
+def until(what: Callable[[], Any], seconds: float = 30) -> Any:
+    """What `what` gives once it is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if found := what():
+                return found
+        except (httpx.TransportError, psutil.NoSuchProcess):
+            pass
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in time")
+
+
+def half(process: "subprocess.Popen[str]", module: str) -> psutil.Process | None:
+    """The living child that runs this module."""
+    children = psutil.Process(process.pid).children()
+    return next((c for c in children if module in " ".join(c.cmdline()) and c.status() != psutil.STATUS_ZOMBIE), None)
+
+
+def gone(family: list[psutil.Process]) -> bool:
+    return not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family)
+
+
+def test_the_api_is_started_again_and_requests_wait_meanwhile(tmp_path: Path) -> None:
+    with serving(tmp_path, WITHOUT_RAY) as (process, url), Client(url) as client:
+        accepted = client.submit(JOB)
+        api = until(lambda: half(process, "api.server"))
+        api.kill()
+        assert client.job(accepted.id)["state"] == "queued"  # the same client, at once: the connection waits
+        assert until(lambda: half(process, "api.server")).pid != api.pid
+        assert (tmp_path / "logs" / "api.log").read_text().count("answers requests") == 2
+
+
+def test_an_event_stream_resumes_through_a_restart_of_the_api(tmp_path: Path) -> None:
+    with serving(tmp_path, WITHOUT_RAY) as (process, url), Client(url, patience_seconds=60) as client:
+        client.submit(JOB)
+        everything = [event.id for event in client.events(after=0, follow=False)]
+        followed = client.events(after=0)
+        seen = [next(followed).id for _ in everything]
+        api = until(lambda: half(process, "api.server"))
+        api.kill()
+        second = client.submit(JOB, scale=5)
+        rest = next(followed)  # the stream broke; the same iterator goes on where it was
+        missed = list(client.events(after=seen[-1], follow=False))
+        assert seen == everything
+        assert rest == missed[0]
+        assert second.id in [event.data["job_id"] for event in missed]
+        resumed = httpx.get(
+            f"{url}/v1/events", params={"follow": False}, headers={"Last-Event-ID": str(missed[0].id)}, timeout=30
+        )
+        told = [int(line.removeprefix("id: ")) for line in resumed.text.splitlines() if line.startswith("id: ")]
+        assert told == [event.id for event in missed]  # first, without data, the one that it starts behind
+        assert until(lambda: half(process, "api.server")).pid != api.pid
+
+
+def test_no_secret_is_written_anywhere(tmp_path: Path) -> None:
+    create = ["token", "create", "first", "--user", "chief", "--scope", "admin", "--direct", "--json"]
+    made = subprocess.run(
+        [sys.executable, "-m", "api.cli", *create, "--home", str(tmp_path)],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    secrets = [json.loads(made.stdout)["secret"], "unc_this-is-no-token-at-all"]
+    with serving(tmp_path, WITHOUT_RAY, "--auth") as (_, url):
+        with Client(url, secrets[0]) as client:
+            client.submit(JOB)
+            secrets.append(client.create_token("second", scope="submit")["secret"])
+        for secret in secrets:  # also where clients should not have put them
+            httpx.get(f"{url}/v1/nowhere/{secret}", params={"token": secret}, headers=bearer(secret), timeout=30)
+            httpx.post(f"{url}/v1/jobs", content="{", headers=bearer(secret), timeout=30)
+    assert "answers requests" in (tmp_path / "logs" / "api.log").read_text()
+    for path in tmp_path.rglob("*"):
+        written = path.read_bytes() if path.is_file() else b""
+        assert not [secret for secret in secrets if secret.encode() in written], path
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def test_the_dispatcher_is_started_again_and_its_orphans_are_ended(tmp_path: Path) -> None:
+    with serving(tmp_path, WITHOUT_RAY) as (process, _):
+        dispatcher = until(lambda: half(process, "time.sleep"))
+        orphans = until(dispatcher.children)
+        dispatcher.kill()
+        assert until(lambda: half(process, "time.sleep")).pid != dispatcher.pid
+        until(lambda: gone(orphans))
+
+
+def test_what_is_adopted_while_orphans_are_ended_is_ended_too() -> None:
+    """A process that dies between two looks leaves its children to the supervisor, and they were in neither."""
+    script = """
+import subprocess, psutil
+from api.processes import adopt_orphans
+from api.supervisor import Supervisor
+
+adopt_orphans()
+orphan = psutil.Process(subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]).pid)
+children = psutil.Process.children
+while not (left := children(orphan)):
+    pass
+psutil.Process.children = lambda self, recursive=False: [] if recursive else children(self)
+supervisor = Supervisor.__new__(Supervisor)
+supervisor.halves = []
+supervisor._end_orphans()
+print(sum(one.is_running() for one in (orphan, *left)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_cleanly(tmp_path: Path, which: signal.Signals) -> None:
+    with serving(tmp_path, WITHOUT_RAY) as (process, url):
+        until(lambda: until(lambda: half(process, "time.sleep")).children())
+        family = psutil.Process(process.pid).children(recursive=True)
+        with httpx.stream("GET", f"{url}/v1/events", timeout=10):  # an open stream does not hold it up
+            began = time.monotonic()
+            process.send_signal(which)
+            assert process.wait(timeout=30) == 0
+            assert time.monotonic() - began < 15
+        until(lambda: gone(family))
+        assert not (tmp_path / "serve.json").exists()
+
+
+def test_children_follow_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    with serving(tmp_path, WITHOUT_RAY) as (process, _):
+        halves = [until(lambda: half(process, "api.server")), until(lambda: half(process, "time.sleep"))]
+        process.kill()
+        process.wait()
+        until(lambda: gone(halves))
+    with serving(tmp_path, WITHOUT_RAY) as (_, url):
+        assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_one_service_for_one_home(tmp_path: Path) -> None:
+    with serving(tmp_path, WITHOUT_RAY) as (_, url):
+        second = subprocess.run(
+            [*SERVE, "--home", str(tmp_path), "--port", "0"], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert second.returncode == 1
+        assert second.stderr.strip().splitlines() == [second.stderr.strip()]
+        assert url in second.stderr
+        assert "--home" in second.stderr
+        jobs = [sys.executable, "-m", "api.cli", "jobs", "--home", str(tmp_path), "--json"]
+        found = subprocess.run(jobs, capture_output=True, text=True, timeout=60, check=True)
+        assert json.loads(found.stdout) == []  # without a --url it finds the service of its home
+
+
+def test_a_note_is_not_believed_once_another_process_has_the_number_of_the_one_that_wrote_it(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, url="", port=1234)
+    homes.announce(settings, "http://127.0.0.1:9999")
+    assert homes.service_url(settings) == "http://127.0.0.1:9999"
+    note = json.loads((tmp_path / "serve.json").read_text())
+    written_before = {**note, "process_began_at": note["process_began_at"] - 60}
+    (tmp_path / "serve.json").write_text(json.dumps(written_before))
+    assert homes.running_url(settings) is None
+    assert homes.service_url(settings) == f"http://{settings.host}:1234"
+    homes.lock(settings).close()
+
+
+@pytest.mark.parametrize("command", ["serve", "api"])
+def test_a_port_in_use_and_an_address_for_everyone_are_refused(tmp_path: Path, command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bad = {"serve": ["--port", str(taken.getsockname()[1])], "api": ["--host", "0.0.0.0"]}[command]
+        arguments = [sys.executable, "-m", "api.cli", command, "--home", str(tmp_path), *bad]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    [sentence] = done.stderr.strip().splitlines()
+    assert {"serve": "another --port", "api": "--insecure"}[command] in sentence
+
+
+def test_a_database_of_another_schema_is_refused_and_nothing_is_left_running(tmp_path: Path) -> None:
+    environment = {**os.environ, "UNCANNY_DATABASE_URL": f"sqlite:///{tmp_path / 'elsewhere.sqlite'}"}
+    arguments = [*WITHOUT_RAY, "--home", str(tmp_path), "--port", "0"]
+    ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "run `uncanny db upgrade`" in ended.stderr
+    with (tmp_path / "serve.lock").open() as lock:  # its children would hold it
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_service_with_ray_survives_its_dispatcher(tmp_path: Path) -> None:
+    """Jobs are accepted before Ray is up; the dispatcher is killed while a job runs; it finishes; nothing is left."""
+    go = tmp_path / "go"
+    wait = f'until [ -e {shlex.quote(str(go))} ]; do sleep 0.1; done; exec "$@"'
+    held_back = serve_with(f"['sh', '-c', {wait!r}, 'sh', *command]")
+    with serving(tmp_path, held_back) as (process, url), Client(url, patience_seconds=60) as client:
+        job = client.submit(JOB)
+        assert client.cluster()["leading"] is False
+        go.touch()
+        until(lambda: job.status()["state"] == "running", 100)
+        dispatcher = until(lambda: half(process, "workers.dispatch"))
+        ray = dispatcher.children(recursive=True)
+        assert any("raylet" in " ".join(member.cmdline()) for member in ray)
+        dispatcher.kill()
+        until(lambda: gone(ray))
+        assert job.wait()["state"] == "succeeded"
+        family = psutil.Process(process.pid).children(recursive=True)
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+        assert time.monotonic() - began < 30
+        until(lambda: gone(family))

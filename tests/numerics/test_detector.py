@@ -1,0 +1,99 @@
+"""The stump against brute force and scikit-learn, folds that keep an image together, and the hiding loss."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from workers.science.attacks.pgd import pgd
+from workers.science.detector import (
+    LAMBDAS,
+    auroc,
+    clean_mean,
+    detector,
+    detector_numbers,
+    flipped_pairs,
+    hiding_loss,
+    stump,
+)
+from workers.science.heads import linear_head
+from workers.science.sharpness.closed_forms import closed_forms
+from workers.science.trajectory import Recorder
+
+numbers = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(numbers, numbers)
+def test_the_stump_is_the_best_of_all(clean: list[float], attacked: list[float]) -> None:
+    n = min(len(clean), len(attacked))  # equal numbers, as the detector has them
+    a, b = np.array(clean[:n]), np.array(attacked[:n])
+    cuts = np.arange(-5, 5.5, 0.5)
+    want = max(max((a < c).sum() + (b >= c).sum(), (a > c).sum() + (b <= c).sum()) for c in cuts)
+    threshold, direction = stump(a, b)
+    above_a, above_b = (v >= threshold if direction > 0 else v <= threshold for v in (a, b))
+    assert (~above_a).sum() + above_b.sum() == want
+
+
+@given(numbers, numbers)
+def test_auroc_is_scikit_learns(clean: list[float], attacked: list[float]) -> None:
+    want = roc_auc_score([0] * len(clean) + [1] * len(attacked), clean + attacked)
+    assert auroc(np.array(clean), np.array(attacked)) == pytest.approx(want)
+
+
+def test_separable_reversed_and_indistinguishable() -> None:
+    g = torch.Generator().manual_seed(0)
+    low, high = torch.rand(100, generator=g), torch.rand(100, generator=g) + 2
+    for clean, attacked, direction in ((low, high, 1), (high, low, -1)):
+        found, curves = detector(clean, attacked)
+        assert (found["detector_accuracy"], found["detector_auroc"], found["detector_n"]) == (1.0, 1.0, 100)
+        assert curves["detector_direction"] == [direction] * 5
+    found, _ = detector(torch.rand(2000, generator=g), torch.rand(2000, generator=g))
+    assert found["detector_accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert found["detector_auroc"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_too_few_and_exact_zeros() -> None:
+    assert detector(torch.ones(4), torch.ones(4))[0]["detector_accuracy"] is None
+    found, _ = detector(torch.full((10,), -torch.inf), torch.zeros(10))
+    assert found["detector_accuracy"] == 1.0
+    with pytest.raises(ValueError):
+        detector(torch.ones(4), torch.ones(5))
+
+
+def test_on_an_attack() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
+    x, index, head = torch.rand(60, 3, 3, 3), torch.arange(60), linear_head(model)
+    y = model(x).argmax(1)
+    recorder = Recorder(head.weight, head.bias)
+    pgd(model, x, y, index=index, observer=recorder(x, y, index), eps=0.3, step_size=0.05)
+    path = recorder.trajectory()
+    clean, attacked = flipped_pairs(path)
+    assert len(clean) == len(attacked) > 10
+    found = detector_numbers(path, dict.fromkeys(LAMBDAS, path))
+    assert found["detector_adaptive_accuracy"] == found["detector_accuracy"]
+    assert found["detector_adaptive_strength"] == 0.01
+    assert found["detector_adaptive_flip_rate"] == len(clean) / 60
+    assert np.isfinite(clean_mean(path))
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_the_hiding_loss_and_its_gradient(scale: float) -> None:
+    torch.manual_seed(0)
+    weight, bias, y = torch.randn(4, 6) * scale, torch.randn(4) * scale, torch.tensor([0, 1, 2])
+    phi = torch.rand(3, 6, dtype=torch.float64, requires_grad=True)
+    loss = hiding_loss(weight, bias, -2.0, 0.1)
+    forms = closed_forms(phi, weight, bias)
+    want = forms.cross_entropy(y) - 0.1 * (forms.log_relative_sharpness + 2.0).square()
+    torch.testing.assert_close(loss(phi, y), want)
+    (gradient,) = torch.autograd.grad(loss(phi, y).sum(), phi)
+    assert bool(torch.isfinite(gradient).all())
+    assert bool((gradient != 0).any(1).all())
+    step = 1e-6 * gradient / gradient.norm()
+    with torch.no_grad():
+        rise = float((loss(phi + step, y) - loss(phi - step, y)).sum()) / 2
+    assert rise == pytest.approx(float((gradient * step).sum()), rel=1e-4)

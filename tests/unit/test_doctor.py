@@ -1,0 +1,68 @@
+"""What the doctor makes of what a cluster says of itself, and of room on a disk."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.doctor import LEAST_BYTES, LOW_BYTES, Check, cluster_checks, room_check
+from service.settings import Settings
+
+VERSIONS = {"python": "3.11.9", "ray": "2.55.0", "torch": "2.11.0"}
+NODE = {
+    "name": "gpu1", "cpus": 16.0, "gpus": 2.0, "code_digest": "a", "versions": VERSIONS, "skew_seconds": 0.0,
+    "torch_gpus": ["H100", "H100"], "driver": "NVRM 570", "artifacts": "", "free_bytes": 1 << 40,
+    "data": {"cifar10": {"state": "whole", "files": []}, "svhn": {"state": "absent", "files": []}},
+}  # fmt: skip
+REPORT = {"token": True, "seconds": 1.0, "code_digest": "a", "versions": VERSIONS, "nodes": [NODE]}
+
+
+def checks(report: dict[str, Any]) -> dict[str, Check]:
+    return {check.name: check for check in cluster_checks(Settings(ray_address="head:6379"), report)}
+
+
+def test_a_sound_cluster_has_nothing_to_be_said_against_it() -> None:
+    found = checks(REPORT)
+    assert {check.state for check in found.values()} == {"ok"}
+    assert not any(check.advice for check in found.values())
+    assert "Ray has 2, torch sees 2 (H100, H100)" in found["node gpu1 gpus"].said
+    assert found["node gpu1 data"].said == "cifar10 with the right checksums; downloaded when asked for: svhn"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "state", "said"),
+    [
+        ({"gpus": 0.0, "torch_gpus": []}, "gpus", "ok", "none: tasks run on its CPUs"),
+        ({"torch_gpus": []}, "gpus", "fail", "Ray has 2, torch sees 0"),
+        ({"gpus": 1.0}, "gpus", "warn", "Ray has 1, torch sees 2"),
+        ({"code_digest": "b"}, "", "fail", "its code is not this machine's"),
+        ({"versions": {**VERSIONS, "torch": "2.12.0"}}, "", "warn", "torch 2.12.0"),
+        ({"error": "NodeDiedError"}, "", "fail", "NodeDiedError"),
+        ({"skew_seconds": 7.5}, "clock", "warn", "7.5"),
+        ({"artifacts": "PermissionError: /artifacts"}, "artifacts", "fail", "PermissionError"),
+        ({"free_bytes": 1000}, "room", "fail", "0.0 GiB free"),
+        ({"data": {"cifar10": {"state": "damaged", "files": ["/d/x"]}}}, "data cifar10", "fail", "checksums"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_node_is_named(change: dict[str, Any], name: str, state: str, said: str) -> None:
+    report = deepcopy(REPORT)
+    report["nodes"][0].update(change)  # type: ignore[index]
+    check = checks(report)[f"node gpu1 {name}".strip()]
+    assert (check.state, said in check.said) == (state, True), check
+    assert bool(check.advice) == (state != "ok")
+
+
+def test_a_cluster_that_is_not_there_or_open_or_empty() -> None:
+    assert checks({"error": "nothing answers"})["ray"].state == "fail"
+    assert checks({**REPORT, "token": False})["ray token"].state == "warn"
+    assert checks({**REPORT, "nodes": []})["ray"].state == "fail"
+
+
+def test_room_is_little_before_it_is_too_little() -> None:
+    states = [room_check("room", free).state for free in (LOW_BYTES, LOW_BYTES - 1, LEAST_BYTES, LEAST_BYTES - 1)]
+    assert states == ["ok", "warn", "warn", "fail"]
+
+
+def test_settings_of_a_home_are_enough(tmp_path: Path) -> None:
+    assert next(iter(cluster_checks(Settings(home=tmp_path), REPORT))).said.startswith("a local Ray: 1 node")

@@ -1,0 +1,197 @@
+"""What the pool makes of a cluster, of Ray's errors and of a GPU's memory, told to it as Ray and CUDA tell it."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ray.exceptions import (
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    WorkerCrashedError,
+)
+
+from service.artifacts import Artifacts
+from service.executor import Bundle, Failed, Grant, Lost, Needs
+from service.settings import Settings
+from workers import cluster, dispatch, pool, run
+from workers.context import Context
+
+GIGABYTE = 1 << 30
+
+
+def node(name: str, *, alive: bool = True, reason: int = 0, **resources: float) -> dict[str, Any]:
+    own = {"node:127.0.0.1": 1.0, "object_store_memory": 1e9}
+    return {"NodeID": name, "Alive": alive, "DeathReason": reason, "Resources": {**own, **resources}}
+
+
+@pytest.fixture
+def ray_has(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def has(*nodes: dict[str, Any], draining: tuple[str, ...] = ()) -> None:
+        monkeypatch.setattr(cluster.ray, "nodes", lambda: list(nodes))
+        monkeypatch.setattr(cluster, "state", SimpleNamespace(get_draining_nodes=lambda: dict.fromkeys(draining, 0)))
+
+    return has
+
+
+@pytest.fixture
+def executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pool.RayExecutor:
+    """One whose thread never connects to a Ray."""
+    monkeypatch.setattr(pool.RayExecutor, "_hold_ray", lambda self: None)
+    return pool.RayExecutor(Settings(home=tmp_path, ray_address="127.0.0.1:1"))
+
+
+class TestNodes:
+    def test_those_that_take_work(self, ray_has: Callable[..., None]) -> None:
+        ray_has(node("head", memory=1e9), node("a", CPU=4, GPU=1), node("b", alive=False, CPU=4))
+        found = cluster.nodes()
+        assert found.resources == {"a": {"CPU": 4, "GPU": 1}}
+        assert (found.dead, found.preempted) == ({"b"}, set())
+
+    def test_one_that_is_drained_takes_no_more_work_and_its_tasks_were_preempted(
+        self, ray_has: Callable[..., None]
+    ) -> None:
+        ray_has(node("a", CPU=4), node("b", CPU=4), draining=("b",))
+        found = cluster.nodes()
+        assert (set(found.resources), found.dead, found.preempted) == ({"a"}, set(), {"b"})
+
+    def test_one_that_was_taken_away_was_preempted_and_one_that_crashed_was_not(
+        self, ray_has: Callable[..., None]
+    ) -> None:
+        ray_has(node("a", alive=False, reason=cluster.PREEMPTED), node("b", alive=False, reason=1))
+        found = cluster.nodes()
+        assert (found.dead, found.preempted) == ({"a", "b"}, {"a"})
+
+
+class TestLosses:
+    @pytest.mark.parametrize(
+        ("error", "reason"),
+        [
+            (OutOfMemoryError("the node ran low on memory"), "out_of_memory"),
+            (WorkerCrashedError(), "worker_died"),
+            (NodeDiedError("gone"), "node_died"),
+            (LocalRayletDiedError(), "node_died"),
+            (ObjectLostError("ab" * 28, None, ""), "node_died"),
+            (GetTimeoutError("too long"), "executor_lost"),
+        ],
+    )
+    def test_of_a_bundle_by_rays_error(self, error: RayError, reason: str) -> None:
+        assert pool._reason(error) == reason
+
+    def test_a_worker_that_died_with_its_node_is_told_apart_from_one_that_crashed(
+        self, executor: pool.RayExecutor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ray says of both that the worker crashed; of the node it knows a little later."""
+        seen = cluster.Nodes({}, {"died"}, set())
+        monkeypatch.setattr(pool, "nodes", lambda: seen)
+        monkeypatch.setattr(executor, "_ready", lambda _: [])
+        executor._preempted = {"preempted"}
+        for place in ("died", "preempted", "lives"):
+            bundle = Bundle(place, (Grant(place, 1, "d", {"kind": "train"}),), {})
+            running = pool._Running(pool.Ledger(bundle), None, act_at=0.0, node=place, crash="it crashed")
+            executor._bundles[place] = running
+        lost = {message.task_id: message for message in executor.poll(0.0)}
+        assert {name: one.reason for name, one in lost.items() if isinstance(one, Lost)} == {
+            "died": "node_died", "preempted": "preempted", "lives": "worker_died",
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("device", "share", "others_bytes", "reason"),
+        [
+            ("cpu", 1.0, 0, "out_of_memory"),
+            ("cuda:0", 1.0, 0, "out_of_memory"),
+            ("cuda:0", 0.25, 0, "out_of_shared_memory"),
+            ("cuda:0", 1.0, 30 * GIGABYTE, "out_of_shared_memory"),
+        ],
+    )
+    def test_of_memory_that_others_may_have_taken(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, share: float, others_bytes: int, reason: str
+    ) -> None:
+        """A neighbour on a GPU is not to answer for what another one has taken."""
+        own, total = 40 * GIGABYTE, 80 * GIGABYTE
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (total - own - others_bytes, total))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: own)
+
+        def runs_out(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(run, "run", runs_out)
+        context = Context(Artifacts(str(tmp_path)), tmp_path, torch.device(device), device_share=share)
+        answer, broken = run._answer(Grant("t", 1, "d", {}), Bundle("b", (), {}), context, lambda _: None)
+        assert isinstance(answer, Lost)
+        assert (answer.reason, broken) == (reason, False)
+
+
+class TestNeeds:
+    def test_as_ray_takes_them(self) -> None:
+        needs = Needs(2.0, 0.5, 3 * GIGABYTE, "A100", {"fast_disk": 1.0})
+        assert pool._options(needs) == {
+            "num_cpus": 2.0, "num_gpus": 0.5, "memory": 3 * GIGABYTE, "accelerator_type": "A100",
+            "resources": {"fast_disk": 1.0},
+        }  # fmt: skip
+        assert pool._options(Needs()) == {"num_cpus": 1.0, "num_gpus": 0.0, "resources": {}}
+
+    def test_what_ray_refuses_fails_its_tasks_with_a_sentence(self, executor: pool.RayExecutor) -> None:
+        executor._capacity = pool.Capacity(True, 8.0, 0.0)
+        grants = tuple(Grant(name, 1, "d", {"kind": "measure"}) for name in "ab")
+        executor.submit(Bundle("b", grants, {}, needs=Needs(custom={"CPU": 1.0})))
+        failed = executor._lost
+        assert [type(one) for one in failed] == [Failed, Failed]
+        assert all("UNCANNY_RESOURCES" in one.message for one in failed if isinstance(one, Failed))
+        assert executor._bundles == {}
+
+
+class TestCode:
+    def test_no_claims_while_a_node_has_other_code(
+        self, executor: pool.RayExecutor, ray_has: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one, two = "a" * 56, "b" * 56
+        ray_has(node(one, CPU=4), node(two, CPU=4))
+        there = {one: pool.code_digest(), two: "0" * 64}
+        asked: list[str] = []
+
+        class Probe:
+            def options(self, *, scheduling_strategy: Any) -> "Probe":
+                asked.append(scheduling_strategy.node_id)
+                return self
+
+            def remote(self) -> str:
+                return there[asked[-1]]
+
+        monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda _: Probe())
+        monkeypatch.setattr(pool.ray, "get", lambda answer, timeout: answer)
+        checked: set[str] = set()
+        with pytest.raises(pool.OtherCode, match=r"node b{56} has other code than this dispatcher"):
+            executor._look(checked)
+        there[two] = pool.code_digest()
+        capacity = executor._look(checked)
+        assert (capacity.ready, capacity.cpus, asked) == (True, 8.0, [one, two, two]), "each node once"
+        executor._look(checked)
+        assert len(asked) == 3
+
+
+class TestSignals:
+    def test_two_at_once_are_one_and_a_later_one_ends_the_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A service manager signals every process of the service, and the supervisor then its dispatcher again."""
+        handlers: dict[int, Callable[[int, FrameType | None], None]] = {}
+        ended: list[int] = []
+        now = 100.0
+        monkeypatch.setattr(dispatch.signal, "signal", handlers.__setitem__)
+        monkeypatch.setattr(dispatch.os, "_exit", ended.append)
+        monkeypatch.setattr(dispatch.time, "monotonic", lambda: now)
+        stop = dispatch.threading.Event()
+        dispatch._stop_on_signals(stop)
+        for _ in range(2):
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+        assert stop.is_set()
+        assert ended == []
+        now += 5
+        handlers[signal.SIGINT](signal.SIGINT, None)
+        assert ended == [130]

@@ -1,0 +1,475 @@
+"""Tasks as a worker runs them, without Ray: outcomes, resuming, caches, and every way in which a task can end."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from service.artifacts import Artifacts
+from service.dispatcher import Dispatcher
+from service.executor import (
+    ArtifactRef,
+    Bundle,
+    Failed,
+    Grant,
+    Lost,
+    Message,
+    Outcome,
+    Progress,
+    Started,
+    Succeeded,
+)
+from service.inprocess import InProcessExecutor
+from service.jobs import LIVE_JOB
+from service.plan import PlannedTask, plan_job
+from service.settings import Settings
+from service.specs import DatasetRef, JobSpec
+from service.store.tables import trainings
+from workers import run, tasks
+from workers.context import Cache, Context
+from workers.science.architectures import build
+from workers.science.datasets import DATASETS
+from workers.science.errors import Diverged
+from workers.science.weights import load_state, load_weights, save_state
+
+EPOCHS = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What is so small only waits for its own threads where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def job(**changes: Any) -> JobSpec:
+    recipe = {"name": "standard", "epochs": EPOCHS, **changes.pop("recipe", {})}
+    base = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "scale": 5, "samples": 40}
+    return JobSpec(**{**base, "recipe": recipe, **changes})
+
+
+def grant(task: PlannedTask | dict[str, Any], name: str = "t", resume: ArtifactRef | None = None) -> Grant:
+    spec = task if isinstance(task, dict) else task.stored_spec
+    return Grant(name, 1, "d" * 64 if isinstance(task, dict) else task.digest, spec, resume)
+
+
+def answer(messages: list[Message], name: str = "t") -> Message:
+    [only] = [m for m in messages if m.task_id == name and isinstance(m, (Succeeded, Failed, Lost))]
+    return only
+
+
+def outcome(messages: list[Message], name: str = "t") -> Outcome:
+    found = answer(messages, name)
+    assert isinstance(found, Succeeded), found
+    return found.outcome
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return Context(Artifacts(str(tmp_path / "artifacts")), tmp_path / "data", epoch_state_seconds=0)
+
+
+Execute = Callable[..., list[Message]]
+
+
+@pytest.fixture
+def execute(context: Context) -> Execute:
+    """Runs the tasks of one training's bundle."""
+
+    def do(train: PlannedTask, *grants: Grant, checkpoint: ArtifactRef | None = None) -> list[Message]:
+        return list(run.execute(Bundle("b", grants, train.stored_spec, checkpoint), context))
+
+    return do
+
+
+@pytest.fixture
+def trained(execute: Execute) -> tuple[ArtifactRef, list[Message]]:
+    plan = plan_job(job(), DatasetRef(name="digits"))
+    messages = execute(plan.train, grant(plan.train))
+    return outcome(messages).artifacts[0], messages
+
+
+def test_a_training_leaves_weights_numbers_and_where_they_come_from(
+    trained: tuple[ArtifactRef, list[Message]], context: Context
+) -> None:
+    checkpoint, messages = trained
+    made = outcome(messages)
+    assert [type(m) for m in messages if not isinstance(m, Progress)] == [Started, Succeeded]
+    assert made.numbers["epochs"] == EPOCHS
+    assert 0.5 < float(made.numbers["test_accuracy"] or 0) <= 1
+    assert {"test_loss", "train_loss", "seconds", "images_per_second"} <= made.numbers.keys()
+    assert made.curves["epochs"]["epoch"] == [1, 2, 3]
+    digits = DATASETS["digits"].read(context.data_dir)
+    model = build("mlp", digits.shape, digits.n_classes, seed=1)
+    with context.artifacts.local(checkpoint.digest) as path:
+        load_weights(model, path)
+    assert checkpoint.kind == "checkpoint"
+    provenance = made.provenance
+    assert provenance["weights_sha256"] == checkpoint.digest
+    assert provenance["dataset_sha256"] == digits.sha256()
+    assert provenance["torch"] == torch.__version__.partition("+")[0]
+    assert provenance["deterministic_algorithms"] is True
+    assert provenance["wall_seconds"] > 0
+    assert {"code_digest", "device", "hostname", "pid", "seed", "task_version"} <= provenance.keys()
+    json.dumps([made.numbers, made.curves, provenance], allow_nan=False)
+
+
+def test_a_resumed_training_ends_in_the_same_weights(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute
+) -> None:
+    checkpoint, messages = trained
+    states = [m.resume for m in messages if isinstance(m, Progress) and m.resume]
+    assert len(states) == EPOCHS - 1  # after the last epoch there is nothing to resume
+    train = plan_job(job(), DatasetRef(name="digits")).train
+    again = execute(train, grant(train, resume=states[0]))
+    assert outcome(again).artifacts[0] == checkpoint
+    told = [m.detail for m in again if isinstance(m, Progress)]
+    assert all(detail["resumed_after_epoch"] == 1 for detail in told)
+    assert min(detail["epoch"] for detail in told) == 2
+
+
+@pytest.mark.parametrize("kind", ["missing", "damaged", "foreign", "unfit"])
+def test_a_training_whose_state_is_lost_starts_anew(
+    kind: str, trained: tuple[ArtifactRef, list[Message]], execute: Execute, context: Context
+) -> None:
+    checkpoint, messages = trained
+    state = next(m.resume for m in messages if isinstance(m, Progress) and m.resume)
+    folder = Path(context.artifacts.root) / state.digest[:2]
+    match kind:
+        case "missing":
+            state = replace(state, digest="0" * 64)
+        case "damaged":
+            (folder / state.digest).write_bytes(b"half of it")
+        case "foreign":
+            other = plan_job(job(recipe={"lr": 0.05}), DatasetRef(name="digits")).train
+            progress = [m for m in execute(other, grant(other)) if isinstance(m, Progress) and m.resume]
+            state = progress[0].resume or state
+        case "unfit":
+            whole = load_state(folder / state.digest)
+            state = context.artifacts.write("epoch_state", lambda path: save_state(path, {**whole, "model": {}}))
+    train = plan_job(job(), DatasetRef(name="digits")).train
+    again = execute(train, grant(train, resume=state))
+    assert outcome(again).artifacts[0] == checkpoint
+    assert all(m.detail["started_anew"] for m in again if isinstance(m, Progress))
+
+
+def test_a_resumed_training_that_diverges_does_not_start_anew(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = next(m.resume for m in trained[1] if isinstance(m, Progress) and m.resume)
+    train = plan_job(job(), DatasetRef(name="digits")).train
+    resumed = []
+
+    def diverging(*_args: object, resume: object, **_options: object) -> None:
+        resumed.append(resume is not None)
+        raise Diverged("the loss became nan in epoch 2")
+
+    monkeypatch.setattr(tasks, "train", diverging)
+    failed = answer(execute(train, grant(train, resume=state)))
+    assert isinstance(failed, Failed)
+    assert (failed.kind, failed.message) == ("configuration", "the loss became nan in epoch 2")
+    assert resumed == [True]
+
+
+def test_a_bundle_measures_and_attacks_one_network(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, context: Context
+) -> None:
+    checkpoint, _ = trained
+    plan = plan_job(job(), DatasetRef(name="digits"))
+    assert plan.control is not None
+    parts = {"attack": plan.attack, "control": plan.control, "measure": plan.closed_forms}
+    context.cache.clear()
+    messages = execute(plan.train, *(grant(t, name) for name, t in parts.items()), checkpoint=checkpoint)
+    assert len(context.cache) == 2  # the data set and the network, loaded once each
+    attack, control, measure = (outcome(messages, name) for name in parts)
+    bits = attack.bits["robust"]
+    robust = np.unpackbits(np.frombuffer(bits.packed, np.uint8), count=bits.n)
+    assert bits.n == 40
+    assert robust.mean() == attack.numbers["robust_accuracy"]
+    assert attack.numbers["outside_ball"] == 0
+    assert len(attack.curves["trajectory"]["loss_median"]) == 11
+    assert "valley_n" in attack.numbers
+    for name in ("log_relative_sharpness_median", "log_hessian_trace_median", "loss_mean"):
+        assert attack.numbers[name] == pytest.approx(measure.numbers[name])
+    assert "train_log_relative_sharpness_median" in measure.numbers
+    assert control.bits["robust_margin"].n == 40
+    for part in (attack, control, measure):
+        assert part.provenance["weights_sha256"] == checkpoint.digest
+        json.dumps([part.numbers, part.curves, part.provenance], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("attack", "has_trajectory"),
+    [
+        ("fgsm", True),
+        ("pgd_l2", True),
+        ({"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.03, "steps": 3, "judge": "any_step"}, False),
+        ({"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.03, "steps": 3, "precision": "bf16"}, False),
+        ({"type": "square", "norm": "linf", "eps": 0.1, "queries": 20}, False),
+        ("noise", True),
+        ("transfer", False),
+    ],
+    ids=str,
+)
+def test_each_attack_runs_from_its_spec(
+    attack: Any, has_trajectory: bool, trained: tuple[ArtifactRef, list[Message]], execute: Execute
+) -> None:
+    plan = plan_job(job(attack=attack, samples=16), DatasetRef(name="digits"))
+    made = outcome(execute(plan.train, grant(plan.attack), checkpoint=trained[0]))
+    assert ("trajectory" in made.curves) == has_trajectory
+    assert 0 <= float(made.numbers["robust_accuracy"] or 0) <= float(made.numbers["clean_accuracy"] or 0)
+
+
+@pytest.mark.parametrize(
+    ("attack", "bounded"),
+    [
+        ({"type": "pgd", "norm": "l2", "eps": 1, "step_size": 0.3, "steps": 4}, True),
+        ({"type": "pgd", "norm": "l2", "eps": 1, "step_size": 0.3, "steps": 4, "random_start": True}, False),
+        ({"type": "apgd", "norm": "l2", "eps": 1, "steps": 4}, False),
+        ("noise", True),
+        ("cw", True),
+    ],
+)
+def test_bounds_and_basin_widths_need_a_path_from_the_image(
+    attack: Any, bounded: bool, trained: tuple[ArtifactRef, list[Message]], execute: Execute
+) -> None:
+    """From a random point on, distances from the image do not belong to what changed since that point."""
+    plan = plan_job(job(attack=attack, samples=16, arrays=True), DatasetRef(name="digits"))
+    made = outcome(execute(plan.train, grant(plan.attack), checkpoint=trained[0]))
+    assert (made.curves["trajectory"]["l2_q95"][0] < 1e-4) == bounded
+    names = {"lipschitz_path_max", "bound_n", "bound_violated_certificate", "estimated_radius_path_logk_median"}
+    names |= {"basin_n", "basin_width_e001_median"}
+    assert made.numbers.keys() & names == (names if bounded else set())
+
+
+def test_training_images_are_measured_where_the_network_was_trained_on_them(execute: Execute) -> None:
+    plan = plan_job(job(recipe={"train_samples": 100}, samples=300), DatasetRef(name="digits"))
+    checkpoint = outcome(execute(plan.train, grant(plan.train))).artifacts[0]
+    made = outcome(execute(plan.train, grant(plan.closed_forms), checkpoint=checkpoint))
+    assert (made.numbers["train_n"], made.numbers["n"]) == (100, 300)
+
+
+def test_transfer_from_the_same_scale_is_the_attack_itself(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute
+) -> None:
+    direct, transferred = (
+        plan_job(job(attack=attack, scale=1), DatasetRef(name="digits")) for attack in ("pgd_linf", "transfer")
+    )
+    found = execute(
+        direct.train, grant(direct.attack, "direct"), grant(transferred.attack, "transfer"), checkpoint=trained[0]
+    )
+    assert outcome(found, "direct").bits["robust"] == outcome(found, "transfer").bits["robust"]
+
+
+def npz(folder: Path, artifacts: Artifacts) -> DatasetRef:
+    digits = DATASETS["digits"].read(folder)
+    sums = []
+    for x, y in ((digits.train_x[:200], digits.train_y[:200]), (digits.test_x[:50], digits.test_y[:50])):
+        arrays = {"x": x.permute(0, 2, 3, 1).numpy(), "y": y.numpy()}
+        sums.append(artifacts.write("dataset", lambda path, arrays=arrays: np.savez(path.open("wb"), **arrays)).digest)
+    return DatasetRef(name="npz:scans", train_sha256=sums[0], test_sha256=sums[1])
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_labs_own_images_come_from_the_artifacts(tmp_path: Path, context: Context, execute: Execute) -> None:
+    dataset = npz(tmp_path, context.artifacts)
+    plan = plan_job(job(dataset="npz:scans"), dataset)
+    made = outcome(execute(plan.train, grant(plan.train)))
+    assert made.numbers["train_samples"] == 200
+    assert made.provenance["dataset_files_sha256"] == [dataset.train_sha256, dataset.test_sha256]
+    lost = plan_job(job(dataset="npz:scans"), dataset.model_copy(update={"test_sha256": "0" * 64}))
+    failed = answer(execute(lost.train, grant(lost.train)))
+    assert isinstance(failed, Failed)
+    assert (failed.kind, "0" * 64 in failed.message) == ("configuration", True)
+
+
+def test_what_would_fail_again_is_a_configuration_error_in_a_sentence(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute
+) -> None:
+    plan = plan_job(job(), DatasetRef(name="digits"))
+    too_small = plan_job(job(architecture="vgg11_bn"), DatasetRef(name="digits")).train
+    unknown = {**plan.train.stored_spec, "architecture": "resnet9000"}
+    wild = plan_job(job(recipe={"lr": 1e6}), DatasetRef(name="digits")).train
+    nonsense = {**plan.attack.stored_spec, "scale": -1}
+    many = {**plan.attack.stored_spec, "samples": 501}
+    cases = {"too_small": too_small, "unknown": unknown, "wild": wild, "nonsense": nonsense, "many": many}
+    messages = execute(plan.train, *(grant(t, name) for name, t in cases.items()), checkpoint=trained[0])
+    failures = {name: answer(messages, name) for name in cases}
+    failures["no_checkpoint"] = answer(execute(plan.train, grant(plan.attack)))
+    for name, failed in failures.items():
+        assert isinstance(failed, Failed), (name, failed)
+        assert failed.kind == "configuration", (name, failed.message)
+        assert "\n" not in failed.message
+    assert "32x32" in getattr(failures["too_small"], "message", "")
+    assert "scale" in getattr(failures["nonsense"], "message", "")
+    assert "resnet9000" in getattr(failures["unknown"], "message", "")
+
+
+@pytest.mark.parametrize("how", ["deleted", "damaged"])
+def test_a_lost_checkpoint_is_made_again_when_a_job_that_needs_it_is_retried(
+    lab: Any, how: str, tmp_path: Path
+) -> None:
+    """The whole way, from submitting to the numbers, with the dispatcher and threads for workers."""
+    context = Context(lab.artifacts, tmp_path / "data")
+    executor = InProcessExecutor(lambda bundle: run.execute(bundle, context))
+    dispatcher = Dispatcher(lab.database, lab.artifacts, executor, Settings(home=tmp_path, ray_address=""), "d1")
+
+    def ended(job_id: str) -> Any:
+        deadline = time.monotonic() + 120
+        while lab.job(job_id).state in LIVE_JOB and time.monotonic() < deadline:
+            dispatcher.tick()
+        return lab.job(job_id)
+
+    first = lab.submit(recipe={"epochs": 1})
+    assert ended(first).state == "succeeded"
+    [left] = lab.rows(trainings)
+    checkpoint = Path(lab.artifacts.root) / left.checkpoint_digest[:2] / left.checkpoint_digest
+    if how == "deleted":
+        checkpoint.unlink()
+    else:
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    context.cache.clear()  # as in another worker
+    second = lab.submit(recipe={"epochs": 1}, scale=5)
+    failed = ended(second)
+    assert failed.state == "failed"
+    assert left.checkpoint_digest in failed.reason
+    assert "retry the job" in failed.reason
+    lab.service.retry_job(second, user="ann")
+    assert ended(second).state == "succeeded"
+    assert lab.job(first).state == "succeeded"
+    assert lab.rows(trainings)[0].checkpoint_digest == left.checkpoint_digest
+    with lab.artifacts.local(left.checkpoint_digest):  # whole again
+        executor.close()
+
+
+def test_one_that_fails_does_not_stop_the_next(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_job(job(), DatasetRef(name="digits"))
+
+    def broken(*_args: object, **_options: object) -> Outcome:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(tasks, "run_measure", broken)
+    messages = execute(
+        plan.train, grant(plan.closed_forms, "broken"), grant(plan.attack, "next"), checkpoint=trained[0]
+    )
+    failed = answer(messages, "broken")
+    assert isinstance(failed, Failed)
+    assert (failed.kind, failed.message) == ("error", "RuntimeError: a bug")
+    assert "in broken" in failed.traceback
+    assert outcome(messages, "next").numbers
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), MemoryError()])
+def test_running_out_of_memory_loses_the_attempt_and_frees_the_cache(
+    error: Exception,
+    trained: tuple[ArtifactRef, list[Message]],
+    execute: Execute,
+    context: Context,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_job(job(), DatasetRef(name="digits"))
+
+    def greedy(*_args: object, **_options: object) -> Outcome:
+        raise error
+
+    monkeypatch.setattr(tasks, "run_measure", greedy)
+    lost = answer(execute(plan.train, grant(plan.closed_forms), checkpoint=trained[0]))
+    assert isinstance(lost, Lost)
+    assert lost.reason == "out_of_memory"
+    assert len(context.cache) == 0
+
+
+def test_after_an_error_of_the_device_the_rest_is_given_back(
+    trained: tuple[ArtifactRef, list[Message]], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_job(job(), DatasetRef(name="digits"))
+
+    def broken(*_args: object, **_options: object) -> Outcome:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(tasks, "run_measure", broken)
+    both = (grant(plan.closed_forms, "broken"), grant(plan.attack, "next"))
+    messages: list[Message] = []
+    with pytest.raises(run.DeviceBroken):
+        messages.extend(run.execute(Bundle("b", both, plan.train.stored_spec, trained[0]), context))
+    assert isinstance(answer(messages, "broken"), Failed)
+    assert answer(messages, "next") == Lost("next", 1, "given_back", getattr(answer(messages, "next"), "message", ""))
+
+
+def test_closing_the_stream_stops_the_training(context: Context) -> None:
+    train = plan_job(job(recipe={"epochs": 10_000}), DatasetRef(name="digits")).train
+    stream: Iterator[list[Message]] = run.batches(Bundle("b", (grant(train),), train.stored_spec), context)
+    assert isinstance(next(stream)[0], Started)
+    while not any(isinstance(m, Progress) for m in next(stream)):
+        pass
+    started = time.monotonic()
+    stream.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 5.0  # all its epochs take minutes
+    assert not torch.are_deterministic_algorithms_enabled()  # what the training had set is put back
+
+
+# It may come while a library opens a file, which is then closed by the garbage collector only.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("when", ["before it begins", "once it runs"])
+def test_an_interrupt_while_the_thread_of_the_tasks_starts_stops_it(
+    context: Context, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    began: list[threading.Thread] = []
+
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            began.append(self)
+            if when == "once it runs":
+                super().start()
+            raise KeyboardInterrupt
+
+    train = plan_job(job(recipe={"epochs": 10_000}), DatasetRef(name="digits")).train
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Thread", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(run.batches(Bundle("b", (grant(train),), train.stored_spec), context))
+    [thread] = began
+    if when == "before it begins":
+        threading.Thread.start(thread)
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_progress_is_throttled_but_no_epoch_state_is_held_back(
+    execute: Execute, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "PROGRESS_SECONDS", 1000.0)
+    train = plan_job(job(recipe={"epochs": 5}), DatasetRef(name="digits")).train
+    told = [m for m in execute(train, grant(train)) if isinstance(m, Progress)]
+    assert sum(m.resume is not None for m in told) == 4
+    assert len(told) <= 5
+
+
+def test_the_cache_drops_what_was_used_longest_ago() -> None:
+    cache = Cache(capacity_bytes=100)
+    loads: list[str] = []
+
+    def load(name: str, size: int) -> Callable[[], tuple[str, int]]:
+        def do() -> tuple[str, int]:
+            loads.append(name)
+            return name, size
+
+        return do
+
+    for name, size in (("a", 40), ("b", 40), ("a", 40), ("c", 40), ("a", 40), ("b", 40)):
+        assert cache.get(name, load(name, size)) == name
+    assert loads == ["a", "b", "c", "b"]  # c pushed b out, because a had been used since
+    assert cache.size_bytes <= 100
+    assert cache.get("large", load("large", 1000)) == "large"  # larger than all: kept alone, else nothing could run
+    assert len(cache) == 1

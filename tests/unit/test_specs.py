@@ -1,0 +1,181 @@
+"""What a job may say, and how what it may not say is refused: with the field named and, for names, those there are."""
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from service.specs import JobSpec, problems
+from service.specs.attacks import ATTACKS, PRESETS, Fgsm, Pgd
+from service.specs.catalog import ARCHITECTURES, DATASETS
+from service.specs.measures import MEASURES
+from service.specs.recipes import RECIPES
+
+JOB: dict[str, Any] = {"architecture": "resnet18", "dataset": "cifar10", "attack": "pgd_linf"}
+PGD: dict[str, Any] = {"type": "pgd", "norm": "linf", "eps": "8/255", "step_size": "2/255", "steps": 10}
+
+
+def refused(**changed: Any) -> list[tuple[str, str]]:
+    """The problems of a job that is wrong in what `changed` says."""
+    with pytest.raises(ValidationError) as caught:
+        JobSpec.model_validate({**JOB, **changed})
+    return problems(caught.value)
+
+
+def test_presets_are_names_of_attacks() -> None:
+    assert JobSpec.model_validate(JOB).attack == Pgd(norm="linf", eps=8 / 255, step_size=2 / 255, steps=10)
+    for name, attack in PRESETS.items():
+        assert JobSpec.model_validate({**JOB, "attack": name}).attack == attack
+
+
+@pytest.mark.parametrize("written", ["8/255", " 8 / 255 ", "0.03137254901960784", 8 / 255])
+def test_numbers_may_be_fractions(written: Any) -> None:
+    assert Fgsm(norm="l2", eps=written).eps == 0.03137254901960784
+
+
+@given(st.integers(-(10**30), 10**30), st.integers(1, 10**30))
+def test_a_fraction_is_the_nearest_float(top: int, bottom: int) -> None:
+    eps = abs(top) % (1000 * bottom + 1)
+    assert Fgsm(norm="l2", eps=f"{eps}/{bottom}").eps == eps / bottom
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "known"),
+    [
+        ("architecture", "resnet19", ARCHITECTURES),
+        ("architecture", ["resnet18"], ARCHITECTURES),
+        ("architecture", None, ARCHITECTURES),
+        ("dataset", "cifar11", DATASETS),
+        ("dataset", "npz:", ["npz:NAME"]),
+        ("dataset", "npz:../../etc", ["npz:NAME"]),
+        ("dataset", "npz:" + "x" * 101, ["npz:NAME"]),
+        ("dataset", "npz:NAME (after `uncanny data add NAME DIR`)", DATASETS),
+        ("attack", "pgd", [*PRESETS, "{type: pgd, ...}"]),
+        ("attack", "{type: pgd, ...}", PRESETS),
+        ("attack", {"type": "pdg"}, ATTACKS),
+        ("attack", {}, ATTACKS),
+        ("recipe", "adam", RECIPES),
+        ("recipe", {"name": "adam"}, RECIPES),
+        ("measures", ["flatness"], MEASURES),
+        ("measures", [{"type": "flatness"}], MEASURES),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_known_ones(field: str, wrong: Any, known: Any) -> None:
+    [(pointer, sentence)] = refused(**{field: wrong})
+    assert pointer == f"/{field}"
+    assert sentence.startswith("unknown ")
+    assert all(name in sentence for name in known)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "9/0", "0/0", "1/2/3", "", "/", "nan", "inf", "-inf", "1e999", "eight", "8/x", float("nan"), float("inf"),
+        True, False, None, [1], {}, -1, "-1/255", 1001, 10**400, "1" * 5000, "1/" + "9" * 5000, f"{10**400}/3",
+    ],
+    ids=lambda wrong: repr(wrong)[:12],
+)  # fmt: skip
+def test_what_is_no_eps(wrong: Any) -> None:
+    [(pointer, sentence)] = refused(attack={**PGD, "eps": wrong})
+    assert pointer == "/attack/eps"
+    assert len(sentence) < 200
+
+
+@pytest.mark.parametrize("wrong", [0, "0", -0.0, 1e-4, 10_001, "1e5", True, "5 / 0"])
+def test_what_is_no_scale(wrong: Any) -> None:
+    [(pointer, _)] = refused(scale=wrong)
+    assert pointer == "/scale"
+
+
+@pytest.mark.parametrize("wrong", [True, 2.5, "10", 0, -1, 10_001, None, 10**400])
+def test_what_is_no_number_of_steps(wrong: Any) -> None:
+    [(pointer, _)] = refused(attack={**PGD, "steps": wrong})
+    assert pointer == "/attack/steps"
+
+
+@pytest.mark.parametrize(
+    ("changed", "pointer"),
+    [
+        ({"seed": -1}, "/seed"),
+        ({"seed": 2**31}, "/seed"),
+        ({"samples": 0}, "/samples"),
+        ({"samples": 10_001}, "/samples"),
+        ({"dataset": "digits", "samples": 501}, "/samples"),
+        ({"replicate": True}, "/replicate"),
+        ({"sclae": 5}, "/sclae"),
+        ({"pgd": 5}, "/pgd"),
+        ({"attack": {**PGD, "step": 1}}, "/attack/step"),
+        ({"attack": {**PGD, "margin": 1}}, "/attack/margin"),
+        ({"attack": {**PGD, "loss": "hinge"}}, "/attack/loss"),
+        ({"attack": {k: v for k, v in PGD.items() if k != "eps"}}, "/attack/eps"),
+        ({"attack": {"type": "transfer", "attack": {**PGD, "eps": "9/0"}}}, "/attack/attack/eps"),
+        ({"attack": {"type": "transfer", "attack": "pgd_linf"}}, "/attack/attack"),
+        ({"attack": {"type": "transfer", "attack": {"type": "cw"}}}, "/attack/attack"),
+        (
+            {"attack": {"type": "transfer", "attack": PGD, "source": {"architecture": "x"}}},
+            "/attack/source/architecture",
+        ),
+        ({"recipe": {"epochs": 0}}, "/recipe/epochs"),
+        ({"recipe": {"name": "sam", "rho": 0}}, "/recipe/rho"),
+        ({"recipe": {"rho": 1}}, "/recipe/rho"),
+        ({"recipe": {"crop_padding": True}}, "/recipe/crop_padding"),
+        ({"measures": "sam_sharpness"}, "/measures"),
+        ({"measures": ["sam_sharpness", {"type": "sam_sharpness", "rho": 0}]}, "/measures/1/rho"),
+        ({"measures": [3]}, "/measures/0"),
+        ({"measures": ["sam_sharpness", {"type": "sam_sharpness", "rho": 0.5}]}, "/measures"),
+    ],
+)
+def test_the_pointer_is_where_the_user_wrote_it(changed: dict[str, Any], pointer: str) -> None:
+    assert [found for found, _ in refused(**changed)] == [pointer]
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    found = refused(scale=0, seed=-1, attack={**PGD, "eps": "9/0", "steps": 0})
+    assert {pointer for pointer, _ in found} == {"/scale", "/seed", "/attack/eps", "/attack/steps"}
+
+
+@pytest.mark.parametrize("huge", ["1e999999999", "1e-999999999", "9" * 4000 + "/7", "x" * 1_000_000])
+def test_no_number_is_worth_waiting_for(huge: str) -> None:
+    started = time.process_time()
+    assert refused(scale=huge)
+    assert time.process_time() - started < 0.1
+
+
+def test_a_long_value_is_not_repeated_at_length() -> None:
+    [(_, sentence)] = refused(architecture="x" * 1_000_000)
+    assert len(sentence) < 1000
+
+
+def test_closed_forms_are_always_on_so_naming_them_adds_nothing() -> None:
+    named = JobSpec.model_validate(
+        {**JOB, "measures": ["closed_forms", "relative_sharpness", {"type": "top_eigenvalue"}]}
+    )
+    assert named == JobSpec.model_validate(JOB)
+
+
+def test_a_recipe_may_be_a_name_or_only_what_differs() -> None:
+    assert JobSpec.model_validate({**JOB, "recipe": "sam"}).recipe == RECIPES["sam"]()
+    assert JobSpec.model_validate({**JOB, "recipe": {"epochs": 3}}).recipe == RECIPES["standard"](epochs=3)
+
+
+def test_augmentation_suits_the_data_set_unless_it_is_spelled_out() -> None:
+    def augmentation(dataset: str, **recipe: Any) -> tuple[int | None, bool | None, float | None]:
+        job = JobSpec.model_validate({**JOB, "dataset": dataset, "recipe": recipe, "samples": 100})
+        chosen = job.augmented(job.recipe)
+        return chosen.crop_padding, chosen.flip, chosen.rotation_degrees
+
+    assert augmentation("cifar10") == (4, True, 0.0)
+    assert augmentation("cifar100") == (4, True, 15.0)
+    assert augmentation("npz:mine") == (0, False, 0.0)
+    assert augmentation("cifar10", flip=False, crop_padding=0) == (0, False, 0.0)
+
+
+def test_specs_are_values() -> None:
+    job = JobSpec.model_validate(JOB)
+    assert hash(job) == hash(JobSpec.model_validate({**JOB, "scale": "1.0"}))
+    with pytest.raises(ValidationError, match="frozen"):
+        job.scale = 2.0  # type: ignore[misc]
+    assert str(job) == "job(resnet18, cifar10, s=1, pgd linf, seed=0)"

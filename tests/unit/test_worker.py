@@ -1,0 +1,128 @@
+"""What a worker process finds out and keeps, without a Ray to run in."""
+
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from service.interrupt import interrupt
+from workers.context import Cache
+from workers.worker import WorkerSettings, _Warm, device_of
+
+
+@pytest.mark.parametrize(
+    ("gpu_ids", "visible", "device"),
+    [
+        ([], None, "cpu"),
+        ([], "0,1", "cpu"),
+        ([3], None, "cuda:3"),
+        (["3"], "2,3", "cuda:1"),
+        (["GPU-b"], "GPU-a,GPU-b", "cuda:1"),
+    ],
+)
+def test_torch_counts_the_visible_devices_and_ray_names_them(
+    gpu_ids: list[int] | list[str], visible: str | None, device: str
+) -> None:
+    assert device_of(gpu_ids, visible) == device
+
+
+def test_what_a_worker_keeps_is_dropped_when_no_bundle_comes() -> None:
+    settings = WorkerSettings("artifacts", Path("data"), 5.0, cache_bytes=1000)
+    cache = _Warm.take(settings)
+    cache.get("network", lambda: ("weights", 10))
+    _Warm.leave(idle_seconds=60.0)
+    assert _Warm.take(settings) is cache
+    assert len(cache) == 1
+    _Warm.leave(idle_seconds=0.02)
+    deadline = time.monotonic() + 10
+    while len(cache):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_another_size_of_cache_is_another_cache() -> None:
+    sizes = (1000, 2000)
+    caches: list[Cache] = []
+    for size in sizes:
+        caches.append(_Warm.take(WorkerSettings("artifacts", Path("data"), 5.0, cache_bytes=size)))
+        _Warm.leave(idle_seconds=0.0)
+    assert [cache.capacity_bytes for cache in caches] == [*sizes]
+
+
+INTERRUPTED = """
+import signal, sys
+from workers.worker import import_undisturbed
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+try:
+    import_undisturbed("workers.run")
+except KeyboardInterrupt:
+    print("torch" in sys.modules and hasattr(sys.modules["torch"], "nn"))
+import_undisturbed("workers.run")
+import torch
+print(float(torch.ones(2).sum()))
+"""
+
+
+def test_a_cancel_while_torch_is_imported_does_not_break_the_process_for_the_next() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["False", "2.0"], done.stderr
+
+
+def test_nobody_is_interrupted_within_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_once.py").write_text("import time\nfor _ in range(50):\n    time.sleep(0.01)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    ends: list[str] = []
+
+    def work() -> None:
+        try:
+            import imported_once  # type: ignore[import-not-found]
+
+            while True:
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            ends.append("whole" if imported_once.whole else "half")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while thread.is_alive():
+        assert time.monotonic() < deadline
+        interrupt(thread)
+        time.sleep(0.02)
+    assert ends == ["whole"]
+
+
+def test_who_starts_another_thread_is_not_interrupted_meanwhile() -> None:
+    """Else the exception kills the new thread, and who started it waits for ever."""
+    ran = started = 0
+    over = threading.Event()
+
+    def count() -> None:
+        nonlocal ran
+        ran += 1
+
+    def work() -> None:
+        nonlocal started
+        while not over.is_set():
+            started += 1
+            with suppress(KeyboardInterrupt):
+                child = threading.Thread(target=count, daemon=True)
+                child.start()
+                child.join()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        interrupt(thread)
+        time.sleep(0.0005)
+    over.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert ran >= started - 1

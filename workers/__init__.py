@@ -1,0 +1,1 @@
+"""The GPU side: runs tasks. Only `pool.py` and `worker.py` know Ray."""

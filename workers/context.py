@@ -1,0 +1,61 @@
+"""What a worker keeps at hand while it lives: where bytes are, which device it has, and what it has loaded already."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from service.artifacts import Artifacts
+
+T = TypeVar("T")
+CACHE_BYTES = 4 << 30
+
+
+class Cache:
+    """Loaded things by key, the least recently used dropped first beyond `capacity_bytes`.
+
+    What holds them is replaced, never changed, so an interrupt that lands anywhere leaves either the old or the new.
+    """
+
+    def __init__(self, capacity_bytes: int = CACHE_BYTES) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: Hashable, load: Callable[[], tuple[T, int]]) -> T:
+        """The value of that key; `load` gives it and its size in bytes where it is not there."""
+        entries = self._entries.copy()
+        found: tuple[T, int] = entries.pop(key) if key in entries else load()
+        entries[key] = found
+        while len(entries) > 1 and sum(size for _, size in entries.values()) > self.capacity_bytes:
+            entries.popitem(last=False)
+        self._entries = entries
+        return found[0]
+
+    def clear(self) -> None:
+        self._entries = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(size for _, size in self._entries.values())
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a task runs. `device_share` is the part of the GPU, or the number of CPUs, that it may take.
+
+    `node` is what the executor calls the machine.
+    """
+
+    artifacts: Artifacts
+    data_dir: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device_share: float = 1.0
+    epoch_state_seconds: float = 5.0
+    cache: Cache = field(default_factory=Cache)
+    node: str = ""

@@ -1,0 +1,99 @@
+"""`python -m workers.dispatch`: the dispatcher's process. It may be killed and started again at any time."""
+
+import argparse
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+
+from service.artifacts import Artifacts
+from service.dispatcher import Dispatcher
+from service.errors import DatabaseAway, SchemaOutdated
+from service.housekeeping import keep_house
+from service.logs import configure
+from service.settings import Settings
+from service.store import Database
+from workers.pool import RayExecutor
+
+log = logging.getLogger("uncanny.dispatch")
+AWAY_SECONDS = 1.0
+WAIT_SECONDS = 0.1
+TOGETHER_SECONDS = 2.0  # signals so close to each other are one: a service manager's and the supervisor's
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Dispatch until SIGTERM or SIGINT. Returns 0, or 3 where the database has another schema."""
+    parser = argparse.ArgumentParser(prog="python -m workers.dispatch", description=__doc__)
+    parser.add_argument(
+        "--name",
+        default=f"{socket.gethostname()}-{os.getpid()}",
+        help="what it holds its leases under; one that is started under the name of a dead one takes over at once",
+    )
+    parser.add_argument("--log-format", choices=["plain", "json"], default="plain")
+    options = parser.parse_args(arguments)
+    configure(options.log_format)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of what we mean to do
+
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    settings = Settings()
+    database = Database(settings.database)
+    try:
+        if not _ready(database, stop):
+            return 0
+    except SchemaOutdated as error:
+        log.error("%s", error)
+        return 3
+    executor = RayExecutor(settings)
+    try:
+        while not executor.capacity().ready and not stop.is_set():
+            stop.wait(WAIT_SECONDS)
+        _stop_on_signals(stop)  # again: Ray has put a handler of its own before ours, which prints a stack
+        log.info("dispatcher %s starts", options.name)
+        artifacts = Artifacts(settings.artifacts)
+        dispatcher = Dispatcher(database, artifacts, executor, settings, options.name)
+        keeping = (database, artifacts, settings, lambda: dispatcher.leading, stop)
+        threading.Thread(target=keep_house, args=keeping, name="housekeeping", daemon=True).start()
+        dispatcher.run(stop)
+    finally:
+        executor.close()
+        database.close()
+    log.info("dispatcher %s has stopped", options.name)
+    return 0
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """The first signal lets what runs be given back, a second one, later, ends the process at once."""
+    first = math.inf
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal first
+        first = min(first, time.monotonic())
+        if stop.is_set() and time.monotonic() - first > TOGETHER_SECONDS:
+            os._exit(128 + number)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
+def _ready(database: Database, stop: threading.Event) -> bool:
+    """Wait for a database that is away; false where the process is told to stop before it is there."""
+    while not stop.is_set():
+        try:
+            database.check_schema()
+        except DatabaseAway as error:
+            log.warning("%s", error)
+            stop.wait(AWAY_SECONDS)
+        else:
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""`python -m workers.doctor`: looks at Ray and its nodes for `uncanny doctor`, and prints one line of JSON."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from service.artifacts import Artifacts
+from service.settings import Settings
+from workers.pool import connect
+from workers.revision import code_digest, installed
+
+# Ray is imported after `workers.pool` has prepared its environment; torch where it is needed.
+
+KNOCK_SECONDS = 5.0
+NODE_SECONDS = 120.0
+DISTRIBUTIONS = ("uncanny-bench", "ray", "torch", "torchvision", "timm")
+
+
+def main() -> int:
+    settings = Settings()
+    answer = os.dup(1)
+    os.dup2(2, 1)  # whatever others print is not the answer
+    try:
+        report = look(settings)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        report = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    with os.fdopen(answer, "w") as out:
+        out.write(json.dumps(report) + "\n")
+    return 0
+
+
+def look(settings: Settings) -> dict[str, Any]:
+    """Join the cluster, or start a local Ray that goes away again, and examine each node that runs tasks."""
+    import ray
+
+    _knock(settings.ray_address)
+    with tempfile.TemporaryDirectory(prefix="doctor-") as home:
+        started = time.monotonic()
+        connect(settings if settings.ray_address else settings.model_copy(update={"home": Path(home)}), cpus=1)
+        seconds = time.monotonic() - started
+        try:
+            nodes = _examine_nodes(settings)
+        finally:
+            ray.shutdown()
+    return {
+        "token": os.environ.get("RAY_AUTH_MODE") == "token",
+        "seconds": seconds,
+        "code_digest": code_digest(),
+        "versions": versions(),
+        "nodes": nodes,
+    }
+
+
+def examine(artifact_root: str, data_dir: str, marker: str) -> dict[str, Any]:
+    """What a node says of itself; `marker` is the digest of an artifact that was just written elsewhere."""
+    import torch
+
+    from workers.provenance import driver
+
+    local = artifact_root if "://" not in artifact_root else tempfile.gettempdir()
+    return {
+        "code_digest": code_digest(),
+        "versions": versions(),
+        "torch_gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "driver": driver(),
+        "artifacts": _trouble(Artifacts(artifact_root), marker),
+        "free_bytes": shutil.disk_usage(_existing(Path(local))).free,
+        "data": {name: _compare(files) for name, files in public_files(Path(data_dir)).items()},
+    }
+
+
+def public_files(data_dir: Path) -> dict[str, dict[Path, str]]:
+    """The files of each public data set under the data folder, with their MD5."""
+    from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+
+    from workers.science.datasets.cifar import checksums
+
+    svhn = {data_dir / file: md5 for _, file, md5 in (SVHN.split_list[split] for split in ("train", "test"))}
+    return {
+        **{
+            name: {data_dir / source.base_folder / file: md5 for file, md5 in checksums(source).items()}
+            for name, source in (("cifar10", CIFAR10), ("cifar100", CIFAR100))
+        },
+        "svhn": svhn,
+        **{
+            name: {data_dir / source.__name__ / "raw" / file: md5 for file, md5 in source.resources}
+            for name, source in (("fashion_mnist", FashionMNIST), ("mnist", MNIST))
+        },
+    }
+
+
+def versions() -> dict[str, str | None]:
+    return {"python": sys.version.split()[0], **{name: installed(name) for name in DISTRIBUTIONS}}
+
+
+def clock() -> float:
+    """Seconds since 1970 by the clock of the node."""
+    return time.time()
+
+
+def _knock(address: str) -> None:
+    """Ray waits long for a head that is not there, and does not say so. Raises `ConnectionError`."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers there ({error})") from None
+
+
+def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    artifacts = Artifacts(settings.artifacts)
+    marker = artifacts.write_chunks("doctor", [secrets.token_bytes(64)]).digest
+    reports = []
+    try:
+        listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        for node in listed:
+            resources = node["Resources"]
+            if not node["Alive"] or not resources.get("CPU"):
+                continue
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ask = ray.remote(num_cpus=0, max_retries=0)
+            report = {
+                "name": node["NodeManagerHostname"], "cpus": resources["CPU"], "gpus": resources.get("GPU", 0.0)
+            }  # fmt: skip
+            try:
+                asked = ask(examine).options(scheduling_strategy=there)
+                found = asked.remote(settings.artifacts, str(settings.data), marker)
+                report.update(**ray.get(found, timeout=NODE_SECONDS))
+                before = time.time()
+                theirs = ray.get(ask(clock).options(scheduling_strategy=there).remote(), timeout=NODE_SECONDS)
+                after = time.time()
+                report["skew_seconds"] = max(before - theirs, theirs - after, 0.0)
+            except Exception as error:  # noqa: BLE001 - of one node; the others are still looked at
+                report["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reports.append(report)
+    finally:
+        artifacts.delete(marker)
+    return reports
+
+
+def _trouble(artifacts: Artifacts, marker: str) -> str:
+    """What keeps this node from sharing the artifact root; empty where nothing does."""
+    try:
+        with artifacts.local(marker):
+            pass
+        own = artifacts.write_chunks("doctor", [secrets.token_bytes(64)]).digest
+        artifacts.delete(own)
+    except Exception as error:  # noqa: BLE001 - a file system or an object store may say anything
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _compare(files: dict[Path, str]) -> dict[str, Any]:
+    from workers.science.datasets.files import checksum
+
+    present = [path for path in files if path.is_file()]
+    if not present:
+        return {"state": "absent", "files": []}
+    wrong = [str(path) for path, md5 in files.items() if path not in present or checksum(path, "md5") != md5]
+    return {"state": "damaged" if wrong else "whole", "files": wrong}
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""RayExecutor: bundles as Ray tasks, on an existing cluster or on a local Ray that comes up in the background."""
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Ray reads these when it is imported. Others that it needs are set when a local Ray starts.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else it rebuilds the environment in every worker
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on Linux too: listen on loopback only
+
+import ray
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from service.executor import Bundle, Capacity, Failed, Message, Needs, Reason, Started
+from service.ledger import Ledger
+from service.settings import Settings
+from workers.cluster import connect, nodes
+from workers.revision import code_digest
+from workers.worker import WorkerSettings, run_bundle
+
+log = logging.getLogger("uncanny.pool")
+
+NOT_READY = Capacity(ready=False, cpus=0.0, gpus=0.0)
+Body = Callable[[Bundle, WorkerSettings], Iterator[list[Message]]]
+LOOK_SECONDS = 0.1  # how often a waiting poll looks for bundles that do not stop
+TALK_SECONDS = 0.2  # for which a poll goes on listening to bundles that always have something to say
+WATCH_SECONDS = 1.0  # how often the size of the cluster is asked for
+RETRY_SECONDS = 5.0
+PROBE_SECONDS = 60.0
+SETTLE_SECONDS = 4.0  # in which the cluster finds out that a node is gone which took its workers down
+
+
+class OtherCode(RuntimeError):
+    """A worker's sources are not the dispatcher's, so what it would compute is not what was asked for."""
+
+
+@dataclass
+class _Running:
+    ledger: Ledger
+    generator: Any
+    act_at: float | None = None  # when a bundle that is being stopped is killed, and then given up
+    killed: bool = False
+    node: str = ""  # where it runs, once it says so
+    crash: str = ""  # its worker is gone; `act_at` says when it is told whether the node is gone too
+
+    @property
+    def waitable(self) -> Any:
+        """What to wait for. Of a cancelled task, Ray calls the generator ready at once, and reading it blocks."""
+        return self.generator.completed() if self.ledger.stopping else self.generator
+
+
+class RayExecutor:
+    """Runs each bundle as one Ray task, whose generator streams its messages. Ray itself never retries.
+
+    Ray is connected to, or started, in a thread; until then `capacity().ready` is false. Its other methods are for
+    one thread, the dispatcher's. `body` is what runs on the worker, `cpus` those of a local Ray (all when left out).
+    """
+
+    def __init__(
+        self, settings: Settings, *, body: Body = run_bundle, cpus: int | None = None, grace_seconds: float = 3.0
+    ) -> None:
+        self._settings = settings
+        self._cpus = cpus
+        self._grace_seconds = grace_seconds
+        self._worker_settings = WorkerSettings(settings.artifacts, settings.data, settings.epoch_state_seconds)
+        self._task = ray.remote(max_calls=0, max_retries=0, num_returns="streaming")(body)
+        self._bundles: dict[str, _Running] = {}
+        self._lost: list[Message] = []
+        self._capacity = NOT_READY
+        self._dead: set[str] = set()  # nodes
+        self._preempted: set[str] = set()
+        self._closed = False
+        self._closing = threading.Event()
+        # Ray's processes die with the thread that started them, so this one lives until `close`.
+        self._thread = threading.Thread(target=self._hold_ray, name="ray", daemon=True)
+        self._thread.start()
+
+    def capacity(self) -> Capacity:
+        return NOT_READY if self._closed else self._capacity
+
+    def submit(self, bundle: Bundle) -> None:
+        ledger = Ledger(bundle)
+        if not self.capacity().ready:
+            ledger.stopping = True
+            self._lost += ledger.end("given_back", "Ray is not up")
+            return
+        try:
+            task = self._task.options(name=f"bundle {bundle.id}", **_options(bundle.needs))
+            generator = task.remote(bundle, self._worker_settings)
+        except (ValueError, TypeError) as error:  # it does not take these needs, and will not the next time
+            why = f"Ray does not take what this asks for (UNCANNY_RESOURCES): {error}"
+            self._lost += [Failed(grant.task_id, grant.attempt, "configuration", why) for grant in bundle.grants]
+            return
+        self._bundles[bundle.id] = _Running(ledger, generator)
+
+    def poll(self, timeout_seconds: float) -> list[Message]:
+        deadline = time.monotonic() + timeout_seconds
+        messages: list[Message] = []
+        while True:
+            self._look_after_those_in_trouble()
+            messages += self._lost
+            self._lost = []
+            wait = 0.0 if messages else min(max(0.0, deadline - time.monotonic()), LOOK_SECONDS)
+            ready = self._ready(wait)
+            for bundle_id in ready:
+                over = self._bundles[bundle_id].ledger.stopping  # what was waited for then is its end
+                messages += self._read(bundle_id)
+                while over and bundle_id in self._bundles:
+                    messages += self._read(bundle_id)
+            late = time.monotonic() - deadline
+            if late >= TALK_SECONDS or (not ready and (messages or late >= 0)):
+                return messages
+
+    def cancel(self, task_id: str, attempt: int) -> None:
+        for running in self._bundles.values():
+            stop, lost = running.ledger.cancel((task_id, attempt))
+            self._lost += lost
+            if stop:
+                self._stop(running)
+
+    def close(self) -> None:
+        self._closed = True
+        for running in self._bundles.values():
+            self._stop(running)
+        arrived: list[Message] = []
+        while self._bundles:  # `poll` gives up on each after two grace periods
+            arrived += self.poll(LOOK_SECONDS)
+        self._lost += arrived
+        self._closing.set()
+        self._thread.join(self._grace_seconds + RETRY_SECONDS)
+
+    def _ready(self, timeout_seconds: float) -> list[str]:
+        """The bundles that have something to say, waiting for a first one."""
+        waiting = {running.waitable: name for name, running in self._bundles.items() if not running.crash}
+        if not waiting:
+            time.sleep(timeout_seconds)
+            return []
+        first, rest = ray.wait(list(waiting), num_returns=1, timeout=timeout_seconds)
+        if first and rest:
+            first += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return [waiting[ready] for ready in first]
+
+    def _read(self, bundle_id: str) -> list[Message]:
+        """The next messages of a bundle that has some, or its end."""
+        running = self._bundles[bundle_id]
+        try:
+            batch: list[Message] = ray.get(next(running.generator))
+        except StopIteration:
+            return self._end(bundle_id, "worker_died", "the bundle ended without an answer")
+        except TaskCancelledError:
+            return self._end(bundle_id, "executor_lost", "its bundle was stopped")
+        except RayTaskError as error:  # raised by the body itself, before or between its grants
+            why = f"the worker failed: {error.cause}"
+            guilty, failed = running.ledger.guilty, []
+            if guilty is not None:
+                failed = [Failed(*guilty, "error", why, re.sub(r"\x1b\[\d+m", "", str(error)))]
+                running.ledger.accept(failed[0])
+            running.ledger.stopping = True
+            return [*failed, *self._end(bundle_id, "given_back", why)]
+        except RayError as error:
+            reason, why = _reason(error), str(error).partition("\n")[0]
+            if reason == "worker_died" and self._settings.ray_address:
+                running.crash, running.act_at = why, time.monotonic() + SETTLE_SECONDS
+                return []
+            if reason == "node_died":
+                reason = self._loss_of(running.node)
+            return self._end(bundle_id, reason, why)
+        known = [message for message in batch if running.ledger.accept(message)]
+        running.node = next((message.node for message in known if isinstance(message, Started)), running.node)
+        if running.ledger.unwanted:
+            self._stop(running)
+        return known
+
+    def _end(self, bundle_id: str, reason: Reason, message: str) -> list[Message]:
+        return [*self._bundles.pop(bundle_id).ledger.end(reason, message)]
+
+    def _stop(self, running: _Running) -> None:
+        if not running.ledger.stopping:
+            running.ledger.stopping = True
+            running.act_at = time.monotonic() + self._grace_seconds
+            ray.cancel(running.generator, force=False)
+
+    def _look_after_those_in_trouble(self) -> None:
+        """Press those that do not stop, stop those whose node is dead, tell crashed workers from dying nodes."""
+        now = time.monotonic()
+        for bundle_id, running in list(self._bundles.items()):
+            if running.node in self._dead and not running.crash:
+                self._stop(running)  # its worker may live on without its node
+            if running.crash and running.node in self._preempted | self._dead:
+                self._lost += self._end(bundle_id, self._loss_of(running.node), running.crash)
+                continue
+            if running.act_at is None or now < running.act_at:
+                continue
+            if running.crash:
+                gone = running.node in nodes().dead
+                self._lost += self._end(
+                    bundle_id, self._loss_of(running.node) if gone else "worker_died", running.crash
+                )
+            elif running.killed:
+                self._lost += self._end(bundle_id, "given_back", "its worker could not be stopped in time")
+            else:
+                log.warning("bundle %s does not stop: killing its worker", bundle_id)
+                ray.cancel(running.generator, force=True)
+                running.killed, running.act_at = True, now + self._grace_seconds
+
+    def _loss_of(self, node: str) -> Reason:
+        return "preempted" if node in self._preempted else "node_died"
+
+    def _hold_ray(self) -> None:
+        """The thread that owns Ray."""
+        while not self._closing.is_set():
+            try:
+                connect(self._settings, self._cpus)
+                break
+            except Exception:  # whatever keeps Ray away, it may come back
+                log.exception("Ray is not up; the next try is in %g seconds", RETRY_SECONDS)
+                ray.shutdown()
+                self._closing.wait(RETRY_SECONDS)
+        checked: set[str] = set()
+        trouble = ""
+        while not self._closing.is_set():
+            try:
+                self._capacity, now = self._look(checked), ""
+            except Exception as error:  # noqa: BLE001 - whatever it is, it may pass, and is said once
+                self._capacity, now = NOT_READY, f"{type(error).__name__}: {error}"
+            if now != trouble:
+                log.log(logging.ERROR if now else logging.INFO, "%s", now or "the cluster is usable again")
+                trouble = now
+            self._closing.wait(WATCH_SECONDS)
+        ray.shutdown()
+
+    def _look(self, checked: set[str]) -> Capacity:
+        """The size of the cluster; ready once all of its nodes are known to have the dispatcher's code."""
+        found = nodes()
+        self._preempted |= found.preempted
+        self._dead = found.dead
+        if self._settings.ray_address:
+            for name in [name for name in found.resources if name not in checked]:
+                there = NodeAffinitySchedulingStrategy(name, soft=False)
+                probe = ray.remote(num_cpus=0, max_retries=0)(code_digest).options(scheduling_strategy=there).remote()
+                if ray.get(probe, timeout=PROBE_SECONDS) != code_digest():
+                    raise OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
+                checked.add(name)
+        have = tuple(found.resources.values())
+        cpus, gpus = (sum(node.get(kind, 0.0) for node in have) for kind in ("CPU", "GPU"))
+        return Capacity(ready=True, cpus=cpus, gpus=gpus, nodes=have)
+
+
+def _options(needs: Needs) -> dict[str, Any]:
+    """What a bundle needs, as Ray's options. What does not fit yet is what an autoscaler sees as demand."""
+    options: dict[str, Any] = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "resources": dict(needs.custom)}
+    if needs.memory_bytes:
+        options["memory"] = needs.memory_bytes
+    if needs.accelerator:
+        options["accelerator_type"] = needs.accelerator
+    return options
+
+
+def _reason(error: RayError) -> Reason:
+    if isinstance(error, OutOfMemoryError):
+        return "out_of_memory"
+    if isinstance(error, WorkerCrashedError):
+        return "worker_died"
+    if isinstance(error, (NodeDiedError, LocalRayletDiedError, ObjectLostError)):
+        return "node_died"
+    return "executor_lost"
+
+
+__all__ = ["RayExecutor", "connect"]

@@ -1,0 +1,93 @@
+"""How a number came about: code, versions, machine, seeds, data, seconds, memory (DESIGN.md, "Provenance")."""
+
+import os
+import platform
+import resource
+import socket
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workers.revision import code, installed
+
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "ray")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Code, versions and machine of this process."""
+    return {
+        **code(),
+        "python": platform.python_version(),
+        **{name: installed(name) for name in LIBRARIES},
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,  # type: ignore[no-untyped-call]
+        "driver": driver(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "hostname": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+
+
+def determinism() -> dict[str, Any]:
+    """The flags that change numbers, as they are now."""
+    return {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "matmul_precision": torch.backends.cuda.matmul.fp32_precision,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()} ({platform.machine()})"
+
+
+@cache
+def driver() -> str | None:
+    """The line of the NVIDIA kernel driver, where there is one."""
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text().partition("\n")[0].strip() if path.is_file() else None
+
+
+class Meter:
+    """Seconds and memory from here to `read()`.
+
+    `device_seconds` is wall time times the share of the device; the peak of a GPU is this task's, that of host
+    memory is the process's since it started.
+    """
+
+    def __init__(self, device: torch.device, device_share: float) -> None:
+        self.device, self.device_share = device, device_share
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self) -> dict[str, Any]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        wall = time.perf_counter() - self._wall
+        return {
+            "wall_seconds": wall,
+            "cpu_seconds": time.process_time() - self._cpu,
+            "device_seconds": wall * self.device_share,
+            "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_device_memory_bytes": (
+                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            ),
+        }
+
+
+@cache
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "CPU"

@@ -1,0 +1,52 @@
+"""Which code this is, without importing torch: its version, its git revision, and a digest of its sources."""
+
+import hashlib
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DISTRIBUTION = "uncanny-bench"
+
+
+@cache
+def code() -> dict[str, Any]:
+    """`code_version`; `code_revision` and `code_dirty` where this is a git checkout, else null; `code_digest`."""
+    revision = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", __file__) else None
+    return {
+        "code_version": installed(DISTRIBUTION),
+        "code_revision": revision,
+        "code_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if revision else None,
+        "code_digest": code_digest(),
+    }
+
+
+def code_digest() -> str:
+    """SHA-256 of the sources of `service` and `workers`: equal on two machines where they compute the same."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("service/**/*.py"), *ROOT.glob("workers/**/*.py")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of git in the source folder; None where there is no git, or it is not a checkout of ours."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

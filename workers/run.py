@@ -1,0 +1,213 @@
+"""run(grant) -> Outcome: one match on the kind of task; and execute(bundle), its grants one after the other."""
+
+import itertools
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from service.errors import ArtifactMissing, ArtifactRootFull
+from service.executor import Bundle, Failed, Grant, Lost, Message, Outcome, Progress, Reason, Started, Succeeded
+from service.interrupt import interrupt
+from service.specs import AttackTask, ControlTask, MeasureTask, Task, TrainTask, problems
+from workers import provenance, tasks
+from workers.context import Context
+from workers.science.errors import ScienceError
+from workers.science.seeding import deterministic
+
+log = logging.getLogger("uncanny.worker")
+
+TASK: TypeAdapter[Task] = TypeAdapter(Task)
+PROGRESS_SECONDS = 0.5
+LISTEN_SECONDS = 0.02  # an interrupt of the listening thread is heard that often
+OTHERS_BYTES = 1 << 30  # of a GPU's memory that others have before it counts as shared; a driver takes some itself
+GATHER_SECONDS = 0.005  # messages that come so close together travel together
+INTERRUPT_AGAIN_SECONDS = 1.0  # an interrupt that lands in a destructor is lost
+
+
+def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progress], None]) -> Outcome:
+    """Do what the grant's spec says, on the context's device, and say how it was done.
+
+    Raises `ScienceError`, `ArtifactMissing` and pydantic's `ValidationError` for what would fail again, and whatever
+    else goes wrong as it comes.
+    """
+
+    def on_progress(done: int, total: int) -> None:
+        report(Progress(grant.task_id, grant.attempt, done / total, {"step": done, "steps": total}))
+
+    meter = provenance.Meter(context.device, context.device_share)
+    task = TASK.validate_python(grant.spec)
+    training = TrainTask.model_validate(bundle.train_spec)
+    with deterministic(context.device):
+        subject = tasks.Subject(training, bundle.checkpoint, context)
+        match task:
+            case TrainTask():
+                outcome = tasks.run_training(task, grant, subject.data, context, report)
+            case MeasureTask():
+                outcome = tasks.run_measure(task, subject, on_progress)
+            case AttackTask():
+                outcome = tasks.run_attack(task, subject, _source(task, bundle, context), on_progress)
+            case ControlTask():
+                outcome = tasks.run_control(task, subject, on_progress)
+            case _:
+                assert_never(task)
+        determinism = provenance.determinism()
+    weights = next((ref for ref in outcome.artifacts if ref.kind == "checkpoint"), bundle.checkpoint)
+    made_from = {
+        "task_kind": task.kind,
+        "task_version": task.version,
+        "task_digest": grant.digest,
+        "weights_sha256": weights.digest if weights else None,
+        "seed": training.seed,
+        "attack_seed": getattr(task, "attack_seed", None),
+        "dataset": training.dataset.name,
+        "dataset_sha256": subject.data_sha256,
+        "dataset_files_sha256": [training.dataset.train_sha256, training.dataset.test_sha256],
+    }
+    made_by = provenance.environment(context.device)
+    return replace(outcome, provenance={**made_by, **made_from, **determinism, **meter.read()})
+
+
+def _source(task: AttackTask, bundle: Bundle, context: Context) -> tasks.Subject | None:
+    """The other network that a transfer's examples are made on."""
+    if task.source is None:
+        return None
+    spec, checkpoint = bundle.sources[task.source]
+    return tasks.Subject(TrainTask.model_validate(spec), checkpoint, context)
+
+
+def execute(bundle: Bundle, context: Context) -> Iterator[Message]:
+    """Run the grants in order and say how each goes, as it goes. One that fails does not stop the next.
+
+    They run in a thread of their own while the caller's waits for messages: an exception that is raised in the
+    caller's thread (KeyboardInterrupt, by a soft cancel), or closing this generator, stops them before it goes on.
+    Raises `DeviceBroken`, with all grants answered, where this process can compute nothing any more.
+    """
+    return itertools.chain.from_iterable(batches(bundle, context))
+
+
+def batches(bundle: Bundle, context: Context) -> Iterator[list[Message]]:
+    """The messages of `execute`, those that come close together in one list."""
+    arrived: queue.SimpleQueue[Message | _Ended] = queue.SimpleQueue()
+    begun, stopped = threading.Event(), threading.Event()
+    todo = (bundle, context, arrived.put, begun, stopped)
+    producer = threading.Thread(target=_produce, args=todo, name=bundle.id, daemon=True)
+    try:
+        producer.start()
+        while True:
+            batch = _gather(arrived)
+            messages = [item for item in batch if not isinstance(item, _Ended)]
+            if messages:
+                yield messages
+            if batch and isinstance(batch[-1], _Ended):
+                producer.join()
+                if batch[-1].device_broken:
+                    raise DeviceBroken("the GPU gave up in this process; it needs a new one")
+                return
+    finally:
+        stopped.set()  # seen by a thread that has not begun yet, which may not even be alive
+        while producer.is_alive():
+            if begun.is_set():
+                interrupt(producer)
+            producer.join(INTERRUPT_AGAIN_SECONDS)
+
+
+class DeviceBroken(RuntimeError):
+    """After some errors of a GPU, such as an illegal memory access, every later call in the process fails too."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    device_broken: bool
+
+
+def _gather(arrived: "queue.SimpleQueue[Message | _Ended]") -> list[Message | _Ended]:
+    try:
+        batch = [arrived.get(timeout=LISTEN_SECONDS)]
+    except queue.Empty:
+        return []
+    if not isinstance(batch[0], _Ended):
+        time.sleep(GATHER_SECONDS)
+    while not arrived.empty():
+        batch.append(arrived.get())
+    return batch
+
+
+def _produce(
+    bundle: Bundle, context: Context, put: Callable[[Message | _Ended], None],
+    begun: threading.Event, stopped: threading.Event,
+) -> None:  # fmt: skip
+    worker = f"{socket.gethostname()} pid {os.getpid()} {context.device}"
+    device_broken = False
+    try:
+        begun.set()  # from here on an interrupt is caught
+        for grant in bundle.grants:
+            if stopped.is_set():
+                break
+            if device_broken:
+                put(Lost(grant.task_id, grant.attempt, "given_back", "not started: the worker's GPU gave up before"))
+                continue
+            put(Started(grant.task_id, grant.attempt, worker, context.node))
+            answer, device_broken = _answer(grant, bundle, context, put)
+            put(answer)
+    except KeyboardInterrupt:
+        log.info("bundle %s was stopped", bundle.id)
+    finally:
+        put(_Ended(device_broken))
+
+
+def _answer(
+    grant: Grant, bundle: Bundle, context: Context, put: Callable[[Message], None]
+) -> tuple[Succeeded | Failed | Lost, bool]:
+    """How the grant ended, and whether the device is broken from now on."""
+    task, attempt = grant.task_id, grant.attempt
+    reported_at = -PROGRESS_SECONDS
+
+    def report(progress: Progress) -> None:
+        nonlocal reported_at
+        if progress.resume is not None or time.monotonic() - reported_at >= PROGRESS_SECONDS:
+            reported_at = time.monotonic()
+            put(progress)
+
+    try:
+        return Succeeded(task, attempt, run(grant, bundle, context, report)), False
+    except ValidationError as error:
+        sentences = "; ".join(f"{pointer}: {sentence}" for pointer, sentence in problems(error))
+        return Failed(task, attempt, "configuration", f"this worker cannot read the task's spec: {sentences}"), False
+    except tasks.CheckpointMissing as error:
+        return Failed(task, attempt, "missing_checkpoint", str(error)), False
+    except (ScienceError, ArtifactMissing) as error:
+        return Failed(task, attempt, "configuration", str(error)), False
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
+        lost = Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}")
+    except ArtifactRootFull as error:
+        return Lost(task, attempt, "disk_full", str(error)), False
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong in a task is that task's, and is told
+        what = f"{type(error).__name__}: {error}"
+        broken = isinstance(error, torch.AcceleratorError)
+        return Failed(task, attempt, "error", what, traceback.format_exc()), broken
+    # Out here the exception, whose frames hold the task's tensors, is gone.
+    context.cache.clear()
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return lost, False
+
+
+def _shared(context: Context) -> bool:
+    """Whether the memory that ran out is shared with other processes, so that any of them may have taken it."""
+    if context.device.type != "cuda":
+        return False
+    if context.device_share < 1:
+        return True
+    free, total = torch.cuda.mem_get_info(context.device)
+    return total - free - torch.cuda.memory_reserved(context.device) > OTHERS_BYTES

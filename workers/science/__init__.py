@@ -1,0 +1,1 @@
+"""The science: torch only, no service, no Ray, no SQL, no HTTP."""

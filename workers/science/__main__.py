@@ -1,0 +1,229 @@
+"""`python -m workers.science`: train, measure and attack from the shell, where there is torch and nothing of ours.
+
+    python -m workers.science list
+    python -m workers.science train --architecture mlp --dataset digits --epochs 5 --out weights.safetensors
+    python -m workers.science measure --architecture mlp --dataset digits --weights weights.safetensors --scale 5
+    python -m workers.science attack --architecture mlp --dataset digits --weights weights.safetensors --attack pgd_linf
+
+Prints one JSON object. What cannot be computed is one sentence on standard error and exit status 2.
+"""
+
+import argparse
+import json
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.architectures import ARCHITECTURES, build
+from workers.science.attacks import ATTACKS, WITH_TRAJECTORY
+from workers.science.datasets import DATASETS, ImageData, read_npz, sample_indices, to_unit
+from workers.science.errors import ScienceError
+from workers.science.evaluation import evaluate_attack
+from workers.science.heads import linear_head, scale_head
+from workers.science.imported import as_saved
+from workers.science.recipes import RECIPES
+from workers.science.seeding import deterministic
+from workers.science.sharpness import MEASURES
+from workers.science.training import EpochReport, train
+from workers.science.trajectory import Recorder, analyse
+from workers.science.weights import load_weights, save_weights
+
+Report = dict[str, Any]
+DEFAULT_SAMPLES = 1000
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "pgd_l2": {"norm": "l2", "eps": 0.025, "step_size": 0.001, "steps": 25},
+    "pgd_l2_strong": {"norm": "l2", "eps": 0.5, "step_size": 0.01, "steps": 50},
+    "pgd_linf": {"norm": "linf", "eps": 8 / 255, "step_size": 2 / 255, "steps": 10},
+    "pgd_linf_strong": {"norm": "linf", "eps": 0.1, "step_size": 2 / 255, "steps": 30},
+    "pgd_linf_fine": {"norm": "linf", "eps": 8 / 255, "step_size": 0.25 / 255, "steps": 80},
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for what cannot be computed."""
+    options = _parser().parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        report: Report = options.run(options)
+    except (ScienceError, ValueError, TypeError, OSError) as error:
+        print(f"workers.science: {error}", file=sys.stderr)
+        return 2
+    if options.run is not _list:
+        report |= {"seconds": time.perf_counter() - started, "device": str(options.device), "torch": torch.__version__}
+    print(json.dumps(report, indent=2, allow_nan=False))
+    return 0
+
+
+def _list(_options: argparse.Namespace) -> Report:
+    tables: dict[str, dict[str, Any]] = {"architectures": ARCHITECTURES, "datasets": DATASETS, "recipes": RECIPES}
+    summaries = {name: {key: entry.summary for key, entry in table.items()} for name, table in tables.items()}
+    return {**summaries, "attacks": [*PRESETS, *ATTACKS], "measures": list(MEASURES)}
+
+
+def _train(options: argparse.Namespace) -> Report:
+    def on_epoch(epoch: EpochReport, _state: object) -> None:
+        if sys.stderr.isatty():
+            print(f"epoch {epoch.epoch}/{epoch.epochs}: loss {epoch.loss:.4f}", file=sys.stderr)
+
+    if not options.out.parent.is_dir():
+        raise ScienceError(f"there is no folder {options.out.parent} to write the weights to")
+    data = _data(options)
+    model = build(options.architecture, data.shape, data.n_classes, options.seed)
+    done = train(
+        model, data, recipe=options.recipe, recipe_params=dict(options.option), epochs=options.epochs, lr=options.lr,
+        batch_size=options.batch_size, momentum=options.momentum, weight_decay=options.weight_decay, seed=options.seed,
+        train_samples=options.train_samples, device=options.device, precision=options.precision, on_epoch=on_epoch,
+    )  # fmt: skip
+    save_weights(options.out, model)
+    numbers = {name: value for name, value in vars(done).items() if name not in {"epochs", "seconds"}}
+    return {"weights": str(options.out), "numbers": numbers, "curves": {"epochs": [vars(e) for e in done.epochs]}}
+
+
+def _measure(options: argparse.Namespace) -> Report:
+    data, model = _scaled(options)
+    splits = []
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        index = _samples(len(y), options.samples)
+        splits += [to_unit(x[index]).to(options.device), y[index].to(options.device)]
+    params = {"scale": options.scale} if options.measure == "closed_forms" else {}
+    with deterministic(options.device):
+        found = MEASURES[options.measure](
+            model, *splits, **{"seed": 0, "batch_size": 256, **params, **dict(options.option)}
+        )
+    return {"numbers": found.numbers, "curves": found.curves}
+
+
+def _attack(options: argparse.Namespace) -> Report:
+    data, model = _scaled(options)
+    name = "pgd" if options.attack in PRESETS else options.attack
+    said = {key: getattr(options, key) for key in ("norm", "eps", "step_size", "steps")}
+    params = PRESETS.get(options.attack, {}) | {key: value for key, value in said.items() if value is not None}
+    params |= dict(options.option)
+    index = _samples(len(data.test_y), options.samples)
+    head = linear_head(model)
+    recorder = Recorder(head.weight, head.bias) if options.trajectory and name in WITH_TRAJECTORY else None
+    with deterministic(options.device):
+        found = evaluate_attack(
+            model, data.test_x[index], data.test_y[index], index, attack=name, params=params, scale=options.scale,
+            attack_seed=options.attack_seed, device=options.device, observer_factory=recorder,
+        )  # fmt: skip
+    report: Report = {"attack": name, "parameters": params, "scale": options.scale, "numbers": found.numbers}
+    if recorder is not None:
+        along, report["curves"] = analyse(recorder.trajectory(), params.get("norm", "l2" if name == "cw" else "linf"))
+        report["numbers"] = along | found.numbers
+    return report
+
+
+def _data(options: argparse.Namespace) -> ImageData:
+    if options.dataset.startswith("npz:"):
+        return read_npz(Path(options.dataset.removeprefix("npz:")))
+    if options.dataset not in DATASETS:
+        raise ScienceError(f"unknown data set {options.dataset!r}; there are {', '.join(DATASETS)} and npz:FOLDER")
+    return DATASETS[options.dataset].read(options.data_dir)
+
+
+def _scaled(options: argparse.Namespace) -> tuple[ImageData, nn.Module]:
+    data = _data(options)
+    model = as_saved(build(options.architecture, data.shape, data.n_classes, seed=0), options.weights)
+    load_weights(model, options.weights)
+    model.to(options.device).eval()
+    return data, scale_head(model, options.scale, scale_bias=not options.keep_bias)
+
+
+def _samples(n_total: int, asked: int | None) -> Tensor:
+    return torch.from_numpy(sample_indices(n_total, min(DEFAULT_SAMPLES, n_total) if asked is None else asked))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="workers.science", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="list | train | measure | attack")
+    commands.add_parser("list", help="what can be named").set_defaults(run=_list)
+
+    common = _Parser(add_help=False)
+    common.add_argument("--architecture", required=True, choices=ARCHITECTURES, metavar="NAME")
+    common.add_argument("--dataset", required=True, help="a name, or npz:FOLDER with train.npz and test.npz")
+    common.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie, or are downloaded to")
+    common.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("-o", "--option", type=_option, action="append", default=[], metavar="NAME=VALUE",
+                        help="a parameter of the recipe, the measure or the attack")  # fmt: skip
+
+    training = commands.add_parser("train", parents=[common], help="train a network and write its weights")
+    training.set_defaults(run=_train)
+    training.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    training.add_argument("--recipe", choices=RECIPES, default="standard")
+    training.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
+    for name, kind, default in (
+        ("epochs", int, 100), ("batch-size", int, 128), ("seed", int, 0), ("train-samples", int, None),
+        ("lr", _number, 0.1), ("momentum", _number, 0.9), ("weight-decay", _number, 1e-4),
+    ):  # fmt: skip
+        training.add_argument(f"--{name}", type=kind, default=default)
+
+    trained = _Parser(add_help=False)
+    trained.add_argument("--weights", type=Path, required=True, help="safetensors file that `train` wrote")
+    trained.add_argument("--scale", type=_number, default=1.0, help="the head becomes s W, s b")
+    trained.add_argument("--keep-bias", action="store_true", help="scale W alone")
+    trained.add_argument("--samples", type=int, help="the first so many of the fixed permutation; 1,000 when left out")
+
+    measuring = commands.add_parser("measure", parents=[common, trained], help="measure sharpness")
+    measuring.set_defaults(run=_measure)
+    measuring.add_argument("--measure", choices=MEASURES, default="closed_forms")
+
+    attacking = commands.add_parser("attack", parents=[common, trained], help="attack")
+    attacking.set_defaults(run=_attack)
+    attacking.add_argument("--attack", choices=[*PRESETS, *ATTACKS], default="pgd_linf", metavar="NAME")
+    attacking.add_argument("--norm", choices=["linf", "l2"])
+    attacking.add_argument("--eps", type=_number, help='a number or a fraction such as "8/255"')
+    attacking.add_argument("--step-size", type=_number)
+    attacking.add_argument("--steps", type=int)
+    attacking.add_argument("--attack-seed", type=int, default=0)
+    attacking.add_argument("--trajectory", action="store_true", help="also what happens along the way, and its curves")
+    return parser
+
+
+def _number(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number or a fraction such as "8/255"') from None
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.zeros(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here ({reason})") from None
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`name=value`: true, false, a whole number, a number, a fraction, or a word."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if value in {"true", "false"}:
+        return name, value == "true"
+    try:
+        return name, int(value)
+    except ValueError:
+        pass
+    try:
+        return name, float(Fraction(value))
+    except (ValueError, ZeroDivisionError):
+        return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""AutoAttack (Croce & Hein 2020), the standard ensemble: each member gets what the ones before it left."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from workers.science.attacks.apgd import apgd
+from workers.science.attacks.base import AttackOutput, Found, Observer, OnProgress, look, misclassified, refuse_observer
+from workers.science.attacks.fab import fab
+from workers.science.attacks.norms import geometry
+from workers.science.attacks.square import square
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    index: Tensor,
+    attack_seed: int = 0,
+    observer: Observer | None = None,
+    on_progress: OnProgress | None = None,
+    scale: float = 1.0,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    steps: int = 100,
+    targets: int = 9,
+    queries: int = 5000,
+) -> AttackOutput:
+    """APGD on cross-entropy, APGD on the targeted dlr loss, targeted FAB, square; one restart each; k >= 4 classes.
+
+    `steps` of the first three, `targets` the number of target classes (at most k - 1), `queries` of square. The
+    defaults are the published standard. `zero_gradient` is that of the first member. It has no trajectory: raises
+    `ValueError` for an observer, `WrongShape` for k < 4; other errors as in `pgd`.
+    """
+    refuse_observer(observer, "autoattack")
+    geometry(norm)
+    x = x.detach()
+    members: list[Callable[..., AttackOutput]] = [apgd, apgd, fab, square]
+    params: list[dict[str, object]] = [
+        {"steps": steps, "loss": "cross_entropy"},
+        {"steps": steps, "loss": "dlr", "targeted": True, "targets": targets},
+        {"steps": steps, "targets": targets},
+        {"queries": queries},
+    ]
+    found = Found(x, misclassified(look(model, x)[1], y))
+    found.forward_calls += len(x)
+    for stage, (member, its) in enumerate(zip(members, params, strict=True)):
+        alive = found.robust() if stage else (~found.broken).nonzero().squeeze(1)
+        if len(alive):
+            output = member(
+                model,
+                x[alive],
+                y[alive],
+                index=index[alive.to(index.device)],
+                attack_seed=attack_seed,
+                on_progress=_share_of(on_progress, stage, len(members)),
+                norm=norm,
+                eps=eps,
+                **its,
+            )
+            found.gradient_calls += output.gradient_calls
+            found.forward_calls += output.forward_calls
+            if stage == 0:
+                found.zero_gradient = output.zero_gradient
+                found.keep(alive, output.x_adv)
+            found.see(alive, output.x_adv, output.broken, judged=True)
+        if on_progress is not None:
+            on_progress((stage + 1) * RESOLUTION, len(members) * RESOLUTION)
+    return found.output(norm, eps)
+
+
+RESOLUTION = 1000
+"""Steps of progress that each member is reported as."""
+
+
+def _share_of(on_progress: OnProgress | None, stage: int, stages: int) -> OnProgress | None:
+    if on_progress is None:
+        return None
+    return lambda step, steps: on_progress(stage * RESOLUTION + step * RESOLUTION // steps, stages * RESOLUTION)

@@ -1,0 +1,78 @@
+"""Carlini & Wagner (2017), l2: a small perturbation that is misclassified with confidence, by Adam in tanh space."""
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.attacks.base import (
+    AttackOutput,
+    Found,
+    Observer,
+    OnProgress,
+    look,
+    misclassified,
+    per_example,
+    take_gradient,
+)
+from workers.science.attacks.losses import margin
+
+INSIDE = 1 - 1e-6
+"""Pixels go to tanh space through atanh(INSIDE * (2 x - 1)), which is finite for black and white too."""
+
+
+def cw(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    index: Tensor,
+    attack_seed: int = 0,
+    observer: Observer | None = None,
+    on_progress: OnProgress | None = None,
+    scale: float = 1.0,
+    c: float = 10.0,
+    kappa: float = 20.0,
+    lr: float = 0.01,
+    steps: int = 25,
+) -> AttackOutput:
+    """Minimises `||x' - x||^2 + c max(z_y - max_{j != y} z_j, -kappa)` over `x' = (tanh w + 1) / 2`; nothing is random.
+
+    There is no ball: the judged example is the misclassified iterate nearest to x (l2), else the last iterate, and
+    its size is a number of the report. `kappa` is in units of logits, so it means less the larger the head's scale.
+    `c` is fixed (no binary search), and there is no early stop on the batch's cost. Errors as in `pgd`.
+    """
+    if steps < 1 or c < 0 or kappa < 0 or lr <= 0:
+        raise ValueError("cw needs steps >= 1, c >= 0, kappa >= 0 and lr > 0")
+    x = x.detach()
+    found = Found(x)
+    w = torch.atanh(INSIDE * (2 * x - 1)).requires_grad_()
+    adam = torch.optim.Adam([w], lr=lr)
+    everyone = torch.arange(len(x), device=x.device)
+    nearest = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
+    last = x
+    found.clean_wrong = misclassified(look(model, x)[1], y)
+    found.forward_calls += len(x)
+    for t in range(steps + 1):
+        with torch.enable_grad():
+            candidate = (torch.tanh(w) + 1) / 2
+        last = candidate.detach()
+        confidence = lambda logits: -c * margin(logits, y).clamp_max(kappa)  # noqa: E731
+        step = take_gradient(model, last, confidence, with_features=observer is not None)
+        found.count(step.gradient)
+        if observer is not None and step.phi is not None:
+            observer(t, last, step.phi, step.logits)
+        if t == 0:
+            found.zero_gradient = (step.gradient == 0).flatten(1).all(1)
+        wrong = misclassified(step.logits, y)
+        found.broken_any |= wrong
+        found.broken |= wrong
+        squared = (last - x).square().flatten(1).sum(1)
+        nearer = wrong & (squared < nearest)
+        nearest = torch.where(nearer, squared, nearest)
+        found.x_adv = torch.where(per_example(nearer, x), last, found.x_adv)
+        if t < steps:
+            (w.grad,) = torch.autograd.grad(candidate, w, step.gradient + 2 * (last - x))
+            adam.step()
+        if on_progress is not None:
+            on_progress(t, steps)
+    found.keep(everyone, last)
+    return found.output("l2", None)

@@ -1,0 +1,119 @@
+"""FAB, targeted (Croce & Hein 2020b): the nearest point of the linearised boundary, again and again.
+
+The third member of AutoAttack. It minimises the perturbation; it breaks an example where that fits into the ball.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.attacks.base import (
+    AttackOutput,
+    Found,
+    Observer,
+    OnProgress,
+    highest_wrong_classes,
+    look,
+    misclassified,
+    per_example,
+    refuse_observer,
+    take_gradient,
+)
+from workers.science.attacks.norms import geometry
+
+NEWTON_STEPS = 25
+
+
+def fab(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    index: Tensor,
+    attack_seed: int = 0,
+    observer: Observer | None = None,
+    on_progress: OnProgress | None = None,
+    scale: float = 1.0,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    steps: int = 100,
+    targets: int = 9,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+) -> AttackOutput:
+    """`steps` steps towards each of the `targets` highest wrong classes, from x itself (one restart, nothing random).
+
+    A step projects the iterate and x on the hyperplane `z_target = z_y`, linearised at the iterate, inside [0, 1];
+    overshoots by `eta`; mixes both with a weight of x of at most `alpha_max`; and after a success goes back towards x
+    by `beta`. Examples leave when broken within `eps`. Raises `ValueError` for an observer; other errors as in `pgd`.
+    """
+    refuse_observer(observer, "fab")
+    if steps < 1 or targets < 1 or eps < 0:
+        raise ValueError("fab needs steps >= 1, targets >= 1 and eps >= 0")
+    ball, x = geometry(norm), x.detach()
+    clean_logits = look(model, x)[1]
+    found = Found(x, misclassified(clean_logits, y))
+    found.forward_calls += len(x)
+    found.zero_gradient = torch.zeros_like(found.broken)
+    classes = highest_wrong_classes(clean_logits, y, targets)
+
+    for run in range(classes.shape[1]):
+        alive = found.robust()
+        x_0, y_0, target = x[alive], y[alive], classes[alive, run]
+        x_t = x_0
+        for t in range(steps):
+            if not len(alive):
+                break
+            step = take_gradient(model, x_t, lambda z, y=y_0, k=target: _at(z, k) - _at(z, y))  # type: ignore[misc]
+            found.count(step.gradient)
+            if run == 0 and t == 0:
+                found.zero_gradient[alive] = (step.gradient == 0).flatten(1).all(1)
+            normal = step.gradient
+            offset = (normal * x_t).flatten(1).sum(1) - step.loss
+            from_x_t = to_hyperplane(x_t, normal, offset, norm)
+            from_x_0 = to_hyperplane(x_0, normal, offset, norm)
+            near, far = (ball.size(d).clamp_min(1e-8) for d in (from_x_t, from_x_0))
+            alpha = per_example((near / (near + far)).clamp(0, alpha_max), x_t)
+            x_t = ((1 - alpha) * (x_t + eta * from_x_t) + alpha * (x_0 + eta * from_x_0)).clamp(0, 1)
+
+            wrong = misclassified(look(model, x_t)[1], y_0)
+            found.forward_calls += len(alive)
+            within = ball.size(x_t - x_0) <= eps
+            found.see(alive, x_t, wrong & within, judged=True)
+            x_t = torch.where(per_example(wrong, x_t), x_0 + beta * (x_t - x_0), x_t)
+            keep = ~(wrong & within)
+            alive, x_0, y_0, target, x_t = (v[keep] for v in (alive, x_0, y_0, target, x_t))
+            if on_progress is not None:
+                on_progress(run * steps + t + 1, classes.shape[1] * steps)
+    return found.output(norm, eps)
+
+
+def to_hyperplane(x: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor:
+    """The smallest `d [n, C, H, W]` with `<normal, x + d> = offset` and `x + d` in [0, 1]; where there is none, the
+    corner of the box that comes nearest to the plane.
+
+    `d = sign * min(t * speed, room)`, per pixel, with speed 1 for linf and |normal| for l2. What t gives is concave
+    and piecewise linear in t, so Newton's method from t = 0 rises to the root and stops there.
+    """
+    weight = normal.flatten(1).abs()
+    largest = weight.amax(1, keepdim=True)
+    weight = weight / torch.where(largest > 0, largest, torch.ones_like(largest))
+    gap = (offset - (normal * x).flatten(1).sum(1))[:, None] / torch.where(
+        largest > 0, largest, torch.ones_like(largest)
+    )
+    direction = normal.flatten(1).sign() * gap.sign()
+    pixels = x.flatten(1)
+    room = torch.where(direction > 0, 1 - pixels, pixels) * (direction != 0)
+    speed = (weight > 0).to(weight) if norm == "linf" else weight
+    t = torch.zeros_like(gap)
+    for _ in range(NEWTON_STEPS):
+        moved = torch.minimum(t * speed, room)
+        missing = gap.abs() - (weight * moved).sum(1, keepdim=True)
+        slope = (weight * speed * (t * speed < room)).sum(1, keepdim=True)
+        t = torch.where((slope > 0) & (missing > 0), t + missing / slope.clamp_min(1e-30), t)
+    full = (weight * room).sum(1, keepdim=True) <= gap.abs()
+    return (direction * torch.where(full, room, torch.minimum(t * speed, room))).reshape(x.shape)
+
+
+def _at(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.gather(1, classes[:, None]).squeeze(1)

@@ -1,0 +1,63 @@
+"""Random noise: the control path of SCIENCE.md section 5. What noise breaks was never robust; what it does to a
+trajectory's sharpness is not the attack's doing."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workers.science.attacks.base import AttackOutput, Found, Observer, OnProgress, look, misclassified
+from workers.science.attacks.norms import geometry
+from workers.science.seeding import normal_per_example
+
+
+def noise(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    index: Tensor,
+    attack_seed: int = 0,
+    observer: Observer | None = None,
+    on_progress: OnProgress | None = None,
+    scale: float = 1.0,
+    kind: str = "gaussian",
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    points: int = 10,
+    draws: int = 1,
+) -> AttackOutput:
+    """The straight path `x + a (end - x)`, a = linspace(0, 1, points), judged at its ends a = 1.
+
+    `kind` "gaussian": the end is `clip(N(.5, .25^2))` per pixel, an image of its own, in no ball (`norm` and `eps` are
+    not read). "uniform": the end is uniform in the ball of `norm` and `eps` around x, then clipped. `draws` ends per
+    example; the observer sees the first. No gradient is taken. Errors as in `pgd`.
+    """
+    if kind not in ("gaussian", "uniform") or points < 2 or draws < 1 or eps < 0:
+        raise ValueError("noise needs kind gaussian or uniform, points >= 2, draws >= 1 and eps >= 0")
+    x = x.detach()
+    found, everyone = Found(x), torch.arange(len(x), device=x.device)
+    for draw in range(draws):
+        watcher = observer if draw == 0 else None
+        if kind == "gaussian":
+            normal = normal_per_example(attack_seed, index, draw, x.shape[1:], stream="noise").to(x)
+            end = (0.5 + 0.25 * normal).clamp(0, 1)
+        else:
+            start = geometry(norm).random_start(x, eps, seed=attack_seed, index=index, restart=draw)
+            end = (x + start).clamp(0, 1)
+        for t, a in enumerate(np.linspace(0, 1, points).tolist()):
+            if t == 0 and draw > 0:
+                continue
+            x_t = end if t == points - 1 else x + a * (end - x)
+            phi, logits = look(model, x_t, with_features=watcher is not None)
+            found.forward_calls += len(x)
+            if watcher is not None and phi is not None:
+                watcher(t, x_t, phi, logits)
+            wrong = misclassified(logits, y)
+            if t == 0:
+                found.clean_wrong = wrong
+            if t == points - 1 and draw == 0:
+                found.keep(everyone, x_t)
+            found.see(everyone, x_t, wrong, judged=t == points - 1)
+            if on_progress is not None:
+                on_progress(draw * (points - 1) + t, draws * (points - 1))
+    return found.output(norm if kind == "uniform" else "l2", eps if kind == "uniform" else None)

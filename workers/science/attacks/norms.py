@@ -1,0 +1,80 @@
+"""The holes in the attack loop that depend on the norm: where to start, which way is steepest, what lies in the ball.
+
+Images are `[n, C, H, W]` in [0, 1]; the l2 norm runs over C x H x W. Sizes are `[n]`.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from workers.science.attacks.base import per_example
+from workers.science.seeding import normal_per_example, uniform_per_example
+
+
+class Norm(Protocol):
+    """One geometry. Stateless."""
+
+    def random_start(self, like: Tensor, eps: float, *, seed: int, index: Tensor, restart: int) -> Tensor:
+        """A random perturbation `[n, C, H, W]` in the ball, of the example and the restart alone."""
+
+    def normalize(self, gradient: Tensor) -> Tensor:
+        """The direction of steepest ascent, of size 1; a zero gradient stays zero."""
+
+    def project(self, delta: Tensor, eps: float) -> Tensor:
+        """The nearest point of the ball of radius eps."""
+
+    def size(self, delta: Tensor) -> Tensor:
+        """The norm `[n]` of each perturbation, in the precision of `delta`."""
+
+
+class Linf:
+    def random_start(self, like: Tensor, eps: float, *, seed: int, index: Tensor, restart: int) -> Tensor:
+        """Uniform in the box."""
+        return eps * (2 * uniform_per_example(seed, index, restart, like.shape[1:]).to(like) - 1)
+
+    def normalize(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+    def project(self, delta: Tensor, eps: float) -> Tensor:
+        return delta.clamp(-eps, eps)
+
+    def size(self, delta: Tensor) -> Tensor:
+        return delta.abs().flatten(1).amax(1)
+
+
+class L2:
+    def random_start(self, like: Tensor, eps: float, *, seed: int, index: Tensor, restart: int) -> Tensor:
+        """Gaussian direction, radius `eps u^(1/n)`: uniform in the ball."""
+        direction = self.normalize(normal_per_example(seed, index, restart, like.shape[1:]).to(like))
+        u = uniform_per_example(seed, index, restart, (1,), stream=RADIUS).to(like).squeeze(1)
+        return direction * per_example(eps * u ** (1 / math.prod(like.shape[1:])), like)
+
+    def normalize(self, gradient: Tensor) -> Tensor:
+        """Divided by the largest absolute entry first, so that the squares of tiny gradients do not underflow."""
+        dims = tuple(range(1, gradient.ndim))
+        largest = gradient.abs().amax(dims, keepdim=True)
+        unit = gradient / torch.where(largest > 0, largest, torch.ones_like(largest))
+        norm: Tensor = torch.linalg.vector_norm(unit, dim=dims, keepdim=True)
+        return unit / norm.clamp_min(1.0)
+
+    def project(self, delta: Tensor, eps: float) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.ndim)), keepdim=True)
+        return delta * (eps / norm.clamp_min(1e-30)).clamp_max(1.0)
+
+    def size(self, delta: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        return norm
+
+
+RADIUS = "radius"
+
+NORMS: dict[str, Norm] = {"linf": Linf(), "l2": L2()}
+
+
+def geometry(name: str) -> Norm:
+    """The norm of that name. Raises `ValueError` for one that is not there."""
+    if name not in NORMS:
+        raise ValueError(f"unknown norm {name!r}; there are {', '.join(NORMS)}")
+    return NORMS[name]

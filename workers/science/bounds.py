@@ -1,0 +1,290 @@
+"""Upper bounds on the loss increase of an attack, and how often an attack breaks them (SCIENCE.md section 7).
+
+With `r = ||phi(x)||`, `D_y = max_j ||w_j - w_y||`, `D = max_ij ||w_i - w_j||`, `log S = logsumexp_{j != y} z_j - z_y`
+and `||phi(xi) - phi(x)|| <= L d`:
+
+    relayed           L^2 d^2 kappa / (2 r^2) + k m L^6 d^3 / (24 r^3)   as relayed from the paper: can be violated
+    corrected Taylor  ||W^T (p - e_y)|| L d + L^2 d^2 relative_flatness / (2 r^2) + (D L d)^3 / (36 sqrt 3)
+    certificate       softplus(D_y L d + log S) - softplus(log S)
+
+Sources: arXiv 2510.14231 (relayed); derived for this project (the other two, never violated).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from workers.science.errors import NonFinite
+from workers.science.heads import features_and_logits, linear_head
+from workers.science.sharpness.base import Numbers
+from workers.science.sharpness.closed_forms import Head, Softmax
+from workers.science.summaries import QUANTILES, label_of, quantile, summary
+from workers.science.trajectory import Trajectory
+
+BOUNDS = ("relayed_relative_sharpness", "relayed_relative_flatness", "corrected_taylor", "certificate")
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What the bounds need of the clean images: all `[n]` float64, `largest_distance = D` a number.
+
+    `relative_sharpness` and `relative_flatness` are not logarithms; 0 where phi is 0. `slope = ||W^T (p - e_y)||`.
+    """
+
+    norm: Tensor
+    relative_sharpness: Tensor
+    relative_flatness: Tensor
+    slope: Tensor
+    label_distance: Tensor
+    log_s: Tensor
+    largest_distance: float
+    classes: int
+    features: int
+
+    @classmethod
+    def of(cls, phi: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> "Anchor":
+        """From `phi [n, m]` and labels `y [n]` of the clean images, and the head `W [k, m]`, `b [k]` as attacked."""
+        head = Head(weight, bias)
+        z = head.logits(phi)
+        softmax = Softmax.of(z)
+        norm = torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64)
+        others = z.scatter(1, y[:, None], -math.inf)
+        log_s = others.logsumexp(1) - z.gather(1, y[:, None])[:, 0]
+        wrong = (-torch.logaddexp(-log_s, torch.zeros_like(log_s))).exp()  # 1 - p_y
+        pull = others.softmax(1) @ head.weight - head.weight[y]
+        return cls(
+            norm=norm,
+            relative_sharpness=(softmax.log_trace + 2 * head.log_norm).exp() * norm.square(),
+            relative_flatness=softmax.log_weighted_spread(head).exp() * norm.square(),
+            slope=wrong * pull.norm(dim=1),
+            label_distance=head.squared_distances.sqrt().amax(1)[y],
+            log_s=log_s,
+            largest_distance=float(head.squared_distances.max().sqrt()),
+            classes=weight.shape[0],
+            features=weight.shape[1],
+        )
+
+
+def relayed(at: Anchor, kappa: Tensor, lipschitz: Tensor, distance: Tensor) -> Tensor:
+    """The bound as relayed from the paper, with `kappa [n]` one of the two sharpnesses; `lipschitz` and `distance`
+    `[..., n]` are L and d. inf where phi is 0 and the image moved.
+    """
+    ratio = torch.where(distance > 0, distance / at.norm, 0.0)
+    third = at.classes * at.features * lipschitz**6 * ratio**3 / 24
+    return torch.where(kappa > 0, lipschitz.square() * ratio.square() * kappa / 2, 0.0) + third
+
+
+def corrected_taylor(at: Anchor, moved: Tensor) -> Tensor:
+    """Second-order bound with its first-order term and a true remainder, for `moved [..., n] = L d`.
+
+    >>> head = torch.eye(2), torch.zeros(2)
+    >>> at = Anchor.of(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), *head)
+    >>> bool(corrected_taylor(at, torch.tensor([1.0])) > certificate(at, torch.tensor([1.0])))
+    True
+    """
+    curvature = torch.where(at.norm > 0, at.relative_flatness / at.norm.square(), 0.0)
+    third = (at.largest_distance * moved) ** 3 / (36 * math.sqrt(3))
+    return at.slope * moved + moved.square() * curvature / 2 + third
+
+
+def certificate(at: Anchor, moved: Tensor) -> Tensor:
+    """The exact certificate, for `moved [..., n] = L d`: with two classes some phi attains it."""
+    return _softplus(at.label_distance * moved + at.log_s) - _softplus(at.log_s)
+
+
+def radius(at: Anchor, e: float, lipschitz: float | Tensor) -> Tensor:
+    """`[n]`: no image within this distance loses more than `e`, if `lipschitz` is an upper bound (else an estimate).
+
+    In the norm of the Lipschitz constant, usually l2 over C x H x W. inf where nothing can raise the loss.
+
+    >>> at = Anchor.of(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), torch.eye(2), torch.zeros(2))
+    >>> round(float(certificate(at, radius(at, 0.1, 2.0) * 2.0)), 9)
+    0.1
+    """
+    log_grown = torch.logaddexp(torch.full_like(at.log_s, math.log(math.expm1(e))), e + at.log_s)
+    return (log_grown - at.log_s) / (at.label_distance * lipschitz)
+
+
+def bounds(at: Anchor, moved: Tensor, distance: Tensor) -> dict[str, Tensor]:
+    """Every bound by name, `[..., n]`, with `L d` the realised `moved = ||phi(xi) - phi(x)||` and `distance = d`."""
+    lipschitz = torch.where(distance > 0, moved / distance, 0.0)
+    return {
+        "relayed_relative_sharpness": relayed(at, at.relative_sharpness, lipschitz, distance),
+        "relayed_relative_flatness": relayed(at, at.relative_flatness, lipschitz, distance),
+        "corrected_taylor": corrected_taylor(at, moved),
+        "certificate": certificate(at, moved),
+    }
+
+
+def violations(at: Anchor, moved: Tensor, distance: Tensor, increase: Tensor) -> dict[str, Tensor]:
+    """`[..., n]` bool by bound: the loss rose by `increase` and by more than the bound and 1e-9 + 1e-9 |increase|."""
+    allowed = 1e-9 + 1e-9 * increase.abs()
+    return {name: increase > bound + allowed for name, bound in bounds(at, moved, distance).items()}
+
+
+def bound_numbers(trajectory: Trajectory, weight: Tensor, bias: Tensor | None) -> Numbers:
+    """Over all iterates t >= 1 and examples: `bound_violated_{bound}`, the share above the bound (the last two must be
+    0), with `bound_n` points; `bound_violated_examples_{bound}`, the share of examples with any such point;
+    `bound_{bound}_median`, of the bound at the last iterate; `lipschitz_path_{statistic}`
+    and `lipschitz_path_max`, `estimated_radius_path_{e001 | e01 | log2 | logk}_{q}` with that largest one, in l2.
+
+    All of these use L along the path, a lower estimate: the radius is no certificate. The head `weight [k, m]`,
+    `bias [k]` is the one attacked; the trajectory must start at the clean image.
+    """
+    at = Anchor.of(trajectory.phi_0, trajectory.y, weight.cpu(), None if bias is None else bias.cpu())
+    moved, distance = trajectory.feature_moved[1:], trajectory.l2[1:]
+    increase = trajectory.loss[1:] - trajectory.loss[0]
+    numbers: Numbers = {"bound_n": increase.numel()}
+    for name, broken in violations(at, moved, distance, increase).items():
+        numbers[f"bound_violated_{name}"] = float(broken.double().mean()) if broken.numel() else None
+        numbers[f"bound_violated_examples_{name}"] = float(broken.any(0).double().mean()) if broken.numel() else None
+    if len(moved):
+        for name, values in bounds(at, moved[-1], distance[-1]).items():
+            numbers[f"bound_{name}_median"] = quantile(values, 0.5)
+    path = lipschitz_path(trajectory)
+    numbers |= summary(path, "lipschitz_path")
+    largest = numbers["lipschitz_path_max"] = quantile(path, 1.0)
+    if largest:
+        numbers |= radius_numbers(at, largest, "estimated_radius_path")
+    return numbers
+
+
+def radius_numbers(at: Anchor, lipschitz: float | Tensor, name: str) -> Numbers:
+    """`{name}_{e001 | e01 | log2 | logk}_{q}`: quantiles of `radius` for the four thresholds of the basin width."""
+    thresholds = {"e001": 0.01, "e01": 0.1, "log2": math.log(2), "logk": math.log(at.classes)}
+    return {
+        f"{name}_{e}_{label_of(q)}": quantile(radius(at, value, lipschitz), q)
+        for e, value in thresholds.items()
+        for q in QUANTILES
+    }
+
+
+def lipschitz_path(trajectory: Trajectory) -> Tensor:
+    """`[moved]`: largest `||phi(x_t) - phi(x_0)|| / ||x_t - x_0||_2` on the path of every example that moved.
+
+    A lower estimate of a Lipschitz constant of phi, in units of phi per l2 of the image.
+    """
+    moved = trajectory.l2 > 0
+    ratio = torch.where(moved, trajectory.feature_moved / trajectory.l2, 0.0)
+    return ratio.amax(0)[moved.any(0)]
+
+
+def lipschitz_jacobian(model: nn.Module, x: Tensor, *, seed: int = 0, iterations: int = 20) -> Tensor:
+    """`[n]` float64: spectral norm of the Jacobian of phi at each of `x [n, C, H, W]`, by power iteration
+    with products `J v` and `J^T u`.
+
+    Local, and from below: neither a bound beyond x nor quite the norm at x. Raises `NonFinite`.
+    """
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    size = x.new_zeros(len(x))
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        phi = features_and_logits(model, x)[0]
+        u = torch.zeros_like(phi, requires_grad=True)
+        (back,) = torch.autograd.grad(phi, x, u, create_graph=True)  # J^T u, linear in u: its derivative along v is J v
+    for _ in range(iterations):
+        v = v / v.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
+        (forward,) = torch.autograd.grad(back, u, v, retain_graph=True)
+        size = forward.flatten(1).norm(dim=1)
+        (v,) = torch.autograd.grad(phi, x, forward, retain_graph=True)
+    if not torch.isfinite(size).all():
+        raise NonFinite("the Jacobian of the features is NaN or infinite")
+    return size.detach().double()
+
+
+def lipschitz_upper(model: nn.Module) -> float | None:
+    """Upper bound of the Lipschitz constant of phi from image to features, l2 to l2, float64; loose.
+
+    The product of the layers' spectral norms along the network's graph; branches that are added add, concatenated ones
+    add in squares. Null where the network has a part that is not in `LIPSCHITZ`, such as attention, or no fixed graph.
+    A convolution counts as one on the infinite plane, which bounds every zero padding and stride.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 3))
+    >>> with torch.no_grad(): _ = net[1].weight.copy_(torch.diag(torch.tensor([3.0, -4.0])))
+    >>> lipschitz_upper(net)
+    4.0
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except (fx.proxy.TraceError, TypeError, NotImplementedError):
+        return None
+    head = linear_head(model)
+    bound: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        inputs = [bound.get(name) for name in node.all_input_nodes]
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "placeholder":
+            bound[node] = 1.0 if not bound else None  # further inputs are options
+        elif node.op == "call_module":
+            module = model.get_submodule(node.target)
+            if module is head:
+                return inputs[0]
+            rule = LIPSCHITZ.get(type(module).__name__)
+            bound[node] = inputs[0] * rule(module) if rule is not None and inputs[0] is not None else None
+        elif not inputs or None in inputs:
+            bound[node] = None
+        elif name in ("add", "iadd"):
+            # all_input_nodes names x + x once
+            bound[node] = sum(bound[a] for a in node.args if isinstance(a, fx.Node))
+        elif name in ("cat", "concat"):
+            bound[node] = math.hypot(*(bound[a] for a in node.args[0]))
+        elif name in ("relu", "flatten", "mean") or (name == "adaptive_avg_pool2d" and node.args[1] in (1, (1, 1))):
+            bound[node] = inputs[0]
+        else:
+            bound[node] = None
+    return None
+
+
+def _convolution(layer: nn.Conv2d) -> float:
+    """Largest singular value over all frequencies. On a grid of N frequencies the largest is missed by no more than
+    `cos(pi d / N)` per axis, d = (size - 1) / 2 (Duffin and Schaeffer 1938), which is divided out.
+    """
+    if layer.padding_mode != "zeros":
+        return math.inf
+    grid = [1 if size == 1 else max(16, 8 * size) for size in layer.kernel_size]
+    missed = math.prod(math.cos(math.pi * (size - 1) / 2 / n) for size, n in zip(layer.kernel_size, grid, strict=True))
+    largest = 0.0
+    for kernel in layer.weight.detach().double().chunk(layer.groups):
+        matrices = torch.fft.rfft2(kernel, s=grid).permute(2, 3, 0, 1).flatten(0, 1)
+        for matrix in matrices:  # one by one: a batch of all would be gigabytes
+            gram = matrix @ matrix.mH if matrix.shape[0] <= matrix.shape[1] else matrix.mH @ matrix
+            largest = max(largest, float(torch.linalg.eigvalsh(gram)[-1]))
+    return math.sqrt(largest) / missed
+
+
+def _overlap(layer: nn.MaxPool2d | nn.AvgPool2d) -> float:
+    """Square root of the number of windows that share a pixel."""
+    size, stride = (v if isinstance(v, tuple) else (v, v) for v in (layer.kernel_size, layer.stride))
+    return math.sqrt(math.prod(math.ceil(a / b) for a, b in zip(size, stride, strict=True)))
+
+
+LIPSCHITZ: dict[str, Callable[[Any], float]] = {
+    "Linear": lambda layer: float(torch.linalg.matrix_norm(layer.weight.detach().double(), ord=2)),
+    "Conv2d": _convolution,
+    "BatchNorm2d": lambda layer: float(
+        (layer.weight.detach().double() / (layer.running_var.double() + layer.eps).sqrt()).abs().max()
+    ),
+    "ReLU": lambda _: 1.0,
+    "Tanh": lambda _: 1.0,
+    "GELU": lambda _: 1.13,
+    "Identity": lambda _: 1.0,
+    "Dropout": lambda _: 1.0,
+    "Flatten": lambda _: 1.0,
+    "MaxPool2d": _overlap,
+    "AvgPool2d": _overlap,
+    "AdaptiveAvgPool2d": lambda layer: 1.0 if layer.output_size in (1, (1, 1)) else 2.0,
+    "PoolTo2x2": lambda _: 2.0,
+}
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__name__ in LIPSCHITZ or super().is_leaf_module(m, module_qualified_name)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros_like(x))

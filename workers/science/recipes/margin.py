@@ -1,0 +1,15 @@
+"""The multi-class hinge (Crammer, Singer 2001): it stops pushing at a margin of 1, so confidence stays bounded."""
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.recipes.common import LossAndLogits
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor, _generator: torch.Generator, /) -> LossAndLogits:
+    """Mean of `max_{j != y} (1 + z_j - z_y)_+`."""
+    logits = model(x)
+    z = logits.float()
+    true = z.gather(1, y[:, None])
+    highest_wrong = z.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)
+    return (1 + highest_wrong - true).clamp_min(0).mean(), logits

@@ -1,0 +1,147 @@
+"""Every random number comes from an explicit seed, and every flag that changes numbers is set in one place.
+
+The random numbers of an example depend on (attack_seed, dataset index, restart, stream) only (SCIENCE.md section 1):
+Philox4x64 (Salmon et al. 2011), a counter-based generator, is keyed with the seed and started at a counter made of the
+other three. They are made on the CPU and then moved, so that a GPU attacks with the same numbers.
+"""
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+STREAM = "start"
+"""The default use of an example's numbers. Another use takes another name, and gets unrelated numbers."""
+
+_cudnn: Any = torch.backends.cudnn  # its stubs leave out `conv`
+_KEY = 0x556E63616E6E79  # the second half of Philox's key: separates these numbers from anyone else's Philox(seed)
+
+
+def example_bits(seed: int, index: int, restart: int = 0, stream: str = STREAM) -> np.random.Philox:
+    """The bit generator of one example. Two that differ in any argument never overlap (each has 2^64 blocks)."""
+    use = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
+    return np.random.Philox(
+        counter=np.array([0, index, restart, use], np.uint64), key=np.array([seed, _KEY], np.uint64)
+    )
+
+
+def example_generator(seed: int, index: int, restart: int = 0, stream: str = STREAM) -> np.random.Generator:
+    """NumPy's generator on `example_bits`, for an attack that draws integers or choices, example by example."""
+    return np.random.Generator(example_bits(seed, index, restart, stream))
+
+
+def uniform_per_example(
+    seed: int, index: Tensor | Sequence[int], restart: int, shape: Sequence[int], stream: str = STREAM
+) -> Tensor:
+    """Uniform numbers `[n, *shape]` in [0, 1), float32 on the CPU, for the examples `index [n]` (any device).
+
+    Row i depends on (seed, index[i], restart, stream) only: not on the batch, its order or its device.
+    """
+    bits = _raw(seed, index, restart, stream, math.prod(shape))
+    unit = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)  # 24 bits: exact in float32
+    return torch.from_numpy(unit).reshape(-1, *shape)
+
+
+def normal_per_example(
+    seed: int, index: Tensor | Sequence[int], restart: int, shape: Sequence[int], stream: str = STREAM
+) -> Tensor:
+    """Standard normal numbers `[n, *shape]`, float32 on the CPU; otherwise like `uniform_per_example`.
+
+    Box and Muller (1958) in float64, on 53 bits each.
+    """
+    size = math.prod(shape)
+    half = (size + 1) // 2
+    bits = _raw(seed, index, restart, stream, 2 * half)
+    unit = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0
+    radius, angle = np.sqrt(-2 * np.log(unit[:, :half])), 2 * np.pi * unit[:, half:]
+    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size]
+    return torch.from_numpy(normal.astype(np.float32)).reshape(-1, *shape)
+
+
+def _raw(seed: int, index: Tensor | Sequence[int], restart: int, stream: str, size: int) -> NDArray[np.uint64]:
+    rows = index.tolist() if isinstance(index, Tensor) else [int(i) for i in index]
+    out = np.empty((len(rows), size), np.uint64)
+    for row, i in enumerate(rows):
+        out[row] = example_bits(seed, i, restart, stream).random_raw(size)
+    return out
+
+
+def generator(seed: int, device: torch.device | str = "cpu", stream: str = STREAM) -> torch.Generator:
+    """A torch generator on the device. Another `stream` of the same seed gives unrelated numbers."""
+    digest = hashlib.sha256(f"{stream} {seed}".encode()).digest()
+    return torch.Generator(device=torch.device(device)).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@contextmanager
+def seeded_initialisation(seed: int) -> Iterator[None]:
+    """Inside, `torch.nn.init` on the CPU draws from `seed`; the process's own random state is put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
+        yield
+
+
+@contextmanager
+def deterministic(device: torch.device | str = "cpu", *, tf32: bool = False) -> Iterator[None]:
+    """Inside, equal inputs give bit-equal outputs on one device, and float32 means float32 (TF32 only if asked for).
+
+    An operation that has no deterministic form raises RuntimeError. The flags are the process's: they are put back
+    when the last that is inside leaves, and two threads must not want different ones. On CUDA, enter before the first
+    matrix product.
+    """
+    if torch.device(device).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, and reads it once
+    precision = "tf32" if tf32 else "ieee"
+    mine = _Flags(True, False, True, False, precision, precision)
+    with _inside_lock:
+        if not _inside:
+            _inside.append(_flags())  # as they were outside
+        _inside.append(mine)
+        _set_flags(*mine)
+    try:
+        yield
+    finally:
+        with _inside_lock:
+            _inside.pop(next(i for i, flags in enumerate(_inside) if flags is mine))
+            _set_flags(*_inside[-1])
+            if len(_inside) == 1:
+                _inside.clear()
+
+
+class _Flags(NamedTuple):
+    algorithms: bool
+    warn_only: bool
+    cudnn: bool
+    benchmark: bool
+    matmul: str
+    convolution: str
+
+
+_inside: list[_Flags] = []
+_inside_lock = threading.Lock()
+
+
+def _flags() -> _Flags:
+    return _Flags(
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        _cudnn.deterministic,
+        _cudnn.benchmark,
+        torch.backends.cuda.matmul.fp32_precision,
+        _cudnn.conv.fp32_precision,
+    )
+
+
+def _set_flags(algorithms: bool, warn_only: bool, cudnn: bool, benchmark: bool, matmul: str, convolution: str) -> None:
+    torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+    _cudnn.deterministic = cudnn
+    _cudnn.benchmark = benchmark
+    torch.backends.cuda.matmul.fp32_precision = matmul
+    _cudnn.conv.fp32_precision = convolution

@@ -1,0 +1,36 @@
+"""Every sharpness measure by name (SCIENCE.md sections 2 and 9). An entry is a function that fills `base.Measure`."""
+
+from collections.abc import Callable
+
+from workers.science.sharpness.adaptive_average import adaptive_average
+from workers.science.sharpness.adaptive_worst import adaptive_worst
+from workers.science.sharpness.asam import asam_sharpness
+from workers.science.sharpness.base import Measure, MeasureReport
+from workers.science.sharpness.detection import detection
+from workers.science.sharpness.fisher_rao import fisher_rao
+from workers.science.sharpness.hutchinson import hessian_trace_network
+from workers.science.sharpness.input_curvature import input_curvature
+from workers.science.sharpness.input_gradient import input_gradient_norm
+from workers.science.sharpness.lipschitz import lipschitz
+from workers.science.sharpness.pac_bayes import pac_bayes_flatness
+from workers.science.sharpness.penultimate import penultimate
+from workers.science.sharpness.sam import sam_sharpness
+from workers.science.sharpness.top_eigenvalue import top_eigenvalue_network
+
+MEASURES: dict[str, Callable[..., MeasureReport]] = {
+    "closed_forms": penultimate,
+    "hessian_trace_network": hessian_trace_network,
+    "top_eigenvalue_network": top_eigenvalue_network,
+    "sam_sharpness": sam_sharpness,
+    "asam_sharpness": asam_sharpness,
+    "adaptive_average": adaptive_average,
+    "adaptive_worst": adaptive_worst,
+    "fisher_rao": fisher_rao,
+    "pac_bayes_flatness": pac_bayes_flatness,
+    "input_gradient_norm": input_gradient_norm,
+    "input_curvature": input_curvature,
+    "lipschitz": lipschitz,
+    "detector": detection,
+}
+
+__all__ = ["MEASURES", "Measure", "MeasureReport"]

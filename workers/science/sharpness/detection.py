@@ -1,0 +1,59 @@
+"""The detector of arXiv 2510.14231, appendix D.4, with the attack that hides from it (SCIENCE.md section 6)."""
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.attacks.base import FeatureLoss
+from workers.science.attacks.pgd import pgd
+from workers.science.curvature import batches
+from workers.science.heads import linear_head
+from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+
+
+def detection(
+    model: nn.Module,
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
+    eps: float = 8 / 255,
+    step_size: float = 2 / 255,
+    steps: int = 10,
+    images: int = 1000,
+) -> MeasureReport:
+    """Numbers as `detector.detector_numbers`: the stump against PGD-linf on the first test `images`, and against the
+    worst of three attacks that climb `l - lambda (log kappa - mean clean log kappa)^2` instead. Curves: by fold, for
+    the plain attack. The paper's are at s = 1. Null where fewer than five images flip.
+    """
+    # Here, because trajectories rest on this package's closed forms.
+    from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
+    from workers.science.trajectory import Recorder, Trajectory
+
+    x, y = first(test_x, test_y, images)
+    head = linear_head(model)
+    rounds, report = 1 + len(LAMBDAS), on_progress or no_progress
+
+    def attacked(number: int, loss: FeatureLoss | None) -> Trajectory:
+        recorder, start = Recorder(head.weight, head.bias), 0
+        for xb, yb in batches(x, y, batch_size):
+            index = torch.arange(start, start + len(xb))
+            pgd(
+                model, xb, yb, index=index, observer=recorder(xb, yb, index), feature_loss=loss,
+                norm="linf", eps=eps, step_size=step_size, steps=steps,
+            )  # fmt: skip
+            start += len(xb)
+            report(number * len(x) + start, rounds * len(x))
+        return recorder.trajectory()
+
+    plain = attacked(0, None)
+    adaptive: dict[float, Trajectory] = {}
+    if bool(plain.clean_correct.any()):
+        mean = clean_mean(plain)
+        for number, strength in enumerate(LAMBDAS, start=1):
+            adaptive[strength] = attacked(number, hiding_loss(head.weight, head.bias, mean, strength))
+    by_fold = detector(*flipped_pairs(plain))[1]
+    return MeasureReport(detector_numbers(plain, adaptive), {name: [*values] for name, values in by_fold.items()})

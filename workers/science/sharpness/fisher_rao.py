@@ -1,0 +1,49 @@
+"""Fisher-Rao norm, without its constant for the depth: `E[<p - e_y, z>^2]` (Liang et al. 2019, eq. for cross-entropy).
+
+`<p - e_y, z> = sum_{j != y} p_j (z_j - z_y)`: the form that does not cancel for confident logits.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.curvature import batches
+from workers.science.errors import NonFinite
+from workers.science.heads import features_and_logits, linear_head
+from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.closed_forms import Head
+
+
+@torch.no_grad()
+def fisher_rao(
+    model: nn.Module,
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
+    images: int = 1024,
+) -> MeasureReport:
+    """`fisher_rao` on training images, float64 from the features on.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    >>> with torch.no_grad(): _ = net[1].weight.zero_(), net[1].bias.copy_(torch.tensor([2.0, 0.0]))
+    >>> x, y = torch.ones(1, 1, 1, 1), torch.tensor([1])
+    >>> round(fisher_rao(net, x, y, x, y, seed=0, batch_size=1).numbers["fisher_rao"], 6)  # (2 sigmoid(2))^2
+    3.103214
+    """
+    x, y = first(train_x, train_y, images)
+    layer = linear_head(model)
+    head = Head(layer.weight, layer.bias)
+    total, done = 0.0, 0
+    for xb, yb in batches(x, y, batch_size):
+        z = head.logits(features_and_logits(model, xb)[0])
+        inner = (z.softmax(1) * (z - z.gather(1, yb[:, None]))).sum(1)
+        total += float(inner.square().sum())
+        done += len(xb)
+        (on_progress or no_progress)(done, len(x))
+    if not total < float("inf"):
+        raise NonFinite("features or logits are NaN or infinite")
+    return MeasureReport({"fisher_rao": total / len(x)})

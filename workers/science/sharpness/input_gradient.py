@@ -1,0 +1,89 @@
+"""Norm of the loss's gradient with respect to the image (Drucker and Le Cun 1992; Ross and Doshi-Velez 2018).
+
+With `g = logsumexp_{j != y} z_j - z_y`, the loss is `log(1 + exp g)` and `||grad_x l|| = (1 - p_y) ||grad_x g||`. The
+first factor is known to the last bit in the log domain: the number does not underflow where a float32 gradient does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.curvature import batches
+from workers.science.errors import NonFinite
+from workers.science.heads import features_and_logits, linear_head
+from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.closed_forms import Head
+from workers.science.summaries import summary
+
+
+@dataclass(frozen=True)
+class Slope:
+    """`x` (a leaf), `g [n]` float32 with its graph, `gradient [n, C, H, W]` of sum g, `log_wrong [n] = log(1 - p_y)`
+    float64, `correct [n]` bool."""
+
+    x: Tensor
+    g: Tensor
+    gradient: Tensor
+    log_wrong: Tensor
+    correct: Tensor
+
+
+def slope(model: nn.Module, x: Tensor, y: Tensor, head: Head, *, twice: bool = False) -> Slope:
+    """The gradient of g at `x [n, C, H, W]`; `twice` keeps the graph for a second derivative."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        phi, logits = features_and_logits(model, x)
+        g = _log_odds(logits, y)
+        (gradient,) = torch.autograd.grad(g.sum(), x, create_graph=twice)
+    exact = _log_odds(head.logits(phi.detach()), y)
+    if not (torch.isfinite(exact).all() and torch.isfinite(gradient).all()):
+        raise NonFinite("a logit or an input gradient is NaN or infinite")
+    log_wrong = -torch.logaddexp(-exact, torch.zeros_like(exact))
+    return Slope(x, g, gradient, log_wrong, logits.detach().argmax(1) == y)
+
+
+def input_gradient_norm(
+    model: nn.Module,
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
+    images: int = 10_000,
+) -> MeasureReport:
+    """`log_input_gradient_norm_{statistic}` and the same with `_clean_correct`, l2 over C x H x W, on test images.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    >>> with torch.no_grad(): _ = net[1].weight.copy_(torch.tensor([[4.0], [0.0]])), net[1].bias.zero_()
+    >>> x, y = torch.zeros(1, 1, 1, 1), torch.tensor([0])
+    >>> report = input_gradient_norm(net, x, y, x, y, seed=0, batch_size=1)
+    >>> round(report.numbers["log_input_gradient_norm_median"], 6)  # log(4 / 2)
+    0.693147
+    """
+    x, y = first(test_x, test_y, images)
+    layer = linear_head(model)
+    head = Head(layer.weight, layer.bias)
+    values, correct, done = [], [], 0
+    for xb, yb in batches(x, y, batch_size):
+        found = slope(model, xb, yb, head)
+        norm = torch.linalg.vector_norm(found.gradient.flatten(1), dim=1, dtype=torch.float64)
+        values.append((found.log_wrong + norm.log()).cpu())
+        correct.append(found.correct.cpu())
+        done += len(xb)
+        (on_progress or no_progress)(done, len(x))
+    return MeasureReport(both_populations(torch.cat(values), torch.cat(correct), "log_input_gradient_norm"))
+
+
+def both_populations(values: Tensor, correct: Tensor, name: str) -> dict[str, float | int | None]:
+    """`summary` of log values `[n]` over all samples and, with the suffix `_clean_correct`, over the correct ones."""
+    numbers = summary(values, name, log=True)
+    return numbers | {f"{key}_clean_correct": v for key, v in summary(values[correct], name, log=True).items()}
+
+
+def _log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.logsumexp(1) - logits.gather(1, y[:, None])[:, 0]

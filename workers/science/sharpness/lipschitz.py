@@ -1,0 +1,59 @@
+"""Lipschitz constants of the features, and the certificate's radius with them (SCIENCE.md section 7)."""
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.curvature import batches
+from workers.science.heads import features_and_logits, linear_head
+from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, first, no_progress
+from workers.science.summaries import quantile, summary
+
+
+def lipschitz(
+    model: nn.Module,
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
+    iterations: int = 20,
+    images: int = 256,
+) -> MeasureReport:
+    """Of phi from image to features, l2 to l2: `lipschitz_upper` (a bound, loose; null for networks with a part that
+    has none, such as attention), and `lipschitz_jacobian_{statistic}` and `_max` at test images (local, from below).
+
+    `certified_radius_{e001 | e01 | log2 | logk}_{q}` with the bound is a guarantee in l2, for every image;
+    `estimated_radius_jacobian_...` with the largest Jacobian norm is an estimate. The third estimate, on an attack's
+    path, is among the numbers of every attack.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    >>> with torch.no_grad(): _ = net[1].weight.copy_(torch.diag(torch.tensor([3.0, -4.0])))
+    >>> x, y = torch.rand(4, 1, 1, 2), torch.tensor([0, 1, 0, 1])
+    >>> numbers = lipschitz(net, x, y, x, y, seed=0, batch_size=4).numbers
+    >>> numbers["lipschitz_upper"], round(numbers["lipschitz_jacobian_max"], 3)
+    (4.0, 4.0)
+    """
+    # Here, because the bounds rest on this package's closed forms.
+    from workers.science.bounds import Anchor, lipschitz_jacobian, lipschitz_upper, radius_numbers
+
+    x, y = first(test_x, test_y, images)
+    head = linear_head(model)
+    features, norms = [], []
+    for xb, _ in batches(x, y, batch_size):
+        norms.append(lipschitz_jacobian(model, xb, seed=seed, iterations=iterations).cpu())
+        with torch.no_grad():
+            features.append(features_and_logits(model, xb)[0].cpu())
+        (on_progress or no_progress)(sum(map(len, norms)), len(x))
+    jacobian, bias = torch.cat(norms), None if head.bias is None else head.bias.detach().cpu()
+    at = Anchor.of(torch.cat(features), y.cpu(), head.weight.detach().cpu(), bias)
+    upper, largest = lipschitz_upper(model), quantile(jacobian, 1.0)
+    numbers: Numbers = {"lipschitz_upper": upper, **summary(jacobian, "lipschitz_jacobian")}
+    numbers["lipschitz_jacobian_max"] = largest
+    if upper:
+        numbers |= radius_numbers(at, upper, "certified_radius")
+    if largest:
+        numbers |= radius_numbers(at, largest, "estimated_radius_jacobian")
+    return MeasureReport(numbers)

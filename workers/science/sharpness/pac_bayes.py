@@ -1,0 +1,85 @@
+"""PAC-Bayes flatness `1 / sigma^2` (Jiang et al. 2020; Neyshabur et al. 2017).
+
+sigma, a standard deviation (the public code's is a variance), is the largest noise `N(0, sigma^2)` on every parameter
+at which the mean training accuracy over the draws is not more than 0.1 below the clean one. By doubling and bisection,
+with the same draws at every sigma. All parameters are perturbed, those of batch norm too.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.curvature import Parameters, batches, gaussian_like, logits_of, parameters_of
+from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, first, no_progress
+
+DOUBLINGS = 20
+
+
+def pac_bayes_flatness(
+    model: nn.Module,
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
+    drop: float = 0.1,
+    draws: int = 10,
+    bisections: int = 15,
+    images: int = 1024,
+) -> MeasureReport:
+    """`pac_bayes_flatness`, `pac_bayes_sigma`, and `pac_bayes_accuracy_drop`, the drop at that sigma.
+
+    sigma is sought between 2^-10 and 2^10; null where the accuracy never falls by `drop` there (an accuracy below
+    `drop`, say), or has fallen already at the smallest.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    >>> x = torch.rand(64, 1, 1, 1); y = net(x).argmax(1)
+    >>> report = pac_bayes_flatness(net, x, y, x, y, seed=0, batch_size=64)
+    >>> report.numbers["pac_bayes_flatness"] == report.numbers["pac_bayes_sigma"] ** -2
+    True
+    """
+    if draws < 1 or not 0 < drop < 1:
+        raise ValueError("draws must be at least 1, drop between 0 and 1")
+    x, y = first(train_x, train_y, images)
+    parameters, done = parameters_of(model), 0
+    clean = _accuracy(model, parameters, x, y, batch_size)
+
+    def fall(sigma: float) -> float:
+        nonlocal done
+        generator, accuracies = torch.Generator().manual_seed(seed), []
+        for _ in range(draws):
+            noise = gaussian_like(parameters, generator)
+            moved = {n: p + sigma * noise[n] for n, p in parameters.items()}
+            accuracies.append(_accuracy(model, moved, x, y, batch_size))
+        done += 1
+        (on_progress or no_progress)(min(done, DOUBLINGS + bisections + 1), DOUBLINGS + bisections + 1)
+        return clean - sum(accuracies) / draws
+
+    low = 2.0**-10
+    low_fall = fall(low)
+    for _ in range(DOUBLINGS):
+        if (high_fall := fall(2 * low)) > drop:
+            break
+        low, low_fall = 2 * low, high_fall
+    else:
+        low_fall = drop + 1
+    if low_fall > drop:
+        return MeasureReport({"pac_bayes_flatness": None, "pac_bayes_sigma": None, "pac_bayes_accuracy_drop": None})
+    high = 2 * low
+    for _ in range(bisections):
+        middle = (low + high) / 2
+        middle_fall = fall(middle)
+        if middle_fall > drop:
+            high = middle
+        else:
+            low, low_fall = middle, middle_fall
+    numbers: Numbers = {"pac_bayes_flatness": low**-2, "pac_bayes_sigma": low, "pac_bayes_accuracy_drop": low_fall}
+    return MeasureReport(numbers)
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, parameters: Parameters, x: Tensor, y: Tensor, batch_size: int) -> float:
+    right = sum(int((logits_of(model, parameters, xb).argmax(1) == yb).sum()) for xb, yb in batches(x, y, batch_size))
+    return right / len(x)

@@ -1,0 +1,75 @@
+"""All closed forms of the penultimate layer, summarised over the test and train samples (SCIENCE.md section 2)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from workers.science.errors import NoLinearHead
+from workers.science.heads import features_and_logits, linear_head
+from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, no_progress
+from workers.science.sharpness.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
+from workers.science.summaries import finite, quantile, summary
+
+
+@torch.no_grad()
+def penultimate(
+    model: nn.Module,
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
+    scale: float = 1.0,
+) -> MeasureReport:
+    """`{train_}{quantity}_{statistic}{_clean_correct}`: no prefix is the test split, no suffix all samples.
+
+    Quantities: the six `LOG_MEASURES`, `log_softmax_trace`, `log_rest` (log(1 - confidence)) and `loss`; also
+    `log_dataset_top_eigenvalue` (of the mean Hessian; null where it is exactly 0) with its `_iterations` and
+    `_converged`, `feature_norm_min`, `feature_norm_q01`, `n`.
+    `weight_norm` is ||W||_F of the head as it is, `weight_norm_unscaled` that divided by `scale`, the s which the
+    model's head already carries; `log_weight_norm` is the logarithm of the first.
+    """
+    head = linear_head(model)
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    report, done, total = on_progress or no_progress, 0, len(train_x) + len(test_x)
+    numbers: Numbers = {
+        "weight_norm": float(weight.double().norm()),
+        "weight_norm_unscaled": float(weight.double().norm()) / scale,
+        "log_weight_norm": finite(float(weight.double().norm().log())),
+    }
+    for prefix, x, y in (("", test_x, test_y), ("train_", train_x, train_y)):
+        if not len(x):
+            continue
+        features, correct = [], []
+        for start in range(0, len(x), batch_size):
+            phi, logits = features_and_logits(model, x[start : start + batch_size])
+            if phi.ndim != 2:
+                raise NoLinearHead(
+                    f"no linear head: its input has shape {tuple(phi.shape)}, one vector per image needed"
+                )
+            features.append(phi)
+            correct.append(logits.argmax(1) == y[start : start + batch_size])
+            done += len(phi)
+            report(done, total)
+        phi, mask = torch.cat(features), torch.cat(correct)
+        forms, everyone = closed_forms(phi, weight, bias), torch.ones_like(mask)
+        quantities = {name: getattr(forms, name) for name in (*LOG_MEASURES, "log_softmax_trace", "log_rest")}
+        loss = forms.cross_entropy(y)
+        for suffix, samples in (("", everyone), ("_clean_correct", mask)):
+            found: Numbers = {"n": int(samples.sum())}
+            for name, values in quantities.items():
+                found |= summary(values[samples], name, log=True)
+            found |= summary(loss[samples], "loss")
+            norm = forms.log_feature_norm[samples].exp()
+            found["feature_norm_min"], found["feature_norm_q01"] = quantile(norm, 0.0), quantile(norm, 0.01)
+            if samples.any():
+                value, lanczos = log_dataset_top_eigenvalue(phi[samples], weight, bias, seed=seed)
+                found["log_dataset_top_eigenvalue"] = value if math.isfinite(value) else None
+                found["log_dataset_top_eigenvalue_iterations"] = lanczos.iterations
+                found["log_dataset_top_eigenvalue_converged"] = int(lanczos.converged)
+            numbers |= {f"{prefix}{name}{suffix}": value for name, value in found.items()}
+    return MeasureReport(numbers)

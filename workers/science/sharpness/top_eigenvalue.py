@@ -1,0 +1,65 @@
+"""Largest eigenvalue of the whole network's Hessian, by Lanczos (Golub and Van Loan; for networks, Ghorbani 2019).
+
+H is that of the mean cross-entropy over unaugmented training images. Keeps one vector per iteration in memory.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from workers.science.curvature import Parameters, gaussian_like, hessian_vector_product, lanczos, parameters_of
+from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+
+
+def top_eigenvalue_network(
+    model: nn.Module,
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    seed: int,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+    images: int = 1024,
+) -> MeasureReport:
+    """`top_eigenvalue_network` (largest, not largest in size), its `_residual`, `_iterations` and `_converged`:
+    whether the residual fell to `tolerance` times the value.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    >>> with torch.no_grad(): _ = net[1].weight.zero_()
+    >>> x, y = torch.ones(1, 1, 1, 1), torch.tensor([0])
+    >>> report = top_eigenvalue_network(net, x, y, x, y, seed=0, batch_size=1)
+    >>> round(report.numbers["top_eigenvalue_network"], 6)  # S(1/2, 1/2) has the eigenvalues 0 and 1/2
+    0.5
+    """
+    x, y = first(train_x, train_y, images)
+    parameters, done = parameters_of(model), 0
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal done
+        done += 1
+        (on_progress or no_progress)(min(done, iterations), iterations)
+        return _flat(hessian_vector_product(model, x, y, _unflat(v, parameters), batch_size))
+
+    start = _flat(gaussian_like(parameters, torch.Generator().manual_seed(seed)))
+    found = lanczos(product, start, iterations=iterations, tolerance=tolerance)
+    return MeasureReport(
+        {
+            "top_eigenvalue_network": found.value,
+            "top_eigenvalue_network_residual": found.residual,
+            "top_eigenvalue_network_iterations": found.iterations,
+            "top_eigenvalue_network_converged": int(found.converged),
+        }
+    )
+
+
+def _flat(parameters: Parameters) -> Tensor:
+    return parameters_to_vector(list(parameters.values()))
+
+
+def _unflat(vector: Tensor, like: Parameters) -> Parameters:
+    parts = vector.split_with_sizes([p.numel() for p in like.values()])
+    return {name: part.view_as(p) for part, (name, p) in zip(parts, like.items(), strict=True)}

@@ -1,0 +1,64 @@
+"""Order statistics and log-domain means, as they are stored (SCIENCE.md section 1, Summaries)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def quantile(values: Tensor, q: float) -> float | None:
+    """The order statistic `inverted_cdf` of `values [n]` at `q`; null for no values. It commutes with the logarithm."""
+    n = values.numel()
+    if n == 0:
+        return None
+    return finite(float(values.flatten().kthvalue(rank(q, n)).values))
+
+
+def log_mean(log_values: Tensor) -> float | None:
+    """`log(mean(v))` from `log v [n]`; -inf entries count as v = 0. Null for no values or all zeros."""
+    if log_values.numel() == 0:
+        return None
+    return finite(float(torch.logsumexp(log_values.double(), 0) - math.log(log_values.numel())))
+
+
+def mean(values: Tensor) -> float | None:
+    return finite(float(values.double().mean())) if values.numel() else None
+
+
+def finite(value: float) -> float | None:
+    """The number, or null where JSON has none: NaN and infinities never leave the science."""
+    return value if math.isfinite(value) else None
+
+
+def summary(values: Tensor, name: str, *, log: bool = False) -> dict[str, float | int | None]:
+    """`{name_q05, name_q25, name_median, name_q75, name_q95, name_mean | name_log_mean}` of `values [n]`.
+
+    With `log=True` the values are logarithms: -inf is an exact zero, sorted first and counted in `name_n_zero`.
+    """
+    out: dict[str, float | int | None] = {}
+    for q in QUANTILES:
+        out[f"{name}_{label_of(q)}"] = quantile(values, q)
+    if log:
+        out[f"{name}_log_mean"] = log_mean(values)
+        out[f"{name}_n_zero"] = int(torch.isneginf(values).sum())
+    else:
+        out[f"{name}_mean"] = mean(values)
+    return out
+
+
+def label_of(q: float) -> str:
+    """`median`, `q05`, ...: how a quantile is called in the name of a number."""
+    return "median" if q == 0.5 else f"q{round(q * 100):02d}"
+
+
+def rank(q: float, n: int) -> int:
+    """Position, counted from 1, of the order statistic `inverted_cdf` at `q` among `n` values."""
+    return max(math.ceil(q * n - 1e-9), 1)  # 1e-9: 0.05 * 20 must be rank 1, whatever the last bit says
+
+
+def row_summaries(values: Tensor, name: str, *, log: bool = False) -> dict[str, list[float | int | None]]:
+    """`summary` of every row of `values [r, n]`: `{name_q05: [r numbers], ...}`; with no values, rows of nulls."""
+    rows = [summary(row, name, log=log) for row in values]
+    return {key: [row[key] for row in rows] for key in summary(values.new_zeros(0), name, log=log)}

@@ -1,0 +1,127 @@
+"""The Ray task body: one bundle, on the CPUs or the GPU that Ray gave, in a process that stays warm for the next."""
+
+import importlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.executor import Bundle, Message, Started
+
+if TYPE_CHECKING:
+    from workers.context import Cache
+
+LISTEN_SECONDS = 0.05  # an interrupt is heard that often
+
+# Torch, and what needs it, is imported in the functions: the dispatcher imports this module too. So is Ray, which must
+# not be imported before `workers.pool` has prepared its environment.
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker cannot know by itself. Sizes are per worker process."""
+
+    artifact_root: str
+    data_dir: Path
+    epoch_state_seconds: float
+    cache_bytes: int = 4 << 30
+    idle_seconds: float = 300.0
+
+
+def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Message]]:
+    """Stream the messages of a bundle, those that come close together in one list.
+
+    A new process says at once where it is: what it does next, to import torch and to wake the GPU, may take it down or
+    never end. Where the GPU gave up in this process, all grants are answered and the process ends: the next bundle gets
+    a new one.
+    """
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    if "torch" not in sys.modules:
+        first = bundle.grants[0]
+        yield [Started(first.task_id, first.attempt, f"{socket.gethostname()} pid {os.getpid()}, starting", node)]
+    import_undisturbed("workers.run")
+    import torch
+
+    from service.artifacts import Artifacts
+    from workers.context import Context
+    from workers.run import DeviceBroken, batches
+
+    cache = _Warm.take(settings)
+    try:
+        torch.set_num_threads(max(1, int(bundle.needs.cpus)))
+        device = torch.device(device_of(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES")))
+        share = bundle.needs.gpus if device.type == "cuda" else bundle.needs.cpus
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            # A tenant of a shared GPU that takes more than its share runs out of memory, and not its neighbours.
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        artifacts = Artifacts(settings.artifact_root)
+        context = Context(artifacts, settings.data_dir, device, share, settings.epoch_state_seconds, cache, node)
+        yield from batches(bundle, context)
+    except DeviceBroken:
+        raise SystemExit(1) from None
+    finally:
+        _Warm.leave(settings.idle_seconds)
+
+
+def import_undisturbed(name: str) -> None:
+    """Import it in a thread of its own, which a soft cancel does not reach: torch cannot be imported a second time.
+
+    Raises KeyboardInterrupt at once, and the import goes on; whoever needs it next waits for it.
+    """
+    thread = threading.Thread(target=importlib.import_module, args=(name,), name=f"import {name}", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LISTEN_SECONDS)
+
+
+def device_of(gpu_ids: list[int] | list[str], visible: str | None) -> str:
+    """The torch device of the GPU that Ray assigned, where Ray leaves CUDA_VISIBLE_DEVICES as it was.
+
+    Torch counts the visible devices, Ray names them as the variable does, or counts all of them where it is unset.
+
+    >>> device_of([], None), device_of([3], None), device_of(["3"], "2,3"), device_of(["GPU-b"], "GPU-a,GPU-b")
+    ('cpu', 'cuda:3', 'cuda:1', 'cuda:1')
+    """
+    if not gpu_ids:
+        return "cpu"
+    first = str(gpu_ids[0])
+    return f"cuda:{visible.split(',').index(first) if visible else first}"
+
+
+class _Warm:
+    """What this process keeps between bundles; dropped when no bundle has come for a while."""
+
+    cache: "Cache | None" = None
+    timer: threading.Timer | None = None
+
+    @classmethod
+    def take(cls, settings: WorkerSettings) -> "Cache":
+        from workers.context import Cache
+
+        if cls.timer is not None:
+            cls.timer.cancel()
+        if cls.cache is None or cls.cache.capacity_bytes != settings.cache_bytes:
+            cls.cache = Cache(settings.cache_bytes)
+        return cls.cache
+
+    @classmethod
+    def leave(cls, idle_seconds: float) -> None:
+        cls.timer = threading.Timer(idle_seconds, cls.drop)
+        cls.timer.daemon = True
+        cls.timer.start()
+
+    @classmethod
+    def drop(cls) -> None:
+        import torch
+
+        if cls.cache is not None:
+            cls.cache.clear()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
