@@ -10,8 +10,8 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
+from api.binding import is_loopback
 from api.errors import Forbidden, TooManyRequests
-from api.processes import is_loopback
 from service.access import Access, Caller
 from service.errors import InvalidQuery, Unauthenticated
 from service.settings import Settings

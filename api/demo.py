@@ -12,11 +12,12 @@ import typer
 from rich.status import Status
 
 from api import home as homes
+from api.binding import listen
 from api.client import ApiError, Client, Json, Unreachable
 from api.commands.options import AsJson, Home, Port, print_json, program, settings_of
-from api.processes import die_with_parent, listen
 from api.render import err, number, out, percent, say, sweep_progress, table
 from service.errors import UncannyError
+from service.processes import die_with_parent
 from service.settings import Settings
 
 START_SECONDS = 60.0
@@ -57,7 +58,7 @@ def demo(
         else:
             for architecture in SWEEP["grid"]["architecture"]:
                 out.print(_table(architecture, rows), "")
-            _say_what_was_computed(sweep.accepted, seconds, "" if running else ", the start of the service included")
+            _say_what_was_computed(sweep.accepted, seconds, running is None)
         if status["state"] != "succeeded":
             failed = next(iter(client.jobs(sweep=sweep.id, state="failed", limit=1)), {})
             raise DemoFailed(f"the demo's sweep is {status['state']}: {failed.get('reason') or 'see `uncanny jobs`'}")
@@ -77,6 +78,10 @@ def _service(settings: Settings, running: str | None) -> Iterator[str]:
     listen(settings.host, settings.port).close()  # a port in use is said here, not in a log
     settings.logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "api.cli", "serve", "--home", str(settings.home), "--port", str(settings.port)]
+    if (
+        settings.database_url or (settings.home / "uncanny.db").exists()
+    ):  # the numbers may be there already; else Ray starts at once
+        command.append("--when-needed")
     with (settings.logs / "serve.log").open("ab") as log:
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -142,16 +147,18 @@ def _of(row: Json | None, name: str) -> Any:
     return row[name] if row is not None else None
 
 
-def _say_what_was_computed(accepted: Json, seconds: float, counted: str) -> None:
+def _say_what_was_computed(accepted: Json, seconds: float, own_service: bool) -> None:
     known = sum(accepted["known"].values())
     new = dict(accepted["to_compute"])
     trainings, others = new.pop("train", 0), sum(new.values())
-    took = f"{accepted['jobs']} jobs in {seconds:.1f} s{counted}"
+    took = f"{accepted['jobs']} jobs in {seconds:.1f} s{', the start of the service included' if own_service else ''}"
     if trainings or others or accepted["under_way"]:
         said = f"{took}: {trainings} trainings and {others} other tasks computed, {known} known before."
     else:
         trainings = accepted["known"]["train"]
-        said = f"{took}, from the store: all {trainings} trainings and {known - trainings} other tasks were known."
+        without = " without starting Ray" if own_service else ""
+        others = known - trainings
+        said = f"{took}, from the store{without}: all {trainings} trainings and {others} other tasks were known."
     say(said)
     say("Scaling changes no prediction, so the true robust accuracy is the same at every scale:")
     say("where it seems to rise, the attack has gone blind, and the verdict says so.")

@@ -9,7 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import create_app
-from api.processes import check_bind, listen
+from api.binding import check_bind, listen
 from service import logs
 from service.errors import UncannyError
 from service.settings import Settings

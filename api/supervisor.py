@@ -1,4 +1,4 @@
-"""`uncanny serve`: API and dispatcher as child processes, started again when they die, stopped together.
+"""`uncanny serve`: API, dispatcher and Ray head as child processes, started again when they die, stopped together.
 
 The supervisor holds the listening socket, so connections wait while the API is started again, and the home's lock,
 which its children inherit: a new service of this home starts when the last of the old one is gone.
@@ -15,22 +15,26 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import psutil
 
 from api import home
-from api.processes import adopt_orphans, check_bind, die_with_parent, listen
+from api.binding import check_bind, listen
 from service.errors import UncannyError
+from service.jobs import ENDED_TASK
+from service.processes import adopt_orphans, die_with_parent, free_port
 from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.store import Database
 
 LOOK_SECONDS = 0.1
-STOP_SECONDS = 20.0  # what the halves get to stop by themselves, beside what running tasks get to finish
+STOP_SECONDS = 20.0  # what the parts get to stop by themselves, beside what running tasks get to finish
 ORPHAN_SECONDS = 10.0
+HEAD_SECONDS = 8.0  # what the head's guard takes at most
 STARTING_SECONDS = 2.0  # the same while Ray still starts
 LONGEST_PAUSE_SECONDS = 10.0
 HEALTHY_SECONDS = 60.0  # who lived so long starts again at once
@@ -40,7 +44,7 @@ Say = Callable[[str], None]
 
 
 @dataclass
-class Half:
+class Part:
     """A child process that is meant to be there: `command` in a session of its own, so that Ctrl-C passes it by."""
 
     name: str
@@ -48,6 +52,7 @@ class Half:
     environment: dict[str, str]
     log: Path | None
     inherited: tuple[int, ...]
+    death_signal: signal.Signals = signal.SIGKILL  # what it gets when the supervisor is killed; it has nothing to lose
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float = 0.0
@@ -58,7 +63,7 @@ class Half:
         self.process = subprocess.Popen(
             self.command, env=self.environment, pass_fds=self.inherited, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT if sink else None,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, self.death_signal),
         )  # fmt: skip
         self.started_at = time.monotonic()
         if sink is not None:
@@ -77,6 +82,7 @@ class Half:
         return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
     def end(self) -> None:
+        """Kill it; nothing where it does not run."""
         self.send(signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
@@ -93,8 +99,10 @@ class Half:
 class Supervisor:
     """One service for one home. Raises `PortTaken`, `AlreadyServing`, `NotLoopback`, `SchemaOutdated` when made."""
 
-    def __init__(self, settings: Settings, say: Say, *, verbose: bool = False) -> None:
+    def __init__(self, settings: Settings, say: Say, *, verbose: bool = False, when_needed: bool = False) -> None:
+        """With `when_needed` only the API runs until there is a task to do."""
         check_bind(settings)
+        self._needed = not when_needed
         self.settings, self.say = settings, say
         self._lock: IO[str] = home.lock(settings)
         self._socket: socket.socket = listen(settings.host, settings.port)
@@ -102,59 +110,93 @@ class Supervisor:
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         settings.logs.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **settings.environment()}
-        logs = {name: None if verbose else settings.logs / f"{name}.log" for name in ("api", "dispatcher")}
+        logs = {name: None if verbose else settings.logs / f"{name}.log" for name in ("api", "dispatcher", "head")}
         api = [sys.executable, "-m", "api.server", "--fd", str(self._socket.fileno())]
         dispatcher = [sys.executable, "-m", "workers.dispatch", "--name", dispatcher_name(settings)]
         held = (self._lock.fileno(),)
-        self.halves = [
-            Half("api", api, environment, logs["api"], (*held, self._socket.fileno())),
-            Half("dispatcher", dispatcher, environment, logs["dispatcher"], held),
+        # In the order in which they stop: who gives work, who hands it over, who does it.
+        self.parts = [
+            Part("api", api, environment, logs["api"], (*held, self._socket.fileno())),
+            Part("dispatcher", dispatcher, environment, logs["dispatcher"], held),
         ]
-        self.halves[0].start()
+        if not settings.ray_address:  # the head's guard is told, and ends what Ray would leave behind
+            self.parts.append(Part("head", [], environment, logs["head"], held, death_signal=signal.SIGTERM))
+        self.parts[0].start()
         try:
             self._database = _prepared(settings)  # slow to import, as the API is: side by side
         except BaseException:
-            self.halves[0].end()
+            self.parts[0].end()
             raise
 
-    def run(self, stop: threading.Event) -> None:
-        """Keep both halves alive until `stop` is set, then stop them in bounded time and leave nothing behind."""
+    def run(self, stop: threading.Event, hurry: threading.Event | None = None) -> None:
+        """Keep all parts alive until `stop` is set, then stop them in bounded time and leave nothing behind.
+
+        The time is up when `hurry` is set.
+        """
         adopt_orphans()
         home.announce(self.settings, self.url)
         try:
             while not stop.is_set():
-                for half in self.halves:
-                    self._look_after(half)
+                self._needed = self._needed or self._has_work()
+                for part in reversed(self.parts if self._needed else self.parts[:1]):
+                    self._look_after(part)
                 stop.wait(LOOK_SECONDS)
         finally:
-            self._stop()
+            self._stop(hurry or threading.Event())
             home.forget(self.settings)
             self._database.close()
             self._socket.close()
             self._lock.close()
 
-    def _look_after(self, half: Half) -> None:
-        how = half.died()
+    def _look_after(self, part: Part) -> None:
+        how = part.died()
         if how is not None:
             self._end_orphans()
-            log = f"; its log is {half.log}" if half.log else ""
-            self.say(f"the {half.name} died {how}; it starts again in {half.pause_seconds:g} s{log}")
-        if half.process is None and time.monotonic() >= half.start_at:
-            half.start()
+            log = f"; its log is {part.log}" if part.log else ""
+            self.say(f"the {part.name} died {how}; it starts again in {part.pause_seconds:g} s{log}")
+        if part.process is None and time.monotonic() >= part.start_at:
+            if part.name == "head":
+                self._choose_port(part)
+            part.start()
 
-    def _stop(self) -> None:
+    def _choose_port(self, head: Part) -> None:
+        """A free port for the head that starts; a dispatcher of the one before has lost its cluster and restarts."""
+        dispatcher = self.parts[1]
+        dispatcher.end()
+        port = str(free_port())
+        head.command = [sys.executable, "-m", "workers.head", "--home", str(self.settings.home), "--port", port]
+        dispatcher.environment = {**dispatcher.environment, "UNCANNY_RAY_PORT": port}
+
+    def _stop(self, hurry: threading.Event) -> None:
         bounded = self.settings.stop_seconds + STOP_SECONDS
         patience = bounded if self._ray_is_up() else STARTING_SECONDS
-        for half in reversed(self.halves):
-            half.send(signal.SIGTERM)
-        deadline = time.monotonic() + patience
-        while any(half.runs for half in self.halves) and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
-        for half in self.halves:
-            if half.runs and patience == bounded:
-                self.say(f"the {half.name} did not stop within {bounded:g} s and was killed")
-            half.end()
+        for part in self.parts[:2]:
+            part.send(signal.SIGTERM)
+        self._wait_for(self.parts[:2], patience, hurry)
+        for part in self.parts[:2]:
+            if part.runs and patience == bounded and not hurry.is_set():
+                self.say(f"the {part.name} did not stop within {bounded:g} s and was killed")
+            part.end()
+        for part in self.parts[2:]:
+            part.send(signal.SIGTERM)
+        self._wait_for(self.parts[2:], HEAD_SECONDS, threading.Event())
+        for part in self.parts[2:]:
+            part.end()
         self._end_orphans()
+
+    def _wait_for(self, parts: "list[Part]", seconds: float, hurry: threading.Event) -> None:
+        deadline = time.monotonic() + seconds
+        while any(part.runs for part in parts) and time.monotonic() < deadline and not hurry.is_set():
+            time.sleep(LOOK_SECONDS)
+
+    def _has_work(self) -> bool:
+        from service.insights import Insights
+
+        try:
+            tasks = Insights(self._database).queue()["tasks"].values()
+        except UncannyError:  # the database is away
+            return False
+        return any(count for of_kind in tasks for state, count in of_kind.items() if state not in ENDED_TASK)
 
     def _ray_is_up(self) -> bool:
         """Before that nothing has been handed over, so a dispatcher that waits for Ray need not be waited for."""
@@ -167,11 +209,11 @@ class Supervisor:
         return bool(cluster["leading"] and cluster["status"].get("capacity", {}).get("ready"))
 
     def _end_orphans(self) -> None:
-        """End what dead halves left running, such as the processes of a local Ray.
+        """End what dead parts left running, such as the processes of a local Ray.
 
         Look again until none is left: what one of them had started is adopted when that one dies.
         """
-        ours = {half.process.pid for half in self.halves if half.process is not None and half.runs}
+        ours = {part.process.pid for part in self.parts if part.process is not None and part.runs}
         me, deadline = psutil.Process(), time.monotonic() + ORPHAN_SECONDS
         while orphans := [child for child in me.children() if child.pid not in ours]:
             if time.monotonic() > deadline:

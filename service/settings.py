@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     ray_address: str = Field(
         default="", validation_alias="RAY_ADDRESS", description="An existing cluster; a local Ray when empty."
     )
+    ray_port: int = Field(
+        default=0, ge=0, le=65535, description="Of the local Ray head that is to be used; `serve` sets it."
+    )
 
     lease_seconds: float = Field(
         default=20.0, gt=0, description="A dispatcher that is silent for so long loses its tasks."

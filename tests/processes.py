@@ -19,7 +19,7 @@ import psutil
 from sqlalchemy import make_url, select
 
 from api.client import Client
-from api.processes import die_with_parent
+from service.processes import die_with_parent, free_port
 from service.store import Database
 from service.store.tables import leases, tasks
 
@@ -131,11 +131,6 @@ def busy(process: psutil.Process, seconds: float = 0.5) -> bool:
     except psutil.NoSuchProcess:
         return False
     return bool(after.user + after.system - before.user - before.system > 0.1 * seconds)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 @contextmanager

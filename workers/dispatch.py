@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from types import FrameType
 
 from service.artifacts import Artifacts
@@ -18,7 +19,7 @@ from service.housekeeping import keep_house
 from service.logs import configure
 from service.settings import Settings
 from service.store import Database
-from workers.pool import RayExecutor
+from workers.head import driver_environment, running
 
 log = logging.getLogger("uncanny.dispatch")
 AWAY_SECONDS = 1.0
@@ -42,6 +43,23 @@ def main(arguments: list[str] | None = None) -> int:
     stop = threading.Event()
     _stop_on_signals(stop)
     settings = Settings()
+    with ExitStack() as stack:
+        if (
+            not settings.ray_address and not settings.ray_port
+        ):  # on its own, without a cluster: one for as long as it runs
+            home, port = stack.enter_context(running())
+            settings = settings.model_copy(update={"ray_port": port})
+        else:
+            home = settings.home
+        environment = driver_environment(home, local=not settings.ray_address)
+        os.environ.clear()
+        os.environ.update(environment)
+        return _dispatch(settings, options.name, stop)
+
+
+def _dispatch(settings: Settings, name: str, stop: threading.Event) -> int:
+    from workers.pool import RayExecutor  # which imports Ray, and that reads the environment
+
     database = Database(settings.database)
     try:
         if not _ready(database, stop):
@@ -53,17 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         while not executor.capacity().ready and not stop.is_set():
             stop.wait(WAIT_SECONDS)
-        _stop_on_signals(stop)  # again: Ray has put a handler of its own before ours, which prints a stack
-        log.info("dispatcher %s starts", options.name)
+        _stop_on_signals(stop)  # again: Ray has put a handler of its own before ours
+        log.info("dispatcher %s starts", name)
         artifacts = Artifacts(settings.artifacts)
-        dispatcher = Dispatcher(database, artifacts, executor, settings, options.name)
+        dispatcher = Dispatcher(database, artifacts, executor, settings, name)
         keeping = (database, artifacts, settings, lambda: dispatcher.leading, stop)
         threading.Thread(target=keep_house, args=keeping, name="housekeeping", daemon=True).start()
         dispatcher.run(stop)
     finally:
         executor.close()
         database.close()
-    log.info("dispatcher %s has stopped", options.name)
+    log.info("dispatcher %s has stopped", name)
     return 0
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -13,13 +12,14 @@ from typing import Any
 
 from service.artifacts import Artifacts
 from service.settings import Settings
-from workers.pool import connect
+from workers.head import driver_environment, running
 from workers.revision import code_digest, installed
 
-# Ray is imported after `workers.pool` has prepared its environment; torch where it is needed.
+# Ray is imported when its environment is prepared; torch where it is needed.
 
-KNOCK_SECONDS = 5.0
+START_SECONDS = 60.0
 NODE_SECONDS = 120.0
+WAIT_SECONDS = 0.1
 DISTRIBUTIONS = ("uncanny-bench", "ray", "torch", "torchvision", "timm")
 
 
@@ -38,17 +38,33 @@ def main() -> int:
 
 def look(settings: Settings) -> dict[str, Any]:
     """Join the cluster, or start a local Ray that goes away again, and examine each node that runs tasks."""
+    if not settings.ray_address:
+        with running(cpus=1) as (home, port):
+            os.environ |= driver_environment(home, local=True)
+            return _examine(settings.model_copy(update={"ray_port": port}), patience_seconds=START_SECONDS)
+    os.environ |= driver_environment(settings.home, local=False)
+    return _examine(settings, patience_seconds=0.0)
+
+
+def _examine(settings: Settings, patience_seconds: float) -> dict[str, Any]:
     import ray
 
-    _knock(settings.ray_address)
-    with tempfile.TemporaryDirectory(prefix="doctor-") as home:
-        started = time.monotonic()
-        connect(settings if settings.ray_address else settings.model_copy(update={"home": Path(home)}), cpus=1)
-        seconds = time.monotonic() - started
+    from workers.cluster import connect
+
+    started = time.monotonic()
+    while True:
         try:
-            nodes = _examine_nodes(settings)
-        finally:
-            ray.shutdown()
+            connect(settings)
+            break
+        except ConnectionError:
+            if time.monotonic() - started >= patience_seconds:
+                raise
+            time.sleep(WAIT_SECONDS)
+    seconds = time.monotonic() - started
+    try:
+        nodes = _examine_nodes(settings)
+    finally:
+        ray.shutdown()
     return {
         "token": os.environ.get("RAY_AUTH_MODE") == "token",
         "seconds": seconds,
@@ -103,17 +119,6 @@ def versions() -> dict[str, str | None]:
 def clock() -> float:
     """Seconds since 1970 by the clock of the node."""
     return time.time()
-
-
-def _knock(address: str) -> None:
-    """Ray waits long for a head that is not there, and does not say so. Raises `ConnectionError`."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "/" in host:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
-    except OSError as error:
-        raise ConnectionError(f"nothing answers there ({error})") from None
 
 
 def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:

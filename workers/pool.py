@@ -1,19 +1,12 @@
-"""RayExecutor: bundles as Ray tasks, on an existing cluster or on a local Ray that comes up in the background."""
+"""RayExecutor: bundles as Ray tasks, on an existing cluster or on a local head that still comes up."""
 
 import logging
-import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-# Ray reads these when it is imported. Others that it needs are set when a local Ray starts.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else it rebuilds the environment in every worker
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if not os.environ.get("RAY_ADDRESS"):
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on Linux too: listen on loopback only
 
 import ray
 from ray.exceptions import (
@@ -69,15 +62,12 @@ class _Running:
 class RayExecutor:
     """Runs each bundle as one Ray task, whose generator streams its messages. Ray itself never retries.
 
-    Ray is connected to, or started, in a thread; until then `capacity().ready` is false. Its other methods are for
-    one thread, the dispatcher's. `body` is what runs on the worker, `cpus` those of a local Ray (all when left out).
+    Ray is connected to in a thread; until then `capacity().ready` is false. Its other methods are for one thread, the
+    dispatcher's. `body` is what runs on the worker.
     """
 
-    def __init__(
-        self, settings: Settings, *, body: Body = run_bundle, cpus: int | None = None, grace_seconds: float = 3.0
-    ) -> None:
+    def __init__(self, settings: Settings, *, body: Body = run_bundle, grace_seconds: float = 3.0) -> None:
         self._settings = settings
-        self._cpus = cpus
         self._grace_seconds = grace_seconds
         self._worker_settings = WorkerSettings(settings.artifacts, settings.data, settings.epoch_state_seconds)
         self._task = ray.remote(max_calls=0, max_retries=0, num_returns="streaming")(body)
@@ -88,7 +78,6 @@ class RayExecutor:
         self._preempted: set[str] = set()
         self._closed = False
         self._closing = threading.Event()
-        # Ray's processes die with the thread that started them, so this one lives until `close`.
         self._thread = threading.Thread(target=self._hold_ray, name="ray", daemon=True)
         self._thread.start()
 
@@ -225,14 +214,17 @@ class RayExecutor:
 
     def _hold_ray(self) -> None:
         """The thread that owns Ray."""
+        pause_seconds = RETRY_SECONDS if self._settings.ray_address else LOOK_SECONDS  # a local head may just start
+        said = ""
         while not self._closing.is_set():
             try:
-                connect(self._settings, self._cpus)
+                connect(self._settings)
                 break
-            except Exception:  # whatever keeps Ray away, it may come back
-                log.exception("Ray is not up; the next try is in %g seconds", RETRY_SECONDS)
+            except Exception as error:  # noqa: BLE001 - whatever keeps Ray away, it may come back, and is said once
+                if said != (said := f"Ray is not up yet: {type(error).__name__}: {error}"):
+                    log.warning("%s", said)
                 ray.shutdown()
-                self._closing.wait(RETRY_SECONDS)
+                self._closing.wait(pause_seconds)
         checked: set[str] = set()
         trouble = ""
         while not self._closing.is_set():

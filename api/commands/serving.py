@@ -6,14 +6,18 @@ import os
 import signal
 import sys
 import threading
+import time
+from functools import partial
 from typing import Annotated
 
 import typer
 
+from api.binding import check_bind, listen
 from api.commands.options import AsJson, Auth, Home, Host, Insecure, Port, print_line, settings_of
-from api.processes import check_bind, listen
 from api.render import err
 from service import logs
+
+TOGETHER_SECONDS = 0.3
 
 
 def serve(
@@ -23,6 +27,9 @@ def serve(
     auth: Auth = None,
     insecure: Insecure = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Logs to the terminal, not to files.")] = False,
+    when_needed: Annotated[
+        bool, typer.Option("--when-needed", help="Start Ray and the dispatcher only once there is a task to do.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole service: API, dispatcher and, unless RAY_ADDRESS names a cluster, a local Ray. Ctrl-C stops it."""
@@ -33,18 +40,26 @@ def serve(
     def say(sentence: str) -> None:
         err.print(sentence, markup=False, soft_wrap=True)
 
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
     for which in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(which, lambda *_: stop.set())
-    supervisor = Supervisor(settings, say, verbose=verbose)
+        signal.signal(which, partial(_heard, stop, hurry, []))
+    supervisor = Supervisor(settings, say, verbose=verbose, when_needed=when_needed)
     if as_json:
         print_line(
             {"url": supervisor.url, "docs": f"{supervisor.url}/docs", "home": str(settings.home), "pid": os.getpid()}
         )
     say(f"Uncanny answers at {supervisor.url} (documentation: {supervisor.url}/docs); jobs are accepted from now on.")
     say(f"Home is {settings.home}" + ("" if verbose else f", logs are in {settings.logs}") + ". Ctrl-C stops it.")
-    supervisor.run(stop)
+    supervisor.run(stop, hurry)
     say("Stopped. What was accepted is kept and goes on when it is started again.")
+
+
+def _heard(stop: threading.Event, hurry: threading.Event, times: list[float], *_: object) -> None:
+    """The first signal stops, a second one hurries. `uv run` passes the terminal's on, so that it arrives twice."""
+    times.append(time.monotonic())
+    stop.set()
+    if times[-1] - times[0] > TOGETHER_SECONDS:
+        hurry.set()
 
 
 def api(home: Home = None, host: Host = None, port: Port = None, auth: Auth = None, insecure: Insecure = None) -> None:

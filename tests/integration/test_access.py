@@ -17,9 +17,9 @@ from sqlalchemy import insert, select, update
 from typer.testing import CliRunner
 
 from api.auth import ADMIN, FAILURES_PER_MINUTE, PUBLIC, READING
+from api.binding import NotLoopback, check_bind
 from api.cli import app as cli
 from api.client import ApiError, Client
-from api.processes import NotLoopback, check_bind
 from service.access import Access, Caller
 from service.settings import Settings
 from service.store import Database

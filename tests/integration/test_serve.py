@@ -166,7 +166,7 @@ def test_what_is_adopted_while_orphans_are_ended_is_ended_too() -> None:
     """A process that dies between two looks leaves its children to the supervisor, and they were in neither."""
     script = """
 import subprocess, psutil
-from api.processes import adopt_orphans
+from service.processes import adopt_orphans
 from api.supervisor import Supervisor
 
 adopt_orphans()

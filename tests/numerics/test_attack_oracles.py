@@ -163,6 +163,7 @@ class TestEqualIterates:
         assert sizes[0] <= sizes[1] * 1.001
 
 
+@pytest.mark.slow
 class TestNeverWeaker:
     """Random numbers differ, so equal strength is the claim: at most one example in a hundred more is left robust."""
 

@@ -14,6 +14,8 @@ from workers.science.controls import ControlReport, Geometry, run_controls
 from workers.science.errors import NonFinite
 from workers.science.heads import linear_head
 
+pytestmark = pytest.mark.slow
+
 N = 60
 SMALL = Geometry("linf", 0.1, 0.02, 8)
 GEOMETRIES = (SMALL, Geometry("l2", 0.8, 0.1, 10))

@@ -45,6 +45,7 @@ def of(weights: Path) -> list[str]:
     return [*network, "--weights", str(weights), "--samples", "64"]
 
 
+@pytest.mark.slow
 def test_a_training_runs_without_the_service(tmp_path: Path) -> None:
     network = ["--architecture", "mlp", "--dataset", "digits", "--device", "cpu"]
     done = shell("train", *network, "--epochs", "1", "--out", "weights.safetensors", cwd=tmp_path)
@@ -52,6 +53,7 @@ def test_a_training_runs_without_the_service(tmp_path: Path) -> None:
     assert (tmp_path / "weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_measure_runs_without_the_service(weights: Path) -> None:
     done = shell("measure", *of(weights), "--scale", "5", cwd=weights.parent)
     assert done.returncode == 0, done.stderr

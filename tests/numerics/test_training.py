@@ -212,6 +212,7 @@ def test_bf16_and_channels_last(digits: ImageData) -> None:
     assert report.clean_accuracy > 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_it_is_the_same_training(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where attacks in eval mode alternate with steps in train mode. A small network: it compiles in seconds."""

@@ -1,16 +1,10 @@
-"""Processes that end together, and the port that they answer on. Light enough for every command to import."""
+"""The address that the service answers on. Light enough for every command to import."""
 
-import ctypes
 import ipaddress
-import signal
 import socket
-import sys
 
 from service.errors import UncannyError
 from service.settings import Settings
-
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 class PortTaken(UncannyError):
@@ -62,15 +56,3 @@ def listen(host: str, port: int) -> socket.socket:
 def _taken(host: str, port: int, error: OSError) -> PortTaken:
     said = error.strerror or error
     return PortTaken(f"cannot listen on {host}:{port} ({said}): stop what uses it, or take another --port")
-
-
-def die_with_parent() -> None:
-    """In a child, before it becomes its program: SIGTERM when its parent dies, however that dies (Linux)."""
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-def adopt_orphans() -> None:
-    """What dead children leave behind becomes this process's own child (Linux)."""
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

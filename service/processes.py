@@ -1,0 +1,30 @@
+"""Processes that end together. Light enough for every command to import."""
+
+import ctypes
+import signal
+import socket
+import sys
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def die_with_parent(which: signal.Signals = signal.SIGTERM) -> None:
+    """In a child, before it becomes its program: this signal when its parent dies, however that dies (Linux).
+
+    It comes when the *thread* that started the child ends, so start it from one that lives as long as it should.
+    """
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, which, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """What dead children leave behind becomes this process's own child (Linux)."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def free_port() -> int:
+    """A port of loopback on which nothing listens at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])

@@ -1,0 +1,171 @@
+"""The local Ray head: `ray start --head --block`, and the guard that `python -m workers.head` puts around it.
+
+Ray's processes outlive whoever started them: a killed parent leaves all of them, and with death signals two agents
+still stay for a minute. The guard adopts what they leave, dies with its parent, and ends when nothing of Ray is left.
+It imports no Ray; what it sets here was measured with Ray 2.60, and a test checks each of it.
+"""
+
+import argparse
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from service.processes import adopt_orphans, die_with_parent, free_port
+
+SESSION_ROOM_BYTES = 43  # of the 107 of a Unix socket's path, what Ray leaves for its folder
+OBJECT_STORE_BYTES = 256 << 20  # outcomes are small; weights travel as artifacts
+LOOK_SECONDS = 0.1
+STOP_SECONDS = 2.0  # what Ray gets to end by itself: .2 to .4 s are enough
+ORPHAN_SECONDS = 5.0
+# Warm processes are reused for other GPUs, so the variable must not change under a live CUDA context.
+WORKER_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+ANYWHERE = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else it rebuilds the environment in every worker
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # which prints a stack at SIGTERM
+}
+
+
+def driver_environment(home: Path, *, local: bool) -> dict[str, str]:
+    """What the environment of a driver has to be before Ray is imported: its own, with what Ray reads set.
+
+    Of a local head (`local`) that is all that Ray would inherit; elsewhere the token and the address are the user's.
+    """
+    if not local:
+        return {**os.environ, **ANYWHERE}
+    ours = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(_token(home)),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: listen on loopback only
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a driver without its head ends after so long, not after 60 s
+    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, **ANYWHERE, **ours}
+
+
+def guard_command(home: Path, port: int, cpus: int | None = None) -> list[str]:
+    """The command line of a guard with a head of so many CPUs (all if None) on this port of loopback."""
+    given = ["--home", str(home), "--port", str(port), *(["--cpus", str(cpus)] if cpus is not None else [])]
+    return [sys.executable, "-m", "workers.head", *given]
+
+
+@contextmanager
+def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[tuple[Path, int]]:
+    """A head for as long as the context lasts: the home with its token, and its port. It may still be starting.
+
+    To be entered in a thread that outlives it. The home is a temporary folder where none is given.
+    """
+    with tempfile.TemporaryDirectory(prefix="u-", dir=_short_temporary_folder()) as folder:
+        home = home or Path(folder)
+        port = free_port()
+        driver_environment(home, local=True)  # the token is there before whoever wants to connect
+        with (home / "head.log").open("wb") as log:
+            guard = subprocess.Popen(
+                guard_command(home, port, cpus), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+        try:
+            yield home, port
+        finally:
+            guard.terminate()
+            guard.wait()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Keep a head until SIGTERM, SIGINT or the death of the parent; returns 0 then, else 1 when the head ended."""
+    parser = argparse.ArgumentParser(prog="python -m workers.head", description=__doc__)
+    parser.add_argument("--home", type=Path, required=True, help="where the token is, and sessions if there is room")
+    parser.add_argument("--port", type=int, required=True, help="of the head, on 127.0.0.1")
+    parser.add_argument("--cpus", type=int, help="of the head; all of the machine when left out")
+    options = parser.parse_args(arguments)
+
+    stop = threading.Event()
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, lambda *_: stop.set())
+    parent = os.getppid()
+    adopt_orphans()
+    sessions = _sessions(options.home)
+    environment = driver_environment(options.home, local=True)
+    environment |= WORKER_ENVIRONMENT | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # else SIGTERM takes 30 s
+    head = subprocess.Popen(
+        _ray_start(sessions, options.port, options.cpus), env=environment, stdin=subprocess.DEVNULL,
+        start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGKILL),
+    )  # fmt: skip
+    try:
+        while head.poll() is None and not stop.is_set() and os.getppid() == parent:
+            stop.wait(LOOK_SECONDS)
+    finally:
+        _end(head)
+    if stop.is_set():
+        shutil.rmtree(sessions, ignore_errors=True)
+        return 0
+    return 1
+
+
+def _ray_start(sessions: Path, port: int, cpus: int | None) -> list[str]:
+    return [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}",
+        f"--temp-dir={sessions}", "--node-ip-address=127.0.0.1", *([f"--num-cpus={cpus}"] if cpus is not None else []),
+        "--include-dashboard=false", "--disable-usage-stats", "--no-monitor", "--include-log-monitor=false",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+    ]  # fmt: skip
+
+
+def _end(head: "subprocess.Popen[bytes]") -> None:
+    """End the head and whatever it leaves: what one of its processes had started is ours when that one is dead."""
+    head.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        head.wait(STOP_SECONDS)
+    me, deadline = psutil.Process(), time.monotonic() + ORPHAN_SECONDS
+    while (left := me.children(recursive=True)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(me.children(), timeout=LOOK_SECONDS)
+
+
+def _token(home: Path) -> Path:
+    """The file with the token of local heads, which only its owner can read; made where it is not there."""
+    path = home / "ray_token"
+    home.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def _sessions(home: Path) -> Path:
+    """An empty folder for Ray's sockets and logs: under home, or a short one of our own where Ray cannot work there."""
+    path = home.absolute() / "ray"
+    plain = str(path).isascii() and all(letter.isalnum() or letter in "/._-" for letter in str(path))
+    if not plain or len(os.fsencode(path)) > SESSION_ROOM_BYTES:
+        name = f"u-ray-{hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:12]}"
+        path = _short_temporary_folder() / name
+    with suppress(FileNotFoundError):
+        if path.lstat().st_uid != os.getuid():
+            raise PermissionError(f"{path} belongs to another user: set UNCANNY_HOME to a shorter path")
+        shutil.rmtree(path)  # what the last head left
+    path.mkdir(mode=0o700, parents=True)
+    return path
+
+
+def _short_temporary_folder() -> Path:
+    """Where temporary folders are, or /tmp where that leaves no room for Ray's sockets."""
+    folder = Path(tempfile.gettempdir())
+    return folder if len(os.fsencode(folder)) <= SESSION_ROOM_BYTES - len("/u-ray-0123456789ab") else Path("/tmp")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
