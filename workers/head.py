@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     adopt_orphans()
     sessions = _sessions(options.home)
     environment = driver_environment(options.home, local=True)
-    environment |= WORKER_ENVIRONMENT | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # else SIGTERM takes 30 s
+    environment |= WORKER_ENVIRONMENT | {
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else SIGTERM takes 30 s
+    }
     head = subprocess.Popen(
         _ray_start(sessions, options.port, options.cpus), env=environment, stdin=subprocess.DEVNULL,
         start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGKILL),

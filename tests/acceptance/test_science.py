@@ -19,6 +19,8 @@ from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.sharpness.detection import detection
 from workers.science.trajectory import Recorder, Trajectory, analyse
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCALES = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 50.0, 100.0)
 """Those of the paper, and 100."""

@@ -16,6 +16,8 @@ from workers.science.datasets import to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
 from workers.science.heads import scale_head
 
+pytestmark = pytest.mark.slow
+
 PGD_LINF = Geometry("linf", 8 / 255, 2 / 255, 10)
 PGD_L2 = Geometry("l2", 0.025, 0.001, 25)
 MIDDLE = Geometry("linf", 0.1, 0.02, 10)  # on digits: some break, some do not

@@ -62,11 +62,11 @@ def counting(loads: Path) -> Callable[[Bundle, WorkerSettings], Iterator[list[Me
     return body
 
 
-def test_share_of_a_sweep(table: Any, new_store: Callable[[str], str], tmp_path: Path) -> None:
+def test_share_of_a_sweep(table: Any, new_store: Callable[[str], str], tmp_path: Path, ray_head: int) -> None:
     url, loads = new_store("sqlite"), tmp_path / "loads"
-    settings = Settings(home=tmp_path, database_url=url, ray_address="", decision_log=10)
+    settings = Settings(home=tmp_path, database_url=url, ray_port=ray_head, cpus_per_task=2, decision_log=10)
     database = Database(url)
-    executor = RayExecutor(settings, body=counting(loads), cpus=1)
+    executor = RayExecutor(settings, body=counting(loads))
     with dispatching(Dispatcher(database, Artifacts(settings.artifacts), executor, settings, "benchmark")):
         with serving(url, tmp_path) as api:
 

@@ -56,11 +56,11 @@ def nothing() -> Callable[[Bundle, WorkerSettings], Iterator[list[Message]]]:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_no_ops(table: Any, new_store: Callable[[str], str], tmp_path: Path, kind: str) -> None:
+def test_no_ops(table: Any, new_store: Callable[[str], str], tmp_path: Path, ray_head: int, kind: str) -> None:
     url = new_store(kind)
-    settings = Settings(home=tmp_path, database_url=url, ray_address="")
+    settings = Settings(home=tmp_path, database_url=url, ray_port=ray_head)
     database, stop = Database(url), threading.Event()
-    executor = RayExecutor(settings, body=nothing(), cpus=2)
+    executor = RayExecutor(settings, body=nothing())
     dispatcher = Dispatcher(database, Artifacts(settings.artifacts), executor, settings, "benchmark")
     thread = threading.Thread(target=dispatcher.run, args=(stop,))
     try:

@@ -160,6 +160,7 @@ def lab(start_postgresql: "Callable[[], PostgresServer]", tmp_path_factory: pyte
         yield lab
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_nothing_is_lost_and_nothing_is_done_twice(lab: Lab, pytestconfig: pytest.Config) -> None:
     seed = pytestconfig.getoption("--chaos-seed", default=0)

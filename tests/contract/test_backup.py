@@ -20,6 +20,8 @@ from service.errors import BackupFailed, Conflict
 from service.settings import Settings
 from service.store import Database, claiming, tables
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from conftest import Lab
 

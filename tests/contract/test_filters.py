@@ -69,6 +69,13 @@ KINDS: dict[str, str] = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """What differs between the two is the store's, and its contract runs on both by default."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
 @pytest.fixture
 def history(lab: Any) -> Insights:
     """Results of all sorts: with and without a ball, labels, numbers; of two users; some numbers missing."""

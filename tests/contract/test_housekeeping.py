@@ -18,6 +18,8 @@ from service.settings import Settings
 from service.store import Database, history, tables
 from service.store.history import Event
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from conftest import Lab
 

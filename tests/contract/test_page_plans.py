@@ -9,6 +9,8 @@ from sqlalchemy import event, text
 from service.insights import Insights, Question
 from service.store import Database
 
+pytestmark = pytest.mark.slow
+
 CELLS = 5600
 
 

@@ -74,6 +74,7 @@ def test_rows_that_come_meanwhile_shift_nothing(insights: Insights, finish: Any)
         assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sort", ["robust_accuracy", "-robust_accuracy", "-created_at", "robust_accuracy,-created_at"])
 def test_few_cells_are_looked_into_one_by_one_for_the_same_pages(insights: Insights, finish: Any, sort: str) -> None:
     for _ in range(4):

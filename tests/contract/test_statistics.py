@@ -24,6 +24,8 @@ from service.store.fields import RESULTS
 from service.store.result_tables import cells, results
 from service.submission import Service
 
+pytestmark = pytest.mark.slow
+
 N = 16
 
 

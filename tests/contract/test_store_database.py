@@ -136,6 +136,7 @@ class TestTransactions:
         assert used >= 3
         database.close()
 
+    @pytest.mark.slow  # the server takes 15 s to give it up
     def test_a_frozen_writer_loses_its_turn(self, postgresql_url: str) -> None:
         database = Database(postgresql_url)
 

@@ -569,6 +569,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_machine_finds(
     name: str, sqlite_url: str, artifacts: Artifacts, lab_type: "type[Lab]", monkeypatch: pytest.MonkeyPatch
@@ -577,6 +578,7 @@ def test_the_machine_finds(
     find(sqlite_url, artifacts, lab_type)
 
 
+@pytest.mark.slow
 def test_the_machine_finds_that_writers_do_not_take_turns_on_postgresql(
     postgresql_url: str, artifacts: Artifacts, lab_type: "type[Lab]", monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from service.store.tables import attempts, events, jobs, sweeps, tasks, timings,
 from service.submission import Idempotency, Service
 from service.views import version
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = Settings(lookahead=0, backoff_seconds=0.0)
 
 

@@ -26,6 +26,8 @@ from service.store import Database
 from service.store.result_tables import results
 from service.store.tables import job_tasks, jobs
 
+pytestmark = pytest.mark.slow
+
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 20}
 NOBODY = "00000000-0000-7000-8000-000000000000"
 

@@ -28,7 +28,7 @@ from workers.science.datasets import read_npz, sample_indices
 from workers.science.evaluation import evaluate_clean
 from workers.science.weights import load_weights
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NO_INTERNET = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 NO_INTERNET |= {name.upper(): value for name, value in NO_INTERNET.items()}

@@ -26,6 +26,8 @@ from workers.run import execute
 from workers.science.architectures import build
 from workers.science.datasets import digits, sample_indices, to_unit
 
+pytestmark = pytest.mark.slow
+
 MEAN, STD = 0.3, 0.35
 N = 60
 JOB = {"architecture": "mlp", "dataset": "digits", "samples": N, "attack": "pgd_linf", "scale": 5}

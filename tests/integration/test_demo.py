@@ -20,6 +20,8 @@ from rich.console import Console
 
 from api.demo import SWEEP, _table
 
+pytestmark = pytest.mark.slow
+
 NORMS = ("l2", "linf")
 SCALES = ["0.25", "0.5", "1", "2.5", "5", "10", "50"]
 

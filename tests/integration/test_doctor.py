@@ -21,6 +21,8 @@ from service.store import claiming, recording
 from service.store.tables import tasks
 from service.submission import Service
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from conftest import Lab
 

@@ -19,6 +19,8 @@ from service.specs import DatasetRef, JobSpec
 from workers import run
 from workers.context import Context
 
+pytestmark = pytest.mark.slow
+
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 20}
 BYTES = os.urandom(1 << 20)
 DIGEST = hashlib.sha256(BYTES).hexdigest()

@@ -19,6 +19,8 @@ from service.access import Access, Caller
 from service.settings import Settings
 from service.store import Database
 
+pytestmark = pytest.mark.slow
+
 load_all_checks()
 TRUTHS = CHECKS.get_by_names(
     [

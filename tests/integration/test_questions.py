@@ -26,6 +26,8 @@ from api.client import ApiError, Client
 from api.snapshots import NoSnapshot, verify
 from service.errors import UncannyError
 
+pytestmark = pytest.mark.slow
+
 SCALES, SEEDS = [1, 5, 50], [0, 1, 2]
 RESNET = "architecture = resnet18 and dataset = cifar10"
 

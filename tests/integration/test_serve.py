@@ -169,6 +169,8 @@ import subprocess, psutil
 from service.processes import adopt_orphans
 from api.supervisor import Supervisor
 
+pytestmark = pytest.mark.slow
+
 adopt_orphans()
 orphan = psutil.Process(subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]).pid)
 children = psutil.Process.children

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ASK = "import sys; from api.client import Client; print(sum(1 for _ in Client(sys.argv[1]).jobs()))"
 

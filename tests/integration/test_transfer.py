@@ -4,6 +4,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 from sqlalchemy import select
 
 from service.artifacts import Artifacts
@@ -16,6 +17,8 @@ from service.store.tables import attack_results, jobs, tasks
 from service.submission import Service
 from workers.context import Context
 from workers.run import execute
+
+pytestmark = pytest.mark.slow
 
 JOB = {
     "architecture": "mlp",

@@ -12,6 +12,8 @@ from api.cli import main
 from api.client import ApiError
 from service.store import Database, users
 
+pytestmark = pytest.mark.slow
+
 BASE = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 20}
 NOBODY = "01939d3e-7b1f-7c3e-a2d4-5f60718293a4"
 

@@ -312,8 +312,16 @@ class TestScaling:
             scaled = scale_head(digits_net.model, s)(digits_net.x)
             assert torch.equal(scaled.argmax(1), digits_net.model(digits_net.x).argmax(1))
 
-    @pytest.mark.parametrize("loss", ["margin", "dlr", "rescaled_cross_entropy"])
-    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    @pytest.mark.parametrize(
+        ("loss", "norm"),
+        [
+            ("margin", "linf"), ("rescaled_cross_entropy", "l2"),
+            *(
+                pytest.param(loss, norm, marks=pytest.mark.slow)
+                for loss, norm in [("margin", "l2"), ("dlr", "l2"), ("dlr", "linf"), ("rescaled_cross_entropy", "linf")]
+            ),
+        ],
+    )  # fmt: skip
     def test_scale_free_losses_break_the_same_examples_at_every_scale(
         self, digits_net: Any, loss: str, norm: str
     ) -> None:
