@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.auth import NAME
 from api.deps import CurrentCaller, Users
 from api.errors import documented
+from api.strict import StrictRoute
 from service.specs.base import Whole
 
-router = APIRouter(prefix="/v1", tags=["access"])
+router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["access"])
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$")]
 Scope = Literal["read", "submit", "admin"]
 MOST = 2**31 - 1  # what the column holds

@@ -13,10 +13,11 @@ from fastapi.responses import StreamingResponse
 from api.deps import ArtifactRoot, User
 from api.errors import documented
 from api.schemas import Artifact
+from api.strict import StrictRoute
 from service.artifacts import CHUNK_BYTES
 from service.errors import InvalidSpec
 
-router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
+router = APIRouter(route_class=StrictRoute, prefix="/v1/artifacts", tags=["artifacts"])
 Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
 FOR_EVER = "private, max-age=31536000, immutable"
 RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")

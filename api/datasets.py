@@ -7,9 +7,10 @@ from fastapi import APIRouter
 from api.deps import Questions, User, Verbs
 from api.errors import documented
 from api.schemas import Dataset, DatasetList, DatasetSubmission
+from api.strict import StrictRoute
 from service.errors import InvalidSpec
 
-router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+router = APIRouter(route_class=StrictRoute, prefix="/v1/datasets", tags=["datasets"])
 
 
 @router.post("", status_code=201, response_model=Dataset, responses=documented(404, 409, 422))

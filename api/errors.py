@@ -158,6 +158,8 @@ def _field(item: dict[str, Any]) -> dict[str, str]:
 def _http(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself refuses: no such route, wrong method, a body that is not JSON."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, UncannyError):  # raised while the body was read
+        return _uncanny(request, error.__cause__)
     detail = str(error.detail)
     if error.status_code == HTTPStatus.BAD_REQUEST:  # which the framework says of bytes that are no text, or too deep
         fields = [{"pointer": "", "detail": NO_JSON}]

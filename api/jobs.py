@@ -13,12 +13,13 @@ from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import linked
 from api.preconditions import Seen, tag
 from api.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
+from api.strict import StrictRoute
 from service.explaining import explain
 from service.insights import NEWEST_FIRST, Question
 from service.store.fields import JOBS
 from service.store.replies import Reply
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(route_class=StrictRoute, prefix="/v1/jobs", tags=["jobs"])
 POLL_SECONDS = 0.2
 ENDED = ("succeeded", "failed", "cancelled", "held")
 WAITING = threading.BoundedSemaphore(16)

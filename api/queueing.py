@@ -7,11 +7,12 @@ from fastapi import APIRouter
 from api.deps import Questions, ServerSettings, User, Verbs
 from api.errors import documented
 from api.schemas import Queue
+from api.strict import StrictRoute
 from service.explaining import queue_status
 from service.insights import Insights
 from service.settings import Settings
 
-router = APIRouter(prefix="/v1", tags=["queue"])
+router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["queue"])
 
 
 @router.get("/queue", response_model=Queue, responses=documented())

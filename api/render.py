@@ -41,6 +41,11 @@ def say(text: str) -> None:
     out.print(text, markup=False, soft_wrap=True)
 
 
+def tell(text: str) -> None:
+    """The same to stderr, where `--json` wants stdout for itself."""
+    err.print(text, markup=False, soft_wrap=True)
+
+
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 

@@ -12,12 +12,13 @@ from api.errors import documented
 from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import next_link
 from api.schemas import Result, ResultPage, Retraction, Retractions
+from api.strict import StrictRoute
 from service import exporting, retraction
 from service.query import names_of
 from service.questions import NEWEST_FIRST, Question, nodes_of
 from service.store.fields import RESULTS
 
-router = APIRouter(prefix="/v1/results", tags=["results"])
+router = APIRouter(route_class=StrictRoute, prefix="/v1/results", tags=["results"])
 Format = Literal["json", "csv", "ndjson", "parquet"]
 PARQUET = "application/vnd.apache.parquet"
 MEDIA: dict[str, Format] = {

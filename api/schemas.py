@@ -88,6 +88,7 @@ class Preview(BaseModel):
 
     name: str
     jobs: int
+    repetitions: int = Field(0, description="Cells that say the same as another, however written; they were dropped.")
     tasks: dict[str, int] = Field(examples=[{"train": 2, "measure": 6, "attack": 12, "control": 4}])
     known: dict[str, int] = Field(description="Computed before.", examples=[{"train": 2}])
     under_way: dict[str, int] = Field(description="Waiting or running for another job.", examples=[{}])

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import httpx
 
+from api.binding import is_loopback
 from api.home import service_url
 from service.errors import UncannyError
 from service.settings import Settings
@@ -48,7 +49,10 @@ class Transport:
         headers = {"X-Uncanny-User": user} if user else {}
         if token or settings.token:
             headers["Authorization"] = f"Bearer {token or settings.token}"
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(120, connect=5))
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=httpx.Timeout(120, connect=5),
+            trust_env=not is_loopback(httpx.URL(self.url).host),  # no proxy knows this machine
+        )  # fmt: skip
 
     def close(self) -> None:
         self._http.close()

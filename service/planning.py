@@ -36,14 +36,14 @@ def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
     return {digest: task for plan in plans for digest, task in plan.tasks.items()}
 
 
-def counted(jobs: int, needed: Mapping[str, PlannedTask], known: Known) -> dict[str, Any]:
-    """Cells, distinct tasks by kind, and how many of those are known, under way already, or to be computed."""
+def counted(jobs: int, needed: Mapping[str, PlannedTask], known: Known, *, repetitions: int = 0) -> dict[str, Any]:
+    """Cells, dropped repetitions, distinct tasks by kind, and how many are known, under way, to be computed."""
     kinds: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "known", "under_way", "to_compute")}
     for digest, task in needed.items():
         kinds["tasks"][task.spec.kind] += 1
         kinds["to_compute"][task.spec.kind] += 0
         kinds[standing(digest, known)][task.spec.kind] += 1
-    return {"jobs": jobs, **{name: dict(counts) for name, counts in kinds.items()}}
+    return {"jobs": jobs, "repetitions": repetitions, **{name: dict(counts) for name, counts in kinds.items()}}
 
 
 def standing(digest: str, known: Known) -> str:

@@ -28,7 +28,9 @@ class _Group:
         return None if self.estimate is None else sum(self.units) * float(getattr(self.estimate, quantile))
 
 
-def preview(connection: Connection, name: str, plans: Sequence[JobPlan], user: str, default: Limits) -> dict[str, Any]:
+def preview(
+    connection: Connection, name: str, plans: Sequence[JobPlan], user: str, default: Limits, *, repetitions: int = 0
+) -> dict[str, Any]:
     """What these jobs would mean for `user`, in the store and the queue as they are."""
     needed = distinct_tasks(plans)
     known = submitting.known_tasks(connection, needed)
@@ -37,7 +39,7 @@ def preview(connection: Connection, name: str, plans: Sequence[JobPlan], user: s
     queue = _queue(connection, user)
     return {
         "name": name,
-        **counted(len(plans), needed, known),
+        **counted(len(plans), needed, known, repetitions=repetitions),
         "estimate": _estimate(groups["to_compute"]) | _eta(connection, groups, queue, user, limits, default),
         "queue": queue,
         "quota": _quota(connection, user, limits, len(plans)),

@@ -89,7 +89,8 @@ class Service:
                 connection, now, plans, known,
                 user=user, sweep_id=sweep_id, priority=sweep.priority, labels=sweep.labels,
             )  # fmt: skip
-            body = {"id": sweep_id, "name": sweep.name, **counted(len(plans), needed, known)}
+            numbers = counted(len(plans), needed, known, repetitions=sweep.written() - len(cells))
+            body = {"id": sweep_id, "name": sweep.name, **numbers}
             return Reply(201, f"/v1/sweeps/{sweep_id}", body)
 
         return self._once(user, idempotency, write)
@@ -99,8 +100,9 @@ class Service:
         with self.database.read() as connection:
             if isinstance(asked, JobSpec):
                 return preview(connection, "", plans_of(connection, [asked]), user, self.limits)
-            plans = plans_of(connection, asked.cells(), asked.pointer)
-            return preview(connection, asked.name, plans, user, self.limits)
+            cells = asked.cells()
+            plans, repetitions = plans_of(connection, cells, asked.pointer), asked.written() - len(cells)
+            return preview(connection, asked.name, plans, user, self.limits, repetitions=repetitions)
 
     def extend(
         self, sweep_id: str, grid: dict[str, list[Any]], *, user: str, idempotency: Idempotency | None = None

@@ -139,6 +139,16 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
 @pytest.fixture
 def postgresql_url(postgresql_template: str) -> Iterator[str]:
     """A fresh migrated database on the session's PostgreSQL, dropped after the test."""
+    yield from _copy(postgresql_template)
+
+
+@pytest.fixture(scope="module")
+def module_postgresql_url(postgresql_template: str) -> Iterator[str]:
+    """The same for all tests of a module."""
+    yield from _copy(postgresql_template)
+
+
+def _copy(postgresql_template: str) -> Iterator[str]:
     template = make_url(postgresql_template)
     name = f"test_{uuid4().hex}"
     administration = create_engine(template.set(database="postgres"), isolation_level="AUTOCOMMIT")

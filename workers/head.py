@@ -53,6 +53,8 @@ def driver_environment(home: Path, *, local: bool) -> dict[str, str]:
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a driver without its head ends after so long, not after 60 s
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    for name in ("no_proxy", "NO_PROXY"):  # gRPC would ask a proxy for what is on this machine
+        ours[name] = ",".join(filter(None, [kept.get(name), "127.0.0.1", "localhost"]))
     return {**kept, **ANYWHERE, **ours}
 
 

@@ -1,5 +1,6 @@
 """`submit` and `watch`."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,9 +9,10 @@ import yaml
 
 from api.client import ENDED, SWEEP_FIELDS, ApiError, Client, Event, Job, Json, Sweep
 from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json, print_line, program
-from api.render import say, sweep_progress
+from api.render import attack_name, number, say, sweep_progress, tell
 
 FAILED = 1
+NAMED = 5  # of the cells of a sweep that failed
 FOLLOW_PATIENCE_SECONDS = 60.0  # who waits for hours is not sent away while the service starts again
 
 
@@ -82,7 +84,7 @@ def _show_preview(client: Client, spec: Json, as_json: bool) -> None:
     if as_json:
         return print_json(preview)
     estimate, quota = preview["estimate"], preview["quota"]
-    say(f"{preview['jobs']} jobs need {_counted(preview['tasks'])}.")
+    say(f"{preview['jobs']} jobs{_repeated(preview)} need {_counted(preview['tasks'])}.")
     say(f"To compute: {_counted(preview['to_compute'])}; known: {_counted(preview['known'])}.")
     say(f"Under way for others: {_counted(preview['under_way'])}.")
     if estimate["reason"]:
@@ -103,21 +105,33 @@ def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) or "nothing"
 
 
+def _repeated(counts: Json) -> str:
+    return f" ({counts['repetitions']} repetitions dropped)" if counts["repetitions"] else ""
+
+
 def _say_accepted(submitted: Job | Sweep, *, next_commands: bool = True) -> None:
     noun = "sweep" if isinstance(submitted, Sweep) else "job"
     say(f"Accepted {noun} {submitted.id}.")
     if isinstance(submitted, Sweep):
         done = submitted.accepted
-        say(f"{done['jobs']} jobs; to compute: {_counted(done['to_compute'])}; known: {_counted(done['known'])}.")
+        say(f"{done['jobs']} jobs{_repeated(done)}.")
+        say(f"To compute: {_counted(done['to_compute'])}; known: {_counted(done['known'])}.")
     if next_commands:
         which = f"sweep={submitted.id}" if noun == "sweep" else f"{submitted.id}"
         say(f"Next: {program()} watch {submitted.id}\n      {program()} results {which}")
 
 
 def _wait(submitted: Job | Sweep, name: str, as_json: bool) -> None:
-    with sweep_progress(name) as progress:
-        status = submitted.wait(progress)
+    try:
+        with sweep_progress(name) as progress:
+            status = submitted.wait(progress)
+    except KeyboardInterrupt:
+        tell(f"Interrupted; the work goes on. Follow it: {program()} watch {submitted.id}")
+        raise
     succeeded = status["state"] == "succeeded"
+    if isinstance(submitted, Sweep) and not succeeded:
+        for job in islice(submitted.client.jobs(sweep=submitted.id, state="failed", limit=NAMED), NAMED):
+            tell(f"failed: {_cell(job['spec'])} (job {job['id']}): {job['reason']}")
     if as_json:
         print_json(status)
     else:
@@ -128,6 +142,12 @@ def _wait(submitted: Job | Sweep, name: str, as_json: bool) -> None:
             say(f"      {program()} jobs {f'sweep={submitted.id} state=failed' if is_a_sweep else submitted.id}")
             say(f"      {program()} retry {submitted.id}")
     raise typer.Exit(0 if succeeded else FAILED)
+
+
+def _cell(spec: Json) -> str:
+    """The job as a person would name it."""
+    scale, attack = number(spec["scale"]), attack_name(spec["attack"])
+    return f"{spec['architecture']} on {spec['dataset']}, scale {scale}, {attack}, seed {spec['seed']}"
 
 
 def _look(client: Client, ident: str) -> tuple[str, Json]:

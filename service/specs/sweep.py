@@ -49,6 +49,10 @@ class Sweep(Spec):
             raise InvalidSpec([("/grid", "the sweep has no cells: give it a grid or include some")])
         return list(dict.fromkeys(parsed.values()))
 
+    def written(self) -> int:
+        """How many cells the sweep has as it is written, with those that say the same as another."""
+        return sum(1 for _ in self._written())
+
     def extended(self, grid: dict[str, list[Any]]) -> "Sweep":
         """The same sweep with more values on its axes. Raises `InvalidSpec` for what is no axis of it."""
         for axis in grid:

@@ -188,6 +188,7 @@ def test_one_failure_in_a_bundle_leaves_the_others_alone(lab: Lab) -> None:
     assert "500 images" in failed.message
 
 
+@pytest.mark.slow  # further processes of Ray, which import torch
 def test_bundles_at_once_each_get_their_answers(lab: Lab) -> None:
     plan, checkpoint = lab.trained()
     bundles = [lab.submit(plan, plan.closed_forms.stored_spec, checkpoint=checkpoint) for _ in range(6)]
@@ -237,6 +238,7 @@ def test_cancelling_what_is_unknown_or_over_changes_nothing(lab: Lab) -> None:
     assert lab.executor.poll(0.2) == []
 
 
+@pytest.mark.slow  # further processes of Ray, which import torch
 def test_a_bundle_that_waits_for_a_place_can_be_cancelled(lab: Lab) -> None:
     plan = endless()
     bundles = [lab.submit(plan, plan.train.stored_spec) for _ in range(3)]  # one more than there are CPUs
@@ -268,6 +270,7 @@ def test_a_poll_ends_also_while_a_bundle_always_has_something_to_say(lab: Lab) -
     assert isinstance(answers(lab.until(bundle), bundle)[0], Lost)
 
 
+@pytest.mark.slow  # further processes of Ray, which import torch
 def test_a_killed_worker_costs_the_task_that_ran_and_gives_the_rest_back(ray_lab: Lab) -> None:
     plan = endless()
     done, _ = ray_lab.trained()
@@ -289,6 +292,7 @@ def test_a_killed_worker_costs_the_task_that_ran_and_gives_the_rest_back(ray_lab
     assert reasons(ray_lab.until(after), after) == ["Succeeded"]
 
 
+@pytest.mark.slow  # further processes of Ray, which import torch
 def test_a_worker_that_does_not_hear_is_killed_after_the_grace_period(ray_lab: Lab) -> None:
     plan = endless()
     bundle = ray_lab.submit(plan, plan.train.stored_spec, plan.train.stored_spec, name="deaf")
@@ -310,7 +314,7 @@ def test_code_that_breaks_outside_of_a_task_is_its_first_tasks_error(ray_lab: La
     assert (failed.kind, failed.message) == ("error", "the worker failed: no module named torch")
 
 
-@pytest.mark.slow  # those that were killed before are replaced first, and import torch
+@pytest.mark.slow  # further processes of Ray, which import torch
 def test_workers_stay_warm(ray_lab: Lab) -> None:
     plan, checkpoint = ray_lab.trained()
     pids = set()

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -22,19 +21,22 @@ from api import home as homes
 from api.client import Client
 from service.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20, "recipe": {"epochs": 1}}
 SERVE = [sys.executable, "-m", "api.cli", "serve", "--json"]
 
 
-def serve_with(dispatcher: str) -> list[str]:
+def serve_with(dispatcher: str, *, ray: bool = False) -> list[str]:
     """The same supervisor with another dispatcher: an expression for its command, which knows the real `command`."""
     script = (
         "import sys; from api import supervisor; from api.cli import main\n"
         "made = supervisor.Supervisor.__init__\n"
         "def other(self, *args, **options):\n"
         "    made(self, *args, **options)\n"
-        "    command = self.halves[1].command\n"
-        f"    self.halves[1].command = {dispatcher}\n"
+        "    command = self.parts[1].command\n"
+        f"    self.parts[1].command = {dispatcher}\n"
+        f"    {'' if ray else 'del self.parts[2:]'}\n"
         "supervisor.Supervisor.__init__ = other\n"
         "sys.argv[1:1] = ['serve', '--json']; main()"
     )
@@ -169,8 +171,6 @@ import subprocess, psutil
 from service.processes import adopt_orphans
 from api.supervisor import Supervisor
 
-pytestmark = pytest.mark.slow
-
 adopt_orphans()
 orphan = psutil.Process(subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]).pid)
 children = psutil.Process.children
@@ -178,7 +178,7 @@ while not (left := children(orphan)):
     pass
 psutil.Process.children = lambda self, recursive=False: [] if recursive else children(self)
 supervisor = Supervisor.__new__(Supervisor)
-supervisor.halves = []
+supervisor.parts = []
 supervisor._end_orphans()
 print(sum(one.is_running() for one in (orphan, *left)))
 """
@@ -257,25 +257,116 @@ def test_a_database_of_another_schema_is_refused_and_nothing_is_left_running(tmp
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_service_with_ray_survives_its_dispatcher(tmp_path: Path) -> None:
-    """Jobs are accepted before Ray is up; the dispatcher is killed while a job runs; it finishes; nothing is left."""
-    go = tmp_path / "go"
-    wait = f'until [ -e {shlex.quote(str(go))} ]; do sleep 0.1; done; exec "$@"'
-    held_back = serve_with(f"['sh', '-c', {wait!r}, 'sh', *command]")
-    with serving(tmp_path, held_back) as (process, url), Client(url, patience_seconds=60) as client:
-        job = client.submit(JOB)
+@contextmanager
+def with_ray(home: Path) -> Iterator[tuple["subprocess.Popen[str]", Client]]:
+    with serving(home, SERVE) as (process, url), Client(url, patience_seconds=60) as client:
+        yield process, client
+
+
+LONG = {**JOB, "recipe": {"epochs": 300}}
+
+
+def test_jobs_are_accepted_before_ray_is_up(tmp_path: Path) -> None:
+    """And its dispatcher may be killed while a job runs: it finishes, on the head that stayed, and nothing is left."""
+    with with_ray(tmp_path) as (process, client):
+        job = client.submit(LONG)
         assert client.cluster()["leading"] is False
-        go.touch()
         until(lambda: job.status()["state"] == "running", 100)
-        dispatcher = until(lambda: half(process, "workers.dispatch"))
-        ray = dispatcher.children(recursive=True)
-        assert any("raylet" in " ".join(member.cmdline()) for member in ray)
+        dispatcher, head = (until(lambda m=m: half(process, m)) for m in ("workers.dispatch", "workers.head"))
+        ray = head.children(recursive=True)
         dispatcher.kill()
-        until(lambda: gone(ray))
         assert job.wait()["state"] == "succeeded"
+        assert half(process, "workers.head") == head
+        assert any("raylet" in member.name() and member.is_running() for member in ray)
         family = psutil.Process(process.pid).children(recursive=True)
-        began = time.monotonic()
         process.terminate()
         assert process.wait(timeout=60) == 0
-        assert time.monotonic() - began < 30
         until(lambda: gone(family))
+
+
+def test_a_dead_head_takes_the_dispatcher_along_and_both_are_started_again(tmp_path: Path) -> None:
+    with with_ray(tmp_path) as (process, client):
+        job = client.submit(LONG)
+        until(lambda: job.status()["state"] == "running", 100)
+        dispatcher, head = (until(lambda m=m: half(process, m)) for m in ("workers.dispatch", "workers.head"))
+        ray = head.children(recursive=True)
+        next(member for member in ray if "gcs_server" in member.name()).kill()
+        until(lambda: gone([dispatcher, head, *ray]))
+        assert job.wait()["state"] == "succeeded"
+
+
+def test_a_killed_supervisor_leaves_nothing_running(tmp_path: Path) -> None:
+    with with_ray(tmp_path) as (process, client):
+        job = client.submit(LONG)
+        until(lambda: job.status()["state"] == "running", 100)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in member.name() for member in family)
+        process.kill()
+        process.wait()
+        until(lambda: gone(family), 10)
+
+
+def test_a_second_signal_does_not_wait_for_what_runs(tmp_path: Path) -> None:
+    with with_ray(tmp_path) as (process, client):
+        job = client.submit({**LONG, "recipe": {"epochs": 100_000}})
+        until(lambda: job.status()["state"] == "running", 100)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.terminate()
+        process.wait(timeout=30)
+        assert time.monotonic() - began < 3
+        until(lambda: gone(family))
+
+
+def test_it_stops_with_streams_open_and_the_reader_sees_a_proper_end(tmp_path: Path) -> None:
+    with serving(tmp_path, WITHOUT_RAY) as (process, url):
+        Client(url).submit(JOB)
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as deaf:  # it asks, and never reads
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            deaf.sendall(f"GET /v1/events?after=0 HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+            with httpx.stream("GET", f"{url}/v1/events", params={"after": 0}, timeout=60) as reader:
+                lines = reader.iter_lines()
+                until(lambda: next(lines).startswith("event:"))
+                process.terminate()
+                rest = list(lines)  # raises where the body breaks off
+                assert rest[-1:] in ([], [""])
+            assert process.wait(timeout=30) == 0
+
+
+AWKWARD = ["lab #1", "100% done", "what?now", "größe", "d" * 95, "a link", "relative"]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_an_awkward_home(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ready, a job succeeds, the database lies inside, nothing new beside it, and all is there the next time."""
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / name
+    if name == "a link":
+        (tmp_path / "real").mkdir()
+        home.symlink_to(tmp_path / "real")
+    beside = set(os.listdir(tmp_path)) | {name}
+    given = Path(name) if name == "relative" else home
+    with with_ray(given) as (_, client):
+        job = client.submit(JOB)
+        assert job.wait()["state"] == "succeeded"
+        client.result(job.id)
+    assert (home / "uncanny.db").is_file()
+    assert set(os.listdir(tmp_path)) == beside
+    with serving(given, WITHOUT_RAY) as (_, url), Client(url) as client:
+        assert client.job(job.id)["state"] == "succeeded"
+
+
+def test_a_proxy_that_is_not_there_does_not_matter_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv(name.lower(), "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with with_ray(tmp_path) as (_, client):
+        assert client.submit(JOB).wait()["state"] == "succeeded"
+        jobs = [sys.executable, "-m", "api.cli", "jobs", "--home", str(tmp_path), "--json"]
+        found = subprocess.run(jobs, capture_output=True, text=True, timeout=60, check=True)
+        assert [job["state"] for job in json.loads(found.stdout)] == ["succeeded"]

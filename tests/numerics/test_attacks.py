@@ -30,6 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "transfer": {"eps": EPS, "step_size": 0.02, "steps": 8},
 }
 """An entry per attack: a new attack passes the contract below by being in the table."""
+EVERY = [pytest.param(name, marks=pytest.mark.slow) if name == "autoattack" else name for name in ATTACKS]
 
 
 def run(name: str, net: Any, part: slice = slice(0, 60), **params: Any) -> AttackOutput:
@@ -51,14 +52,14 @@ class TestContract:
         assert set(QUICK) == set(ATTACKS)
         assert set(ATTACKS) >= WITH_TRAJECTORY
 
-    @pytest.mark.parametrize("name", ATTACKS)
+    @pytest.mark.parametrize("name", EVERY)
     def test_broken_means_misclassified(self, digits_net: Any, name: str) -> None:
         output = run(name, digits_net)
         x, y = digits_net.x[:60], digits_net.y[:60]
         assert torch.equal(output.broken, wrong(digits_net, x, y) | wrong(digits_net, output.x_adv, y))
         assert bool((output.broken_any_iterate | ~output.broken).all())
 
-    @pytest.mark.parametrize("name", ATTACKS)
+    @pytest.mark.parametrize("name", EVERY)
     def test_inside_ball_and_box(self, digits_net: Any, name: str) -> None:
         for norm, eps in (("linf", EPS), ("l2", 0.7)):
             params = {} if name == "cw" else {"norm": norm, "eps": eps}
@@ -69,7 +70,7 @@ class TestContract:
                 size = NORMS[norm].size(output.x_adv.double() - digits_net.x[:60].double())
                 assert float(size.max()) <= ball_limit(norm, eps)
 
-    @pytest.mark.parametrize("name", ATTACKS)
+    @pytest.mark.parametrize("name", EVERY)
     def test_the_network_is_left_alone(self, digits_net: Any, name: str) -> None:
         before = copy.deepcopy(digits_net.model.state_dict())
         x = digits_net.x[:20].clone()
@@ -81,7 +82,7 @@ class TestContract:
         assert torch.equal(x, digits_net.x[:20])
         assert digits_net.x.grad is None
 
-    @pytest.mark.parametrize("name", ATTACKS)
+    @pytest.mark.parametrize("name", EVERY)
     def test_same_seed_same_bits_and_no_other_randomness(self, digits_net: Any, name: str) -> None:
         torch.manual_seed(1)
         one = run(name, digits_net)
@@ -91,7 +92,7 @@ class TestContract:
         assert torch.equal(one.x_adv, other.x_adv)
         assert torch.equal(one.broken, other.broken)
 
-    @pytest.mark.parametrize("name", ATTACKS)
+    @pytest.mark.parametrize("name", EVERY)
     def test_bits_do_not_depend_on_the_batch(self, digits_net: Any, name: str) -> None:
         whole = run(name, digits_net)
         parts = [run(name, digits_net, slice(i, min(i + 7, 60))) for i in range(0, 60, 7)]
@@ -104,7 +105,7 @@ class TestContract:
         assert torch.equal(output.x_adv, digits_net.x[:60])
         assert torch.equal(output.broken, wrong(digits_net, digits_net.x[:60], digits_net.y[:60]))
 
-    @pytest.mark.parametrize("name", ATTACKS)
+    @pytest.mark.parametrize("name", EVERY)
     def test_progress_rises_to_the_end(self, digits_net: Any, name: str) -> None:
         seen: list[tuple[int, int]] = []
         run(name, digits_net, on_progress=lambda step, steps: seen.append((step, steps)))

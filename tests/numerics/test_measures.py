@@ -91,6 +91,7 @@ def test_nothing_to_measure(net: nn.Sequential, data: tuple[Tensor, Tensor]) -> 
                 MEASURES[name](net, *empty, *empty, seed=0, batch_size=5)
 
 
+@pytest.mark.slow
 def test_hutchinson_finds_the_trace_and_the_shares(net: nn.Sequential, data: tuple[Tensor, Tensor]) -> None:
     H, owners = dense(net, data)
     report = MEASURES["hessian_trace_network"](net, *data, *data, seed=0, batch_size=5, probes=600)
@@ -169,6 +170,7 @@ def test_adaptive_worst_is_between_a_sample_and_the_corner_maximum(data: tuple[T
     assert 0.98 * best <= found <= best + 1e-12
 
 
+@pytest.mark.slow
 def test_adaptive_average_has_the_second_order_mean(data: tuple[Tensor, Tensor]) -> None:
     model, W, *_ = linear_problem(data)
     H, _ = dense(model, data)
@@ -192,6 +194,7 @@ def test_fisher_rao_by_its_definition(net: nn.Sequential, data: tuple[Tensor, Te
     assert run("fisher_rao", net, data)["fisher_rao"] == pytest.approx(float(inner.square().mean()), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_pac_bayes_sigma_is_where_the_accuracy_has_fallen(net: nn.Sequential, data: tuple[Tensor, Tensor]) -> None:
     x = torch.rand(200, 1, 2, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     mine = x, net(x).argmax(1)
