@@ -64,7 +64,7 @@ async def follow_events(
     last_id, of = start
     yield ServerSentEvent(id=str(last_id))
     told: dict[str, Any] = {}
-    while True:
+    while not getattr(request.app.state, "stopping", False):
         try:
             happened, running = await to_thread.run_sync(partial(insights.events, last_id, **of))
         except DatabaseAway:
@@ -80,6 +80,6 @@ async def follow_events(
             yield ServerSentEvent(data=task, event="progress")
         if happened:
             continue  # there may be more than one answer holds
-        if not follow or getattr(request.app.state, "stopping", False):
+        if not follow:
             return
         await sleep(POLL_SECONDS)

@@ -34,7 +34,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Python, like most readers, would take the last of two and forget the other. Raises `InvalidSpec`."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise InvalidSpec([("", f"{shorten(twice)} is there more than once in one object: say it once")])
     return fields

@@ -32,10 +32,14 @@ if TYPE_CHECKING:
     from service.store import Database
 
 LOOK_SECONDS = 0.1
-STOP_SECONDS = 20.0  # what the parts get to stop by themselves, beside what running tasks get to finish
-ORPHAN_SECONDS = 10.0
-HEAD_SECONDS = 8.0  # what the head's guard takes at most
-STARTING_SECONDS = 2.0  # the same while Ray still starts
+# What each gets to stop by itself; with `stop_seconds` at its default, all of it is less than half a minute.
+API_SECONDS = 6.0
+DISPATCHER_SECONDS = 10.0  # beside what running tasks get to finish
+STARTING_SECONDS = 2.0  # instead, while nothing can run yet
+HEAD_SECONDS = 5.0
+HURRY_SECONDS = 1.0
+ORPHAN_SECONDS = 3.0
+ASK_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 10.0
 HEALTHY_SECONDS = 60.0  # who lived so long starts again at once
 LOG_BYTES = 20 << 20
@@ -62,7 +66,7 @@ class Part:
         sink = _open_log(self.log) if self.log else None
         self.process = subprocess.Popen(
             self.command, env=self.environment, pass_fds=self.inherited, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT if sink else None,
+            stdin=subprocess.DEVNULL, stdout=sink or sys.stderr, stderr=subprocess.STDOUT,
             preexec_fn=partial(die_with_parent, self.death_signal),
         )  # fmt: skip
         self.started_at = time.monotonic()
@@ -114,7 +118,7 @@ class Supervisor:
         api = [sys.executable, "-m", "api.server", "--fd", str(self._socket.fileno())]
         dispatcher = [sys.executable, "-m", "workers.dispatch", "--name", dispatcher_name(settings)]
         held = (self._lock.fileno(),)
-        # In the order in which they stop: who gives work, who hands it over, who does it.
+        # API and dispatcher stop first and together, then the head.
         self.parts = [
             Part("api", api, environment, logs["api"], (*held, self._socket.fileno())),
             Part("dispatcher", dispatcher, environment, logs["dispatcher"], held),
@@ -157,36 +161,43 @@ class Supervisor:
         if part.process is None and time.monotonic() >= part.start_at:
             if part.name == "head":
                 self._choose_port(part)
-            part.start()
+            try:
+                part.start()
+            except OSError as error:  # no memory, no descriptors, no folder: it may pass
+                part.start_at = time.monotonic() + LONGEST_PAUSE_SECONDS
+                self.say(f"the {part.name} cannot be started: {error}")
 
     def _choose_port(self, head: Part) -> None:
         """A free port for the head that starts; a dispatcher of the one before has lost its cluster and restarts."""
         dispatcher = self.parts[1]
         dispatcher.end()
+        dispatcher.process, dispatcher.start_at = None, 0.0
         port = str(free_port())
         head.command = [sys.executable, "-m", "workers.head", "--home", str(self.settings.home), "--port", port]
         dispatcher.environment = {**dispatcher.environment, "UNCANNY_RAY_PORT": port}
 
     def _stop(self, hurry: threading.Event) -> None:
-        bounded = self.settings.stop_seconds + STOP_SECONDS
-        patience = bounded if self._ray_is_up() else STARTING_SECONDS
-        for part in self.parts[:2]:
+        api, dispatcher, *heads = self.parts
+        for part in (api, dispatcher):
             part.send(signal.SIGTERM)
-        self._wait_for(self.parts[:2], patience, hurry)
-        for part in self.parts[:2]:
-            if part.runs and patience == bounded and not hurry.is_set():
-                self.say(f"the {part.name} did not stop within {bounded:g} s and was killed")
-            part.end()
-        for part in self.parts[2:]:
-            part.send(signal.SIGTERM)
-        self._wait_for(self.parts[2:], HEAD_SECONDS, threading.Event())
-        for part in self.parts[2:]:
-            part.end()
+        bounded = self.settings.stop_seconds + DISPATCHER_SECONDS
+        patience = bounded if self._may_run_tasks() else STARTING_SECONDS
+        began = time.monotonic()
+        self._wait_for(dispatcher, patience, hurry)
+        if dispatcher.runs and patience == bounded and not hurry.is_set():
+            self.say(f"the dispatcher did not stop within {bounded:g} s and was killed")
+        self._wait_for(api, began + API_SECONDS - time.monotonic(), hurry)
+        api.end()
+        dispatcher.end()
+        for head in heads:
+            head.send(signal.SIGTERM)
+            self._wait_for(head, HURRY_SECONDS if hurry.is_set() else HEAD_SECONDS, threading.Event())
+            head.end()
         self._end_orphans()
 
-    def _wait_for(self, parts: "list[Part]", seconds: float, hurry: threading.Event) -> None:
+    def _wait_for(self, part: Part, seconds: float, hurry: threading.Event) -> None:
         deadline = time.monotonic() + seconds
-        while any(part.runs for part in parts) and time.monotonic() < deadline and not hurry.is_set():
+        while part.runs and time.monotonic() < deadline and not hurry.is_set():
             time.sleep(LOOK_SECONDS)
 
     def _has_work(self) -> bool:
@@ -198,15 +209,23 @@ class Supervisor:
             return False
         return any(count for of_kind in tasks for state, count in of_kind.items() if state not in ENDED_TASK)
 
-    def _ray_is_up(self) -> bool:
-        """Before that nothing has been handed over, so a dispatcher that waits for Ray need not be waited for."""
+    def _may_run_tasks(self) -> bool:
+        """Before its cluster is there a dispatcher hands nothing over, and need not be waited for."""
+        answers: list[bool] = []
+        asking = threading.Thread(target=lambda: answers.append(self._leads()), daemon=True)  # the database may hang
+        asking.start()
+        asking.join(ASK_SECONDS)
+        return answers[0] if answers else True
+
+    def _leads(self) -> bool:
         from service.insights import Insights
 
         try:
             cluster = Insights(self._database).cluster()
         except UncannyError:
             return True
-        return bool(cluster["leading"] and cluster["status"].get("capacity", {}).get("ready"))
+        status = cluster["status"]
+        return bool(cluster["leading"] and (status.get("capacity", {}).get("ready") or status.get("bundles")))
 
     def _end_orphans(self) -> None:
         """End what dead parts left running, such as the processes of a local Ray.

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Connection, func, insert, make_url, select, text
+from sqlalchemy import Connection, func, insert, select, text
 
 from service.artifacts import Artifacts
 from service.errors import ArtifactMissing, DatabaseAway, SchemaOutdated
@@ -88,7 +88,7 @@ def look_at_cluster(settings: Settings) -> Report:
 
 def _database(database: Database) -> Iterator[Check]:
     where = database.engine.url.render_as_string()
-    if database.is_sqlite and (path := make_url(database.url).database) and not Path(path).exists():
+    if (path := database.path) and not path.exists():
         advice = "`uncanny serve` or `uncanny db upgrade` makes it"
         yield Check("database", "warn", f"{path} is not there yet", advice)
         return

@@ -47,6 +47,9 @@ class Ledger:
             return None
         return self._running if self._running in self._open else next(iter(self._open))
 
+    def owes(self, key: Key) -> bool:
+        return key in self._open
+
     def cancel(self, key: Key) -> tuple[bool, list[Lost]]:
         """`(the bundle is to be stopped, answers)`. One that waits is answered at once and disturbs no other."""
         if key not in self._open:

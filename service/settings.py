@@ -157,7 +157,8 @@ class Settings(BaseSettings):
     @property
     def database(self) -> str:
         """The SQLAlchemy URL of the store."""
-        url = self.database_url or f"sqlite:///{self.home.expanduser().absolute() / 'uncanny.db'}"
+        path = str(self.home.expanduser().absolute() / "uncanny.db")
+        url = self.database_url or "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
         for prefix in ("postgres://", "postgresql://"):
             if url.startswith(prefix):
                 url = "postgresql+psycopg://" + url.removeprefix(prefix)

@@ -62,8 +62,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[int]:
     """The port of the one Ray head of the run, with two CPUs. Its token is in the run's environment, and `RUN`."""
-    with running(cpus=2, home=RUN) as (_, port):
-        yield port
+    with running(cpus=2, home=RUN) as head:
+        yield head.port
 
 
 @pytest.fixture
@@ -149,30 +149,83 @@ def module_postgresql_url(postgresql_template: str) -> Iterator[str]:
 
 
 def _copy(postgresql_template: str) -> Iterator[str]:
-    template = make_url(postgresql_template)
     name = f"test_{uuid4().hex}"
-    administration = create_engine(template.set(database="postgres"), isolation_level="AUTOCOMMIT")
-    with administration.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template.database}"))
-    yield template.set(database=name).render_as_string(hide_password=False)
-    with administration.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    administration.dispose()
+    yield _create_copy(postgresql_template, name)
+    _administrate(postgresql_template, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _create_copy(postgresql_template: str, name: str) -> str:
+    template = make_url(postgresql_template)
+    _administrate(postgresql_template, f"CREATE DATABASE {name} TEMPLATE {template.database}")
+    return template.set(database=name).render_as_string(hide_password=False)
+
+
+def _administrate(postgresql_template: str, statement: str) -> None:
+    engine = create_engine(make_url(postgresql_template).set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
+class Kept:
+    """One store of each kind for the whole run, emptied for each test.
+
+    A new engine compiles every statement anew, and a new connection of PostgreSQL reads its catalogue: that would be
+    most of the time of a test.
+    """
+
+    def __init__(self, sqlite_template: Path, postgresql_template: Callable[[], str]) -> None:
+        self._sqlite_template, self._postgresql_template = sqlite_template, postgresql_template
+        self._databases: dict[str, Database] = {}
+
+    def emptied(self, kind: str) -> Database:
+        if kind == "sqlite":
+            path = RUN / "kept.db"
+            database = self._databases.setdefault(kind, Database(f"sqlite:///{path}"))
+            database.engine.dispose()
+            for ending in ("", "-wal", "-shm"):
+                path.with_name(path.name + ending).unlink(missing_ok=True)
+            shutil.copyfile(self._sqlite_template, path)
+            return database
+        if kind not in self._databases:
+            self._databases[kind] = Database(self._postgresql_template())
+        database = self._databases[kind]
+        names = [table.name for table in tables.metadata.sorted_tables]
+        which = " UNION ALL ".join(f"SELECT '{name}' WHERE EXISTS (SELECT FROM {name})" for name in names)
+        with database.engine.begin() as connection:
+            if used := connection.scalars(text(which)).all():
+                connection.execute(text(f"TRUNCATE {', '.join(used)} CASCADE"))
+        return database
+
+    def of(self, url: str) -> Database:
+        """The one at this URL, or a new one."""
+        return next((database for database in self._databases.values() if database.url == url), None) or Database(url)
+
+    def close(self) -> None:
+        for database in self._databases.values():
+            database.close()
+
+
+@pytest.fixture(scope="session")
+def kept(request: pytest.FixtureRequest, sqlite_template: Path) -> Iterator[Kept]:
+    def postgresql() -> str:
+        return _create_copy(request.getfixturevalue("postgresql_template"), "kept")  # it goes with the server
+
+    kept = Kept(sqlite_template, postgresql)
+    yield kept
+    kept.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest) -> str:
-    """The URL of a fresh migrated database; a test that takes it runs on both kinds."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
+def database_url(request: pytest.FixtureRequest, kept: Kept) -> str:
+    """The URL of an empty migrated database; a test that takes it runs on both kinds."""
+    return kept.emptied(request.param).url
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    """A fresh store on each kind of database."""
-    database = Database(database_url)
-    yield database
-    database.close()
+def database(database_url: str, kept: Kept) -> Database:
+    """An empty store on each kind of database."""
+    return kept.of(database_url)
 
 
 @pytest.fixture

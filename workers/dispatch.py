@@ -6,10 +6,10 @@ import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
 from types import FrameType
 
 from service.artifacts import Artifacts
@@ -28,7 +28,7 @@ TOGETHER_SECONDS = 2.0  # signals so close to each other are one: a service mana
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Dispatch until SIGTERM or SIGINT. Returns 0, or 3 where the database has another schema."""
+    """Dispatch until SIGTERM or SIGINT. Returns 0; 1 where its own Ray ended, 3 for a database of another schema."""
     parser = argparse.ArgumentParser(prog="python -m workers.dispatch", description=__doc__)
     parser.add_argument(
         "--name",
@@ -43,18 +43,25 @@ def main(arguments: list[str] | None = None) -> int:
     stop = threading.Event()
     _stop_on_signals(stop)
     settings = Settings()
-    with ExitStack() as stack:
-        if (
-            not settings.ray_address and not settings.ray_port
-        ):  # on its own, without a cluster: one for as long as it runs
-            home, port = stack.enter_context(running())
-            settings = settings.model_copy(update={"ray_port": port})
-        else:
-            home = settings.home
-        environment = driver_environment(home, local=not settings.ray_address)
-        os.environ.clear()
-        os.environ.update(environment)
+    if settings.ray_address or settings.ray_port:
+        _use(driver_environment(settings.home, local=not settings.ray_address))
         return _dispatch(settings, options.name, stop)
+    with running() as head:  # on its own, without a cluster: one for as long as it runs
+        _use(driver_environment(head.home, local=True))
+        threading.Thread(target=_stop_without, args=(head.guard, stop), daemon=True).start()
+        code = _dispatch(settings.model_copy(update={"ray_port": head.port}), options.name, stop)
+        return code or int(head.guard.poll() is not None)
+
+
+def _stop_without(guard: "subprocess.Popen[bytes]", stop: threading.Event) -> None:
+    guard.wait()
+    stop.set()
+
+
+def _use(environment: dict[str, str]) -> None:
+    """Before Ray is imported, which reads it then."""
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _dispatch(settings: Settings, name: str, stop: threading.Event) -> int:

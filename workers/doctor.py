@@ -39,10 +39,12 @@ def main() -> int:
 def look(settings: Settings) -> dict[str, Any]:
     """Join the cluster, or start a local Ray that goes away again, and examine each node that runs tasks."""
     if not settings.ray_address:
-        with running(cpus=1) as (home, port):
-            os.environ |= driver_environment(home, local=True)
-            return _examine(settings.model_copy(update={"ray_port": port}), patience_seconds=START_SECONDS)
-    os.environ |= driver_environment(settings.home, local=False)
+        with running(cpus=1) as head:
+            environment = driver_environment(head.home, local=True)
+            os.environ.clear()
+            os.environ.update(environment)
+            return _examine(settings.model_copy(update={"ray_port": head.port}), patience_seconds=START_SECONDS)
+    os.environ.update(driver_environment(settings.home, local=False))
     return _examine(settings, patience_seconds=0.0)
 
 

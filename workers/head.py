@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +28,10 @@ from service.processes import adopt_orphans, die_with_parent, free_port
 
 SESSION_ROOM_BYTES = 43  # of the 107 of a Unix socket's path, what Ray leaves for its folder
 OBJECT_STORE_BYTES = 256 << 20  # outcomes are small; weights travel as artifacts
-LOOK_SECONDS = 0.1
+CORE = ("gcs_server", "raylet")
+LOOK_SECONDS = 0.2
 STOP_SECONDS = 2.0  # what Ray gets to end by itself: .2 to .4 s are enough
-ORPHAN_SECONDS = 5.0
+ORPHAN_SECONDS = 2.0
 # Warm processes are reused for other GPUs, so the variable must not change under a live CUDA context.
 WORKER_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 ANYWHERE = {
@@ -64,9 +66,18 @@ def guard_command(home: Path, port: int, cpus: int | None = None) -> list[str]:
     return [sys.executable, "-m", "workers.head", *given]
 
 
+@dataclass(frozen=True)
+class Head:
+    """A local head: the home with its token, its port, and its guard."""
+
+    home: Path
+    port: int
+    guard: "subprocess.Popen[bytes]"
+
+
 @contextmanager
-def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[tuple[Path, int]]:
-    """A head for as long as the context lasts: the home with its token, and its port. It may still be starting.
+def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator["Head"]:
+    """A head for as long as the context lasts. It may still be starting.
 
     To be entered in a thread that outlives it. The home is a temporary folder where none is given.
     """
@@ -80,7 +91,7 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[tu
                 start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         try:
-            yield home, port
+            yield Head(home, port, guard)
         finally:
             guard.terminate()
             guard.wait()
@@ -109,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGKILL),
     )  # fmt: skip
     try:
-        while head.poll() is None and not stop.is_set() and os.getppid() == parent:
+        core = _Core()
+        while head.poll() is None and not stop.is_set() and os.getppid() == parent and core.lives():
             stop.wait(LOOK_SECONDS)
     finally:
         _end(head)
@@ -117,6 +129,25 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(sessions, ignore_errors=True)
         return 0
     return 1
+
+
+class _Core:
+    """The two processes that a head is made of. One that ends by SIGTERM is no reason for `ray start` to end."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, psutil.Process] = {}
+
+    def lives(self) -> bool:
+        if len(self._found) < len(CORE):
+            self._found |= {name: p for p in psutil.Process().children(recursive=True) if (name := _name(p)) in CORE}
+        return all(p.is_running() and _name(p) == name for name, p in self._found.items())
+
+
+def _name(process: psutil.Process) -> str:
+    """Its name, or nothing where it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return process.name() if process.status() != psutil.STATUS_ZOMBIE else ""
+    return ""
 
 
 def _ray_start(sessions: Path, port: int, cpus: int | None) -> list[str]:
@@ -145,8 +176,11 @@ def _token(home: Path) -> Path:
     """The file with the token of local heads, which only its owner can read; made where it is not there."""
     path = home / "ray_token"
     home.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError), os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
+    if not path.exists() or path.stat().st_size == 0:  # empty: the disk was full
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        with os.fdopen(os.open(fresh, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        fresh.replace(path)
     return path
 
 

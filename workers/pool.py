@@ -118,7 +118,9 @@ class RayExecutor:
                 return messages
 
     def cancel(self, task_id: str, attempt: int) -> None:
-        for running in self._bundles.values():
+        for bundle_id, running in list(self._bundles.items()):
+            if running.ledger.owes((task_id, attempt)):
+                self._lost += self._heard(bundle_id)
             stop, lost = running.ledger.cancel((task_id, attempt))
             self._lost += lost
             if stop:
@@ -126,7 +128,8 @@ class RayExecutor:
 
     def close(self) -> None:
         self._closed = True
-        for running in self._bundles.values():
+        for bundle_id, running in list(self._bundles.items()):
+            self._lost += self._heard(bundle_id)
             self._stop(running)
         arrived: list[Message] = []
         while self._bundles:  # `poll` gives up on each after two grace periods
@@ -134,6 +137,16 @@ class RayExecutor:
         self._lost += arrived
         self._closing.set()
         self._thread.join(self._grace_seconds + RETRY_SECONDS)
+
+    def _heard(self, bundle_id: str) -> list[Message]:
+        """What a bundle has said already: a cancellation would lose what was yielded and not read."""
+        messages: list[Message] = []
+        deadline = time.monotonic() + LOOK_SECONDS  # of one that always has something to say
+        while (running := self._bundles.get(bundle_id)) and not running.ledger.stopping and not running.crash:
+            if time.monotonic() > deadline or not ray.wait([running.generator], timeout=0)[0]:
+                break
+            messages += self._read(bundle_id)
+        return messages
 
     def _ready(self, timeout_seconds: float) -> list[str]:
         """The bundles that have something to say, waiting for a first one."""

@@ -40,10 +40,10 @@ def serve(
     def say(sentence: str) -> None:
         err.print(sentence, markup=False, soft_wrap=True)
 
+    supervisor = Supervisor(settings, say, verbose=verbose, when_needed=when_needed)
     stop, hurry = threading.Event(), threading.Event()
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, partial(_heard, stop, hurry, []))
-    supervisor = Supervisor(settings, say, verbose=verbose, when_needed=when_needed)
     if as_json:
         print_line(
             {"url": supervisor.url, "docs": f"{supervisor.url}/docs", "home": str(settings.home), "pid": os.getpid()}

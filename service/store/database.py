@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import psycopg
 from alembic import command
@@ -52,7 +53,10 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
-        self.engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
+        named = make_url(url).database if self.is_sqlite else None
+        self.path = Path(unquote(named)) if named else None
+        """The file of a SQLite database; None in memory, and for PostgreSQL."""
+        self.engine = _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(url)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -85,15 +89,15 @@ class Database:
 
     def revision(self) -> str | None:
         """The schema revision that the database has; None for an empty one."""
-        if self.is_sqlite and (path := make_url(self.url).database) and not Path(path).exists():
+        if self.path and not self.path.exists():
             return None  # connecting would make the file
         with self.read() as connection:
             return MigrationContext.configure(connection).get_current_revision()
 
     def upgrade(self, revision: str = "head") -> None:
         """Bring the schema up to this version's, or to an earlier one. Safe to run twice, or by two at once."""
-        if self.is_sqlite and (path := make_url(self.url).database):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         config = _alembic()
         with self.write() as connection:
             config.attributes["connection"] = connection
@@ -143,14 +147,13 @@ def _postgresql_engine(url: str) -> Engine:
     return create_engine(url, json_deserializer=from_json, pool_pre_ping=True, pool_size=10, connect_args=patience)
 
 
-def _sqlite_engine(url: str) -> Engine:
-    in_memory = not make_url(url).database
+def _sqlite_engine(url: str, path: Path | None) -> Engine:
     engine = create_engine(
-        url,
+        make_url(url).set(database=str(path) if path else None),  # as it is: a URL object is not parsed again
         json_serializer=stored_json,
         json_deserializer=from_json,
         connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
-        **({"poolclass": StaticPool} if in_memory else {}),
+        **({"poolclass": StaticPool} if path is None else {}),
     )
 
     @event.listens_for(engine, "connect")

@@ -221,6 +221,14 @@ def test_cancelling_what_runs_gives_the_rest_back_within_seconds(lab: Lab) -> No
     assert reasons(lab.until(after), after) == ["Succeeded"]
 
 
+def test_what_was_answered_before_a_cancellation_is_not_lost(lab: Lab) -> None:
+    plan, checkpoint = lab.trained()
+    bundle = lab.submit(plan, plan.closed_forms.stored_spec, endless().train.stored_spec, checkpoint=checkpoint)
+    time.sleep(1)  # in which the first one answers, and nobody reads it
+    lab.executor.cancel(bundle.grants[1].task_id, bundle.grants[1].attempt)
+    assert reasons(lab.until(bundle), bundle) == ["Succeeded", "cancelled"]
+
+
 def test_cancelling_what_waits_in_a_bundle_leaves_what_runs_alone(lab: Lab) -> None:
     plan = plan_of(recipe={"epochs": 40})
     bundle = lab.submit(plan, plan.train.stored_spec, plan.train.stored_spec)

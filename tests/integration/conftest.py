@@ -53,6 +53,13 @@ class RunningServer:
             assert time.monotonic() < deadline, self.client.queue()
             time.sleep(0.05)
 
+    def running(self, job_id: str) -> None:
+        """Wait until it runs."""
+        deadline = time.monotonic() + 30
+        while self.client.job(job_id)["state"] != "running":
+            assert time.monotonic() < deadline, self.client.job(job_id)
+            time.sleep(0.02)
+
     def ended(self, path: str) -> dict[str, Any]:
         """The job or sweep at this path, at its end."""
         while True:

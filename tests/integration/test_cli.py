@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -209,10 +211,38 @@ def test_failed_jobs_are_exit_code_1(server: Any, files: dict[str, Path]) -> Non
     assert done.returncode == 1
     sweep = json.loads(done.stdout)
     assert sweep["jobs"]["failed"] == 1
+    [named] = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert "mlp on digits" in named
+    assert "seed 666" in named
+    assert "diverged" in named
     assert uncanny("watch", sweep["id"], url=server.url).returncode == 1
     retried = uncanny("retry", sweep["id"], "--json", url=server.url)
     assert json.loads(retried.stdout)["jobs"] == 1
     assert "1 jobs" in uncanny("retry", server_wait(server, sweep["id"]), url=server.url).stdout
+
+
+def test_ctrl_c_while_waiting_is_130_and_the_work_goes_on(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump({**JOB, "seed": 777, "scale": 2.5}))
+    command = [sys.executable, "-m", "api.cli", "submit", str(tmp_path / "slow.yaml"), "--wait", "--url", server.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        job_id = process.stdout.readline().split()[-1].rstrip(".")
+        server.running(job_id)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"watch {job_id}" in said
+    assert "Traceback" not in said
+    assert server.client.job(job_id)["state"] == "running"
+    server.client.cancel(job_id)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(server: Any) -> None:
+    server.sweep("read in part", seed=312, scale=[1, 2, 3])
+    for command in ("results", "jobs"):
+        line = f"{shlex.quote(sys.executable)} -m api.cli {command} --json --url {server.url} | head -1"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
+        assert (done.stdout, done.stderr) == ("[\n", "")
 
 
 def server_wait(server: Any, sweep_id: str) -> str:

@@ -81,7 +81,8 @@ def test_the_second_run_is_at_once_and_says_so(home: Path) -> None:
     done = demo(home)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 60
-    assert "s, the start of the service included, from the store" in done.stdout
+    assert "s, the start of the service included, from the store without starting Ray" in done.stdout
+    assert (home / "logs" / "head.log").read_text().count("Ray runtime started") == 1  # by the first run
     assert "2 trainings" in done.stdout
     for architecture in ("simple_cnn", "mlp"):
         table = done.stdout.partition(f"{architecture} on digits")[2].splitlines()[4:11]

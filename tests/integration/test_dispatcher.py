@@ -50,9 +50,9 @@ CLOCK = Clock()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
-def database_url(request: pytest.FixtureRequest) -> str:
+def database_url(request: pytest.FixtureRequest, kept: Any) -> str:
     """What differs between the two is the store's, and its contract runs on both by default."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
+    url: str = kept.emptied(request.param).url
     return url
 
 

@@ -55,6 +55,7 @@ RAW: dict[str, tuple[bytes, str]] = {
     "half a pair as a name": (body(architecture=r'"\ud800"'), "/architecture"),
     "a key twice": (body()[:-1] + b', "scale": 1, "scale": 5}', ""),
     "a key twice within": (body(attack='{"type": "pgd", "eps": 0.1, "eps": 0.2}'), ""),
+    "a key twice among many": (body(labels="{" + ", ".join(f'"{i % 100_000}": "1"' for i in range(100_001)) + "}"), ""),
     "deep": (b"[" * 100_000, ""),
     "deep inside": (body(labels="[" * 100_000 + "]" * 100_000), ""),
     "nothing": (b"", ""),

@@ -21,7 +21,7 @@ from api import home as homes
 from api.client import Client
 from service.settings import Settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20, "recipe": {"epochs": 1}}
 SERVE = [sys.executable, "-m", "api.cli", "serve", "--json"]
@@ -95,6 +95,12 @@ def half(process: "subprocess.Popen[str]", module: str) -> psutil.Process | None
     return next((c for c in children if module in " ".join(c.cmdline()) and c.status() != psutil.STATUS_ZOMBIE), None)
 
 
+def another(process: "subprocess.Popen[str]", module: str, than: psutil.Process) -> bool:
+    """Whether a child other than that one runs this module."""
+    found = half(process, module)
+    return found is not None and found.pid != than.pid
+
+
 def gone(family: list[psutil.Process]) -> bool:
     return not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family)
 
@@ -105,7 +111,7 @@ def test_the_api_is_started_again_and_requests_wait_meanwhile(tmp_path: Path) ->
         api = until(lambda: half(process, "api.server"))
         api.kill()
         assert client.job(accepted.id)["state"] == "queued"  # the same client, at once: the connection waits
-        assert until(lambda: half(process, "api.server")).pid != api.pid
+        until(lambda: another(process, "api.server", api))
         assert (tmp_path / "logs" / "api.log").read_text().count("answers requests") == 2
 
 
@@ -128,7 +134,7 @@ def test_an_event_stream_resumes_through_a_restart_of_the_api(tmp_path: Path) ->
         )
         told = [int(line.removeprefix("id: ")) for line in resumed.text.splitlines() if line.startswith("id: ")]
         assert told == [event.id for event in missed]  # first, without data, the one that it starts behind
-        assert until(lambda: half(process, "api.server")).pid != api.pid
+        until(lambda: another(process, "api.server", api))
 
 
 def test_no_secret_is_written_anywhere(tmp_path: Path) -> None:
@@ -160,7 +166,7 @@ def test_the_dispatcher_is_started_again_and_its_orphans_are_ended(tmp_path: Pat
         dispatcher = until(lambda: half(process, "time.sleep"))
         orphans = until(dispatcher.children)
         dispatcher.kill()
-        assert until(lambda: half(process, "time.sleep")).pid != dispatcher.pid
+        until(lambda: another(process, "time.sleep", dispatcher))
         until(lambda: gone(orphans))
 
 
@@ -278,9 +284,15 @@ def test_jobs_are_accepted_before_ray_is_up(tmp_path: Path) -> None:
         assert job.wait()["state"] == "succeeded"
         assert half(process, "workers.head") == head
         assert any("raylet" in member.name() and member.is_running() for member in ray)
+        endless = client.submit({**LONG, "recipe": {"epochs": 10_000}})
+        until(lambda: endless.status()["state"] == "running", 100)
         family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        assert process.wait(timeout=60) == 0
+        with httpx.stream("GET", f"{client.url}/v1/events", params={"after": 0}, timeout=60) as reader:
+            lines = reader.iter_lines()
+            until(lambda: next(lines).startswith("event:"))
+            process.terminate()
+            list(lines)  # raises where the body breaks off
+            assert process.wait(timeout=30) == 0
         until(lambda: gone(family))
 
 
@@ -293,6 +305,8 @@ def test_a_dead_head_takes_the_dispatcher_along_and_both_are_started_again(tmp_p
         next(member for member in ray if "gcs_server" in member.name()).kill()
         until(lambda: gone([dispatcher, head, *ray]))
         assert job.wait()["state"] == "succeeded"
+        assert another(process, "workers.dispatch", dispatcher)
+        assert another(process, "workers.head", head)
 
 
 def test_a_killed_supervisor_leaves_nothing_running(tmp_path: Path) -> None:
@@ -308,11 +322,12 @@ def test_a_killed_supervisor_leaves_nothing_running(tmp_path: Path) -> None:
 
 def test_a_second_signal_does_not_wait_for_what_runs(tmp_path: Path) -> None:
     with with_ray(tmp_path) as (process, client):
-        job = client.submit({**LONG, "recipe": {"epochs": 100_000}})
+        job = client.submit({**LONG, "recipe": {"epochs": 10_000}})
         until(lambda: job.status()["state"] == "running", 100)
         family = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         time.sleep(0.5)
+        assert process.poll() is None  # it waits for what runs
         began = time.monotonic()
         process.terminate()
         process.wait(timeout=30)
