@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import socket
 import sys
 
@@ -20,7 +21,7 @@ GRACE_SECONDS = 3
 
 
 class _Server(uvicorn.Server):
-    """Tells open event streams to end as soon as the server is asked to stop."""
+    """Tells open event streams to end as soon as the server is asked to stop, and stops without dying of the signal."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
@@ -28,7 +29,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: object) -> None:
         self._app.state.stopping = True
-        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def serve(settings: Settings, listening: socket.socket) -> None:

@@ -47,6 +47,10 @@ def listens(port: int) -> bool:
     return any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in psutil.net_connections("tcp"))
 
 
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
 def gone(family: list[psutil.Process]) -> bool:
     return not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family)
 
@@ -115,12 +119,14 @@ def test_told_to_stop_it_ends_with_everything_while_a_task_runs(head: Any) -> No
     assert not (home / "ray").exists()
 
 
-def test_a_driver_whose_head_dies_ends_by_itself_and_says_nothing_at_a_signal(head: Any) -> None:
+@pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_a_driver_whose_head_dies_ends_by_itself(head: Any, victim: str, which: signal.Signals) -> None:
     home, port, guard = head
     with driver(home, port) as process:
         family = guard.children(recursive=True)
-        next(one for one in family if "gcs_server" in one.name()).kill()
-        until(lambda: gone([guard, *family]), 20)  # the guard ends what is left, and says so by ending
+        next(one for one in family if victim in one.name()).send_signal(which)
+        until(lambda: gone([guard, *family]), 20)  # the guard ends what is left, and says so by ending itself
         process.wait(40)  # Ray's default is 60 s
         assert process.returncode != 0
 
@@ -155,8 +161,9 @@ def test_nothing_is_left_when_the_parent_or_the_guard_is_killed(victim: str, tmp
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
         try:
             until(lambda: listens(port))
-            until(lambda: [p for p in psutil.Process(parent.pid).children(recursive=True) if "raylet" in p.name()])
-            family = psutil.Process(parent.pid).children(recursive=True)
+            for last in ("DashboardAgent", "RuntimeEnvAgent"):  # which would stay for a minute
+                until(lambda last=last: any(last in " ".join(p.cmdline()) for p in descendants(parent.pid)))
+            family = descendants(parent.pid)
             guard = next(one for one in family if "workers.head" in one.cmdline())
             os.kill(parent.pid if victim == "parent" else guard.pid, signal.SIGKILL)
             until(lambda: gone(family), 10)
