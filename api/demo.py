@@ -1,11 +1,13 @@
 """`uncanny demo`: from nothing to a robustness table, over HTTP, with a real Ray."""
 
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +50,7 @@ def demo(
     running = homes.running_url(settings)
     began = time.monotonic()
     with _service(settings, running) as url, Client(url) as client:
+        err.print(f"The API answers at {url}; its documentation is {url}/docs", markup=False, soft_wrap=True)
         sweep = client.sweep(SWEEP)
         with sweep_progress("demo") as progress:
             status = sweep.wait(progress)
@@ -63,7 +66,7 @@ def demo(
             failed = next(iter(client.jobs(sweep=sweep.id, state="failed", limit=1)), {})
             raise DemoFailed(f"the demo's sweep is {status['state']}: {failed.get('reason') or 'see `uncanny jobs`'}")
         if not as_json:
-            _say_what_next(url, sweep.id, keep or running is not None)
+            _say_what_next(url, sweep.id, keep or running is not None, home, port)
         if keep and running is None:
             _until_interrupted(url)
 
@@ -78,10 +81,8 @@ def _service(settings: Settings, running: str | None) -> Iterator[str]:
     listen(settings.host, settings.port).close()  # a port in use is said here, not in a log
     settings.logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "api.cli", "serve", "--home", str(settings.home), "--port", str(settings.port)]
-    if (
-        settings.database_url or (settings.home / "uncanny.db").exists()
-    ):  # the numbers may be there already; else Ray starts at once
-        command.append("--when-needed")
+    known = settings.database_url or (settings.home / "uncanny.db").exists()
+    command += ["--when-needed"] if known else []  # the numbers may be there already; else Ray starts at once
     with (settings.logs / "serve.log").open("ab") as log:
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -164,14 +165,16 @@ def _say_what_was_computed(accepted: Json, seconds: float, own_service: bool) ->
     say("where it seems to rise, the attack has gone blind, and the verdict says so.")
 
 
-def _say_what_next(url: str, sweep_id: str, stays_up: bool) -> None:
+def _say_what_next(url: str, sweep_id: str, stays_up: bool, home: Path | None, port: int | None) -> None:
     uncanny = program()
+    at_home = f" --home {shlex.quote(str(home))}" if home else ""
+    at_port = f" --port {port}" if port else ""
     say(f"\nDocumentation of the API: {url}/docs" + ("" if stays_up else f" (while `{uncanny} serve` runs)"))
     say("Next:")
     if not stays_up:
-        say(f"  {uncanny} serve       # and then, in another terminal:")
-    say(f"  {uncanny} results sweep={sweep_id} --sort -robust_accuracy")
-    say(f"  {uncanny} submit examples/quick.yaml --wait")
+        say(f"  {uncanny} serve{at_home}{at_port}       # and then, in another terminal:")
+    say(f"  {uncanny} results sweep={sweep_id} --sort -robust_accuracy{at_home}")
+    say(f"  {uncanny} submit examples/quick.yaml --wait{at_home}")
     say(f"  curl '{url}/v1/results?scale=50'")
 
 

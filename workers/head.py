@@ -76,7 +76,7 @@ class Head:
 
 
 @contextmanager
-def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator["Head"]:
+def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[Head]:
     """A head for as long as the context lasts. It may still be starting.
 
     To be entered in a thread that outlives it. The home is a temporary folder where none is given.
@@ -112,9 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     adopt_orphans()
     sessions = _sessions(options.home)
     environment = driver_environment(options.home, local=True)
-    environment |= WORKER_ENVIRONMENT | {
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else SIGTERM takes 30 s
-    }
+    environment |= WORKER_ENVIRONMENT | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # else SIGTERM takes 30 s
     head = subprocess.Popen(
         _ray_start(sessions, options.port, options.cpus), env=environment, stdin=subprocess.DEVNULL,
         start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGKILL),
@@ -176,11 +174,14 @@ def _token(home: Path) -> Path:
     """The file with the token of local heads, which only its owner can read; made where it is not there."""
     path = home / "ray_token"
     home.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.stat().st_size == 0:  # empty: the disk was full
-        fresh = path.with_name(f"{path.name}.{os.getpid()}")
-        with os.fdopen(os.open(fresh, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-        fresh.replace(path)
+    if path.exists():
+        return path
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(fresh, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    with suppress(FileExistsError):  # head and dispatcher start at once: one token, and never half of one
+        os.link(fresh, path)
+    fresh.unlink()
     return path
 
 

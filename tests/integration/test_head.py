@@ -6,13 +6,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from processes import until
 
 from service.processes import free_port
 from workers.head import driver_environment, guard_command, running
@@ -33,14 +34,6 @@ DRIVER = """
     print("running", flush=True)
     time.sleep(1000)
 """
-
-
-def until(what: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-    return found
 
 
 def listens(port: int) -> bool:

@@ -5,19 +5,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import until
 from sqlalchemy import select
 
 from service.store import Database
 from service.store.tables import tasks
 
-PATIENCE_SECONDS = 90.0
 EPOCHS = 300  # of a training that is under way when its dispatcher dies
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 64, "recipe": {"epochs": 2}}
 
@@ -37,14 +36,6 @@ def dispatcher(home: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
     finally:
         process.kill()
         process.wait()
-
-
-def until(what: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-    return found
 
 
 @pytest.mark.timeout(240)
