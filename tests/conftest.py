@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -41,6 +42,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 ASKED_FOR = ("slow", "gpu", "quarantine")  # left out, unless `-m` speaks of it
+SLOW_FILE = re.compile(r"^pytestmark = \[?pytest\.mark\.slow", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whole files of what is left out are not even imported, unless they are named."""
+    if collection_path.suffix != ".py" or any(str(collection_path).endswith(str(named)) for named in config.args):
+        return None
+    if collection_path.parent.name == "benchmarks" and not config.getoption("--benchmark", default=False):
+        return True
+    slow_as_a_whole = SLOW_FILE.search(collection_path.read_text(encoding="utf-8"))
+    return True if slow_as_a_whole and "slow" not in config.getoption("-m") else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,6 +1,5 @@
 """A real server on loopback whose dispatcher hands tasks to threads that make up numbers: HTTP and SQL are real."""
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import pytest
 import uvicorn
 
 from api.app import create_app
+from api.binding import listen
 from api.client import ENDED, Client
 from service.artifacts import Artifacts
 from service.dispatcher import Dispatcher
@@ -87,7 +87,7 @@ def running_server(home: Path, *, dispatching: bool = True, **options: Any) -> I
     database = Database(settings.database)
     database.upgrade()
     app = create_app(settings)
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen("127.0.0.1", 0)
     web = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
     stop = threading.Event()
     executor = InProcessExecutor(made_up, cpus=2, grace_seconds=1)

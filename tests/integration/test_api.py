@@ -648,11 +648,11 @@ def npz_bytes(n: int) -> bytes:
 NUL = "/v1/jobs/%00", "/v1/tasks/%00", "/v1/results/a%00b", "/v1/results:compare?ids=%00,x", "/v1/jobs?user=%00"
 
 
-@pytest.mark.parametrize("path", NUL)
-def test_a_nul_character_is_nobody_s_fault_but_the_client_s(path: str, database_url: str, tmp_path: Path) -> None:
+def test_a_nul_character_is_nobody_s_fault_but_the_client_s(database_url: str, tmp_path: Path) -> None:
     app = create_app(Settings(home=tmp_path, database_url=database_url))
     with TestClient(app, base_url="http://localhost") as http:
-        assert http.get(path).status_code in (200, 404, 422)
+        for path in NUL:
+            assert http.get(path).status_code in (200, 404, 422), path
 
 
 @pytest.mark.parametrize("labels", [{"a\0": "x"}, {"a": "\0"}, {'a"b': "x"}, {"": "x"}, {"a": 1}, {"a" * 101: "x"}])

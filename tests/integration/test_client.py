@@ -243,7 +243,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Client]]
         handler = type("Handler", (Scripted,), {"script": list(script), "asked": []})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         servers.append((server, thread))
         client = Client(f"http://127.0.0.1:{server.server_port}", patience_seconds=patience_seconds)

@@ -197,7 +197,7 @@ class Moody(BaseHTTPRequestHandler):
 
 def test_an_export_that_breaks_off_starts_again(tmp_path: Path) -> None:
     moody = HTTPServer(("127.0.0.1", 0), Moody)
-    thread = threading.Thread(target=moody.serve_forever)
+    thread = threading.Thread(target=moody.serve_forever, args=(0.02,))
     thread.start()
     try:
         with Client(f"http://127.0.0.1:{moody.server_port}", patience_seconds=20) as client:

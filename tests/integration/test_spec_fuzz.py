@@ -40,7 +40,7 @@ def replaced(document: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 @pytest.mark.parametrize(("path", "example"), [("/v1/jobs", JOB_EXAMPLE), ("/v1/sweeps", SWEEP_EXAMPLE)])
 def test_nothing_in_a_spec_breaks_it(server: Any, path: str, example: dict[str, Any]) -> None:
-    @settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(st.sampled_from(places(example)), ANYTHING), min_size=1, max_size=2))
     def check(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
         [(place, value), *more] = changes

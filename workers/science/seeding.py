@@ -8,6 +8,7 @@ other three. They are made on the CPU and then moved, so that a GPU attacks with
 import hashlib
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -140,7 +141,10 @@ def _flags() -> _Flags:
 
 
 def _set_flags(algorithms: bool, warn_only: bool, cudnn: bool, benchmark: bool, matmul: str, convolution: str) -> None:
-    torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+    if "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)  # also of what torch.compile makes
+    else:  # the same without importing the compiler, which takes 5 s and is loaded by who compiles
+        torch.set_deterministic_debug_mode("default" if not algorithms else "warn" if warn_only else "error")
     _cudnn.deterministic = cudnn
     _cudnn.benchmark = benchmark
     torch.backends.cuda.matmul.fp32_precision = matmul
