@@ -13,7 +13,7 @@ from service.ledger import Ledger
 
 LOOK_SECONDS = 0.1  # how often a waiting poll looks for threads that do not stop
 TALK_SECONDS = 0.2  # for which a poll goes on listening to bundles that always have something to say
-AGAIN_SECONDS = 0.5  # an interrupt that lands in a destructor is lost, so it is sent again
+AGAIN_SECONDS = 0.5  # an interrupt that lands in a destructor or a callback of the collector is lost: it is sent again
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class _Running:
     ledger: Ledger
     thread: threading.Thread
     begun: threading.Event  # from when on an interrupt is caught
+    stop: threading.Event  # heard at its next message, also where interrupts are lost
     again_at: float = math.inf
     give_up_at: float = math.inf
 
@@ -60,9 +61,9 @@ class InProcessExecutor:
             ledger.stopping = True
             self._lost += ledger.end("given_back", "the executor is closed")
             return
-        begun = threading.Event()
-        thread = threading.Thread(target=self._run, args=(bundle, begun), name=f"bundle {bundle.id}", daemon=True)
-        self._bundles[bundle.id] = _Running(Ledger(bundle), thread, begun)
+        begun, stop = threading.Event(), threading.Event()
+        thread = threading.Thread(target=self._run, args=(bundle, begun, stop), name=f"bundle {bundle.id}", daemon=True)
+        self._bundles[bundle.id] = _Running(Ledger(bundle), thread, begun, stop)
         self._start_those_that_fit()
 
     def poll(self, timeout_seconds: float) -> list[Message]:
@@ -104,13 +105,15 @@ class InProcessExecutor:
             arrived += self.poll(LOOK_SECONDS)
         self._lost += arrived
 
-    def _run(self, bundle: Bundle, begun: threading.Event) -> None:
+    def _run(self, bundle: Bundle, begun: threading.Event, stop: threading.Event) -> None:
         """The thread of one bundle. Whatever ends it, the last thing that it says is that it has ended, and why."""
         why = "the bundle ended without an answer"
         try:
             begun.set()
             for message in self._execute(bundle):
                 self._arrived.put((bundle.id, message))
+                if stop.is_set():
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             why = "its bundle was stopped"
         except Exception as error:  # noqa: BLE001 - like a worker that dies: its task is lost, the process lives on
@@ -142,6 +145,7 @@ class InProcessExecutor:
             self._lost += self._bundles.pop(bundle_id).ledger.end("given_back", "its bundle was stopped")
         elif not running.ledger.stopping:
             running.ledger.stopping = True
+            running.stop.set()
             running.again_at = time.monotonic() + AGAIN_SECONDS
             running.give_up_at = time.monotonic() + self._grace_seconds
             self._press(running)
