@@ -17,9 +17,10 @@ from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway, SchemaOutdated
 from service.housekeeping import keep_house
 from service.logs import configure
+from service.processes import adopt_orphans
 from service.settings import Settings
 from service.store import Database
-from workers.head import driver_environment, running
+from workers.head import driver_environment, end_family, running
 
 log = logging.getLogger("uncanny.dispatch")
 AWAY_SECONDS = 1.0
@@ -46,11 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
     if settings.ray_address or settings.ray_port:
         _use(driver_environment(settings.home, local=not settings.ray_address))
         return _dispatch(settings, options.name, stop)
-    with running() as head:  # on its own, without a cluster: one for as long as it runs
-        _use(driver_environment(head.home, local=True))
-        threading.Thread(target=_stop_without, args=(head.guard, stop), daemon=True).start()
-        code = _dispatch(settings.model_copy(update={"ray_port": head.port}), options.name, stop)
-        return code or int(head.guard.poll() is not None)
+    adopt_orphans()
+    try:
+        with running() as head:  # on its own, without a cluster: one for as long as it runs
+            _use(driver_environment(head.home, local=True))
+            threading.Thread(target=_stop_without, args=(head.guard, stop), daemon=True).start()
+            code = _dispatch(settings.model_copy(update={"ray_port": head.port}), options.name, stop)
+            return code or int(head.guard.poll() is not None)
+    finally:
+        end_family()  # what a guard has left that was killed
 
 
 def _stop_without(guard: "subprocess.Popen[bytes]", stop: threading.Event) -> None:

@@ -162,6 +162,11 @@ def _end(head: "subprocess.Popen[bytes]") -> None:
     head.terminate()
     with suppress(subprocess.TimeoutExpired):
         head.wait(STOP_SECONDS)
+    end_family()
+
+
+def end_family() -> None:
+    """Kill every child of this process, and theirs, until none is left: some are adopted only when others die."""
     me, deadline = psutil.Process(), time.monotonic() + ORPHAN_SECONDS
     while (left := me.children(recursive=True)) and time.monotonic() < deadline:
         for process in left:

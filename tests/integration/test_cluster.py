@@ -137,10 +137,10 @@ def test_a_rolling_restart_under_load_loses_nothing(lab: Lab) -> None:
             process.terminate()
             if name == "api":
                 lab.start_api()
-            else:
-                lab.start_dispatcher(name)
             submit(2)
             assert process.wait(60) in (0, -signal.SIGTERM)  # the web server ends as it was told to
+            if name != "api":
+                lab.start_dispatcher(name)  # whose name is free only now
         until(lambda: lab.settled(*accepted), 150)
         done = Counter(client.job(job_id)["state"] for job_id in accepted)
     assert done == {"succeeded": len(accepted)}

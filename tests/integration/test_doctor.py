@@ -17,7 +17,7 @@ from service.artifacts import Artifacts
 from service.doctor import Check
 from service.executor import Lost
 from service.settings import Settings
-from service.store import claiming, recording
+from service.store import Database, claiming, recording
 from service.store.tables import tasks
 from service.submission import Service
 
@@ -67,10 +67,13 @@ def test_what_waits_for_long_or_is_held_is_said(settings: Settings, lab: "Lab") 
     assert found["held"].said.startswith("1 tasks")
 
 
-def test_another_schema_is_said_with_what_to_run(settings: Settings, lab: "Lab") -> None:
-    with lab.database.write() as connection:
+@pytest.mark.parametrize("kind", ["sqlite_url", "postgresql_url"])
+def test_another_schema_is_said_with_what_to_run(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    database = Database(request.getfixturevalue(kind))
+    with database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    found = examine(settings)
+    found = examine(Settings(home=tmp_path / "home", database_url=database.url))
+    database.close()
     assert found["schema"].state == "fail"
     assert "uncanny db upgrade" in found["schema"].advice
     assert "dispatcher" not in found
@@ -117,7 +120,7 @@ def test_a_head_that_is_not_there(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     report = doctor.look_at_cluster(Settings(home=tmp_path, ray_address=f"127.0.0.1:{port}"))
-    assert "nothing answers there" in report["error"]
+    assert f"nothing answers at 127.0.0.1:{port}" in report["error"]
 
 
 def test_the_command_on_a_new_home(tmp_path: Path) -> None:

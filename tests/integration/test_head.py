@@ -162,3 +162,21 @@ def test_nothing_is_left_when_the_parent_or_the_guard_is_killed(victim: str, tmp
             until(lambda: gone(family), 10)
         finally:
             parent.kill()
+
+
+def test_a_dispatcher_on_its_own_ends_what_its_killed_guard_leaves(sqlite_url: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "UNCANNY_"))}
+    environment |= {"UNCANNY_HOME": str(tmp_path), "UNCANNY_DATABASE_URL": sqlite_url}
+    command = [sys.executable, "-m", "workers.dispatch"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            until(lambda: "starts" in process.stderr.readline())  # type: ignore[union-attr]
+            family = descendants(process.pid)
+            assert any("raylet" in one.name() for one in family)
+            next(one for one in family if "workers.head" in one.cmdline()).kill()
+            process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert gone(family)
+        finally:
+            process.kill()
