@@ -103,7 +103,7 @@ def test_an_upload_that_does_not_fit(start_server: Callable[..., Any], tmp_path:
 
 
 def test_a_training_that_finds_no_room_is_lost_at_no_cost(disk: Path, tmp_path: Path) -> None:
-    """`disk_full` costs a task nothing (test_dispatcher); and it succeeds once there is room."""
+    """`disk_full` costs a task nothing (dispatcher/test_ends.py); and it succeeds once there is room."""
     plan = plan_job(JobSpec.model_validate({**JOB, "recipe": {"epochs": 1}}), DatasetRef(name="digits"))
     root = disk / "artifacts"
     root.mkdir()
