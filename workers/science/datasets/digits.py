@@ -18,7 +18,8 @@ def read(_folder: Path | None = None) -> ImageData:
     rounded by largest remainder, lower digit first.
     """
     table = _scans()
-    x = np.round(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
+    # The one channel comes last in memory: which kernels convolve it, and so the last digits of numbers, hang on that.
+    x = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[:, None]
     y = table[:, -1].astype(np.int64)
     order = np.random.RandomState(PERMUTATION_SEED).permutation(len(y))
     test = np.sort(np.concatenate([order[y[order] == digit][:n] for digit, n in enumerate(_shares(np.bincount(y)))]))
