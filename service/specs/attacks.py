@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from service.specs.base import Number, Scale, Spec, Whole
 from service.specs.names import Architecture, NamedRecipe
@@ -31,6 +31,15 @@ class InBall(Numerics):
 
     norm: Norm
     eps: Eps
+
+    @field_validator("eps", "step_size", check_fields=False)
+    @classmethod
+    def _in_units_of_images(cls, value: float, info: ValidationInfo) -> float:
+        """More than 1 in linf is more than any pixel can change: it was meant in units of 0 to 255."""
+        if info.data.get("norm") == "linf" and value > 1:
+            meant = f': did you mean "{value:g}/255"?' if value <= 255 else ""
+            raise ValueError(f"{value:g} is more than 1, and pixels are in [0, 1]{meant}")
+        return value
 
 
 class Pgd(InBall):
@@ -90,7 +99,7 @@ class Cw(Numerics):
     steps: Steps = 25
 
 
-class Noise(Numerics):
+class Noise(InBall):
     """Random noise, the control path: gaussian images in no ball, or uniform in the ball of `norm` and `eps`."""
 
     type: Literal["noise"] = "noise"

@@ -84,6 +84,24 @@ def test_what_is_no_eps(wrong: Any) -> None:
     assert len(sentence) < 200
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [{**PGD, "eps": 8}, {"type": "fgsm", "norm": "linf", "eps": "8"}, {"type": "noise", "kind": "uniform", "eps": 8}],
+    ids=lambda attack: attack["type"],
+)
+def test_eps_in_units_of_0_to_255_is_refused_with_what_was_meant(attack: dict[str, Any]) -> None:
+    [(pointer, sentence)] = refused(attack=attack)
+    assert pointer == "/attack/eps"
+    assert "pixels are in [0, 1]" in sentence
+    assert '"8/255"' in sentence
+
+
+def test_so_is_a_step_and_both_are_lengths_in_l2() -> None:
+    [(pointer, sentence)] = refused(attack={**PGD, "step_size": 2})
+    assert (pointer, '"2/255"' in sentence) == ("/attack/step_size", True)
+    assert JobSpec.model_validate({**JOB, "attack": {**PGD, "norm": "l2", "eps": 8, "step_size": 2}}).attack
+
+
 @pytest.mark.parametrize("wrong", [0, "0", -0.0, 1e-4, 10_001, "1e5", True, "5 / 0"])
 def test_what_is_no_scale(wrong: Any) -> None:
     [(pointer, _)] = refused(scale=wrong)
