@@ -198,7 +198,7 @@ def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise UncannyError(f"a frame needs {name}: `pip install 'uncanny-bench[frames]'`") from None
+        raise UncannyError(f"a frame needs {name}: `pip install {name}`") from None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`uncanny`: the commands. Exit codes: 0 done, 1 failed, 2 bad usage or a refused spec, 3 nobody answers."""
+"""`uncanny`: the commands. Exit codes: 0 done, 1 failed, 2 bad usage, 3 nobody answers, 4 refused."""
 
 import sys
 
@@ -17,11 +17,11 @@ from api.commands import (
     storing,
     submitting,
 )
-from api.commands.options import BadUsage
+from api.commands.options import BadUsage, print_json
 from api.demo import demo
 from service.errors import InvalidSpec, UncannyError
 
-EPILOG = "Exit codes: 0 done; 1 failed jobs or an error; 2 bad usage or a refused spec; 3 no service answers."
+EPILOG = "Exit codes: 0 done; 1 failed jobs or an error; 2 bad usage; 3 no service answers; 4 the service refuses."
 app = typer.Typer(
     help="Do flat minima make networks robust? A benchmark service.",
     epilog=EPILOG,
@@ -71,12 +71,14 @@ def main() -> None:
     try:
         app()
     except UncannyError as error:
+        if isinstance(error, ApiError) and "--json" in sys.argv:
+            print_json(error.problem)
         print(f"uncanny: {error}", file=sys.stderr)
         sys.exit(exit_code(error))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("api", "service", "workers"):
             raise
-        whole = "this needs more than the client: pip install 'uncanny-bench[service]'"
+        whole = "this needs more than the client: install uncanny-bench with its extra `service`"
         print(f"uncanny: {error.name} is not installed; {whole}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
@@ -85,10 +87,17 @@ def main() -> None:
 
 
 def exit_code(error: UncannyError) -> int:
-    refused = isinstance(error, ApiError) and error.status in (400, 413, 422)
-    if refused or isinstance(error, (BadUsage, InvalidSpec)):
-        return 2
-    return 3 if isinstance(error, Unreachable) else 1
+    match error:
+        case BadUsage():
+            return 2
+        case Unreachable():
+            return 3
+        case InvalidSpec():
+            return 4
+        case ApiError(status=status) if 400 <= status < 500:
+            return 4
+        case _:
+            return 1
 
 
 if __name__ == "__main__":

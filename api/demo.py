@@ -17,7 +17,7 @@ from api import home as homes
 from api.binding import listen
 from api.client import ApiError, Client, Json, Unreachable
 from api.commands.options import AsJson, Home, Port, print_json, program, settings_of
-from api.render import err, number, out, percent, say, sweep_progress, table
+from api.render import err, number, percent, say, show, sweep_progress, table, tell
 from service.errors import UncannyError
 from service.processes import die_with_parent
 from service.settings import Settings
@@ -50,7 +50,8 @@ def demo(
     running = homes.running_url(settings)
     began = time.monotonic()
     with _service(settings, running) as url, Client(url) as client:
-        err.print(f"The API answers at {url}; its documentation is {url}/docs", markup=False, soft_wrap=True)
+        while_it_runs = "" if keep or running is not None else ", as long as this runs"
+        tell(f"The API answers at {url}{while_it_runs}; its documentation is {url}/docs")
         sweep = client.sweep(SWEEP)
         with sweep_progress("demo") as progress:
             status = sweep.wait(progress)
@@ -60,7 +61,8 @@ def demo(
             print_json({"sweep": status, "accepted": sweep.accepted, "seconds": round(seconds, 1), "results": rows})
         else:
             for architecture in SWEEP["grid"]["architecture"]:
-                out.print(_table(architecture, rows), "")
+                show(_table(architecture, rows))
+                say("")
             _say_what_was_computed(sweep.accepted, seconds, running is None)
         if status["state"] != "succeeded":
             failed = next(iter(client.jobs(sweep=sweep.id, state="failed", limit=1)), {})
@@ -75,7 +77,7 @@ def demo(
 def _service(settings: Settings, running: str | None) -> Iterator[str]:
     """The service of this home: the one that runs, or one for as long as this takes."""
     if running is not None:
-        err.print(f"Using the service that runs at {running}.", markup=False, soft_wrap=True)
+        tell(f"Using the service that runs at {running}.")
         yield running
         return
     listen(settings.host, settings.port).close()  # a port in use is said here, not in a log

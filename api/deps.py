@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from api.auth import current_caller, current_user
 from service.access import Access, Caller
 from service.artifacts import Artifacts
+from service.dotted import or_rather
 from service.errors import InvalidQuery
 from service.insights import MAX_LIMIT, Insights
 from service.settings import Settings
@@ -83,5 +84,4 @@ def only_documented_parameters(request: Request) -> None:
     known = sorted(item["name"] for item in operation.get("parameters", []) if item["in"] == "query")
     for name in request.query_params:
         if name not in known:
-            listed = ", ".join(known) or "none"
-            raise InvalidQuery(name, f"unknown parameter {name!r} (known are: {listed})")
+            raise InvalidQuery(name, f"unknown parameter {name!r}{or_rather(name, known)}")

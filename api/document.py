@@ -82,7 +82,8 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             operation["summary"] = _first_sentence(operation["description"])
-            always = (413, 422) if "requestBody" in operation else (422,)
+            content = operation.get("requestBody", {}).get("content", {})
+            always = (422, *((413,) if content else ()), *((400, 415) if "application/json" in content else ()))
             problems = {str(status): described for status, described in documented(*always).items()}
             operation["responses"] |= {str(status): problems[str(status)] for status in always}
             if method == "get" and path not in STREAMS:

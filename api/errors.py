@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from api.preconditions import PreconditionRequired
+from api.strict import NotJson, NotSentAsJson
 from service.access import NotAllowed
 from service.checkpoints import NotChecked
 from service.errors import (
@@ -30,13 +31,13 @@ from service.errors import (
     Unauthenticated,
     UncannyError,
 )  # fmt: skip
+from service.specs.parameters import no_such_field
 from service.specs.sweep import TAGS
 
 log = logging.getLogger("uncanny.api")
 
 PARAMETER = re.compile(r"{[^}]*}")
 PROBLEM_JSON = "application/problem+json"
-NO_JSON = "the body must be JSON in UTF-8, sent with `Content-Type: application/json`"
 RETRY_AFTER_SECONDS = 2
 ALWAYS = (401, 403, 429, 503)
 
@@ -54,6 +55,8 @@ class BodyTooLarge(UncannyError):
 
 
 STATUS: dict[type[UncannyError], int] = {
+    NotJson: 400,
+    NotSentAsJson: 415,
     InvalidSpec: 422,
     InvalidQuery: 422,
     IdempotencyMismatch: 422,
@@ -135,35 +138,33 @@ def _uncanny(request: Request, error: Exception) -> JSONResponse:
 def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     """What pydantic found in the body or in the parameters."""
     assert isinstance(error, RequestValidationError)
-    fields = [_field(item) for item in error.errors()]
+    body = getattr(request.scope.get("route"), "body_field", None)
+    names = tuple(getattr(body.field_info.annotation, "model_fields", ())) if body is not None else ()
+    fields = [_field(item, names) for item in error.errors()]
     said = [f"{field.get('pointer') or field.get('parameter') or '/'}: {field['detail']}" for field in fields]
     return problem(422, "; ".join(said), request, fields)
 
 
-def _field(item: dict[str, Any]) -> dict[str, str]:
+def _field(item: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """`names` are the fields of the body."""
     where, *path = item["loc"]
     sentence = item["msg"].removeprefix("Value error, ")
-    if isinstance(item.get("input"), bytes):
-        return {"pointer": "", "detail": NO_JSON}
-    if item["type"] == "json_invalid":
-        return {"pointer": "", "detail": f"the body is not JSON: {item['ctx']['error']} at position {path[0]}"}
-    if item["type"] not in {"missing", "value_error"} and not isinstance(item.get("input"), (dict, list)):
-        sentence += f" (it was {item.get('input')!r:.200})"
     parts = [str(part) for part in path if part not in TAGS and not str(part).startswith("function-")]
+    if item["type"] == "extra_forbidden":
+        sentence = no_such_field(parts, names)
+    elif item["type"] not in {"missing", "value_error"} and not isinstance(item.get("input"), (dict, list)):
+        sentence += f" (it was {item.get('input')!r:.200})"
     if where == "body":
         return {"pointer": "".join(f"/{part}" for part in parts), "detail": sentence}
     return {"parameter": ".".join(parts), "detail": sentence}
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses: no such route, wrong method, a body that is not JSON."""
+    """What the framework itself refuses: no such route, wrong method."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, UncannyError):  # raised while the body was read
         return _uncanny(request, error.__cause__)
     detail = str(error.detail)
-    if error.status_code == HTTPStatus.BAD_REQUEST:  # which the framework says of bytes that are no text, or too deep
-        fields = [{"pointer": "", "detail": NO_JSON}]
-        return problem(422, f"/: {NO_JSON}", request, fields)
     if error.status_code == HTTPStatus.NOT_FOUND:
         detail = f"there is no {request.url.path}; see /docs"
     headers = dict(error.headers or {})

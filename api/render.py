@@ -5,14 +5,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from api.transport import Json, OnProgress
 
 WIDE = 160  # columns of a table where no terminal says how wide it is
+SENTENCE = 40  # columns into which a sentence is broken at the least
 out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
 err = Console(stderr=True, highlight=False)
 COLOURS = {
@@ -22,13 +25,23 @@ COLOURS = {
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """No cell is broken but the last of a row, which may be a sentence."""
     made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(row[i][:1] in "-0123456789–" for row in rows)
-        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        lines = [line for cell in (column, *(row[i] for row in rows)) for line in cell.splitlines()]
+        widest = max(map(cell_len, lines), default=0)
+        least = min(widest, SENTENCE) if i == len(columns) - 1 else widest
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in rows:
         made.add_row(*(coloured(cell) for cell in row))
     return made
+
+
+def show(made: Table) -> None:
+    """A table on stdout, as wide as it needs: a terminal that is narrower breaks its lines, not its cells."""
+    needs = Measurement.get(out, out.options.update(width=sys.maxsize), made).minimum
+    (out if needs <= out.width else Console(highlight=False, width=needs)).print(made)
 
 
 def coloured(cell: str) -> str:
@@ -44,6 +57,10 @@ def say(text: str) -> None:
 def tell(text: str) -> None:
     """The same to stderr, where `--json` wants stdout for itself."""
     err.print(text, markup=False, soft_wrap=True)
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
 def percent(value: float | None) -> str:
@@ -114,7 +131,13 @@ def duration(seconds: float | None) -> str:
 
 @contextmanager
 def sweep_progress(name: str) -> Iterator[OnProgress]:
-    """A progress bar on stderr for a sweep or a job; call what it gives with each status."""
+    """A progress bar on stderr for a sweep or a job; call what it gives with each status.
+
+    Where stderr is no terminal, a line at the beginning and for every tenth that is done.
+    """
+    if not (err.is_terminal or err.is_jupyter):
+        yield _lines(name)
+        return
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"), console=err, transient=True,
@@ -123,10 +146,26 @@ def sweep_progress(name: str) -> Iterator[OnProgress]:
         shown = bar.add_task(escape(name), total=1.0, left="")
 
         def update(status: Json) -> None:
-            left = ""
-            if "jobs" in status:
-                jobs = status["jobs"]
-                left = f"{jobs['succeeded']}/{jobs['total']} jobs, ETA {duration(status['eta_seconds'])}"
-            bar.update(shown, completed=status["progress"], left=left)
+            bar.update(shown, completed=status["progress"], left=_left(status))
 
         yield update
+
+
+def _lines(name: str) -> OnProgress:
+    said: set[int] = set()
+
+    def update(status: Json) -> None:
+        tenth = int(10 * status["progress"])
+        if tenth not in said and tenth < 10:
+            said.add(tenth)
+            tell(f"{name}: {10 * tenth} %" + (f", {left}" if (left := _left(status)) else ""))
+
+    return update
+
+
+def _left(status: Json) -> str:
+    """Of a sweep, its jobs and when they will be done."""
+    if "jobs" not in status:
+        return ""
+    jobs = status["jobs"]
+    return f"{jobs['succeeded']}/{jobs['total']} jobs, ETA {duration(status['eta_seconds'])}"

@@ -60,7 +60,8 @@ class JobSubmission(JobSpec):
 
     @property
     def job(self) -> JobSpec:
-        return JobSpec.model_construct(**{name: getattr(self, name) for name in JobSpec.model_fields})
+        said = self.model_fields_set & JobSpec.model_fields.keys()
+        return JobSpec.model_construct(said, **{name: getattr(self, name) for name in JobSpec.model_fields})
 
 
 class DatasetSubmission(BaseModel):

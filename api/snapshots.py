@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import yaml
-
 from api.client import Client, Json
 from service.errors import UncannyError
 
@@ -120,7 +118,7 @@ def _describe(folder: Path, asked: Json, results: int) -> None:
         "date-released": now.date().isoformat(),
         "identifiers": [{"type": "other", "value": f"sha256:{data}", "description": "results.parquet"}],
     }
-    (folder / "CITATION.cff").write_text(yaml.safe_dump(citation, sort_keys=False))
+    (folder / "CITATION.cff").write_text(json.dumps(citation, indent=2) + "\n")  # which is YAML too
     chosen = {name: value for name, value in asked.items() if value}
     (folder / "README.md").write_text(
         f"# {TITLE}\n\n"

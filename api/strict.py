@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Coroutine
+from email.message import Message
 from typing import Any
 
 from fastapi import Request, Response
@@ -10,15 +11,31 @@ from fastapi.routing import APIRoute
 from service.errors import InvalidSpec
 from service.specs.base import shorten
 
+SENT_AS = "the body must be JSON in UTF-8, sent with `Content-Type: application/json`"
+
+
+class NotJson(InvalidSpec):
+    """The body cannot be read as JSON with one meaning."""
+
+
+class NotSentAsJson(InvalidSpec):
+    """The body says of itself that it is something else."""
+
 
 class StrictRoute(APIRoute):
-    """A route whose JSON body says each field once."""
+    """A route whose body, if it has one, is JSON that says each field once."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            return await handle(_Strict(request.scope, request.receive))
+            if self.body_field is not None:
+                if not _is_json(request.headers.get("content-type", "")):
+                    raise NotSentAsJson([("", SENT_AS)])
+                request = _Strict(request.scope, request.receive)
+                if not await request.body():
+                    raise NotJson([("", f"the body is empty: {SENT_AS}")])
+            return await handle(request)
 
         return strict
 
@@ -26,15 +43,62 @@ class StrictRoute(APIRoute):
 class _Strict(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = json.loads(await self.body(), object_pairs_hook=_each_once)
+            self._json = read(await self.body())
         return self._json
 
 
+class _Constant(str):
+    """`NaN`, `Infinity` or `-Infinity`, which Python's reader takes for numbers, and JSON does not have."""
+
+
+def read(body: bytes) -> Any:
+    """The JSON value of a body. Raises `NotJson`, and `InvalidSpec` for a number of thousands of digits."""
+    constants: list[_Constant] = []
+
+    def constant(text: str) -> _Constant:
+        constants.append(_Constant(text))
+        return constants[-1]
+
+    try:
+        value = json.loads(body.decode(), object_pairs_hook=_each_once, parse_constant=constant)
+    except UnicodeDecodeError:
+        raise NotJson([("", SENT_AS)]) from None
+    except json.JSONDecodeError as error:
+        raise NotJson([("", f"the body is not JSON: {error.msg} at position {error.pos}")]) from None
+    except RecursionError:
+        raise NotJson([("", "the body is nested too deep")]) from None
+    except ValueError as error:  # int() takes no more digits
+        raise InvalidSpec([("", shorten(str(error).partition(":")[0]))]) from None
+    if constants:
+        pointer = _pointer(value, constants[0]) or ""
+        raise NotJson([(pointer, f"{constants[0]} is no number in JSON, and no field takes it")])
+    return value
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python, like most readers, would take the last of two and forget the other. Raises `InvalidSpec`."""
+    """Python, like most readers, would take the last of two and forget the other."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InvalidSpec([("", f"{shorten(twice)} is there more than once in one object: say it once")])
+        raise NotJson([("", f"{shorten(twice)} is there more than once in one object: say it once")])
     return fields
+
+
+def _pointer(value: Any, wanted: _Constant) -> str | None:
+    """Where in `value` this very object is, as a JSON pointer."""
+    if value is wanted:
+        return ""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        found = _pointer(inner, wanted)
+        if found is not None:
+            return "/" + str(name).replace("~", "~0").replace("/", "~1") + found
+    return None
+
+
+def _is_json(content_type: str) -> bool:
+    message = Message()
+    message["content-type"] = content_type or "unknown/unknown"
+    kind = message.get_content_subtype()
+    return message.get_content_maintype() == "application" and (kind == "json" or kind.endswith("+json"))

@@ -46,6 +46,7 @@ class Transport:
         settings = Settings()
         self.url = (url or service_url(settings)).rstrip("/")
         self.patience_seconds = patience_seconds
+        self._program = settings.program
         headers = {"X-Uncanny-User": user} if user else {}
         if token or settings.token:
             headers["Authorization"] = f"Bearer {token or settings.token}"
@@ -123,8 +124,8 @@ class Transport:
 
     def _unreachable(self, error: Exception) -> Unreachable:
         return Unreachable(
-            f"nothing answers at {self.url} ({error}): start it with `uncanny serve`, or say where it is by --url "
-            "or UNCANNY_URL"
+            f"nothing answers at {self.url} ({error}): start it with `{self._program} serve`, or say where it is by "
+            "--url or UNCANNY_URL"
         )
 
 

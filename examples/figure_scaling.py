@@ -2,10 +2,11 @@
 
     uv run uncanny demo --keep                                     # in one terminal
     uv run python examples/figure_scaling.py scaling.png           # in another
-    uv run python examples/figure_scaling.py scaling.png sweep=ID dataset=cifar10
+    uv run python examples/figure_scaling.py scaling.png sweep=ID dataset=cifar10 seed=1
 
 One column per network and attack; above, what the attack reports and how much of it is its own blindness; below, the
-sharpness at the clean images. Further arguments filter the results, as in `uncanny results`.
+sharpness at the clean images. Further arguments filter the results, as in `uncanny results`: those of a column may
+differ in the scale only.
 """
 
 import sys
@@ -18,7 +19,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from api.client import Client
+from service.dotted import flat
+from service.errors import UncannyError
 
+USAGE = f"usage: {sys.argv[0]} FILE.png [FIELD=VALUE ...]"
 SHARES = {
     "robust_accuracy": ("reported robust accuracy", "tab:red", "-"),
     "masked_fraction": ("masked", "tab:orange", "--"),
@@ -26,16 +30,33 @@ SHARES = {
     "clean_accuracy": ("clean accuracy", "tab:blue", "-."),
 }
 VERDICTS = {"trusted": "tab:green", "suspect": "gold", "invalid": "black"}
+SPEC = ("attack", "attack_seed", "recipe", "seed", "samples", "scale_bias", "replicate", "versions")
+Column = tuple[str, str, str]  # architecture, data set, attack
 
 
-def draw(path: str, rows: list[dict[str, Any]]) -> None:
-    """A PNG (or PDF, SVG) at `path`; `rows` are results of at least one network at several scales."""
-    columns: dict[tuple[str, str, str], dict[float, dict[str, Any]]] = defaultdict(dict)
+def columns_of(rows: list[dict[str, Any]]) -> dict[Column, dict[float, dict[str, Any]]]:
+    """The rows by network and attack, then by scale. Raises `UncannyError` where they differ in anything else."""
+    columns: dict[Column, dict[float, dict[str, Any]]] = defaultdict(dict)
+    values: dict[tuple[Column, str], dict[str, None]] = defaultdict(dict)
     for row in rows:
         attack = row["attack"]
         loss = attack.get("loss", "").removesuffix("cross_entropy").rstrip("_")
         name = " ".join(part for part in (attack["type"], attack.get("norm"), loss) if part)
-        columns[row["architecture"], row["dataset"], name].setdefault(row["scale"], row)
+        column = (row["architecture"], row["dataset"], name)
+        columns[column][row["scale"]] = row
+        for field, value in flat({name: row[name] for name in SPEC}):
+            values[column, field][str(value)] = None
+    mixed = {field: list(seen) for (_, field), seen in values.items() if len(seen) > 1}
+    if mixed:
+        said = "; ".join(f"{field} ({', '.join(seen)})" for field, seen in mixed.items())
+        field, (one, *_) = next(iter(mixed.items()))
+        raise UncannyError(f"a curve would mix results of different {said}: choose some, as {field}={one} or sweep=ID")
+    return columns
+
+
+def draw(path: str, rows: list[dict[str, Any]]) -> None:
+    """A PNG (or PDF, SVG) at `path`; `rows` are results of at least one network at several scales."""
+    columns = columns_of(rows)
     wide = len(columns)
     figure, axes = plt.subplots(2, wide, figsize=(3.6 * wide, 6), sharex=True, sharey="row", squeeze=False)
     for place, (title, cells) in enumerate(sorted(columns.items())):
@@ -61,12 +82,24 @@ def draw(path: str, rows: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=150)
 
 
+def main(arguments: list[str]) -> int:
+    """The exit code: 0, 1 where there is nothing to draw, 2 for bad usage."""
+    path, *filters = arguments or [""]
+    if not path or path.startswith("-") or not all("=" in one for one in filters):
+        print(USAGE, file=sys.stderr)
+        return 2
+    try:
+        with Client() as client:
+            rows = list(client.results(**dict(one.split("=", 1) for one in filters)))
+        if not rows:
+            raise UncannyError("no results match: run `uncanny demo --keep` first, or ask for less")
+        draw(path, rows)
+    except (UncannyError, OSError, ValueError) as error:  # the last is what a file name with an unknown ending is
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        return 1
+    print(f"{path}: {len(rows)} results")
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(f"usage: {sys.argv[0]} FILE.png [FIELD=VALUE ...]")
-    filters = dict(argument.split("=", 1) for argument in sys.argv[2:])
-    with Client() as client:
-        found = list(client.results(**filters))
-    if not found:
-        sys.exit("no results match: run `uncanny demo` first, or ask for less")
-    draw(sys.argv[1], found)
+    sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from api.client import Client
+from service.errors import UncannyError
 
 AROUND = 12  # steps before and after the flip
 FEWEST = 20  # images of which a median is drawn
@@ -51,11 +52,27 @@ def draw(path: str, title: str, curves: dict[str, Any]) -> None:
     figure.savefig(path, dpi=120)
 
 
+def main(arguments: list[str]) -> int:
+    """The exit code: 0, 1 where there is nothing to draw, 2 for bad usage."""
+    if len(arguments) != 2:
+        print(f"usage: {sys.argv[0]} FILE.png JOB_ID", file=sys.stderr)
+        return 2
+    path, job_id = arguments
+    try:
+        with Client() as client:
+            result, curves = client.result(job_id), client.trajectory(job_id)
+        found = curves.get("attack", {}).get("trajectory")
+        if found is None:
+            raise UncannyError(f"job {job_id} has no trajectory: its attack cannot be followed")
+        attack = result["attack"]
+        said = f"{result['architecture']} on {result['dataset']}, s = {result['scale']:g}, {attack['type']}, "
+        draw(path, f"{said}{attack.get('steps', 1)} steps, {result['n']} images", found)
+    except (UncannyError, OSError, ValueError) as error:  # the last is what a file name with an unknown ending is
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(f"usage: {sys.argv[0]} FILE.png JOB_ID")
-    with Client() as client:
-        result, found = client.result(sys.argv[2]), client.trajectory(sys.argv[2])
-    attack = result["attack"]
-    said = f"{result['architecture']} on {result['dataset']}, s = {result['scale']:g}, {attack['type']}, "
-    draw(sys.argv[1], f"{said}{attack['steps']} steps, {result['n']} images", found["attack"]["trajectory"])
+    sys.exit(main(sys.argv[1:]))

@@ -340,8 +340,8 @@ def _refusal(mixed: Mapping[str, Sequence[Any]]) -> str:
     said = "; ".join(f"{name} ({', '.join(map(str, values))})" for name, values in mixed.items())
     names = ",".join(list(mixed)[:3])
     return (
-        f"the results of a group differ in more than seeds: {said}. Filter them, group by them (by=...,{names}), or "
-        "say allow_mixed=true"
+        f"the results of a group differ in more than seeds: {said}. Filter them, group by them too (by: {names}), or "
+        "allow mixing (allow_mixed)"
     )
 
 

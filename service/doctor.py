@@ -274,7 +274,7 @@ def _same_code(name: str, report: Report, node: Report) -> Check:
     if other:
         advice = "numbers may differ in their last digits: install the same versions"
         return Check(name, "warn", f"the same code, but {', '.join(other)}", advice)
-    return Check(name, "ok", f"the same code and versions, {node['cpus']:g} CPUs for tasks")
+    return Check(name, "ok", f"the same code and versions, CPUs for tasks: {node['cpus']:g}")
 
 
 def _gpus(name: str, node: Report) -> Check:

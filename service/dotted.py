@@ -1,8 +1,11 @@
 """Dotted names: `attack.norm` for `{"attack": {"norm": ...}}`, as in CSV columns, filters and `fields`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
+NEAR = 3  # names that may have been meant
+FEW = 20  # names that are listed beside those
 FAMILIES = ("provenance", "labels", "verdict_checks", "versions")
 
 
@@ -33,3 +36,22 @@ def chosen(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
             target = target.setdefault(part, {})
         target[last] = source.get(last) if isinstance(source, Mapping) else None
     return out
+
+
+def near(name: str, known: Iterable[str]) -> list[str]:
+    """The names that may have been meant by one that there is not: those that look like it, whole or in their last
+    part, as `attack.eps` for `epsilon`, the nearest first."""
+    names = list(known)
+    last = {one: one.rpartition(".")[2] for one in names}
+    found = get_close_matches(name, names, NEAR)
+    parts = set(get_close_matches(name.rpartition(".")[2], set(last.values()), NEAR))
+    found += sorted((one for one in names if last[one] in parts), key=len)
+    return list(dict.fromkeys(found))[:NEAR]
+
+
+def or_rather(name: str, known: Sequence[str], others: Iterable[str] = ()) -> str:
+    """The end of a sentence that refuses a name: what may have been meant, or else what there is; of `others`, which
+    are too many to be listed, only what may have been meant."""
+    found = near(name, [*known, *others])
+    meant = f"; did you mean {' or '.join(found)}?" if found else ""
+    return meant + ("" if found and len(known) > FEW else f" (known are: {', '.join(known) or 'none'})")

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Row, select
 
 from service.checkpoints import weights_of
 from service.errors import InvalidSpec
@@ -15,6 +15,7 @@ from service.specs.attacks import Transfer
 from service.specs.recipes import Imported
 from service.store.tables import datasets
 
+OWN = "npz:"  # in front of the names of a lab's own data sets
 REOPENED = (TaskState.FAILED, TaskState.CANCELLED)
 Known = Mapping[str, tuple[str, TaskState]]
 """`digest -> (task id, state)`, as `submitting.known_tasks` says it."""
@@ -23,13 +24,22 @@ Known = Mapping[str, tuple[str, TaskState]]
 def plans_of(
     connection: Connection, cells: Sequence[JobSpec], pointer: Callable[[str], str] = "/{}".format
 ) -> list[JobPlan]:
-    """What the jobs need; `pointer` says where in the request a field of theirs is."""
-    samples: dict[str, int] = {}
-    for job in cells:
-        samples[job.dataset] = max(job.samples, samples.get(job.dataset, 0))
-    rows = {name: _dataset(connection, name, most, pointer) for name, most in samples.items()}
+    """What the jobs need; `pointer` says where in the request a field of theirs is.
+
+    Two jobs that are the same once the `samples` that one of them leaves out are known have one plan.
+    """
+    own = {
+        name: _own_dataset(connection, name, pointer)
+        for name in dict.fromkeys(job.dataset for job in cells)
+        if name.startswith(OWN)
+    }
+    if own:
+        cells = list(dict.fromkeys(_sampled(job, own.get(job.dataset), pointer) for job in cells))
     weights: dict[tuple[str, str, str], str] = {}
-    return [plan_job(job, rows[job.dataset], _weights(connection, job, weights, pointer)) for job in cells]
+    return [
+        plan_job(job, _reference(job.dataset, own.get(job.dataset)), _weights(connection, job, weights, pointer))
+        for job in cells
+    ]
 
 
 def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
@@ -77,16 +87,26 @@ def _weights(
     return named
 
 
-def _dataset(connection: Connection, name: str, samples: int, pointer: Callable[[str], str]) -> DatasetRef:
+def _own_dataset(connection: Connection, name: str, pointer: Callable[[str], str]) -> Row[Any]:
     """The row that a data set's name stands for; nothing else of it is read when jobs are submitted."""
-    if not name.startswith("npz:"):
-        return DatasetRef(name=name)
-    row = connection.execute(select(datasets).where(datasets.c.name == name.removeprefix("npz:"))).one_or_none()
+    row = connection.execute(select(datasets).where(datasets.c.name == name.removeprefix(OWN))).one_or_none()
     if row is None:
-        known = ", ".join(f"npz:{other}" for other in connection.scalars(select(datasets.c.name).limit(20))) or "none"
+        known = ", ".join(f"{OWN}{other}" for other in connection.scalars(select(datasets.c.name).limit(20))) or "none"
         sentence = f"{name} is not registered (registered: {known}): `uncanny data add NAME DIR`"
         raise InvalidSpec([(pointer("dataset"), sentence)])
-    if samples > row.test_count:
-        sentence = f"{name} has {row.test_count} test images, {samples} were asked for"
+    return row
+
+
+def _sampled(job: JobSpec, row: Row[Any] | None, pointer: Callable[[str], str]) -> JobSpec:
+    """The job with as many samples as its data set has, where it says nothing of them."""
+    if row is None or job.samples <= row.test_count:
+        return job
+    if "samples" in job.model_fields_set:
+        sentence = f"{job.dataset} has {row.test_count} test images, {job.samples} were asked for"
         raise InvalidSpec([(pointer("samples"), sentence)])
-    return DatasetRef(name=name, train_sha256=row.train_sha256, test_sha256=row.test_sha256)
+    return job.model_copy(update={"samples": row.test_count})
+
+
+def _reference(name: str, row: Row[Any] | None) -> DatasetRef:
+    files = {} if row is None else {"train_sha256": row.train_sha256, "test_sha256": row.test_sha256}
+    return DatasetRef(name=name, **files)

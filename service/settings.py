@@ -155,6 +155,11 @@ class Settings(BaseSettings):
         return {names[name]: _written(value) for name, value in given.items() if value is not None}
 
     @property
+    def program(self) -> str:
+        """How this program is called where it was started, for the commands that it suggests."""
+        return "uv run uncanny" if self.uv else "uncanny"
+
+    @property
     def database(self) -> str:
         """The SQLAlchemy URL of the store."""
         path = str(self.home.expanduser().absolute() / "uncanny.db")

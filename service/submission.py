@@ -89,7 +89,7 @@ class Service:
                 connection, now, plans, known,
                 user=user, sweep_id=sweep_id, priority=sweep.priority, labels=sweep.labels,
             )  # fmt: skip
-            numbers = counted(len(plans), needed, known, repetitions=sweep.written() - len(cells))
+            numbers = counted(len(plans), needed, known, repetitions=sweep.written() - len(plans))
             body = {"id": sweep_id, "name": sweep.name, **numbers}
             return Reply(201, f"/v1/sweeps/{sweep_id}", body)
 
@@ -100,9 +100,10 @@ class Service:
         with self.database.read() as connection:
             if isinstance(asked, JobSpec):
                 return preview(connection, "", plans_of(connection, [asked]), user, self.limits)
-            cells = asked.cells()
-            plans, repetitions = plans_of(connection, cells, asked.pointer), asked.written() - len(cells)
-            return preview(connection, asked.name, plans, user, self.limits, repetitions=repetitions)
+            plans = plans_of(connection, asked.cells(), asked.pointer)
+            return preview(
+                connection, asked.name, plans, user, self.limits, repetitions=asked.written() - len(plans)
+            )  # fmt: skip
 
     def extend(
         self, sweep_id: str, grid: dict[str, list[Any]], *, user: str, idempotency: Idempotency | None = None
@@ -116,7 +117,8 @@ class Service:
             row = _sweep(connection, sweep_id)
             sweep = Sweep.model_validate(row.spec).extended(grid)
             have = set(connection.scalars(select(jobs.c.spec_digest).where(jobs.c.sweep_id == sweep_id)))
-            plans = plans_of(connection, [job for job in sweep.cells() if digest(job) not in have], sweep.pointer)
+            planned = plans_of(connection, sweep.cells(), sweep.pointer)
+        plans = [plan for plan in planned if digest(plan.job) not in have]
         needed = distinct_tasks(plans)
 
         def write(connection: Connection, now: float) -> Reply:

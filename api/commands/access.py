@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from api.commands.options import AsJson, Home, Url, client_of, print_json, settings_of
-from api.render import err, out, table
+from api.render import err, out, show, table
 
 EPILOG = "Exit codes: 0 done; 1 refused or an error; 2 bad usage; 3 no service answers."
 user = typer.Typer(help="Users, their roles and quotas (for admins).", no_args_is_help=True, epilog=EPILOG)
@@ -125,4 +125,4 @@ def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool, *
     if as_json:
         return print_json(rows[0] if one else rows)
     cells = [["–" if row[column] is None else str(row[column]) for column in columns] for row in rows]
-    return out.print(table(list(columns), cells))
+    return show(table(list(columns), cells))

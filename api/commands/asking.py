@@ -17,9 +17,10 @@ from api.commands.options import (
     filters_of,
     print_json,
 )
-from api.render import attack_name, fields_table, number, out, percent, say, table
+from api.render import attack_name, fields_table, number, percent, say, show, table, tell
 from service.dotted import flat
 
+FAILED = 1
 Trusted = Annotated[bool, typer.Option("--trusted/--any-verdict", help="Only results with the verdict `trusted`.")]
 
 
@@ -41,7 +42,7 @@ def aggregate(
         )
     if as_json:
         return print_json(found.items)
-    return out.print(fields_table(found.flat())) if found.items else say("No results match.")
+    return show(fields_table(found.flat())) if found.items else tell("No results match.")
 
 
 def leaderboard(
@@ -61,10 +62,12 @@ def leaderboard(
         return print_json(boards)
     for board in boards:
         title = f"{board['dataset']}, {board['preset'] or attack_name(board['attack'])}, {board['samples']} samples"
-        out.print(table(["rank", "architecture", "recipe", "scale", "seeds", "robust", "95 %", "clean"],
-                        [_place(row) for row in board["rows"]], title), "")  # fmt: skip
+        columns = ["rank", "architecture", "recipe", "scale", "seeds", "robust", "95 %", "clean"]
+        differs = _differing([dict(flat(row["recipe"])) for row in board["rows"]])
+        show(table(columns, [_place(row, differs) for row in board["rows"]], title))
+        say("")
     if not boards:
-        say("No results match.")
+        tell(f"No results match{', or none of them is trusted: see --any-verdict' if trusted else ''}.")
     return None
 
 
@@ -80,9 +83,11 @@ def compare(
     if as_json:
         return print_json(found)
     differing = [[name, *map(number, values)] for name, values in found["differing"].items()]
-    out.print(table(["differs", *(row["job_id"] for row in found["results"])], differing), "")
+    show(table(["differs", *(row["job_id"] for row in found["results"])], differing))
+    say("")
     columns = ["a", "b", "only_a", "only_b", "difference", "difference_low", "difference_high", "p_value"]
-    out.print(fields_table([{name: pair[name] for name in columns} for pair in found["pairs"]]), "")
+    show(fields_table([{name: pair[name] for name in columns} for pair in found["pairs"]]))
+    say("")
     if found["union"] is None:
         say(f"No worst case over all of them: {found['union_refused']}.")
     else:
@@ -109,7 +114,7 @@ def correlations(
         {"dataset": row["dataset"], "attack": attack_name(row["attack"]), "samples": row["samples"], **_tau(row)}
         for row in found
     ]
-    return out.print(fields_table(rows))
+    return show(fields_table(rows)) if rows else tell("No results match.")
 
 
 def retract(
@@ -123,19 +128,43 @@ def retract(
     as_json: AsJson = False,
 ) -> None:
     """Hide a result, or all that --filter chooses, from now on. Nothing is deleted."""
-    if bool(job) == bool(filter) or (undo and filter):
+    if undo and (filter or not job):
+        raise BadUsage("--undo takes the id of one result, and no --filter")
+    if bool(job) == bool(filter):
         raise BadUsage("give the id of one result, or --filter")
     if not (reason or undo):
         raise BadUsage("say why: --reason TEXT")
     with client_of(home, url) as client:
         done = client.restore(job) if undo else client.retract(job, reason, filter=filter, rerun=rerun)
-    return print_json(done) if as_json else out.print(fields_table([dict(flat(done))]))
+    if as_json:
+        print_json(done)
+    else:
+        for what, job_ids in done.items():
+            if job_ids:
+                say(f"{what}: {', '.join(job_ids)}")
+    if not any(done.values()):
+        tell("No result that is shown matches.")
+        raise typer.Exit(FAILED)
 
 
-def _place(row: Json) -> list[str]:
+def _differing(recipes: list[Json]) -> list[str]:
+    """The parameters in which these recipes, if they have the same name, are not all the same."""
+    names = dict.fromkeys(name for recipe in recipes for name in recipe if name != "name")
+    return [
+        name
+        for name in names
+        if any(
+            one["name"] == other["name"] and one.get(name) != other.get(name) for one in recipes for other in recipes
+        )
+    ]
+
+
+def _place(row: Json, differing: list[str]) -> list[str]:
+    recipe = dict(flat(row["recipe"]))
+    shown = [recipe["name"], *(f"{name} {number(recipe[name])}" for name in differing if name in recipe)]
     interval = "–" if row["ci95_low"] is None else f"{percent(row['ci95_low'])} to {percent(row['ci95_high'])}"
     return [
-        str(row["rank"]), row["architecture"], row["recipe"]["name"], number(row["scale"]), str(row["seeds"]),
+        str(row["rank"]), row["architecture"], ", ".join(shown), number(row["scale"]), str(row["seeds"]),
         percent(row["robust_accuracy"]), interval, percent(row["clean_accuracy"]),
     ]  # fmt: skip
 

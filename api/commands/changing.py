@@ -3,11 +3,11 @@
 from typing import Annotated
 
 import typer
-import yaml
 
+from api import written
 from api.client import Json
 from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json
-from api.render import out, say, table
+from api.render import counted, say, show, table
 
 Ident = Annotated[str, typer.Argument(metavar="ID", help="A job or a sweep.")]
 SweepIdent = Annotated[str, typer.Argument(metavar="ID", help="A sweep.")]
@@ -52,10 +52,10 @@ def extend(
     """Add values to axes of a sweep's grid; only the new cells are computed."""
     grid = {}
     for item in axes:
-        axis, equals, written = item.partition("=")
+        axis, equals, said = item.partition("=")
         try:
-            values = yaml.safe_load(f"[{written}]")
-        except yaml.YAMLError:
+            values = written.read(f"[{said}]")
+        except ValueError:
             values = None
         if not axis or not equals or not values:
             raise BadUsage(f"{item!r} is not of the form AXIS=VALUE,VALUE")
@@ -65,7 +65,7 @@ def extend(
     if as_json:
         return print_json(extended)
     made = ", ".join(f"{n} {kind}" for kind, n in extended["to_compute"].items() if n) or "nothing"
-    return say(f"{extended['jobs']} new jobs in sweep {ident}; to compute: {made}")
+    return say(f"{counted(extended['jobs'], 'new job')} in sweep {ident}; to compute: {made}")
 
 
 def priority(
@@ -92,8 +92,10 @@ def explain(
         explained = client.explain(ident)
     if as_json:
         return print_json(explained)
-    say(f"{ident} ({explained['state']}): {explained['sentence']}")
-    return out.print(table(["kind", "state", "why"], [_line(task) for task in explained["tasks"]]))
+    say(f"{ident}: {explained['sentence']}")
+    if explained["tasks"]:
+        show(table(["kind", "state", "why"], [_line(task) for task in explained["tasks"]]))
+    return None
 
 
 def queue(home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
@@ -104,8 +106,8 @@ def queue(home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
         return print_json(seen)
     say(f"paused by {seen['paused_by']}" if seen["paused"] else "the queue goes on")
     say("jobs: " + (", ".join(f"{n} {state}" for state, n in sorted(seen["jobs"].items())) or "none"))
-    columns = ["user", "weight", "device seconds", "GPUs in use", "GPUs at most", "waits"]
-    return out.print(table(columns, [_user(user) for user in seen["users"]]))
+    columns = ["user", "weight", "device seconds", "devices in use", "GPUs at most", "waits"]
+    return show(table(columns, [_user(user) for user in seen["users"]]))
 
 
 def _line(task: Json) -> list[str]:
@@ -123,8 +125,8 @@ def _user(user: Json) -> list[str]:
 def _report(changed: Json, verb: str, as_json: bool) -> None:
     if as_json:
         return print_json(changed)
-    what = f"{changed['jobs']} jobs of sweep {changed['id']}" if "jobs" in changed else f"job {changed['id']}"
-    say(f"{what} {verb}")
+    of_sweep = f"{counted(changed['jobs'], 'job')} of sweep " if "jobs" in changed else "job "
+    say(f"{of_sweep}{changed['id']} {verb}")
     return None
 
 

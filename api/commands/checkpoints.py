@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json
-from api.render import out, say, table
+from api.render import say, show, table
 
 EPILOG = "Exit codes: 0 done; 1 an error; 2 bad usage or refused weights; 3 no service answers."
 checkpoint = typer.Typer(help="Weights made elsewhere.", no_args_is_help=True, epilog=EPILOG)
@@ -51,4 +51,4 @@ def list_all(home: Home = None, url: Url = None, as_json: AsJson = False) -> Non
     if as_json:
         return print_json(rows)
     columns = ["name", "architecture", "dataset", "classes", "parameters", "created_by"]
-    return out.print(table(columns, [[str(row[name]) for name in columns] for row in rows]))
+    return show(table(columns, [[str(row[name]) for name in columns] for row in rows]))

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from api.commands.options import AsJson, Home, print_json, settings_of
-from api.render import err, out, say, table
+from api.render import err, out, say, show, table
 
 EPILOG = "Exit codes: 0 all is well (also with warnings); 1 a check failed, or an error; 2 bad usage."
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -61,7 +61,7 @@ def gc(
     cells = [
         [name, str(pile.count), f"{pile.size_bytes / 1e6:.1f}"] for name in piles for pile in [getattr(report, name)]
     ]
-    out.print(table(["would go" if dry_run else "gone", "count", "MB"], cells))
+    show(table(["would go" if dry_run else "gone", "count", "MB"], cells))
     if report.over_quota_bytes:
         say(f"Still {report.over_quota_bytes / 1e6:.1f} MB over the quota: all that is left is needed.")
     return None

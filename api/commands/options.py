@@ -49,8 +49,7 @@ def client_of(home: Path | None, url: str | None) -> Client:
 
 
 def program() -> str:
-    """How this program is called where it was started, for the commands that it suggests."""
-    return "uv run uncanny" if settings_of().uv else "uncanny"
+    return settings_of().program
 
 
 def filters_of(given: list[str] | None) -> dict[str, Any]:

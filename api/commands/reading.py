@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from api.client import Json
 from api.commands.options import AsJson, Filter, Filters, Home, Retracted, Url, client_of, filters_of, print_json
-from api.render import err, fields_table, jobs_table, out, results_table, sweeps_table, table
+from api.render import fields_table, jobs_table, results_table, say, show, sweeps_table, table, tell
 from service.dotted import flat
 
 MAX_PAGE = 1000
@@ -33,14 +34,14 @@ def jobs(
             return _show_job(client.job(one), as_json)
         found = client.jobs(filter, sort=sort, limit=_page(limit), **filters_of(filters))
         rows = _first(found, limit, "--limit shows more")
-    return print_json(rows) if as_json else out.print(jobs_table(rows))
+    return print_json(rows) if as_json else _show(jobs_table(rows), rows, "jobs")
 
 
 def sweeps(limit: Limit = 20, home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
     """List sweeps with their progress, the newest first."""
     with client_of(home, url) as client:
         rows = _first(client.sweeps(limit=_page(limit)), limit, "--limit shows more")
-    return print_json(rows) if as_json else out.print(sweeps_table(rows))
+    return print_json(rows) if as_json else _show(sweeps_table(rows), rows, "sweeps")
 
 
 def results(
@@ -59,7 +60,7 @@ def results(
     with client_of(home, url) as client:
         if one := _ident(filters):
             result = client.result(one)
-            return print_json(result) if as_json else out.print(results_table([result]))
+            return print_json(result) if as_json else show(results_table([result]))
         found = client.results(
             filter, sort=sort, fields=fields, limit=_page(limit), include_retracted=include_retracted,
             **filters_of(filters),
@@ -72,7 +73,13 @@ def results(
         writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(name for row in flattened for name in row)))
         writer.writeheader()
         return writer.writerows(flattened)
-    return out.print(fields_table([dict(flat(row)) for row in rows]) if fields else results_table(rows))
+    made = fields_table([dict(flat(row)) for row in rows]) if fields else results_table(rows)
+    return _show(made, rows, "results")
+
+
+def _show(made: Table, rows: list[Json], noun: str) -> None:
+    """That nothing matches is no row: it is said on stderr."""
+    return show(made) if rows else tell(f"No {noun} match.")
 
 
 def _page(limit: int) -> int:
@@ -84,7 +91,7 @@ def _first(found: Iterable[Json], limit: int, advice: str) -> list[Json]:
     """The rows that are shown; what stands on stdout is not all of them where stderr says so."""
     rows = list(itertools.islice(found, limit + 1))
     if len(rows) > limit:
-        err.print(f"These are the first {limit}, and there are more: {advice}.", markup=False, soft_wrap=True)
+        tell(f"There are more than {'this one' if limit == 1 else f'these {limit}'}: {advice}.")
     return rows[:limit]
 
 
@@ -96,7 +103,8 @@ def _ident(filters: list[str] | None) -> str | None:
 def _show_job(job: Json, as_json: bool) -> None:
     if as_json:
         return print_json(job)
-    out.print(jobs_table([job]), "")
+    show(jobs_table([job]))
+    say("")
     columns = ["task", "kind", "part", "state", "attempt", "reason"]
     tasks = [
         [
@@ -105,4 +113,4 @@ def _show_job(job: Json, as_json: bool) -> None:
         ]
         for task in job["tasks"]
     ]  # fmt: skip
-    return out.print(table(columns, tasks))
+    return show(table(columns, tasks))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from api.commands.options import AsJson, Home, Url, client_of, print_json, settings_of
-from api.render import err, out, say, table
+from api.render import err, say, show, table
 from service.errors import SchemaOutdated
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def list_data(home: Home = None, url: Url = None, as_json: AsJson = False) -> No
     if as_json:
         return print_json(rows)
     columns = ["name", "channels", "height", "width", "classes", "train_count", "test_count", "created_by"]
-    return out.print(table(columns, [[str(row[name]) for name in columns] for row in rows]))
+    return show(table(columns, [[str(row[name]) for name in columns] for row in rows]))
 
 
 @db.command("upgrade", epilog=DB_EPILOG)

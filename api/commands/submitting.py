@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from api import written
 from api.client import ENDED, SWEEP_FIELDS, ApiError, Client, Event, Job, Json, Sweep
 from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json, print_line, program
-from api.render import attack_name, number, say, sweep_progress, tell
+from api.render import attack_name, counted, number, say, sweep_progress, tell
 
 FAILED = 1
 NAMED = 5  # of the cells of a sweep that failed
@@ -24,7 +24,7 @@ def submit(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a job or a sweep. Exit codes: 0 done, 1 failed jobs, 2 refused, 3 nobody answers."""
+    """Submit a job or a sweep."""
     spec = read_spec(file)
     with client_of(home, url) as client:
         if dry_run:
@@ -65,11 +65,11 @@ def watch(
 def read_spec(file: Path) -> Json:
     """Raises `BadUsage` for what is no mapping in YAML or JSON."""
     try:
-        spec = yaml.safe_load(file.read_text())
+        spec = written.read(file.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise BadUsage(f"cannot read {file}: {error}") from None
-    except yaml.YAMLError as error:
-        raise BadUsage(f"{file} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise BadUsage(f"{file}: {error}") from None
     if not isinstance(spec, dict):
         raise BadUsage(f"{file} must hold one job or one sweep, as a mapping")
     return spec
@@ -84,7 +84,8 @@ def _show_preview(client: Client, spec: Json, as_json: bool) -> None:
     if as_json:
         return print_json(preview)
     estimate, quota = preview["estimate"], preview["quota"]
-    say(f"{preview['jobs']} jobs{_repeated(preview)} need {_counted(preview['tasks'])}.")
+    needs = "needs" if preview["jobs"] == 1 else "need"
+    say(f"{counted(preview['jobs'], 'job')}{_repeated(preview)} {needs} {_counted(preview['tasks'])}.")
     say(f"To compute: {_counted(preview['to_compute'])}; known: {_counted(preview['known'])}.")
     say(f"Under way for others: {_counted(preview['under_way'])}.")
     if estimate["reason"]:
@@ -106,7 +107,7 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def _repeated(counts: Json) -> str:
-    return f" ({counts['repetitions']} repetitions dropped)" if counts["repetitions"] else ""
+    return f" ({counted(counts['repetitions'], 'repetition')} dropped)" if counts["repetitions"] else ""
 
 
 def _say_accepted(submitted: Job | Sweep, *, next_commands: bool = True) -> None:
@@ -114,7 +115,7 @@ def _say_accepted(submitted: Job | Sweep, *, next_commands: bool = True) -> None
     say(f"Accepted {noun} {submitted.id}.")
     if isinstance(submitted, Sweep):
         done = submitted.accepted
-        say(f"{done['jobs']} jobs{_repeated(done)}.")
+        say(f"{counted(done['jobs'], 'job')}{_repeated(done)}.")
         say(f"To compute: {_counted(done['to_compute'])}; known: {_counted(done['known'])}.")
     if next_commands:
         which = f"sweep={submitted.id}" if noun == "sweep" else f"{submitted.id}"
@@ -161,7 +162,8 @@ def _look(client: Client, ident: str) -> tuple[str, Json]:
     except ApiError as error:
         if error.status != 404:
             raise
-        raise BadUsage(f"there is no job and no sweep {ident}") from None
+        problem = {**error.problem, "detail": f"there is no job and no sweep {ident}"}
+        raise ApiError(error.status, problem) from None
 
 
 def _show_event(event: Event, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, PRESETS, Attack
@@ -14,6 +14,7 @@ from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES, Measure
 from service.specs.names import Architecture, NamedRecipe, known
 from service.specs.recipes import AnyRecipe, Imported, Standard
 
+SAMPLES = 1000  # where nothing is said
 OWN_DATASET = re.compile(r"npz:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -58,11 +59,24 @@ class JobSpec(Spec):
     measures: Annotated[
         tuple[Measure, ...], BeforeValidator(_measures, json_schema_input_type=list[Measure | str])
     ] = ()
-    samples: Annotated[Whole, Field(ge=1, le=1_000_000, description="The first so many of one fixed permutation.")] = (
-        1000
-    )
+    samples: Annotated[
+        Whole,
+        Field(
+            ge=1, le=1_000_000,
+            description="The first so many of one fixed permutation; left out: 1,000, or all of a smaller test set.",
+        ),
+    ] = SAMPLES  # fmt: skip
     arrays: bool = Field(default=False, description="Keep every example's trajectory as an artifact (safetensors).")
     replicate: Annotated[Whole, Field(ge=0, lt=2**31, description="Another number forces an independent rerun.")] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_left_out(cls, written: Any) -> Any:
+        """Of a lab's own data set, planning knows the size."""
+        if not isinstance(written, dict) or "samples" in written or not isinstance(written.get("dataset"), str):
+            return written
+        known = catalog.DATASETS.get(written["dataset"])
+        return written if known is None else {**written, "samples": min(SAMPLES, known.test)}
 
     @field_validator("samples")
     @classmethod

@@ -11,6 +11,7 @@ from service.specs.attacks import ATTACKS
 from service.specs.base import Labels, Spec, Whole, shorten
 from service.specs.job import JobSpec
 from service.specs.measures import MEASURES
+from service.specs.parameters import no_such_field
 from service.specs.recipes import RECIPES
 
 MAX_CELLS = 100_000
@@ -149,6 +150,9 @@ def problems(error: ValidationError, *, prefix: str = "", axes: Cell | None = No
         path = _as_written(item["loc"])
         where = prefix + _pointer(*path) if axes is None else _in_cell(path, prefix, axes)
         sentence = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            out.append((where, no_such_field(path)))
+            continue
         if item["type"] not in {"missing", "value_error"} and not isinstance(item.get("input"), (dict, list)):
             sentence += f" (it was {shorten(item['input'])})"
         out.append((where, sentence))

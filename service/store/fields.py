@@ -2,18 +2,18 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from sqlalchemy import BigInteger, Connection, case, cast, exists, func, literal, select
 from sqlalchemy.sql import ColumnElement
 
+from service.dotted import or_rather
 from service.errors import InvalidQuery
 from service.query import LABEL, plain
-from service.specs import JobSpec
 from service.specs.measures import MEASURES
+from service.specs.parameters import parameters, scalars
 from service.store.listed import elements
 from service.store.result_tables import METRICS, cells, number_names, results
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
@@ -81,9 +81,7 @@ def unknown(
     parameter: str, name: str, known: Sequence[str], position: int | None = None, others: Sequence[str] = ()
 ) -> InvalidQuery:
     """That there is no such field, and which are near; `others` are too many to be listed."""
-    near = get_close_matches(name, [*known, *others], n=3)
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
-    return InvalidQuery(parameter, f"unknown field {name!r}{meant} (known are: {', '.join(known)})", position)
+    return InvalidQuery(parameter, f"unknown field {name!r}{or_rather(name, known, others)}", position)
 
 
 def stored_numbers(connection: Connection) -> list[str]:
@@ -92,28 +90,11 @@ def stored_numbers(connection: Connection) -> list[str]:
     return [name for name in connection.scalars(query) if name not in METRICS]
 
 
-def _spec_kinds() -> dict[str, Kind]:
-    """Every scalar of a job's spec by its dotted name, of whichever attack or recipe, also of a transfer's own."""
-    schema = JobSpec.model_json_schema(mode="serialization")
-    return dict(_scalars(schema, schema["$defs"]))
+def _kinds(types: Mapping[str, str]) -> dict[str, Kind]:
+    return {name: KINDS[kind] for name, kind in types.items()}
 
 
-def _scalars(schema: Mapping[str, Any], models: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Kind]]:
-    for name, of in schema.get("properties", {}).items():
-        for choice in _choices(of):
-            if "$ref" in choice:
-                yield from _scalars(models[choice["$ref"].rpartition("/")[2]], models, f"{prefix}{name}.")
-            elif choice.get("type") in KINDS:
-                yield prefix + name, KINDS[choice["type"]]
-
-
-def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a value may be, one of several or only this."""
-    several = schema.get("anyOf", schema.get("oneOf"))
-    return [schema] if several is None else [choice for one in several for choice in _choices(one)]
-
-
-SPEC_KINDS = _spec_kinds()
+SPEC_KINDS = _kinds(parameters())
 SHORT = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
 COLUMNS = {"attack.type": "attack", "attack.norm": "norm", "attack.eps": "eps", "recipe.name": "recipe"}
 PROVENANCE: dict[str, Kind] = {
@@ -271,7 +252,7 @@ def _measure_kinds() -> dict[str, dict[str, Kind]]:
     found: dict[str, dict[str, Kind]] = {}
     for kind, model in MEASURES.items():
         schema = model.model_json_schema(mode="serialization")
-        found[kind] = {**dict(_scalars(schema, schema.get("$defs", {}))), "version": "integer"}
+        found[kind] = {**_kinds(scalars(schema)), "version": "integer"}
     return found
 
 

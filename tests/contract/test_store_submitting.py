@@ -393,6 +393,19 @@ class TestOwnDatasets:
         [train] = lab.rows(tasks, kind="train")
         assert train.spec["dataset"] == {"name": "npz:mine", "train_sha256": files[0], "test_sha256": files[1]}
 
+    def test_samples_left_out_are_all_of_a_small_test_set(self, lab: Any, files: tuple[str, str]) -> None:
+        lab.service.register_dataset("mine", *files, user="ann")
+        job = {name: value for name, value in lab.BASE.items() if name != "samples"} | {"dataset": "npz:mine"}
+        left_out = lab.service.submit(JobSpec.model_validate(job), user="ann").body
+        assert lab.job(left_out["id"]).spec["samples"] == 6
+        written = lab.service.submit(JobSpec.model_validate({**job, "samples": 6}), user="bob").body
+        assert written["tasks"] == left_out["tasks"]
+        sweep = {"name": "both", "base": job, "grid": {"scale": [1, 5]}, "include": [{"samples": 6}, {"samples": 3}]}
+        body = lab.service.submit_sweep(Sweep.model_validate(sweep), user="ann").body
+        assert (body["jobs"], body["repetitions"]) == (3, 1)
+        longer = lab.service.extend(body["id"], {"scale": [1, 5, 9]}, user="ann").body
+        assert longer["jobs"] == 1  # the cells that were there are known by their digests
+
     def test_the_same_again_changes_nothing_and_others_are_refused(self, lab: Any, files: tuple[str, str]) -> None:
         lab.service.register_dataset("mine", *files, user="ann")
         before = lab.dump()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -20,8 +21,9 @@ import pytest
 import typer.core
 import typer.main
 import yaml
+from rich.console import Console
 
-from api import client, report
+from api import client, render, report
 from api.cli import app, main
 from api.client import ApiError
 from api.render import percent
@@ -172,7 +174,6 @@ def test_questions_to_all_results(server: Any, tmp_path: Path) -> None:
     [board] = asked("leaderboard", *chosen, "--any-verdict", "--json")
     assert len(board["rows"]) == 1
     assert "mlp" in asked("leaderboard", *chosen, "--any-verdict", "--scale", "all")
-    assert "No results match" in asked("leaderboard", "architecture=vgg11_bn")
     ids = [row["job_id"] for row in rows]
     assert asked("compare", *ids, "--json")["examples"] == 20
     assert "Robust against all of them: 50.0 %" in asked("compare", *ids)
@@ -185,6 +186,38 @@ def test_questions_to_all_results(server: Any, tmp_path: Path) -> None:
     assert ids[0] in asked("retract", ids[0], "--undo")
     for wrong in (("retract", ids[0]), ("retract", "--reason", "x"), ("export", tmp_path / "asked.xlsx")):
         sentence(uncanny(*wrong, url=server.url), 2)
+
+
+def test_that_nothing_matches_is_said(server: Any) -> None:
+    """On stderr, for what stands on stdout are rows."""
+    for command in (
+        ["results", "architecture=mpl"], ["jobs", "state=hold"], ["aggregate", "architecture=mpl"],
+        ["leaderboard", "architecture=mpl"], ["correlations", "clean_accuracy", "architecture=mpl"],
+    ):  # fmt: skip
+        done = uncanny(*command, url=server.url)
+        assert (done.returncode, done.stdout) == (0, ""), command
+        assert " match" in done.stderr
+    for more in ([], ["--json"]):
+        done = uncanny("retract", "--filter", "architecture = mpl", "--reason", "a typo", *more, url=server.url)
+        assert done.returncode == 1
+        assert "No result" in done.stderr
+
+
+def test_recipes_of_a_leaderboard_are_told_apart(server: Any) -> None:
+    server.sweep("told apart", seed=320, **{"recipe.epochs": [3, 4]})
+    shown = uncanny("leaderboard", "seed=320", "--any-verdict", url=server.url).stdout
+    assert "standard, epochs 3" in shown
+    assert "standard, epochs 4" in shown
+
+
+def test_a_terminal_that_is_narrow_breaks_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "out", Console(width=40))
+    job_id, reason = "01a22578-97ed-7290-babc-d27411e22b04", "it failed for a reason that takes more than forty columns"
+    out = io.StringIO()
+    with redirect_stdout(out):
+        render.show(render.table(["job", "reason"], [[job_id, reason]]))
+    assert job_id in out.getvalue()
+    assert " ".join(out.getvalue().replace(job_id, "").split()) == f"job reason {reason}"
 
 
 def test_submitting_prints_the_next_commands(server: Any, files: dict[str, Path]) -> None:
@@ -212,13 +245,14 @@ def test_failed_jobs_are_exit_code_1(server: Any, files: dict[str, Path]) -> Non
     sweep = json.loads(done.stdout)
     assert sweep["jobs"]["failed"] == 1
     [named] = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert re.search(r"^cli fails: \d0? %, \d/2 jobs, ETA ", done.stderr, re.MULTILINE)  # stderr is no terminal
     assert "mlp on digits" in named
     assert "seed 666" in named
     assert "diverged" in named
     assert uncanny("watch", sweep["id"], url=server.url).returncode == 1
     retried = uncanny("retry", sweep["id"], "--json", url=server.url)
     assert json.loads(retried.stdout)["jobs"] == 1
-    assert "1 jobs" in uncanny("retry", server_wait(server, sweep["id"]), url=server.url).stdout
+    assert "1 job of sweep" in uncanny("retry", server_wait(server, sweep["id"]), url=server.url).stdout
 
 
 def test_ctrl_c_while_waiting_is_130_and_the_work_goes_on(server: Any, tmp_path: Path) -> None:
@@ -255,20 +289,31 @@ def server_wait(server: Any, sweep_id: str) -> str:
 def test_cancel(server: Any) -> None:
     job = server.client.submit(JOB, seed=777)
     assert "cancelled" in uncanny("cancel", job.id, url=server.url).stdout
-    assert "is cancelled" in sentence(uncanny("cancel", job.id, url=server.url), 1)
-    assert "there is no" in sentence(uncanny("cancel", "nothing", url=server.url), 1)
+    assert "is cancelled" in sentence(uncanny("cancel", job.id, url=server.url), 4)
+    assert "there is no" in sentence(uncanny("cancel", "nothing", url=server.url), 4)
 
 
-def test_bad_usage_and_refused_specs_are_exit_code_2(server: Any, files: dict[str, Path], tmp_path: Path) -> None:
-    assert "resnet18" in sentence(uncanny("submit", files["refused.yaml"], url=server.url), 2)
+def test_what_the_service_refuses_is_exit_code_4_with_the_problem_document(server: Any, files: dict[str, Path]) -> None:
+    assert "resnet18" in sentence(uncanny("submit", files["refused.yaml"], url=server.url), 4)
+    assert "robust_accuracy" in sentence(uncanny("results", "--sort", "robust_acuracy", url=server.url), 4)
+    assert "no job and no sweep" in sentence(uncanny("watch", "nothing", url=server.url), 4)
+    done = uncanny("submit", files["refused.yaml"], "--json", url=server.url)
+    assert done.returncode == 4
+    problem = json.loads(done.stdout)
+    assert (problem["status"], problem["errors"][0]["pointer"]) == (422, "/architecture")
+
+
+def test_bad_usage_is_exit_code_2(server: Any, tmp_path: Path) -> None:
     assert "cannot read" in sentence(uncanny("submit", tmp_path / "nowhere.yaml", url=server.url), 2)
     (tmp_path / "broken.yaml").write_text("a: [1, 2\nb: }")
     assert "neither YAML nor JSON" in sentence(uncanny("submit", tmp_path / "broken.yaml", url=server.url), 2)
+    (tmp_path / "twice.yaml").write_text("architecture: mlp\narchitecture: simple_cnn\n")
+    assert "line 2" in sentence(uncanny("submit", tmp_path / "twice.yaml", url=server.url), 2)
+    (tmp_path / "nan.yaml").write_text("{architecture: mlp, dataset: digits, attack: pgd_l2, scale: .nan}")
+    assert "/scale is nan" in sentence(uncanny("submit", tmp_path / "nan.yaml", url=server.url), 2)
     (tmp_path / "list.yaml").write_text("- 1")
     assert "mapping" in sentence(uncanny("submit", tmp_path / "list.yaml", url=server.url), 2)
-    assert "robust_accuracy" in sentence(uncanny("results", "--sort", "colour", url=server.url), 2)
     assert "FIELD=VALUE" in sentence(uncanny("results", "a", "b", url=server.url), 2)
-    assert "no job and no sweep" in sentence(uncanny("watch", "nothing", url=server.url), 2)
     assert "UNCANNY" not in sentence(uncanny("jobs", url=server.url, env={"UNCANNY_PORT": "many"}), 2)
     for arguments in (["nonsense"], ["submit"], ["results", "--limit", "x"]):
         done = uncanny(*arguments, url=server.url)
@@ -311,7 +356,7 @@ def test_the_installed_command(server: Any, files: dict[str, Path]) -> None:
     command = [Path(sys.executable).parent / "uncanny", "submit", files["refused.yaml"]]
     environment = {**os.environ, "UNCANNY_URL": server.url}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
-    assert "resnet18" in sentence(Done(done.returncode, done.stdout, done.stderr), 2)
+    assert "resnet18" in sentence(Done(done.returncode, done.stdout, done.stderr), 4)
 
 
 def test_help_names_the_exit_codes() -> None:
@@ -345,7 +390,7 @@ def test_rows_that_are_not_shown_are_said(server: Any) -> None:
                 continue
             cut = uncanny(*command, *kind, "--limit", "1", url=server.url)
             assert cut.returncode == 0
-            assert cut.stderr.startswith("These are the first 1, and there are more: --limit shows more"), cut
+            assert cut.stderr.startswith("There are more than this one: --limit shows more"), cut
             assert "These are" not in cut.stdout
             assert kind != ["--json"] or len(json.loads(cut.stdout)) == 1
     whole = uncanny("results", f"sweep={sweep['id']}", "--json", "--limit", "3", url=server.url)
@@ -373,7 +418,7 @@ def test_watching_goes_on_while_the_database_is_away(server: Any, monkeypatch: p
     assert next(refused, None) is None
 
 
-@pytest.mark.parametrize(("name", "jobs", "trainings"), [("quick.yaml", 28, 2), ("paper.yaml", 112, 8)])
+@pytest.mark.parametrize(("name", "jobs", "trainings"), [("quick.yaml", 84, 6), ("paper.yaml", 112, 8)])
 def test_the_examples_are_accepted(server: Any, name: str, jobs: int, trainings: int) -> None:
     preview = json.loads(uncanny("submit", EXAMPLES / name, "--dry-run", "--json", url=server.url).stdout)
     assert (preview["jobs"], preview["tasks"]["train"]) == (jobs, trainings)

@@ -39,43 +39,48 @@ def sound(lab: Any) -> None:
 
 
 NINES = "9" * 5000
-RAW: dict[str, tuple[bytes, str]] = {
-    "NaN": (body(scale="NaN"), "/scale"),
-    "Infinity": (body(scale="Infinity"), "/scale"),
-    "-Infinity": (body(scale="-Infinity"), "/scale"),
-    "1e999": (body(scale="1e999"), "/scale"),
-    "1e999 of the attack": (body(attack=json.dumps(WRITTEN_OUT).replace('"8/255"', "1e999")), "/attack/eps"),
-    "2^63": (body(seed=str(2**63)), "/seed"),
-    "-2^63 - 1": (body(seed=str(-(2**63) - 1)), "/seed"),
-    "nines for a whole number": (body(seed=NINES), ""),
-    "nines for a number": (body(scale=NINES), ""),
-    "nines in a text": (body(scale=f'"{NINES}"'), "/scale"),
-    "a NUL": (body(labels=r'{"a": "\u0000"}'), "/labels"),
-    "half a pair": (body(labels=r'{"a": "\ud800"}'), "/labels"),
-    "half a pair as a name": (body(architecture=r'"\ud800"'), "/architecture"),
-    "a key twice": (body()[:-1] + b', "scale": 1, "scale": 5}', ""),
-    "a key twice within": (body(attack='{"type": "pgd", "eps": 0.1, "eps": 0.2}'), ""),
-    "a key twice among many": (body(labels="{" + ", ".join(f'"{i % 100_000}": "1"' for i in range(100_001)) + "}"), ""),
-    "deep": (b"[" * 100_000, ""),
-    "deep inside": (body(labels="[" * 100_000 + "]" * 100_000), ""),
-    "nothing": (b"", ""),
-    "no text": (b"\xff\xfe", ""),
-    "null": (b"null", ""),
-    "true for a number": (body(scale="true"), "/scale"),
-    "true for a whole number": (body(seed="true"), "/seed"),
+NOT_JSON = 400  # what has no one meaning as JSON; all else that no field takes is 422
+RAW: dict[str, tuple[bytes, str, int]] = {
+    "NaN": (body(scale="NaN"), "/scale", NOT_JSON),
+    "Infinity": (body(scale="Infinity"), "/scale", NOT_JSON),
+    "-Infinity": (body(scale="-Infinity"), "/scale", NOT_JSON),
+    "1e999": (body(scale="1e999"), "/scale", 422),
+    "1e999 of the attack": (body(attack=json.dumps(WRITTEN_OUT).replace('"8/255"', "1e999")), "/attack/eps", 422),
+    "2^63": (body(seed=str(2**63)), "/seed", 422),
+    "-2^63 - 1": (body(seed=str(-(2**63) - 1)), "/seed", 422),
+    "nines for a whole number": (body(seed=NINES), "", 422),
+    "nines for a number": (body(scale=NINES), "", 422),
+    "nines in a text": (body(scale=f'"{NINES}"'), "/scale", 422),
+    "a NUL": (body(labels=r'{"a": "\u0000"}'), "/labels", 422),
+    "half a pair": (body(labels=r'{"a": "\ud800"}'), "/labels", 422),
+    "half a pair as a name": (body(architecture=r'"\ud800"'), "/architecture", 422),
+    "a key twice": (body()[:-1] + b', "scale": 1, "scale": 5}', "", NOT_JSON),
+    "a key twice within": (body(attack='{"type": "pgd", "eps": 0.1, "eps": 0.2}'), "", NOT_JSON),
+    "a key twice among many": (
+        body(labels="{" + ", ".join(f'"{i % 100_000}": "1"' for i in range(100_001)) + "}"),
+        "",
+        NOT_JSON,
+    ),
+    "deep": (b"[" * 100_000, "", NOT_JSON),
+    "deep inside": (body(labels="[" * 100_000 + "]" * 100_000), "", NOT_JSON),
+    "nothing": (b"", "", NOT_JSON),
+    "no text": (b"\xff\xfe", "", NOT_JSON),
+    "null": (b"null", "", 422),
+    "true for a number": (body(scale="true"), "/scale", 422),
+    "true for a whole number": (body(seed="true"), "/seed", 422),
 }
 
 
 @pytest.mark.parametrize("name", RAW)
 def test_values_in_json(lab: Any, name: str) -> None:
-    content, pointer = RAW[name]
+    content, pointer, status = RAW[name]
     before = lab.http.get("/v1/jobs").json()
     answer = post(lab, content)
-    assert answer.status_code in (400, 422), answer.text
+    assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert len(answer.content) < 3000
     assert any(problem["pointer"].startswith(pointer) for problem in answer.json()["errors"]), answer.text
-    assert post(lab, content, "/v1/sweeps").status_code in (400, 422)
+    assert post(lab, content, "/v1/sweeps").status_code == status
     assert lab.http.get("/v1/jobs").json() == before
     sound(lab)
 
@@ -87,7 +92,7 @@ def test_a_body_of_50_mb(lab: Any) -> None:
 
 def test_a_body_that_says_it_is_plain_text(lab: Any) -> None:
     answer = post(lab, body(), kind="text/plain")
-    assert answer.status_code in (415, 422)
+    assert answer.status_code == 415
     assert "application/json" in answer.json()["detail"]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from api.written import read
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
@@ -39,10 +41,9 @@ def test_block(kind: str, text: str, server: Any, shell: dict[str, str], tmp_pat
     for written in ("results.parquet", "--snapshot frozen", "verify frozen"):
         *command, name = written.split()
         text = text.replace(written, " ".join([*command, str(tmp_path / name)]))
-    if "resnet18 and" in text:
-        base = {"architecture": "resnet18", "dataset": "cifar10", "attack": "pgd_linf", "samples": 20}
-        asked = server.client.sweep(name="of the README", base=base, grid={"scale": [1, 5], "seed": [0, 1, 2]})
-        assert asked.wait()["state"] == "succeeded"
+    if "recipe.epochs" in text:
+        quick = read((REPOSITORY / "examples" / "quick.yaml").read_text())
+        assert server.client.sweep(quick).wait()["state"] == "succeeded"
     if "data add" in text:
         (tmp_path / "images").mkdir()
         for split in ("train", "test"):
@@ -55,10 +56,11 @@ def test_block(kind: str, text: str, server: Any, shell: dict[str, str], tmp_pat
     done = subprocess.run(command, cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()
-    if "to_polars" in text:  # half of the images are robust, of every seed
-        rows = [re.findall(r"[\d.]+", line) for line in done.stdout.splitlines() if line.startswith("│")][-2:]
+    if "to_polars" in text:  # of every seed half of the images are robust, and all at s = 50
+        rows = [re.findall(r"[\d.]+", line) for line in done.stdout.splitlines() if line.startswith("│")][-7:]
+        shares = {0.25: 0.5, 0.5: 0.5, 1: 0.5, 2.5: 0.5, 5: 0.5, 10: 0.5, 50: 1}
         assert [[float(number) for number in (row[0], *row[-3:])] for row in rows] == [
-            [s, 0.5, 0.5, 0.5] for s in (1, 5)
+            [s, *[share] * 3] for s, share in shares.items()
         ]
 
 
@@ -67,10 +69,28 @@ def test_every_language_of_a_block_is_run_or_named() -> None:
     assert all(any(command in README for _, text in BLOCKS if command in text) for command in ELSEWHERE)
 
 
-def test_the_figure_is_drawn_from_results(server: Any, shell: dict[str, str], tmp_path: Path) -> None:
+def draw(shell: dict[str, str], script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "examples" / script), *arguments]
+    return subprocess.run(command, env=shell, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_figures_are_drawn_from_results(server: Any, shell: dict[str, str], tmp_path: Path) -> None:
     sweep = server.sweep("figure", scale=[1, 5, 50], attack=["pgd_l2", "pgd_linf"])
     picture = tmp_path / "scaling.png"
-    command = [sys.executable, str(REPOSITORY / "examples" / "figure_scaling.py"), str(picture), f"sweep={sweep['id']}"]
-    done = subprocess.run(command, env=shell, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    done = draw(shell, "figure_scaling.py", str(picture), f"sweep={sweep['id']}")
+    assert (done.returncode, done.stdout) == (0, f"{picture}: 6 results\n"), done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+    for script in ("figure_scaling.py", "figure_valley.py"):
+        assert draw(shell, script).returncode == 2
+
+
+def test_a_figure_mixes_no_results_of_different_recipes(server: Any, shell: dict[str, str], tmp_path: Path) -> None:
+    sweep = server.sweep("mixed", scale=[1, 5], **{"recipe.epochs": [3, 4]})
+    picture = tmp_path / "mixed.png"
+    done = draw(shell, "figure_scaling.py", str(picture), f"sweep={sweep['id']}")
+    assert done.returncode == 1
+    assert "recipe.epochs (" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not picture.exists()
+    chosen = draw(shell, "figure_scaling.py", str(picture), f"sweep={sweep['id']}", "recipe.epochs=3")
+    assert chosen.returncode == 0, chosen.stderr

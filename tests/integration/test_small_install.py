@@ -52,7 +52,7 @@ def test_it_asks_a_service(small: Path, tmp_path: Path, server: Any) -> None:
 def test_what_needs_the_service_says_so(small: Path, tmp_path: Path, command: str) -> None:
     done = run(small, tmp_path, "uncanny", command)
     assert done.returncode == 1
-    assert "this needs more than the client: pip install 'uncanny-bench[service]'" in done.stderr
+    assert "this needs more than the client: install uncanny-bench with its extra `service`" in done.stderr
     assert "Traceback" not in done.stderr
 
 
