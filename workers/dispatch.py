@@ -20,7 +20,7 @@ from service.logs import configure
 from service.processes import adopt_orphans
 from service.settings import Settings
 from service.store import Database
-from workers.head import driver_environment, end_family, running
+from workers.head import end_family, running, use_driver_environment
 
 log = logging.getLogger("uncanny.dispatch")
 AWAY_SECONDS = 1.0
@@ -45,12 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     _stop_on_signals(stop)
     settings = Settings()
     if settings.ray_address or settings.ray_port:
-        _use(driver_environment(settings.home, local=not settings.ray_address))
+        use_driver_environment(settings.home, local=not settings.ray_address)
         return _dispatch(settings, options.name, stop)
     adopt_orphans()
     try:
         with running() as head:  # on its own, without a cluster: one for as long as it runs
-            _use(driver_environment(head.home, local=True))
+            use_driver_environment(head.home, local=True)
             threading.Thread(target=_stop_without, args=(head.guard, stop), daemon=True).start()
             code = _dispatch(settings.model_copy(update={"ray_port": head.port}), options.name, stop)
             return code or int(head.guard.poll() is not None)
@@ -61,12 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _stop_without(guard: "subprocess.Popen[bytes]", stop: threading.Event) -> None:
     guard.wait()
     stop.set()
-
-
-def _use(environment: dict[str, str]) -> None:
-    """Before Ray is imported, which reads it then."""
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def _dispatch(settings: Settings, name: str, stop: threading.Event) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from service.artifacts import Artifacts
 from service.settings import Settings
-from workers.head import driver_environment, running
+from workers.head import running, use_driver_environment
 from workers.revision import code_digest, installed
 
 # Ray is imported when its environment is prepared; torch where it is needed.
@@ -40,11 +40,9 @@ def look(settings: Settings) -> dict[str, Any]:
     """Join the cluster, or start a local Ray that goes away again, and examine each node that runs tasks."""
     if not settings.ray_address:
         with running(cpus=1) as head:
-            environment = driver_environment(head.home, local=True)
-            os.environ.clear()
-            os.environ.update(environment)
+            use_driver_environment(head.home, local=True)
             return _examine(settings.model_copy(update={"ray_port": head.port}), patience_seconds=START_SECONDS)
-    os.environ.update(driver_environment(settings.home, local=False))
+    use_driver_environment(settings.home, local=False)
     return _examine(settings, patience_seconds=0.0)
 
 

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,13 @@ def driver_environment(home: Path, *, local: bool) -> dict[str, str]:
     return {**kept, **ANYWHERE, **ours}
 
 
+def use_driver_environment(home: Path, *, local: bool) -> None:
+    """Make it this process's, before Ray is imported, which reads it then."""
+    environment = driver_environment(home, local=local)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def guard_command(home: Path, port: int, cpus: int | None = None) -> list[str]:
     """The command line of a guard with a head of so many CPUs (all if None) on this port of loopback."""
     given = ["--home", str(home), "--port", str(port), *(["--cpus", str(cpus)] if cpus is not None else [])]
@@ -81,8 +88,10 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[He
 
     To be entered in a thread that outlives it. The home is a temporary folder where none is given.
     """
-    with tempfile.TemporaryDirectory(prefix="u-", dir=_short_temporary_folder()) as folder:
-        home = home or Path(folder)
+    with ExitStack() as stack:
+        if home is None:
+            temporary = tempfile.TemporaryDirectory(prefix="u-", dir=_short_temporary_folder())
+            home = Path(stack.enter_context(temporary))
         port = free_port()
         driver_environment(home, local=True)  # the token is there before whoever wants to connect
         with (home / "head.log").open("wb") as log:

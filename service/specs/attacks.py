@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from service.specs.base import Number, Scale, Spec, Whole
+from service.specs.base import Number, Scale, Spec, Whole, of_images
 from service.specs.names import Architecture, NamedRecipe
 
 Norm = Literal["linf", "l2"]
@@ -35,11 +35,7 @@ class InBall(Numerics):
     @field_validator("eps", "step_size", check_fields=False)
     @classmethod
     def _in_units_of_images(cls, value: float, info: ValidationInfo) -> float:
-        """More than 1 in linf is more than any pixel can change: it was meant in units of 0 to 255."""
-        if info.data.get("norm") == "linf" and value > 1:
-            meant = f': did you mean "{value:g}/255"?' if value <= 255 else ""
-            raise ValueError(f"{value:g} is more than 1, and pixels are in [0, 1]{meant}")
-        return value
+        return of_images(value) if info.data.get("norm") == "linf" else value
 
 
 class Pgd(InBall):

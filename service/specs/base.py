@@ -34,6 +34,14 @@ def _parsed(text: str) -> float:
     return number
 
 
+def of_images(value: float) -> float:
+    """A distance by which a pixel may move: more than 1 was meant in units of 0 to 255."""
+    if value > 1:
+        meant = f': did you mean "{value:g}/255"?' if value <= 255 else ""
+        raise ValueError(f"{value:g} is more than 1, and pixels are in [0, 1]{meant}")
+    return value
+
+
 def shorten(value: Any) -> str:
     """A value as a message shows it: not longer than a line."""
     text = repr(value)

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from service.specs.base import Number, Spec, Whole
+from service.specs.base import Number, Spec, Whole, of_images
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
 Share = Annotated[Number, Field(gt=0, lt=1)]
@@ -55,8 +55,8 @@ class Margin(Recipe):
 class AdversarialSteps(Recipe):
     """PGD-linf in the training loop."""
 
-    eps: Annotated[Number, Field(ge=0, le=1)] = 8 / 255
-    step_size: Annotated[Number, Field(gt=0, le=1)] = 2 / 255
+    eps: Annotated[Number, AfterValidator(of_images), Field(ge=0, le=1)] = 8 / 255
+    step_size: Annotated[Number, AfterValidator(of_images), Field(gt=0, le=1)] = 2 / 255
     steps: Annotated[Whole, Field(ge=1, le=1000)] = 10
 
 

@@ -113,6 +113,8 @@ def test_presets_are_those_of_the_service() -> None:
         (["--architecture", "simple_cnn"], "another network"),
         (["--architecture", "resnet9000"], "resnet9000"),
         (["--eps", "1/0"], "1/0"),
+        (["--eps", "8"], '"8/255"'),
+        (["--attack", "pgd", "--eps", ".1", "--step-size", "2"], '"2/255"'),
         (["--device", "cuda:99"], "cuda:99"),
         (["--samples", "100000"], "500"),
         (["-o", "wurst=1"], "wurst"),

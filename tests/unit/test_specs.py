@@ -102,6 +102,12 @@ def test_so_is_a_step_and_both_are_lengths_in_l2() -> None:
     assert JobSpec.model_validate({**JOB, "attack": {**PGD, "norm": "l2", "eps": 8, "step_size": 2}}).attack
 
 
+def test_so_are_those_of_a_training_on_attacked_images() -> None:
+    [(pointer, sentence)] = refused(recipe={"name": "adversarial", "eps": 8})
+    assert (pointer, '"8/255"' in sentence) == ("/recipe/eps", True)
+    assert refused(recipe={"name": "adversarial", "eps": -1})[0][0] == "/recipe/eps"
+
+
 @pytest.mark.parametrize("wrong", [0, "0", -0.0, 1e-4, 10_001, "1e5", True, "5 / 0"])
 def test_what_is_no_scale(wrong: Any) -> None:
     [(pointer, _)] = refused(scale=wrong)

@@ -105,6 +105,10 @@ def _attack(options: argparse.Namespace) -> Report:
     said = {key: getattr(options, key) for key in ("norm", "eps", "step_size", "steps")}
     params = PRESETS.get(options.attack, {}) | {key: value for key, value in said.items() if value is not None}
     params |= dict(options.option)
+    norm = params.get("norm", "l2" if name == "cw" else "linf")
+    for distance in ("eps", "step_size"):
+        if norm == "linf" and (value := params.get(distance, 0)) > 1:
+            raise ScienceError(f'{distance} {value:g} is more than 1, and pixels are in [0, 1]: "{value:g}/255"?')
     index = _samples(len(data.test_y), options.samples)
     head = linear_head(model)
     recorder = Recorder(head.weight, head.bias) if options.trajectory and name in WITH_TRAJECTORY else None
@@ -115,7 +119,7 @@ def _attack(options: argparse.Namespace) -> Report:
         )  # fmt: skip
     report: Report = {"attack": name, "parameters": params, "scale": options.scale, "numbers": found.numbers}
     if recorder is not None:
-        along, report["curves"] = analyse(recorder.trajectory(), params.get("norm", "l2" if name == "cw" else "linf"))
+        along, report["curves"] = analyse(recorder.trajectory(), norm)
         report["numbers"] = along | found.numbers
     return report
 
