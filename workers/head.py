@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGKILL),
     )  # fmt: skip
     try:
-        core = _Core()
+        core = _Core(head.pid)
         while head.poll() is None and not stop.is_set() and os.getppid() == parent and core.lives():
             stop.wait(LOOK_SECONDS)
     finally:
@@ -139,14 +139,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Core:
-    """The two processes that a head is made of. One that ends by SIGTERM is no reason for `ray start` to end."""
+    """The two processes that a head is made of. One that ends by SIGTERM is no reason for `ray start` to end.
 
-    def __init__(self) -> None:
+    They are its own children: what a raylet forks has the raylet's name for as long as it has not become a worker.
+    """
+
+    def __init__(self, head_pid: int) -> None:
+        self._head_pid = head_pid
         self._found: dict[str, psutil.Process] = {}
 
     def lives(self) -> bool:
         if len(self._found) < len(CORE):
-            self._found |= {name: p for p in psutil.Process().children(recursive=True) if (name := _name(p)) in CORE}
+            with suppress(psutil.NoSuchProcess):
+                children = psutil.Process(self._head_pid).children()
+                self._found |= {name: child for child in children if (name := _name(child)) in CORE}
         return all(p.is_running() and _name(p) == name for name, p in self._found.items())
 
 
