@@ -1,9 +1,10 @@
 """How the head's guard tells whether its head lives, on processes that only have the names of Ray's."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,12 +25,9 @@ def head(tmp_path: Path) -> Iterator[psutil.Process]:
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
     command = [sys.executable, "-c", HEAD, str(tmp_path / "gcs_server"), str(tmp_path / "raylet")]
-    with subprocess.Popen(command) as process:
-        me = psutil.Process(process.pid)
-        yield me
-        for one in [*me.children(recursive=True), me]:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
+    with subprocess.Popen(command, start_new_session=True) as process:
+        yield psutil.Process(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)  # also what has no parent any more
 
 
 def named(head: psutil.Process, name: str) -> list[psutil.Process]:
