@@ -206,12 +206,12 @@ class Client(Asking):
                     response = source.response
                     check(response)
                     for item in source.iter_sse():
+                        if item.event == "end":
+                            return
                         patience = None
                         last_id = int(item.id) if item.id else last_id
                         if item.data:
                             yield Event(None if item.event == "progress" else last_id, item.event, item.json())
-                if not follow:
-                    return
                 time.sleep(0.5)
             except (httpx.TransportError, SSEError, ApiError) as error:
                 if isinstance(error, ApiError) and error.status not in BUSY:

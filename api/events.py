@@ -15,6 +15,7 @@ from service.errors import DatabaseAway
 
 router = APIRouter(prefix="/v1/events", tags=["events"])
 POLL_SECONDS = 0.3
+END = "end"  # of a stream that does not go on
 LAST_ID = 2**63 - 1
 OF_ACCESS = ("user.", "token.")  # what only admins are told, and who did it
 
@@ -58,13 +59,14 @@ async def follow_events(
     """State changes with their ids (`event: task.succeeded` and so on), and `progress` of running tasks without one.
 
     A client that comes back with `Last-Event-ID` misses no state change: the stream begins with the `id` that it
-    starts behind, without data. Comments keep a silent stream open. What changes of users and tokens is told to
-    admins, and to who changed it.
+    starts behind, without data. With `follow=false` the last is `event: end`: where it is missing, the stream was
+    broken off. Comments keep a silent stream open. What changes of users and tokens is told to admins, and to who
+    changed it.
     """
     last_id, of = start
     yield ServerSentEvent(id=str(last_id))
     told: dict[str, Any] = {}
-    while not getattr(request.app.state, "stopping", False):
+    while not (follow and getattr(request.app.state, "stopping", False)):
         try:
             happened, running = await to_thread.run_sync(partial(insights.events, last_id, **of))
         except DatabaseAway:
@@ -81,5 +83,6 @@ async def follow_events(
         if happened:
             continue  # there may be more than one answer holds
         if not follow:
+            yield ServerSentEvent(data={"last_id": last_id}, event=END)
             return
         await sleep(POLL_SECONDS)

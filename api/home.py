@@ -82,7 +82,10 @@ def _note(settings: Settings) -> dict[str, Any]:
 def _serves(note: dict[str, Any]) -> bool:
     """Whether the process that wrote the note still runs, and not another that got its number."""
     try:
-        began_at = psutil.Process(int(note["pid"])).create_time()
+        process = psutil.Process(int(note["pid"]))
+        began_at = process.create_time()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
     except (KeyError, psutil.Error):
         return False
     return abs(began_at - float(note["process_began_at"])) < CLOCK_SECONDS

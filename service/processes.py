@@ -1,12 +1,24 @@
-"""Processes that end together. Light enough for every command to import."""
+"""Processes that end together, and when they are told to. Light enough for every command to import."""
 
 import ctypes
 import signal
 import socket
 import sys
+import threading
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class Told(threading.Event):
+    """An event that a signal's handler may set; whoever waits for it says for how long at most.
+
+    A plain one may be locked by the very thread that the handler interrupts, which then waits for itself for ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cond = threading.Condition(threading.RLock())
 
 
 def die_with_parent(which: signal.Signals = signal.SIGTERM) -> None:

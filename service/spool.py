@@ -9,6 +9,7 @@ import os
 import pickle
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from service.executor import Failed, Lost, Message, Progress, Succeeded
@@ -58,9 +59,12 @@ class Spool:
         for path in self._taken:
             try:
                 left: list[Message] = pickle.loads(path.read_bytes())
+            except FileNotFoundError:  # whoever it was of has written it meanwhile
+                continue
             except Exception:  # another version's, or damaged: its tasks are computed again
                 log.exception("%s cannot be read and is left aside", path)
-                path.replace(path.with_suffix(".unreadable"))
+                with suppress(OSError):
+                    path.replace(path.with_suffix(".unreadable"))
                 continue
             log.info("%d outcomes of an earlier run were found in %s", len(left), path)
             messages += left

@@ -122,6 +122,14 @@ class Lab:
             )
 
 
+def command_of(process: psutil.Process) -> str:
+    """Its command line; nothing where it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
 def busy(process: psutil.Process, seconds: float = 0.5) -> bool:
     """Whether it computes something. (Ray's titles of its processes do not tell reliably.)"""
     try:
@@ -142,6 +150,7 @@ def running_lab(server: "PostgresServer", home: Path, *, lease_seconds: float, *
     url = make_url(server.get_uri("postgres"))
     database = Database(url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False))
     database.upgrade()
+    listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "UNCANNY_"))}
     environment |= {
@@ -151,7 +160,7 @@ def running_lab(server: "PostgresServer", home: Path, *, lease_seconds: float, *
         "UNCANNY_DATABASE_URL": url.render_as_string(hide_password=False), "UNCANNY_EPOCH_STATE_SECONDS": "0.3",
         "UNCANNY_LEASE_SECONDS": str(lease_seconds), "UNCANNY_STOP_SECONDS": "5", **settings,
     }  # fmt: skip
-    lab = Lab(home, server, database, environment, socket.create_server(("127.0.0.1", 0), backlog=2048))
+    lab = Lab(home, server, database, environment, listening)
     try:
         lab.start_head()
         lab.start_api()

@@ -17,7 +17,7 @@ from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway, SchemaOutdated
 from service.housekeeping import keep_house
 from service.logs import configure
-from service.processes import adopt_orphans
+from service.processes import Told, adopt_orphans
 from service.settings import Settings
 from service.store import Database
 from workers.head import end_family, running, use_driver_environment
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     configure(options.log_format)
     logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of what we mean to do
 
-    stop = threading.Event()
+    stop = Told()
     _stop_on_signals(stop)
     settings = Settings()
     if settings.ray_address or settings.ray_port:
@@ -53,7 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
             use_driver_environment(head.home, local=True)
             threading.Thread(target=_stop_without, args=(head.guard, stop), daemon=True).start()
             code = _dispatch(settings.model_copy(update={"ray_port": head.port}), options.name, stop)
-            return code or int(head.guard.poll() is not None)
+            if head.guard.poll() is None:
+                return code
+            end_family()  # before its folder goes
+            log.error("the local Ray has ended: %s", head.last_words())
+            return code or 1
     finally:
         end_family()  # what a guard has left that was killed
 

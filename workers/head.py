@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,14 +23,16 @@ from pathlib import Path
 
 import psutil
 
-from service.processes import adopt_orphans, die_with_parent, free_port
+from service.processes import Told, adopt_orphans, die_with_parent, free_port
 
 SESSION_ROOM_BYTES = 43  # of the 107 of a Unix socket's path, what Ray leaves for its folder
 OBJECT_STORE_BYTES = 256 << 20  # outcomes are small; weights travel as artifacts
+LOG = "head.log"  # in the home, of a head that is not the supervisor's
 CORE = ("gcs_server", "raylet")
 LOOK_SECONDS = 0.2
 STOP_SECONDS = 2.0  # what Ray gets to end by itself: .2 to .4 s are enough
 ORPHAN_SECONDS = 2.0
+GUARD_SECONDS = 10.0  # what the guard gets to end its head
 # Warm processes are reused for other GPUs, so the variable must not change under a live CUDA context.
 WORKER_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 ANYWHERE = {
@@ -81,6 +82,11 @@ class Head:
     port: int
     guard: "subprocess.Popen[bytes]"
 
+    def last_words(self) -> str:
+        """The last line that the guard or Ray has written."""
+        lines = (self.home / LOG).read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
 
 @contextmanager
 def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[Head]:
@@ -90,11 +96,13 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[He
     """
     with ExitStack() as stack:
         if home is None:
-            temporary = tempfile.TemporaryDirectory(prefix="u-", dir=_short_temporary_folder())
+            temporary = tempfile.TemporaryDirectory(
+                prefix="u-", dir=_short_temporary_folder(), ignore_cleanup_errors=True
+            )
             home = Path(stack.enter_context(temporary))
         port = free_port()
         driver_environment(home, local=True)  # the token is there before whoever wants to connect
-        with (home / "head.log").open("wb") as log:
+        with (home / LOG).open("wb") as log:
             guard = subprocess.Popen(
                 guard_command(home, port, cpus), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, preexec_fn=die_with_parent,
@@ -103,7 +111,11 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[He
             yield Head(home, port, guard)
         finally:
             guard.terminate()
-            guard.wait()
+            try:
+                guard.wait(GUARD_SECONDS)
+            finally:
+                guard.kill()
+                guard.wait()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cpus", type=int, help="of the head; all of the machine when left out")
     options = parser.parse_args(arguments)
 
-    stop = threading.Event()
+    stop = Told()
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, lambda *_: stop.set())
     parent = os.getppid()

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
+    GetTimeoutError,
     LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
@@ -42,6 +43,10 @@ SETTLE_SECONDS = 4.0  # in which the cluster finds out that a node is gone which
 
 class OtherCode(RuntimeError):
     """A worker's sources are not the dispatcher's, so what it would compute is not what was asked for."""
+
+
+class NoWorker(RuntimeError):
+    """A node is there and starts no worker."""
 
 
 @dataclass
@@ -260,7 +265,13 @@ class RayExecutor:
             for name in [name for name in found.resources if name not in checked]:
                 there = NodeAffinitySchedulingStrategy(name, soft=False)
                 probe = ray.remote(num_cpus=0, max_retries=0)(code_digest).options(scheduling_strategy=there).remote()
-                if ray.get(probe, timeout=PROBE_SECONDS) != code_digest():
+                try:
+                    digest = ray.get(probe, timeout=PROBE_SECONDS)
+                except GetTimeoutError:
+                    ray.cancel(probe, force=True)
+                    advice = "mend it, or take it out of the cluster: tasks would wait there for ever"
+                    raise NoWorker(f"node {name} starts no worker within {PROBE_SECONDS:g} s: {advice}") from None
+                if digest != code_digest():
                     raise OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
                 checked.add(name)
         have = tuple(found.resources.values())

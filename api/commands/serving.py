@@ -16,6 +16,7 @@ from api.binding import check_bind, listen
 from api.commands.options import AsJson, Auth, Home, Host, Insecure, Port, print_line, settings_of
 from api.render import err
 from service import logs
+from service.processes import Told
 
 TOGETHER_SECONDS = 0.3
 
@@ -41,7 +42,7 @@ def serve(
         err.print(sentence, markup=False, soft_wrap=True)
 
     supervisor = Supervisor(settings, say, verbose=verbose, when_needed=when_needed)
-    stop, hurry = threading.Event(), threading.Event()
+    stop, hurry = Told(), Told()
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, partial(_heard, stop, hurry, []))
     if as_json:

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from processes import command_of
 from sqlalchemy import select
 
 from api.client import ApiError, Client
@@ -44,7 +45,7 @@ class Lab:
     client: Client
 
     def half(self, module: str) -> psutil.Process:
-        return next(c for c in psutil.Process(self.process.pid).children() if module in " ".join(c.cmdline()))
+        return next(c for c in psutil.Process(self.process.pid).children() if module in command_of(c))
 
     def workers(self) -> list[psutil.Process]:
         """The processes that run a task at this moment, as the store has it."""

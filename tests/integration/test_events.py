@@ -5,7 +5,11 @@ import time
 from typing import Any
 
 import httpx
+import pytest
 from httpx_sse import connect_sse
+
+from service.errors import DatabaseAway
+from service.insights import Insights
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 
@@ -29,6 +33,25 @@ def test_a_stream_resumes_without_loss_or_repetition(server: Any) -> None:
     for at in (0, 1, len(everything) // 2, len(everything) - 1):
         rest = [event.id for event in server.client.events(sweep=sweep["id"], follow=False, after=everything[at])]
         assert rest == everything[at + 1 :]
+
+
+def test_a_list_that_breaks_off_is_taken_up_where_it_was(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database is away between two pages: an end of the stream there would say that this was all."""
+    sweep = server.sweep("breaks off", seed=104, scale=[1, 2, 3])
+    everything = [event.id for event in server.client.events(sweep=sweep["id"], follow=False)]
+    pages = iter([1, 2, None, 3, 1000])
+
+    def moody(self: Insights, after: int, **of: Any) -> Any:
+        page = next(pages, 1000)
+        if page is None:
+            raise DatabaseAway("it went away")
+        happened, running = events(self, after, **of)
+        return happened[:page], running
+
+    events = Insights.events
+    monkeypatch.setattr(Insights, "events", moody)
+    assert [event.id for event in server.client.events(sweep=sweep["id"], follow=False)] == everything
+    assert next(pages, None) is None
 
 
 def test_following_sees_what_happens_meanwhile(server: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from processes import until
+from processes import command_of, until
 
 from service.processes import free_port
 from workers.head import STOP_SECONDS, driver_environment, guard_command, running
@@ -76,7 +76,7 @@ def test_every_listener_is_on_loopback_and_no_agent_is_there_that_is_not_needed(
         family = guard.children(recursive=True)
         bound = {c.laddr.ip for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
         assert {address.removeprefix("::ffff:") for address in bound} == {"127.0.0.1"}
-        names = " ".join(" ".join(member.cmdline()) for member in family)
+        names = " ".join(command_of(member) for member in family)
         assert "monitor" not in names.replace("--no-monitor", "").replace("--include-log-monitor", "")
 
 
@@ -93,7 +93,7 @@ def test_a_driver_without_the_token_is_refused(head: Any, tmp_path: Path) -> Non
 def test_a_driver_that_is_killed_takes_its_task_along_and_leaves_the_head(head: Any) -> None:
     home, port, guard = head
     with driver(home, port) as process:
-        workers = [one for one in guard.children(recursive=True) if "ray::task" in " ".join(one.cmdline())]
+        workers = [one for one in guard.children(recursive=True) if "ray::task" in command_of(one)]
         assert len(workers) == 1
         process.kill()
         until(lambda: gone(workers), 10)
@@ -155,9 +155,9 @@ def test_nothing_is_left_when_the_parent_or_the_guard_is_killed(victim: str, tmp
         try:
             until(lambda: listens(port))
             for last in ("DashboardAgent", "RuntimeEnvAgent"):  # which would stay for a minute
-                until(lambda last=last: any(last in " ".join(p.cmdline()) for p in descendants(parent.pid)))
+                until(lambda last=last: any(last in command_of(p) for p in descendants(parent.pid)))
             family = descendants(parent.pid)
-            guard = next(one for one in family if "workers.head" in one.cmdline())
+            guard = next(one for one in family if "workers.head" in command_of(one))
             os.kill(parent.pid if victim == "parent" else guard.pid, signal.SIGKILL)
             until(lambda: gone(family), 10)
         finally:
@@ -174,7 +174,7 @@ def test_a_dispatcher_on_its_own_ends_what_its_killed_guard_leaves(sqlite_url: s
             until(lambda: "starts" in process.stderr.readline())  # type: ignore[union-attr]
             family = descendants(process.pid)
             assert any("raylet" in one.name() for one in family)
-            next(one for one in family if "workers.head" in one.cmdline()).kill()
+            next(one for one in family if "workers.head" in command_of(one)).kill()
             process.communicate(timeout=60)
             assert process.returncode == 1
             assert gone(family)

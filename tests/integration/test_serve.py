@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from processes import command_of
 
 from api import home as homes
 from api.client import Client
@@ -92,7 +93,7 @@ def until(what: Callable[[], Any], seconds: float = 30) -> Any:
 def half(process: "subprocess.Popen[str]", module: str) -> psutil.Process | None:
     """The living child that runs this module."""
     children = psutil.Process(process.pid).children()
-    return next((c for c in children if module in " ".join(c.cmdline()) and c.status() != psutil.STATUS_ZOMBIE), None)
+    return next((c for c in children if module in command_of(c) and c.status() != psutil.STATUS_ZOMBIE), None)
 
 
 def another(process: "subprocess.Popen[str]", module: str, than: psutil.Process) -> bool:

@@ -11,10 +11,10 @@ import psutil
 import pytest
 from processes import until
 
-from workers.head import _Core
+from workers.head import _Core, _name
 
 # As the real one: what it forks has its name until it becomes another program.
-RAYLET = "#!/bin/sh\n(sleep 0.4; exec sleep 1000) &\nwait\n"
+RAYLET = "#!/bin/sh\n(sleep 1; exec sleep 1000) &\nwait\n"
 GCS_SERVER = "#!/bin/sh\nsleep 1000 &\nwait\n"
 HEAD = "import subprocess, sys; [one.wait() for one in [subprocess.Popen([path]) for path in sys.argv[1:]]]"
 
@@ -31,7 +31,7 @@ def head(tmp_path: Path) -> Iterator[psutil.Process]:
 
 
 def named(head: psutil.Process, name: str) -> list[psutil.Process]:
-    return [one for one in head.children(recursive=True) if one.name() == name]
+    return [one for one in head.children(recursive=True) if _name(one) == name]
 
 
 def test_what_a_raylet_forks_is_no_raylet(head: psutil.Process) -> None:

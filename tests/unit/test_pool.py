@@ -176,6 +176,29 @@ class TestCode:
         executor._look(checked)
         assert len(asked) == 3
 
+    def test_nor_while_a_node_starts_no_worker(
+        self, executor: pool.RayExecutor, ray_has: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ray_has(node("a" * 56, CPU=4))
+        cancelled: list[str] = []
+
+        class Probe:
+            def options(self, *, scheduling_strategy: Any) -> "Probe":
+                return self
+
+            def remote(self) -> str:
+                return "probe"
+
+        def wait_in_vain(answer: str, timeout: float) -> None:
+            raise pool.GetTimeoutError
+
+        monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda _: Probe())
+        monkeypatch.setattr(pool.ray, "get", wait_in_vain)
+        monkeypatch.setattr(pool.ray, "cancel", lambda probe, force: cancelled.append(probe))
+        with pytest.raises(pool.NoWorker, match=r"node a{56} starts no worker within 60 s"):
+            executor._look(set())
+        assert cancelled == ["probe"]
+
 
 class TestSignals:
     def test_two_at_once_are_one_and_a_later_one_ends_the_process(self, monkeypatch: pytest.MonkeyPatch) -> None:

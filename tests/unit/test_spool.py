@@ -20,6 +20,16 @@ MESSAGES: list[Message] = [
 ]  # fmt: skip
 
 
+def test_what_another_has_written_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that wait for the same database share a folder."""
+    other = Spool(tmp_path)
+    other.keep(MESSAGES)
+    listed = list(tmp_path.iterdir())
+    other.forget()
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(listed))
+    assert Spool(tmp_path).take() == []
+
+
 def test_what_must_not_be_lost_is_there_for_the_next_process(tmp_path: Path) -> None:
     first = Spool(tmp_path / "spool")
     assert not (tmp_path / "spool").exists(), "opening writes nothing"

@@ -1,0 +1,40 @@
+"""Processes as others see them, and events that their signals set."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+
+from api import home
+from service.processes import Told
+from service.settings import Settings
+
+
+def test_an_event_may_be_set_in_the_middle_of_its_own_wait() -> None:
+    """As a handler does that interrupts the thread which holds the event's lock just then."""
+    told = Told()
+
+    def interrupted() -> None:
+        with told._cond:
+            told.set()
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert told.wait(0)
+
+
+def test_a_service_that_is_dead_and_not_yet_reaped_serves_nothing(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        began_at = psutil.Process(process.pid).create_time()
+        note = f'{{"url": "http://127.0.0.1:1", "pid": {process.pid}, "process_began_at": {began_at}}}'
+        (tmp_path / "serve.json").write_text(note)
+        assert home.running_url(settings) == "http://127.0.0.1:1"
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie
+        assert home.running_url(settings) is None
