@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from api.preconditions import PreconditionRequired
-from api.strict import NotJson, NotSentAsJson
+from api.strict import NotJson, NotSentAsJson, check_sent
 from service.access import NotAllowed
 from service.checkpoints import NotChecked
 from service.errors import (
@@ -140,7 +140,13 @@ def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     body = getattr(request.scope.get("route"), "body_field", None)
     names = tuple(getattr(body.field_info.annotation, "model_fields", ())) if body is not None else ()
-    fields = [_field(item, names) for item in error.errors()]
+    found = error.errors()
+    try:
+        for item in found:
+            check_sent(item)
+    except InvalidSpec as refusal:
+        return _uncanny(request, refusal)
+    fields = [_field(item, names) for item in found]
     said = [f"{field.get('pointer') or field.get('parameter') or '/'}: {field['detail']}" for field in fields]
     return problem(422, "; ".join(said), request, fields)
 

@@ -115,10 +115,19 @@ def test_bad_values_are_refused_with_their_pointer(server: Any, change: dict[str
     ("body", "status"), [("", 400), ("{", 400), ("\xff\xfe", 400), ("[]", 422), ("null", 422), ('"job"', 422)]
 )
 def test_what_is_no_json_object_is_refused(server: Any, body: str, status: int) -> None:
-    for kind, expected in (("application/json", status), ("application/json; charset=utf-8", status), ("", 415)):
+    other = 415 if body else 400
+    for kind, expected in (
+        ("application/json", status), ("application/json; charset=utf-8", status), ("", other), ("text/plain", other),
+    ):  # fmt: skip
         headers = {"Content-Type": kind} if kind else {}
         refused(server.http.post("/v1/jobs", content=body.encode("latin-1"), headers=headers), expected)
-    refused(server.http.post("/v1/jobs", content=body.encode("latin-1"), headers={"Content-Type": "text/plain"}), 415)
+
+
+def test_who_is_asking_comes_before_what_was_sent(start_server: Any, tmp_path: Path) -> None:
+    with start_server(tmp_path, dispatching=False, auth=True) as server:
+        for body, kind in (("", "application/json"), ("x", "text/plain"), ("[]", "application/json")):
+            headers = {"Content-Type": kind}
+            refused(server.http.post("/v1/jobs", content=body, headers=headers), 401)
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ class TestCommands:
         assert said.startswith(f"2 new jobs in sweep {sweep}; to compute: ")
         assert json.loads(run("extend", sweep, "scale=300", "--json")[1])["jobs"] == 1
         assert run("extend", sweep, "scale")[0] == 2
-        assert run("extend", sweep, "sede=3")[0] == 2
+        assert run("extend", sweep, "sede=3")[0] == 4
         assert run("priority", sweep, "7") == (0, f"{sweep} has priority 7\n")
         assert json.loads(run("priority", "--json", "--", sweep, "-3")[1])["priority"] == -3
         assert run("cancel", sweep) == (0, f"5 jobs of sweep {sweep} cancelled\n")
@@ -229,4 +229,4 @@ class TestCommands:
         assert "Device seconds: unknown (nothing like it has run here yet" in said
         assert said.rstrip().endswith("Nothing was submitted.")
         assert run("cancel", job) == (0, f"job {job} cancelled\n")
-        assert run("priority", job, "2")[0] == 1
+        assert run("priority", job, "2")[0] == 4
