@@ -164,7 +164,7 @@ def _say_what_was_computed(accepted: Json, seconds: float, own_service: bool) ->
         said = f"{took}, from the store{without}: all {trainings} trainings and {others} other tasks were known."
     say(said)
     say("Scaling changes no prediction, so the true robust accuracy is the same at every scale:")
-    say("where it seems to rise, the attack has gone blind, and the verdict says so.")
+    say("where it seems to rise, the attack has grown weak or gone blind, and where that is much, the verdict says so.")
 
 
 def _say_what_next(url: str, sweep_id: str, stays_up: bool, home: Path | None, port: int | None) -> None:

@@ -50,7 +50,7 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[Column, dict[float, dict[str,
     if mixed:
         said = "; ".join(f"{field} ({', '.join(seen)})" for field, seen in mixed.items())
         field, (one, *_) = next(iter(mixed.items()))
-        raise UncannyError(f"a curve would mix results of different {said}: choose some, as {field}={one} or sweep=ID")
+        raise UncannyError(f"a curve would mix results of different {said}: choose some, as {field}={one}")
     return columns
 
 

@@ -65,8 +65,9 @@ def main(arguments: list[str]) -> int:
         if found is None:
             raise UncannyError(f"job {job_id} has no trajectory: its attack cannot be followed")
         attack = result["attack"]
-        said = f"{result['architecture']} on {result['dataset']}, s = {result['scale']:g}, {attack['type']}, "
-        draw(path, f"{said}{attack.get('steps', 1)} steps, {result['n']} images", found)
+        ball = f" {attack['norm']} (eps {attack['eps']:.3g})" if "norm" in attack else ""
+        said = f"{result['architecture']} on {result['dataset']}, s = {result['scale']:g}, {attack['type']}{ball}, "
+        draw(path, f"{said}{attack.get('steps', 1)} steps, {result['n']} images: medians and quartiles", found)
     except (UncannyError, OSError, ValueError) as error:  # the last is what a file name with an unknown ending is
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         return 1

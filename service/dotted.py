@@ -39,11 +39,12 @@ def chosen(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
-    """The names that may have been meant by one that there is not: those that look like it, whole or in their last
-    part, as `attack.eps` for `epsilon`, the nearest first."""
+    """The names that may have been meant by one that there is not: those that begin with it or look like it, whole or
+    in their last part, as `attack.eps` for `epss`, the nearest first."""
     names = list(known)
     last = {one: one.rpartition(".")[2] for one in names}
-    found = get_close_matches(name, names, NEAR)
+    found = [one for one in names if name and one.startswith(name)][:NEAR]
+    found += get_close_matches(name, names, NEAR)
     parts = set(get_close_matches(name.rpartition(".")[2], set(last.values()), NEAR))
     found += sorted((one for one in names if last[one] in parts), key=len)
     return list(dict.fromkeys(found))[:NEAR]

@@ -67,7 +67,7 @@ def leaderboard(
         show(table(columns, [_place(row, differs) for row in board["rows"]], title))
         say("")
     if not boards:
-        tell(f"No results match{', or none of them is trusted: see --any-verdict' if trusted else ''}.")
+        _tell_nothing(trusted)
     return None
 
 
@@ -114,7 +114,13 @@ def correlations(
         {"dataset": row["dataset"], "attack": attack_name(row["attack"]), "samples": row["samples"], **_tau(row)}
         for row in found
     ]
-    return show(fields_table(rows)) if rows else tell("No results match.")
+    if not rows:
+        return tell(
+            f"No {'trusted ' if trusted else ''}results match{' (--any-verdict takes all)' if trusted else ''}."
+        )
+    show(fields_table(rows))
+    say("An interval takes ten checkpoints. over_scales is " + found[0]["over_scales"]["note"] + ".")
+    return None
 
 
 def retract(
@@ -145,6 +151,10 @@ def retract(
     if not any(done.values()):
         tell("No result that is shown matches.")
         raise typer.Exit(FAILED)
+
+
+def _tell_nothing(trusted: bool) -> None:
+    tell("No trusted results match (--any-verdict takes all)." if trusted else "No results match.")
 
 
 def _differing(recipes: list[Json]) -> list[str]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from api.client import Json
 from api.commands.options import AsJson, Filter, Filters, Home, Retracted, Url, client_of, filters_of, print_json
-from api.render import fields_table, jobs_table, results_table, say, show, sweeps_table, table, tell
+from api.render import fields_table, jobs_table, number, results_table, say, show, sweeps_table, table, tell
 from service.dotted import flat
 
 MAX_PAGE = 1000
@@ -60,7 +60,7 @@ def results(
     with client_of(home, url) as client:
         if one := _ident(filters):
             result = client.result(one)
-            return print_json(result) if as_json else show(results_table([result]))
+            return print_json(result) if as_json else _show_result(result)
         found = client.results(
             filter, sort=sort, fields=fields, limit=_page(limit), include_retracted=include_retracted,
             **filters_of(filters),
@@ -70,7 +70,9 @@ def results(
         return print_json(rows)
     if as_csv:
         flattened = [dict(flat(row)) for row in rows]
-        writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(name for row in flattened for name in row)))
+        writer = csv.DictWriter(
+            sys.stdout, list(dict.fromkeys(name for row in flattened for name in row)), lineterminator="\n"
+        )
         writer.writeheader()
         return writer.writerows(flattened)
     made = fields_table([dict(flat(row)) for row in rows]) if fields else results_table(rows)
@@ -79,7 +81,8 @@ def results(
 
 def _show(made: Table, rows: list[Json], noun: str) -> None:
     """That nothing matches is no row: it is said on stderr."""
-    return show(made) if rows else tell(f"No {noun} match.")
+    hidden = " (--include-retracted shows retracted ones too)" if noun == "results" else ""
+    return show(made) if rows else tell(f"No {noun} match{hidden}.")
 
 
 def _page(limit: int) -> int:
@@ -98,6 +101,14 @@ def _first(found: Iterable[Json], limit: int, advice: str) -> list[Json]:
 def _ident(filters: list[str] | None) -> str | None:
     """The ID that was given instead of filters."""
     return filters[0] if filters and len(filters) == 1 and "=" not in filters[0] else None
+
+
+def _show_result(result: Json) -> None:
+    """Every number and reason; of the tasks that it rests on, `--json` has the rest."""
+    show(results_table([result]))
+    say("")
+    rows = [[name, number(value)] for name, value in flat({**result, "parts": None}) if value not in (None, "")]
+    show(table(["field", "value"], rows))
 
 
 def _show_job(job: Json, as_json: bool) -> None:

@@ -51,12 +51,18 @@ def watch(
         kind, status = _look(client, ident) if ident else ("", {"state": ""})
         client.patience_seconds = FOLLOW_PATIENCE_SECONDS
         target: dict[str, Any] = {kind: ident} if ident else {}
-        for event in client.events(**target, follow=status["state"] not in ENDED):
-            _show_event(event, as_json)
-            if ident and event.kind.startswith("job."):
-                _, status = _look(client, ident)
-                if status["state"] in ENDED:
-                    break
+        last_id: int | None = None
+        if status["state"] not in ENDED:
+            for event in client.events(**target):
+                _show_event(event, as_json)
+                last_id = event.id or last_id
+                if ident and event.kind.startswith("job."):
+                    _, status = _look(client, ident)
+                    if status["state"] in ENDED:
+                        break
+        if ident:  # what has happened since, or all of it
+            for event in client.events(**target, after=last_id, follow=False):
+                _show_event(event, as_json)
     if not as_json and ident:
         say(f"{kind} {ident} is {status['state']}")
     raise typer.Exit(0 if status["state"] in ("", "succeeded") else FAILED)

@@ -168,7 +168,7 @@ def test_what_differs_in_more_than_seeds_is_not_averaged(lab: Any, insights: Ins
     lab.submit(samples=8, seed=0)
     finish(lab)
     metrics = {"robust_accuracy": ("mean",), "test_accuracy": ("mean", "count")}
-    with pytest.raises(InvalidQuery, match="allow_mixed=true") as refused:
+    with pytest.raises(InvalidQuery, match="allow_mixed") as refused:
         aggregates.aggregate(lab.database, [], ["scale"], metrics)
     for name in ("attack.eps", "attack.norm", "samples"):
         assert name in refused.value.sentence
@@ -255,7 +255,7 @@ def test_a_measure_with_other_parameters_is_not_averaged(lab: Any, insights: Ins
     metrics = {"sam_sharpness_loss": ("mean", "count")}
     with pytest.raises(InvalidQuery, match=r"measures\.sam_sharpness\.rho \(0\.05, 0\.5\)") as refused:
         aggregates.aggregate(lab.database, [], [], metrics)
-    assert "by=...,measures.sam_sharpness.rho)" in refused.value.sentence
+    assert "(by: measures.sam_sharpness.rho)" in refused.value.sentence
     found = aggregates.aggregate(lab.database, [], [], metrics, allow_mixed=True)
     assert found["mixed"] == {"measures.sam_sharpness.rho": [0.05, 0.5]}
     rho = "measures.sam_sharpness.rho"

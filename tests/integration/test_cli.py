@@ -113,7 +113,16 @@ def test_a_sweep_from_file_to_results(server: Any, files: dict[str, Path]) -> No
     assert sweep["id"] in uncanny("sweeps", url=server.url).stdout
     watched = uncanny("watch", sweep["id"], "--json", url=server.url)
     assert watched.returncode == 0
-    assert json.loads(watched.stdout.splitlines()[0])["event"] == "sweep.submitted"
+    said = [json.loads(line)["event"] for line in watched.stdout.splitlines()]
+    assert (said[0], said.count("job.succeeded")) == ("sweep.submitted", 2)  # all of it, though it has ended
+    again = uncanny("watch", sweep["id"], "--json", url=server.url)
+    assert again.stdout == watched.stdout
+
+    one = uncanny("results", rows[0]["job_id"], url=server.url).stdout
+    assert "verdict_checks.zero_gradient" in one
+    assert "provenance.torch" in one
+    job = uncanny("results", f"sweep={sweep['id']}", "--fields", "job_id", "--csv", url=server.url).stdout
+    assert "\r" not in job
 
 
 def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
