@@ -17,11 +17,10 @@ from api.commands import (
     storing,
     submitting,
 )
-from api.commands.options import BadUsage, print_json
+from api.commands.options import EPILOG, BadUsage, print_json
 from api.demo import demo
 from service.errors import InvalidSpec, UncannyError
 
-EPILOG = "Exit codes: 0 done; 1 failed jobs or an error; 2 bad usage; 3 no service answers; 4 the service refuses."
 app = typer.Typer(
     help="Do flat minima make networks robust? A benchmark service.",
     epilog=EPILOG,

@@ -206,7 +206,7 @@ class Client(Asking):
                     response = source.response
                     check(response)
                     for item in source.iter_sse():
-                        if item.event == "end":
+                        if item.event == "end":  # all that there is, as `follow=False` asked for
                             return
                         patience = None
                         last_id = int(item.id) if item.id else last_id

@@ -43,8 +43,9 @@ def _start(
     if job is not None:
         insights.job(job)
     resumed = last_event_id if last_event_id is not None else after
+    newest = insights.last_event()  # asked for in any case: where the database is away, that is said by a status
     if resumed is None:
-        resumed = 0 if sweep or job else insights.last_event()
+        resumed = 0 if sweep or job else newest
     return resumed, {"sweep_id": sweep, "job_id": job}
 
 

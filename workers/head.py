@@ -112,7 +112,8 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[He
         finally:
             guard.terminate()
             try:
-                guard.wait(GUARD_SECONDS)
+                with suppress(subprocess.TimeoutExpired):
+                    guard.wait(GUARD_SECONDS)
             finally:
                 guard.kill()
                 guard.wait()

@@ -5,10 +5,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from api.commands.options import AsJson, Home, Url, client_of, print_json, settings_of
+from api.commands.options import EPILOG, AsJson, Home, Url, client_of, print_json, settings_of
 from api.render import err, out, show, table
 
-EPILOG = "Exit codes: 0 done; 1 refused or an error; 2 bad usage; 3 no service answers."
 user = typer.Typer(help="Users, their roles and quotas (for admins).", no_args_is_help=True, epilog=EPILOG)
 token = typer.Typer(help="Tokens that say who you are.", no_args_is_help=True, epilog=EPILOG)
 

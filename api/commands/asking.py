@@ -115,11 +115,9 @@ def correlations(
         for row in found
     ]
     if not rows:
-        return tell(
-            f"No {'trusted ' if trusted else ''}results match{' (--any-verdict takes all)' if trusted else ''}."
-        )
+        return _tell_nothing(trusted)
     show(fields_table(rows))
-    say("An interval takes ten checkpoints. over_scales is " + found[0]["over_scales"]["note"] + ".")
+    say("\nFewer than ten checkpoints give no tau; over_scales is " + found[0]["over_scales"]["note"] + ".")
     return None
 
 

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json
+from api.commands.options import EPILOG, AsJson, BadUsage, Home, Url, client_of, print_json
 from api.render import say, show, table
 
-EPILOG = "Exit codes: 0 done; 1 an error; 2 bad usage or refused weights; 3 no service answers."
 checkpoint = typer.Typer(help="Weights made elsewhere.", no_args_is_help=True, epilog=EPILOG)
 PerChannel = Annotated[list[float] | None, typer.Option(help="One number a channel; give the option once for each.")]
 

@@ -28,6 +28,7 @@ Filters = Annotated[
 Filter = Annotated[str, typer.Option("--filter", help='As "architecture = resnet18 and attack.eps <= 8/255".')]
 Retracted = Annotated[bool, typer.Option("--include-retracted", help="Take retracted results too.")]
 
+EPILOG = "Exit codes: 0 done; 1 failed jobs or an error; 2 bad usage; 3 no service answers; 4 the service refuses."
 PATIENCE_SECONDS = 2.0
 
 

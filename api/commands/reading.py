@@ -70,9 +70,8 @@ def results(
         return print_json(rows)
     if as_csv:
         flattened = [dict(flat(row)) for row in rows]
-        writer = csv.DictWriter(
-            sys.stdout, list(dict.fromkeys(name for row in flattened for name in row)), lineterminator="\n"
-        )
+        names = list(dict.fromkeys(name for row in flattened for name in row))
+        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")  # for `$(...)` of a shell
         writer.writeheader()
         return writer.writerows(flattened)
     made = fields_table([dict(flat(row)) for row in rows]) if fields else results_table(rows)

@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from api.commands.options import AsJson, Home, Url, client_of, print_json, settings_of
+from api.commands.options import EPILOG, AsJson, Home, Url, client_of, print_json, settings_of
 from api.render import err, say, show, table
 from service.errors import SchemaOutdated
 
 if TYPE_CHECKING:
     from service.store import Database
 
-DATA_EPILOG = "Exit codes: 0 done; 1 an error; 2 bad usage or refused files; 3 no service answers."
 DB_EPILOG = "Exit codes: 0 done; 1 an error; 2 bad usage."
 STATUS_EPILOG = "Exit codes: 0 the schema is this version's; 1 it is not, or an error; 2 bad usage."
-data = typer.Typer(help="Data sets of your own.", no_args_is_help=True, epilog=DATA_EPILOG)
+data = typer.Typer(help="Data sets of your own.", no_args_is_help=True, epilog=EPILOG)
 db = typer.Typer(help="The database: its schema, backup and restore.", no_args_is_help=True, epilog=DB_EPILOG)
 
 
-@data.command("add", epilog=DATA_EPILOG)
+@data.command("add", epilog=EPILOG)
 def add_data(
     name: Annotated[str, typer.Argument(help="It is used as npz:NAME.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="With train.npz and test.npz: x uint8 NHWC, y int64.")],
@@ -41,7 +40,7 @@ def add_data(
     return None
 
 
-@data.command("list", epilog=DATA_EPILOG)
+@data.command("list", epilog=EPILOG)
 def list_data(home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
     """List the registered data sets."""
     with client_of(home, url) as client:

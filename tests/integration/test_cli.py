@@ -187,7 +187,9 @@ def test_questions_to_all_results(server: Any, tmp_path: Path) -> None:
     assert asked("compare", *ids, "--json")["examples"] == 20
     assert "Robust against all of them: 50.0 %" in asked("compare", *ids)
     assert asked("correlations", "log_relative_sharpness_median", *chosen, "--any-verdict", "--json")[0]["n"] == 1
-    assert "pgd linf" in asked("correlations", "log_relative_sharpness_median", *chosen, "--any-verdict")
+    shown = asked("correlations", "log_relative_sharpness_median", *chosen, "--any-verdict")
+    assert "pgd linf" in shown
+    assert "confounded by design" in shown
     assert asked("export", tmp_path / "asked.csv", *chosen, "--json")["size_bytes"] > 0
     assert len((tmp_path / "asked.csv").read_text().splitlines()) == 3
     assert asked("retract", ids[0], "--reason", "to see it go", "--json")["retracted"] == [ids[0]]

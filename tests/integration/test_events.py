@@ -54,6 +54,17 @@ def test_a_list_that_breaks_off_is_taken_up_where_it_was(server: Any, monkeypatc
     assert next(pages, None) is None
 
 
+def test_a_database_that_is_away_is_said_before_the_stream_begins(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also to who comes back: an empty stream each time would keep a client coming for ever."""
+
+    def away(self: Insights) -> int:
+        raise DatabaseAway("it went away")
+
+    monkeypatch.setattr(Insights, "last_event", away)
+    answer = server.http.get("/v1/events", params={"follow": False}, headers={"Last-Event-ID": "1"})
+    assert (answer.status_code, answer.headers["Retry-After"].isdigit()) == (503, True)
+
+
 def test_following_sees_what_happens_meanwhile(server: Any) -> None:
     seen: list[str] = []
     first = server.client.submit(JOB, seed=777)

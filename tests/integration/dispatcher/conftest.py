@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-from dispatching import CLOCK, Scripted
+from dispatching import CLOCK, Scripted, dispatcher
 
+from service.dispatcher import Dispatcher
 from service.store import Database
 
 
@@ -25,3 +26,12 @@ def one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def scripted(lab: Any) -> Scripted:
     return Scripted()
+
+
+@pytest.fixture
+def one(lab: Any, scripted: Scripted) -> Dispatcher:
+    """A dispatcher that has handed the training of a new job to `scripted`."""
+    lab.submit()
+    one = dispatcher(lab, scripted)
+    one.tick()
+    return one

@@ -25,6 +25,7 @@ from dispatching import (
 )
 from sqlalchemy import Connection, make_url
 
+from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway
 from service.executor import (
     Outcome,
@@ -97,11 +98,8 @@ class TestAway:
         database.close()
 
     def test_outcomes_on_disk_of_attempts_that_were_superseded_count_for_nothing(
-        self, lab: Any, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+        self, lab: Any, scripted: Scripted, one: Dispatcher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
         scripted.said = [succeeds(lab)(scripted.grants[0])]
         with monkeypatch.context() as patch:
             patch.setattr(Database, "write", away)
@@ -119,11 +117,8 @@ class TestAway:
         assert list(third.settings.spool.iterdir()) == []
 
     def test_a_message_on_disk_that_no_database_takes_stops_nobody(
-        self, lab: Any, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+        self, lab: Any, scripted: Scripted, one: Dispatcher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
         scripted.said = [Succeeded(scripted.grants[0].task_id, 1, Outcome())]  # a training without a checkpoint
         with monkeypatch.context() as patch:
             patch.setattr(Database, "write", away)
@@ -209,11 +204,8 @@ class TestAway:
         assert scripted.grants[0].attempt == 2
 
     def test_a_record_whose_commit_broke_is_written_once(
-        self, lab: Any, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+        self, lab: Any, scripted: Scripted, one: Dispatcher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
         scripted.said = [succeeds(lab)(scripted.grants[0])]
         one._collect(0.0)
         with breaking_after_commit(monkeypatch, lab.database):
@@ -225,11 +217,8 @@ class TestAway:
         assert [event.kind for event in lab.rows(events)].count("task.succeeded") == 1
 
     def test_a_record_that_was_not_written_is_kept(
-        self, lab: Any, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+        self, lab: Any, scripted: Scripted, one: Dispatcher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
         [grant] = scripted.grants
         scripted.said = [Progress(grant.task_id, 1, n / 100, {}) for n in range(100)] + [succeeds(lab)(grant)]
         before = lab.dump()

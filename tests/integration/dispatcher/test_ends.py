@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from dispatching import CLOCK, PATIENT, Scripted, dispatcher, passes, running, succeeds, tick_until_idle, wait_for
 
+from service.dispatcher import Dispatcher
 from service.executor import (
     ArtifactRef,
     Capacity,
@@ -298,29 +299,22 @@ class TestPoison:
         assert lab.job_states() == {"failed": 1, "succeeded": 1}
         assert "could not be stored" in lab.job(first).reason
 
-    def test_progress_that_cannot_be_stored_is_no_failure(self, lab: Any, scripted: Scripted) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
+    def test_progress_that_cannot_be_stored_is_no_failure(self, lab: Any, scripted: Scripted, one: Dispatcher) -> None:
         [grant] = scripted.grants
         scripted.said = [Progress(grant.task_id, 1, 0.5, {"loss": object()}), succeeds(lab)(grant)]
         one.tick()
         assert lab.task_states("train") == {"succeeded": 1}
 
-    def test_a_message_that_no_database_takes(self, lab: Any, scripted: Scripted) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
+    def test_a_message_that_no_database_takes(self, lab: Any, scripted: Scripted, one: Dispatcher) -> None:
         [grant] = scripted.grants
         scripted.said = [Failed(grant.task_id, 1, "configuration", "a \0 in it", "trace\0back")]
         one.tick()
         [row] = lab.rows(tasks, kind="train")
         assert row.state == "failed"
 
-    def test_bytes_that_cannot_be_deleted(self, lab: Any, scripted: Scripted, monkeypatch: Any) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
+    def test_bytes_that_cannot_be_deleted(
+        self, lab: Any, scripted: Scripted, one: Dispatcher, monkeypatch: Any
+    ) -> None:
         [grant] = scripted.grants
 
         def refuses(_: str) -> None:
@@ -332,10 +326,7 @@ class TestPoison:
         one.tick()
         assert [row.digest for row in lab.rows(tables.artifacts)] == ["b" * 64]
 
-    def test_superseded_epoch_states_are_deleted(self, lab: Any, scripted: Scripted) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
+    def test_superseded_epoch_states_are_deleted(self, lab: Any, scripted: Scripted, one: Dispatcher) -> None:
         [grant] = scripted.grants
         epochs = [lab.artifacts.write_chunks("epoch_state", [letter]) for letter in (b"a", b"b")]
         scripted.said = [Progress(grant.task_id, 1, 0.5, {}, epoch) for epoch in epochs]

@@ -164,10 +164,7 @@ class TestCrash:
         tick_until_idle(dispatcher(lab, second := Scripted(succeeds(lab))))
         assert Counter(grant.spec["kind"] for grant in first.grants + second.grants)["train"] == 1
 
-    def test_a_training_goes_on_from_its_last_epoch(self, lab: Any, scripted: Scripted) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
+    def test_a_training_goes_on_from_its_last_epoch(self, lab: Any, scripted: Scripted, one: Dispatcher) -> None:
         [grant] = scripted.grants
         epoch = lab.artifacts.write_chunks("epoch_state", [b"epoch 1"])
         scripted.said = [Progress(grant.task_id, 1, 0.5, {"epoch": 1}, epoch)]
@@ -327,10 +324,7 @@ class TestFrozen:
         assert lab.job_states() == {"succeeded": 1}
         assert {grant.attempt for grant in executor.grants if grant.spec["kind"] == "train"} == {2}
 
-    def test_a_leader_that_slept_alone_goes_on(self, lab: Any, scripted: Scripted) -> None:
-        lab.submit()
-        one = dispatcher(lab, scripted)
-        one.tick()
+    def test_a_leader_that_slept_alone_goes_on(self, lab: Any, scripted: Scripted, one: Dispatcher) -> None:
         passes(1.5 * LEASE_SECONDS)
         scripted.said = [succeeds(lab)(scripted.grants[0])]
         one.tick()
