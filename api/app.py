@@ -55,7 +55,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         dependencies=[Depends(current_caller), Depends(only_documented_parameters)],
     )
     app.state.settings = settings
-    app.state.service = Service(database, Artifacts(settings.artifacts), settings.limits)
+    app.state.service = Service(
+        database, Artifacts(settings.artifacts), settings.limits, max_sweep_jobs=settings.max_sweep_jobs
+    )
     app.state.access = Access(database)
     app.state.limiter = Limiter()
     app.state.insights = Insights(database)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MAX_SWEEP_JOBS = 100_000  # of one sweep, where no setting says otherwise
+
 
 @dataclass(frozen=True)
 class Limits:

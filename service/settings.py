@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import UncannyError
-from service.limits import Limits
+from service.limits import MAX_SWEEP_JOBS, Limits
 
 
 class BadSettings(UncannyError):
@@ -128,6 +128,9 @@ class Settings(BaseSettings):
         default=7 * 86_400.0, gt=0, description="Usage of so long ago counts half when users' shares are compared."
     )
     weight: float = Field(default=1.0, gt=0, description="Share of a user of whom nothing else is said.")
+    max_sweep_jobs: int = Field(
+        default=MAX_SWEEP_JOBS, ge=1, description="Jobs that one sweep may have, as it is written."
+    )
     max_queued_jobs: int | None = Field(
         default=None, ge=0, description="Jobs that such a user may have waiting or running; no limit when left out."
     )

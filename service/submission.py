@@ -10,7 +10,7 @@ from service.artifacts import Artifacts
 from service.datasets import inspect
 from service.errors import Changed, Conflict, NotFound, QuotaExceeded
 from service.jobs import LIVE_JOB
-from service.limits import Limits
+from service.limits import MAX_SWEEP_JOBS, Limits
 from service.plan import JobPlan
 from service.planning import counted, distinct_tasks, plans_of
 from service.preview import preview
@@ -35,10 +35,14 @@ class Idempotency:
 class Service:
     """The verbs on one store and one artifact root."""
 
-    def __init__(self, database: Database, artifacts: Artifacts, limits: Limits | None = None) -> None:
+    def __init__(
+        self, database: Database, artifacts: Artifacts, limits: Limits | None = None, *,
+        max_sweep_jobs: int = MAX_SWEEP_JOBS,
+    ) -> None:  # fmt: skip
         self.database = database
         self.artifacts = artifacts
         self.limits = limits or Limits()
+        self.max_sweep_jobs = max_sweep_jobs
 
     def submit(
         self,
@@ -73,7 +77,7 @@ class Service:
 
     def submit_sweep(self, sweep: Sweep, *, user: str, idempotency: Idempotency | None = None) -> Reply:
         """Accept all cells of a sweep at once, or none of them."""
-        cells = sweep.cells()
+        cells = sweep.cells(self.max_sweep_jobs)
         with self.database.read() as connection:  # outside of the one writing transaction: this takes its time
             plans = plans_of(connection, cells, sweep.pointer)
         needed = distinct_tasks(plans)
@@ -100,7 +104,7 @@ class Service:
         with self.database.read() as connection:
             if isinstance(asked, JobSpec):
                 return preview(connection, "", plans_of(connection, [asked]), user, self.limits)
-            plans = plans_of(connection, asked.cells(), asked.pointer)
+            plans = plans_of(connection, asked.cells(self.max_sweep_jobs), asked.pointer)
             return preview(
                 connection, asked.name, plans, user, self.limits, repetitions=asked.written() - len(plans)
             )  # fmt: skip
@@ -117,7 +121,7 @@ class Service:
             row = _sweep(connection, sweep_id)
             sweep = Sweep.model_validate(row.spec).extended(grid)
             have = set(connection.scalars(select(jobs.c.spec_digest).where(jobs.c.sweep_id == sweep_id)))
-            planned = plans_of(connection, sweep.cells(), sweep.pointer)
+            planned = plans_of(connection, sweep.cells(self.max_sweep_jobs), sweep.pointer)
         plans = [plan for plan in planned if digest(plan.job) not in have]
         needed = distinct_tasks(plans)
 

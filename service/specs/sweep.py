@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from service.errors import InvalidSpec
+from service.limits import MAX_SWEEP_JOBS
 from service.specs.attacks import ATTACKS
 from service.specs.base import Labels, Spec, Whole, shorten
 from service.specs.job import JobSpec
@@ -14,7 +15,6 @@ from service.specs.measures import MEASURES
 from service.specs.parameters import no_such_field
 from service.specs.recipes import RECIPES
 
-MAX_CELLS = 100_000
 MAX_COMPARISONS = 2_000_000  # of cells with `exclude`
 TAGS = frozenset({*ATTACKS, *RECIPES, *MEASURES})
 Cell = dict[str, Any]
@@ -33,12 +33,12 @@ class Sweep(Spec):
     priority: Annotated[Whole, Field(ge=-100, le=100)] = 0
     labels: Labels = Field(default_factory=dict)
 
-    def cells(self) -> list[JobSpec]:
+    def cells(self, most: int = MAX_SWEEP_JOBS) -> list[JobSpec]:
         """The distinct jobs of the sweep, in grid order (the last axis runs fastest).
 
-        Raises `InvalidSpec` with a pointer to the offending field or axis.
+        Raises `InvalidSpec` with a pointer to the offending field or axis, also for more than `most` as written.
         """
-        self._check_size()
+        self._check_size(most)
         self._check_exclude()
         # Pairs that look the same are parsed once; those that are the same, such as 1 and "1.0", become one job.
         parsed: dict[str, JobSpec] = {}
@@ -70,7 +70,7 @@ class Sweep(Spec):
         """Where the sweep says what this field of its jobs is."""
         return _pointer("grid" if field in self.grid else "base", field)
 
-    def _check_size(self) -> None:
+    def _check_size(self, most: int) -> None:
         """Before anything is built: a grid of a few bytes can have more cells than there are atoms."""
         empty = [_pointer("grid", axis) for axis, values in self.grid.items() if not values]
         if empty:
@@ -79,9 +79,9 @@ class Sweep(Spec):
         for values in self.grid.values():
             count = min(count * len(values), 10**15)
         count += len(self.include)
-        if count > MAX_CELLS:
+        if count > most:
             many = f"{count:,}" if count < 10**15 else "more than 10^15"
-            raise InvalidSpec([("/grid", f"{many} cells; a sweep has at most {MAX_CELLS:,}: split it")])
+            raise InvalidSpec([("/grid", f"{many} cells; a sweep has at most {most:,}: split it")])
         if count * len(self.exclude) > MAX_COMPARISONS:
             raise InvalidSpec(
                 [("/exclude", f"too many for {count:,} cells; leave out whole values, or split the sweep")]

@@ -123,6 +123,21 @@ def test_what_is_no_json_object_is_refused(server: Any, body: str, status: int) 
         refused(server.http.post("/v1/jobs", content=body.encode("latin-1"), headers=headers), expected)
 
 
+def test_how_many_jobs_a_sweep_may_have_is_a_setting(start_server: Any, tmp_path: Path) -> None:
+    base = {name: value for name, value in JOB.items() if name != "scale"}
+    with start_server(tmp_path, dispatching=False, max_sweep_jobs=2) as server:
+
+        def sent(*scales: int, dry_run: bool = False) -> Any:
+            sweep = {"name": "few", "base": base, "grid": {"scale": scales}}
+            return server.http.post("/v1/sweeps", params={"dry_run": dry_run}, json=sweep)
+
+        for dry_run in (True, False):
+            assert "at most 2" in pointers(refused(sent(1, 2, 3, dry_run=dry_run)))["/grid"]
+        made = sent(1, 2).json()["id"]
+        longer = server.http.post(f"/v1/sweeps/{made}:extend", json={"grid": {"scale": [3]}})
+        assert "at most 2" in pointers(refused(longer))["/grid"]
+
+
 def test_who_is_asking_comes_before_what_was_sent(start_server: Any, tmp_path: Path) -> None:
     with start_server(tmp_path, dispatching=False, auth=True) as server:
         for body, kind in (("", "application/json"), ("x", "text/plain"), ("[]", "application/json")):

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import InvalidSpec
+from service.limits import MAX_SWEEP_JOBS
 from service.specs import JobSpec, Sweep
-from service.specs.sweep import MAX_CELLS
 
 BASE: dict[str, Any] = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 100}
 PGD: dict[str, Any] = {"type": "pgd", "norm": "linf", "eps": "8/255", "step_size": "2/255", "steps": 10}
@@ -116,7 +116,7 @@ def test_a_name_cannot_be_varied_from_within() -> None:
     [
         {"scale": [1] * 3200, "seed": [2] * 3200},
         {"scale": [1] * 10_000_000},
-        {"scale": [1] * (MAX_CELLS + 1)},
+        {"scale": [1] * (MAX_SWEEP_JOBS + 1)},
         {f"axis{i}": [0] * 10 for i in range(10_000)},
         {f"axis{i}": [0] * 100_000 for i in range(50)},
     ],
@@ -139,7 +139,9 @@ def test_how_many_is_said() -> None:
 
 
 def test_include_counts_too() -> None:
-    sweep = Sweep.model_construct(name="huge", base=BASE, grid={}, include=[{"scale": 1}] * (MAX_CELLS + 1), exclude=[])
+    sweep = Sweep.model_construct(
+        name="huge", base=BASE, grid={}, include=[{"scale": 1}] * (MAX_SWEEP_JOBS + 1), exclude=[]
+    )
     with pytest.raises(InvalidSpec, match="100,001 cells"):
         sweep.cells()
 
