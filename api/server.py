@@ -14,7 +14,7 @@ from api.binding import check_bind, listen
 from service import logs
 from service.errors import UncannyError
 from service.settings import Settings
-from service.store.database import prepare_store
+from service.upgrading import prepare_store
 
 log = logging.getLogger("uncanny.api")
 GRACE_SECONDS = 3

@@ -250,7 +250,8 @@ def _kill_family(process: psutil.Process) -> None:
 
 
 def _prepared(settings: Settings) -> "Database":
-    from service.store.database import Database, prepare_store
+    from service.store.database import Database
+    from service.upgrading import prepare_store
 
     prepare_store(settings)
     return Database(settings.database)

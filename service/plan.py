@@ -6,9 +6,10 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from service.specs import AttackTask, ControlTask, DatasetRef, JobSpec, MeasureTask, Task, TrainTask, digest
-from service.specs.attacks import AnyAttack, Attack, Pgd, Transfer
+from service.specs.attacks import AnyAttack, Apgd, Attack, Numerics, Pgd, Transfer
 from service.specs.measures import ClosedForms, Measure
 from service.specs.recipes import AnyRecipe, Imported
+from service.specs.versions import version_of, version_of_attack
 
 PANEL_SAMPLES = 256  # SCIENCE.md section 8
 REMEMBERED = 4096  # tasks of each kind, some kilobytes each
@@ -104,7 +105,10 @@ def _network(
 
 @lru_cache(maxsize=REMEMBERED)
 def _train(architecture: str, dataset: DatasetRef, recipe: AnyRecipe, seed: int, replicate: int) -> PlannedTask:
-    spec = TrainTask(architecture=architecture, dataset=dataset, recipe=recipe, seed=seed, replicate=replicate)
+    spec = TrainTask(
+        version=version_of("train", recipe.name), architecture=architecture, dataset=dataset, recipe=recipe, seed=seed,
+        replicate=replicate,
+    )  # fmt: skip
     own = digest(spec)
     return PlannedTask(own, own, spec)
 
@@ -114,8 +118,9 @@ def _measure(checkpoint: str, measure: Measure, scale: float, scale_bias: bool, 
     # A measure with images of its own does not depend on the job's samples.
     samples = getattr(measure, "images", samples)
     spec = MeasureTask(
-        checkpoint=checkpoint, measure=measure, scale=scale, scale_bias=_bias(scale, scale_bias), samples=samples
-    )
+        version=version_of("measure", measure.type), checkpoint=checkpoint, measure=measure, scale=scale,
+        scale_bias=_bias(scale, scale_bias), samples=samples,
+    )  # fmt: skip
     return PlannedTask(digest(spec), checkpoint, spec)
 
 
@@ -127,8 +132,8 @@ def _attack(
     if getattr(attack, "source_scale", 1.0) == 1.0:  # else the bias of a transfer's source is scaled, or is not
         scale_bias = _bias(scale, scale_bias)
     spec = AttackTask(
-        checkpoint=checkpoint, attack=attack, scale=scale, scale_bias=scale_bias,
-        attack_seed=seed, samples=samples, source=source, arrays=arrays,
+        version=version_of_attack(attack.model_dump()), checkpoint=checkpoint, attack=attack, scale=scale,
+        scale_bias=scale_bias, attack_seed=seed, samples=samples, source=source, arrays=arrays,
     )  # fmt: skip
     return PlannedTask(digest(spec), checkpoint, spec)
 
@@ -146,9 +151,19 @@ def _control(checkpoint: str, attack: AnyAttack, samples: int) -> PlannedTask | 
         return None
     step_size, steps = (attack.step_size, attack.steps) if isinstance(attack, Pgd) else (eps / 4, 10)
     spec = ControlTask(
-        checkpoint=checkpoint, norm=norm, eps=eps, step_size=step_size, steps=steps, samples=samples
+        version=version_of("control"), checkpoint=checkpoint, norm=norm, eps=eps, step_size=step_size, steps=steps,
+        samples=samples, twin=_twin(attack, step_size, steps),
     )  # fmt: skip
     return PlannedTask(digest(spec), checkpoint, spec)
+
+
+def _twin(attack: AnyAttack, step_size: float, steps: int) -> Pgd | Apgd | None:
+    """The attack with the margin loss, where that is not what the panel runs anyway: PGD from the image."""
+    if not isinstance(attack, Pgd | Apgd):
+        return None
+    twin = attack.model_copy(update={"loss": "margin", **Numerics().model_dump()})
+    plain = Pgd(norm=attack.norm, eps=attack.eps, step_size=step_size, steps=steps, loss="margin")
+    return None if twin == plain else twin
 
 
 def _bias(scale: float, scale_bias: bool) -> bool:

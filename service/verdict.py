@@ -1,8 +1,10 @@
 """Can the number be believed? A pure function of stored outcome bits and checks (SCIENCE.md sections 3 and 8).
 
-A verdict is computed once, when the last task of a job lands, and then fixed. A changed rule is a new `VERSION`.
+A verdict is computed when the last task of a job lands. A changed rule is a new `VERSION`, by which stored bits are
+judged again (`service/upgrading.py`); statistics never mix two.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -10,12 +12,18 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 2  # masked: only what was right at s = 1 and is broken there
+VERSION = 3
+"""2: masked means right at s = 1 and broken there. 3: masked over the images that the twin ran on, and of attacks with
+a gradient only; not_converged of the attack that is judged; nothing_correct, non_finite; not_checked without a panel."""
 CHALLENGERS = ("fgsm", "noise", "margin", "square")
 CHECKS = (
     "zero_gradient", "masked", "outside_ball", *(f"weaker_than:{name}" for name in CHALLENGERS), "not_converged",
-    "eps_zero", "train_mode", "random_forward",
+    "eps_zero", "train_mode", "random_forward", "nothing_correct", "non_finite",
 )  # fmt: skip
+REASONS = (*CHECKS, "weak_loss")
+VERDICTS = ("trusted", "suspect", "invalid", "not_checked")
+WITHOUT_GRADIENT = frozenset({"noise", "square", "transfer"})
+"""Attacks whose own network gives them no gradient: nothing can be masked from them, and they do not converge."""
 
 BitArray = NDArray[np.bool_]
 
@@ -32,13 +40,15 @@ class Level(IntEnum):
 class AttackBits:
     """What one attack did to each of the n examples: bool arrays `[n]` in sample order.
 
-    `zero_gradient` is None where the attack takes no gradient, `outside` how many examples left the ball or [0,1].
+    `zero_gradient` is None where the attack takes no gradient, `non_finite` where all was finite (a NaN or an infinite
+    logit or gradient), `outside` how many examples left the ball or [0,1].
     """
 
     clean_correct: BitArray
     robust: BitArray
     zero_gradient: BitArray | None = None
     outside: int | None = None
+    non_finite: BitArray | None = None
 
 
 @dataclass(frozen=True)
@@ -53,16 +63,53 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """All that a verdict rests on: an attack of type `attack` at `scale` on a network of k `classes`.
+
+    `at_one` is the same attack at s = 1. `controls` is None where the panel does not hold: an attack without a ball, or
+    a head whose bias was not scaled. `twin`, robust bits `[m]` of the first m samples, is this attack with the margin
+    loss at s = 1; None where it was not run.
+    """
+
+    attack: str
+    scale: float
+    classes: int
+    at_scale: AttackBits
+    at_one: AttackBits
+    controls: Controls | None = None
+    twin: BitArray | None = None
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """`trusted`, `suspect` or `invalid`, the reasons for it, each check's outcome, and the fractions of section 3."""
+    """One of `VERDICTS`, the reasons for it, each check's outcome and its counts, and the fractions of section 3.
+
+    `counts` has `[found, of how many]` for each check that counts images. `masked_fraction` is of the `masked_n` images
+    that the margin twin ran on, of all where there is none, and null for attacks without a gradient.
+    """
 
     verdict: str
     reasons: tuple[str, ...]
     checks: dict[str, str]
-    masked_fraction: float
+    counts: dict[str, list[int]]
+    masked_fraction: float | None
     masked_fraction_of_correct: float | None
+    masked_n: int | None
     reverse_fraction: float
     version: int = field(default=VERSION)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How bad a check came out, the reason that it gives, and in how many of how many images, where it counts them."""
+
+    level: Level
+    reason: str
+    count: int | None = None
+    of: int = 0
+
+
+Findings = dict[str, Finding]  # by check
 
 
 def unpack(n: int, packed: bytes) -> BitArray:
@@ -70,75 +117,112 @@ def unpack(n: int, packed: bytes) -> BitArray:
     return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=n).astype(bool)
 
 
-def judge(scale: float, at_scale: AttackBits, at_one: AttackBits, controls: Controls | None) -> Verdict:
-    """The verdict on an attack at `scale`, given the same attack at s = 1 and the panel of controls.
+def judge(evidence: Evidence) -> Verdict:
+    """The verdict on an attack, as bad as its worst finding."""
+    at_scale, at_one = evidence.at_scale, evidence.at_one
+    masked, masked_correct, masked_n = _masked(evidence)
+    reverse = int((at_scale.clean_correct & ~at_scale.robust & at_one.robust).sum())
 
-    `controls` is None where the panel does not hold: an attack without a ball, or a head whose bias was not scaled.
-    """
-    n, correct = at_scale.robust.size, at_scale.clean_correct
-    n_correct = int(correct.sum())
-    broken_at_one = at_one.clean_correct & ~at_one.robust  # with the bias left alone, classes change with s
-    if controls is not None:
-        twin = controls.robust["margin"]
-        broken_at_one[: twin.size] |= ~twin
-    masked = int((correct & at_scale.robust & broken_at_one).sum())
-    reverse = int((correct & ~at_scale.robust & at_one.robust).sum())
-
-    found = _blindness(scale, at_scale, n_correct, masked / n)
+    findings = _correctness(evidence) | _blindness(evidence, masked, masked_n)
     if at_scale.outside is not None:
-        found["outside_ball"] = ("outside_ball", _any(at_scale.outside))
-    if controls is not None:
-        found |= _panel(at_scale.robust, controls)
-    reasons = dict.fromkeys(reason for reason, level in found.values() if level)
-    worst = max((level for _, level in found.values()), default=Level.PASSED)
+        findings["outside_ball"] = _any("outside_ball", at_scale.outside, at_scale.robust.size)
+    if evidence.controls is not None:
+        findings |= _panel(evidence, evidence.controls)
+    reasons = dict.fromkeys(finding.reason for finding in findings.values() if finding.level)
+    worst = max(finding.level for finding in findings.values())
+    clean = "trusted" if evidence.controls is not None else "not_checked"
     return Verdict(
-        "trusted" if worst is Level.PASSED else worst.name.lower(),
+        clean if worst is Level.PASSED else worst.name.lower(),
         tuple(reasons),
-        {check: found[check][1].name.lower() if check in found else "not_checked" for check in CHECKS},
-        masked / n,
-        masked / n_correct if n_correct else None,
-        reverse / n,
+        {check: findings[check].level.name.lower() if check in findings else "not_checked" for check in CHECKS},
+        {check: [found.count, found.of] for check, found in findings.items() if found.count is not None},
+        None if masked is None else masked / masked_n,
+        masked / masked_correct if masked is not None and masked_correct else None,
+        None if masked is None else masked_n,
+        reverse / at_scale.robust.size,
     )
 
 
-Findings = dict[str, tuple[str, Level]]  # check -> (the reason it gives, how bad)
+def wilson(count: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The Wilson score interval of a share, `count` of `n` > 0; 95 % unless `z` says otherwise (Wilson 1927).
+
+    >>> [round(bound, 4) for bound in wilson(0, 10)]
+    [0.0, 0.2775]
+    """
+    share, z2 = count / n, z * z
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return (0.0 if count == 0 else middle - half), (1.0 if count == n else middle + half)
 
 
-def _blindness(scale: float, attack: AttackBits, n_correct: int, masked_fraction: float) -> Findings:
-    found: Findings = {}
-    blind = 0.0
+def _masked(evidence: Evidence) -> tuple[int | None, int, int]:
+    """Masked examples, the clean-correct ones among those looked at, and how many were looked at.
+
+    Masked: clean-correct and robust at s, and broken at s = 1 by this attack or by its margin twin. Both are counted
+    over the images that the twin ran on.
+    """
+    if evidence.attack in WITHOUT_GRADIENT:
+        return None, 0, 0
+    n = evidence.at_scale.robust.size if evidence.twin is None else evidence.twin.size
+    at_scale, at_one = evidence.at_scale, evidence.at_one
+    broken = at_one.clean_correct[:n] & ~at_one.robust[:n]  # with the bias left alone, classes change with s
+    if evidence.twin is not None:
+        broken = broken | ~evidence.twin
+    correct = at_scale.clean_correct[:n]
+    return int((correct & at_scale.robust[:n] & broken).sum()), int(correct.sum()), n
+
+
+def _correctness(evidence: Evidence) -> Findings:
+    """Whether there was anything to attack, and whether all of it was a number."""
+    n, correct = evidence.at_scale.clean_correct.size, int(evidence.at_scale.clean_correct.sum())
+    by_chance = correct == 0 or wilson(correct, n)[0] <= 1 / evidence.classes
+    level = Level.INVALID if by_chance else Level.PASSED
+    findings = {"nothing_correct": Finding(level, "nothing_correct", correct, n)}
+    if evidence.at_scale.non_finite is not None:
+        findings["non_finite"] = _any("non_finite", int(evidence.at_scale.non_finite.sum()), n)
+    return findings
+
+
+def _blindness(evidence: Evidence, masked: int | None, masked_n: int) -> Findings:
+    findings: Findings = {}
+    attack, n_correct, blind = evidence.at_scale, int(evidence.at_scale.clean_correct.sum()), 0
     if attack.zero_gradient is not None:
-        blind = float((attack.zero_gradient & attack.clean_correct).sum()) / n_correct if n_correct else 0.0
-        found["zero_gradient"] = ("zero_gradient", _above(blind, 0.01, 0.10))
-    # Up to s = 1 a loss can be too weak to break an example without its gradient being zero: that masks nothing.
-    reason = "weak_loss" if scale <= 1 and blind == 0 else "masked"
-    found["masked"] = (reason, _above(masked_fraction, 0.05, 0.20))
-    return found
+        blind = int((attack.zero_gradient & attack.clean_correct).sum())
+        level = _above(blind / n_correct, 0.01, 0.10) if n_correct else Level.PASSED
+        findings["zero_gradient"] = Finding(level, "zero_gradient", blind, n_correct)
+    if masked is not None:
+        # Up to s = 1 a loss can be too weak to break an example without its gradient being zero: that masks nothing.
+        reason = "weak_loss" if evidence.scale <= 1 and blind == 0 else "masked"
+        findings["masked"] = Finding(_above(masked / masked_n, 0.05, 0.20), reason, masked, masked_n)
+    return findings
 
 
-def _panel(robust: BitArray, controls: Controls) -> Findings:
+def _panel(evidence: Evidence, controls: Controls) -> Findings:
     m = controls.robust["margin"].size
-    ours = robust[:m]
+    ours = evidence.at_scale.robust[:m]
     after_twin = ours & controls.robust["margin"]
-    found: Findings = {}
+    findings: Findings = {}
     for name in CHALLENGERS:
         weaker = int((ours & ~controls.robust[name]).sum())
         level = _above(weaker, max(5, 0.05 * m), max(10, 0.20 * m))
         closed = int((after_twin & ~controls.robust[name]).sum()) <= 0.01 * m
-        found[f"weaker_than:{name}"] = ("weak_loss" if closed else f"weaker_than:{name}", level)
-    newly = int((controls.robust["pgd"] & ~controls.robust["more_steps"]).sum())
-    found["not_converged"] = ("not_converged", Level.SUSPECT if newly > max(0.02 * m, 3) else Level.PASSED)
+        reason = "weak_loss" if closed else f"weaker_than:{name}"
+        findings[f"weaker_than:{name}"] = Finding(level, reason, weaker, m)
+    if evidence.attack not in WITHOUT_GRADIENT:
+        newly = int((ours & ~controls.robust["more_steps"]).sum())
+        level = Level.SUSPECT if newly > max(0.02 * m, 3) else Level.PASSED
+        findings["not_converged"] = Finding(level, "not_converged", newly, m)
     counts = controls.numbers
-    found["eps_zero"] = ("eps_zero", _any(counts["eps_zero_changed"]))
-    found["random_forward"] = ("random_forward", _any(counts["random_forward_changed"]))
+    findings["eps_zero"] = _any("eps_zero", counts["eps_zero_changed"], m)
+    findings["random_forward"] = _any("random_forward", counts["random_forward_changed"], m)
     in_train_mode = (counts["train_mode_modules"] or 0) + (counts["batch_dependent_changed"] or 0)
-    found["train_mode"] = ("train_mode", _any(in_train_mode))
-    return found
+    findings["train_mode"] = Finding(Level.INVALID if in_train_mode else Level.PASSED, "train_mode")
+    return findings
 
 
 def _above(value: float, suspect: float, invalid: float) -> Level:
     return Level((value > suspect) + (value > invalid))
 
 
-def _any(count: float | None) -> Level:
-    return Level.INVALID if count else Level.PASSED
+def _any(reason: str, count: float | None, of: int) -> Finding:
+    return Finding(Level.INVALID if count else Level.PASSED, reason, int(count or 0), of)

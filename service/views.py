@@ -18,6 +18,7 @@ from service.store.result_tables import METRICS
 
 # A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
 DETAIL = re.compile(r"^train_|_q\d\d(_|$)|_clean_correct|_n_zero$|_iterations$|_converged$")
+VERDICT = ("verdict", "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version")
 TASK_STATES = tuple(str(state) for state in TaskState)
 
 
@@ -115,10 +116,9 @@ def result_row(
     for more in (*(measure["numbers"] for measure in further), row.attack_numbers):
         numbers |= {name: value for name, value in more.items() if value is not None or name not in numbers}
     headline = {
-        **{name: getattr(row, name) for name in METRICS},
-        "verdict": row.verdict, "verdict_reasons": row.verdict_reasons, "verdict_checks": row.verdict_checks,
-        "verdict_version": row.verdict_version,
-    }  # fmt: skip
+        **{name: getattr(row, name) for name in (*METRICS, "masked_n", *VERDICT)},
+        "weights_sha256": row.weights_sha256,
+    }
     shown = {name: value for name, value in numbers.items() if whole or not _is_detail(name)}
     return {
         "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,

@@ -25,7 +25,7 @@ from workers.science import architectures
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, prepare
 from workers.science.augmentation import Augmentation
 from workers.science.bounds import bound_numbers
-from workers.science.controls import Geometry, run_controls
+from workers.science.controls import Geometry, Twin, run_controls
 from workers.science.datasets import DATASETS, ImageData, read_npz, sample_indices, to_unit
 from workers.science.errors import ScienceError, WrongState
 from workers.science.evaluation import evaluate_attack, evaluate_clean
@@ -202,7 +202,8 @@ def run_control(task: ControlTask, subject: Subject, on_progress: OnProgress) ->
     index, x, y = subject.samples(task.samples)
     geometry = Geometry(task.norm, task.eps, task.step_size, task.steps)
     device = subject.context.device
-    found = run_controls(subject.network(), x, y, index, geometry, device=device, on_progress=on_progress)
+    twin = Twin(task.twin.type, attack_parameters(task.twin)) if task.twin is not None else None
+    found = run_controls(subject.network(), x, y, index, geometry, twin=twin, device=device, on_progress=on_progress)
     return Outcome(found.numbers, bits=_packed(found.bits))
 
 

@@ -105,13 +105,14 @@ def _create_directly(
     name: str, for_user: str | None, scope: Scope, days: float | None, home: Path | None
 ) -> dict[str, Any]:
     from api.auth import operating_system_user
+    from service import upgrading
     from service.access import Access, Caller
     from service.store import Database
 
     settings = settings_of(home=home)
     database = Database(settings.database)
     if not settings.database_url:
-        database.upgrade()
+        upgrading.upgrade(database)
     database.check_schema()
     access, actor = Access(database), operating_system_user()
     owner = for_user or actor

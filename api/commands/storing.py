@@ -53,14 +53,22 @@ def list_data(home: Home = None, url: Url = None, as_json: AsJson = False) -> No
 
 @db.command("upgrade", epilog=DB_EPILOG)
 def upgrade(home: Home = None, as_json: AsJson = False) -> None:
-    """Bring the database's schema up to this version's. Make a backup first."""
+    """Bring the database up to this version: its schema, verdicts and unfinished tasks. Make a backup first."""
+    from service import upgrading
+
     database = _database(home)
     before = database.revision() if _exists(database) else None
-    database.upgrade()
+    done = upgrading.upgrade(database)
     after = database.revision()
     if as_json:
-        return print_json({"database": database.engine.url.render_as_string(), "before": before, "schema": after})
-    return say(f"schema {before or 'none'} -> {after}")
+        url = database.engine.url.render_as_string()
+        return print_json({"database": url, "before": before, "schema": after, **asdict(done)})
+    say(f"schema {before or 'none'} -> {after}")
+    if done.judged:
+        say(f"{done.judged:,} results were judged again, {done.changed:,} of them have another verdict than before")
+    if done.planned:
+        say(f"{done.planned:,} unfinished jobs were planned again: newer versions of their tasks take the place of old")
+    return None
 
 
 @db.command("status", epilog=STATUS_EPILOG)

@@ -66,7 +66,7 @@ class Apgd(InBall):
     steps: Steps = 100
     restarts: Restarts = 1
     rho: Annotated[Number, Field(gt=0, lt=1)] = 0.75
-    loss: Literal["cross_entropy", "dlr"] = "cross_entropy"
+    loss: Literal["cross_entropy", "dlr", "margin"] = "cross_entropy"
     targeted: bool = False
     targets: Annotated[Whole, Field(ge=1, le=1000)] = 9
 

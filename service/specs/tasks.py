@@ -1,18 +1,20 @@
 """What is computed: the tasks that jobs share. Their digest is their identity (DESIGN.md, "Nouns").
 
-A change of a default or of what a number means bumps the `version` of that kind by hand.
+A change of a default or of what a number means bumps the `version` of that kind and type (`versions.py`).
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from service.specs.attacks import Attack, Eps, Norm, Steps, StepSize
-from service.specs.base import Scale, Spec
+from service.specs.attacks import Apgd, Attack, Eps, Norm, Pgd, Steps, StepSize
+from service.specs.base import Scale, Spec, Whole
 from service.specs.measures import Measure
 from service.specs.recipes import AnyRecipe
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Version = Annotated[Whole, Field(ge=1)]
+MarginTwin = Annotated[Pgd | Apgd, Field(discriminator="type")]
 
 
 class DatasetRef(Spec):
@@ -27,7 +29,7 @@ class TrainTask(Spec):
     """Train a network; makes a checkpoint."""
 
     kind: Literal["train"] = "train"
-    version: Literal[1] = 1
+    version: Version = 1
     architecture: str
     dataset: DatasetRef
     recipe: AnyRecipe
@@ -39,7 +41,7 @@ class MeasureTask(Spec):
     """One sharpness measure of a checkpoint at a scale; `samples` as in an attack."""
 
     kind: Literal["measure"] = "measure"
-    version: Literal[1] = 1
+    version: Version = 1
     checkpoint: Digest
     measure: Measure
     scale: Scale = 1.0
@@ -55,7 +57,7 @@ class AttackTask(Spec):
     """
 
     kind: Literal["attack"] = "attack"
-    version: Literal[1] = 1
+    version: Version = 1
     checkpoint: Digest
     attack: Attack
     scale: Scale = 1.0
@@ -67,16 +69,20 @@ class AttackTask(Spec):
 
 
 class ControlTask(Spec):
-    """The panel of controls of a checkpoint and an attack geometry, at s = 1, on the first `samples` test images."""
+    """The panel of controls of a checkpoint and an attack geometry, at s = 1, on the first `samples` test images.
+
+    `twin` is the attack with the margin loss, where that is another one than PGD from the image in this geometry.
+    """
 
     kind: Literal["control"] = "control"
-    version: Literal[1] = 1
+    version: Version = 1
     checkpoint: Digest
     norm: Norm
     eps: Eps
     step_size: StepSize
     steps: Steps
     samples: int
+    twin: MarginTwin | None = None
 
 
 Task = Annotated[TrainTask | MeasureTask | AttackTask | ControlTask, Field(discriminator="kind")]

@@ -26,7 +26,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from service.errors import DatabaseAway, InvalidQuery, SchemaOutdated
-from service.settings import Settings
 from service.store.listed import stored_json
 
 log = logging.getLogger("uncanny.database")
@@ -114,23 +113,6 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
-
-
-def prepare_store(settings: Settings) -> None:
-    """The embedded database brings its schema up to date by itself; a shared one is only looked at.
-
-    Raises `SchemaOutdated`. One that is away may come back later, and is only warned of.
-    """
-    database = Database(settings.database)
-    try:
-        if not settings.database_url:
-            database.upgrade()
-        else:
-            database.check_schema()
-    except DatabaseAway as error:
-        log.warning("%s", error)
-    finally:
-        database.close()
 
 
 def _alembic() -> Config:

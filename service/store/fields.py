@@ -289,8 +289,8 @@ COMPUTED_BY = {
 }  # fmt: skip
 HEADLINE: dict[str, Field] = {
     **{name: Field("number", results.c[name], task=COMPUTED_BY.get(name)) for name in METRICS},
-    "verdict": Field("text", results.c.verdict),
-}
+    "masked_n": Field("integer", results.c.masked_n), "verdict": Field("text", results.c.verdict),
+}  # fmt: skip
 ATTACK_DIGEST = select(tasks.c.digest).where(tasks.c.id == results.c.attack_task_id).correlate(results)
 RESULTS = Fields(
     {
@@ -299,7 +299,8 @@ RESULTS = Fields(
         "sweep_id": Field("text", results.c.sweep_id), **SPEC, **{short: SPEC[name] for short, name in SHORT.items()},
         "measures": _measures(results.c.job_id), **HEADLINE,
         "verdict_reasons": _list(_of_job("list", jobs.c.verdict_reasons).column),
-        "verdict_version": _of_job("integer", jobs.c.verdict_version),
+        "verdict_version": Field("integer", results.c.verdict_version),
+        "weights_sha256": Field("text", results.c.weights_sha256),
         "spec_digest": _of_job("text", jobs.c.spec_digest), **VERSIONS,
         "attack_digest": Field("text", ATTACK_DIGEST.scalar_subquery()),
         "created_at": Field("time", results.c.created_at), "finished_at": Field("time", results.c.finished_at),

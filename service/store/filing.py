@@ -5,20 +5,24 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, insert, select, update
+from sqlalchemy import Connection, Row, Select, and_, func, insert, literal, select, update
 
 from service.store.listed import insert_rows, listed
 from service.store.result_tables import cells, number_names, results
-from service.store.tables import attack_results, job_tasks, jobs, measurements, tasks, trainings
+from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
+from service.store.typed import json_text
 
 AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.
 OF_SPEC = ("seed", "attack_seed", "replicate", "arrays")
 OWN = frozenset({*OF_SPEC, "measures"})
-FROM_JOB = ("masked_fraction", "masked_fraction_of_correct", "reverse_fraction", "verdict")
+FROM_JOB = (
+    "masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction", "verdict", "verdict_version",
+)  # fmt: skip
 FROM_ATTACK = ("clean_accuracy", "clean_loss", "robust_accuracy", "robust_loss", "zero_gradient_fraction")
 FROM_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
 PARTS = {kind: f"{kind}_task_id" for kind in ("train", "measure", "attack", "control")}
+WEIGHTS_USED = json_text(attempts.c.provenance, literal("weights_sha256"))
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
 
 
@@ -30,11 +34,20 @@ def file(connection: Connection, job_ids: Sequence[str]) -> None:
         ids = _cells(
             connection, [cell_spec(row.spec, of) for row, of in zip(rows, _versions(connection, rows), strict=True)]
         )
+        networks = _networks(connection, {row.weights_sha256 for row in rows})
         filed = []
         for row, cell_id in zip(rows, ids, strict=True):
-            filed.append(_row(row, cell_id, same.get(row.attack_task_id)))
+            network = (cell_id, row.weights_sha256)
+            filed.append({**_row(row, cell_id, same.get(row.attack_task_id)), "repeats_network": network in networks})
             same.setdefault(row.attack_task_id, filed[-1])
+            networks.add(network)
         insert_rows(connection, results, filed)
+
+
+def file_verdicts(connection: Connection, job_ids: Sequence[str]) -> None:
+    """Carry the verdicts of these jobs, which were judged again, over to their results."""
+    of_job = {name: select(jobs.c[name]).where(jobs.c.id == results.c.job_id).scalar_subquery() for name in FROM_JOB}
+    connection.execute(update(results).where(results.c.job_id.in_(listed(job_ids))).values(of_job))
 
 
 def note_names(connection: Connection, kind: str, numbers: Iterable[Mapping[str, Any]]) -> None:
@@ -54,7 +67,12 @@ def refresh(connection: Connection, task_ids: Collection[str]) -> None:
         "test_accuracy": _number(trainings, "test_accuracy", results.c.train_task_id),
         "train_seconds": _number(trainings, "seconds", results.c.train_task_id),
     }
-    connection.execute(update(results).where(results.c.job_id.in_(of_them)).values({**attack, **measure, **train}))
+    made_by = (tasks.c.id == results.c.attack_task_id) & (attempts.c.task_id == tasks.c.id)
+    used = select(WEIGHTS_USED).where(made_by, attempts.c.number == tasks.c.attempt).scalar_subquery()
+    # Other weights may be those of another result by now: statistics look closer where a network may be repeated.
+    network = {"weights_sha256": func.coalesce(used, results.c.weights_sha256), "repeats_network": True}
+    values = {**attack, **measure, **train, **network}
+    connection.execute(update(results).where(results.c.job_id.in_(of_them)).values(values))
 
 
 def cell_spec(spec: Mapping[str, Any], versions: Mapping[str, int | None]) -> dict[str, Any]:
@@ -84,11 +102,14 @@ def _finished(job_ids: Sequence[str]) -> Select[Any]:
     parts = [jobs.c[name] for name in ("finished_at", *PARTS.values())]
     numbers = [*(attack_results.c[name] for name in FROM_ATTACK), *(measurements.c[name] for name in FROM_MEASURE)]
     training = (trainings.c.test_accuracy, trainings.c.seconds.label("train_seconds"))
+    weights = func.coalesce(WEIGHTS_USED, trainings.c.checkpoint_digest).label("weights_sha256")
     return (
-        select(*columns, *parts, *numbers, *training)
+        select(*columns, *parts, *numbers, *training, weights)
         .join(attack_results, attack_results.c.task_id == jobs.c.attack_task_id)
         .outerjoin(measurements, measurements.c.task_id == jobs.c.measure_task_id)
         .outerjoin(trainings, trainings.c.task_id == jobs.c.train_task_id)
+        .join(tasks, tasks.c.id == jobs.c.attack_task_id)
+        .outerjoin(attempts, and_(attempts.c.task_id == tasks.c.id, attempts.c.number == tasks.c.attempt))
         .where(jobs.c.id.in_(listed(job_ids)))
         .order_by(jobs.c.sequence)
     )
@@ -114,6 +135,12 @@ def _same_attack(connection: Connection, task_ids: Sequence[str]) -> dict[str, d
     return {row.attack_task_id: row._asdict() for row in connection.execute(theirs)}
 
 
+def _networks(connection: Connection, weights: Iterable[str]) -> set[tuple[int, str]]:
+    """Where these networks have a result: `(cell id, SHA-256 of the weights)`."""
+    query = select(results.c.cell_id, results.c.weights_sha256).where(results.c.weights_sha256.in_(listed(weights)))
+    return {(cell_id, network) for cell_id, network in connection.execute(query.distinct())}
+
+
 def _cells(connection: Connection, specs: Sequence[dict[str, Any]]) -> list[int]:
     """The id of the cell of each of these specs; those that there are not yet are made."""
     digests = [cell_digest(spec) for spec in specs]
@@ -131,7 +158,7 @@ def _known_cells(connection: Connection, digests: Sequence[str]) -> dict[str, in
 
 def _row(row: Row[Any], cell_id: int, same: Mapping[str, Any] | None) -> dict[str, Any]:
     kept = ("sequence", "user", "sweep_id", "train_task_id", "measure_task_id", "attack_task_id", "created_at")
-    numbers = (*FROM_JOB, *FROM_ATTACK, *FROM_MEASURE, "test_accuracy", "train_seconds")
+    numbers = (*FROM_JOB, *FROM_ATTACK, *FROM_MEASURE, "test_accuracy", "train_seconds", "weights_sha256")
     return {
         "job_id": row.id, "cell_id": cell_id, "repeated": same is not None, "finished_at": row.finished_at,
         **{name: getattr(row, name) for name in (*kept, *numbers)}, **{name: row.spec[name] for name in OF_SPEC},

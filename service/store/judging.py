@@ -1,18 +1,20 @@
 """Verdicts on jobs whose last task has landed, from the outcome bits and numbers that their tasks left."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, Table, select
+from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
+from service.specs import catalog
 from service.store.listed import listed
-from service.store.tables import attack_results, control_results, jobs, outcome_bits
-from service.verdict import AttackBits, BitArray, Controls, judge, unpack
+from service.store.tables import attack_results, control_results, datasets, jobs, outcome_bits
+from service.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, judge, unpack
 
 AT_ONCE = 200  # jobs whose bits are in memory together
-COLUMNS = {"reasons": "verdict_reasons", "checks": "verdict_checks", "version": "verdict_version"}
+COLUMNS = {name: f"verdict_{name}" for name in ("reasons", "checks", "counts", "version")}
+OWN_DATASET = "npz:"
 
 
 def verdicts(connection: Connection, job_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -24,6 +26,27 @@ def verdicts(connection: Connection, job_ids: Sequence[str]) -> list[dict[str, A
         evidence = _Evidence(connection, rows)
         found += [{"id": row.id, **evidence.verdict(row)} for row in rows]
     return found
+
+
+def write_verdicts(connection: Connection, found: Sequence[dict[str, Any]]) -> None:
+    """Store what `verdicts` gave on the jobs."""
+    if not found:
+        return
+    columns: dict[str, Any] = {name: bindparam(f"new_{name}") for name in found[0] if name != "id"}
+    statement = update(jobs).where(jobs.c.id == bindparam("new_id")).values(columns)
+    connection.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in found])
+
+
+def outdated(connection: Connection, after: int, limit: int) -> list[Row[Any]]:
+    """The `id, sequence, verdict` of jobs that were judged by another version of the rule, in their order.
+
+    Those whose bits are not there cannot be judged again, and keep what they have.
+    """
+    of_another = jobs.c.verdict.is_not(None) & jobs.c.verdict_version.is_distinct_from(VERSION)
+    for task_id in (jobs.c.attack_task_id, jobs.c.baseline_task_id):
+        of_another &= exists().where(outcome_bits.c.task_id == task_id, outcome_bits.c.name == "robust")
+    query = select(jobs.c.id, jobs.c.sequence, jobs.c.verdict).where(of_another, jobs.c.sequence > after)
+    return list(connection.execute(query.order_by(jobs.c.sequence).limit(limit)))
 
 
 class _Evidence:
@@ -38,20 +61,36 @@ class _Evidence:
         ):
             self._bits[row.task_id][row.name] = unpack(row.n, row.packed)
         self._numbers = _numbers(connection, attack_results, attacks) | _numbers(connection, control_results, controls)
+        self._classes = _classes(connection, {row.dataset for row in rows})
 
     def verdict(self, row: Row[Any]) -> dict[str, Any]:
         # The panel ran at s = 1; elsewhere its bits hold only while no predicted class changes.
         holds = row.control_task_id is not None and (row.scale == 1 or row.spec["scale_bias"])
-        controls = self._controls(row.control_task_id) if holds else None
-        found = judge(row.scale, self._attack(row.attack_task_id), self._attack(row.baseline_task_id), controls)
-        return {COLUMNS.get(name, name): value for name, value in asdict(found).items()}
+        verdict = judge(
+            Evidence(
+                row.attack, row.scale, self._classes[row.dataset],
+                self._attack(row.attack_task_id), self._attack(row.baseline_task_id),
+                self._controls(row.control_task_id) if holds else None,
+                self._twin(row.control_task_id, row.spec["attack"]) if holds else None,
+            )
+        )  # fmt: skip
+        return {COLUMNS.get(name, name): value for name, value in asdict(verdict).items()}
+
+    def _twin(self, task_id: str, attack: Mapping[str, Any]) -> BitArray | None:
+        """The panel's PGD on the margin is that of plain PGD; another attack's is there if its panel ran it."""
+        bits = self._bits[task_id]
+        plain = attack["type"] == "pgd" and not (attack["random_start"] or attack["targeted"])
+        if plain and attack["restarts"] == 1 and attack["judge"] == "final":
+            return bits["robust_margin"]
+        return bits.get("robust_twin") if attack["type"] in ("pgd", "apgd") else None
 
     def _attack(self, task_id: str) -> AttackBits:
         bits, numbers = self._bits[task_id], self._numbers[task_id]
         outside = [numbers[name] for name in ("outside_ball", "outside_box") if numbers.get(name) is not None]
         return AttackBits(
-            bits["clean_correct"], bits["robust"], bits.get("zero_gradient"), int(sum(outside)) if outside else None
-        )
+            bits["clean_correct"], bits["robust"], bits.get("zero_gradient"), int(max(outside)) if outside else None,
+            bits.get("non_finite"),
+        )  # fmt: skip
 
     def _controls(self, task_id: str) -> Controls:
         bits = {name.removeprefix("robust_"): bits for name, bits in self._bits[task_id].items()}
@@ -61,3 +100,11 @@ class _Evidence:
 def _numbers(connection: Connection, table: Table, task_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     query = select(table.c.task_id, table.c.numbers).where(table.c.task_id.in_(listed(task_ids)))
     return {task_id: numbers for task_id, numbers in connection.execute(query)}
+
+
+def _classes(connection: Connection, names: set[str]) -> dict[str, int]:
+    """How many classes each data set has."""
+    own = [name.removeprefix(OWN_DATASET) for name in names if name not in catalog.DATASETS]
+    query = select(datasets.c.name, datasets.c.classes).where(datasets.c.name.in_(listed(own)))
+    registered = {OWN_DATASET + name: classes for name, classes in connection.execute(query)} if own else {}
+    return registered | {name: catalog.DATASETS[name].classes for name in names if name in catalog.DATASETS}

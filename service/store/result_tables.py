@@ -56,9 +56,14 @@ results = Table(
     Column("train_task_id", String(36), nullable=False),
     Column("measure_task_id", String(36), nullable=False),
     Column("attack_task_id", String(36), nullable=False),
+    Column("weights_sha256", String(64)),  # of the network that the attack really used
     Column("repeated", Boolean, nullable=False),  # an earlier result has the same attack task: the same numbers
+    # An earlier result of the cell is of the same network: another attack seed, a replicate, or the same numbers.
+    Column("repeats_network", Boolean, nullable=False, server_default=text("false")),
     *(Column(name, Float(53)) for name in METRICS),
+    Column("masked_n", Integer),
     Column("verdict", String(20), nullable=False),
+    Column("verdict_version", Integer),
     Column("created_at", Float(53), nullable=False),
     Column("finished_at", Float(53), nullable=False),
     # Found to be wrong later: hidden, never deleted.
@@ -79,10 +84,11 @@ results = Table(
     ),
     Index("ix_results_cell_time", "cell_id", "sequence", "user", postgresql_where=SHOWN, sqlite_where=SHOWN),
     Index(
-        "ix_results_cell", "cell_id", "user", "repeated", "robust_accuracy", "clean_accuracy", "masked_fraction",
+        "ix_results_cell", "cell_id", "user", "repeats_network", "robust_accuracy", "clean_accuracy", "masked_fraction",
         postgresql_where=SHOWN, sqlite_where=SHOWN,
     ),
     Index("ix_results_sweep", "sweep_id"),
+    Index("ix_results_weights", "weights_sha256"),
 )  # fmt: skip
 
 # Which numbers attacks and measures have ever left, so that a misspelt name is told from one without rows.

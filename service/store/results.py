@@ -29,6 +29,7 @@ from service.store.tables import (
 )  # fmt: skip
 from service.verdict import BitArray, unpack
 
+RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
 NUMBERS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
 
 
@@ -40,7 +41,7 @@ def _rows() -> Select[Any]:
         select(
             jobs,
             *measured,
-            *(results.c[name] for name in ("cell_id", "retracted_at", "retracted_by", "retraction_reason")),
+            *(results.c[name] for name in ("cell_id", "weights_sha256", *RETRACTION)),
             attack_results.c.numbers.label("attack_numbers"),
             measurements.c.numbers.label("measure_numbers"),
             attack.c.digest.label("attack_digest"),

@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, case, distinct, exists, func, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, distinct, exists, func, select, update
 
 from service.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
 from service.scheduling import AGEING_SECONDS, HEAD_START_SECONDS
 from service.store import filing, history, timings, users
-from service.store.judging import verdicts
+from service.store.judging import verdicts, write_verdicts
 from service.store.listed import json_object, listed
 from service.store.tables import job_tasks, jobs, sweeps, task_edges, tasks
 
@@ -109,7 +109,7 @@ def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
     if not job_ids:
         return
     if state is JobState.SUCCEEDED:
-        _judge(connection, job_ids)
+        write_verdicts(connection, verdicts(connection, job_ids))
     values: dict[str, Any] = {"state": state, "reason": None, "finished_at": None if state in LIVE_JOB else now}
     stopped = state in (JobState.FAILED, JobState.HELD)
     if stopped:
@@ -121,13 +121,6 @@ def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
     history.append_for_jobs(connection, now, actor, f"job.{state}", listed(job_ids), data)
     if state is JobState.FAILED:
         release(connection, now, actor, job_ids)
-
-
-def _judge(connection: Connection, job_ids: Sequence[str]) -> None:
-    found = verdicts(connection, job_ids)
-    columns: dict[str, Any] = {name: bindparam(f"new_{name}") for name in found[0] if name != "id"}
-    statement = update(jobs).where(jobs.c.id == bindparam("new_id")).values(columns)
-    connection.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in found])
 
 
 def _reason_of_tasks() -> ColumnElement[str | None]:

@@ -196,13 +196,15 @@ jobs = Table(
     _id("attack_task_id", nullable=False),
     _id("baseline_task_id", nullable=False),
     _id("control_task_id"),
-    # The verdict: a pure function of stored bits, computed when the last task lands, then fixed.
+    # The verdict: a pure function of stored bits, computed when the last task lands, and again where its rule changes.
     Column("masked_fraction", Float(53)),
+    Column("masked_n", Integer),
     Column("masked_fraction_of_correct", Float(53)),
     Column("reverse_fraction", Float(53)),
     Column("verdict", String(20)),
     Column("verdict_reasons", Json),
     Column("verdict_checks", Json),
+    Column("verdict_counts", Json),
     Column("verdict_version", Integer),
     Index("ix_jobs_sweep", "sweep_id", "state"),
     Index("ix_jobs_state", "state", "sequence"),

@@ -82,7 +82,7 @@ FROZEN: dict[str, dict[str, Any]] = {
     "TrainTask": {"seed": 0, "replicate": 0},
     "MeasureTask": {"scale": 1.0, "scale_bias": True},
     "AttackTask": {"scale": 1.0, "scale_bias": True, "attack_seed": 0, "source": None, "arrays": False},
-    "ControlTask": {},
+    "ControlTask": {"twin": None},
     "DatasetRef": {"train_sha256": None, "test_sha256": None},
     "Source": {"recipe": None, "seed": 0, "replicate": 0},
     "Recipe": {

@@ -3,7 +3,7 @@
 Run once per checkpoint and attack geometry, at s = 1. With the bias scaled too, its bits hold at every s.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,20 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Twin:
+    """An attack by name with its parameters: the one that is controlled, with the margin loss."""
+
+    attack: str
+    params: Mapping[str, object]
+
+
+@dataclass(frozen=True)
 class ControlReport:
     """`bits` [n] bool, on the CPU: clean_correct, and robust_NAME under each challenger; `numbers` of the checks.
 
-    robust_fgsm, robust_noise (uniform, all draws), robust_margin (PGD on the margin: the attack's twin), robust_square,
-    robust_pgd (cross-entropy, the geometry's steps), robust_more_steps (those of it that survive four times as many).
+    robust_fgsm, robust_noise (uniform, all draws), robust_margin (PGD on the margin), robust_square, robust_pgd
+    (cross-entropy, the geometry's steps), robust_more_steps (those of it that survive four times as many), and
+    robust_twin, where a twin was asked for.
     """
 
     numbers: Numbers
@@ -52,6 +61,7 @@ def run_controls(
     index: Tensor,
     geometry: Geometry,
     *,
+    twin: Twin | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
@@ -61,6 +71,7 @@ def run_controls(
     numbers: `train_mode_modules` (modules that are not in eval mode), `random_forward_changed` (examples whose logits
     differ between two forwards), `batch_dependent_changed` (of the first 16 of each batch: whose logits do not, but
     are others without the rest of the batch), `eps_zero_changed` (whose outcome at eps = 0 is not the clean one).
+    `twin` is the attack with the margin loss, where that is not PGD from the image in this geometry.
     Raises what the attacks raise.
     """
     train_mode_modules = sum(module.training for module in model.modules())
@@ -75,6 +86,7 @@ def run_controls(
         ("robust_square", "square", {**ball, "queries": SQUARE_QUERIES}),
         ("robust_pgd", "pgd", {**walk, "steps": geometry.steps}),
         ("eps_zero", "pgd", {**walk, "eps": 0.0, "steps": 1}),
+        *([] if twin is None else [("robust_twin", twin.attack, {**twin.params})]),
     ]
     stages = len(panel) + 2
     bits: dict[str, list[Tensor]] = {}

@@ -1,0 +1,81 @@
+"""Bringing a database up to this version: its schema, the verdicts of an older rule, and tasks of an older version."""
+
+import logging
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from service.errors import DatabaseAway
+from service.settings import Settings
+from service.store import filing, history, judging
+from service.store.database import Database
+from service.store.history import Event
+from service.verdict import VERSION
+
+log = logging.getLogger("uncanny.upgrading")
+
+AT_ONCE = 1000  # jobs that are judged again in one transaction
+ACTOR = "upgrade"
+
+
+@dataclass(frozen=True)
+class Upgraded:
+    """How many results were judged again, and how many of them have another verdict than before."""
+
+    judged: int = 0
+    changed: int = 0
+
+
+def upgrade(database: Database) -> Upgraded:
+    """Bring schema, verdicts and unfinished tasks up to this version's. Safe to run twice, by two, and to break off."""
+    database.upgrade()
+    return judge_again(database)
+
+
+def judge_again(database: Database) -> Upgraded:
+    """Judge by this version's rule what an older one has judged, from the stored bits; an event names each change."""
+    judged = changed = after = 0
+    while True:
+        with database.write() as connection:
+            rows = judging.outdated(connection, after, AT_ONCE)
+            if not rows:
+                break
+            before = {row.id: row.verdict for row in rows}
+            changed += _judge(connection, database.now(connection), before)
+            judged, after = judged + len(rows), rows[-1].sequence
+    if judged:
+        log.info("%d results were judged again by version %d of the rule, %d differently", judged, VERSION, changed)
+    return Upgraded(judged, changed)
+
+
+def _judge(connection: Connection, now: float, before: dict[str, str]) -> int:
+    found = judging.verdicts(connection, list(before))
+    judging.write_verdicts(connection, found)
+    filing.file_verdicts(connection, list(before))
+    events = [
+        Event(
+            "result.judged", job_id=row["id"],
+            data={"version": VERSION, "before": before[row["id"]], "verdict": row["verdict"]},
+        )
+        for row in found
+        if row["verdict"] != before[row["id"]]
+    ]  # fmt: skip
+    history.append(connection, now, ACTOR, events)
+    return len(events)
+
+
+def prepare_store(settings: Settings) -> None:
+    """The embedded database brings itself up to date; a shared one is only looked at.
+
+    Raises `SchemaOutdated`. One that is away may come back later, and is only warned of.
+    """
+    database = Database(settings.database)
+    try:
+        if not settings.database_url:
+            upgrade(database)
+        else:
+            database.check_schema()
+    except DatabaseAway as error:
+        log.warning("%s", error)
+    finally:
+        database.close()
