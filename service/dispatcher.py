@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from service import decisions, resources, scheduling
+from service import decisions, replanning, resources, scheduling
 from service.artifacts import Artifacts
 from service.errors import Conflict, DatabaseAway
 from service.executor import (
@@ -270,6 +270,10 @@ class Dispatcher:
                 now = self.database.now(connection)
                 lease = self.settings.lease_seconds
                 granted = claiming.grant(connection, now, self.name, lease, list(placements), placements)
+                if old := replanning.outdated(granted.values()):
+                    claiming.take_back(connection, now, self.name, old)
+                    replanning.replan(connection, now, self.name, old)
+                    granted = {task_id: grant for task_id, grant in granted.items() if task_id not in old}
                 users.fold(connection, now, half_life)
                 deciding.keep(connection, now, self.name, seen, decided, self.settings.decision_log)
                 train_digest = {task.task_id: task.train_digest for task in queue}

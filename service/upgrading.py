@@ -1,4 +1,7 @@
-"""Bringing a database up to this version: its schema, the verdicts of an older rule, and tasks of an older version."""
+"""Bringing a database up to this version: its schema, and the verdicts of an older rule.
+
+Unfinished tasks of an older version are planned again by the dispatcher, when it comes to them (`replanning.py`).
+"""
 
 import logging
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ class Upgraded:
 
 
 def upgrade(database: Database) -> Upgraded:
-    """Bring schema, verdicts and unfinished tasks up to this version's. Safe to run twice, by two, and to break off."""
+    """Bring schema and verdicts up to this version's. Safe to run twice, by two, and to break off."""
     database.upgrade()
     return judge_again(database)
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 VERSION = 3
-"""2: masked means right at s = 1 and broken there. 3: masked over the images that the twin ran on, and of attacks with
-a gradient only; not_converged of the attack that is judged; nothing_correct, non_finite; not_checked without a panel."""
+"""2: masked means right at s = 1 and broken there. 3: masked is a share of the images that the twin ran on, null for
+attacks without a gradient; not_converged looks at the attack itself; nothing_correct, non_finite, not_checked."""
 CHALLENGERS = ("fgsm", "noise", "margin", "square")
 CHECKS = (
     "zero_gradient", "masked", "outside_ball", *(f"weaker_than:{name}" for name in CHALLENGERS), "not_converged",

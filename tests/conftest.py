@@ -398,7 +398,7 @@ class Lab:
         states: dict[str, JobState] = {}
         for event in events:
             verb = event.kind.removeprefix("job.")
-            if event.kind == verb or verb == "changed":  # its priority or labels
+            if event.kind == verb or verb in ("changed", "replanned"):  # its priority or labels; its tasks
                 continue
             before, after = (
                 states.get(event.job_id),

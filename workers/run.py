@@ -19,6 +19,7 @@ from service.errors import ArtifactMissing, ArtifactRootFull
 from service.executor import Bundle, Failed, Grant, Lost, Message, Outcome, Progress, Reason, Started, Succeeded
 from service.interrupt import interrupt
 from service.specs import AttackTask, ControlTask, MeasureTask, Task, TrainTask, problems
+from service.specs.versions import version_of_spec
 from workers import provenance, tasks
 from workers.context import Context
 from workers.science.errors import ScienceError
@@ -46,6 +47,11 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
 
     meter = provenance.Meter(context.device, context.device_share)
     task = TASK.validate_python(grant.spec)
+    if task.version != (known := version_of_spec(grant.spec)):
+        raise ScienceError(
+            f"this task is of version {task.version}, and this worker computes version {known}: install one version "
+            "of Uncanny everywhere, then retry the job"
+        )
     training = TrainTask.model_validate(bundle.train_spec)
     with deterministic(context.device):
         subject = tasks.Subject(training, bundle.checkpoint, context)

@@ -53,7 +53,7 @@ def list_data(home: Home = None, url: Url = None, as_json: AsJson = False) -> No
 
 @db.command("upgrade", epilog=DB_EPILOG)
 def upgrade(home: Home = None, as_json: AsJson = False) -> None:
-    """Bring the database up to this version: its schema, verdicts and unfinished tasks. Make a backup first."""
+    """Bring the database up to this version: its schema and its verdicts. Make a backup first."""
     from service import upgrading
 
     database = _database(home)
@@ -66,8 +66,6 @@ def upgrade(home: Home = None, as_json: AsJson = False) -> None:
     say(f"schema {before or 'none'} -> {after}")
     if done.judged:
         say(f"{done.judged:,} results were judged again, {done.changed:,} of them have another verdict than before")
-    if done.planned:
-        say(f"{done.planned:,} unfinished jobs were planned again: newer versions of their tasks take the place of old")
     return None
 
 

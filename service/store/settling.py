@@ -135,10 +135,14 @@ def _reason_of_tasks() -> ColumnElement[str | None]:
 
 def release(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> None:
     """Let go of the tasks of jobs that are not live any more: those that no live job needs end, others rank anew."""
-    if not job_ids:
-        return
-    mine = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(job_ids)))
-    theirs = and_(tasks.c.id.in_(mine), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}))
+    if job_ids:
+        mine = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(job_ids)))
+        release_tasks(connection, now, actor, mine)
+
+
+def release_tasks(connection: Connection, now: float, actor: str, which: Select[Any]) -> None:
+    """The same of tasks that some job needs no more; `which` is a query of their ids."""
+    theirs = and_(tasks.c.id.in_(which), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}))
     unneeded = and_(theirs, ~_of_live_jobs(select(1)).exists())
     running = tasks.c.state == TaskState.RUNNING
     connection.execute(update(tasks).where(unneeded, running).values(cancel_requested=True))

@@ -2,9 +2,24 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, func, insert, or_, select, union_all, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    union_all,
+    update,
+)  # fmt: skip
 from uuid_utils import uuid7
 
 from service.jobs import LIVE_JOB, JobState, TaskState
@@ -15,7 +30,7 @@ from service.store import counters, history
 from service.store.history import Event
 from service.store.listed import insert_rows, json_object, listed
 from service.store.recording import MISSING_CHECKPOINT
-from service.store.settling import rank_anew, release, settle, settle_jobs
+from service.store.settling import rank_anew, release, release_tasks, settle, settle_jobs
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks, trainings
 
 BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
@@ -68,41 +83,17 @@ def insert_jobs(
     `known` are those of their tasks that there are already; `paused` says that their sweep is.
     """
     sequence = counters.take(connection, "jobs", len(plans))
-    needed: dict[str, tuple[PlannedTask, int]] = {}
-    needed_by: Counter[str] = Counter()
-    for offset, plan in enumerate(plans):
-        for task_digest, task in plan.tasks.items():
-            needed.setdefault(task_digest, (task, sequence + offset))
-        needed_by.update(plan.tasks.keys())
-    ids = {task_digest: task_id for task_digest, (task_id, _) in known.items()}
-    states = {task_digest: state for task_digest, (_, state) in known.items()}
-    again = [task_digest for task_digest, state in states.items() if state in REOPENED]
-    broken = tasks.c.id.in_(listed(ids[task_digest] for task_digest in again))
-    lost = _lost_trainings(connection, broken) if again else []
-    again += lost
-    fresh = [task_digest for task_digest in needed if task_digest not in known]
-    # Parents first: whether a child waits depends on whether its parent has succeeded, or is reopened too.
-    for task_digest in sorted([*again, *fresh], key=lambda task_digest: bool(needed[task_digest][0].parents)):
-        states[task_digest] = _first_state(needed[task_digest][0].parents, states)
-    for task_digest in fresh:
-        ids[task_digest] = new_id()
-
-    if fresh:
-        made = [(*needed[task_digest], ids[task_digest], states[task_digest]) for task_digest in fresh]
-        rank = {"priority": priority, "sponsor": user, "waiting_since": now, "paused": paused}
-        rows = [_task_row(*one, now) | rank for one in made]
-        for row in rows:
-            row |= {"needed_by": needed_by[row["digest"]], "due": due(now, priority, row["kind"])}
-        insert_rows(connection, tasks, rows)
-        edges = [{"parent_id": ids[d], "child_id": task_id} for task, _, task_id, _ in made for d in task.parents]
-        insert_rows(connection, task_edges, edges)
+    rank = Rank(user, priority, now, paused=paused)
+    ranked = [(plan, sequence + offset, rank) for offset, plan in enumerate(plans)]
+    ids, states, needed_by, fresh, again, lost = _join_tasks(connection, now, ranked, known)
     rows = [
         _job_row(plan, ids, sequence + offset, now)
         | {"user": user, "sweep_id": sweep_id, "priority": priority, "labels": labels}
         for offset, plan in enumerate(plans)
     ]
     insert_rows(connection, jobs, rows)
-    _insert_needs(connection, rows, plans, ids)
+    these = jobs.c.sequence.between(rows[0]["sequence"], rows[-1]["sequence"])
+    _insert_needs(connection, these, [(row["id"], plan) for row, plan in zip(rows, plans, strict=True)], ids)
     job_ids = [row["id"] for row in rows]
     history.append_for_jobs(connection, now, user, "job.submitted", listed(job_ids))
     kind = json_object(kind=tasks.c.kind)
@@ -129,6 +120,92 @@ def insert_jobs(
     if ahead:
         settle_jobs(connection, now, user, listed(ahead))
     return job_ids
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a new task gets from the first job that needs it; it is ranked among all that need it afterwards."""
+
+    user: str
+    priority: int
+    waiting_since: float
+    paused: bool = False
+
+
+class _Joined(NamedTuple):
+    """Tasks by digest: ids, states, how many jobs need them; which are `fresh`, reopened (`again`), or `lost`."""
+
+    ids: dict[str, str]
+    states: dict[str, TaskState]
+    needed_by: Counter[str]
+    fresh: list[str]
+    again: list[str]
+    lost: list[str]
+
+
+def _join_tasks(
+    connection: Connection, now: float, plans: Sequence[tuple[JobPlan, int, Rank]],
+    known: Mapping[str, tuple[str, TaskState]],
+) -> _Joined:  # fmt: skip
+    """Insert the tasks of these jobs that there are not yet, and say which of the others run again.
+
+    `plans` have the job's sequence and rank; `known` are those of their tasks that there are already.
+    """
+    needed: dict[str, tuple[PlannedTask, int, Rank]] = {}
+    needed_by: Counter[str] = Counter()
+    for plan, sequence, rank in plans:
+        for task_digest, task in plan.tasks.items():
+            needed.setdefault(task_digest, (task, sequence, rank))
+        needed_by.update(plan.tasks.keys())
+    ids = {task_digest: task_id for task_digest, (task_id, _) in known.items()}
+    states = {task_digest: state for task_digest, (_, state) in known.items()}
+    again = [task_digest for task_digest, state in states.items() if state in REOPENED]
+    broken = tasks.c.id.in_(listed(ids[task_digest] for task_digest in again))
+    lost = _lost_trainings(connection, broken) if again else []
+    again += lost
+    fresh = [task_digest for task_digest in needed if task_digest not in known]
+    # Parents first: whether a child waits depends on whether its parent has succeeded, or is reopened too.
+    for task_digest in sorted([*again, *fresh], key=lambda task_digest: bool(needed[task_digest][0].parents)):
+        states[task_digest] = _first_state(needed[task_digest][0].parents, states)
+    rows, edges = [], []
+    for task_digest in fresh:
+        task, sequence, rank = needed[task_digest]
+        task_id = ids[task_digest] = new_id()
+        row = _task_row(task, sequence, task_id, states[task_digest], now)
+        row |= {"priority": rank.priority, "sponsor": rank.user, "waiting_since": rank.waiting_since}
+        row |= {"paused": rank.paused, "needed_by": needed_by[task_digest]}
+        rows.append({**row, "due": due(rank.waiting_since, rank.priority, task.spec.kind)})
+    for task_digest in fresh:
+        edges += [{"parent_id": ids[p], "child_id": ids[task_digest]} for p in needed[task_digest][0].parents]
+    insert_rows(connection, tasks, rows)
+    insert_rows(connection, task_edges, edges)
+    return _Joined(ids, states, needed_by, fresh, again, lost)
+
+
+def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[tuple[Row[Any], JobPlan]]) -> None:
+    """Give live jobs, by their rows, the tasks of new plans; a task of before that no live job needs ends."""
+    job_ids = [row.id for row, _ in plans]
+    ranked = [(plan, row.sequence, Rank(row.user, row.priority, row.created_at)) for row, plan in plans]
+    known = known_tasks(connection, {task_digest for _, plan in plans for task_digest in plan.tasks})
+    ids, states, _, fresh, again, lost = _join_tasks(connection, now, ranked, known)
+    mine = job_tasks.c.job_id.in_(listed(job_ids))
+    before = set(connection.scalars(select(job_tasks.c.task_id).where(mine)))
+    connection.execute(delete(job_tasks).where(mine))
+    roles = [{"job": row.id, **_roles(plan, ids)} for row, plan in plans]
+    moved = {name: bindparam(name) for name in roles[0] if name != "job"}
+    connection.execute(update(jobs).where(jobs.c.id == bindparam("job")).values(moved), roles)
+    _insert_needs(connection, jobs.c.id.in_(listed(job_ids)), [(row.id, plan) for row, plan in plans], ids)
+    history.append_for_jobs(connection, now, actor, "job.replanned", listed(job_ids))
+    kind = json_object(kind=tasks.c.kind)
+    history.append_for_tasks(connection, now, actor, None, listed(ids[task_digest] for task_digest in fresh), kind)
+    reopen(connection, now, actor, {ids[task_digest]: states[task_digest] for task_digest in again})
+    waiting = _let_wait(connection, now, actor, [ids[task_digest] for task_digest in lost])
+    needed = tasks.c.id.in_(listed(ids.values()))
+    connection.execute(update(tasks).where(needed, tasks.c.cancel_requested).values(cancel_requested=False))
+    release_tasks(connection, now, actor, listed(before - set(ids.values())))
+    rank_anew(connection, now, needed)
+    settle(connection, now, actor, waiting)
+    settle_jobs(connection, now, actor, listed(job_ids))
 
 
 def _need_more(connection: Connection, jobs_by_training: Mapping[str, int]) -> None:
@@ -252,17 +329,19 @@ def retry_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
 
 
 def _insert_needs(
-    connection: Connection, rows: Sequence[dict[str, Any]], plans: Sequence[JobPlan], ids: dict[str, str]
+    connection: Connection, these: ColumnElement[bool], plans: Sequence[tuple[str, JobPlan]], ids: Mapping[str, str]
 ) -> None:
-    """Which job needs which tasks: those that its row names, its further measures, and a transfer's other network."""
-    these = jobs.c.sequence.between(rows[0]["sequence"], rows[-1]["sequence"])
+    """Which job needs which tasks: those that its row names, its further measures, and a transfer's other network.
+
+    `these` are the rows of the jobs, `plans` has their ids, and `ids` those of the tasks by digest.
+    """
     parts = [column for column in jobs.columns if column.name.endswith("_task_id")]
     named = [select(jobs.c.id, part).where(these, part.is_not(None)) for part in parts if part.name != BASELINE.name]
     at_scale = select(jobs.c.id, BASELINE).where(these, jobs.c.attack_task_id != BASELINE)
     connection.execute(insert(job_tasks).from_select(["job_id", "task_id"], union_all(*named, at_scale)))
     further = [
-        {"job_id": row["id"], "task_id": ids[task_digest]}
-        for row, plan in zip(rows, plans, strict=True)
+        {"job_id": job_id, "task_id": ids[task_digest]}
+        for job_id, plan in plans
         for task_digest in {task.digest for task in (*plan.measures, plan.source) if task} - {plan.train.digest}
     ]
     insert_rows(connection, job_tasks, further)
@@ -289,7 +368,13 @@ def _job_row(plan: JobPlan, ids: dict[str, str], sequence: int, now: float) -> d
         "architecture": job.architecture, "dataset": job.dataset, "scale": job.scale, "attack": job.attack.type,
         "norm": getattr(job.attack, "norm", None), "eps": getattr(job.attack, "eps", None),
         "recipe": job.recipe.name, "seed": job.seed, "samples": job.samples,
-        "state": JobState.QUEUED, "created_at": now,
+        "state": JobState.QUEUED, "created_at": now, **_roles(plan, ids),
+    }  # fmt: skip
+
+
+def _roles(plan: JobPlan, ids: Mapping[str, str]) -> dict[str, str | None]:
+    """The tasks that a job's row names, by its columns."""
+    return {
         "train_task_id": ids[plan.train.digest], "measure_task_id": ids[plan.closed_forms.digest],
         "attack_task_id": ids[plan.attack.digest], "baseline_task_id": ids[plan.baseline.digest],
         "control_task_id": ids[plan.control.digest] if plan.control else None,

@@ -1,0 +1,60 @@
+"""Verdicts of an older rule are judged again from the stored bits, and an event says what has changed."""
+
+from typing import Any
+
+import pytest
+
+from service import upgrading
+from service.store import tables
+from service.store.result_tables import results
+from service.upgrading import Upgraded
+from service.verdict import VERSION
+
+
+@pytest.fixture
+def judged_before(lab: Any) -> Any:
+    """A lab with three results whose verdicts an older rule gave: one as this rule's, two others."""
+    for scale in (1, 5, 50):
+        lab.submit(scale=scale)
+    lab.finish()
+    with lab.database.write() as connection:
+        for table in (tables.jobs, results):
+            values = {"verdict_version": VERSION - 1, "masked_n": None}
+            connection.execute(table.update().values(values))
+            connection.execute(
+                table.update().where(table.c.sequence > 1).values(verdict="suspect", masked_fraction=0.5)
+            )
+    return lab
+
+
+def test_stored_bits_are_judged_by_the_new_rule(judged_before: Any) -> None:
+    lab = judged_before
+    assert upgrading.upgrade(lab.database) == Upgraded(judged=3, changed=2)
+    for table in (tables.jobs, results):
+        rows = lab.rows(table)
+        assert [(row.verdict, row.verdict_version) for row in rows] == [("trusted", VERSION)] * 3
+        assert [(row.masked_fraction, row.masked_n) for row in rows] == [(0.0, 16)] * 3
+    events = lab.rows(tables.events, kind="result.judged")
+    assert [event.data for event in events] == [{"version": VERSION, "before": "suspect", "verdict": "trusted"}] * 2
+    assert {event.actor for event in events} == {"upgrade"}
+
+
+def test_the_second_time_there_is_nothing_to_do(judged_before: Any) -> None:
+    upgrading.upgrade(judged_before.database)
+    before = judged_before.dump()
+    assert upgrading.upgrade(judged_before.database) == Upgraded()
+    assert judged_before.dump() == before
+
+
+def test_what_has_no_bits_keeps_its_version(judged_before: Any) -> None:
+    lab = judged_before
+    first, *_ = lab.rows(tables.jobs)
+    with lab.database.write() as connection:
+        connection.execute(tables.outcome_bits.delete().where(tables.outcome_bits.c.task_id == first.attack_task_id))
+    assert upgrading.upgrade(lab.database).judged == 0  # the attack at s = 1 is what all three are compared with
+    assert {row.verdict_version for row in lab.rows(results)} == {VERSION - 1}
+
+
+def test_many_are_judged_a_batch_at_a_time(judged_before: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upgrading, "AT_ONCE", 2)
+    assert upgrading.upgrade(judged_before.database) == Upgraded(judged=3, changed=2)
