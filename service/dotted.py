@@ -6,7 +6,7 @@ from typing import Any
 
 NEAR = 3  # names that may have been meant
 FEW = 20  # names that are listed beside those
-FAMILIES = ("provenance", "labels", "verdict_checks", "verdict_counts", "versions")
+FAMILIES = ("provenance", "labels", "measures_failed", "verdict_checks", "verdict_counts", "versions")
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -37,9 +37,9 @@ COLUMNS = (
     "versions.measure", "versions.attack", "created_at", "finished_at",
 )  # fmt: skip
 FURTHER = (
-    *(name for name in SPEC if name.startswith(RARE)), "versions.control", "measures", "verdict_reasons",
-    "verdict_checks", "verdict_version", "spec_digest", "attack_digest", "retracted_at", "retracted_by",
-    "retraction_reason", "labels", "provenance",
+    *(name for name in SPEC if name.startswith(RARE)), "versions.control", "measures", "measures_failed",
+    "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version", "weights_sha256", "spec_digest",
+    "attack_digest", "retracted_at", "retracted_by", "retraction_reason", "labels", "provenance",
 )  # fmt: skip
 WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # of which a table has room for the name
 

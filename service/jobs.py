@@ -58,7 +58,10 @@ LIVE_JOB = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.HELD})
 
 
 def job_state(tasks: list[TaskState]) -> JobState:
-    """The state of a job that was not cancelled, from those of the tasks it needs."""
+    """The state of a job that was not cancelled, from those of the tasks it needs.
+
+    A further measure that failed by itself takes nothing along: the store counts it as succeeded (`settling`).
+    """
     states = set(tasks)
     if states <= {TaskState.SUCCEEDED}:
         return JobState.SUCCEEDED

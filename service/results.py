@@ -10,6 +10,7 @@ from service import views
 from service.dotted import FAMILIES, chosen
 from service.errors import InvalidQuery, NotFound
 from service.flags import flags_of
+from service.jobs import TaskState
 from service.questions import ALL_FIELDS, Question
 from service.store import reading
 from service.store import results as store
@@ -79,6 +80,7 @@ class Results:
                     "digest": task.digest,
                     "kind": task.kind,
                     "version": task.version,
+                    "failed": task.reason if task.state == TaskState.FAILED else None,
                     "numbers": store.numbers_of(connection, task.id, task.kind),
                     "curves": store.curve_names(connection, task.id),
                     "bits": store.bit_names(connection, task.id),

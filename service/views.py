@@ -124,6 +124,7 @@ def result_row(
         "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,
         **{name: value for name, value in row.spec.items() if name != "measures"},
         "measures": [measure["type"] for measure in row.spec["measures"]],
+        "measures_failed": {of["measure"]["type"]: of["failed"] for of in further if of["failed"] is not None},
         **headline,
         **{name: value for name, value in shown.items() if name not in headline},
         "versions": cell["versions"], "spec_digest": row.spec_digest, "attack_digest": row.attack_digest,

@@ -15,7 +15,7 @@ from service.jobs import TaskState
 from service.store import filing, history
 from service.store.history import Event
 from service.store.listed import listed
-from service.store.settling import UNWANTED, settle
+from service.store.settling import MISSING_CHECKPOINT, UNWANTED, settle
 from service.store.tables import (
     artifacts,
     attack_results,
@@ -33,7 +33,6 @@ THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number ==
 Key = tuple[str, int]
 COSTLY = {"worker_died", "out_of_memory", "stalled"}  # losses that may be the task's own doing
 PATIENT = {"out_of_shared_memory", "disk_full"}  # those that would come again at once
-MISSING_CHECKPOINT = "missing_checkpoint"  # a kind of failure, by which a retry finds the training to run again
 LONGEST_WAIT_SECONDS = 600.0
 
 

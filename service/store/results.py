@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Integer, Row, Select, Text, bindparam, cast, select
 
+from service.jobs import TaskState
 from service.query import Node
 from service.store.conditions import by_cell, condition
 from service.store.fields import RESULTS, Column
@@ -128,20 +129,24 @@ def cell_specs(connection: Connection, ids: Iterable[int]) -> dict[int, dict[str
 
 
 def further_measures(connection: Connection, job_rows: Sequence[Row[Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The numbers of measures beyond the closed forms: `job id -> [{"measure": its spec, "numbers": ...}]`."""
+    """The measures beyond the closed forms: `job id -> [{"measure": its spec, "numbers": ..., "failed": why or None}]`.
+
+    One that failed has no numbers.
+    """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     closed_forms = {row.id: row.measure_task_id for row in job_rows}
     asked = [row.id for row in job_rows if row.spec["measures"]]
     query = (
-        select(job_tasks.c.job_id, tasks.c.id, tasks.c.spec, measurements.c.numbers)
+        select(job_tasks.c.job_id, tasks.c.id, tasks.c.spec, tasks.c.state, tasks.c.reason, measurements.c.numbers)
         .join(tasks, tasks.c.id == job_tasks.c.task_id)
-        .join(measurements, measurements.c.task_id == tasks.c.id)
-        .where(job_tasks.c.job_id.in_(listed(asked)))
+        .outerjoin(measurements, measurements.c.task_id == tasks.c.id)
+        .where(job_tasks.c.job_id.in_(listed(asked)), tasks.c.kind == "measure")
         .order_by(tasks.c.digest)
     )
-    for job_id, task_id, spec, numbers in connection.execute(query) if asked else ():
+    for job_id, task_id, spec, state, reason, numbers in connection.execute(query) if asked else ():
         if task_id != closed_forms[job_id]:
-            found[job_id].append({"measure": spec["measure"], "numbers": numbers})
+            failed = reason if state == TaskState.FAILED else None
+            found[job_id].append({"measure": spec["measure"], "numbers": numbers or {}, "failed": failed})
     return found
 
 

@@ -14,8 +14,9 @@ from service.scheduling import AGEING_SECONDS, HEAD_START_SECONDS
 from service.store import filing, history, timings, users
 from service.store.judging import verdicts, write_verdicts
 from service.store.listed import json_object, listed
-from service.store.tables import job_tasks, jobs, sweeps, task_edges, tasks
+from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks
 
+MISSING_CHECKPOINT = "missing_checkpoint"  # how an attempt ended, by which a retry finds the training to run again
 UNWANTED = "no live job needs it"
 UNPAUSED = func.coalesce(sweeps.c.paused, False).is_(False)  # of jobs joined with their sweeps
 # The states that a job's tasks are in, as a set of bits, and the state of the job that follows by `job_state`.
@@ -85,15 +86,17 @@ def _finish_jobs(connection: Connection, now: float, actor: str, succeeded: Coll
     theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(succeeded)))
     needs = job_tasks.alias("needs")
     missing = exists().where(
-        needs.c.job_id == jobs.c.id, needs.c.task_id == tasks.c.id, tasks.c.state != TaskState.SUCCEEDED
-    )
+        needs.c.job_id == jobs.c.id, needs.c.task_id == tasks.c.id, tasks.c.state != TaskState.SUCCEEDED,
+        ~_does_without(),
+    )  # fmt: skip
     done = select(jobs.c.id).where(jobs.c.id.in_(theirs), jobs.c.state.in_(LIVE_JOB), ~missing)
     _move_jobs(connection, now, actor, connection.scalars(done).all(), JobState.SUCCEEDED)
 
 
 def settle_jobs(connection: Connection, now: float, actor: str, which: Select[tuple[str]]) -> None:
     """Derive the state of each live job of `which` (a query of ids) from its tasks, whatever has changed there."""
-    seen = func.sum(distinct(case(BITS, value=tasks.c.state)))
+    counted = case((_does_without(), str(TaskState.SUCCEEDED)), else_=tasks.c.state)
+    seen = func.sum(distinct(case(BITS, value=counted)))
     state = case(STATE_BY_BITS, value=seen)
     needs = jobs.join(job_tasks, job_tasks.c.job_id == jobs.c.id).join(tasks, tasks.c.id == job_tasks.c.task_id)
     live = and_(jobs.c.id.in_(which), jobs.c.state.in_(LIVE_JOB))
@@ -103,6 +106,17 @@ def settle_jobs(connection: Connection, now: float, actor: str, which: Select[tu
         moved[new].append(job_id)
     for new, ids in moved.items():
         _move_jobs(connection, now, actor, ids, JobState(new))
+
+
+def _does_without() -> ColumnElement[bool]:
+    """Whether the job at hand has a result without this task: a further measure that failed by itself.
+
+    Not one that has not found its checkpoint: that runs again with its training once the job is retried.
+    """
+    measure = and_(tasks.c.kind == "measure", tasks.c.id != jobs.c.measure_task_id, tasks.c.state == TaskState.FAILED)
+    last = (attempts.c.task_id == tasks.c.id) & (attempts.c.number == tasks.c.attempt)
+    lost = exists().where(last, attempts.c.end == MISSING_CHECKPOINT).correlate(tasks)
+    return and_(measure, ~lost)
 
 
 def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence[str], state: JobState) -> None:

@@ -29,8 +29,7 @@ from service.specs import JobSpec, digest
 from service.store import counters, history
 from service.store.history import Event
 from service.store.listed import insert_rows, json_object, listed
-from service.store.recording import MISSING_CHECKPOINT
-from service.store.settling import rank_anew, release, release_tasks, settle, settle_jobs
+from service.store.settling import MISSING_CHECKPOINT, rank_anew, release, release_tasks, settle, settle_jobs
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks, trainings
 
 BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
@@ -192,7 +191,7 @@ def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[
     before = set(connection.scalars(select(job_tasks.c.task_id).where(mine)))
     connection.execute(delete(job_tasks).where(mine))
     roles = [{"job": row.id, **_roles(plan, ids)} for row, plan in plans]
-    moved = {name: bindparam(name) for name in roles[0] if name != "job"}
+    moved: dict[str, Any] = {name: bindparam(name) for name in roles[0] if name != "job"}
     connection.execute(update(jobs).where(jobs.c.id == bindparam("job")).values(moved), roles)
     _insert_needs(connection, jobs.c.id.in_(listed(job_ids)), [(row.id, plan) for row, plan in plans], ids)
     history.append_for_jobs(connection, now, actor, "job.replanned", listed(job_ids))
