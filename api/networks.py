@@ -12,7 +12,8 @@ from api.schemas import DIGEST, JOB_EXAMPLE, JOB_ID
 from service.networks import trained
 
 router = APIRouter(prefix="/v1/networks", tags=["checkpoints"])
-Only = Annotated[str | None, Query(description="Only networks of this one.")]
+TEXT = r"^[^\x00]*$"
+Only = Annotated[str | None, Query(description="Only networks of this one.", pattern=TEXT)]
 
 
 class Network(BaseModel):
@@ -40,8 +41,8 @@ class NetworkPage(BaseModel):
 @router.get("", response_model=NetworkPage, responses=documented(422))
 def list_networks(
     request: Request, response: Response, service: Verbs, architecture: Only = None, dataset: Only = None,
-    recipe: Annotated[str | None, Query(description="Only networks of the recipe of this name.")] = None,
-    weights_sha256: Annotated[str | None, Query(description="Only trainings that made these weights.")] = None,
+    recipe: Annotated[str | None, Query(description="Only networks of the recipe of this name.", pattern=TEXT)] = None,
+    weights_sha256: Annotated[str | None, Query(description="Only of these weights.", pattern="^[0-9a-f]{64}$")] = None,
     limit: Limit = 100, cursor: Cursor = None,
 ) -> Any:  # fmt: skip
     """The networks that trainings made, the newest first. Jobs name one as `"checkpoint": WEIGHTS_SHA256`, in place of

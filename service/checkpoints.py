@@ -169,17 +169,13 @@ def weights_of(connection: Connection, name: str, architecture: str, dataset: st
     fitting = [row for row, said in zip(rows, refused, strict=True) if not said]
     if not fitting:
         raise ValueError(refused[0])
-    found = {
-        Imported(
-            weights_sha256=row.weights_sha256, expected_clean_accuracy=row.expected_clean_accuracy,
-            tolerance=row.tolerance,
-        )
-        for row in fitting
-    }  # fmt: skip
-    if len(found) > 1:
-        names = ", ".join(row.name for row in fitting)
+    expecting = [row for row in fitting if row.expected_clean_accuracy is not None]
+    expected = {(row.expected_clean_accuracy, row.tolerance) for row in expecting}
+    if len(expected) > 1:
+        names = ", ".join(row.name for row in expecting)
         raise ValueError(f"these weights are registered with different expectations, as {names}: name one of these")
-    return found.pop()
+    accuracy, tolerance = next(iter(expected), (None, None))
+    return Imported(weights_sha256=fitting[0].weights_sha256, expected_clean_accuracy=accuracy, tolerance=tolerance)
 
 
 def _not_there(connection: Connection, name: str) -> str:

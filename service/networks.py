@@ -1,5 +1,6 @@
 """Networks by the SHA-256 of their weights: a list of the trained ones, and what a job that names one means."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +9,17 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, Row
 
 from service.checkpoints import DIGEST, is_registered, weights_of
+from service.errors import InvalidQuery
 from service.plan import training
 from service.specs import DatasetRef, JobSpec
 from service.specs.recipes import AnyRecipe, Imported
 from service.store import Database
 from service.store import networks as store
+from service.store.keyset import STATES
 from service.views import iso
 
 RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(AnyRecipe)
+TASK_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MOST = 5  # that a refusal lists
 
 
@@ -29,7 +33,12 @@ class Trained:
 
 
 def trained(database: Database, filters: Mapping[str, str], cursor: str | None, limit: int) -> dict[str, Any]:
-    """A page of the networks that trainings made, the newest first; `filters` by the names of `store.FIELDS`."""
+    """A page of the networks that trainings made, the newest first; `filters` by the names of `store.FIELDS`.
+
+    Raises `InvalidQuery` for what is no cursor.
+    """
+    if cursor is not None and not TASK_ID.fullmatch(cursor):
+        raise InvalidQuery("cursor", f"this is not a cursor: {STATES}")
     with database.read() as connection:
         rows = store.page(connection, filters, cursor, limit + 1)
         jobs = store.job_counts(connection, [row.task_id for row in rows[:limit]])

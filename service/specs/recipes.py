@@ -97,7 +97,7 @@ class Imported(Spec):
     """
 
     name: Literal["imported"] = "imported"
-    checkpoint: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
+    checkpoint: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00]*$")] | None = Field(
         default=None, description="The name of a registered checkpoint, or the SHA-256 of weights: see /v1/networks."
     )
     weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(default=None, description=FILLED_IN)
