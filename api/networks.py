@@ -40,11 +40,16 @@ class NetworkPage(BaseModel):
 
 @router.get("", response_model=NetworkPage, responses=documented(422))
 def list_networks(
-    request: Request, response: Response, service: Verbs, architecture: Only = None, dataset: Only = None,
+    request: Request,
+    response: Response,
+    service: Verbs,
+    architecture: Only = None,
+    dataset: Only = None,
     recipe: Annotated[str | None, Query(description="Only networks of the recipe of this name.", pattern=TEXT)] = None,
     weights_sha256: Annotated[str | None, Query(description="Only of these weights.", pattern="^[0-9a-f]{64}$")] = None,
-    limit: Limit = 100, cursor: Cursor = None,
-) -> Any:  # fmt: skip
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Any:
     """The networks that trainings made, the newest first. Jobs name one as `"checkpoint": WEIGHTS_SHA256`, in place of
     recipe and seed: they join its training, and what was computed on it."""
     asked = {"architecture": architecture, "dataset": dataset, "recipe": recipe, "weights_sha256": weights_sha256}

@@ -59,9 +59,12 @@ class Upload:
         """As the row of a checkpoint has it."""
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         return {
-            **vars(self), "keys": dict(self.keys), "mean": list(self.mean), "std": list(self.std),
+            **vars(self),
+            "keys": dict(self.keys),
+            "mean": list(self.mean),
+            "std": list(self.std),
             "tolerance": None if self.expected_clean_accuracy is None else tolerance,
-        }  # fmt: skip
+        }
 
 
 class TensorsDiffer(InvalidSpec):

@@ -103,8 +103,16 @@ def _several(rows: Sequence[Row[Any]]) -> str:
 def _view(row: Row[Any], jobs: int) -> dict[str, Any]:
     spec = row.spec
     return {
-        "weights_sha256": row.checkpoint_digest, "architecture": spec["architecture"],
-        "dataset": spec["dataset"]["name"], "recipe": spec["recipe"], "seed": spec["seed"],
-        "replicate": spec["replicate"], "test_accuracy": row.test_accuracy, "size_bytes": row.checkpoint_bytes,
-        "task_id": row.task_id, "task_digest": row.digest, "jobs": jobs, "created_at": iso(row.finished_at),
-    }  # fmt: skip
+        "weights_sha256": row.checkpoint_digest,
+        "architecture": spec["architecture"],
+        "dataset": spec["dataset"]["name"],
+        "recipe": spec["recipe"],
+        "seed": spec["seed"],
+        "replicate": spec["replicate"],
+        "test_accuracy": row.test_accuracy,
+        "size_bytes": row.checkpoint_bytes,
+        "task_id": row.task_id,
+        "task_digest": row.digest,
+        "jobs": jobs,
+        "created_at": iso(row.finished_at),
+    }

@@ -88,9 +88,14 @@ class _Weights:
         return job, imported
 
     def _named(
-        self, job: JobSpec, recipe: Imported, architecture: str, replicate: int, field: str,
+        self,
+        job: JobSpec,
+        recipe: Imported,
+        architecture: str,
+        replicate: int,
+        field: str,
         imported: dict[str, Imported],
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """What a job, or a source, is to have in place of a recipe that names a training by its weights."""
         if recipe.checkpoint is None or recipe != Imported(checkpoint=recipe.checkpoint):
             sentence = "name a registered checkpoint, or weights by their SHA-256, and nothing else of it"

@@ -40,9 +40,15 @@ def add(
     expected = {"expected_clean_accuracy": expected_clean_accuracy, "tolerance": tolerance}
     with client_of(home, url) as client:
         row = client.register_checkpoint(
-            name, file, architecture=architecture, dataset=dataset, keys=keys, mean=mean or [], std=std or [],
+            name,
+            file,
+            architecture=architecture,
+            dataset=dataset,
+            keys=keys,
+            mean=mean or [],
+            std=std or [],
             **{option: value for option, value in expected.items() if value is not None},
-        )  # fmt: skip
+        )
     if as_json:
         return print_json(row)
     say(f"{name}: {row['architecture']} with {row['parameters']:,} parameters for {row['classes']} classes.")

@@ -40,10 +40,24 @@ def left(lab: "Lab", grant: Grant, weights: bytes) -> Any:
 def register(lab: "Lab", name: str, **changes: Any) -> None:
     """A registered checkpoint's row, as if its weights had been looked at."""
     row = {
-        "name": name, "architecture": "mlp", "dataset": "digits", "uploaded_sha256": "0" * 64, "keys": {}, "mean": [],
-        "std": [], "channels": 1, "height": 8, "width": 8, "classes": 10, "weights_sha256": FOREIGN, "size_bytes": 9,
-        "parameters": 1, "created_by": "ann", "created_at": 0.0, **changes,
-    }  # fmt: skip
+        "name": name,
+        "architecture": "mlp",
+        "dataset": "digits",
+        "uploaded_sha256": "0" * 64,
+        "keys": {},
+        "mean": [],
+        "std": [],
+        "channels": 1,
+        "height": 8,
+        "width": 8,
+        "classes": 10,
+        "weights_sha256": FOREIGN,
+        "size_bytes": 9,
+        "parameters": 1,
+        "created_by": "ann",
+        "created_at": 0.0,
+        **changes,
+    }
     with lab.database.write() as connection:
         connection.execute(insert(tables.checkpoints).values(row))
 
@@ -194,18 +208,23 @@ class TestRegistered:
         register(lab, "theirs")
         jobs = [lab.job(lab.submit(checkpoint=name)) for name in ("theirs", FOREIGN)]
         assert jobs[0].train_task_id == jobs[1].train_task_id
-        expected = plan_job(JobSpec(**{**lab.BASE, "checkpoint": "theirs"}), DatasetRef(name="digits"), {
-            "theirs": Imported(weights_sha256=FOREIGN)
-        })  # fmt: skip
+        expected = plan_job(
+            JobSpec(**{**lab.BASE, "checkpoint": "theirs"}),
+            DatasetRef(name="digits"),
+            {"theirs": Imported(weights_sha256=FOREIGN)},
+        )
         assert lab.task(jobs[0].train_task_id).digest == expected.train.digest
 
     def test_what_is_expected_goes_with_the_task(self, lab: "Lab") -> None:
         register(lab, "theirs", expected_clean_accuracy=0.95, tolerance=0.02)
         task = lab.task(lab.job(lab.submit(checkpoint="theirs")).train_task_id)
         assert task.spec["recipe"] == {
-            "name": "imported", "checkpoint": None, "weights_sha256": FOREIGN, "expected_clean_accuracy": 0.95,
+            "name": "imported",
+            "checkpoint": None,
+            "weights_sha256": FOREIGN,
+            "expected_clean_accuracy": 0.95,
             "tolerance": 0.02,
-        }  # fmt: skip
+        }
 
     def test_a_digest_with_several_expectations_is_ambiguous(self, lab: "Lab") -> None:
         register(lab, "one", expected_clean_accuracy=0.95, tolerance=0.01)

@@ -105,9 +105,14 @@ def looked_at(database: Database, artifacts: Artifacts, tmp_path: Path) -> Succe
 
 class TestExpectedAccuracy:
     def test_a_normalisation_in_grey_levels_fails_before_anything_else(
-        self, foreign: nn.Module, registered: Registered, accuracy: float, database: Database, artifacts: Artifacts,
+        self,
+        foreign: nn.Module,
+        registered: Registered,
+        accuracy: float,
+        database: Database,
+        artifacts: Artifacts,
         tmp_path: Path,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Nine of ten images are wrong then, and such a network was `trusted`."""
         grey = {"mean": [MEAN * 255], "std": [STD * 255]}
         row = registered(foreign.state_dict(), **grey, expected_clean_accuracy=accuracy)
@@ -124,9 +129,15 @@ class TestExpectedAccuracy:
 
     @pytest.mark.parametrize("off", [0.0, 0.009, -0.009])
     def test_what_is_expected_is_what_is_found(
-        self, foreign: nn.Module, registered: Registered, accuracy: float, database: Database, artifacts: Artifacts,
-        tmp_path: Path, off: float,
-    ) -> None:  # fmt: skip
+        self,
+        foreign: nn.Module,
+        registered: Registered,
+        accuracy: float,
+        database: Database,
+        artifacts: Artifacts,
+        tmp_path: Path,
+        off: float,
+    ) -> None:
         registered(foreign.state_dict(), expected_clean_accuracy=accuracy + off)
         answer = looked_at(database, artifacts, tmp_path)
         assert isinstance(answer, Succeeded)
@@ -134,9 +145,14 @@ class TestExpectedAccuracy:
         assert answer.outcome.numbers["clean_accuracy_at_chance"] == 0
 
     def test_a_tolerance_of_its_own(
-        self, foreign: nn.Module, registered: Registered, accuracy: float, database: Database, artifacts: Artifacts,
+        self,
+        foreign: nn.Module,
+        registered: Registered,
+        accuracy: float,
+        database: Database,
+        artifacts: Artifacts,
         tmp_path: Path,
-    ) -> None:  # fmt: skip
+    ) -> None:
         registered(foreign.state_dict(), expected_clean_accuracy=accuracy - 0.05, tolerance=0.04)
         assert isinstance(looked_at(database, artifacts, tmp_path), Failed)
 
@@ -201,8 +217,11 @@ def test_all_tensors_that_do_not_fit_are_in_the_problem(foreign: nn.Module, regi
         registered(state)
     names = sorted(foreign.state_dict())
     assert refused.value.tensors == {
-        "missing": names, "unknown": sorted(state), "misshapen": [], "copies": ["theirs."],
-    }  # fmt: skip
+        "missing": names,
+        "unknown": sorted(state),
+        "misshapen": [],
+        "copies": ["theirs."],
+    }
     with pytest.raises(TensorsDiffer) as refused:
         registered(foreign.state_dict(), dataset="mnist")
     [misshapen] = refused.value.tensors["misshapen"]

@@ -42,9 +42,12 @@ def match(found: Mapping[str, Shape], own: Mapping[str, Shape], keys: Mapping[st
 
 
 def _require_all(
-    found: Mapping[str, Shape], renamed: Mapping[str, str], own: Mapping[str, Shape], needed: set[str],
+    found: Mapping[str, Shape],
+    renamed: Mapping[str, str],
+    own: Mapping[str, Shape],
+    needed: set[str],
     elsewhere: list[str],
-) -> None:  # fmt: skip
+) -> None:
     missing = sorted(needed.difference(renamed.values()))
     unknown = sorted(name for name, new in renamed.items() if new not in own)
     misshapen = [
