@@ -16,6 +16,7 @@ from api import (
     events,
     health,
     jobs,
+    networks,
     queueing,
     results,
     statistics,
@@ -35,8 +36,8 @@ from service.store import Database
 from service.submission import Service
 
 ROUTERS = [
-    jobs, sweeps, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, artifacts, access,
-    health,
+    jobs, sweeps, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks, artifacts,
+    access, health,
 ]  # fmt: skip
 
 

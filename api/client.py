@@ -169,10 +169,17 @@ class Client(Asking):
         items: list[Json] = self._request("GET", "/v1/checkpoints")["items"]
         return items
 
-    def register_checkpoint(self, name: str, file: str | Path, *, architecture: str, dataset: str, **more: Any) -> Json:
-        """Upload a safetensors file and register it; `more` are `keys`, `mean` and `std`.
+    def networks(self, **filters: Any) -> Iterator[Json]:
+        """The trained networks, the newest first: all, or of an `architecture`, `dataset`, `recipe`, `weights_sha256`.
 
-        Jobs name it by `recipe={"name": "imported", "checkpoint": name}`.
+        Jobs name one by `checkpoint=network["weights_sha256"]`.
+        """
+        return self._pages("/v1/networks", filters)
+
+    def register_checkpoint(self, name: str, file: str | Path, *, architecture: str, dataset: str, **more: Any) -> Json:
+        """Upload a safetensors file and register it.
+
+        `more` are `keys`, `mean`, `std`, `expected_clean_accuracy`, `tolerance`. Jobs name it by `checkpoint=name`.
         """
         if not Path(file).is_file():
             raise UncannyError(f"{file} is not there: a checkpoint is a state dict saved as safetensors")

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from api.preconditions import PreconditionRequired
 from api.strict import NotJson, NotSentAsJson, check_sent
 from service.access import NotAllowed
-from service.checkpoints import NotChecked
+from service.checkpoints import NotChecked, TensorsDiffer
 from service.errors import (
     ArtifactMissing,
     ArtifactRootFull,
@@ -78,6 +78,23 @@ STATUS: dict[type[UncannyError], int] = {
 }
 
 
+class TensorProblem(BaseModel):
+    """A tensor of the network that is another one in the file."""
+
+    name: str
+    found: str = Field(description="In the file.", examples=["(8, 128)"])
+    expected: str = Field(description="In the network.", examples=["(7, 128)"])
+
+
+class TensorProblems(BaseModel):
+    """All tensors in which a file of weights and the network differ."""
+
+    missing: list[str] = Field(description="Of the network, by its names.")
+    unknown: list[str] = Field(description="Of the file, by its names.")
+    misshapen: list[TensorProblem]
+    copies: list[str] = Field(description="Prefixes under which the file has all tensors of the network.")
+
+
 class FieldProblem(BaseModel):
     """What is wrong with one field of the body (`pointer`) or one parameter of the request (`parameter`)."""
 
@@ -85,6 +102,7 @@ class FieldProblem(BaseModel):
     parameter: str | None = Field(default=None, description="Name of a query, path or header parameter.")
     position: int | None = Field(default=None, description="Where in a filter, counted from 0.")
     detail: str
+    tensors: TensorProblems | None = Field(default=None, description="What differs in a file of weights.")
 
 
 class Problem(BaseModel):
@@ -128,6 +146,8 @@ def _uncanny(request: Request, error: Exception) -> JSONResponse:
     fields: list[dict[str, Any]] = []
     if isinstance(error, InvalidSpec):
         fields = [{"pointer": pointer, "detail": sentence} for pointer, sentence in error.errors]
+    if isinstance(error, TensorsDiffer):
+        fields[0]["tensors"] = error.tensors
     if isinstance(error, InvalidQuery):
         fields = [{"parameter": error.parameter, "detail": error.sentence}]
         if error.position is not None:

@@ -55,6 +55,10 @@ class JobSubmission(JobSpec):
 
     model_config = ConfigDict(json_schema_extra={"examples": [JOB_EXAMPLE]})
 
+    checkpoint: str | None = Field(
+        default=None,
+        description="In place of `recipe` and `seed`: a registered checkpoint, or weights by their SHA-256.",
+    )
     priority: Annotated[Whole, Field(ge=-100, le=100)] = 0
     labels: Labels = Field(default_factory=dict)
 

@@ -1,6 +1,7 @@
 """Weights made elsewhere: checked and fitted to a known architecture once, and named by jobs from then on."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,12 +18,15 @@ from service.artifacts import Artifacts
 from service.datasets import NAME
 from service.errors import Conflict, InvalidSpec, UncannyError
 from service.specs import catalog
+from service.specs.recipes import Imported
 from service.store import Database, history
 from service.store.history import Event
 from service.store.tables import artifacts as artifact_rows
 from service.store.tables import checkpoints, datasets
 from service.views import iso
 
+TOLERANCE = 0.01  # of an expected accuracy (SCIENCE.md section 8)
+DIGEST = re.compile("[0-9a-f]{64}")
 FITTING_SECONDS = 300  # PyTorch is imported, the network built and saved
 TURN_SECONDS = 30  # that a request waits while others are checked
 FITTING = threading.BoundedSemaphore(2)  # processes at once: each has PyTorch and a network in memory
@@ -37,6 +41,7 @@ class Upload:
     """What is registered: an uploaded safetensors file for `architecture` on images and classes of `dataset`.
 
     `keys` maps prefixes of the file's tensor names to the network's; `mean` and `std` are one number a channel.
+    `expected_clean_accuracy`, on all test images, is checked before anything else is computed with the weights.
     """
 
     name: str
@@ -46,6 +51,28 @@ class Upload:
     keys: Mapping[str, str]
     mean: Sequence[float]
     std: Sequence[float]
+    expected_clean_accuracy: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """As the row of a checkpoint has it."""
+        tolerance = TOLERANCE if self.tolerance is None else self.tolerance
+        return {
+            **vars(self),
+            "keys": dict(self.keys),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "tolerance": None if self.expected_clean_accuracy is None else tolerance,
+        }
+
+
+class TensorsDiffer(InvalidSpec):
+    """The tensors of a file are not those of the network; `tensors` has them by what is wrong with them."""
+
+    def __init__(self, sentence: str, tensors: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+        super().__init__([("/weights_sha256", sentence)])
 
 
 def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: str) -> dict[str, Any]:
@@ -54,13 +81,11 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
     The same again changes nothing. Raises `InvalidSpec` for weights that do not fit, `Conflict` for a name that is
     taken by others, `ArtifactMissing`, `NotChecked`.
     """
-    if not NAME.fullmatch(upload.name):
-        said = f"{upload.name!r} cannot be a name: letters, digits, `_`, `.` and `-`, at most 100"
-        raise InvalidSpec([("/name", said)])
+    _check(upload)
+    asked = upload.asked
     with database.read() as connection:
         shape, classes = _shape(connection, upload.dataset)
         known = _row(connection, upload.name)
-    asked = {**vars(upload), "keys": dict(upload.keys), "mean": list(upload.mean), "std": list(upload.std)}
     if known is not None:
         return _the_same(known, asked)
     made: dict[str, Any] = {}
@@ -77,8 +102,7 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
             return _the_same(known, asked)
         row = {
             **asked, "channels": shape[0], "height": shape[1], "width": shape[2], "classes": classes,
-            "weights_sha256": ref.digest, "size_bytes": ref.size_bytes, "parameters": made["parameters"],
-            "created_by": user, "created_at": now,
+            "weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made, "created_by": user, "created_at": now,
         }  # fmt: skip
         connection.execute(insert(checkpoints).values(row))
         _own(connection, now, ref.digest, ref.size_bytes)
@@ -87,6 +111,35 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
         made_row = _row(connection, upload.name)
         assert made_row is not None
         return view(made_row)
+
+
+def _check(upload: Upload) -> None:
+    """Raises `InvalidSpec` for what is wrong whatever the weights are."""
+    errors: list[tuple[str, str]] = []
+    if not NAME.fullmatch(upload.name):
+        said = f"{upload.name!r} cannot be a name: letters, digits, `_`, `.` and `-`, at most 100"
+        errors.append(("/name", said))
+    elif DIGEST.fullmatch(upload.name):
+        errors.append(("/name", "64 hexadecimal digits name weights by their SHA-256: take another name"))
+    if upload.expected_clean_accuracy is None:
+        errors += [
+            (f"/{name}", said) for name in ("mean", "std") if (said := _grey_levels(getattr(upload, name), name))
+        ]
+        if upload.tolerance is not None:
+            errors.append(("/tolerance", "it is of `expected_clean_accuracy`, which is left out"))
+    if errors:
+        raise InvalidSpec(errors)
+
+
+def _grey_levels(values: Sequence[float], name: str) -> str:
+    """What to say of numbers that are in units of 0 to 255 by the look of them; nothing of others."""
+    if all(value <= 1 for value in values):
+        return ""
+    meant = ", ".join(f"{value / 255:.4f}" for value in values)
+    return (
+        f"{name} {', '.join(f'{value:g}' for value in values)} looks like grey levels of 0 to 255, and images here are "
+        f"in [0, 1]: did you mean {meant}? If not, say which `expected_clean_accuracy` shows that it is right"
+    )
 
 
 def _the_same(known: Row[Any], asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,26 +155,57 @@ def registered(database: Database) -> list[dict[str, Any]]:
         return [view(row) for row in connection.execute(select(checkpoints).order_by(checkpoints.c.name))]
 
 
-def weights_of(connection: Connection, name: str, architecture: str, dataset: str) -> str:
-    """The SHA-256 of the weights that a job names. Raises `ValueError` where they are not of such a network."""
-    row = _row(connection, name)
-    if row is None:
-        known = ", ".join(connection.scalars(select(checkpoints.c.name).limit(20))) or "none"
-        raise ValueError(f"checkpoint {name!r} is not registered (registered: {known}): `uncanny checkpoint add`")
-    if row.architecture != architecture:
-        raise ValueError(f"checkpoint {name} is a {row.architecture}, not a {architecture}")
-    shape, classes = _shape(connection, dataset)
-    if (shape, classes) != ((row.channels, row.height, row.width), row.classes):
-        raise ValueError(
-            f"checkpoint {name} is for {row.classes} classes of {row.channels}x{row.height}x{row.width} images, "
-            f"{dataset} has {classes} of {'x'.join(map(str, shape))}"
+def is_registered(connection: Connection, name: str) -> bool:
+    """Whether there is a checkpoint of that name, or whose weights have that SHA-256."""
+    return bool(_named(connection, name))
+
+
+def weights_of(connection: Connection, name: str, architecture: str, dataset: str) -> Imported:
+    """The weights of a registered checkpoint, named by its name or their SHA-256, and what is expected of them.
+
+    Raises `ValueError` where they are not of such a network, or are registered with several expectations.
+    """
+    rows = _named(connection, name)
+    if not rows:
+        raise ValueError(_not_there(connection, name))
+    refused = [_of_another(connection, row, architecture, dataset) for row in rows]
+    fitting = [row for row, said in zip(rows, refused, strict=True) if not said]
+    if not fitting:
+        raise ValueError(refused[0])
+    expecting = [row for row in fitting if row.expected_clean_accuracy is not None]
+    expected = {(row.expected_clean_accuracy, row.tolerance) for row in expecting}
+    if len(expected) > 1:
+        names = ", ".join(row.name for row in expecting)
+        raise ValueError(f"these weights are registered with different expectations, as {names}: name one of these")
+    accuracy, tolerance = next(iter(expected), (None, None))
+    return Imported(weights_sha256=fitting[0].weights_sha256, expected_clean_accuracy=accuracy, tolerance=tolerance)
+
+
+def _not_there(connection: Connection, name: str) -> str:
+    if DIGEST.fullmatch(name):
+        return (
+            f"no weights with the SHA-256 {name} are registered, and no training made them: see `uncanny checkpoint "
+            "list`, also with `--trained`"
         )
-    return str(row.weights_sha256)
+    known = ", ".join(connection.scalars(select(checkpoints.c.name).limit(20))) or "none"
+    return f"checkpoint {name!r} is not registered (registered: {known}): `uncanny checkpoint add`"
+
+
+def _of_another(connection: Connection, row: Row[Any], architecture: str, dataset: str) -> str:
+    """Why the weights are not of such a network; nothing where they are."""
+    if row.architecture != architecture:
+        return f"checkpoint {row.name} is a {row.architecture}, not a {architecture}"
+    shape, classes = _shape(connection, dataset)
+    if (shape, classes) == ((row.channels, row.height, row.width), row.classes):
+        return ""
+    return (
+        f"checkpoint {row.name} is for {row.classes} classes of {row.channels}x{row.height}x{row.width} images, "
+        f"{dataset} has {classes} of {'x'.join(map(str, shape))}"
+    )
 
 
 def view(row: Row[Any]) -> dict[str, Any]:
-    shown = {name: value for name, value in row._mapping.items() if name != "created_at"}
-    return {**shown, "created_at": iso(row.created_at)}
+    return {**row._mapping, "converted_from": row.converted_from or [], "created_at": iso(row.created_at)}
 
 
 def _fitted(request: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +224,8 @@ def _fitted(request: dict[str, Any]) -> dict[str, Any]:
             why = f"signal {-done.returncode} ended the process" if done.returncode < 0 else last[0]
             raise NotChecked(f"the weights could not be checked ({why}): try again later")
     said: dict[str, Any] = json.loads(done.stdout)
+    if "tensors" in said:
+        raise TensorsDiffer(said["error"], said["tensors"])
     if "error" in said:
         raise InvalidSpec([("/weights_sha256", said["error"])])
     return said
@@ -168,6 +254,13 @@ def _shape(connection: Connection, dataset: str) -> tuple[tuple[int, int, int], 
 
 def _row(connection: Connection, name: str) -> Row[Any] | None:
     return connection.execute(select(checkpoints).where(checkpoints.c.name == name)).one_or_none()
+
+
+def _named(connection: Connection, name: str) -> list[Row[Any]]:
+    """The checkpoint of that name, else those whose weights have that SHA-256."""
+    row = _row(connection, name)
+    query = select(checkpoints).where(checkpoints.c.weights_sha256 == name).order_by(checkpoints.c.name)
+    return list(connection.execute(query)) if row is None else [row]
 
 
 def _own(connection: Connection, now: float, sha256: str, size_bytes: int) -> None:

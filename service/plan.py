@@ -66,10 +66,10 @@ class JobPlan:
         return {task.digest: task for task in parts if task is not None}
 
 
-def plan_job(job: JobSpec, dataset: DatasetRef, weights: Mapping[str, str] | None = None) -> JobPlan:
+def plan_job(job: JobSpec, dataset: DatasetRef, weights: Mapping[str, Imported] | None = None) -> JobPlan:
     """Everything that `job` needs computed; `dataset` is the row that its data set's name stands for.
 
-    `weights` are the SHA-256s of the registered checkpoints that it names.
+    `weights` says for the checkpoints that it names which weights these are, and what is expected of them.
     """
     train = _network(job.architecture, dataset, job.augmented(job.recipe), job.seed, job.replicate, weights or {})
     attack, source = job.attack, None
@@ -92,19 +92,25 @@ def plan_job(job: JobSpec, dataset: DatasetRef, weights: Mapping[str, str] | Non
 
 
 def _network(
-    architecture: str, dataset: DatasetRef, recipe: AnyRecipe, seed: int, replicate: int, weights: Mapping[str, str]
+    architecture: str,
+    dataset: DatasetRef,
+    recipe: AnyRecipe,
+    seed: int,
+    replicate: int,
+    weights: Mapping[str, Imported],
 ) -> PlannedTask:
     """Its training. For imported weights neither their name nor a seed matters."""
     if isinstance(recipe, Imported):
-        recipe, seed = Imported(weights_sha256=weights[recipe.checkpoint or ""]), 0
-    return _train(architecture, dataset, recipe, seed, replicate)
+        recipe, seed = weights[recipe.checkpoint or ""], 0
+    return training(architecture, dataset, recipe, seed, replicate)
 
 
 # The jobs of a sweep share most of their tasks, so each is built and hashed once.
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _train(architecture: str, dataset: DatasetRef, recipe: AnyRecipe, seed: int, replicate: int) -> PlannedTask:
+def training(architecture: str, dataset: DatasetRef, recipe: AnyRecipe, seed: int, replicate: int) -> PlannedTask:
+    """A train task; its recipe has the augmentation spelled out."""
     spec = TrainTask(
         version=version_of("train", recipe.name), architecture=architecture, dataset=dataset, recipe=recipe, seed=seed,
         replicate=replicate,

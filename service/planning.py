@@ -6,9 +6,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
-from service.checkpoints import weights_of
 from service.errors import InvalidSpec
 from service.jobs import TaskState
+from service.networks import Trained, named
 from service.plan import JobPlan, PlannedTask, plan_job
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import Transfer
@@ -26,7 +26,8 @@ def plans_of(
 ) -> list[JobPlan]:
     """What the jobs need; `pointer` says where in the request a field of theirs is.
 
-    Two jobs that are the same once the `samples` that one of them leaves out are known have one plan.
+    Two jobs that are the same once the `samples` that one of them leaves out are known, or the training whose weights
+    one of them names, have one plan.
     """
     own = {
         name: _own_dataset(connection, name, pointer)
@@ -35,11 +36,10 @@ def plans_of(
     }
     if own:
         cells = list(dict.fromkeys(_sampled(job, own.get(job.dataset), pointer) for job in cells))
-    weights: dict[tuple[str, str, str], str] = {}
-    return [
-        plan_job(job, _reference(job.dataset, own.get(job.dataset)), _weights(connection, job, weights, pointer))
-        for job in cells
-    ]
+    weights = _Weights(connection, own, pointer)
+    named = [weights.of(job) for job in cells]
+    plans = {job: plan_job(job, _reference(job.dataset, own.get(job.dataset)), imported) for job, imported in named}
+    return list(plans.values())
 
 
 def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
@@ -64,27 +64,54 @@ def standing(digest: str, known: Known) -> str:
     return "known" if state is TaskState.SUCCEEDED else "under_way"
 
 
-def _weights(
-    connection: Connection, job: JobSpec, known: dict[tuple[str, str, str], str], pointer: Callable[[str], str]
-) -> dict[str, str]:
-    """The SHA-256 of each checkpoint that the job names: its own, and the one that a transfer's images come from."""
-    source = job.attack.source if isinstance(job.attack, Transfer) else None
-    networks = [(job.recipe, job.architecture, "recipe")]
-    if source is not None:
-        networks.append((source.recipe or job.recipe, source.architecture, "attack"))
-    named: dict[str, str] = {}
-    for recipe, architecture, field in networks:
+class _Weights:
+    """The checkpoints that jobs name, each looked up once."""
+
+    def __init__(self, connection: Connection, own: Mapping[str, Row[Any]], pointer: Callable[[str], str]) -> None:
+        self._connection, self._own, self._pointer = connection, own, pointer
+        self._known: dict[tuple[str, str, str, int], Trained | Imported] = {}
+
+    def of(self, job: JobSpec) -> tuple[JobSpec, dict[str, Imported]]:
+        """The job with the trainings that it names by their weights spelled out, and the weights that it imports.
+
+        Those are of its own network, and of the one that a transfer's images come from.
+        """
+        imported: dict[str, Imported] = {}
+        attack, recipe = job.attack, job.recipe
+        source = attack.source if isinstance(attack, Transfer) else None
         if isinstance(recipe, Imported):
-            if recipe.checkpoint is None or recipe.weights_sha256 is not None:
-                raise InvalidSpec([(pointer(field), "name a registered checkpoint, and nothing else of it")])
-            key = (recipe.checkpoint, architecture, job.dataset)
-            if key not in known:
-                try:
-                    known[key] = weights_of(connection, *key)
-                except ValueError as error:
-                    raise InvalidSpec([(pointer(field), str(error))]) from None
-            named[recipe.checkpoint] = known[key]
-    return named
+            job = job.model_copy(update=self._named(job, recipe, job.architecture, job.replicate, "recipe", imported))
+        if source is not None and isinstance(made_by := source.recipe or recipe, Imported):
+            named = self._named(job, made_by, source.architecture, source.replicate, "attack", imported)
+            source = source.model_copy(update={"recipe": made_by, **named})
+            job = job.model_copy(update={"attack": attack.model_copy(update={"source": source})})
+        return job, imported
+
+    def _named(
+        self,
+        job: JobSpec,
+        recipe: Imported,
+        architecture: str,
+        replicate: int,
+        field: str,
+        imported: dict[str, Imported],
+    ) -> dict[str, Any]:
+        """What a job, or a source, is to have in place of a recipe that names a training by its weights."""
+        if recipe.checkpoint is None or recipe != Imported(checkpoint=recipe.checkpoint):
+            sentence = "name a registered checkpoint, or weights by their SHA-256, and nothing else of it"
+            raise InvalidSpec([(self._pointer(field), sentence)])
+        key = (recipe.checkpoint, architecture, job.dataset, replicate)
+        if key not in self._known:
+            dataset = _reference(job.dataset, self._own.get(job.dataset))
+            try:
+                self._known[key] = named(self._connection, recipe.checkpoint, job, architecture, dataset, replicate)
+            except ValueError as error:
+                raise InvalidSpec([(self._pointer(field), str(error))]) from None
+        weights = self._known[key]
+        if isinstance(weights, Trained):
+            return vars(weights)
+        imported[recipe.checkpoint] = weights
+        return {}
 
 
 def _own_dataset(connection: Connection, name: str, pointer: Callable[[str], str]) -> Row[Any]:

@@ -30,7 +30,7 @@ from workers.science.datasets import DATASETS, ImageData, read_npz, sample_indic
 from workers.science.errors import ScienceError, WrongState
 from workers.science.evaluation import evaluate_attack, evaluate_clean
 from workers.science.heads import linear_head, scale_head
-from workers.science.imported import as_saved
+from workers.science.imported import as_saved, is_at_chance, require_accuracy
 from workers.science.sharpness import MEASURES, MeasureReport
 from workers.science.training import EpochReport, State, StepReport, TrainReport, train
 from workers.science.trajectory import Recorder, analyse
@@ -146,8 +146,10 @@ def _imported(task: TrainTask, recipe: Imported, data: ImageData, context: Conte
         load_weights(model, path)
     model.to(context.device).eval()
     clean = evaluate_clean(model, data.test_x, data.test_y, device=context.device)
+    require_accuracy(clean.accuracy, len(data.test_y), recipe.expected_clean_accuracy, recipe.tolerance)
     numbers: Numbers = {
         "test_accuracy": clean.accuracy,
+        "clean_accuracy_at_chance": int(is_at_chance(clean.correct, data.test_y)),
         "test_loss": clean.loss,
         "test_top5_accuracy": clean.top5_accuracy,
         "seconds": time.monotonic() - started,

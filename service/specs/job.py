@@ -15,6 +15,7 @@ from service.specs.names import Architecture, NamedRecipe, known
 from service.specs.recipes import AnyRecipe, Imported, Standard
 
 SAMPLES = 1000  # where nothing is said
+AUGMENTATION = ("crop_padding", "flip", "rotation_degrees")
 OWN_DATASET = re.compile(r"npz:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -78,6 +79,17 @@ class JobSpec(Spec):
         known = catalog.DATASETS.get(written["dataset"])
         return written if known is None else {**written, "samples": min(SAMPLES, known.test)}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpoint(cls, written: Any) -> Any:
+        """`"checkpoint": NAME_OR_DIGEST` in place of recipe and seed is short for the recipe that imports it."""
+        if not isinstance(written, dict) or written.get("checkpoint") is None:
+            return written
+        if twice := [name for name in ("recipe", "seed") if name in written]:
+            raise ValueError(f"`checkpoint` stands in place of `{twice[0]}`: leave one of the two out")
+        others = {name: value for name, value in written.items() if name != "checkpoint"}
+        return {**others, "recipe": {"name": "imported", "checkpoint": written["checkpoint"]}}
+
     @field_validator("samples")
     @classmethod
     def _enough_images(cls, samples: int, info: ValidationInfo) -> int:
@@ -102,6 +114,13 @@ class JobSpec(Spec):
         """The recipe with its augmentation spelled out: what suits the data set where nothing was said."""
         return _augmented(recipe, self.dataset)
 
+    def as_asked(self, recipe: AnyRecipe) -> AnyRecipe:
+        """The other way round: of two ways to ask for one training the one that says less."""
+        if isinstance(recipe, Imported):
+            return recipe
+        shorter = recipe.model_copy(update=dict.fromkeys(AUGMENTATION))
+        return shorter if self.augmented(shorter) == self.augmented(recipe) else recipe
+
     def __str__(self) -> str:
         attack = getattr(self.attack, "norm", "")
         name = f"{self.attack.type} {attack}".strip()
@@ -113,5 +132,5 @@ def _augmented(recipe: AnyRecipe, dataset: str) -> AnyRecipe:
     if isinstance(recipe, Imported):
         return recipe
     suits = catalog.DATASETS.get(dataset, catalog.DatasetInfo((0, 0, 0), 0, 0, 0, ""))
-    names = ("crop_padding", "flip", "rotation_degrees")
-    return recipe.model_copy(update={name: getattr(suits, name) for name in names if getattr(recipe, name) is None})
+    left_out = (name for name in AUGMENTATION if getattr(recipe, name) is None)
+    return recipe.model_copy(update={name: getattr(suits, name) for name in left_out})

@@ -8,6 +8,7 @@ from service.specs.base import Number, Spec, Whole, of_images
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
 Share = Annotated[Number, Field(gt=0, lt=1)]
+FILLED_IN = "Filled in when the job is accepted."
 
 
 class Recipe(Spec):
@@ -89,16 +90,19 @@ class RelativeFlatness(Recipe):
 
 
 class Imported(Spec):
-    """Nothing is trained: the weights of a registered checkpoint, made elsewhere.
+    """Nothing is trained: weights that are there, of a registered checkpoint or of an earlier training.
 
-    Jobs name the `checkpoint`; the task that comes of it names its weights, so equal weights are one network.
+    Jobs name the `checkpoint`; the task that comes of it names its weights, so equal weights are one network, unless
+    they were registered with different expectations: these are tasks that end differently.
     """
 
     name: Literal["imported"] = "imported"
-    checkpoint: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
-        default=None, description="Filled in when the job is accepted."
+    checkpoint: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00]*$")] | None = Field(
+        default=None, description="The name of a registered checkpoint, or the SHA-256 of weights: see /v1/networks."
     )
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(default=None, description=FILLED_IN)
+    expected_clean_accuracy: Annotated[Number, Field(ge=0, le=1)] | None = Field(default=None, description=FILLED_IN)
+    tolerance: Annotated[Number, Field(ge=0, lt=1)] | None = Field(default=None, description=FILLED_IN)
 
 
 AnyRecipe = Annotated[

@@ -71,6 +71,10 @@ checkpoints = Table(
     Column("keys", Json, nullable=False),
     Column("mean", Json, nullable=False),
     Column("std", Json, nullable=False),
+    Column("expected_clean_accuracy", Float(53)),
+    Column("tolerance", Float(53)),
+    Column("stripped_prefix", Text),
+    Column("converted_from", Json),
     Column("created_by", String(200), nullable=False),
     Column("created_at", Float(53), nullable=False),
 )
@@ -236,6 +240,7 @@ trainings = Table(
     Column("train_loss", Float(53)),
     Column("seconds", Float(53)),
     Column("numbers", Json, nullable=False),
+    Index("ix_trainings_checkpoint", "checkpoint_digest"),
 )
 
 measurements = Table(

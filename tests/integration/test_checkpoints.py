@@ -1,6 +1,8 @@
 """Weights made elsewhere, from the upload over HTTP to a verdict, with real computation."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -91,13 +93,50 @@ def test_a_network_from_elsewhere_is_benchmarked_like_one_of_ours(server: Any, f
     assert train["numbers"]["test_accuracy"] == pytest.approx(float(right.double().mean()))
     assert result["parts"]["attack"]["provenance"]["weights_sha256"] == made["weights_sha256"]
     assert result["verdict"] in {"trusted", "suspect", "invalid"}
-    assert result["recipe"] == {"name": "imported", "checkpoint": "theirs", "weights_sha256": None}
+    assert result["recipe"] == {"name": "imported", "checkpoint": "theirs"} | dict.fromkeys(
+        ("weights_sha256", "expected_clean_accuracy", "tolerance")
+    )
 
     register(server, "the_same_under_another_name", path)
     recipe = {"name": "imported", "checkpoint": "the_same_under_another_name"}
     again = server.client.submit({**JOB, "seed": 7, "recipe": recipe})
     assert again.accepted["tasks"][0] == job.accepted["tasks"][0]
     assert {row["name"] for row in server.client.checkpoints()} >= {"theirs", "the_same_under_another_name"}
+
+
+def test_a_job_fails_whose_weights_are_not_what_was_expected(server: Any, foreign: tuple[nn.Module, Path]) -> None:
+    """The normalisation is in grey levels: one of ten images is right, where more than nine of ten should be."""
+    grey = {"keys": {}, "mean": [MEAN * 255], "std": [STD * 255]}
+    with pytest.raises(ApiError, match=r"mean 76\.5 looks like grey levels of 0 to 255, and images here are in"):
+        register(server, "grey", foreign[1], **grey)
+    made = register(server, "grey", foreign[1], **grey, expected_clean_accuracy=0.95, tolerance=0.02)
+    assert made["stripped_prefix"] == "module."
+    job = server.client.submit({**JOB, "checkpoint": "grey"}).wait()
+    assert job["state"] == "failed"
+    assert "and 95.0% (within 2.0%) was expected of these weights" in job["reason"]
+    right = register(server, "right", foreign[1], expected_clean_accuracy=0.95, tolerance=0.02)
+    assert server.client.submit({**JOB, "checkpoint": right["weights_sha256"]}).wait()["state"] == "succeeded"
+
+
+def test_a_trained_network_is_named_by_the_digest_of_its_weights(server: Any, tmp_path: Path) -> None:
+    """From the list to a job that joins its training, with the same numbers and nothing computed again."""
+    job = server.client.submit({**JOB, "recipe": {"epochs": 2}, "seed": 8})
+    assert job.wait()["state"] == "succeeded"
+    before = job.result()
+    command = [sys.executable, "-m", "api.cli", "checkpoint", "list", "--trained", "--url", server.url]
+    listed = subprocess.run([*command, "--recipe", "standard", "--json"], capture_output=True, check=True)
+    [network] = json.loads(listed.stdout)
+    assert network["weights_sha256"] == before["parts"]["attack"]["provenance"]["weights_sha256"]
+    assert (network["seed"], network["test_accuracy"]) == (8, before["parts"]["train"]["numbers"]["test_accuracy"])
+    shown = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    assert network["weights_sha256"] in shown
+    again = server.client.submit({**JOB, "checkpoint": network["weights_sha256"]})
+    assert again.accepted["state"] == "succeeded"
+    result = again.result()
+    assert {name: result[name] for name in ("recipe", "seed", "robust_accuracy", "attack_digest")} == {
+        name: before[name] for name in ("recipe", "seed", "robust_accuracy", "attack_digest")
+    }
+    assert next(server.client.networks(architecture="mlp"))["jobs"] == 2
 
 
 def test_the_trajectory_of_every_example_is_read_in_ranges(server: Any, foreign: tuple[nn.Module, Path]) -> None:
@@ -138,7 +177,7 @@ def test_what_does_not_fit_is_refused_before_it_is_accepted(
         ("a", path, {"architecture": "simple_cnn"}, "of another network"),
         ("b", path, {"dataset": "mnist"}, "check architecture, image shape"),
         ("c", path, {"dataset": "npz:nowhere"}, "no known or registered data set"),
-        ("d", path, {"keys": {}}, "of another network"),
+        ("d", path, {"keys": {"module.": "theirs."}}, "of another network"),
         ("e", tmp_path / "pickle.pt", {}, "a pickle"),
         ("../f", path, {}, "cannot be a name"),
     ):

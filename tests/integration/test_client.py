@@ -400,6 +400,7 @@ def test_every_method_of_the_client_is_called_on_a_real_server(
     assert token["id"] in {row["id"] for row in one.tokens(user="ada")}
     assert one.revoke_token(token["id"])["revoked_at"]
     assert one.checkpoints() == []
+    assert next(one.networks(recipe="standard", architecture=JOB["architecture"]))["jobs"] >= 1
     (tmp_path / "weights").write_bytes(b"no weights")
     with pytest.raises(ApiError, match="not safetensors"):
         one.register_checkpoint("none", tmp_path / "weights", architecture="mlp", dataset="digits")

@@ -1,8 +1,9 @@
 """Weights made elsewhere: fitted to one of our networks, with the normalisation of the inputs as its first layer."""
 
-from collections import Counter
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from workers.science.errors import WrongShape
+from workers.science.errors import NegativeVariance, WrongAccuracy, WrongShape, listed
+from workers.science.naming import COUNTERS, match
 from workers.science.weights import check_weights
 
 MEAN, STD = "normalise.mean", "normalise.std"
-COUNTER = "num_batches_tracked"  # of a batch norm; says nothing about what a network computes
 
 
 class Normalised(nn.Module):
@@ -55,6 +56,18 @@ def as_saved(model: nn.Module, path: Path) -> nn.Module:
     return Normalised(model, torch.zeros(shape), torch.ones(shape))
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A network with weights made elsewhere, in eval mode, and what was done to them.
+
+    `stripped_prefix` is what all names of the file had in front; `converted_from` are precisions that became float32.
+    """
+
+    model: nn.Module
+    stripped_prefix: str | None
+    converted_from: tuple[str, ...]
+
+
 def fit(
     model: nn.Module,
     path: Path,
@@ -63,31 +76,62 @@ def fit(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     channels: int = 3,
-) -> nn.Module:
-    """The network with the weights of a safetensors file, made elsewhere, in eval mode.
+) -> Fitted:
+    """The network with the weights of a safetensors file, made elsewhere.
 
-    `keys` maps prefixes of the file's names to the network's (the longest that fits; `{"module.": ""}`). Floating-point
-    tensors become float32. `mean` and `std`, one number a channel, normalise images in [0, 1].
-    Raises `WrongShape` with what does not fit, `NonFinite` for NaN and infinities.
+    `keys` maps prefixes of the file's names to the network's, see `naming.match`. Floating-point tensors become
+    float32. `mean` and `std`, one number a channel, normalise images in [0, 1].
+    Raises `WrongTensors` with all that does not fit, `WrongShape`, `NonFinite` for NaN and infinities,
+    `NegativeVariance`.
     """
     if bool(mean) != bool(std) or (mean and (len(mean) != channels or len(std) != channels)):
         raise WrongShape(f"`mean` and `std` need {channels} numbers each, one a channel, or must both be left out")
     if any(not value > 0 for value in std):
         raise WrongShape("`std` must be above 0")
     own = model.state_dict()
-    state = {name: torch.zeros_like(own[name]) for name in own if name.endswith(COUNTER)}
+    state = {name: torch.zeros_like(own[name]) for name in own if name.endswith(COUNTERS)}
+    precisions: set[str] = set()
     with _opened(path) as file:
-        names = {name: _renamed(name, keys or {}) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        _check_shapes(file, names, own)
-        for name, renamed in names.items():
+        # Before a tensor is read: a file of another network may be larger than the memory.
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        matching = match(found, {name: tuple(value.shape) for name, value in own.items()}, keys or {})
+        for name, renamed in matching.names.items():
             value = file.get_tensor(name)
-            state[renamed] = value.float() if value.is_floating_point() else value
+            if value.is_floating_point():
+                precisions.add(str(value.dtype).removeprefix("torch."))
+                value = value.float()
+            state[renamed] = value
     check_weights(model, state)
+    _check_variances(state)
     model.load_state_dict(state)
     if mean:
         shape = (channels, 1, 1)
         model = Normalised(model, torch.tensor(mean).reshape(shape), torch.tensor(std).reshape(shape))
-    return model.eval()
+    return Fitted(model.eval(), matching.stripped_prefix, tuple(sorted(precisions - {"float32"})))
+
+
+def require_accuracy(measured: float, images: int, expected: float | None, tolerance: float | None) -> None:
+    """Raises `WrongAccuracy` where the clean accuracy is further than `tolerance` from the expected one, if any."""
+    if expected is None or abs(measured - expected) <= (tolerance or 0.0) + 1e-9:
+        return
+    raise WrongAccuracy(
+        f"the clean accuracy on all {images:,} test images is {measured:.1%}, and {expected:.1%} (within "
+        f"{tolerance or 0.0:.1%}) was expected of these weights: usually `mean` and `std` are in grey levels of 0 to "
+        "255, where images here are in [0, 1], or the classes are in another order, or the key map gives a tensor to "
+        "the wrong layer; register the weights again under a new name"
+    )
+
+
+def is_at_chance(correct: Tensor, y: Tensor) -> bool:
+    """Whether `correct [n]` is not above what the best constant answer to the labels `y [n]` gets right.
+
+    Above is: with the lower end of its Wilson 95 % interval (Wilson 1927).
+    """
+    n, share = len(y), float(correct.double().mean())
+    chance = float(y.cpu().bincount().max()) / n
+    z = 1.959963984540054
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return (middle - half) / (1 + z**2 / n) <= chance
 
 
 @contextmanager
@@ -104,27 +148,10 @@ def _opened(path: Path) -> Iterator[Any]:
         yield opened
 
 
-def _check_shapes(file: Any, names: Mapping[str, str], own: Mapping[str, Tensor]) -> None:
-    """Raises `WrongShape` before a tensor is read: a file of another network may be larger than the memory."""
-    counts = Counter(names.values())
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise WrongShape(f"two tensors of the file become {twice[0]}: check the key map")
-    needed = {name for name in own if not name.endswith(COUNTER)}
-    missing, extra = sorted(needed - counts.keys()), sorted(counts.keys() - own.keys())
-    if missing or extra:
-        raise WrongShape(
-            f"the weights are of another network: {len(missing)} tensors are missing (such as {missing[:1]}), "
-            f"{len(extra)} are unknown to it (such as {extra[:1]})"
+def _check_variances(state: Mapping[str, Tensor]) -> None:
+    counts = {name: int((value < 0).sum()) for name, value in state.items() if name.endswith("running_var")}
+    if negative := [f"{name} ({count} of {state[name].numel()})" for name, count in counts.items() if count]:
+        raise NegativeVariance(
+            f"running variances below zero in {listed(negative)}: the file is damaged, or another tensor was given "
+            "this name"
         )
-    for name, renamed in names.items():
-        shape = tuple(file.get_slice(name).get_shape())
-        if shape != tuple(own[renamed].shape):
-            raise WrongShape(
-                f"{renamed} is {shape}, the network has {tuple(own[renamed].shape)}: check architecture, image shape "
-                "and number of classes"
-            )
-
-
-def _renamed(name: str, keys: Mapping[str, str]) -> str:
-    prefix = max((prefix for prefix in keys if name.startswith(prefix)), key=len, default=None)
-    return name if prefix is None else keys[prefix] + name.removeprefix(prefix)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from workers.science.errors import NonFinite, WrongShape
+from workers.science.errors import Misshapen, NonFinite, WrongShape, WrongTensors, listed
 
 
 def weights_to_bytes(model: nn.Module) -> bytes:
@@ -44,25 +44,27 @@ def load_weights(model: nn.Module, source: Path | bytes) -> None:
 def check_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Raises `WrongShape` where names, shapes or dtypes are not the network's, `NonFinite` for NaN and infinities."""
     own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or extra:
-        raise WrongShape(
-            f"the weights are of another network: {len(missing)} tensors are missing (such as {missing[:1]}), "
-            f"{len(extra)} are unknown to it (such as {extra[:1]})"
-        )
-    for name, value in sorted(state.items()):
-        if value.shape != own[name].shape or value.dtype != own[name].dtype:
-            raise WrongShape(
-                f"{name} is {value.dtype} {tuple(value.shape)}, the network has {own[name].dtype} "
-                f"{tuple(own[name].shape)}: check architecture, image shape and number of classes"
-            )
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    misshapen = [
+        Misshapen(name, _kind(state[name]), _kind(value))
+        for name, value in sorted(own.items())
+        if name in state and _kind(state[name]) != _kind(value)
+    ]
+    if missing or unknown or misshapen:
+        raise WrongTensors(missing, unknown, misshapen)
     _require_finite(state)
 
 
+def _kind(value: torch.Tensor) -> str:
+    return f"{value.dtype} {tuple(value.shape)}"
+
+
 def _require_finite(state: dict[str, torch.Tensor]) -> None:
-    for name, value in state.items():
-        if not bool(torch.isfinite(value).all()):
-            raise NonFinite(f"{name} holds NaN or infinite values: these weights cannot be used")
+    """Raises `NonFinite` with all tensors that hold NaN or infinities, and how many."""
+    counts = {name: int((~torch.isfinite(value)).sum()) for name, value in state.items()}
+    broken = [f"{name} ({count} of {state[name].numel()})" for name, count in counts.items() if count]
+    if broken:
+        raise NonFinite(f"NaN or infinite values in {listed(broken)}: these weights cannot be used")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

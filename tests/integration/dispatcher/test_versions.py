@@ -13,7 +13,7 @@ from service.store import tables
 
 
 def forget_plans() -> None:
-    for planned in (plan._train, plan._measure, plan._attack, plan._control):
+    for planned in (plan.training, plan._measure, plan._attack, plan._control):
         planned.cache_clear()
 
 

@@ -1,0 +1,46 @@
+"""Trained networks: the weights that trainings of this service made."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Column, ColumnElement, Connection, Row, Select, func, select
+
+from service.jobs import TaskState
+from service.store.listed import listed
+from service.store.tables import job_tasks, tasks, trainings
+
+RECIPE: ColumnElement[str] = tasks.c.spec["recipe", "name"].as_string()
+FIELDS: Mapping[str, ColumnElement[str] | Column[str]] = {
+    "weights_sha256": trainings.c.checkpoint_digest,
+    "architecture": tasks.c.spec["architecture"].as_string(),
+    "dataset": tasks.c.spec["dataset", "name"].as_string(),
+    "recipe": RECIPE,
+}
+"""What networks can be asked for by."""
+
+
+def page(connection: Connection, filters: Mapping[str, str], after: str | None, limit: int) -> list[Row[Any]]:
+    """The newest first; `after` is the task's id where the page before ended (UUIDv7: in the order of their making)."""
+    query = _made_here().where(*(FIELDS[name] == value for name, value in filters.items()))
+    if after is not None:
+        query = query.where(trainings.c.task_id < after)
+    return list(connection.execute(query.order_by(trainings.c.task_id.desc()).limit(limit)))
+
+
+def by_weights(connection: Connection, sha256: str) -> list[Row[Any]]:
+    """The trainings that made these weights, the earliest first."""
+    query = _made_here().where(trainings.c.checkpoint_digest == sha256)
+    return list(connection.execute(query.order_by(trainings.c.task_id)))
+
+
+def job_counts(connection: Connection, task_ids: list[str]) -> dict[str, int]:
+    """How many jobs rest on each of these trainings."""
+    query = select(job_tasks.c.task_id, func.count()).where(job_tasks.c.task_id.in_(listed(task_ids)))
+    return {task_id: count for task_id, count in connection.execute(query.group_by(job_tasks.c.task_id))}
+
+
+def _made_here() -> Select[Any]:
+    """Trainings whose weights are there; imported weights were made elsewhere."""
+    columns = (tasks.c.digest, tasks.c.spec, tasks.c.finished_at, *trainings.columns)
+    joined = select(*columns).join(tasks, tasks.c.id == trainings.c.task_id)
+    return joined.where(tasks.c.state == TaskState.SUCCEEDED, RECIPE != "imported")

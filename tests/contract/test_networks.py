@@ -1,0 +1,265 @@
+"""Weights by name or digest: what a job that names them needs, and the list of the networks that trainings made."""
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import insert, update
+
+from service import networks
+from service.errors import InvalidQuery, InvalidSpec
+from service.executor import Grant, Succeeded
+from service.plan import plan_job
+from service.specs import DatasetRef, JobSpec, digest
+from service.specs.recipes import Imported
+from service.store import tables
+
+if TYPE_CHECKING:
+    from conftest import Lab
+
+FOREIGN = "f" * 64
+UNKNOWN = "0" * 64
+
+
+def train(lab: "Lab", *jobs: dict[str, Any], weights: bytes | None = None) -> list[str]:
+    """Submit these jobs and finish them; returns the digests of the weights that they left."""
+    ids = [lab.submit(**job) for job in jobs]
+    if weights is not None:
+        grants = lab.grant("train")
+        lab.record(*(Succeeded(grant.task_id, grant.attempt, left(lab, grant, weights)) for grant in grants))
+    lab.finish()
+    trainings = [lab.job(job_id).train_task_id for job_id in ids]
+    return [lab.rows(tables.trainings, task_id=task_id)[0].checkpoint_digest for task_id in trainings]
+
+
+def left(lab: "Lab", grant: Grant, weights: bytes) -> Any:
+    ref = lab.artifacts.write_chunks("checkpoint", [weights])
+    outcome = lab.outcome(grant)
+    return type(outcome)(outcome.numbers, outcome.curves, artifacts=(ref,), provenance=outcome.provenance)
+
+
+def register(lab: "Lab", name: str, **changes: Any) -> None:
+    """A registered checkpoint's row, as if its weights had been looked at."""
+    row = {
+        "name": name,
+        "architecture": "mlp",
+        "dataset": "digits",
+        "uploaded_sha256": "0" * 64,
+        "keys": {},
+        "mean": [],
+        "std": [],
+        "channels": 1,
+        "height": 8,
+        "width": 8,
+        "classes": 10,
+        "weights_sha256": FOREIGN,
+        "size_bytes": 9,
+        "parameters": 1,
+        "created_by": "ann",
+        "created_at": 0.0,
+        **changes,
+    }
+    with lab.database.write() as connection:
+        connection.execute(insert(tables.checkpoints).values(row))
+
+
+def page(lab: "Lab", cursor: str | None = None, limit: int = 100, **filters: str) -> dict[str, Any]:
+    return networks.trained(lab.database, filters, cursor, limit)
+
+
+class TestList:
+    def test_pages_of_the_newest_first_with_the_jobs_of_each(self, lab: "Lab") -> None:
+        weights = train(lab, {"seed": 0}, {"seed": 1}, {"seed": 2, "recipe": {"name": "sam", "epochs": 3}})
+        train(lab, {"seed": 1, "scale": 7}, {"recipe": {"name": "imported", "checkpoint": weights[0]}, "scale": 9})
+        first = page(lab, limit=2)
+        rest = page(lab, first["next_cursor"], limit=2)
+        assert [item["weights_sha256"] for item in first["items"] + rest["items"]] == weights[::-1]
+        assert rest["next_cursor"] is None
+        assert [item["jobs"] for item in first["items"] + rest["items"]] == [1, 2, 2]
+        newest = first["items"][0]
+        assert (newest["architecture"], newest["dataset"], newest["seed"], newest["replicate"]) == (
+            "mlp",
+            "digits",
+            2,
+            0,
+        )
+        assert (newest["recipe"]["name"], newest["recipe"]["epochs"], newest["test_accuracy"]) == ("sam", 3, 0.9)
+        assert newest["size_bytes"] == lab.rows(tables.trainings)[-1].checkpoint_bytes > 0
+        assert newest["task_digest"] == lab.task(newest["task_id"]).digest
+        assert newest["created_at"].endswith("Z")
+
+    def test_filters(self, lab: "Lab") -> None:
+        weights = train(lab, {"seed": 0}, {"architecture": "simple_cnn"}, {"recipe": "sam"})
+        for filters, expected in (
+            ({"architecture": "simple_cnn"}, weights[1:2]),
+            ({"recipe": "sam"}, weights[2:]),
+            ({"dataset": "digits", "architecture": "mlp"}, [weights[2], weights[0]]),
+            ({"weights_sha256": weights[0]}, weights[:1]),
+            ({"dataset": "mnist"}, []),
+        ):
+            assert [item["weights_sha256"] for item in page(lab, **filters)["items"]] == expected, filters
+
+    def test_only_what_a_training_of_this_service_has_finished(self, lab: "Lab") -> None:
+        register(lab, "theirs")
+        lab.submit(recipe={"name": "imported", "checkpoint": "theirs"})
+        lab.finish()
+        lab.submit(seed=1)
+        lab.fail(lab.grant("train")[0])
+        lab.submit(seed=2)
+        assert page(lab)["items"] == []
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "\x00", "0" * 36, "01939d3e-7b1f-7c3e-a2d4-5f60718293a4x"])
+def test_what_is_no_cursor(lab: "Lab", cursor: str) -> None:
+    with pytest.raises(InvalidQuery, match="cursor: this is not a cursor"):
+        page(lab, cursor)
+
+
+class TestTrainedByDigest:
+    @pytest.mark.parametrize("short", [True, False])
+    def test_a_job_joins_the_training_and_all_that_was_computed_on_it(self, lab: "Lab", short: bool) -> None:
+        asked = {"seed": 3, "recipe": {"epochs": 5, "flip": False}, "scale": 5}
+        [weights] = train(lab, asked)
+        before = len(lab.rows(tables.tasks))
+        named = {"checkpoint": weights} if short else {"recipe": {"name": "imported", "checkpoint": weights}}
+        again = lab.job(lab.submit(**named, scale=5))
+        assert again.state == "succeeded", "all of its numbers are known"
+        assert len(lab.rows(tables.tasks)) == before
+        by_recipe = lab.job(lab.submit(**{**asked, "recipe": {"epochs": 5}}))
+        assert again.spec == by_recipe.spec, "so a statistic sees one network, of its recipe and seed"
+        assert (again.spec_digest, again.seed, again.recipe) == (by_recipe.spec_digest, 3, "standard")
+        further = lab.job(lab.submit(**named, scale=7))
+        assert further.train_task_id == again.train_task_id
+
+    def test_what_was_asked_for_by_hand_stays(self, lab: "Lab") -> None:
+        [weights] = train(lab, {"recipe": {"epochs": 5, "rotation_degrees": 3}})
+        assert lab.job(lab.submit(checkpoint=weights)).spec["recipe"]["rotation_degrees"] == 3
+
+    def test_cells_of_a_sweep_that_are_one_network_are_one_job(self, lab: "Lab") -> None:
+        [weights] = train(lab, {"scale": 5})
+        grid = {"recipe": ["standard", {"name": "imported", "checkpoint": weights}], "scale": [5, 7]}
+        accepted = lab.submit_sweep(grid)
+        assert (accepted["jobs"], accepted["repetitions"], accepted["known"]["train"]) == (2, 2, 1)
+
+    def test_the_source_of_a_transfer(self, lab: "Lab") -> None:
+        mine, other = train(lab, {"seed": 0}, {"architecture": "simple_cnn", "seed": 4})
+        by = {"type": "fgsm", "norm": "linf", "eps": 0.1}
+        source = {"architecture": "simple_cnn", "recipe": {"name": "imported", "checkpoint": other}}
+        named = {"type": "transfer", "attack": by, "source": source}
+        job = lab.job(lab.submit(checkpoint=mine, attack=named))
+        made_on = job.spec["attack"]["source"]
+        assert (made_on["recipe"]["name"], made_on["seed"], job.spec["recipe"]["name"]) == ("standard", 4, "standard")
+        same = {"type": "transfer", "attack": by, "source": {"architecture": "mlp", "seed": 9}}
+        job = lab.job(lab.submit(checkpoint=mine, attack=same))
+        assert job.spec["attack"]["source"]["seed"] == 0, "of the job's own weights, whatever its seed says"
+        with pytest.raises(InvalidSpec, match=f"/attack: the weights {other} are of a simple_cnn on digits"):
+            lab.submit(attack={**named, "source": {**source, "architecture": "mlp"}})
+
+    def test_another_network(self, lab: "Lab") -> None:
+        [weights] = train(lab, {})
+        said = f"/recipe: the weights {weights} are of a mlp on digits, not of a "
+        with pytest.raises(InvalidSpec, match=f"{said}simple_cnn on digits"):
+            lab.submit(architecture="simple_cnn", checkpoint=weights)
+        with pytest.raises(InvalidSpec, match=f"{said}mlp on mnist"):
+            lab.submit(dataset="mnist", checkpoint=weights)
+
+    def test_weights_that_nobody_has(self, lab: "Lab") -> None:
+        with pytest.raises(InvalidSpec, match=f"no weights with the SHA-256 {UNKNOWN} are registered, and no training"):
+            lab.submit(checkpoint=UNKNOWN)
+        lab.submit()
+        [grant] = lab.grant("train")
+        lab.fail(grant)
+        with pytest.raises(InvalidSpec, match="no training made them"):
+            lab.submit(checkpoint=UNKNOWN)
+
+    def test_equal_weights_of_two_trainings_are_ambiguous(self, lab: "Lab") -> None:
+        one, two = train(lab, {"seed": 1}, {"seed": 2, "recipe": "sam"}, weights=b"equal")
+        assert one == two
+        said = r"2 trainings made the weights .*: standard with seed 1 \(task .*\), sam with seed 2 .* name the recipe"
+        with pytest.raises(InvalidSpec, match=said):
+            lab.submit(checkpoint=one)
+
+    def test_of_two_replicates_the_one_that_is_asked_for(self, lab: "Lab") -> None:
+        [weights, _] = train(lab, {"replicate": 0}, {"replicate": 2}, weights=b"equal")
+        assert lab.job(lab.submit(checkpoint=weights)).spec["replicate"] == 0
+        assert lab.job(lab.submit(checkpoint=weights, replicate=2)).spec["replicate"] == 2
+
+    def test_a_replicate_that_no_training_is_runs_on_the_same_weights(self, lab: "Lab") -> None:
+        [weights] = train(lab, {"replicate": 1})
+        assert lab.job(lab.submit(checkpoint=weights)).spec["replicate"] == 1
+        rerun = lab.job(lab.submit(checkpoint=weights, replicate=5))
+        spec = lab.task(rerun.train_task_id).spec
+        assert (spec["recipe"], spec["replicate"]) == (Imported(weights_sha256=weights).model_dump(), 5)
+        assert (rerun.state, rerun.recipe) == ("queued", "imported")
+
+    @pytest.mark.parametrize("changed", ["digest", "recipe"])
+    def test_a_training_of_another_version_is_not_run_again(self, lab: "Lab", changed: str) -> None:
+        """Its weights are there, and they are what was named."""
+        [weights] = train(lab, {})
+        [row] = lab.rows(tables.tasks, kind="train")
+        values = {"digest": {"digest": "e" * 64}, "recipe": {"spec": {**row.spec, "recipe": {"name": "forgotten"}}}}
+        with lab.database.write() as connection:
+            connection.execute(update(tables.tasks).where(tables.tasks.c.id == row.id).values(values[changed]))
+        spec = lab.task(lab.job(lab.submit(checkpoint=weights)).train_task_id).spec
+        assert spec["recipe"]["weights_sha256"] == weights
+
+
+class TestRegistered:
+    def test_by_name_and_by_digest_it_is_one_network(self, lab: "Lab") -> None:
+        register(lab, "theirs")
+        jobs = [lab.job(lab.submit(checkpoint=name)) for name in ("theirs", FOREIGN)]
+        assert jobs[0].train_task_id == jobs[1].train_task_id
+        expected = plan_job(
+            JobSpec(**{**lab.BASE, "checkpoint": "theirs"}),
+            DatasetRef(name="digits"),
+            {"theirs": Imported(weights_sha256=FOREIGN)},
+        )
+        assert lab.task(jobs[0].train_task_id).digest == expected.train.digest
+
+    def test_what_is_expected_goes_with_the_task(self, lab: "Lab") -> None:
+        register(lab, "theirs", expected_clean_accuracy=0.95, tolerance=0.02)
+        task = lab.task(lab.job(lab.submit(checkpoint="theirs")).train_task_id)
+        assert task.spec["recipe"] == {
+            "name": "imported",
+            "checkpoint": None,
+            "weights_sha256": FOREIGN,
+            "expected_clean_accuracy": 0.95,
+            "tolerance": 0.02,
+        }
+
+    def test_a_digest_with_several_expectations_is_ambiguous(self, lab: "Lab") -> None:
+        register(lab, "one", expected_clean_accuracy=0.95, tolerance=0.01)
+        register(lab, "none")
+        [one, by_digest] = [lab.job(lab.submit(checkpoint=name)).train_task_id for name in ("one", FOREIGN)]
+        assert one == by_digest, "who expects nothing says nothing against it"
+        register(lab, "two", expected_clean_accuracy=0.9, tolerance=0.01)
+        with pytest.raises(InvalidSpec, match="with different expectations, as one, two: name one of these"):
+            lab.submit(checkpoint=FOREIGN)
+        assert lab.job(lab.submit(checkpoint="two")).state == "queued"
+
+    def test_of_another_network(self, lab: "Lab") -> None:
+        register(lab, "theirs")
+        for name in ("theirs", FOREIGN):
+            with pytest.raises(InvalidSpec, match="/recipe: checkpoint theirs is a mlp, not a simple_cnn"):
+                lab.submit(checkpoint=name, architecture="simple_cnn")
+            with pytest.raises(InvalidSpec, match="is for 10 classes of 1x8x8 images, mnist has 10 of 1x28x28"):
+                lab.submit(checkpoint=name, dataset="mnist")
+
+    @pytest.mark.parametrize(
+        "more", [{"weights_sha256": FOREIGN}, {"expected_clean_accuracy": 0.5}, {"tolerance": 0.1}]
+    )
+    def test_a_job_says_nothing_else_of_a_checkpoint(self, lab: "Lab", more: dict[str, Any]) -> None:
+        register(lab, "theirs")
+        with pytest.raises(
+            InvalidSpec, match="/recipe: name a registered checkpoint, or weights by their SHA-256, and"
+        ):
+            lab.submit(recipe={"name": "imported", "checkpoint": "theirs", **more})
+
+
+@pytest.mark.parametrize("other", [{"recipe": "sam"}, {"seed": 0}])
+def test_a_checkpoint_stands_in_place_of_recipe_and_seed(other: dict[str, Any]) -> None:
+    job = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "checkpoint": "theirs"}
+    with pytest.raises(ValueError, match=f"`checkpoint` stands in place of `{next(iter(other))}`"):
+        JobSpec.model_validate({**job, **other})
+    short = JobSpec.model_validate(job)
+    job["recipe"] = {"name": "imported", "checkpoint": job.pop("checkpoint")}
+    assert digest(short) == digest(JobSpec.model_validate(job))
