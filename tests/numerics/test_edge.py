@@ -7,7 +7,7 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ NOT_NEGATIVE = (
     "feature_norm",
     "weight_norm",
     "lipschitz",
-    "pac_bayes",
+    "pac_bayes_flatness",
 )
 
 
@@ -176,19 +176,24 @@ def test_weight_measures_against_sixty_digits(scale: float) -> None:
 
 @pytest.mark.slow
 def test_the_weight_measures_of_a_trained_mlp_are_those_of_float64() -> None:
-    """The issue's: `sam_sharpness` and `asam_sharpness` were NaN on the mlp on digits after 60 epochs, at s = 25, 50."""
+    """The issue's: SAM and ASAM sharpness were NaN on the mlp on digits after 60 epochs, at s = 25 and 50."""
     data = digits.read()
     model = build("mlp", (1, 8, 8), 10, seed=0)
     train(model, data, epochs=60, batch_size=64, lr=0.1, seed=0)
     x, y = to_unit(data.train_x[:512]), data.train_y[:512]
-    for scale in (1.0, 25.0, 50.0, 200.0):
+    for scale in (1.0, 25.0, 50.0):
         scaled = scale_head(model, scale)
         double = scale_head(model, scale).double()
         for name in ("sam_sharpness", "asam_sharpness", "adaptive_worst", "top_eigenvalue_network", "fisher_rao"):
             found = MEASURES[name](scaled, x, y, x, y, seed=0, batch_size=128).numbers
             exact = MEASURES[name](double, x.double(), y, x.double(), y, seed=0, batch_size=128).numbers
             assert float(found[name] or 0) > 0
-            assert found[name] == pytest.approx(exact[name], rel=0.01), (name, scale)
+            assert found[name] == pytest.approx(exact[name], rel=1e-3), (name, scale)
+    faraway = scale_head(model, 400.0)
+    for name in ("sam_sharpness", "adaptive_worst", "top_eigenvalue_network", "fisher_rao"):
+        log_value = MEASURES[name](faraway, x, y, x, y, seed=0, batch_size=128).numbers[f"log_{name}"]
+        assert log_value is not None
+        assert -4000 < log_value < -400
 
 
 # -- differences of almost equal losses -----------------------------------------------------------------------------
@@ -203,7 +208,7 @@ def test_loss_increase_against_mpmath(before: float, other: float, near: bool) -
     after = before + other if near else other
     a, b = (torch.tensor([v], dtype=torch.float64) for v in (before, after))
     sign, log_size = log_increase(a, b)
-    with mpmath.workdps(60):
+    with mpmath.workdps(400):
         rise = softplus(mpmath.mpf(after)) - softplus(mpmath.mpf(before))
         assert float(sign) == mpmath.sign(rise)
         if rise:
@@ -254,13 +259,14 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, y
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(networks())
 @pytest.mark.parametrize("name", list(MEASURES))
 def test_every_measure_is_a_number_or_null(name: str, case: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = case
-    if name == "detector":  # its adaptive attack aims at log ||phi||, which has no gradient at phi = 0
-        assume(bool((features_and_logits(model, x)[0].norm(dim=1) > 0).all()))
+    if name == "detector":  # its adaptive attack aims at log kappa, which phi = 0 and W = 0 do not have
+        assume(isinstance(model[2], nn.Tanh) and bool(model[3].weight.any()))  # type: ignore[index]
+        assume(bool((features_and_logits(model, x)[0].norm(dim=1) > 1e-3).all()))
     report = MEASURES[name](model, x, y, x, y, seed=0, batch_size=4, **QUICK.get(name, {}))
     json.dumps([report.numbers, report.curves], allow_nan=False)
     for key, value in report.numbers.items():

@@ -175,15 +175,19 @@ def leaves_of(model: nn.Module) -> Parameters:
 def log_hessian_unit(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
     """What `differentiable_gradient` divides by, as a logarithm: the largest weight that an image has in the Hessian.
 
-    `max log(1 - p_top)` where all images are right, else 0: there the loss rises with the logits themselves.
+    `max log(1 - p_top)` where all images are right, or the logits are linear in the parameters; else 0, the weight of
+    `Hessian (z_t - z_y)` of a wrong image.
     """
     unit, parameters = -math.inf, leaves_of(model)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    of_head = {id(p) for layer in layers[-1:] for p in layer.parameters()}
+    linear = all(id(p) in of_head for p in model.parameters())
     for xb, yb in batches(x, y, batch_size):
         logits = logits_of(model, parameters, xb)
         if not torch.isfinite(logits).all():
             raise NonFinite("a logit is NaN or infinite; check the weights and the scale")
         top = logits.argmax(1)
-        if bool((top != yb).any()):
+        if not linear and bool((top != yb).any()):
             return 0.0
         unit = max(unit, float(log_sigmoid(log_odds(logits, top)).max()))
     return unit

@@ -65,4 +65,4 @@ def _standard_error(values: list[float]) -> float | None:
     if len(values) < 2:
         return None
     largest = max(map(abs, values)) or 1.0
-    return statistics.stdev(value / largest for value in values) * largest / len(values) ** 0.5
+    return float(statistics.stdev(value / largest for value in values) * largest / len(values) ** 0.5)
