@@ -22,7 +22,7 @@ from workers.science.recipes import RECIPES
 from workers.science.sharpness import MEASURES
 from workers.science.training import train
 
-MARGINS = [80.0, 85.0, 87.5, 88.0, 90.0, 95.0, 98.0, 104.0, 200.0, 700.0]
+MARGINS = [80.0, 87.5, 88.0, 90.0, 98.0, 104.0, 700.0]
 QUICK: dict[str, dict[str, Any]] = {
     "hessian_trace_network": {"probes": 3},
     "top_eigenvalue_network": {"iterations": 5},
@@ -91,7 +91,7 @@ def test_curvature_of_one_confident_image(margin: float) -> None:
     top = run("top_eigenvalue_network", model, x, y)
     assert top["log_top_eigenvalue_network"] == pytest.approx(math.log(10) + log_p, abs=1e-5)
     assert top["top_eigenvalue_network_converged"] == 1
-    trace = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=1, probes=200)
+    trace = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=1, probes=100)
     slack = 4 * float(trace.numbers["hessian_trace_network_standard_error"] or 0) * math.exp(min(-log_p, 600))
     assert math.exp(float(trace.numbers["log_hessian_trace_network"] or 0) - log_p) == pytest.approx(
         10, abs=max(slack, 3)
@@ -148,7 +148,7 @@ def hidden_net(scale: float) -> tuple[nn.Sequential, Tensor, Tensor]:
     return scaled, x, scaled(x).argmax(1)
 
 
-@pytest.mark.parametrize("scale", [1.0, 50.0, 10_000.0])
+@pytest.mark.parametrize("scale", [50.0, 10_000.0])
 def test_weight_measures_against_sixty_digits(scale: float) -> None:
     model, x, y = hidden_net(scale)
     with mpmath.workdps(60):
@@ -170,8 +170,8 @@ def test_weight_measures_against_sixty_digits(scale: float) -> None:
         average = run("adaptive_average", model, x, y, rho=0.001, draws=1)["adaptive_average"]
         assert average == pytest.approx(float(oracle.loss(moved) - before), rel=1e-6)
         log_trace = mpmath.log(oracle.trace())
-        trace = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=3, probes=400).numbers
-        assert trace["log_hessian_trace_network"] == pytest.approx(float(log_trace), abs=0.25)
+        trace = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=3, probes=150).numbers
+        assert trace["log_hessian_trace_network"] == pytest.approx(float(log_trace), abs=0.4)
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, y
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(networks())
 @pytest.mark.parametrize("name", list(MEASURES))
 def test_every_measure_is_a_number_or_null(name: str, case: tuple[nn.Module, Tensor, Tensor]) -> None:
@@ -280,7 +280,7 @@ def test_every_measure_is_a_number_or_null(name: str, case: tuple[nn.Module, Ten
             assert math.log(value) == pytest.approx(log, abs=1e-6), key
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**16), st.floats(-3, 4), st.sampled_from([0.5, 1.0, 50.0]))
 def test_a_convex_loss_only_rises(seed: int, exponent: float, rho: float) -> None:
     """One linear layer: the steps go uphill, and the Hessian has no negative direction."""
@@ -293,7 +293,7 @@ def test_a_convex_loss_only_rises(seed: int, exponent: float, rho: float) -> Non
     for name in ("sam_sharpness", "asam_sharpness"):
         assert run(name, model, x, y, rho=rho)[f"log_{name}"] is not None
     assert run("top_eigenvalue_network", model, x, y)["log_top_eigenvalue_network"] is not None
-    assert run("hessian_trace_network", model, x, y, probes=8)["hessian_trace_network"] >= 0
+    assert run("hessian_trace_network", model, x, y, probes=3)["hessian_trace_network"] >= 0
 
 
 @given(st.integers(0, 2**16), st.integers(2, 6), st.floats(-3, 4), st.booleans())
@@ -399,7 +399,7 @@ def test_sam_without_a_radius_is_sgd_with_its_counters(momentum: float) -> None:
     for recipe, params in (("standard", {}), ("sam", {"rho": 0.0})):
         model = build("simple_cnn", (1, 8, 8), 10, seed=1)
         report = train(
-            model, data, recipe=recipe, recipe_params=params, epochs=2, momentum=momentum, train_samples=300, seed=1
+            model, data, recipe=recipe, recipe_params=params, epochs=2, momentum=momentum, train_samples=150, seed=1
         )
         states.append(model.state_dict())
         reports.append((report.clean_accuracy, report.clean_loss, [epoch.loss for epoch in report.epochs]))
@@ -408,7 +408,7 @@ def test_sam_without_a_radius_is_sgd_with_its_counters(momentum: float) -> None:
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
         if "num_batches_tracked" in name:
-            assert value == 6  # two epochs of 128, 128 and 44 images
+            assert value == 4  # two epochs of 128 and 22 images
 
 
 def test_logits_of_a_float32_network_are_float64_from_the_head_on() -> None:
