@@ -60,6 +60,7 @@ class L2:
         return unit / norm.clamp_min(1.0)
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
+        # squares of float32 underflow only below 1e-19, where a step moves no pixel
         norm: Tensor = torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.ndim)), keepdim=True)
         return delta * (eps / norm.clamp_min(1e-30)).clamp_max(1.0)
 

@@ -25,6 +25,7 @@ def backward(model: nn.Module, loss_of_batch: Callable[[], LossAndLogits], /, rh
     weights = [p for p in model.parameters() if p.requires_grad]
     loss_at_w, logits = loss_of_batch()
     gradients = torch.autograd.grad(loss_at_w, weights)
+    gradients = _of_ordinary_size(gradients)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
     saved = [w.detach().clone() for w in weights]
     with torch.no_grad():
@@ -36,6 +37,16 @@ def backward(model: nn.Module, loss_of_batch: Callable[[], LossAndLogits], /, rh
         for w, before in zip(weights, saved, strict=True):
             w.copy_(before)  # not w - e, which is another number in float32
     return loss_at_w, logits
+
+
+def _of_ordinary_size(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Times the power of two that brings the largest entry to about 1, so that no square underflows or overflows.
+
+    A power of two changes no digit of `g / |g|`: ordinary steps keep their bits.
+    """
+    largest = torch.stack([g.abs().amax() for g in gradients]).amax()
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    return tuple(torch.ldexp(g, -exponent) for g in gradients)
 
 
 @contextmanager

@@ -4,10 +4,13 @@
 standard deviation 1 per example, so that value does not depend on a scale s of head and bias: the natural control.
 """
 
+import statistics
+
 import torch
 from torch import Tensor, nn
 
-from workers.science.curvature import gaussian_like, mean_loss, parameters_of
+from workers.science.cross_entropy import mean_increase
+from workers.science.curvature import gaussian_like, log_odds_of, parameters_of
 from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, first, no_progress
 
 
@@ -26,7 +29,8 @@ def adaptive_average(
     images: int = 1024,
 ) -> MeasureReport:
     """`adaptive_average` and `adaptive_average_normalised`, the same draws for both, each with a `_standard_error`
-    over draws (null for one), on unaugmented training images.
+    over draws (null for one), on unaugmented training images; `log_adaptive_average`, null where the loss does not
+    rise.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)
@@ -38,17 +42,27 @@ def adaptive_average(
     x, y = first(train_x, train_y, images)
     generator, parameters = torch.Generator().manual_seed(seed), parameters_of(model)
     names = {"adaptive_average": False, "adaptive_average_normalised": True}
-    before = {name: mean_loss(model, parameters, x, y, batch_size, normalise=n) for name, n in names.items()}
-    rises: dict[str, list[float]] = {name: [] for name in names}
+    before = {name: log_odds_of(model, parameters, x, y, batch_size, normalise=n) for name, n in names.items()}
+    after: dict[str, list[Tensor]] = {name: [] for name in names}
     for draw in range(draws):
         noise = gaussian_like(parameters, generator)
         moved = {n: p + rho * p.abs() * noise[n] for n, p in parameters.items()}
         for name, normalise in names.items():
-            rises[name].append(mean_loss(model, moved, x, y, batch_size, normalise=normalise) - before[name])
+            after[name].append(log_odds_of(model, moved, x, y, batch_size, normalise=normalise))
         (on_progress or no_progress)(draw + 1, draws)
     numbers: Numbers = {}
-    for name, values in rises.items():
-        spread = torch.tensor(values, dtype=torch.float64)
-        numbers[name] = float(spread.mean())
-        numbers[f"{name}_standard_error"] = float(spread.std() / draws**0.5) if draws > 1 else None
+    for name, odds in after.items():
+        rises = [mean_increase(before[name], one)[0] for one in odds]
+        numbers[name], log_rise = mean_increase(before[name], torch.stack(odds))
+        numbers[f"{name}_standard_error"] = _standard_error(rises)
+        if name == "adaptive_average":
+            numbers["log_adaptive_average"] = log_rise
     return MeasureReport(numbers)
+
+
+def _standard_error(values: list[float]) -> float | None:
+    """Of the mean; in units of the largest, so that the squares of tiny values do not underflow."""
+    if len(values) < 2:
+        return None
+    largest = max(map(abs, values)) or 1.0
+    return float(statistics.stdev(value / largest for value in values) * largest / len(values) ** 0.5)

@@ -7,9 +7,11 @@ estimate.
 
 import math
 
+import torch
 from torch import Tensor, nn
 
-from workers.science.curvature import Parameters, batches, loss_gradient, mean_loss, parameters_of
+from workers.science.cross_entropy import log_softplus, mean_increase
+from workers.science.curvature import Parameters, batches, log_odds_of, loss_direction, parameters_of
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
 
 
@@ -28,9 +30,9 @@ def adaptive_worst(
     m: int = 128,
     images: int = 1024,
 ) -> MeasureReport:
-    """`adaptive_worst` and `adaptive_worst_normalised` on unaugmented training images, `m` in each batch.
+    """`adaptive_worst` and `adaptive_worst_normalised` on unaugmented training images, `m` in each batch;
+    `log_adaptive_worst`, null where the loss does not rise.
 
-    >>> import torch
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)
     >>> adaptive_worst(net, x, y, x, y, seed=0, batch_size=8).numbers["adaptive_worst"] > 0
@@ -40,46 +42,60 @@ def adaptive_worst(
         raise ValueError("steps and m must be at least 1, rho not negative")
     x, y = first(train_x, train_y, images)
     names = {"adaptive_worst": False, "adaptive_worst_normalised": True}
-    total, done = dict.fromkeys(names, 0.0), 0
+    odds: dict[str, list[Tensor]] = {name: [] for name in names}  # [2, m]: before, after
+    done = 0
     for xb, yb in batches(x, y, m):
         for name, normalise in names.items():
-            rise = _largest_rise(model, xb, yb, rho, steps, batch_size, normalise=normalise)
-            total[name] += rise * len(xb) / len(x)
+            odds[name].append(_worst_odds(model, xb, yb, rho, steps, batch_size, normalise=normalise))
         done += len(xb)
         (on_progress or no_progress)(done, len(x))
-    return MeasureReport(dict(total))
+    (rise, log_rise), (normalised, _) = (mean_increase(*torch.cat(parts, 1)) for parts in odds.values())
+    return MeasureReport(
+        {"adaptive_worst": rise, "log_adaptive_worst": log_rise, "adaptive_worst_normalised": normalised}
+    )
 
 
-def _largest_rise(
+def _worst_odds(
     model: nn.Module, x: Tensor, y: Tensor, rho: float, steps: int, batch_size: int, *, normalise: bool
-) -> float:
+) -> Tensor:
+    """Log odds `[2, n]` of the images at the weights as they are, and at the worst ones found."""
     centre = parameters_of(model)
     radius = {n: rho * p.abs() for n, p in centre.items()}
 
     def project(parameters: Parameters) -> Parameters:
         return {n: p.clamp(centre[n] - radius[n], centre[n] + radius[n]) for n, p in parameters.items()}
 
-    start = mean_loss(model, centre, x, y, batch_size, normalise=normalise)
+    def odds_at(parameters: Parameters) -> Tensor:
+        return log_odds_of(model, parameters, x, y, batch_size, normalise=normalise)
+
+    odds = best_odds = odds_at(centre)
+    start = _log_loss(odds)
     here, before, best, best_loss = centre, centre, centre, start
     step, halved, best_at_check, improved, last_check = 2.0, False, start, 0, 0
     checks = _checkpoints(steps)
     loss_here = start
     for i in range(steps):
-        g = loss_gradient(model, here, x, y, batch_size, normalise=normalise)
+        g = loss_direction(model, here, x, y, batch_size, normalise=normalise)
         z = project({n: p + step * radius[n] * g[n].sign() for n, p in here.items()})
         momentum = 0.75 if i > 0 else 1.0
         following = project({n: p + momentum * (z[n] - p) + (1 - momentum) * (p - before[n]) for n, p in here.items()})
         before, here = here, following
-        previous, loss_here = loss_here, mean_loss(model, here, x, y, batch_size, normalise=normalise)
+        odds_here = odds_at(here)
+        previous, loss_here = loss_here, _log_loss(odds_here)
         improved += loss_here > previous
         if loss_here > best_loss:
-            best, best_loss = here, loss_here
+            best, best_odds, best_loss = here, odds_here, loss_here
         if i + 1 in checks:
             stuck = improved < 0.75 * (i + 1 - last_check) or (not halved and best_loss == best_at_check)
             halved, best_at_check, improved, last_check = stuck, best_loss, 0, i + 1
             if stuck:
                 step, here, before, loss_here = step / 2, best, best, best_loss
-    return best_loss - start
+    return torch.stack([odds, best_odds])
+
+
+def _log_loss(odds: Tensor) -> float:
+    """Log of the summed losses: it orders weights also where every loss is below what float64 holds."""
+    return float(log_softplus(odds).logsumexp(0))
 
 
 def _checkpoints(steps: int) -> set[int]:

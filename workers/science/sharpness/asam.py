@@ -25,7 +25,8 @@ def asam_sharpness(
     m: int = 128,
     images: int = 1024,
 ) -> MeasureReport:
-    """`asam_sharpness` on unaugmented training images, `m` in each batch.
+    """`asam_sharpness` and `log_asam_sharpness` (null where the loss does not rise) on unaugmented training images, `m`
+    in each batch.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
@@ -35,4 +36,5 @@ def asam_sharpness(
     """
     x, y = first(train_x, train_y, images)
     T = {name: p.abs() + eta for name, p in parameters_of(model).items()}
-    return MeasureReport({"asam_sharpness": one_step(model, x, y, T, rho, m, batch_size, on_progress)})
+    rise, log_rise = one_step(model, x, y, T, rho, m, batch_size, on_progress)
+    return MeasureReport({"asam_sharpness": rise, "log_asam_sharpness": log_rise})

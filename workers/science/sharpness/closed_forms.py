@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from workers.science.cross_entropy import log_odds, softplus
 from workers.science.curvature import TopEigenvalue, lanczos
 from workers.science.errors import NonFinite, WrongShape
 
@@ -82,11 +83,11 @@ class Softmax:
 
     @property
     def log_p_top(self) -> Tensor:
-        return -_softplus(self.log_odds)
+        return -softplus(self.log_odds)
 
     @property
     def log_rest(self) -> Tensor:
-        return -_softplus(-self.log_odds)
+        return -softplus(-self.log_odds)
 
     @property
     def log_trace(self) -> Tensor:
@@ -127,9 +128,7 @@ class Softmax:
 
     def cross_entropy(self, y: Tensor) -> Tensor:
         """`-log p_y [n]` for labels `y [n]`, as `log1p(sum_{j != y} exp(z_j - z_y))`: exact where `p_y` rounds to 1."""
-        z_y = self.logits.gather(1, y[:, None])
-        others = self.logits.scatter(1, y[:, None], -math.inf).logsumexp(1)
-        return _softplus(others - z_y[:, 0])
+        return softplus(log_odds(self.logits, y))
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,3 @@ def _positive_root(h: Tensor, c: Tensor) -> Tensor:
     """The positive root of `x - h - c / x`, for `c >= 0`; at least 1e-300, so that `c / x` stays a number."""
     root = (h.square() + 4 * c).sqrt_()
     return torch.where(h > 0, (root + h) / 2, 2 * c / (root - h).clamp_(min=1e-300)).clamp_(min=1e-300)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))  # torch's own softplus is linear from 20 on

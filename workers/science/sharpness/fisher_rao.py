@@ -1,16 +1,21 @@
 """Fisher-Rao norm, without its constant for the depth: `E[<p - e_y, z>^2]` (Liang et al. 2019, eq. for cross-entropy).
 
-`<p - e_y, z> = sum_{j != y} p_j (z_j - z_y)`: the form that does not cancel for confident logits.
+`<p - e_y, z> = (1 - p_y) sum_{j != y} q_j (z_j - z_y)` with `q_j = p_j / (1 - p_y)`: it does not cancel for confident
+logits, and the first factor is known in the log domain.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
+from workers.science.cross_entropy import log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
 from workers.science.sharpness.closed_forms import Head
+from workers.science.summaries import log_mean
 
 
 @torch.no_grad()
@@ -26,7 +31,8 @@ def fisher_rao(
     on_progress: OnProgress | None = None,
     images: int = 1024,
 ) -> MeasureReport:
-    """`fisher_rao` on training images, float64 from the features on.
+    """`fisher_rao` and `log_fisher_rao` on training images, float64 from the features on. The logarithm is null for an
+    exact zero, and a number where the value is below what float64 holds.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> with torch.no_grad(): _ = net[1].weight.zero_(), net[1].bias.copy_(torch.tensor([2.0, 0.0]))
@@ -37,13 +43,16 @@ def fisher_rao(
     x, y = first(train_x, train_y, images)
     layer = linear_head(model)
     head = Head(layer.weight, layer.bias)
-    total, done = 0.0, 0
+    log_squares, done = [], 0
     for xb, yb in batches(x, y, batch_size):
         z = head.logits(features_and_logits(model, xb)[0])
-        inner = (z.softmax(1) * (z - z.gather(1, yb[:, None]))).sum(1)
-        total += float(inner.square().sum())
+        others = z.scatter(1, yb[:, None], -math.inf)
+        gap = (others.softmax(1) * (z - z.gather(1, yb[:, None]))).sum(1)
+        log_squares.append(2 * (log_sigmoid(log_odds(z, yb)) + gap.abs().log()))
         done += len(xb)
         (on_progress or no_progress)(done, len(x))
-    if not total < float("inf"):
+    values = torch.cat(log_squares)
+    if not bool((values < math.inf).all()):
         raise NonFinite("features or logits are NaN or infinite")
-    return MeasureReport({"fisher_rao": total / len(x)})
+    log_value = log_mean(values)
+    return MeasureReport({"fisher_rao": 0.0 if log_value is None else math.exp(log_value), "log_fisher_rao": log_value})

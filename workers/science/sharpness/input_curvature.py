@@ -1,18 +1,20 @@
 """Curvature of the loss in input space: `||Hessian_x l||_2` per image (Moosavi-Dezfooli 2019; Srinivas et al. 2022).
 
-With g and p_y as in `input_gradient`: `H = (1 - p_y) (Hessian g + p_y grad g grad g^T)`; the power method runs on the
-bracket, whose size has nothing to do with confidence, and `log(1 - p_y)` is added. A lower estimate, close after a few
-steps. For ReLU networks the second derivative of the logits is zero almost everywhere, and only the softmax bends.
+With t the top class and `g = logsumexp_{j != t} z_j - z_t` the loss is `log(1 + exp g) + z_t - z_y`, so
+`H = (1 - p_t) (Hessian g + p_t grad g grad g^T) + Hessian (z_t - z_y)`. The last term is 0 for images that are right,
+and for networks made of ReLUs, whose logits bend nowhere: there the power method runs on the bracket, whose size has
+nothing to do with confidence, and `log(1 - p_t)` is added. A lower estimate, close after a few steps.
 """
 
 import torch
 from torch import Tensor, nn
 
+from workers.science.cross_entropy import at, log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.heads import linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
 from workers.science.sharpness.closed_forms import Head
-from workers.science.sharpness.input_gradient import both_populations, slope
+from workers.science.sharpness.input_gradient import both_populations, require_finite, watched
 
 
 def input_curvature(
@@ -42,22 +44,47 @@ def input_curvature(
     head = Head(layer.weight, layer.bias)
     values, correct, done = [], [], 0
     for xb, yb in batches(x, y, batch_size):
-        found = slope(model, xb, yb, head, twice=True)
-        flat = found.gradient.detach().flatten(1)
-        right = -torch.expm1(found.log_wrong).to(flat)[:, None]
-        v = torch.randn(flat.shape, generator=generator).to(flat)
-        size = torch.zeros(len(xb), device=flat.device)
-        for _ in range(iterations):
-            v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-30)
-            inner = (found.gradient * v.view_as(found.gradient)).sum()
-            second = torch.zeros_like(flat)
-            if inner.requires_grad:  # not so where g is linear in x
-                (bent,) = torch.autograd.grad(inner, found.x, retain_graph=True, materialize_grads=True)
-                second = bent.flatten(1)
-            v = second + right * (flat * v).sum(1, keepdim=True) * flat
-            size = v.norm(dim=1)
-        values.append((found.log_wrong + size.double().log()).cpu())
-        correct.append(found.correct.cpu())
+        start = torch.randn(xb.flatten(1).shape, generator=generator).to(xb).double()
+        curvature, right = _log_curvature(model, xb, yb, head, start, iterations)
+        values.append(curvature.cpu())
+        correct.append(right.cpu())
         done += len(xb)
         (on_progress or no_progress)(done, len(x))
     return MeasureReport(both_populations(torch.cat(values), torch.cat(correct), "log_input_curvature"))
+
+
+def _log_curvature(
+    model: nn.Module, x: Tensor, y: Tensor, head: Head, v: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """`log ||H||` `[n]` float64 by the power method from `v [n, C H W]`, and which images are right."""
+    leaf, phi, logits = watched(model, x)
+    with torch.enable_grad():
+        z = head.logits(phi)
+        top = z.detach().argmax(1)
+        g, lead = log_odds(z, top), at(z, top) - at(z, y)
+        field, lead_field = (torch.autograd.grad(f.sum(), leaf, create_graph=True)[0] for f in (g, lead))
+    require_finite(g, field)
+    wrong = (top != y)[:, None]
+    bends = wrong & (_derivative_along(lead_field, leaf, v) != 0).any(1, keepdim=True)
+    log_rest = log_sigmoid(g.detach())[:, None]
+    log_unit = torch.where(bends, 0.0, log_rest)
+    rest, p_top = (log_rest - log_unit).exp(), log_sigmoid(-g.detach())[:, None].exp()
+    slope, size = field.detach().flatten(1).double(), torch.zeros_like(log_rest)
+    for _ in range(iterations):
+        v = v / torch.where(size > 0, size, v.norm(dim=1, keepdim=True))
+        bent = rest * _derivative_along(field, leaf, v)
+        if bool(bends.any()):
+            bent = bent + bends * _derivative_along(lead_field, leaf, v)
+        v = bent + rest * p_top * (slope * v).sum(1, keepdim=True) * slope
+        size = v.norm(dim=1, keepdim=True)
+        v = torch.where(size > 0, v, 1.0)
+    return (log_unit + size.log())[:, 0], logits.argmax(1) == y
+
+
+def _derivative_along(field: Tensor, leaf: Tensor, v: Tensor) -> Tensor:
+    """Derivative of the gradient field `[n, C, H, W]` along `v [n, C H W]`, by its symmetry; float64 `[n, C H W]`."""
+    if not field.requires_grad:  # the function is linear in x
+        return torch.zeros_like(v)
+    inner = (field * v.to(field).view_as(field)).sum()
+    (product,) = torch.autograd.grad(inner, leaf, retain_graph=True, materialize_grads=True)
+    return product.flatten(1).double()

@@ -4,43 +4,16 @@ With `g = logsumexp_{j != y} z_j - z_y`, the loss is `log(1 + exp g)` and `||gra
 first factor is known to the last bit in the log domain: the number does not underflow where a float32 gradient does.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from workers.science.cross_entropy import log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
 from workers.science.sharpness.closed_forms import Head
 from workers.science.summaries import summary
-
-
-@dataclass(frozen=True)
-class Slope:
-    """`x` (a leaf), `g [n]` float32 with its graph, `gradient [n, C, H, W]` of sum g, `log_wrong [n] = log(1 - p_y)`
-    float64, `correct [n]` bool."""
-
-    x: Tensor
-    g: Tensor
-    gradient: Tensor
-    log_wrong: Tensor
-    correct: Tensor
-
-
-def slope(model: nn.Module, x: Tensor, y: Tensor, head: Head, *, twice: bool = False) -> Slope:
-    """The gradient of g at `x [n, C, H, W]`; `twice` keeps the graph for a second derivative."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        phi, logits = features_and_logits(model, x)
-        g = _log_odds(logits, y)
-        (gradient,) = torch.autograd.grad(g.sum(), x, create_graph=twice)
-    exact = _log_odds(head.logits(phi.detach()), y)
-    if not (torch.isfinite(exact).all() and torch.isfinite(gradient).all()):
-        raise NonFinite("a logit or an input gradient is NaN or infinite")
-    log_wrong = -torch.logaddexp(-exact, torch.zeros_like(exact))
-    return Slope(x, g, gradient, log_wrong, logits.detach().argmax(1) == y)
 
 
 def input_gradient_norm(
@@ -69,10 +42,13 @@ def input_gradient_norm(
     head = Head(layer.weight, layer.bias)
     values, correct, done = [], [], 0
     for xb, yb in batches(x, y, batch_size):
-        found = slope(model, xb, yb, head)
-        norm = torch.linalg.vector_norm(found.gradient.flatten(1), dim=1, dtype=torch.float64)
-        values.append((found.log_wrong + norm.log()).cpu())
-        correct.append(found.correct.cpu())
+        leaf, phi, logits = watched(model, xb)
+        g = log_odds(head.logits(phi), yb)
+        (gradient,) = torch.autograd.grad(g.sum(), leaf)
+        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64)
+        require_finite(g, norm)
+        values.append((log_sigmoid(g.detach()) + norm.log()).cpu())
+        correct.append((logits.argmax(1) == yb).cpu())
         done += len(xb)
         (on_progress or no_progress)(done, len(x))
     return MeasureReport(both_populations(torch.cat(values), torch.cat(correct), "log_input_gradient_norm"))
@@ -84,6 +60,15 @@ def both_populations(values: Tensor, correct: Tensor, name: str) -> dict[str, fl
     return numbers | {f"{key}_clean_correct": v for key, v in summary(values[correct], name, log=True).items()}
 
 
-def _log_odds(logits: Tensor, y: Tensor) -> Tensor:
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return others.logsumexp(1) - logits.gather(1, y[:, None])[:, 0]
+def watched(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Images `[n, C, H, W]` as a leaf, their features `[n, m]` with the graph, and their logits `[n, k]` without."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        phi, logits = features_and_logits(model, leaf)
+    return leaf, phi, logits.detach()
+
+
+def require_finite(*values: Tensor) -> None:
+    """Raises `NonFinite` for NaN or infinities."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise NonFinite("a logit or an input gradient is NaN or infinite")

@@ -7,8 +7,9 @@ with the same draws at every sigma. All parameters are perturbed, those of batch
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from workers.science.curvature import Parameters, batches, gaussian_like, logits_of, parameters_of
+from workers.science.curvature import Parameters, batches, gaussian_like, log_odds_of, parameters_of
 from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, first, no_progress
 
 DOUBLINGS = 20
@@ -44,6 +45,7 @@ def pac_bayes_flatness(
         raise ValueError("draws must be at least 1, drop between 0 and 1")
     x, y = first(train_x, train_y, images)
     parameters, done = parameters_of(model), 0
+    log_odds_of(model, parameters, x, y, batch_size)  # refuses a network that is NaN or infinite without any noise
     clean = _accuracy(model, parameters, x, y, batch_size)
 
     def fall(sigma: float) -> float:
@@ -81,5 +83,9 @@ def pac_bayes_flatness(
 
 @torch.no_grad()
 def _accuracy(model: nn.Module, parameters: Parameters, x: Tensor, y: Tensor, batch_size: int) -> float:
-    right = sum(int((logits_of(model, parameters, xb).argmax(1) == yb).sum()) for xb, yb in batches(x, y, batch_size))
+    """By the float32 logits. NaN has an argmax too, so logits that noise has made infinite or NaN count as wrong."""
+    right = 0
+    for xb, yb in batches(x, y, batch_size):
+        logits = functional_call(model, parameters, (xb,))
+        right += int(((logits.argmax(1) == yb) & torch.isfinite(logits).all(1)).sum())
     return right / len(x)

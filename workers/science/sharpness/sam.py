@@ -6,7 +6,15 @@
 import torch
 from torch import Tensor, nn
 
-from workers.science.curvature import Parameters, batches, loss_gradient, mean_loss, parameters_of
+from workers.science.cross_entropy import mean_increase
+from workers.science.curvature import (
+    Parameters,
+    batches,
+    log_odds_of,
+    loss_direction,
+    of_unit_norm,
+    parameters_of,
+)
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
 
 
@@ -26,6 +34,8 @@ def sam_sharpness(
 ) -> MeasureReport:
     """`sam_sharpness` on unaugmented training images; `rho` in units of the l2 norm of all weights, `m` images each.
 
+    `log_sam_sharpness` is its logarithm: null where the loss does not rise, a number where the rise is below 1e-308.
+
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)
     >>> sam_sharpness(net, x, y, x, y, seed=0, batch_size=8).numbers["sam_sharpness"] > 0
@@ -33,7 +43,8 @@ def sam_sharpness(
     """
     x, y = first(train_x, train_y, images)
     unit = {name: torch.ones_like(p) for name, p in parameters_of(model).items()}
-    return MeasureReport({"sam_sharpness": one_step(model, x, y, unit, rho, m, batch_size, on_progress)})
+    rise, log_rise = one_step(model, x, y, unit, rho, m, batch_size, on_progress)
+    return MeasureReport({"sam_sharpness": rise, "log_sam_sharpness": log_rise})
 
 
 def one_step(
@@ -45,22 +56,23 @@ def one_step(
     m: int,
     batch_size: int,
     on_progress: OnProgress | None,
-) -> float:
-    """Mean loss increase of the step `rho T^2 g / ||T g||`, the best one of `||delta / T|| <= rho` to first order.
+) -> tuple[float, float | None]:
+    """Mean loss increase of the step `rho T^2 g / ||T g||`, the best one of `||delta / T|| <= rho` to first order, and
+    its logarithm (null where it is not positive).
 
-    `T` by parameter, as large as it; a batch whose gradient is exactly zero does not move.
+    `T` by parameter, as large as it; a batch whose gradient is exactly zero does not move. Exact at any confidence:
+    the step is normalised before it is scaled, and the two losses are never subtracted.
     """
     if rho < 0 or m < 1:
         raise ValueError("rho must not be negative, m at least 1")
     parameters = parameters_of(model)
-    total, done = 0.0, 0
+    before, after, done = [], [], 0
     for xb, yb in batches(x, y, m):
-        g = loss_gradient(model, parameters, xb, yb, batch_size)
-        size = float(torch.stack([(T[n] * g[n]).double().square().sum() for n in g]).sum().sqrt())
-        step = rho / size if size > 0 else 0.0
-        moved = {n: p + step * T[n].square() * g[n] for n, p in parameters.items()}
-        before, after = (mean_loss(model, p, xb, yb, batch_size) for p in (parameters, moved))
-        total += (after - before) * len(xb)
+        g = loss_direction(model, parameters, xb, yb, batch_size)
+        step = of_unit_norm({name: T[name] * gradient for name, gradient in g.items()})
+        moved = {name: p + rho * T[name] * step[name] for name, p in parameters.items()}
+        before.append(log_odds_of(model, parameters, xb, yb, batch_size))
+        after.append(log_odds_of(model, moved, xb, yb, batch_size))
         done += len(xb)
         (on_progress or no_progress)(done, len(x))
-    return total / len(x)
+    return mean_increase(torch.cat(before), torch.cat(after))

@@ -3,11 +3,20 @@
 H is that of the mean cross-entropy over unaugmented training images. Keeps one vector per iteration in memory.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from workers.science.curvature import Parameters, gaussian_like, hessian_vector_product, lanczos, parameters_of
+from workers.science.curvature import (
+    Parameters,
+    gaussian_like,
+    hessian_vector_product,
+    lanczos,
+    log_hessian_unit,
+    parameters_of,
+)
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
 
 
@@ -26,7 +35,8 @@ def top_eigenvalue_network(
     images: int = 1024,
 ) -> MeasureReport:
     """`top_eigenvalue_network` (largest, not largest in size), its `_residual`, `_iterations` and `_converged`:
-    whether the residual fell to `tolerance` times the value.
+    whether the residual fell to `tolerance` times the value. `log_top_eigenvalue_network` is null where the value is
+    not positive.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> with torch.no_grad(): _ = net[1].weight.zero_()
@@ -37,19 +47,22 @@ def top_eigenvalue_network(
     """
     x, y = first(train_x, train_y, images)
     parameters, done = parameters_of(model), 0
+    log_unit = log_hessian_unit(model, x, y, batch_size)
 
     def product(v: Tensor) -> Tensor:
         nonlocal done
         done += 1
         (on_progress or no_progress)(min(done, iterations), iterations)
-        return _flat(hessian_vector_product(model, x, y, _unflat(v, parameters), batch_size))
+        return _flat(hessian_vector_product(model, x, y, _unflat(v, parameters), batch_size, log_unit))
 
     start = _flat(gaussian_like(parameters, torch.Generator().manual_seed(seed)))
     found = lanczos(product, start, iterations=iterations, tolerance=tolerance)
+    unit = math.exp(log_unit)
     return MeasureReport(
         {
-            "top_eigenvalue_network": found.value,
-            "top_eigenvalue_network_residual": found.residual,
+            "top_eigenvalue_network": found.value * unit,
+            "log_top_eigenvalue_network": math.log(found.value) + log_unit if found.value > 0 else None,
+            "top_eigenvalue_network_residual": found.residual * unit,
             "top_eigenvalue_network_iterations": found.iterations,
             "top_eigenvalue_network_converged": int(found.converged),
         }
