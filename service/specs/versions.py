@@ -8,7 +8,23 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-VERSIONS: Mapping[str, int] = MappingProxyType({})
+VERSIONS: Mapping[str, int] = MappingProxyType(
+    {
+        # 2: exact for confident networks, whose loss and gradient underflowed before; the head is in float64.
+        "measure/sam_sharpness": 2,
+        "measure/asam_sharpness": 2,
+        "measure/adaptive_average": 2,
+        "measure/adaptive_worst": 2,
+        "measure/top_eigenvalue_network": 2,
+        "measure/fisher_rao": 2,
+        "measure/input_gradient_norm": 2,
+        "measure/input_curvature": 2,
+        # 2: every layer has probes of its own, and the trace is the sum over layers.
+        "measure/hessian_trace_network": 2,
+        # 2: a NaN logit under noise counts as wrong.
+        "measure/pac_bayes_flatness": 2,
+    }
+)
 """By `kind/type`, as in `measure/sam_sharpness` or `attack/square`; a type that is not here has version 1."""
 
 
