@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from service.specs.attacks import Attack, Eps, Norm, Steps, StepSize
-from service.specs.base import Scale, Spec
+from service.specs.base import Order, Scale, Spec
 from service.specs.measures import Measure
 from service.specs.recipes import AnyRecipe
 
@@ -45,6 +45,7 @@ class MeasureTask(Spec):
     scale: Scale = 1.0
     scale_bias: bool = True
     samples: int
+    order: Order = "permutation"
 
 
 class AttackTask(Spec):
@@ -62,6 +63,7 @@ class AttackTask(Spec):
     scale_bias: bool = True
     attack_seed: int = 0
     samples: int
+    order: Order = "permutation"
     source: Digest | None = None
     arrays: bool = False
 
@@ -77,6 +79,7 @@ class ControlTask(Spec):
     step_size: StepSize
     steps: Steps
     samples: int
+    order: Order = "permutation"
 
 
 Task = Annotated[TrainTask | MeasureTask | AttackTask | ControlTask, Field(discriminator="kind")]

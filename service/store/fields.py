@@ -102,12 +102,12 @@ PROVENANCE: dict[str, Kind] = {
         (
             "code_version", "code_revision", "code_digest", "python", "torch", "torchvision", "timm", "numpy", "ray",
             "cuda", "driver", "device", "hostname", "matmul_precision", "weights_sha256", "dataset_sha256",
-            "task_digest", "task_kind", "dataset",
+            "task_digest", "task_kind", "dataset", "precision", "cpu_capability",
         ),
         "text",
     ),
     **dict.fromkeys(
-        ("code_dirty", "deterministic_algorithms", "cudnn_deterministic", "cudnn_benchmark"), "boolean"
+        ("code_dirty", "deterministic_algorithms", "cudnn_deterministic", "cudnn_benchmark", "eval_mode"), "boolean"
     ),
     **dict.fromkeys(
         (

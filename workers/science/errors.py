@@ -1,5 +1,10 @@
 """What can go wrong in the science, each with a sentence that says what to do."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class ScienceError(Exception):
     """A computation cannot give a number. Running the same thing again would not help."""
@@ -26,7 +31,22 @@ class WrongState(ScienceError):
 
 
 class NonFinite(ScienceError):
-    """Weights, logits or a loss are NaN or infinite."""
+    """Weights, logits or a loss are NaN or infinite. `examples` are the positions of the images, where they are known.
+
+    >>> str(NonFinite("the head's weights are NaN or infinite"))
+    "the head's weights are NaN or infinite"
+    """
+
+    def __init__(self, message: str, examples: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.examples = examples
+
+    @classmethod
+    def of(cls, what: str, non_finite: "Tensor") -> "NonFinite":
+        """That `what` is NaN or infinite for the images that `non_finite [n]` bool names, and which share that is."""
+        examples = tuple(non_finite.nonzero().flatten().tolist())
+        share = f"{len(examples)} of {len(non_finite)} images"
+        return cls(f"{what} is NaN or infinite for {share}; check the weights and the scale", examples)
 
 
 class Diverged(NonFinite):
