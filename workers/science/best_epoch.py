@@ -43,9 +43,9 @@ class BestEpoch:
     def robust_accuracy(self, model: nn.Module) -> float:
         """An image with NaN or infinite logits is not robust."""
         robust = 0
-        for part in torch.arange(len(self.y), device=self.y.device).split(BATCH):
-            x, y = to_unit(self.x[part]), self.y[part]
-            noise = BatchNoise(self.seed, 0, self.index[part], stream=STREAM).uniform(x) * 2 - 1
+        for x, y, index in zip(*(torch.split(of, BATCH) for of in (self.x, self.y, self.index)), strict=True):
+            x = to_unit(x)
+            noise = BatchNoise(self.seed, 0, index, stream=STREAM).uniform(x) * 2 - 1
             x_adv = pgd_linf(
                 model,
                 x,
