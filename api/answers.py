@@ -128,7 +128,7 @@ class Compared(Standing):
 
 class Comparison(BaseModel):
     results: list[Compared]
-    examples: int = Field(description="Which all of them have: the first of one fixed permutation.")
+    examples: int = Field(description="Which all of them have: the first of one fixed permutation, or of the file.")
     differing: dict[str, list[Any]] = Field(description="Fields of the specs, with each one's value.")
     pairs: list[Pair]
     union: Union | None
@@ -155,6 +155,7 @@ class Board(BaseModel):
     attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
     preset: str | None = Field(examples=["pgd_linf"])
     samples: int
+    order: str = Field(examples=["permutation"])
     scale_bias: bool
     version: int = Field(description="Of the attack task.")
     rows: list[Rank]
@@ -178,6 +179,7 @@ class Correlation(BaseModel):
     dataset: str = Field(examples=["cifar10"])
     attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
     samples: int = Field(examples=[1000])
+    order: str = Field(examples=["permutation"])
     version: int = Field(examples=[1])
     measure_version: int = Field(examples=[1])
     measure_spec: dict[str, Any] | None = Field(

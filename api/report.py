@@ -16,7 +16,7 @@ from service.dotted import flat
 from service.errors import UncannyError
 
 GROUP = ("dataset", "samples", "attack.type", "attack.norm", "attack.eps", "architecture", "recipe.name", "scale")
-SPEC = ("dataset", "samples", "architecture", "scale", "scale_bias", "attack", "recipe")
+SPEC = ("dataset", "samples", "order", "architecture", "scale", "scale_bias", "attack", "recipe")
 MADE_BY = ("code_version", "code_revision", "code_dirty", "torch", "device")
 METRICS = (
     "robust_accuracy:mean,ci95,count", "clean_accuracy:mean", "zero_gradient_fraction:mean", "masked_fraction:mean",
@@ -122,7 +122,7 @@ def _title(group: Json) -> str:
     rest = {
         name: value
         for name, value in group.items()
-        if value is not None and name not in GROUP and name.startswith(("attack.", "scale_bias"))
+        if value is not None and name not in GROUP and name.startswith(("attack.", "scale_bias", "order"))
     }
     more = [f"{name.removeprefix('attack.')} {number(value)}" for name, value in rest.items()]
     name = ", ".join([" ".join(number(part) for part in attack if part is not None), *more])

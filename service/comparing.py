@@ -11,6 +11,7 @@ from service.errors import InvalidQuery
 from service.results import found
 from service.store import results as store
 from service.store.database import Database
+from service.store.filing import LATER
 from service.verdict import BitArray
 from service.views import retracted
 
@@ -22,8 +23,9 @@ SHOWN = ("architecture", "dataset", "scale", "seed", "samples", "clean_accuracy"
 def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
     """The fields that differ, a paired test for every two, and the union of attacks where they are on one network.
 
-    Examples are paired by position: the first so many of one fixed permutation, as many as all have.
-    Raises `InvalidQuery` for other than 2 to 20 ids and for different data sets, `NotFound`.
+    Examples are paired by position: the first so many of one fixed permutation, or of the file, as many as all have.
+    Raises `InvalidQuery` for other than 2 to 20 ids, for different data sets and for samples in different orders,
+    `NotFound`.
     """
     ids = list(dict.fromkeys(job_ids))
     if not 2 <= len(ids) <= MAX_COMPARED:
@@ -34,9 +36,11 @@ def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
         robust = store.bits_of(connection, [row.attack_task_id for row in rows], "robust")
     if len(names := sorted({row.dataset for row in rows})) > 1:
         raise InvalidQuery("ids", f"results on different data sets have no examples in common: {', '.join(names)}")
+    specs = [dict(flat({**LATER, **row.spec, "versions": cells[row.cell_id]["versions"]})) for row in rows]
+    if len({spec["order"] for spec in specs}) > 1:
+        raise InvalidQuery("ids", "the samples of some are the first of the file, of others those of the permutation")
     bits = [robust[row.attack_task_id] for row in rows]
     n = min(of.size for of in bits)
-    specs = [dict(flat({**row.spec, "versions": cells[row.cell_id]["versions"]})) for row in rows]
     union, why = _union(rows, [of[:n] for of in bits])
     return {
         "results": [

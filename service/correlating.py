@@ -25,15 +25,15 @@ MAX_PAIRS = 10_000_000  # of checkpoints that are compared, each 2,000 times: se
 LEAST_PAIRS = 10_000  # what a small group costs, in time of pairs
 CONFOUNDED = "confounded by design: points of one checkpoint at several scales share the true robust accuracy"
 ASKED = ("measure", "target")
-SAME = ("dataset", "attack", "samples")
+SAME = ("dataset", "attack", "samples", "order")
 
 
 def correlations(
     database: Database, nodes: Sequence[Node], measure: str, *, target: str = "robust_accuracy",
     by: Sequence[str] = (), trusted: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Kendall's tau-b of `measure` with `target`, for each data set, attack, samples, versions of the tasks and `by`;
-    where a number is one of a further measure, for each of its parameters and versions too.
+    """Kendall's tau-b of `measure` with `target`, for each data set, attack, samples, their order, versions of the
+    tasks and `by`; where a number is one of a further measure, for each of its parameters and versions too.
 
     One point per checkpoint at s = 1, its earliest, and only trusted ones unless told otherwise. The same over all
     scales stands apart, as what it is. Raises `InvalidQuery`.

@@ -68,7 +68,7 @@ def _first_equal(specs: Mapping[int, dict[str, Any]]) -> dict[int, int]:
 
 
 def _board(spec: dict[str, Any]) -> str:
-    same = {name: spec[name] for name in ("dataset", "attack", "samples", "scale_bias")}
+    same = {name: spec[name] for name in ("dataset", "attack", "samples", "order", "scale_bias")}
     return json.dumps({**same, "version": spec["versions"]["attack"]}, sort_keys=True)
 
 

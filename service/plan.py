@@ -7,6 +7,7 @@ from typing import Any
 
 from service.specs import AttackTask, ControlTask, DatasetRef, JobSpec, MeasureTask, Task, TrainTask, digest
 from service.specs.attacks import AnyAttack, Apgd, Attack, Numerics, Pgd, Transfer
+from service.specs.base import Order
 from service.specs.measures import ClosedForms, Measure
 from service.specs.recipes import AnyRecipe, Imported
 from service.specs.versions import version_of, version_of_attack
@@ -77,16 +78,16 @@ def plan_job(job: JobSpec, dataset: DatasetRef, weights: Mapping[str, Imported] 
         recipe = job.augmented(of.recipe or job.recipe)
         source = _network(of.architecture, dataset, recipe, of.seed, of.replicate, weights or {})
         attack = attack.model_copy(update={"source": None})
-    where = (job.attack_seed, job.samples)
+    where, chosen = (job.attack_seed, job.samples, job.order), (job.samples, job.order)
     made_on = source.digest if source is not None and source.digest != train.digest else None
     return JobPlan(
         job,
         train,
-        _measure(train.digest, ClosedForms(), job.scale, job.scale_bias, job.samples),
-        tuple(_measure(train.digest, measure, job.scale, job.scale_bias, job.samples) for measure in job.measures),
+        _measure(train.digest, ClosedForms(), job.scale, job.scale_bias, *chosen),
+        tuple(_measure(train.digest, measure, job.scale, job.scale_bias, *chosen) for measure in job.measures),
         _attack(train.digest, attack, job.scale, job.scale_bias, *where, made_on, job.arrays),
         _attack(train.digest, attack, 1.0, job.scale_bias, *where, made_on, job.arrays),
-        _control(train.digest, attack, min(job.samples, PANEL_SAMPLES)),
+        _control(train.digest, attack, min(job.samples, PANEL_SAMPLES), job.order),
         source,
     )
 
@@ -120,45 +121,47 @@ def training(architecture: str, dataset: DatasetRef, recipe: AnyRecipe, seed: in
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _measure(checkpoint: str, measure: Measure, scale: float, scale_bias: bool, samples: int) -> PlannedTask:
+def _measure(
+    checkpoint: str, measure: Measure, scale: float, scale_bias: bool, samples: int, order: Order
+) -> PlannedTask:
     # A measure with images of its own does not depend on the job's samples.
     samples = getattr(measure, "images", samples)
     spec = MeasureTask(
         version=version_of("measure", measure.type), checkpoint=checkpoint, measure=measure, scale=scale,
-        scale_bias=_bias(scale, scale_bias), samples=samples,
+        scale_bias=_bias(scale, scale_bias), samples=samples, order=order,
     )  # fmt: skip
     return PlannedTask(digest(spec), checkpoint, spec)
 
 
 @lru_cache(maxsize=REMEMBERED)
 def _attack(
-    checkpoint: str, attack: Attack, scale: float, scale_bias: bool, seed: int, samples: int, source: str | None,
-    arrays: bool,
+    checkpoint: str, attack: Attack, scale: float, scale_bias: bool, seed: int, samples: int, order: Order,
+    source: str | None, arrays: bool,
 ) -> PlannedTask:  # fmt: skip
     if getattr(attack, "source_scale", 1.0) == 1.0:  # else the bias of a transfer's source is scaled, or is not
         scale_bias = _bias(scale, scale_bias)
     spec = AttackTask(
         version=version_of_attack(attack.model_dump()), checkpoint=checkpoint, attack=attack, scale=scale,
-        scale_bias=scale_bias, attack_seed=seed, samples=samples, source=source, arrays=arrays,
+        scale_bias=scale_bias, attack_seed=seed, samples=samples, order=order, source=source, arrays=arrays,
     )  # fmt: skip
     return PlannedTask(digest(spec), checkpoint, spec)
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _control(checkpoint: str, attack: AnyAttack, samples: int) -> PlannedTask | None:
+def _control(checkpoint: str, attack: AnyAttack, samples: int, order: Order) -> PlannedTask | None:
     """The panel in the attack's ball: with its own steps if it is PGD, else with ten of a quarter of eps.
 
     None for an attack without a ball, or a ball without room.
     """
     if isinstance(attack, Transfer):
-        return _control(checkpoint, attack.attack, samples)
+        return _control(checkpoint, attack.attack, samples, order)
     norm, eps = getattr(attack, "norm", None), getattr(attack, "eps", 0.0)
     if norm is None or eps == 0 or getattr(attack, "kind", "uniform") == "gaussian":
         return None
     step_size, steps = (attack.step_size, attack.steps) if isinstance(attack, Pgd) else (eps / 4, 10)
     spec = ControlTask(
         version=version_of("control"), checkpoint=checkpoint, norm=norm, eps=eps, step_size=step_size, steps=steps,
-        samples=samples, twin=_twin(attack, step_size, steps),
+        samples=samples, order=order, twin=_twin(attack, step_size, steps),
     )  # fmt: skip
     return PlannedTask(digest(spec), checkpoint, spec)
 

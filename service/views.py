@@ -14,6 +14,7 @@ from service.jobs import JobState, TaskState
 from service.specs.canonical import canonical
 from service.specs.tasks import Task
 from service.store import reading
+from service.store.filing import LATER
 from service.store.result_tables import METRICS
 
 # A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
@@ -122,7 +123,7 @@ def result_row(
     shown = {name: value for name, value in numbers.items() if whole or not _is_detail(name)}
     return {
         "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,
-        **{name: value for name, value in row.spec.items() if name != "measures"},
+        **{name: value for name, value in {**LATER, **row.spec}.items() if name != "measures"},
         "measures": [measure["type"] for measure in row.spec["measures"]],
         "measures_failed": {of["measure"]["type"]: of["failed"] for of in further if of["failed"] is not None},
         **headline,

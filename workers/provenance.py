@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from workers.revision import code, installed
 
@@ -27,6 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "driver": driver(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the vector instructions that a CPU's sums use
         "hostname": socket.gethostname(),
         "pid": os.getpid(),
     }
@@ -40,6 +42,15 @@ def determinism() -> dict[str, Any]:
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "matmul_precision": torch.backends.cuda.matmul.fp32_precision,
     }
+
+
+def conditions(model: nn.Module, precision: str = "float32") -> dict[str, Any]:
+    """How a task's numbers came out of `model`, looked at when it was done with it.
+
+    `precision` is that of the training's steps or of the attack's gradients; what is reported is always measured in
+    float32, whatever made it.
+    """
+    return {"eval_mode": not any(module.training for module in model.modules()), "precision": precision}
 
 
 def device_name(device: torch.device) -> str:

@@ -24,6 +24,7 @@ from workers import provenance, tasks
 from workers.context import Context
 from workers.science.errors import ScienceError
 from workers.science.seeding import deterministic
+from workers.science.summaries import merged
 
 log = logging.getLogger("uncanny.worker")
 
@@ -80,7 +81,7 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
         "dataset_files_sha256": [training.dataset.train_sha256, training.dataset.test_sha256],
     }
     made_by = provenance.environment(context.device)
-    return replace(outcome, provenance={**made_by, **made_from, **determinism, **meter.read()})
+    return replace(outcome, provenance=merged(made_by, made_from, determinism, outcome.provenance, meter.read()))
 
 
 def _source(task: AttackTask, bundle: Bundle, context: Context) -> tasks.Subject | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,17 +22,27 @@ from service.specs.attacks import parameters as attack_parameters
 from service.specs.recipes import Imported
 from service.specs.recipes import parameters as recipe_parameters
 from workers.context import Context
+from workers.provenance import conditions
 from workers.science import architectures
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, prepare
 from workers.science.augmentation import Augmentation
 from workers.science.bounds import bound_numbers
 from workers.science.controls import Geometry, Twin, run_controls
-from workers.science.datasets import DATASETS, ImageData, read_npz, sample_indices, to_unit
+from workers.science.datasets import (
+    DATASETS,
+    ImageData,
+    Order,
+    read_npz,
+    sample_indices,
+    to_unit,
+    training_indices,
+)
 from workers.science.errors import ScienceError, WrongState
-from workers.science.evaluation import evaluate_attack, evaluate_clean
+from workers.science.evaluation import PROBES, evaluate_attack, evaluate_clean
 from workers.science.heads import linear_head, scale_head
 from workers.science.imported import as_saved, is_at_chance, require_accuracy
 from workers.science.sharpness import MEASURES, MeasureReport
+from workers.science.summaries import merged
 from workers.science.training import EpochReport, State, StepReport, TrainReport, train
 from workers.science.trajectory import Recorder, analyse
 from workers.science.weights import load_state, load_weights, save_state, save_weights
@@ -40,6 +51,7 @@ Report = Callable[[Progress], None]
 OnProgress = Callable[[int, int], None]
 MEASURE_BATCH = 256
 NUMERICS = ("precision", "channels_last", "fold_batch_norm")
+COUNTED = frozenset({"n", "n_clean_correct", "n_non_finite"})  # by the attack, of the same images
 
 
 class CheckpointMissing(ArtifactMissing):
@@ -61,9 +73,9 @@ class Subject:
         key = (self.context.device, self.checkpoint.digest, self.training.architecture, self.training.dataset)
         return self.context.cache.get(key, self._load)
 
-    def samples(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`index, x, y` of the first `n` test images of the fixed permutation."""
-        index = torch.from_numpy(sample_indices(len(self.data.test_y), n))
+    def samples(self, n: int, order: Order) -> tuple[Tensor, Tensor, Tensor]:
+        """`index, x, y` of the first `n` test images of the fixed permutation, or of the file."""
+        index = torch.from_numpy(sample_indices(len(self.data.test_y), n, order))
         return index, self.data.test_x[index], self.data.test_y[index]
 
     def _read(self) -> tuple[tuple[ImageData, str], int]:
@@ -113,6 +125,7 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
             model, data, seed=task.seed, device=context.device, resume=resume, on_epoch=on_epoch, on_step=on_step,
             recipe=recipe.name, recipe_params=recipe_parameters(recipe), augmentation=augmentation,
             epochs=recipe.epochs, batch_size=recipe.batch_size, train_samples=recipe.train_samples,
+            keep=getattr(recipe, "keep", "last"), held_out=getattr(recipe, "held_out", 0),
             lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, schedule=recipe.schedule,
             precision=recipe.precision, channels_last=recipe.channels_last, compile=recipe.compile,
         )  # fmt: skip
@@ -133,7 +146,8 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
         note = {"started_anew": str(error)}
         model, done = attempt(None)
     checkpoint = context.artifacts.write("checkpoint", lambda path: save_weights(path, model))
-    return Outcome(*_training_numbers(done, model), artifacts=(checkpoint,))
+    numbers, curves = _training_numbers(done, model)
+    return Outcome(numbers, curves, artifacts=(checkpoint,), provenance=conditions(model, trained.precision))
 
 
 def _imported(task: TrainTask, recipe: Imported, data: ImageData, context: Context) -> Outcome:
@@ -147,35 +161,37 @@ def _imported(task: TrainTask, recipe: Imported, data: ImageData, context: Conte
     model.to(context.device).eval()
     clean = evaluate_clean(model, data.test_x, data.test_y, device=context.device)
     require_accuracy(clean.accuracy, len(data.test_y), recipe.expected_clean_accuracy, recipe.tolerance)
-    numbers: Numbers = {
-        "test_accuracy": clean.accuracy,
+    of_test = _test_numbers(model, clean.accuracy, clean.loss, clean.top5_accuracy)
+    more: Numbers = {
         "clean_accuracy_at_chance": int(is_at_chance(clean.correct, data.test_y)),
-        "test_loss": clean.loss,
-        "test_top5_accuracy": clean.top5_accuracy,
+        "test_n_non_finite": int(clean.non_finite.sum()),
         "seconds": time.monotonic() - started,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     assert recipe.weights_sha256 is not None
-    return Outcome(numbers, artifacts=(ArtifactRef(recipe.weights_sha256, size_bytes, "checkpoint"),))
+    weights = ArtifactRef(recipe.weights_sha256, size_bytes, "checkpoint")
+    return Outcome(merged(of_test, more), artifacts=(weights,), provenance=conditions(model))
 
 
 def run_measure(task: MeasureTask, subject: Subject, on_progress: OnProgress) -> Outcome:
     model = scale_head(subject.network(), task.scale, scale_bias=task.scale_bias)
     params = {name: getattr(task.measure, name) for name in type(task.measure).model_fields if name != "type"}
-    found = _measure(task.measure.type, model, subject, task.scale, task.samples, params, on_progress)
-    return Outcome(found.numbers, {"measure": found.curves} if found.curves else {})
+    found = _measure(task.measure.type, model, subject, task.scale, (task.samples, task.order), params, on_progress)
+    return Outcome(
+        found.numbers, {"measure": found.curves} if found.curves else {}, provenance=conditions(subject.network())
+    )
 
 
 def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_progress: OnProgress) -> Outcome:
     """The attack, its trajectory where it can be followed, and the closed forms at x_0.
 
+    Images with NaN or infinities are counted (`n_non_finite`), and are in none of these numbers but the accuracies.
     There is no trajectory for attacks without iterates, for `judge: any_step`, which leaves out what is broken, and for
     gradients in bf16, whose features are not the float32 ones.
     """
     network = subject.network()
     model = scale_head(network, task.scale, scale_bias=task.scale_bias)
     head = linear_head(model)
-    index, x, y = subject.samples(task.samples)
+    index, x, y = subject.samples(task.samples, task.order)
     recorder = Recorder(head.weight, head.bias) if _can_be_followed(task.attack) else None
     params, numerics = _attack_arguments(task, (source or subject).network(), subject)
     try:
@@ -185,28 +201,30 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
         )  # fmt: skip
     except ValueError as error:  # parameters that make no sense together
         raise ScienceError(str(error)) from error
-    at_start = _measure("closed_forms", model, subject, task.scale, task.samples, {}, None, train=False)
-    numbers: Numbers = dict(at_start.numbers)
+    chosen = (task.samples, task.order)
+    at_start = _measure("closed_forms", model, subject, task.scale, chosen, {}, None, train=False).numbers
+    parts = [found.numbers, {name: value for name, value in at_start.items() if name not in COUNTED}]
     curves: dict[str, Any] = {}
     arrays: tuple[ArtifactRef, ...] = ()
     if recorder is not None:
-        trajectory = recorder.trajectory()
+        trajectory = recorder.trajectory(found.bits["non_finite"])
         along, curves["trajectory"] = analyse(trajectory, getattr(task.attack, "norm", "l2"))
-        numbers |= along
+        parts.append(along)
         if trajectory.starts_at_image:  # the bounds are about the way from there
-            numbers |= bound_numbers(trajectory, head.weight, head.bias)
+            parts.append(bound_numbers(trajectory, head.weight, head.bias))
         if task.arrays:
             arrays = (subject.context.artifacts.write("arrays", partial(save_file, trajectory.tensors())),)
-    return Outcome(numbers | found.numbers, curves, _packed(found.bits), arrays)
+    done_with = conditions(network, getattr(_gradients_of(task.attack), "precision", "float32"))
+    return Outcome(merged(*parts), curves, _packed(found.bits), arrays, done_with)
 
 
 def run_control(task: ControlTask, subject: Subject, on_progress: OnProgress) -> Outcome:
-    index, x, y = subject.samples(task.samples)
+    index, x, y = subject.samples(task.samples, task.order)
     geometry = Geometry(task.norm, task.eps, task.step_size, task.steps)
     device = subject.context.device
     twin = Twin(task.twin.type, attack_parameters(task.twin)) if task.twin is not None else None
     found = run_controls(subject.network(), x, y, index, geometry, twin=twin, device=device, on_progress=on_progress)
-    return Outcome(found.numbers, bits=_packed(found.bits))
+    return Outcome(found.numbers, bits=_packed(found.bits), provenance=conditions(subject.network()))
 
 
 def build(architecture: str, data: ImageData, seed: int) -> nn.Module:
@@ -231,37 +249,57 @@ def read_dataset(dataset: DatasetRef, context: Context) -> ImageData:
 
 
 def _training_numbers(done: TrainReport, model: nn.Module) -> tuple[Numbers, dict[str, Any]]:
-    last = done.epochs[-1]
+    """Training numbers are those of the epoch whose weights are kept."""
     numbers: Numbers = {
-        "test_accuracy": done.clean_accuracy,
-        "test_loss": done.clean_loss,
-        "test_top5_accuracy": done.top5_accuracy,
-        "train_accuracy": last.accuracy,
-        "train_loss": last.loss,
+        "train_accuracy": done.kept.accuracy,
+        "train_loss": done.kept.loss,
         "train_samples": done.train_samples,
+        "dropped_samples": done.dropped_samples,
+        "kept_epoch": done.kept_epoch,
+        "held_out_robust_accuracy": done.kept.held_out_robust_accuracy,
         "epochs": len(done.epochs),
         "seconds": done.seconds,
         "images_per_second": done.train_samples * len(done.epochs) / done.seconds,
+    }
+    names = ["epoch", "lr", "loss", "accuracy", "images_per_second", "seconds"]
+    names += ["held_out_robust_accuracy"] if done.kept.held_out_robust_accuracy is not None else []
+    curves = {"epochs": {name: [getattr(epoch, name) for epoch in done.epochs] for name in names}}
+    of_test = _test_numbers(model, done.clean_accuracy, done.clean_loss, done.top5_accuracy)
+    return merged(of_test, numbers), curves
+
+
+def _test_numbers(model: nn.Module, accuracy: float, loss: float, top5_accuracy: float | None) -> Numbers:
+    """What a trained and an imported network both have, from `evaluate_clean` on all test images."""
+    return {
+        "test_accuracy": accuracy,
+        "test_loss": loss,
+        "test_top5_accuracy": top5_accuracy,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    names = ("epoch", "lr", "loss", "accuracy", "images_per_second", "seconds")
-    return numbers, {"epochs": {name: [getattr(epoch, name) for epoch in done.epochs] for name in names}}
 
 
 def _measure(
-    name: str, model: nn.Module, subject: Subject, scale: float, samples: int, params: dict[str, Any],
-    on_progress: OnProgress | None, *, train: bool = True,
-) -> MeasureReport:  # fmt: skip
-    """A measure on the first `samples` images of each split, or on as many as it asks for itself (`images`).
+    name: str,
+    model: nn.Module,
+    subject: Subject,
+    scale: float,
+    chosen: tuple[int, Order],
+    params: dict[str, Any],
+    on_progress: OnProgress | None,
+    *,
+    train: bool = True,
+) -> MeasureReport:
+    """A measure on the first `chosen` images of each split, or on as many as it asks for itself (`images`).
 
-    Of the training split, only on those that the network was trained on: the first of the same permutation.
+    Of the training split, only on those that the network was trained on: the first of the same order.
     """
-    data, n = subject.data, int(params.get("images", samples))
-    trained_on = getattr(subject.training.recipe, "train_samples", None) or len(data.train_y)
+    (samples, order), data = chosen, subject.data
+    n = int(params.get("images", samples))
+    trained_on = _trained_on(subject, order)[: n if train else 0]
+    tested_on = sample_indices(len(data.test_y), min(n, len(data.test_y)), order)
     splits = []
-    of_train = min(n, trained_on) if train else 0
-    for x, y, wanted in ((data.train_x, data.train_y, of_train), (data.test_x, data.test_y, n)):
-        index = torch.from_numpy(sample_indices(len(y), min(wanted, len(y)))) if wanted else torch.zeros(0).long()
+    for x, y, of in ((data.train_x, data.train_y, trained_on), (data.test_x, data.test_y, tested_on)):
+        index = torch.from_numpy(of)
         splits += [to_unit(x[index]), y[index]]
     if name == "closed_forms":
         params = {**params, "scale": scale}
@@ -271,6 +309,13 @@ def _measure(
         )
     except ValueError as error:  # parameters that make no sense together
         raise ScienceError(str(error)) from error
+
+
+def _trained_on(subject: Subject, order: Order) -> NDArray[np.int64]:
+    """Where in the training split the images lie that the network was trained on, in this order."""
+    recipe, n = subject.training.recipe, len(subject.data.train_y)
+    index = training_indices(n, getattr(recipe, "train_samples", None), getattr(recipe, "held_out", 0))[0]
+    return np.sort(index) if order == "file" else index
 
 
 def _can_be_followed(attack: AnyAttack) -> bool:
@@ -285,10 +330,15 @@ def _attack_arguments(task: AttackTask, made_on: nn.Module, subject: Subject) ->
         return attack_parameters(attack), {name: getattr(attack, name) for name in NUMERICS}
     source = scale_head(made_on, attack.source_scale, scale_bias=task.scale_bias)
     numerics = {name: getattr(attack.attack, name) for name in NUMERICS}
-    probe = to_unit(subject.samples(min(2, task.samples))[1])
+    probe = to_unit(subject.samples(min(PROBES, task.samples), task.order)[1])
     climbed = prepare(source, probe=probe, **numerics)
     made_by = {"source_attack": ATTACKS[attack.attack.type], "scale": attack.source_scale}
     return {"source": climbed, **made_by, **attack_parameters(attack.attack)}, {}
+
+
+def _gradients_of(attack: AnyAttack) -> AnyAttack:
+    """The attack that takes the gradients: of a transfer, the one that makes its examples."""
+    return attack.attack if isinstance(attack, Transfer) else attack
 
 
 def _packed(bits: dict[str, Tensor]) -> dict[str, Bits]:

@@ -80,7 +80,10 @@ class Square(InBall):
 
 
 class AutoAttack(InBall):
-    """The standard ensemble (Croce & Hein 2020): APGD-CE, targeted APGD-DLR, targeted FAB, square; k >= 4 classes."""
+    """The standard ensemble (Croce & Hein 2020): APGD-CE, targeted APGD-DLR, targeted FAB, square; k >= 4 classes.
+
+    A re-implementation of `fra31/auto-attack` 0.1, version "standard", not the original code.
+    """
 
     type: Literal["autoattack"] = "autoattack"
 

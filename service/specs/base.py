@@ -1,7 +1,7 @@
 """What every spec is made of: frozen models that refuse unknown fields, and numbers that may be fractions."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -59,6 +59,9 @@ LabelKey = Annotated[str, Field(min_length=1, max_length=100, pattern=r'^[^\x00-
 Labels = dict[LabelKey, Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]]
 
 Whole = Annotated[int, Strict()]  # true is no number, and neither is 2.5
+
+Order = Literal["permutation", "file"]
+"""What `samples` are the first of: one fixed permutation, or the file, as RobustBench and AutoAttack take them."""
 
 Scale = Annotated[
     Number,

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, PRESETS, Attack
-from service.specs.base import Scale, Spec, Whole
+from service.specs.base import Order, Scale, Spec, Whole
 from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES, Measure
 from service.specs.names import Architecture, NamedRecipe, known
 from service.specs.recipes import AnyRecipe, Imported, Standard
@@ -67,6 +67,9 @@ class JobSpec(Spec):
             description="The first so many of one fixed permutation; left out: 1,000, or all of a smaller test set.",
         ),
     ] = SAMPLES  # fmt: skip
+    order: Annotated[Order, Field(description="The first samples of one fixed permutation, or of the file.")] = (
+        "permutation"
+    )
     arrays: bool = Field(default=False, description="Keep every example's trajectory as an artifact (safetensors).")
     replicate: Annotated[Whole, Field(ge=0, lt=2**31, description="Another number forces an independent rerun.")] = 0
 

@@ -27,7 +27,7 @@ class ClosedForms(Spec):
 
 
 class OnImages(Spec):
-    """A measure on the first `images` of a fixed permutation of its split, whatever the job's samples are."""
+    """A measure on the first `images` of its split in the job's order, whatever the job's samples are."""
 
     images: Count = 1024
 

@@ -1,8 +1,8 @@
 """The recipes that a job can ask for (SCIENCE.md section 4). `standard` is the paper's."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from service.specs.base import Number, Spec, Whole, of_images
 
@@ -54,11 +54,30 @@ class Margin(Recipe):
 
 
 class AdversarialSteps(Recipe):
-    """PGD-linf in the training loop."""
+    """PGD-linf in the training loop.
+
+    The defaults are the paper's. The literature trains with `weight_decay` 5e-4 and keeps the best epoch (Rice et al.
+    2020), which here is `{"weight_decay": 5e-4, "keep": "best", "held_out": 1000}`.
+    """
 
     eps: Annotated[Number, AfterValidator(of_images), Field(ge=0, le=1)] = 8 / 255
     step_size: Annotated[Number, AfterValidator(of_images), Field(gt=0, le=1)] = 2 / 255
     steps: Annotated[Whole, Field(ge=1, le=1000)] = 10
+    keep: Literal["last", "best"] = Field(
+        default="last", description="The weights of the last epoch, or of the one most robust on held-out images."
+    )
+    held_out: Annotated[Whole, Field(ge=0, lt=2**31)] = Field(
+        default=0,
+        description="With `keep: best`, so many training images are not trained on: the last of the fixed permutation.",
+    )
+
+    @model_validator(mode="after")
+    def _best_of_held_out_images(self) -> Self:
+        if (self.keep == "best") != (self.held_out > 0):
+            raise ValueError(
+                "keep best needs held_out, the number of training images that choose the epoch, and only it"
+            )
+        return self
 
 
 class Adversarial(AdversarialSteps):
@@ -125,7 +144,6 @@ KNOWN: dict[str, type[Spec]] = {**RECIPES, "imported": Imported}
 
 
 def parameters(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's own parameters, beyond what every recipe has."""
-    return {
-        name: getattr(recipe, name) for name in type(recipe).model_fields if name not in {"name", *Recipe.model_fields}
-    }
+    """The parameters of the recipe's loss, beyond what every recipe has."""
+    of_training = {"name", "keep", "held_out", *Recipe.model_fields}
+    return {name: getattr(recipe, name) for name in type(recipe).model_fields if name not in of_training}

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from service.specs.attacks import Apgd, Attack, Eps, Norm, Pgd, Steps, StepSize
-from service.specs.base import Scale, Spec, Whole
+from service.specs.base import Order, Scale, Spec, Whole
 from service.specs.measures import Measure
 from service.specs.recipes import AnyRecipe
 
@@ -47,6 +47,7 @@ class MeasureTask(Spec):
     scale: Scale = 1.0
     scale_bias: bool = True
     samples: int
+    order: Order = "permutation"
 
 
 class AttackTask(Spec):
@@ -64,6 +65,7 @@ class AttackTask(Spec):
     scale_bias: bool = True
     attack_seed: int = 0
     samples: int
+    order: Order = "permutation"
     source: Digest | None = None
     arrays: bool = False
 
@@ -82,6 +84,7 @@ class ControlTask(Spec):
     step_size: StepSize
     steps: Steps
     samples: int
+    order: Order = "permutation"
     twin: MarginTwin | None = None
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 VERSIONS: Mapping[str, int] = MappingProxyType(
     {
+        # 2: the noise of the recipe is a stream of its own, by seed, epoch and image.
+        "train/adversarial": 2,
+        "train/trades": 2,
         # 2: exact for confident networks, whose loss and gradient underflowed before; the head is in float64.
         "measure/sam_sharpness": 2,
         "measure/asam_sharpness": 2,

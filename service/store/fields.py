@@ -14,6 +14,7 @@ from service.errors import InvalidQuery
 from service.query import LABEL, plain
 from service.specs.measures import MEASURES
 from service.specs.parameters import parameters, scalars
+from service.store.filing import LATER
 from service.store.listed import elements
 from service.store.result_tables import METRICS, cells, number_names, results
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
@@ -102,12 +103,12 @@ PROVENANCE: dict[str, Kind] = {
         (
             "code_version", "code_revision", "code_digest", "python", "torch", "torchvision", "timm", "numpy", "ray",
             "cuda", "driver", "device", "hostname", "matmul_precision", "weights_sha256", "dataset_sha256",
-            "task_digest", "task_kind", "dataset",
+            "task_digest", "task_kind", "dataset", "precision", "cpu_capability",
         ),
         "text",
     ),
     **dict.fromkeys(
-        ("code_dirty", "deterministic_algorithms", "cudnn_deterministic", "cudnn_benchmark"), "boolean"
+        ("code_dirty", "deterministic_algorithms", "cudnn_deterministic", "cudnn_benchmark", "eval_mode"), "boolean"
     ),
     **dict.fromkeys(
         (
@@ -140,14 +141,21 @@ def _of_cell(kind: Kind, expression: Column) -> Field:
     return Field(kind, here, expression)
 
 
-def _cell_field(name: str, kind: Kind) -> Field:
+def _of_spec(table: Any, name: str, kind: Kind) -> Column:
     column = COLUMNS.get(name, name)
-    return _of_cell(kind, cells.c[column] if column in cells.c else _json(cells.c.spec, tuple(name.split(".")), kind))
+    if column in table.c:
+        found: Column = table.c[column]
+        return found
+    value = _json(table.c.spec, tuple(name.split(".")), kind)
+    return func.coalesce(value, LATER[name]) if name in LATER else value
+
+
+def _cell_field(name: str, kind: Kind) -> Field:
+    return _of_cell(kind, _of_spec(cells, name, kind))
 
 
 def _job_spec_field(name: str, kind: Kind) -> Field:
-    column = COLUMNS.get(name, name)
-    return Field(kind, jobs.c[column] if column in jobs.c else _json(jobs.c.spec, tuple(name.split(".")), kind))
+    return Field(kind, _of_spec(jobs, name, kind))
 
 
 def _of_job(kind: Kind, expression: Column) -> Field:

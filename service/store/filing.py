@@ -16,6 +16,9 @@ AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.
 OF_SPEC = ("seed", "attack_seed", "replicate", "arrays")
 OWN = frozenset({*OF_SPEC, "measures"})
+# Fields that specs did not always have, with what they were before. Cells leave them out at that value, so that old and
+# new results of one thing are in one cell.
+LATER = {"order": "permutation"}
 FROM_JOB = (
     "masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction", "verdict", "verdict_version",
 )  # fmt: skip
@@ -77,7 +80,7 @@ def refresh(connection: Connection, task_ids: Collection[str]) -> None:
 
 def cell_spec(spec: Mapping[str, Any], versions: Mapping[str, int | None]) -> dict[str, Any]:
     """What a job's numbers rest on, but for seeds: its spec without what is its own, and the versions of its tasks."""
-    kept = {name: value for name, value in spec.items() if name not in OWN}
+    kept = {name: value for name, value in spec.items() if name not in OWN and (name, value) not in LATER.items()}
     if spec["scale"] == 1 and spec["attack"].get("source_scale", 1) == 1:
         kept["scale_bias"] = True  # nothing is scaled
     return {**kept, "versions": dict(versions)}

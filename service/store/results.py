@@ -12,6 +12,7 @@ from service.jobs import TaskState
 from service.query import Node
 from service.store.conditions import by_cell, condition
 from service.store.fields import RESULTS, Column
+from service.store.filing import LATER
 from service.store.keyset import Among, Order, Position
 from service.store.listed import elements, listed
 from service.store.result_tables import INDEXED, METRICS, cells, results
@@ -125,7 +126,7 @@ def cell_specs(connection: Connection, ids: Iterable[int]) -> dict[int, dict[str
     """What each of these cells is: a spec without seeds, with the versions of its tasks."""
     numbers = elements(bindparam(None, json.dumps([str(cell_id) for cell_id in ids]), Text))
     query = select(cells.c.id, cells.c.spec).where(cells.c.id.in_(select(cast(numbers.c.value, Integer))))
-    return {cell_id: spec for cell_id, spec in connection.execute(query)}
+    return {cell_id: {**LATER, **spec} for cell_id, spec in connection.execute(query)}
 
 
 def further_measures(connection: Connection, job_rows: Sequence[Row[Any]]) -> dict[str, list[dict[str, Any]]]:

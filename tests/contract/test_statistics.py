@@ -331,6 +331,36 @@ def test_comparing(lab: Any, insights: Insights) -> None:
         comparing.compare(lab.database, [ids[0], "nothing"])
 
 
+def test_samples_in_another_order_are_other_images(lab: Any, insights: Insights) -> None:
+    """No pair of examples, no common group or board; results from before there was an order are in today's cells."""
+    ids = [lab.submit(), lab.submit(order="file"), lab.submit(seed=1)]
+    finish(lab)
+    with pytest.raises(InvalidQuery, match="first of the file"):
+        comparing.compare(lab.database, ids[:2])
+    metrics = {"robust_accuracy": ("count",)}
+    with pytest.raises(InvalidQuery, match="order"):
+        aggregates.aggregate(lab.database, [], [], metrics)
+    by = aggregates.aggregate(lab.database, [], ["order"], metrics)["items"]
+    assert {item["order"]: item["robust_accuracy"]["count"] for item in by} == {"file": 1, "permutation": 2}
+    boards = leaderboard.leaderboard(lab.database, [], trusted=False)
+    assert sorted((board["order"], len(board["rows"])) for board in boards) == [("file", 1), ("permutation", 1)]
+    apart = correlating.correlations(lab.database, [], "test_accuracy", trusted=False)
+    assert sorted((group["order"], group["n"]) for group in apart) == [("file", 1), ("permutation", 2)]
+
+    [row] = [row for row in lab.rows(tables.jobs) if row.id == ids[2]]
+    old = {name: value for name, value in row.spec.items() if name != "order"}
+    assert filing.cell_spec(old, {}) == filing.cell_spec(row.spec, {})
+    with lab.database.write() as connection:
+        connection.execute(update(tables.jobs).where(tables.jobs.c.id == row.id).values(spec=old))
+    for ask, name in ((insights.jobs, "id"), (insights.results, "job_id")):
+        found = ask(Question(filter="order = permutation"))["items"]
+        assert {item[name] for item in found} == {ids[0], ids[2]}
+    assert {item["order"] for item in insights.results(Question(filter="order = permutation"))["items"]} == {
+        "permutation"
+    }
+    assert comparing.compare(lab.database, [ids[0], ids[2]])["differing"].keys() == {"seed"}
+
+
 def test_the_bootstrap_is_one_over_examples() -> None:
     random = np.random.RandomState(1)
     a, b = random.rand(200) < 0.7, random.rand(200) < 0.5

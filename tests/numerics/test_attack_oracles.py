@@ -231,6 +231,28 @@ class TestNeverWeaker:
         assert robust(model, mine, y) <= robust(model, theirs, y) + self.slack
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("net", ["trained", "untrained"])
+def test_autoattack_leaves_the_images_robust_that_the_published_ensemble_leaves(
+    digits_net: Any, net: str, norm: str
+) -> None:
+    """Of torchattacks, at equal budgets, image by image: random numbers move at most one."""
+    model, x, y = cases(digits_net)[0 if net == "trained" else 1]
+    x, y = x[:32], y[:32]
+    eps = {"trained": {"linf": 0.1, "l2": 0.5}, "untrained": {"linf": 0.002, "l2": 0.06}}[net][norm]
+    ensemble = torchattacks.AutoAttack(model, norm=NORM[norm], eps=eps, n_classes=10, seed=0)
+    *climbing, square = ensemble._autoattack.attacks
+    for member in climbing:
+        member.steps = 40
+    square.n_queries = 1000
+    theirs = right(model, ensemble(x, y), y)
+    output = ATTACKS["autoattack"](model, x, y, index=torch.arange(32), norm=norm, eps=eps, steps=40, queries=1000)
+    assert 3 < int(theirs.sum()) < 29, "or this test says nothing"
+    assert int((~output.broken & ~theirs).sum()) <= 1
+    assert int((output.broken & theirs).sum()) <= 1
+
+
 class CorrectedCW(torchattacks.CW):  # type: ignore[misc]
     def f(self, logits: Tensor, y: Tensor) -> Tensor:
         other = logits.scatter(1, y[:, None], -torch.inf).amax(1)

@@ -101,7 +101,7 @@ class TestPanel:
         model = copy.deepcopy(digits_net.model)
         with torch.no_grad():
             linear_head(model).bias[0] = torch.nan
-        with pytest.raises(NonFinite):
+        with pytest.raises(NonFinite, match=f"for {N} of {N} images"):
             controls(digits_net, model)
 
 

@@ -77,6 +77,11 @@ def test_on_an_attack() -> None:
     found = detector_numbers(path, dict.fromkeys(LAMBDAS, path))
     assert found["detector_adaptive_accuracy"] == found["detector_accuracy"]
     assert found["detector_adaptive_strength"] == 0.01
+    for name in ("lambda001", "lambda01", "lambda1"):
+        assert found[f"detector_adaptive_{name}_accuracy"] == found["detector_accuracy"]
+        assert found[f"detector_adaptive_{name}_auroc"] == found["detector_auroc"]
+        assert found[f"detector_adaptive_{name}_n"] == len(clean)
+        assert found[f"detector_adaptive_{name}_flip_rate"] == len(clean) / 60
     assert found["detector_adaptive_flip_rate"] == len(clean) / 60
     assert np.isfinite(clean_mean(path))
 

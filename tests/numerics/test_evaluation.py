@@ -1,16 +1,19 @@
 """The numbers of an evaluation are what their names say, and its bits are the attack's."""
 
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from workers.science.attacks import ATTACKS
+from workers.science.bounds import bound_numbers
 from workers.science.errors import NonFinite
 from workers.science.evaluation import ball_limit, evaluate_attack, evaluate_clean, log1p_loss, masking
 from workers.science.heads import linear_head, scale_head
+from workers.science.trajectory import Recorder, analyse
 
 PARAMS: dict[str, Any] = {"eps": 0.1, "step_size": 0.02, "steps": 8}
 
@@ -47,8 +50,9 @@ class TestClean:
         scaled = scale_head(digits_net.model, 1.0)
         with torch.no_grad():
             linear_head(scaled).weight[0, 0] = torch.inf
-        with pytest.raises(NonFinite):
+        with pytest.raises(NonFinite, match="500 of 500 images") as refused:
             evaluate_clean(scaled, digits_net.x, digits_net.y)
+        assert refused.value.examples == tuple(range(500))
 
     def test_a_network_without_a_linear_head_still_has_an_accuracy(self, digits_net: Any) -> None:
         capped = nn.Sequential(digits_net.model, nn.Tanh()).eval()
@@ -59,7 +63,8 @@ class TestAttack:
     def test_the_numbers_follow_from_the_bits(self, digits_net: Any) -> None:
         report = evaluate(digits_net)
         numbers, bits = report.numbers, report.bits
-        assert set(bits) == {"clean_correct", "robust", "robust_any_iterate", "zero_gradient"}
+        assert set(bits) == {"clean_correct", "robust", "robust_any_iterate", "zero_gradient", "non_finite"}
+        assert numbers["n_non_finite"] == int(bits["non_finite"].sum()) == 0
         assert all(b.dtype == torch.bool and b.shape == (150,) for b in bits.values())
         assert numbers["robust_accuracy"] == float(bits["robust"].double().mean())
         assert numbers["clean_accuracy"] == float(bits["clean_correct"].double().mean())
@@ -164,3 +169,118 @@ class TestMasking:
     def test_nobody_is_right(self) -> None:
         nobody = torch.zeros(3, dtype=torch.bool)
         assert masking(nobody, nobody, nobody)["masked_fraction_of_correct"] is None
+
+
+class Poisoned(nn.Module):
+    """`model`, whose images with a bright first pixel meet NaN or infinities: in the way in, or in the gradient."""
+
+    def __init__(self, model: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        marked = x[:, 0, 0, 0] > 0.5
+        extra = torch.zeros(len(x), 1, 1, 1)
+        poison = {
+            "nan": lambda of: of.new_full((len(of),), torch.nan),
+            "infinite": lambda of: of.new_full((len(of),), torch.inf),
+            "gradient": lambda of: (of - of.detach()).abs().flatten(1).sum(1).sqrt(),  # of value 0
+        }
+        extra[marked] = poison[self.kind](x[marked])[:, None, None, None]
+        logits: Tensor = self.model(x + extra)
+        return logits
+
+
+QUICK: dict[str, dict[str, Any]] = {
+    "pgd": PARAMS,
+    "fgsm": {"eps": 0.1},
+    "apgd": {"eps": 0.1, "steps": 6},
+    "square": {"eps": 0.1, "queries": 30},
+    "autoattack": {"eps": 0.1, "steps": 4, "targets": 2, "queries": 10},
+    "cw": {"steps": 5},
+    "noise": {"kind": "uniform", "eps": 0.1, "points": 3},
+    "transfer": PARAMS,
+}
+
+
+class TestNonFinite:
+    """One image with NaN or infinities is counted; it fails no attack and changes no other image's outcome."""
+
+    @pytest.mark.parametrize("kind", ["nan", "infinite", "gradient"])
+    @pytest.mark.parametrize(
+        "attack", [pytest.param(name, marks=pytest.mark.slow) if name == "autoattack" else name for name in ATTACKS]
+    )
+    def test_the_rest_is_attacked_as_before(self, digits_net: Any, attack: str, kind: str) -> None:
+        x, y, index = digits_net.x[:40].clone(), digits_net.y[:40], digits_net.index[:40]
+        bad = torch.zeros(40, dtype=torch.bool)
+        bad[[0, 7, 8, 39]] = True
+        x[bad, 0, 0, 0] = 1.0
+        params = QUICK[attack]
+        nets = (Poisoned(digits_net.model, kind).eval(), digits_net.model)
+        poisoned, plain = (
+            evaluate_attack(
+                net, x, y, index, attack=attack, params={**params, "source": net} if attack == "transfer" else params,
+                batch_size=16,
+            )
+            for net in nets
+        )  # fmt: skip
+        if kind == "gradient" and attack in ("square", "noise"):  # they take none
+            bad[:] = False
+        elif kind == "gradient" and attack == "autoattack":  # what is wrong already is not attacked
+            bad &= digits_net.model(x).argmax(1) == y
+        assert poisoned.bits["non_finite"].tolist() == bad.tolist()
+        for name, of in plain.bits.items():
+            assert torch.equal(poisoned.bits[name][~bad], of[~bad]), name
+            assert name == "non_finite" or not bool(poisoned.bits[name][bad].any())
+        numbers = poisoned.numbers
+        assert (numbers["n"], numbers["n_non_finite"]) == (40, int(bad.sum()))
+        assert numbers["robust_accuracy"] == float((plain.bits["robust"] & ~bad).double().mean())
+        json.dumps(numbers, allow_nan=False)
+
+    @pytest.mark.parametrize("kind", ["nan", "infinite"])
+    def test_so_are_trajectory_bounds_and_clean_accuracy(self, digits_net: Any, kind: str) -> None:
+        x, y, index = digits_net.x[:40].clone(), digits_net.y[:40], digits_net.index[:40]
+        x[::10, 0, 0, 0] = 1.0
+        kept = x[:, 0, 0, 0] < 0.5
+        net, head = Poisoned(digits_net.model, kind).eval(), linear_head(digits_net.model)
+        numbers = []
+        for model, part in ((net, torch.ones_like(kept)), (digits_net.model, kept)):
+            recorder = Recorder(head.weight, head.bias)
+            found = evaluate_attack(
+                model, x[part], y[part], index[part], attack="pgd", params=PARAMS, observer_factory=recorder
+            )
+            path = recorder.trajectory(found.bits["non_finite"])
+            numbers.append({**analyse(path, "linf")[0], **bound_numbers(path, head.weight, head.bias)})
+        lost, rest = ({name: value for name, value in of.items() if value is not None} for of in numbers)
+        assert lost == pytest.approx(rest, rel=1e-5, abs=1e-7)
+        assert numbers[0]["trajectory_n"] == 36
+        all_of_them, the_rest = evaluate_clean(net, x, y), evaluate_clean(digits_net.model, x[kept], y[kept])
+        assert all_of_them.non_finite.tolist() == (~kept).tolist()
+        assert all_of_them.accuracy == float(the_rest.correct.sum()) / 40
+        assert all_of_them.loss == pytest.approx(the_rest.loss)
+
+    def test_where_every_image_is_lost_the_weights_are(self, digits_net: Any) -> None:
+        x = digits_net.x[:40].clone()
+        x[:, 0, 0, 0] = 1.0
+        model = Poisoned(digits_net.model, "gradient").eval()
+        with pytest.raises(NonFinite, match=r"for 40 of 40 images; check the weights") as refused:
+            evaluate_attack(model, x, digits_net.y[:40], digits_net.index[:40], attack="pgd", params=PARAMS)
+        assert refused.value.examples == tuple(range(40))
+
+    def test_options_for_speed_are_compared_on_finite_images(self, digits_net: Any) -> None:
+        x = digits_net.x[:40].clone()
+        x[0, 0, 0, 0] = 1.0
+        model = Poisoned(digits_net.model, "nan").eval()
+        found = evaluate_attack(
+            model, x, digits_net.y[:40], digits_net.index[:40], attack="pgd", params=PARAMS, channels_last=True
+        )
+        assert found.numbers["n_non_finite"] == 1
+
+
+@pytest.mark.parametrize(("classes", "known"), [(3, False), (5, False), (6, True)])
+def test_top_five_of_no_more_than_five_classes_says_nothing(classes: int, known: bool) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, classes)).eval()
+    x, y = torch.rand(9, 1, 2, 2), torch.arange(9) % classes
+    found = evaluate_attack(model, x, y, torch.arange(9), attack="fgsm", params={"eps": 0.1})
+    assert (evaluate_clean(model, x, y).top5_accuracy is not None) == known
+    assert (found.numbers["robust_top5_accuracy"] is not None) == known

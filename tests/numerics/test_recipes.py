@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from workers.science.architectures import build
 from workers.science.recipes import RECIPES
-from workers.science.recipes.common import pgd_linf
+from workers.science.recipes.common import BatchNoise, pgd_linf
 from workers.science.seeding import generator
 
 N, K = 12, 4
@@ -33,7 +33,9 @@ def network(name: str = "simple_cnn") -> nn.Module:
 
 def loss(name: str, model: nn.Module, x: Tensor, y: Tensor, **changes: float) -> float:
     recipe = RECIPES[name]
-    return float(recipe.loss(model, x, y, generator(5), **{**recipe.params, **changes})[0].detach())
+    return float(
+        recipe.loss(model, x, y, BatchNoise(5, 0, torch.arange(N)), **{**recipe.params, **changes})[0].detach()
+    )
 
 
 def probabilities(z: list[float]) -> list[float]:
@@ -147,7 +149,7 @@ def test_sam_takes_the_gradient_at_the_worst_nearby_weights(batch: tuple[Tensor,
     expected = torch.autograd.grad(criterion(by_hand(x), y), weights)
 
     recipe = RECIPES["sam"]
-    value, _ = recipe.backward(model, lambda: recipe.loss(model, x, y, generator(0), rho=0.05), rho=0.05)
+    value, _ = recipe.backward(model, lambda: recipe.loss(model, x, y, None, rho=0.05), rho=0.05)
     assert float(value.detach()) == pytest.approx(loss("standard", network(), x, y), rel=1e-6)
     for parameter, old, gradient in zip(model.parameters(), before, expected, strict=True):
         assert torch.equal(parameter, old)
@@ -162,7 +164,7 @@ def test_sam_takes_the_gradient_at_the_worst_nearby_weights(batch: tuple[Tensor,
 def test_every_recipe_leaves_gradients_everywhere_and_the_mode_alone(name: str, batch: tuple[Tensor, Tensor]) -> None:
     x, y = batch
     recipe, model = RECIPES[name], network()
-    numbers = generator(3)
+    numbers = BatchNoise(3, 0, torch.arange(N))
     value, logits = recipe.backward(model, lambda: recipe.loss(model, x, y, numbers, **recipe.params), **recipe.params)
     assert model.training
     assert value.ndim == 0

@@ -8,12 +8,15 @@ from safetensors.torch import load, save
 from torch import nn
 
 from workers.science.architectures import build
+from workers.science.attacks import ATTACKS
 from workers.science.augmentation import Augmentation, augment, default_augmentation
-from workers.science.datasets import DATASETS, ImageData, sample_indices
+from workers.science.datasets import DATASETS, ImageData, sample_indices, training_indices
 from workers.science.errors import Diverged, NonFinite, ScienceError, WrongShape, WrongState
+from workers.science.evaluation import evaluate_clean
 from workers.science.recipes import RECIPES
+from workers.science.recipes.common import BatchNoise
 from workers.science.seeding import generator
-from workers.science.training import EpochReport, StepReport, TrainReport, evaluate_test_set, train
+from workers.science.training import EpochReport, StepReport, TrainReport, train
 from workers.science.weights import load_state, load_weights, save_state, save_weights, weights_to_bytes
 
 
@@ -153,7 +156,7 @@ def test_constant_schedule_and_epoch_means(digits: ImageData) -> None:
     assert [epoch.lr for epoch in report.epochs] == [1e-12, 1e-12]
     # weights stand still: both epochs see the same images but for the one left over, in another order
     assert report.epochs[0].loss == pytest.approx(report.epochs[1].loss, rel=1e-2)
-    assert report.train_samples == 257
+    assert (report.train_samples, report.dropped_samples) == (256, 1)
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "simple_cnn"])
@@ -170,7 +173,10 @@ def test_divergence_in_the_last_step_is_seen_in_the_weights(digits: ImageData) -
 def test_divergence_in_the_last_step_is_seen_in_the_logits(digits: ImageData) -> None:
     """Its weights are finite, and what they give is not."""
     how: dict[str, Any] = {"train_samples": 128, "batch_size": 128, "lr": 1e8}
-    with pytest.raises(Diverged, match=r"logits after epoch 1 of 1; the last finite loss was 2\.\d+: choose a smaller"):
+    sentence = (
+        r"for \d+ of 500 test images .* logits after epoch 1 of 1; the last finite loss was 2\.\d+: choose a smaller"
+    )
+    with pytest.raises(Diverged, match=sentence):
         train(build("simple_cnn", digits.shape, 10, 0), digits, epochs=1, **how)
 
 
@@ -201,7 +207,7 @@ def test_unknown_names_and_empty_batches(digits: ImageData) -> None:
         train(model, digits, recipe_params={"rho": 1})
     with pytest.raises(ScienceError, match="at least 2"):
         train(model, digits, batch_size=1)
-    with pytest.raises(WrongShape, match="ask for 1 to 1297"):
+    with pytest.raises(WrongShape, match="1298 images to train on and 0 held out were asked for of 1297"):
         train(model, digits, train_samples=1298)
 
 
@@ -245,7 +251,112 @@ def test_evaluation_refuses_nan(digits: ImageData) -> None:
     with torch.no_grad():
         next(iter(model.parameters())).fill_(torch.nan)
     with pytest.raises(NonFinite):
-        evaluate_test_set(model, digits)
+        evaluate_clean(model, digits.test_x, digits.test_y)
+
+
+# --- streams ---
+
+
+def batches_of(recipe: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    seen: list[torch.Tensor] = []
+
+    def noting(*args: Any) -> torch.Tensor:
+        seen.append(augment(*args))
+        return seen[-1]
+
+    monkeypatch.setattr("workers.science.training.augment", noting)
+    params = {"steps": 1} if RECIPES[recipe].attacks else {}
+    train(
+        build("mlp", digits.shape, 10, 0), digits, recipe=recipe, recipe_params=params, epochs=2, train_samples=100,
+        batch_size=40, augmentation=Augmentation(1, flip=True, rotation_degrees=10), seed=3,
+    )  # fmt: skip
+    return seen
+
+
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"standard"}))
+def test_with_equal_seeds_every_recipe_sees_the_same_batches(
+    recipe: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, plain = (batches_of(name, digits, monkeypatch) for name in (recipe, "standard"))
+    assert len(mine) == len(plain) == 6
+    assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "simple_cnn"])
+def test_adversarial_training_in_a_ball_of_radius_0_is_standard_bit_for_bit(
+    architecture: str, digits: ImageData
+) -> None:
+    models = []
+    for recipe, params in (("standard", {}), ("adversarial", {"eps": 0.0, "steps": 2})):
+        models.append(build(architecture, digits.shape, 10, 0))
+        how: dict[str, Any] = {"epochs": 2, "train_samples": 200, "batch_size": 64, "seed": 5}
+        how["augmentation"] = Augmentation(1, flip=True)
+        train(models[-1], digits, recipe=recipe, recipe_params=params, **how)
+    assert equal(*models)
+
+
+def test_noise_of_an_image_is_its_own_and_that_of_its_epoch() -> None:
+    like, index = torch.zeros(3, 1, 4, 4), torch.tensor([5, 9, 2])
+    whole = BatchNoise(1, 0, index).uniform(like)
+    assert torch.equal(whole[1:2], BatchNoise(1, 0, index[1:2]).uniform(like[:1]))
+    for other in (BatchNoise(2, 0, index), BatchNoise(1, 1, index), BatchNoise(1, 0, index, stream="held out")):
+        assert not bool((other.uniform(like) == whole).any())
+    assert BatchNoise(1, 0, index).normal(like).std() == pytest.approx(1.0, abs=0.3)
+
+
+# --- the best epoch ---
+
+OVERFITTING: dict[str, Any] = {
+    "recipe": "adversarial", "recipe_params": {"eps": 0.15, "step_size": 0.05, "steps": 4}, "epochs": 12, "lr": 0.3,
+    "schedule": "constant", "train_samples": 120, "batch_size": 16, "keep": "best", "held_out": 150, "seed": 1,
+    "weight_decay": 0.0,
+}  # fmt: skip
+
+
+def test_the_epoch_most_robust_on_held_out_training_images_is_kept(digits: ImageData, tmp_path: Path) -> None:
+    model, weights, states = build("mlp", digits.shape, 10, 1), [], []
+
+    def note(report: EpochReport, state: Any) -> None:
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        save_state(tmp_path / str(report.epoch), state())
+        states.append(report.held_out_robust_accuracy)
+
+    done = train(model, digits, **OVERFITTING, on_epoch=note)
+    curve = [epoch.held_out_robust_accuracy for epoch in done.epochs]
+    assert curve == states
+    assert done.kept_epoch == 1 + curve.index(max(value for value in curve if value is not None))
+    assert 1 < done.kept_epoch < 12, "or this test says nothing"
+    assert done.kept == done.epochs[done.kept_epoch - 1]
+    assert all(torch.equal(model.state_dict()[name], of) for name, of in weights[done.kept_epoch - 1].items())
+
+    # The number, by the attack of the benchmark: another start, so about the same.
+    held_out = training_indices(1297, 120, 150)[1]
+    x, y = digits.train_x[held_out].float() / 255, digits.train_y[held_out]
+    output = ATTACKS["pgd"](
+        model, x, y, index=torch.from_numpy(held_out), random_start=True, **OVERFITTING["recipe_params"]
+    )
+    assert float((~output.broken).double().mean()) == pytest.approx(done.kept.held_out_robust_accuracy, abs=0.03)
+
+    for epoch in (1, done.kept_epoch, 12):  # the best so far is in the state
+        again = build("mlp", digits.shape, 10, 9)
+        resumed = train(again, digits, **OVERFITTING, resume=load_state(tmp_path / str(epoch)))
+        assert equal(model, again)
+        assert (resumed.kept_epoch, resumed.clean_loss) == (done.kept_epoch, done.clean_loss)
+        assert [e.held_out_robust_accuracy for e in resumed.epochs] == curve
+
+
+def test_without_held_out_images_the_last_epoch_is_kept_and_the_same_batches_are_seen(digits: ImageData) -> None:
+    last = {**OVERFITTING, "keep": "last", "held_out": 0}
+    one, other = (build("mlp", digits.shape, 10, 1) for _ in range(2))
+    best, done = train(one, digits, **OVERFITTING), train(other, digits, **last)
+    assert done.kept_epoch == 12
+    assert done.kept.held_out_robust_accuracy is None
+    assert [epoch.loss for epoch in best.epochs] == [epoch.loss for epoch in done.epochs]
+    for changed in ({"held_out": 0}, {"keep": "last"}, {"recipe": "standard", "recipe_params": {}}):
+        with pytest.raises(ValueError, match="held out"):
+            train(other, digits, **{**OVERFITTING, **changed})
+    with pytest.raises(WrongShape, match="1200 images to train on and 150 held out were asked for of 1297"):
+        train(other, digits, **{**OVERFITTING, "train_samples": 1200})
 
 
 # --- augmentation ---

@@ -154,8 +154,8 @@ def test_curves_aligned_on_the_first_flip() -> None:
     assert curves["aligned_loss_mean"] == [0.0, 5.5, 6.5, 7.5, 13.0]
     assert curves["loss_median"] == [7.0, 7.0, 7.0, 7.0]
     assert curves["error_rate"] == [0.0, 1 / 3, 2 / 3, 2 / 3]
-    assert numbers["flip_rate"] == 2 / 3
-    assert numbers["loss_increase_median"] == 3.0
+    assert numbers["trajectory_flip_rate"] == 2 / 3
+    assert numbers["trajectory_loss_increase_median"] == 3.0
     never = analyse(hand_made([[0.0, 1.0]]), "linf")[1]
     assert never["aligned_offset"] == never["aligned_loss_mean"] == []
     json.dumps([numbers, curves, never], allow_nan=False)

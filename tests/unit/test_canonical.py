@@ -80,9 +80,11 @@ NUMERICS = {"precision": "float32", "channels_last": False, "fold_batch_norm": F
 EIGHT, TWO = 8 / 255, 2 / 255
 FROZEN: dict[str, dict[str, Any]] = {
     "TrainTask": {"seed": 0, "replicate": 0},
-    "MeasureTask": {"scale": 1.0, "scale_bias": True},
-    "AttackTask": {"scale": 1.0, "scale_bias": True, "attack_seed": 0, "source": None, "arrays": False},
-    "ControlTask": {"twin": None},
+    "MeasureTask": {"scale": 1.0, "scale_bias": True, "order": "permutation"},
+    "AttackTask": {
+        "scale": 1.0, "scale_bias": True, "attack_seed": 0, "order": "permutation", "source": None, "arrays": False,
+    },
+    "ControlTask": {"order": "permutation", "twin": None},
     "DatasetRef": {"train_sha256": None, "test_sha256": None},
     "Source": {"recipe": None, "seed": 0, "replicate": 0},
     "Recipe": {
@@ -91,8 +93,10 @@ FROZEN: dict[str, dict[str, Any]] = {
         "channels_last": False, "compile": False,
     },
     "LabelSmoothing": {"smoothing": 0.1},
-    "Adversarial": {"eps": EIGHT, "step_size": TWO, "steps": 10},
-    "Trades": {"eps": EIGHT, "step_size": TWO, "steps": 10, "beta": 6.0, "start_std": 0.001},
+    "Adversarial": {"eps": EIGHT, "step_size": TWO, "steps": 10, "keep": "last", "held_out": 0},
+    "Trades": {
+        "eps": EIGHT, "step_size": TWO, "steps": 10, "keep": "last", "held_out": 0, "beta": 6.0, "start_std": 0.001,
+    },
     "Sam": {"rho": 0.05},
     "RelativeFlatness": {"strength": 1e-3},
     "Pgd": {
@@ -202,7 +206,7 @@ def test_any_other_value_of_any_field_changes_the_digest() -> None:
         attack_task(**change)
         for change in (
             {"checkpoint": "d" * 64}, {"scale": 2.5}, {"scale_bias": False}, {"samples": 999}, {"attack_seed": 1},
-            {"source": "e" * 64}, {"arrays": True}, {"attack": PRESETS["fgsm"]},
+            {"source": "e" * 64}, {"arrays": True}, {"attack": PRESETS["fgsm"]}, {"order": "file"},
         )
     ]  # fmt: skip
     pgd = {"norm": "l2", "eps": 0.1, "step_size": 0.1, "steps": 3, "random_start": True, "restarts": 2} | {

@@ -72,6 +72,14 @@ def test_another_attack_shares_the_training(changed: dict[str, Any]) -> None:
     assert plan(**changed).attack != plan().attack
 
 
+def test_another_order_of_the_images_is_in_every_task_but_the_training() -> None:
+    found, usual = plan(scale=5, order="file", measures=["sam_sharpness"]), plan(scale=5, measures=["sam_sharpness"])
+    assert found.train == usual.train
+    assert found.tasks.keys() & usual.tasks.keys() == {found.train.digest}
+    assert {getattr(task.spec, "order", None) for task in found.tasks.values()} == {None, "file"}
+    assert plan(scale=5, order="permutation").tasks == plan(scale=5).tasks
+
+
 def test_the_panel_is_shared_by_all_scales_and_sample_counts_beyond_its_own() -> None:
     assert plan(scale=5, samples=300).control == plan(scale=50, samples=400).control
     assert plan(samples=100).control != plan(samples=300).control

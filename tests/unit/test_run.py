@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from service.artifacts import Artifacts
 from service.dispatcher import Dispatcher
@@ -31,13 +32,17 @@ from service.jobs import LIVE_JOB
 from service.plan import PlannedTask, plan_job
 from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
+from service.specs.measures import MEASURES
+from service.specs.recipes import Imported
+from service.store.fields import PROVENANCE
 from service.store.tables import trainings
 from workers import run, tasks
 from workers.context import Cache, Context
 from workers.science.architectures import build
 from workers.science.datasets import DATASETS
 from workers.science.errors import Diverged
-from workers.science.weights import load_state, load_weights, save_state
+from workers.science.summaries import merged
+from workers.science.weights import load_state, load_weights, save_state, save_weights
 
 EPOCHS = 3
 
@@ -256,6 +261,139 @@ def test_training_images_are_measured_where_the_network_was_trained_on_them(exec
     checkpoint = outcome(execute(plan.train, grant(plan.train))).artifacts[0]
     made = outcome(execute(plan.train, grant(plan.closed_forms), checkpoint=checkpoint))
     assert (made.numbers["train_n"], made.numbers["n"]) == (100, 300)
+
+
+def test_the_first_images_of_the_file_are_those_of_the_file(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, context: Context
+) -> None:
+    plan = plan_job(job(order="file", samples=30, arrays=True), DatasetRef(name="digits"))
+    assert plan.control is not None
+    parts = {"attack": plan.attack, "measure": plan.closed_forms, "control": plan.control}
+    messages = execute(plan.train, *(grant(task, name) for name, task in parts.items()), checkpoint=trained[0])
+    attack, measure, control = (outcome(messages, name) for name in parts)
+    with context.artifacts.local(attack.artifacts[0].digest) as path:
+        assert load_file(path)["index"].tolist() == list(range(30))
+    subject = tasks.Subject(plan.train.spec, trained[0], context)  # type: ignore[arg-type]
+    with torch.no_grad():
+        right = subject.network()(subject.data.test_x[:30].float() / 255).argmax(1) == subject.data.test_y[:30]
+    for bits in (attack.bits["clean_correct"], control.bits["clean_correct"]):
+        assert np.unpackbits(np.frombuffer(bits.packed, np.uint8), count=30).tolist() == right.int().tolist()
+    assert measure.numbers["n_clean_correct"] == int(right.sum())
+    trained_on = tasks._trained_on(subject, "file")
+    assert trained_on.tolist() == list(range(1297))
+
+
+def test_held_out_images_are_no_training_images_of_a_measure(execute: Execute) -> None:
+    recipe = {"name": "adversarial", "epochs": 2, "steps": 1, "keep": "best", "held_out": 1200}
+    for train_samples, order in ((None, "permutation"), (60, "file")):
+        spec = job(recipe={**recipe, "train_samples": train_samples}, samples=300, order=order)
+        plan = plan_job(spec, DatasetRef(name="digits"))
+        made = outcome(execute(plan.train, grant(plan.train)))
+        n = train_samples or 97
+        assert made.numbers["train_samples"] == n
+        curve = made.curves["epochs"]["held_out_robust_accuracy"]
+        assert made.numbers["kept_epoch"] == 1 + curve.index(max(curve))
+        assert made.numbers["held_out_robust_accuracy"] == max(curve)
+        measured = outcome(execute(plan.train, grant(plan.closed_forms), checkpoint=made.artifacts[0]))
+        assert (measured.numbers["train_n"], measured.numbers["n"]) == (n, 300)
+
+
+def test_a_last_image_that_is_dropped_is_in_the_numbers(execute: Execute) -> None:
+    plan = plan_job(job(recipe={"train_samples": 65, "batch_size": 32}), DatasetRef(name="digits"))
+    numbers = outcome(execute(plan.train, grant(plan.train))).numbers
+    assert (numbers["train_samples"], numbers["dropped_samples"], numbers["kept_epoch"]) == (64, 1, EPOCHS)
+
+
+def test_images_that_a_network_cannot_read_are_counted_and_the_rest_is_measured(
+    execute: Execute, context: Context
+) -> None:
+    """Two units in a row multiply what is bright at one pixel by 1e60: infinite for some images, 0 for the others."""
+    digits = DATASETS["digits"].read(context.data_dir)
+    model = build("mlp", digits.shape, digits.n_classes, seed=1)
+    first, second = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][:2]
+    pixel, threshold = 27, 13.5 / 16
+    with torch.no_grad():
+        first.weight[0].zero_()
+        first.weight[0, pixel], first.bias[0] = 1e30, -threshold * 1e30
+        second.weight[0].zero_()
+        second.weight[0, 0], second.bias[0] = 1e30, 0.0
+    checkpoint = context.artifacts.write("checkpoint", lambda path: save_weights(path, model))
+    attack = {"type": "pgd", "norm": "linf", "eps": 0.02, "step_size": 0.01, "steps": 3}
+    plan = plan_job(job(attack=attack, samples=100), DatasetRef(name="digits"))
+    assert plan.control is not None
+    parts = {"attack": plan.attack, "measure": plan.closed_forms, "control": plan.control}
+    messages = execute(plan.train, *(grant(task, name) for name, task in parts.items()), checkpoint=checkpoint)
+    attacked, measured, controlled = (outcome(messages, name) for name in parts)
+    _, x, _ = tasks.Subject(plan.train.spec, checkpoint, context).samples(100, "permutation")  # type: ignore[arg-type]
+    bright = (x.float() / 255).flatten(1)[:, pixel] > threshold
+    assert 5 < int(bright.sum()) < 95
+    bits = attacked.bits["non_finite"]
+    assert np.unpackbits(np.frombuffer(bits.packed, np.uint8), count=100).tolist() == bright.int().tolist()
+    for made in (attacked, measured, controlled):
+        assert made.numbers["n_non_finite"] == int(bright.sum())
+        json.dumps([made.numbers, made.curves], allow_nan=False)
+    assert (attacked.numbers["n"], attacked.numbers["trajectory_n"]) == (100, 100 - int(bright.sum()))
+    assert measured.numbers["n"] == 100 - int(bright.sum())
+    checks = ("random_forward_changed", "batch_dependent_changed", "eps_zero_changed")
+    assert [controlled.numbers[name] for name in checks] == [0, 0, 0]
+
+
+def test_trained_and_imported_weights_have_the_same_test_numbers(execute: Execute) -> None:
+    for dataset, classes in (("digits", 10), ("synthetic", 4)):
+        reference = DatasetRef(name=dataset)
+        train = plan_job(job(dataset=dataset, architecture="mlp", recipe={"epochs": 1}), reference).train
+        made = outcome(execute(train, grant(train)))
+        spec = job(dataset=dataset, recipe={}).model_copy(update={"recipe": Imported(checkpoint="it")})
+        again = plan_job(spec, reference, {"it": made.artifacts[0].digest}).train
+        imported = outcome(execute(again, grant(again)))
+        names = ("test_accuracy", "test_loss", "test_top5_accuracy", "parameters")
+        assert [imported.numbers[name] for name in names] == [made.numbers[name] for name in names]
+        assert (made.numbers["test_top5_accuracy"] is None) == (classes <= 5)
+        assert imported.numbers["test_n_non_finite"] == 0
+
+
+def test_no_two_tasks_of_a_job_leave_another_number_of_one_name(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute
+) -> None:
+    """But for the closed forms, which an attack repeats at its start: the same numbers."""
+    small: dict[str, dict[str, Any]] = {
+        "hessian_trace_network": {"probes": 2}, "top_eigenvalue_network": {"iterations": 2},
+        "adaptive_average": {"draws": 1}, "adaptive_worst": {"steps": 1}, "lipschitz": {"iterations": 1},
+        "pac_bayes_flatness": {"draws": 1, "bisections": 1}, "input_curvature": {"iterations": 1},
+        "detector": {"steps": 1},
+    }  # fmt: skip
+    measures = [{"type": name, "images": 20, **small.get(name, {})} for name in MEASURES]
+    plan = plan_job(job(measures=measures, samples=20), DatasetRef(name="digits"))
+    parts = {"attack": plan.attack, "closed_forms": plan.closed_forms}
+    parts |= {task.spec.measure.type: task for task in plan.measures}  # type: ignore[union-attr]
+    messages = execute(plan.train, *(grant(task, name) for name, task in parts.items()), checkpoint=trained[0])
+    numbers = {name: outcome(messages, name).numbers for name in parts}
+    closed = numbers.pop("closed_forms")
+    for name in closed.keys() & numbers["attack"].keys():
+        assert closed[name] == pytest.approx(numbers["attack"][name], rel=1e-6), name
+    summed: set[str] = set()
+    for name, of in numbers.items():
+        assert not summed & of.keys(), name
+        assert name == "attack" or not closed.keys() & of.keys(), name
+        summed |= of.keys()
+    with pytest.raises(KeyError, match="two numbers are called clean_loss"):
+        merged(numbers["attack"], {"clean_loss": 0.0})
+
+
+def test_provenance_says_what_bits_depend_on(trained: tuple[ArtifactRef, list[Message]], execute: Execute) -> None:
+    attack = {"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.03, "steps": 1, "precision": "bf16"}
+    transfer = {"type": "transfer", "attack": attack}
+    plans = [plan_job(job(attack=one), DatasetRef(name="digits")) for one in (attack, transfer)]
+    parts = {"bf16": plans[0].attack, "transfer": plans[1].attack, "measure": plans[0].closed_forms}
+    messages = execute(plans[0].train, *(grant(task, name) for name, task in parts.items()), checkpoint=trained[0])
+    found = {name: outcome(messages, name).provenance for name in parts} | {"train": outcome(trained[1]).provenance}
+    assert {name: of["precision"] for name, of in found.items()} == {
+        "bf16": "bf16", "transfer": "bf16", "measure": "float32", "train": "float32",
+    }  # fmt: skip
+    for provenance in found.values():
+        assert (provenance["eval_mode"], provenance["threads"]) == (True, 1)
+        assert provenance["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+        assert provenance.keys() >= PROVENANCE.keys()
 
 
 def test_transfer_from_the_same_scale_is_the_attack_itself(

@@ -29,6 +29,7 @@ from workers.science.imported import as_saved
 from workers.science.recipes import RECIPES
 from workers.science.seeding import deterministic
 from workers.science.sharpness import MEASURES
+from workers.science.summaries import merged
 from workers.science.training import EpochReport, train
 from workers.science.trajectory import Recorder, analyse
 from workers.science.weights import load_weights, save_weights
@@ -119,8 +120,8 @@ def _attack(options: argparse.Namespace) -> Report:
         )  # fmt: skip
     report: Report = {"attack": name, "parameters": params, "scale": options.scale, "numbers": found.numbers}
     if recorder is not None:
-        along, report["curves"] = analyse(recorder.trajectory(), norm)
-        report["numbers"] = along | found.numbers
+        along, report["curves"] = analyse(recorder.trajectory(found.bits["non_finite"]), norm)
+        report["numbers"] = merged(found.numbers, along)
     return report
 
 

@@ -22,7 +22,7 @@ from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import Numbers
 from workers.science.sharpness.closed_forms import Head, Softmax
-from workers.science.summaries import QUANTILES, label_of, quantile, summary
+from workers.science.summaries import QUANTILES, label_of, merged, quantile, summary
 from workers.science.trajectory import Trajectory
 
 BOUNDS = ("relayed_relative_sharpness", "relayed_relative_flatness", "corrected_taylor", "certificate")
@@ -146,11 +146,9 @@ def bound_numbers(trajectory: Trajectory, weight: Tensor, bias: Tensor | None) -
         for name, values in bounds(at, moved[-1], distance[-1]).items():
             numbers[f"bound_{name}_median"] = quantile(values, 0.5)
     path = lipschitz_path(trajectory)
-    numbers |= summary(path, "lipschitz_path")
-    largest = numbers["lipschitz_path_max"] = quantile(path, 1.0)
-    if largest:
-        numbers |= radius_numbers(at, largest, "estimated_radius_path")
-    return numbers
+    largest = quantile(path, 1.0)
+    radii = radius_numbers(at, largest, "estimated_radius_path") if largest else {}
+    return merged(numbers, summary(path, "lipschitz_path"), {"lipschitz_path_max": largest}, radii)
 
 
 def radius_numbers(at: Anchor, lipschitz: float | Tensor, name: str) -> Numbers:

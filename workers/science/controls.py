@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workers.science.attacks import ATTACKS
 from workers.science.attacks.base import look, misclassified
+from workers.science.errors import NonFinite
 from workers.science.evaluation import Numbers, unit_interval
 
 PANEL_SAMPLES = 256
@@ -70,9 +71,10 @@ def run_controls(
 
     numbers: `train_mode_modules` (modules that are not in eval mode), `random_forward_changed` (examples whose logits
     differ between two forwards), `batch_dependent_changed` (of the first 16 of each batch: whose logits do not, but
-    are others without the rest of the batch), `eps_zero_changed` (whose outcome at eps = 0 is not the clean one).
-    `twin` is the attack with the margin loss, where that is not PGD from the image in this geometry.
-    Raises what the attacks raise.
+    are others without the rest of the batch), `eps_zero_changed` (whose outcome at eps = 0 is not the clean one),
+    `n_non_finite` (examples with NaN or infinite clean logits: neither clean-correct nor robust, and none of the
+    checks' concern). `twin` is the attack with the margin loss, where that is not PGD from the image in this geometry.
+    Raises what the attacks raise, and `NonFinite` where no example is finite.
     """
     train_mode_modules = sum(module.training for module in model.modules())
     model = _InCompany(model)
@@ -94,11 +96,12 @@ def run_controls(
     for number, part in enumerate(parts):
         x_0, y_0, index_0 = unit_interval(x[part], device), y[part].to(device), index[part]
         first, again = look(model, x_0)[1], look(model, x_0)[1]
+        finite = torch.isfinite(first).all(1) | torch.isfinite(again).all(1)
         steady = (first == again).all(1)
-        random_forward += int((~steady).sum())
+        random_forward += int((finite & ~steady).sum())
         batch_dependent += int((_depends_on_batch(model, x_0[:ALONE], first) & steady[:ALONE]).sum())
-        clean_correct = ~misclassified(first, y_0)
-        found = {"clean_correct": clean_correct}
+        clean_correct = ~misclassified(first, y_0) & torch.isfinite(first).all(1)
+        found = {"clean_correct": clean_correct, "finite": finite}
         for stage, (name, attack, params) in enumerate(panel):
             output = ATTACKS[attack](model, x_0, y_0, index=index_0, **params)
             found[name] = ~output.broken & clean_correct
@@ -113,10 +116,13 @@ def run_controls(
         for name, values in found.items():
             bits.setdefault(name, []).append(values.cpu())
     joined = {name: torch.cat(values) for name, values in bits.items()}
-    eps_zero = joined.pop("eps_zero")
+    eps_zero, finite = joined.pop("eps_zero"), joined.pop("finite")
+    if not bool(finite.any()):
+        raise NonFinite.of("a logit", ~finite)
     return ControlReport(
         {
             "n": len(y),
+            "n_non_finite": int((~finite).sum()),
             "train_mode_modules": train_mode_modules,
             "random_forward_changed": random_forward,
             "batch_dependent_changed": batch_dependent,
@@ -142,7 +148,8 @@ class _InCompany(nn.Module):
 def _depends_on_batch(model: nn.Module, x: Tensor, in_batch: Tensor) -> Tensor:
     """`[n]` bool: whether the logits of `x [n, C, H, W]` differ from `in_batch [>= n, k]`, those in their batch."""
     alone = torch.cat([look(model, x_0[None])[1] for x_0 in x])
-    return (alone - in_batch[: len(x)]).abs().amax(1) > TOLERANCE * in_batch.abs().max()
+    largest = in_batch[torch.isfinite(in_batch)].abs().max() if bool(torch.isfinite(in_batch).any()) else 0.0
+    return (alone - in_batch[: len(x)]).abs().amax(1) > TOLERANCE * largest
 
 
 def _report(on_progress: Callable[[int, int], None] | None, step: int, steps: int) -> None:

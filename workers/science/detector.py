@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workers.science.sharpness.base import Numbers
 from workers.science.sharpness.closed_forms import Head, Softmax
+from workers.science.summaries import merged
 from workers.science.trajectory import Trajectory
 
 Floats = NDArray[np.float64]
@@ -123,25 +124,28 @@ def detector_numbers(plain: Trajectory, adaptive: Mapping[float, Trajectory]) ->
     """The detector against the plain attack and against the adaptive ones, by their strength.
 
     Each attack has its own stump, fitted and tested on that attack's own flipped iterates (so the detector knows the
-    attack). `detector_...` for the plain one; `detector_adaptive_...` for the adaptive one with the lowest accuracy,
-    its `_strength`, and `_flip_rate`, the share of clean-correct images that it flips.
+    attack). `detector_{accuracy | auroc | n}` for the plain one, n being the images that it flips;
+    `detector_adaptive_lambda{001 | 01 | 1}_...` for each adaptive one, with its `_flip_rate`, the share of
+    clean-correct images that it flips; `detector_adaptive_...` again for the one with the lowest accuracy, the first of
+    equals, with its `_strength`.
     """
-    numbers = dict(detector(*flipped_pairs(plain))[0])
-    found: list[Numbers] = []
+    parts, measured = [detector(*flipped_pairs(plain))[0]], []
     for strength, trajectory in adaptive.items():
-        one = detector(*flipped_pairs(trajectory))[0]
         correct = trajectory.clean_correct
         wrong = (trajectory.predicted[-1] != trajectory.y) & correct
-        one |= {
-            "detector_strength": strength,
-            "detector_flip_rate": int(wrong.sum()) / int(correct.sum()) if correct.any() else None,
-        }
-        found.append(one)
-    measured = [one for one in found if one["detector_accuracy"] is not None]
+        flip_rate = int(wrong.sum()) / int(correct.sum()) if correct.any() else None
+        one = merged(detector(*flipped_pairs(trajectory))[0], {"detector_flip_rate": flip_rate})
+        parts.append(_renamed(one, f"detector_adaptive_lambda{str(strength).rstrip('0').replace('.', '')}"))
+        if one["detector_accuracy"] is not None:
+            measured.append(merged(one, {"detector_strength": strength}))
     if measured:
         worst = min(measured, key=lambda one: one["detector_accuracy"] or 0.0)
-        numbers |= {name.replace("detector_", "detector_adaptive_"): value for name, value in worst.items()}
-    return numbers
+        parts.append(_renamed(worst, "detector_adaptive"))
+    return merged(*parts)
+
+
+def _renamed(numbers: Numbers, prefix: str) -> Numbers:
+    return {name.replace("detector", prefix, 1): value for name, value in numbers.items()}
 
 
 def _above(values: Floats, threshold: float, direction: int) -> NDArray[np.bool_]:

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LISTED = 2000  # characters of names in a sentence
 
@@ -90,7 +94,22 @@ class WrongState(ScienceError):
 
 
 class NonFinite(ScienceError):
-    """Weights, logits or a loss are NaN or infinite."""
+    """Weights, logits or a loss are NaN or infinite. `examples` are the positions of the images, where they are known.
+
+    >>> str(NonFinite("the head's weights are NaN or infinite"))
+    "the head's weights are NaN or infinite"
+    """
+
+    def __init__(self, message: str, examples: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.examples = examples
+
+    @classmethod
+    def of(cls, what: str, non_finite: "Tensor") -> "NonFinite":
+        """That `what` is NaN or infinite for the images that `non_finite [n]` bool names, and which share that is."""
+        examples = tuple(non_finite.nonzero().flatten().tolist())
+        share = f"{len(examples)} of {len(non_finite)} images"
+        return cls(f"{what} is NaN or infinite for {share}; check the weights and the scale", examples)
 
 
 class NegativeVariance(ScienceError):

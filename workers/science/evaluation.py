@@ -15,9 +15,11 @@ from workers.science.attacks.norms import geometry
 from workers.science.datasets import to_unit
 from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.summaries import mean, summary
+from workers.science.summaries import mean, merged, summary
 
 Numbers = dict[str, float | int | None]
+TOP = 5
+"""A class among the five highest of no more than five says nothing: top-5 numbers are null there."""
 
 ObserverFactory = Callable[[Tensor, Tensor, Tensor], Observer]
 """`factory(x, y, index)`: the observer of one batch, `x [n, C, H, W]` float32 on the device. Called in order."""
@@ -25,19 +27,27 @@ ObserverFactory = Callable[[Tensor, Tensor, Tensor], Observer]
 
 @dataclass(frozen=True)
 class CleanReport:
-    """`accuracy`, `top5_accuracy`, mean `loss`; per example `correct [n]` bool, `losses [n]` float64, on the CPU."""
+    """`accuracy`, `top5_accuracy` (null for up to five classes), mean `loss`; per example, on the CPU, `correct [n]`
+    bool, `losses [n]` float64 and `non_finite [n]` bool: a feature or a logit is NaN or infinite. Such an example is
+    not correct, and is left out of the mean loss.
+    """
 
     accuracy: float
     loss: float
-    top5_accuracy: float
+    top5_accuracy: float | None
     correct: Tensor
     losses: Tensor
+    non_finite: Tensor
 
 
 @dataclass(frozen=True)
 class AttackReport:
     """`numbers` by name; `bits` [n] bool by name: clean_correct, robust, robust_any_iterate, zero_gradient (where the
-    attack takes gradients). All on the CPU."""
+    attack takes gradients), non_finite. All on the CPU.
+
+    A non-finite example is neither clean-correct nor robust, `n_non_finite` counts them, and losses, top-5 hits and
+    sizes are over the others; accuracies are over all `n`.
+    """
 
     numbers: Numbers
     bits: dict[str, Tensor]
@@ -48,15 +58,19 @@ def evaluate_clean(
 ) -> CleanReport:
     """`x [n, C, H, W]` uint8 or float32 in [0, 1], `y [n]`; the model is in eval mode and on `device`.
 
-    Raises `NonFinite` where a logit is NaN or infinite, `ValueError` for no examples.
+    Raises `NonFinite` where no example has finite logits, `ValueError` for no examples.
     """
     if not len(y):
         raise ValueError("nothing to evaluate: no examples")
     looks = [_look(model, unit_interval(x[part], device), y[part].to(device)) for part in _batches(len(y), batch_size)]
-    correct, top5, losses = (torch.cat([look[i] for look in looks]) for i in range(3))
-    return CleanReport(
-        float(correct.double().mean()), float(losses.mean()), float(top5.double().mean()), correct, losses
+    correct, losses, finite = (
+        torch.cat([getattr(one, name) for one in looks]) for name in ("correct", "loss", "finite")
     )
+    if not bool(finite.any()):
+        raise NonFinite.of("a logit", ~finite)
+    hits = [one.top5 for one in looks if one.top5 is not None]
+    top5 = float(torch.cat(hits).double().mean()) if hits else None
+    return CleanReport(float(correct.double().mean()), float(losses[finite].mean()), top5, correct, losses, ~finite)
 
 
 def evaluate_attack(
@@ -82,7 +96,7 @@ def evaluate_attack(
     `model` is the network with its head already scaled, in eval mode and on `device`; `scale` tells the attack s.
     The last three options speed up the attack's gradients (`prepare`); its examples are judged by `model` itself.
     `on_progress(done, total)` counts steps over all batches. Raises `ValueError` for parameters that make no sense
-    (an observer needs float32 features), `NonFinite` where a logit is NaN or infinite.
+    (an observer needs float32 features), `NonFinite` where every example meets NaN or infinities.
     """
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; there are {', '.join(ATTACKS)}")
@@ -90,7 +104,7 @@ def evaluate_attack(
         raise ValueError("a trajectory needs the float32 features: record it with precision float32")
     if not len(y):
         raise ValueError("nothing to evaluate: no examples")
-    probe = unit_interval(x[:2], device)
+    probe = unit_interval(x[:PROBES], device)
     climbed = prepare(
         model, precision=precision, channels_last=channels_last, fold_batch_norm=fold_batch_norm, probe=probe
     )
@@ -112,12 +126,16 @@ def evaluate_attack(
         batches.append(_judge(model, x_0, y_0, output))
         gradient_calls, forward_calls = gradient_calls + output.gradient_calls, forward_calls + output.forward_calls
     seen = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    numbers = _numbers(seen, norm=output.norm, eps=output.eps)
-    numbers |= {"gradient_calls": gradient_calls, "forward_calls": forward_calls}
+    if bool(seen["non_finite"].all()):
+        raise NonFinite.of("a logit, a loss or a gradient", seen["non_finite"])
+    calls: Numbers = {"gradient_calls": gradient_calls, "forward_calls": forward_calls}
+    numbers = merged(_numbers(seen, norm=output.norm, eps=output.eps), calls)
     return AttackReport(numbers, {name: seen[name] for name in BITS if name in seen})
 
 
-BITS = ("clean_correct", "robust", "robust_any_iterate", "zero_gradient")
+BITS = ("clean_correct", "robust", "robust_any_iterate", "zero_gradient", "non_finite")
+PROBES = 8
+"""Images that a prepared network is compared on."""
 
 
 def masking(
@@ -161,9 +179,19 @@ def log1p_loss(logits: Tensor, y: Tensor) -> Tensor:
     return torch.logaddexp(gap, torch.zeros_like(gap))
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What one forward pass says of each example, on the CPU: `correct`, `top5` (None for up to five classes) and
+    `finite` [n] bool, `loss` [n] float64. An example that is not finite is neither correct nor among the five."""
+
+    correct: Tensor
+    top5: Tensor | None
+    loss: Tensor
+    finite: Tensor
+
+
 @torch.no_grad()
-def _look(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """correct [n], among the five highest [n], loss [n] float64; on the CPU."""
+def _look(model: nn.Module, x: Tensor, y: Tensor) -> _Look:
     try:
         phi, logits = features_and_logits(model, x)
     except NoLinearHead:  # nothing but the logits to start from
@@ -174,59 +202,65 @@ def _look(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tenso
         precise = functional.linear(
             phi.double(), head.weight.double(), None if head.bias is None else head.bias.double()
         )
-    if not bool(torch.isfinite(logits).all()):
-        raise NonFinite("a logit is NaN or infinite; check the weights and the scale")
-    top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]).any(1)
-    return (logits.argmax(1) == y).cpu(), top5.cpu(), log1p_loss(precise, y).cpu()
+    finite = torch.isfinite(logits).all(1) & torch.isfinite(precise).all(1)
+    top5 = None
+    if logits.shape[1] > TOP:
+        top5 = ((logits.topk(TOP, dim=1).indices == y[:, None]).any(1) & finite).cpu()
+    return _Look(((logits.argmax(1) == y) & finite).cpu(), top5, log1p_loss(precise, y).cpu(), finite.cpu())
 
 
 def _judge(model: nn.Module, x: Tensor, y: Tensor, output: AttackOutput) -> dict[str, Tensor]:
     """Per-example outcomes of one batch, on the CPU, by the plain network."""
-    clean_correct, clean_top5, clean_loss = _look(model, x, y)
-    correct, top5, loss = _look(model, output.x_adv, y)
-    robust = clean_correct & correct
+    clean, judged = _look(model, x, y), _look(model, output.x_adv, y)
+    finite = clean.finite & judged.finite & ~output.non_finite.cpu()
+    robust = clean.correct & judged.correct & finite
     delta = output.x_adv.double() - x.double()
     seen = {
-        "clean_correct": clean_correct,
-        "clean_loss": clean_loss,
+        "clean_correct": clean.correct & finite,
+        "clean_loss": clean.loss,
         "robust": robust,
         "robust_any_iterate": robust & ~output.broken_any_iterate.cpu(),
-        "robust_top5": clean_top5 & top5,
-        "loss": loss,
+        "non_finite": ~finite,
+        "loss": judged.loss,
         "linf": geometry("linf").size(delta).cpu(),
         "l2": geometry("l2").size(delta).cpu(),
         "outside_box": ((output.x_adv < 0) | (output.x_adv > 1)).flatten(1).any(1).cpu(),
     }
+    if clean.top5 is not None and judged.top5 is not None:
+        seen["robust_top5"] = clean.top5 & judged.top5 & finite
     if output.zero_gradient is not None:
-        seen["zero_gradient"] = output.zero_gradient.cpu()
+        seen["zero_gradient"] = output.zero_gradient.cpu() & finite
     return seen
 
 
 def _numbers(seen: Mapping[str, Tensor], *, norm: str, eps: float | None) -> Numbers:
-    n, correct = len(seen["robust"]), seen["clean_correct"]
+    n, correct, finite = len(seen["robust"]), seen["clean_correct"], ~seen["non_finite"]
     n_correct = int(correct.sum())
-    zero = seen.get("zero_gradient")
+    zero, top5 = seen.get("zero_gradient"), seen.get("robust_top5")
     rise = seen["loss"] - seen["clean_loss"]
-    return {
-        "n": n,
-        "n_clean_correct": n_correct,
-        "clean_accuracy": mean(correct),
-        "clean_loss": mean(seen["clean_loss"]),
-        "robust_accuracy": mean(seen["robust"]),
-        "robust_accuracy_of_correct": mean(seen["robust"][correct]),
-        "robust_accuracy_any_iterate": mean(seen["robust_any_iterate"]),
-        "robust_top5_accuracy": mean(seen["robust_top5"]),
-        "robust_loss": mean(seen["loss"]),
-        "flip_rate": _share(int((correct & ~seen["robust"]).sum()), n_correct),
-        "zero_gradient_fraction": None if zero is None else mean(zero[correct]),
-        "zero_gradient_fraction_of_all": None if zero is None else mean(zero),
-        "max_perturbation_linf": float(seen["linf"].max()),
-        "max_perturbation_l2": float(seen["l2"].max()),
-        "outside_ball": None if eps is None else int((seen[norm] > ball_limit(norm, eps)).sum()),
-        "outside_box": int(seen["outside_box"].sum()),
-        **summary(rise, "loss_increase"),
-        **summary(rise[correct], "loss_increase_clean_correct"),
-    }
+    return merged(
+        {
+            "n": n,
+            "n_non_finite": n - int(finite.sum()),
+            "n_clean_correct": n_correct,
+            "clean_accuracy": mean(correct),
+            "clean_loss": mean(seen["clean_loss"][finite]),
+            "robust_accuracy": mean(seen["robust"]),
+            "robust_accuracy_of_correct": mean(seen["robust"][correct]),
+            "robust_accuracy_any_iterate": mean(seen["robust_any_iterate"]),
+            "robust_top5_accuracy": None if top5 is None else mean(top5),
+            "robust_loss": mean(seen["loss"][finite]),
+            "flip_rate": _share(int((correct & ~seen["robust"]).sum()), n_correct),
+            "zero_gradient_fraction": None if zero is None else mean(zero[correct]),
+            "zero_gradient_fraction_of_all": None if zero is None else mean(zero),
+            "max_perturbation_linf": float(seen["linf"][finite].max()),
+            "max_perturbation_l2": float(seen["l2"][finite].max()),
+            "outside_ball": None if eps is None else int((seen[norm] > ball_limit(norm, eps))[finite].sum()),
+            "outside_box": int(seen["outside_box"][finite].sum()),
+        },
+        summary(rise[finite], "loss_increase"),
+        summary(rise[correct], "loss_increase_clean_correct"),
+    )
 
 
 def ball_limit(norm: str, eps: float) -> float:

@@ -1,11 +1,28 @@
 """Order statistics and log-domain means, as they are stored (SCIENCE.md section 1, Summaries)."""
 
 import math
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+V = TypeVar("V")
+
+
+def merged(*parts: Mapping[str, V]) -> dict[str, V]:
+    """All numbers (or curves) of `parts` in one dict. One name is one number: raises `KeyError` with a second one's.
+
+    >>> merged({"n": 1}, {"loss": 0.5})
+    {'n': 1, 'loss': 0.5}
+    """
+    out: dict[str, V] = {}
+    for part in parts:
+        if twice := out.keys() & part.keys():
+            raise KeyError(f"two numbers are called {', '.join(sorted(twice))}")
+        out.update(part)
+    return out
 
 
 def quantile(values: Tensor, q: float) -> float | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.science.errors import NonFinite, WrongShape
 from workers.science.sharpness.base import Numbers
 from workers.science.sharpness.closed_forms import Head, Softmax
-from workers.science.summaries import QUANTILES, label_of, quantile, row_summaries, summary
+from workers.science.summaries import QUANTILES, label_of, merged, quantile, row_summaries, summary
 
 Curves = dict[str, list[float | int | None]]
 THRESHOLDS = ("e001", "e01", "log2", "logk")
@@ -36,6 +36,7 @@ class Trajectory:
     feature_moved          ||phi(x_t) - phi(x)||, x being iterate 0 (the clean image unless the attack starts at random)
     y, index `[n]` int64: label and place in the data set. phi_0 `[n, m]` float32: features of iterate 0.
     log_weight_norm: log ||W||_F of the head as attacked; classes: k.
+    Examples with NaN or infinities on their way are not among the n.
     """
 
     y: Tensor
@@ -94,7 +95,7 @@ class Recorder:
     """Watches an attack on a network with head `weight [k, m]`, `bias [k]`, scale applied.
 
     `recorder(x, y, index)` is the observer of one batch (an attack's `ObserverFactory`), `recorder.trajectory()` all
-    batches so far, in order. Watching waits for no device: NaN is found at the end, by `trajectory`.
+    batches so far, in order. Watching waits for no device: NaN is found, and left out, at the end by `trajectory`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -106,22 +107,27 @@ class Recorder:
         self._batches.append(_Batch(self.head, x.detach(), y, index))
         return self._batches[-1]
 
-    def trajectory(self) -> Trajectory:
-        """Raises `WrongShape` where nothing or unequal numbers of steps were seen, `NonFinite` for NaN or infinity."""
+    def trajectory(self, non_finite: Tensor | None = None) -> Trajectory:
+        """Of all examples but those with NaN or infinite features or logits, and those that `non_finite [n]` names.
+
+        Raises `WrongShape` where nothing or unequal numbers of steps were seen, `NonFinite` where no example is left.
+        """
         lengths = {len(batch.rows) for batch in self._batches}
         if len(lengths) != 1 or 0 in lengths:
             raise WrongShape(f"no trajectory: the batches have {sorted(lengths) or 'no'} iterates")
         columns = [torch.cat([batch.column(i) for batch in self._batches], 1).cpu() for i in range(len(_Batch.COLUMNS))]
         named = dict(zip(_Batch.COLUMNS, columns, strict=True))
-        if not (torch.isfinite(named["loss"]).all() and torch.isfinite(named["feature_moved"]).all()):
-            raise NonFinite("features or logits along the attack's path are NaN or infinite")
+        kept = (torch.isfinite(named["loss"]) & torch.isfinite(named["feature_moved"])).all(0)
+        kept = kept if non_finite is None else kept & ~non_finite.cpu()
+        if not bool(kept.any()):
+            raise NonFinite.of("a feature or a logit along the attack's path", ~kept)
         return Trajectory(
-            y=torch.cat([batch.y for batch in self._batches]).cpu(),
-            index=torch.cat([batch.index for batch in self._batches]).cpu(),
-            phi_0=torch.cat([batch.phi_0 for batch in self._batches]).cpu(),
+            y=torch.cat([batch.y for batch in self._batches]).cpu()[kept],
+            index=torch.cat([batch.index for batch in self._batches]).cpu()[kept],
+            phi_0=torch.cat([batch.phi_0 for batch in self._batches]).cpu()[kept],
             log_weight_norm=self.head.log_norm,
             classes=len(self.head.weight),
-            **named,
+            **{name: column[:, kept] for name, column in named.items()},
         )
 
 
@@ -185,12 +191,9 @@ def analyse(trajectory: Trajectory, norm: Literal["linf", "l2"]) -> tuple[Number
         "trajectory_n": len(trajectory.y),
         "trajectory_n_clean_correct": _count(trajectory.clean_correct),
     }
-    numbers |= valleys(trajectory)
-    if trajectory.starts_at_image:
-        numbers |= basin_widths(trajectory, norm)
-    numbers |= _take_off_numbers(trajectory.loss[:, moved_correct])
-    numbers |= _loss_increase(trajectory)
-    return numbers, curves(trajectory)
+    widths = basin_widths(trajectory, norm) if trajectory.starts_at_image else {}
+    take_offs, increase = _take_off_numbers(trajectory.loss[:, moved_correct]), _loss_increase(trajectory)
+    return merged(numbers, valleys(trajectory), widths, take_offs, increase), curves(trajectory)
 
 
 def first_flip(trajectory: Trajectory) -> Tensor:
@@ -304,12 +307,17 @@ def curves(trajectory: Trajectory) -> Curves:
     out["aligned_offset"] = list(offsets)
     out["aligned_n"] = inside.sum(1).tolist()
     for name, log, values in _quantities(trajectory):
-        out |= row_summaries(values, name, log=log)
+        of_all = row_summaries(values, name, log=log)
         of_correct = row_summaries(values[:, correct], name, log=log)
-        out |= {f"{key}_clean_correct": curve for key, curve in of_correct.items()}
         aligned = values[:, flipping].gather(0, steps.clamp(0, last)) if offsets else values[:0]
         rows = [summary(row[mask], f"aligned_{name}", log=log) for row, mask in zip(aligned, inside, strict=True)]
-        out |= {key: [row[key] for row in rows] for key in summary(values.new_zeros(0), f"aligned_{name}", log=log)}
+        keys = summary(values.new_zeros(0), f"aligned_{name}", log=log)
+        out = merged(
+            out,
+            of_all,
+            {f"{key}_clean_correct": curve for key, curve in of_correct.items()},
+            {key: [row[key] for row in rows] for key in keys},
+        )
     return out
 
 
@@ -333,24 +341,28 @@ def _take_off_numbers(loss: Tensor) -> Numbers:
     steps = take_off(loss)
     have = steps[steps >= 0]
     numbers: Numbers = {f"take_off_{label_of(q)}": quantile(have, q) for q in QUANTILES}
-    return numbers | {"take_off_n": len(have), "take_off_n_none": len(steps) - len(have)}
+    return merged(numbers, {"take_off_n": len(have), "take_off_n_none": len(steps) - len(have)})
 
 
 def _loss_increase(trajectory: Trajectory) -> Numbers:
     """`loss_T - loss_0`, and the share of clean-correct examples that end in, or pass through, another class.
 
-    `still_rising_fraction`, of those whose loss still rises at the last step, is a diagnostic: true of most on honest
-    networks.
+    All are about iterates 0 and T of restart 0, hence `trajectory_`: the attack's own `loss_increase` and `flip_rate`
+    compare the clean image with the judged example. `trajectory_still_rising_fraction`, of those whose loss still
+    rises at the last step, is a diagnostic: true of most on honest networks.
     """
     increase, correct = trajectory.loss[-1] - trajectory.loss[0], trajectory.clean_correct
-    numbers: Numbers = dict(summary(increase, "loss_increase"))
-    numbers |= {f"{k}_clean_correct": v for k, v in summary(increase[correct], "loss_increase").items()}
-    numbers["flip_rate"] = _share(trajectory.predicted[-1] != trajectory.y, correct)
-    numbers["still_rising_fraction"] = (
-        _share(trajectory.loss[-1] > trajectory.loss[-2], correct) if len(trajectory.loss) > 1 else None
+    of_correct = summary(increase[correct], "trajectory_loss_increase")
+    rising = _share(trajectory.loss[-1] > trajectory.loss[-2], correct) if len(trajectory.loss) > 1 else None
+    return merged(
+        summary(increase, "trajectory_loss_increase"),
+        {f"{name}_clean_correct": value for name, value in of_correct.items()},
+        {
+            "trajectory_flip_rate": _share(trajectory.predicted[-1] != trajectory.y, correct),
+            "trajectory_flip_rate_any_iterate": _share(first_flip(trajectory) >= 0, correct),
+            "trajectory_still_rising_fraction": rising,
+        },
     )
-    numbers["flip_rate_any_iterate"] = _share(first_flip(trajectory) >= 0, correct)
-    return numbers
 
 
 def _first_true(mask: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def apgd(
     ball, x = geometry(norm), x.detach()
     clean_logits = look(model, x)[1]
     found = Found(x, misclassified(clean_logits, y))
+    found.met(clean_logits)
     found.forward_calls += len(x)
     classes = highest_wrong_classes(clean_logits, y, targets if targeted else 1)
     runs = restarts * classes.shape[1]
@@ -67,7 +68,7 @@ def apgd(
                 break
             climb = objective(loss, y_0, scale, target if targeted else None)
             step = take_gradient(model, x_t, climb, with_features=watcher is not None)
-            found.count(step.gradient)
+            found.count(alive, step)
             if watcher is not None and step.phi is not None:
                 watcher(t, x_t, step.phi, step.logits)
             if run == 0 and t == 0:

@@ -1,4 +1,8 @@
-"""AutoAttack (Croce & Hein 2020), the standard ensemble: each member gets what the ones before it left."""
+"""AutoAttack (Croce & Hein 2020), the standard ensemble: each member gets what the ones before it left.
+
+A re-implementation of `fra31/auto-attack` 0.1 (commit a392200), `version="standard"`, not the original code: the same
+members, budgets and order, with random numbers of its own for each example, and what `apgd`, `fab` and `square` name.
+"""
 
 from collections.abc import Callable
 
@@ -43,7 +47,9 @@ def autoattack(
         {"steps": steps, "targets": targets},
         {"queries": queries},
     ]
-    found = Found(x, misclassified(look(model, x)[1], y))
+    clean_logits = look(model, x)[1]
+    found = Found(x, misclassified(clean_logits, y))
+    found.met(clean_logits)
     found.forward_calls += len(x)
     for stage, (member, its) in enumerate(zip(members, params, strict=True)):
         alive = found.robust() if stage else (~found.broken).nonzero().squeeze(1)
@@ -61,6 +67,7 @@ def autoattack(
             )
             found.gradient_calls += output.gradient_calls
             found.forward_calls += output.forward_calls
+            found.lose(alive, output.non_finite)
             if stage == 0:
                 found.zero_gradient = output.zero_gradient
                 found.keep(alive, output.x_adv)

@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits
 
 OnProgress = Callable[[int, int], None]
@@ -23,12 +22,13 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class AttackOutput:
-    """What an attack found. `broken` is set exactly where the model misclassifies `x` or `x_adv`.
+    """What an attack found. `broken` is set exactly where the model misclassifies `x` or `x_adv`, or is `non_finite`.
 
     x_adv               [n, C, H, W] the judged example: that of the first restart that broke it, else of restart 0
     broken              [n] bool: misclassified on the judged iterate of some restart, or without any attack
     broken_any_iterate  [n] bool: misclassified at any point that the attack evaluated; contains `broken`
     zero_gradient       [n] bool: the input gradient at step 0 is exactly 0; None where the attack takes no gradient
+    non_finite          [n] bool: the attack met a logit, a loss or a gradient that is NaN or infinite; x_adv is x there
     gradient_calls      forward and backward passes, counted per example
     forward_calls       forward passes without a backward pass, counted per example
     norm, eps           the ball that `x_adv` promises to lie in; eps is None where there is none
@@ -38,6 +38,7 @@ class AttackOutput:
     broken: Tensor
     broken_any_iterate: Tensor
     zero_gradient: Tensor | None
+    non_finite: Tensor
     gradient_calls: int
     forward_calls: int
     norm: str
@@ -56,7 +57,8 @@ class Attack(Protocol):
     `x [n, C, H, W]` float32 in [0, 1], `y [n]` int64 true labels, `index [n]` int64 positions in the data set, from
     which (with `attack_seed`) all randomness of an example is drawn, so that it does not depend on the batch.
     `scale` is the s of the head, which is in `model` already. Further keywords are the attack's own.
-    Raises `NonFinite` where the attack ends in NaN, `ValueError` for parameters that make no sense.
+    An example with NaN or infinities says so in the output, and changes no other's outcome.
+    Raises `ValueError` for parameters that make no sense.
     """
 
     def __call__(
@@ -130,11 +132,6 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def require_finite(values: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise NonFinite(f"the attack met NaN or infinite {what}; check the weights and the scale")
-
-
 def refuse_observer(observer: Observer | None, attack: str) -> None:
     if observer is not None:
         raise ValueError(f"{attack} has no trajectory to record")
@@ -145,17 +142,38 @@ class Found:
 
     def __init__(self, x: Tensor, clean_wrong: Tensor | None = None) -> None:
         nobody = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.x_adv = x.clone()
+        self.x, self.x_adv = x, x.clone()
         self.clean_wrong = nobody if clean_wrong is None else clean_wrong
         self.broken, self.broken_any = nobody.clone(), nobody.clone()
         self.zero_gradient: Tensor | None = None
         self.gradient_calls = self.forward_calls = 0
-        self._largest_gradient = x.new_full((), -torch.inf)
+        self._largest = x.new_zeros(len(x))
 
-    def count(self, gradient: Tensor) -> None:
-        """A gradient was taken. NaN in it counts at the end: a sign hides it, and to look now makes a GPU wait."""
-        self.gradient_calls += len(gradient)
-        self._largest_gradient = torch.maximum(self._largest_gradient, gradient.amax())
+    def count(self, alive: Tensor, step: Step) -> None:
+        """A gradient was taken of the examples `alive`."""
+        self.gradient_calls += len(alive)
+        for values in (step.gradient, step.logits, step.loss[:, None]):
+            self.met(values, alive)
+
+    def met(self, values: Tensor, alive: Tensor | None = None) -> None:
+        """Note whether `values [n, ...]`, of the examples `alive` or of all, are finite: a sign or an argmax hides NaN.
+
+        The maximum keeps NaN and infinities until the end, so a GPU need not wait for a look at every step.
+        """
+        largest = values.flatten(1).abs().amax(1).to(self._largest)
+        if alive is None or len(alive) == len(self._largest):
+            self._largest = torch.maximum(self._largest, largest)
+        else:
+            self._largest[alive] = torch.maximum(self._largest[alive], largest)
+
+    def lose(self, alive: Tensor, non_finite: Tensor) -> None:
+        """Note which of the examples `alive` another attack has found to be `non_finite`."""
+        self._largest[alive] = self._largest[alive].masked_fill(non_finite, torch.inf)
+
+    @property
+    def non_finite(self) -> Tensor:
+        """`[n]` bool: NaN or infinities were met."""
+        return ~torch.isfinite(self._largest)
 
     def see(self, alive: Tensor, x_t: Tensor, wrong: Tensor, *, judged: bool) -> Tensor:
         """Note which of the examples `alive` are `wrong` at `x_t`; the first judged one is the example's `x_adv`."""
@@ -172,17 +190,17 @@ class Found:
 
     def robust(self) -> Tensor:
         """Positions of the examples that nothing has broken yet."""
-        return (~self.broken & ~self.clean_wrong).nonzero().squeeze(1)
+        return (~self.broken & ~self.clean_wrong & ~self.non_finite).nonzero().squeeze(1)
 
     def output(self, norm: str, eps: float | None) -> AttackOutput:
-        require_finite(self.x_adv, "pixels")
-        if bool(self._largest_gradient.isnan()):
-            raise NonFinite("the attack met a gradient that is NaN; check the weights and the scale")
+        self.met(self.x_adv)
+        lost = self.non_finite
         return AttackOutput(
-            self.x_adv,
-            self.broken | self.clean_wrong,
-            self.broken_any | self.clean_wrong,
-            self.zero_gradient,
+            torch.where(per_example(lost, self.x), self.x, self.x_adv),
+            self.broken | self.clean_wrong | lost,
+            self.broken_any | self.clean_wrong | lost,
+            None if self.zero_gradient is None else self.zero_gradient & ~lost,
+            lost,
             self.gradient_calls,
             self.forward_calls,
             norm,

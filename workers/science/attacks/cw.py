@@ -49,7 +49,9 @@ def cw(
     everyone = torch.arange(len(x), device=x.device)
     nearest = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
     last = x
-    found.clean_wrong = misclassified(look(model, x)[1], y)
+    clean_logits = look(model, x)[1]
+    found.met(clean_logits)
+    found.clean_wrong = misclassified(clean_logits, y)
     found.forward_calls += len(x)
     for t in range(steps + 1):
         with torch.enable_grad():
@@ -57,7 +59,7 @@ def cw(
         last = candidate.detach()
         confidence = lambda logits: -c * margin(logits, y).clamp_max(kappa)  # noqa: E731
         step = take_gradient(model, last, confidence, with_features=observer is not None)
-        found.count(step.gradient)
+        found.count(everyone, step)
         if observer is not None and step.phi is not None:
             observer(t, last, step.phi, step.logits)
         if t == 0:

@@ -53,6 +53,7 @@ def fab(
     ball, x = geometry(norm), x.detach()
     clean_logits = look(model, x)[1]
     found = Found(x, misclassified(clean_logits, y))
+    found.met(clean_logits)
     found.forward_calls += len(x)
     found.zero_gradient = torch.zeros_like(found.broken)
     classes = highest_wrong_classes(clean_logits, y, targets)
@@ -65,7 +66,7 @@ def fab(
             if not len(alive):
                 break
             step = take_gradient(model, x_t, lambda z, y=y_0, k=target: _at(z, k) - _at(z, y))  # type: ignore[misc]
-            found.count(step.gradient)
+            found.count(alive, step)
             if run == 0 and t == 0:
                 found.zero_gradient[alive] = (step.gradient == 0).flatten(1).all(1)
             normal = step.gradient
@@ -76,7 +77,9 @@ def fab(
             alpha = per_example((near / (near + far)).clamp(0, alpha_max), x_t)
             x_t = ((1 - alpha) * (x_t + eta * from_x_t) + alpha * (x_0 + eta * from_x_0)).clamp(0, 1)
 
-            wrong = misclassified(look(model, x_t)[1], y_0)
+            logits = look(model, x_t)[1]
+            found.met(logits, alive)
+            wrong = misclassified(logits, y_0)
             found.forward_calls += len(alive)
             within = ball.size(x_t - x_0) <= eps
             found.see(alive, x_t, wrong & within, judged=True)

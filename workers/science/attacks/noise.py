@@ -52,6 +52,7 @@ def noise(
             found.forward_calls += len(x)
             if watcher is not None and phi is not None:
                 watcher(t, x_t, phi, logits)
+            found.met(logits)
             wrong = misclassified(logits, y)
             if t == 0:
                 found.clean_wrong = wrong

@@ -14,7 +14,6 @@ from workers.science.attacks.base import (
     highest_wrong,
     look,
     misclassified,
-    require_finite,
     take_gradient,
 )
 from workers.science.attacks.losses import objective
@@ -50,7 +49,7 @@ def pgd(
     `judge` "final" looks at the last iterate of every restart, "any_step" at every iterate, and then leaves out
     examples that are already broken (unless an observer wants to see them all).
     `feature_loss(phi, y) -> [n]` is climbed instead of `loss`, for attacks that aim at more than the class.
-    Raises `ValueError` for parameters that make no sense, `NonFinite` where a gradient or a logit is NaN.
+    Raises `ValueError` for parameters that make no sense.
     """
     if judge not in ("final", "any_step") or steps < 0 or restarts < 1 or eps < 0 or step_size < 0:
         raise ValueError("pgd needs judge final or any_step, steps >= 0, restarts >= 1, eps >= 0 and step_size >= 0")
@@ -60,6 +59,7 @@ def pgd(
     found.zero_gradient = torch.zeros_like(found.broken)
     if random_start or targeted:
         clean_logits = look(model, x)[1]
+        found.met(clean_logits)
         found.forward_calls += len(x)
         found.clean_wrong = misclassified(clean_logits, y)
     target = highest_wrong(clean_logits, y) if targeted else y
@@ -82,7 +82,7 @@ def pgd(
             wanted = watcher is not None or of_features is not None
             step = take_gradient(model, x_t, climb, with_features=wanted, of_features=of_features)
             gradient = step.gradient
-            found.count(step.gradient)
+            found.count(alive, step)
             if watcher is not None and step.phi is not None:
                 watcher(t, x_t, step.phi, step.logits)
             wrong = found.see(alive, x_t, misclassified(step.logits, y_0), judged=any_step)
@@ -99,7 +99,7 @@ def pgd(
                 on_progress(restart * steps + t + 1, restarts * steps)
         if len(alive):
             phi, logits = look(model, x_t, with_features=watcher is not None)
-            require_finite(logits, "logits")
+            found.met(logits, alive)
             found.forward_calls += len(alive)
             if watcher is not None and phi is not None:
                 watcher(steps, x_t, phi, logits)

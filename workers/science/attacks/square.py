@@ -51,7 +51,9 @@ def square(
     if propose is None:
         raise ValueError(f"unknown norm {norm!r}; there are linf, l2")
     x = x.detach()
-    found = Found(x, misclassified(look(model, x)[1], y))
+    clean_logits = look(model, x)[1]
+    found = Found(x, misclassified(clean_logits, y))
+    found.met(clean_logits)
     found.forward_calls += len(x)
     alive = found.robust()
     x_0, y_0 = x[alive], y[alive]
@@ -69,6 +71,7 @@ def square(
                 drawn = _uniform(attack_seed, index, alive, (CHUNK, 5 + channels), f"square {query}").to(x)
             x_new = propose(x_0, x_best, eps, _share(p_init, query - 1, queries), drawn[:, (query - 1) % CHUNK])
         logits = look(model, x_new)[1]
+        found.met(logits, alive)
         found.forward_calls += len(alive)
         wrong = found.see(alive, x_new, misclassified(logits, y_0), judged=True)
         value = margin(logits, y_0)

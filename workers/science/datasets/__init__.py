@@ -6,7 +6,14 @@ from pathlib import Path
 
 from workers.science.datasets import digits, svhn, synthetic
 from workers.science.datasets.cifar import read_cifar10, read_cifar100
-from workers.science.datasets.image_data import PERMUTATION_SEED, ImageData, sample_indices, to_unit
+from workers.science.datasets.image_data import (
+    PERMUTATION_SEED,
+    ImageData,
+    Order,
+    sample_indices,
+    to_unit,
+    training_indices,
+)
 from workers.science.datasets.mnist import read_fashion_mnist, read_mnist
 from workers.science.datasets.npz import describe_npz, read_npz
 
@@ -41,8 +48,10 @@ __all__ = [
     "PERMUTATION_SEED",
     "Dataset",
     "ImageData",
+    "Order",
     "describe_npz",
     "read_npz",
     "sample_indices",
     "to_unit",
+    "training_indices",
 ]

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from workers.science.errors import DatasetCorrupt, WrongShape
 
 PERMUTATION_SEED = 20251014
+Order = Literal["permutation", "file"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +69,39 @@ def to_unit(x: Tensor) -> Tensor:
     return x.float() / 255
 
 
-def sample_indices(n_total: int, n: int) -> NDArray[np.int64]:
-    """The first `n` of the one fixed permutation of `n_total` examples (SCIENCE.md section 1), so n < n' nest.
+def sample_indices(n_total: int, n: int, order: Order = "permutation") -> NDArray[np.int64]:
+    """The first `n` of the one fixed permutation of `n_total` examples (SCIENCE.md section 1), so n < n' nest; or, by
+    `order` "file", the first `n` of the data set as it is stored, as RobustBench and AutoAttack take them.
 
     Raises `WrongShape` where more are asked for than there are.
 
     >>> sample_indices(10, 4).tolist() == sample_indices(10, 10).tolist()[:4]
     True
+    >>> sample_indices(10, 3, "file").tolist()
+    [0, 1, 2]
     """
     if not 0 < n <= n_total:
         raise WrongShape(f"{n} samples were asked for of {n_total} images: ask for 1 to {n_total}")
+    if order == "file":
+        return np.arange(n, dtype=np.int64)
     return np.random.RandomState(PERMUTATION_SEED).permutation(n_total)[:n].astype(np.int64)
+
+
+def training_indices(
+    n_total: int, train_samples: int | None = None, held_out: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The images that are trained on, and the `held_out` ones, which are the end of the fixed permutation.
+
+    `train_samples` are its first so many; None: all that are not held out. Raises `WrongShape` where they overlap.
+
+    >>> trained_on, held_out = training_indices(10, held_out=3)
+    >>> sorted([*trained_on.tolist(), *held_out.tolist()]) == list(range(10)), len(held_out)
+    (True, 3)
+    """
+    order = sample_indices(n_total, n_total)
+    wanted = n_total - held_out if train_samples is None else train_samples
+    if wanted < 1 or wanted + held_out > n_total:
+        raise WrongShape(
+            f"{max(wanted, 0)} images to train on and {held_out} held out were asked for of {n_total} training images"
+        )
+    return order[:wanted], order[n_total - held_out :]

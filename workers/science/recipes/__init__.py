@@ -19,11 +19,13 @@ RECIPES: dict[str, Recipe] = {
         adversarial.loss,
         "cross-entropy on PGD-linf examples only",
         {"eps": 8 / 255, "step_size": 2 / 255, "steps": 10},
+        attacks=True,
     ),
     "trades": Recipe(
         trades.loss,
         "cross-entropy plus beta times the divergence of adversarial from clean predictions",
         {"beta": 6.0, "eps": 8 / 255, "step_size": 2 / 255, "steps": 10, "start_std": 0.001},
+        attacks=True,
     ),
     "sam": Recipe(sam.loss, "sharpness-aware minimisation", {"rho": 0.05}, sam.backward),
     "relative_flatness": Recipe(

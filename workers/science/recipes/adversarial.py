@@ -1,17 +1,16 @@
 """Adversarial training (Madry et al. 2018): cross-entropy on PGD-linf examples only, attacked in eval mode."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from workers.science.recipes.common import LossAndLogits, pgd_linf
+from workers.science.recipes.common import BatchNoise, LossAndLogits, pgd_linf
 
 
 def loss(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    generator: torch.Generator,
+    noise: BatchNoise,
     /,
     eps: float,
     step_size: float,
@@ -21,11 +20,10 @@ def loss(
 
     Training accuracy is then that on the adversarial examples.
     """
-    noise = torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1
     x_adv = pgd_linf(
         model,
         x,
-        (x + eps * noise).clamp(0, 1),
+        (x + eps * (noise.uniform(x) * 2 - 1)).clamp(0, 1),
         lambda logits: cross_entropy(logits.float(), y, reduction="sum"),
         eps=eps,
         step_size=step_size,

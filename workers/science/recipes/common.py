@@ -7,15 +7,40 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from workers.science.seeding import normal_per_example, uniform_per_example
+
 LossAndLogits = tuple[Tensor, Tensor]
 """The scalar that is minimised, and the logits `[n, k]` that training accuracy is counted on."""
 
 
 Loss = Callable[..., LossAndLogits]
-"""`loss(model, x, y, generator, **params)`: `x [n, C, H, W]` float32 in [0, 1], `y [n]` int64, model in train mode.
+"""`loss(model, x, y, noise, **params)`: `x [n, C, H, W]` float32 in [0, 1], `y [n]` int64, model in train mode.
 
-All randomness comes from `generator`, a torch.Generator on the device of `x`; `params` are numbers.
+All randomness comes from `noise`, the `BatchNoise` of the batch; `params` are numbers.
 """
+
+
+@dataclass(frozen=True)
+class BatchNoise:
+    """The random numbers of a recipe for the images `index [n]` of a batch; each image's are of (seed, epoch, index).
+
+    They are no part of the stream that order, crops and flips are drawn from: with equal seeds, every recipe sees the
+    same batches.
+    """
+
+    seed: int
+    epoch: int
+    index: Tensor
+    stream: str = "recipe"
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform in [0, 1), shape, dtype and device of `like [n, ...]`."""
+        return uniform_per_example(self.seed, self.index, self.epoch, like.shape[1:], self.stream).to(like)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, otherwise as `uniform`."""
+        return normal_per_example(self.seed, self.index, self.epoch, like.shape[1:], self.stream).to(like)
+
 
 Backward = Callable[..., LossAndLogits]
 """`backward(model, loss_of_batch, **params)` leaves gradients in `.grad`; `loss_of_batch()` is one forward pass."""
@@ -30,12 +55,17 @@ def plain_backward(_model: nn.Module, loss_of_batch: Callable[[], LossAndLogits]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train. `params` are the parameters of `loss` and `backward` with their defaults; all are numbers."""
+    """One way to train. `params` are the parameters of `loss` and `backward` with their defaults; all are numbers.
+
+    `attacks` says that the loss attacks its batch, from a random start, with the `eps`, `step_size` and `steps` among
+    them.
+    """
 
     loss: Loss
     summary: str
     params: Mapping[str, float] = field(default_factory=dict)
     backward: Backward = plain_backward
+    attacks: bool = False
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from workers.science.recipes.common import LossAndLogits
 
 
-def loss(model: nn.Module, x: Tensor, y: Tensor, _generator: torch.Generator, /) -> LossAndLogits:
+def loss(model: nn.Module, x: Tensor, y: Tensor, _noise: object, /) -> LossAndLogits:
     """Mean of `max_{j != y} (1 + z_j - z_y)_+`."""
     logits = model(x)
     z = logits.float()

@@ -1,6 +1,5 @@
 """Cross-entropy plus a penalty on relative flatness (Petzka et al. 2021; as a regulariser: Adilova et al. 2023)."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -8,7 +7,7 @@ from workers.science.heads import features_and_logits, linear_head
 from workers.science.recipes.common import LossAndLogits
 
 
-def loss(model: nn.Module, x: Tensor, y: Tensor, _generator: torch.Generator, /, strength: float) -> LossAndLogits:
+def loss(model: nn.Module, x: Tensor, y: Tensor, _noise: object, /, strength: float) -> LossAndLogits:
     """`CE + strength * mean_i relative_flatness_i`, the closed form of SCIENCE.md section 2, which has a gradient."""
     model = getattr(model, "_orig_mod", model)  # a compiled network would not call the hook that sees phi
     phi, logits = features_and_logits(model, x)

@@ -11,7 +11,7 @@ from workers.science.recipes import standard
 from workers.science.recipes.common import LossAndLogits
 
 
-def loss(model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator, /, rho: float) -> LossAndLogits:
+def loss(model: nn.Module, x: Tensor, y: Tensor, _noise: object, /, rho: float) -> LossAndLogits:
     """Mean cross-entropy; `rho` is for `backward`."""
     del rho
     return standard.loss(model, x, y, generator)

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from workers.science.recipes.common import LossAndLogits, eval_mode, pgd_linf
+from workers.science.recipes.common import BatchNoise, LossAndLogits, eval_mode, pgd_linf
 
 
 def loss(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    generator: torch.Generator,
+    noise: BatchNoise,
     /,
     beta: float,
     eps: float,
@@ -25,7 +25,7 @@ def loss(
     """
     with torch.no_grad(), eval_mode(model):
         log_clean = log_softmax(model(x).float(), 1)
-    start = x + start_std * torch.randn(x.shape, generator=generator, device=x.device)
+    start = x + start_std * noise.normal(x)
     x_adv = pgd_linf(
         model, x, start, lambda logits: _divergence(log_clean, logits), eps=eps, step_size=step_size, steps=int(steps)
     )

@@ -25,9 +25,9 @@ def detection(
     steps: int = 10,
     images: int = 1000,
 ) -> MeasureReport:
-    """Numbers as `detector.detector_numbers`: the stump against PGD-linf on the first test `images`, and against the
-    worst of three attacks that climb `l - lambda (log kappa - mean clean log kappa)^2` instead. Curves: by fold, for
-    the plain attack. The paper's are at s = 1. Null where fewer than five images flip.
+    """Numbers as `detector.detector_numbers`: the stump against PGD-linf on the first test `images`, and against each
+    of three attacks that climb `l - lambda (log kappa - mean clean log kappa)^2` instead, and the worst of them.
+    Curves: by fold, for the plain attack. The paper's are at s = 1. Null where fewer than five images flip.
     """
     # Here, because trajectories rest on this package's closed forms.
     from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
@@ -38,16 +38,25 @@ def detection(
     rounds, report = 1 + len(LAMBDAS), on_progress or no_progress
 
     def attacked(number: int, loss: FeatureLoss | None) -> Trajectory:
-        recorder, start = Recorder(head.weight, head.bias), 0
+        recorder, start, lost = Recorder(head.weight, head.bias), 0, []
         for xb, yb in batches(x, y, batch_size):
             index = torch.arange(start, start + len(xb))
-            pgd(
-                model, xb, yb, index=index, observer=recorder(xb, yb, index), feature_loss=loss,
-                norm="linf", eps=eps, step_size=step_size, steps=steps,
-            )  # fmt: skip
+            output = pgd(
+                model,
+                xb,
+                yb,
+                index=index,
+                observer=recorder(xb, yb, index),
+                feature_loss=loss,
+                norm="linf",
+                eps=eps,
+                step_size=step_size,
+                steps=steps,
+            )
+            lost.append(output.non_finite)
             start += len(xb)
             report(number * len(x) + start, rounds * len(x))
-        return recorder.trajectory()
+        return recorder.trajectory(torch.cat(lost))
 
     plain = attacked(0, None)
     adaptive: dict[float, Trajectory] = {}

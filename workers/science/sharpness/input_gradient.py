@@ -13,7 +13,7 @@ from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
 from workers.science.sharpness.closed_forms import Head
-from workers.science.summaries import summary
+from workers.science.summaries import merged, summary
 
 
 def input_gradient_norm(
@@ -56,8 +56,8 @@ def input_gradient_norm(
 
 def both_populations(values: Tensor, correct: Tensor, name: str) -> dict[str, float | int | None]:
     """`summary` of log values `[n]` over all samples and, with the suffix `_clean_correct`, over the correct ones."""
-    numbers = summary(values, name, log=True)
-    return numbers | {f"{key}_clean_correct": v for key, v in summary(values[correct], name, log=True).items()}
+    of_correct = {f"{key}_clean_correct": v for key, v in summary(values[correct], name, log=True).items()}
+    return merged(summary(values, name, log=True), of_correct)
 
 
 def watched(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

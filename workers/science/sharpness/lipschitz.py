@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from workers.science.curvature import batches
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, first, no_progress
-from workers.science.summaries import quantile, summary
+from workers.science.summaries import merged, quantile, summary
 
 
 def lipschitz(
@@ -50,10 +50,7 @@ def lipschitz(
     jacobian, bias = torch.cat(norms), None if head.bias is None else head.bias.detach().cpu()
     at = Anchor.of(torch.cat(features), y.cpu(), head.weight.detach().cpu(), bias)
     upper, largest = lipschitz_upper(model), quantile(jacobian, 1.0)
-    numbers: Numbers = {"lipschitz_upper": upper, **summary(jacobian, "lipschitz_jacobian")}
-    numbers["lipschitz_jacobian_max"] = largest
-    if upper:
-        numbers |= radius_numbers(at, upper, "certified_radius")
-    if largest:
-        numbers |= radius_numbers(at, largest, "estimated_radius_jacobian")
-    return MeasureReport(numbers)
+    numbers: Numbers = {"lipschitz_upper": upper, "lipschitz_jacobian_max": largest}
+    certified = radius_numbers(at, upper, "certified_radius") if upper else {}
+    estimated = radius_numbers(at, largest, "estimated_radius_jacobian") if largest else {}
+    return MeasureReport(merged(numbers, summary(jacobian, "lipschitz_jacobian"), certified, estimated))

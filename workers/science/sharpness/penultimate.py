@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from workers.science.errors import NoLinearHead
+from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, no_progress
 from workers.science.sharpness.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
-from workers.science.summaries import finite, quantile, summary
+from workers.science.summaries import finite, merged, quantile, summary
 
 
 @torch.no_grad()
@@ -29,7 +29,8 @@ def penultimate(
 
     Quantities: the six `LOG_MEASURES`, `log_softmax_trace`, `log_rest` (log(1 - confidence)) and `loss`; also
     `log_dataset_top_eigenvalue` (of the mean Hessian; null where it is exactly 0) with its `_iterations` and
-    `_converged`, `feature_norm_min`, `feature_norm_q01`, `n`.
+    `_converged`, `feature_norm_min`, `feature_norm_q01`, `n`. Samples with NaN or infinite features or logits are left
+    out and counted in `{train_}n_non_finite`; raises `NonFinite` where all are.
     `weight_norm` is ||W||_F of the head as it is, `weight_norm_unscaled` that divided by `scale`, the s which the
     model's head already carries; `log_weight_norm` is the logarithm of the first.
     """
@@ -44,7 +45,7 @@ def penultimate(
     for prefix, x, y in (("", test_x, test_y), ("train_", train_x, train_y)):
         if not len(x):
             continue
-        features, correct = [], []
+        features, correct, readable = [], [], []
         for start in range(0, len(x), batch_size):
             phi, logits = features_and_logits(model, x[start : start + batch_size])
             if phi.ndim != 2:
@@ -53,23 +54,29 @@ def penultimate(
                 )
             features.append(phi)
             correct.append(logits.argmax(1) == y[start : start + batch_size])
+            readable.append(torch.isfinite(phi).all(1) & torch.isfinite(logits).all(1))
             done += len(phi)
             report(done, total)
-        phi, mask = torch.cat(features), torch.cat(correct)
+        kept = torch.cat(readable)
+        if not bool(kept.any()):
+            raise NonFinite.of("a feature or a logit", ~kept)
+        phi, mask, y = torch.cat(features)[kept], torch.cat(correct)[kept], y[kept]
         forms, everyone = closed_forms(phi, weight, bias), torch.ones_like(mask)
         quantities = {name: getattr(forms, name) for name in (*LOG_MEASURES, "log_softmax_trace", "log_rest")}
         loss = forms.cross_entropy(y)
         for suffix, samples in (("", everyone), ("_clean_correct", mask)):
-            found: Numbers = {"n": int(samples.sum())}
-            for name, values in quantities.items():
-                found |= summary(values[samples], name, log=True)
-            found |= summary(loss[samples], "loss")
             norm = forms.log_feature_norm[samples].exp()
-            found["feature_norm_min"], found["feature_norm_q01"] = quantile(norm, 0.0), quantile(norm, 0.01)
+            found: Numbers = merged(
+                {"n": int(samples.sum()), "feature_norm_min": quantile(norm, 0.0)},
+                {"feature_norm_q01": quantile(norm, 0.01)},
+                *(summary(values[samples], name, log=True) for name, values in quantities.items()),
+                summary(loss[samples], "loss"),
+            )
             if samples.any():
                 value, lanczos = log_dataset_top_eigenvalue(phi[samples], weight, bias, seed=seed)
                 found["log_dataset_top_eigenvalue"] = value if math.isfinite(value) else None
                 found["log_dataset_top_eigenvalue_iterations"] = lanczos.iterations
                 found["log_dataset_top_eigenvalue_converged"] = int(lanczos.converged)
-            numbers |= {f"{prefix}{name}{suffix}": value for name, value in found.items()}
+            numbers = merged(numbers, {f"{prefix}{name}{suffix}": value for name, value in found.items()})
+        numbers[f"{prefix}n_non_finite"] = int((~kept).sum())
     return MeasureReport(numbers)
