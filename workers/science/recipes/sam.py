@@ -11,10 +11,10 @@ from workers.science.recipes import standard
 from workers.science.recipes.common import LossAndLogits
 
 
-def loss(model: nn.Module, x: Tensor, y: Tensor, _noise: object, /, rho: float) -> LossAndLogits:
+def loss(model: nn.Module, x: Tensor, y: Tensor, noise: object, /, rho: float) -> LossAndLogits:
     """Mean cross-entropy; `rho` is for `backward`."""
     del rho
-    return standard.loss(model, x, y, generator)
+    return standard.loss(model, x, y, noise)
 
 
 def backward(model: nn.Module, loss_of_batch: Callable[[], LossAndLogits], /, rho: float) -> LossAndLogits:
