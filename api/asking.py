@@ -129,7 +129,7 @@ class Asking(Transport):
             tasks = self._request("GET", f"/v1/jobs/{training}")["tasks"]
             [task] = [one["id"] for one in tasks if "train" in one["roles"]]
         path = f"/v1/tasks/{task}:{verb}" if task else f"/v1/results/{job_id}:{verb}"
-        return self._request("POST", path, **({"json": said} if said else {}))
+        return self._request("POST", path, json=said or None)
 
     def export(
         self, path: str | Path, filter: str | None = None, *, format: Format | None = None, **more: Any
@@ -156,6 +156,11 @@ class Rows:
 
     def __iter__(self) -> Iterator[Json]:
         return self.client._pages("/v1/results", self.params)
+
+    @property
+    def retracted(self) -> int:
+        """How many results match and are hidden because they are retracted, counted up to 10,000."""
+        return int(self.client._request("GET", "/v1/results", params={**self.params, "limit": 1})["retracted"] or 0)
 
     def to_polars(self) -> "pl.DataFrame":
         """Every row, typed, a column per dotted name. Raises `UncannyError` without polars."""

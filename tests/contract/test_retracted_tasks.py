@@ -8,6 +8,7 @@ from service import aggregates, leaderboard, retraction
 from service.access import NotAllowed
 from service.errors import Conflict, InvalidQuery, NotFound, QuotaExceeded
 from service.executor import Grant, Succeeded
+from service.housekeeping import Policy, collect
 from service.insights import Insights, Question
 from service.questions import nodes_of
 from service.settings import Settings
@@ -77,7 +78,7 @@ def test_a_training_takes_all_its_scales_attacks_and_users_along(lab: Any) -> No
     assert (whole["retracted_by"], whole["retraction_reason"]) == ("ann", SPLIT)
     happened = {
         (event.kind, event.actor, event.data["reason"]) for event in lab.rows(tables.events) if event.data.get("reason")
-    }  # noqa: E501
+    }
     assert happened == {("task.retracted", "ann", SPLIT), ("result.retracted", "ann", SPLIT)}
     with pytest.raises(Conflict, match="wrong split"):
         retract(lab, train)
@@ -307,6 +308,15 @@ def test_rerun_submits_what_was_hidden_again_or_nothing_is_retracted(lab: Any) -
     assert len(again) == 2
     answer(lab, 0.75)
     assert shown(lab) == dict.fromkeys(again, 0.75)
+
+
+def test_the_bytes_of_what_is_retracted_stay(lab: Any) -> None:
+    job_id = lab.submit()
+    answer(lab, 0.5)
+    retract(lab, training_of(lab, job_id))
+    [training] = lab.rows(tables.trainings)
+    collect(lab.database, lab.artifacts, Policy(age_seconds=-1e6))
+    assert lab.artifacts.exists(training.checkpoint_digest)
 
 
 @pytest.mark.parametrize("text", [None, " "])
