@@ -9,7 +9,7 @@ from api.schemas import JOB_EXAMPLE, JOB_ID
 Curves = dict[str, dict[str, Any]]  # by part and name; a curve has a list of numbers for each of its columns
 CURVES: Any = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
 HIDDEN: int = Field(
-    default=0, description="Results of the filter that are hidden because they are retracted, counted up to 10,000."
+    default=0, description="Results of the filter that are hidden because they are retracted, counted up to 1,000."
 )
 
 

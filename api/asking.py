@@ -159,7 +159,7 @@ class Rows:
 
     @property
     def retracted(self) -> int:
-        """How many results match and are hidden because they are retracted, counted up to 10,000."""
+        """How many results match and are hidden because they are retracted, counted up to 1,000."""
         return int(self.client._request("GET", "/v1/results", params={**self.params, "limit": 1})["retracted"] or 0)
 
     def to_polars(self) -> "pl.DataFrame":

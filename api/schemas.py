@@ -123,7 +123,7 @@ class Estimated(BaseModel):
 
 class QueueAhead(BaseModel):
     paused: bool
-    own_tasks_before: int = Field(description="Tasks that wait at your expense, counted up to 10,000.")
+    own_tasks_before: int = Field(description="Tasks that wait at your expense, counted up to 1,000.")
     other_users_waiting: int
 
 
@@ -372,7 +372,7 @@ class ResultPage(BaseModel):
     next_cursor: str | None = Field(examples=[None])
     retracted: int | None = Field(
         default=None,
-        description="On the first page: how many results of the filter are hidden, counted up to 10,000.",
+        description="On the first page: how many results of the filter are hidden, counted up to 1,000.",
         examples=[0],
     )
 

@@ -45,7 +45,7 @@ class Results:
         return {"items": rows, "next_cursor": cursor, "retracted": hidden}
 
     def hidden(self, nodes: Sequence[Node]) -> int:
-        """How many results the filters choose that are retracted; at most 10,000 are counted."""
+        """How many results the filters choose that are retracted; at most 1,000 are counted."""
         with self.database.read() as connection:
             return store.hidden(connection, nodes)
 

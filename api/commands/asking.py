@@ -40,10 +40,10 @@ def aggregate(
         found = client.aggregate(
             by, metrics, filter, allow_mixed=allow_mixed, include_retracted=include_retracted, **filters_of(filters)
         )
-    if found.retracted:
-        tell(f"{found.retracted:,} retracted results are not counted (--include-retracted counts them).")
     if as_json:
         return print_json(found.items)
+    if found.retracted:
+        tell(f"{found.retracted:,} retracted results are not counted (--include-retracted counts them).")
     return show(fields_table(found.flat())) if found.items else tell("No results match.")
 
 

@@ -32,7 +32,7 @@ from service.store.tables import (
 from service.verdict import BitArray, unpack
 
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
-MOST_HIDDEN = 10_000
+MOST_HIDDEN = 1000
 NUMBERS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
 
 

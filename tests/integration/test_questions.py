@@ -319,12 +319,15 @@ def test_all_that_rests_on_a_training_is_retracted_and_restored(lab: Lab) -> Non
     sweep = lab.client.sweep(name="spoiled", base=base, grid={"scale": [1, 5]})
     sweep.wait()
     both = lab.ids(sweep=sweep.id)
-    lab.uncanny("retract", both[0], "--training", both[0], "--reason", "two", code=2)
-    lab.uncanny("retract", "--training", both[0], "--measure", "sam_sharpness", "--reason", "two", code=2)
-    lab.uncanny("retract", "--training", both[0], code=2)
+    for wrong, sentence in (
+        ((both[0], "--training", both[0], "--reason", "two"), "give one of"),
+        (("--training", both[0], "--measure", "sam_sharpness", "--reason", "two"), "--measure needs --filter"),
+        (("--training", both[0]), "say why"),
+    ):
+        assert sentence in str(lab.uncanny("retract", *wrong, code=1).exception)
     said = lab.uncanny("retract", "--training", both[0], "--reason", "trained on the wrong split", "--rerun").output
     assert all(job_id in said for job_id in both)
-    [fifth, sixth] = [line for line in said.splitlines() if "resubmitted" in line][0].split(": ")[1].split(", ")
+    [fifth, sixth] = next(line for line in said.splitlines() if "resubmitted" in line).split(": ")[1].split(", ")
     assert all(ended(lab, job_id)["state"] == "succeeded" for job_id in (fifth, sixth))
     chosen = f"seed = 77 and sweep = {sweep.id}"
     hidden = lab.client.results(chosen)
@@ -335,7 +338,8 @@ def test_all_that_rests_on_a_training_is_retracted_and_restored(lab: Lab) -> Non
     assert (boards["retracted"], len(boards["items"][0]["rows"])) == (2, 1)
     train = next(task for task in lab.client.job(both[0])["tasks"] if task["roles"] == ["train"])
     whole = lab.server.http.get(f"/v1/tasks/{train['id']}").json()
-    assert (whole["retracted_by"], whole["joined"], whole["digest"]) == ("ada", False, train["digest"])
+    assert (whole["retraction_reason"], whole["joined"]) == ("trained on the wrong split", False)
+    assert (whole["retracted_with"], whole["digest"]) == (train["id"], train["digest"])
     newer = lab.server.http.get(f"/v1/tasks/{train['digest']}").json()
     assert (newer["generation"], newer["joined"], newer["retracted_at"]) == (2, True, None)
     said = lab.uncanny("retract", "--undo", "--filter", chosen).output
