@@ -178,6 +178,7 @@ def test_the_network_that_a_transfer_comes_from_counts(lab: Any) -> None:
     assert retract(lab, of_source)["retracted"] == sorted([moved, source_itself])
     assert retract(lab, own)["retracted"] == [plain]
     assert restore(lab, of_source)["restored"] == [source_itself], "the other network is retracted still"
+    assert lab.task(lab.job(moved).attack_task_id).retracted_with == own
     assert restore(lab, own)["restored"] == sorted([moved, plain])
     assert hidden(lab) == 0
 
