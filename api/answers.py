@@ -8,6 +8,9 @@ from api.schemas import JOB_EXAMPLE, JOB_ID
 
 Curves = dict[str, dict[str, Any]]  # by part and name; a curve has a list of numbers for each of its columns
 CURVES: Any = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
+HIDDEN: int = Field(
+    default=0, description="Results of the filter that are hidden because they are retracted, counted up to 1,000."
+)
 
 
 class Alive(BaseModel):
@@ -57,10 +60,22 @@ class Standing(BaseModel):
 class Retracted(BaseModel):
     retracted: list[str] = Field(description="Jobs whose results are hidden from now on.", examples=[[JOB_ID]])
     resubmitted: list[str] = Field(description="The jobs that compute them again, where that was asked for.")
+    tasks: list[str] = Field(default=[], description="The tasks that were retracted.", examples=[[JOB_ID]])
+    unmeasured: list[str] = Field(
+        default=[], description="Jobs whose results are shown without the numbers of a further measure."
+    )
+    replanned: int = Field(default=0, description="Live jobs that get a new generation of these tasks.", examples=[2])
 
 
 class Restored(BaseModel):
     restored: list[str] = Field(description="Jobs whose results are shown again.", examples=[[JOB_ID]])
+    tasks: list[str] = Field(default=[], description="The tasks that are restored.", examples=[[JOB_ID]])
+    superseded: list[str] = Field(
+        default=[], description="Those that new jobs do not join, because there is a newer generation."
+    )
+    measured: list[str] = Field(
+        default=[], description="Jobs whose results show the numbers of a further measure again."
+    )
 
 
 class Trajectory(Standing):
@@ -90,6 +105,7 @@ class Aggregate(BaseModel):
         examples=[[{"scale": 5.0, "results": 3, "robust_accuracy": {"mean": 0.57, "count": 3}}]],
     )
     mixed: dict[str, list[Any]] = Field(description="Fields, other than seeds, that differ within a group.")
+    retracted: int = HIDDEN
 
 
 class Pair(BaseModel):
@@ -163,6 +179,7 @@ class Board(BaseModel):
 
 class Leaderboard(BaseModel):
     items: list[Board]
+    retracted: int = HIDDEN
 
 
 class OverScales(BaseModel):
@@ -203,3 +220,4 @@ class Correlations(BaseModel):
     measure: str = Field(examples=["log_relative_sharpness_median"])
     target: str = Field(examples=["robust_accuracy"])
     items: list[Correlation]
+    retracted: int = HIDDEN

@@ -97,19 +97,39 @@ class Asking(Transport):
         items: list[Json] = self._request("GET", "/v1/results:trajectories", params=params)["items"]
         return items
 
-    def retract(self, job_id: str = "", reason: str = "", *, filter: str = "", rerun: bool = False) -> Json:
+    def retract(
+        self, job_id: str = "", reason: str = "", *, filter: str = "", training: str = "", task: str = "",
+        measure: str = "", rerun: bool = False,
+    ) -> Json:  # fmt: skip
         """Hide a result and all that show the same numbers, or every result that a filter chooses.
 
-        With `rerun` they are computed again, as another replicate.
+        With the `training` of a job, or any `task`, everything that rests on it; with a filter and a further `measure`
+        only that measure's numbers. With `rerun` they are computed again.
         """
         said: Json = {"reason": reason, "rerun": rerun}
-        if filter:
-            return self._request("POST", "/v1/results:retract", json={**said, "filter": filter})
-        return self._request("POST", f"/v1/results/{job_id}:retract", json=said)
+        return self._retraction("retract", job_id, filter, training, task, measure, said)
 
-    def restore(self, job_id: str) -> Json:
-        """Take a retraction back."""
-        return self._request("POST", f"/v1/results/{job_id}:restore")
+    def restore(
+        self, job_id: str = "", *, filter: str = "", training: str = "", task: str = "", measure: str = ""
+    ) -> Json:
+        """Take back the retraction that hides a result, that of a task, or all that a filter chooses."""
+        return self._retraction("restore", job_id, filter, training, task, measure, {})
+
+    def _retraction(
+        self, verb: str, job_id: str, filter: str, training: str, task: str, measure: str, said: Json
+    ) -> Json:
+        if sum(map(bool, (job_id, filter, training, task))) != 1:
+            raise UncannyError("name one of: a job, a filter, the training of a job, a task")
+        if measure and not filter:
+            raise UncannyError("a measure is that of the results of a filter")
+        if filter:
+            said = {**said, "filter": filter, **({"measure": measure} if measure else {})}
+            return self._request("POST", f"/v1/results:{verb}", json=said)
+        if training:
+            tasks = self._request("GET", f"/v1/jobs/{training}")["tasks"]
+            [task] = [one["id"] for one in tasks if "train" in one["roles"]]
+        path = f"/v1/tasks/{task}:{verb}" if task else f"/v1/results/{job_id}:{verb}"
+        return self._request("POST", path, json=said or None)
 
     def export(
         self, path: str | Path, filter: str | None = None, *, format: Format | None = None, **more: Any
@@ -137,6 +157,11 @@ class Rows:
     def __iter__(self) -> Iterator[Json]:
         return self.client._pages("/v1/results", self.params)
 
+    @property
+    def retracted(self) -> int:
+        """How many results match and are hidden because they are retracted, counted up to 1,000."""
+        return int(self.client._request("GET", "/v1/results", params={**self.params, "limit": 1})["retracted"] or 0)
+
     def to_polars(self) -> "pl.DataFrame":
         """Every row, typed, a column per dotted name. Raises `UncannyError` without polars."""
         polars = _library("polars")
@@ -161,12 +186,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Groups in the order of `by`; `mixed` has the fields other than seeds that differ within one."""
+    """Groups in the order of `by`; `mixed` has the fields other than seeds that differ within one.
+
+    `retracted` results of the filter are in none of them.
+    """
 
     by: list[str]
     metrics: dict[str, list[str]]
     items: list[Json]
     mixed: dict[str, list[Any]]
+    retracted: int = 0
 
     def __iter__(self) -> Iterator[Json]:
         return iter(self.items)

@@ -24,6 +24,7 @@ ADMIN = {
     ("POST", "/v1/queue:pause"),
     ("POST", "/v1/queue:resume"),
     ("POST", "/v1/results:retract"),
+    ("POST", "/v1/results:restore"),
     ("GET", "/v1/users"),
     ("PUT", "/v1/users/{name}"),
     ("DELETE", "/v1/users/{name}"),

@@ -54,6 +54,7 @@ class Report:
     reasons: dict[str, int]
     made_by: list[Json]
     computations: int
+    retracted: int = 0
 
     def as_json(self) -> Json:
         return dict(vars(self))
@@ -77,6 +78,8 @@ class Report:
             found = [[f"`{reason}`", str(n), MEANING[reason.partition(":")[0]]] for reason, n in self.reasons.items()]
             lines += ["", "## What the verdicts found", "", *_table(("reason", "computations", "meaning"), found)]
         made_by = [[*(str(one[name]) for name in MADE_BY), str(one["computations"])] for one in self.made_by]
+        if self.retracted:
+            lines += ["", f"{self.retracted} retracted results are left out."]
         lines += ["", "## What computed it", "", *_table((*MADE_BY, "computations"), made_by)]
         return "\n".join(lines) + "\n"
 
@@ -93,7 +96,8 @@ def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
     verdicts: dict[Key, Counter[str]] = defaultdict(Counter)
     for row, spec in zip(rows, specs, strict=True):
         verdicts[_key(spec, by)][row["verdict"] or "not judged"] += 1
-    groups = client.aggregate(by, METRICS, filter, **filters).items
+    statistics = client.aggregate(by, METRICS, filter, **filters)
+    groups = statistics.items
     for group in groups:
         group["verdicts"] = dict(verdicts[_key(group, by)].most_common())
     made_by = Counter(tuple(row["provenance"][name] for name in MADE_BY) for row in rows)
@@ -103,6 +107,7 @@ def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
         dict(Counter(reason for row in rows for reason in row["verdict_reasons"] or []).most_common()),
         [dict(zip(MADE_BY, made, strict=True)) | {"computations": n} for made, n in made_by.most_common()],
         len(rows),
+        statistics.retracted,
     )
 
 

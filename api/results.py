@@ -11,7 +11,7 @@ from api.deps import CurrentCaller, Cursor, Limit, Questions, User, Verbs
 from api.errors import documented
 from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import next_link
-from api.schemas import Result, ResultPage, Retraction, Retractions
+from api.schemas import Restorations, Result, ResultPage, Retraction, Retractions
 from api.strict import StrictRoute
 from service import exporting, retraction
 from service.query import names_of
@@ -77,8 +77,16 @@ def list_results(
 
 @router.post(":retract", response_model=Retracted, responses=documented(422))
 def retract_results(body: Retractions, service: Verbs, user: User) -> Any:
-    """Retract every result that a filter chooses, such as all of one version of a task."""
-    return retraction.retract_all(service, nodes_of(body.filter), body.reason, user=user, rerun=body.rerun)
+    """Retract every result that a filter chooses, such as all of one version of a task; or their numbers of one
+    further measure, such as `sam_sharpness` where `measures.sam_sharpness.version = 1`."""
+    nodes = nodes_of(body.filter)
+    return retraction.retract_all(service, nodes, body.reason, user=user, rerun=body.rerun, measure=body.measure)
+
+
+@router.post(":restore", response_model=Restored, responses=documented(422))
+def restore_results(body: Restorations, service: Verbs, user: User) -> Any:
+    """Take back every retraction that hides one of the results, or measures, that a filter chooses."""
+    return retraction.restore_all(service, nodes_of(body.filter), user=user, measure=body.measure)
 
 
 @router.get("/{job_id}", response_model=Result, responses=documented(404))
@@ -101,7 +109,7 @@ def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, ca
 
 @router.post("/{job_id}:restore", response_model=Restored, responses=documented(404, 409))
 def restore_result(job_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Any:
-    """Take a retraction back."""
+    """Take back the retraction that hides a result, of all that it hides."""
     return retraction.restore(service, job_id, user=user, admin=caller.may("admin"))
 
 

@@ -127,7 +127,7 @@ class Estimated(BaseModel):
 
 class QueueAhead(BaseModel):
     paused: bool
-    own_tasks_before: int = Field(description="Tasks that wait at your expense, counted up to 10,000.")
+    own_tasks_before: int = Field(description="Tasks that wait at your expense, counted up to 1,000.")
     other_users_waiting: int
 
 
@@ -307,6 +307,9 @@ class Task(BaseModel):
     detail: dict[str, Any] = Field(examples=[{"step": 4, "steps": 4}])
     attempts: list[dict[str, Any]] = Field(examples=[[ATTEMPT_EXAMPLE]])
     jobs: list[str] = Field(examples=[[JOB_ID]])
+    retracted_at: str | None = Field(default=None, examples=[None])
+    retracted_with: str | None = Field(default=None, description="The task that was retracted.", examples=[None])
+    joined: bool = Field(default=True, description="Whether new jobs join it, or get a newer generation.")
 
 
 class Dataset(BaseModel):
@@ -371,6 +374,17 @@ class ResultPage(BaseModel):
         description="Rows as in Result, or the fields asked for.", examples=[[RESULT_EXAMPLE]]
     )
     next_cursor: str | None = Field(examples=[None])
+    retracted: int | None = Field(
+        default=None,
+        description="On the first page: how many results of the filter are hidden, counted up to 1,000.",
+        examples=[0],
+    )
+
+
+Measure = Annotated[
+    str | None,
+    Field(description="A further measure: only its numbers are meant.", max_length=200, examples=["sam_sharpness"]),
+]
 
 
 class Retraction(BaseModel):
@@ -392,3 +406,15 @@ class Retractions(Retraction):
     ]})  # fmt: skip
 
     filter: Annotated[str, Field(pattern=r"\S", description="As for `GET /v1/results`; a blank one is refused.")]
+    measure: Measure = None
+
+
+class Restorations(BaseModel):
+    """Which retractions are taken back: those that hide results which a filter chooses."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [
+        {"filter": "retraction_reason = 'wrong step size'"}
+    ]})  # fmt: skip
+
+    filter: Annotated[str, Field(pattern=r"\S", description="As for `GET /v1/results`; a blank one is refused.")]
+    measure: Measure = None

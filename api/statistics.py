@@ -92,7 +92,7 @@ def get_leaderboard(
     nodes = nodes_of(filter, filters_of(request, RESULTS, OWN))
     wanted = None if scale == "all" else float(scale)
     boards = leaderboard.leaderboard(insights.database, nodes, attack=attack, scale=wanted, trusted=trusted)
-    return {"items": boards}
+    return {"items": boards, "retracted": insights.hidden(nodes)}
 
 
 @router.get(
@@ -122,4 +122,4 @@ def get_correlations(
     they are fewer; 10,000,000 are allowed in all groups together. Groups below ten checkpoints are not resampled."""
     nodes = nodes_of(filter, filters_of(request, RESULTS))
     found = correlating.correlations(insights.database, nodes, measure, target=target, by=names_of(by), trusted=trusted)
-    return {"measure": measure, "target": target, "items": found}
+    return {"measure": measure, "target": target, "items": found, "retracted": insights.hidden(nodes)}

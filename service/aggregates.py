@@ -127,7 +127,9 @@ def aggregate(
             raise InvalidQuery("metrics", f"best and worst are for {MAX_BEST:,} groups at most, not {len(groups):,}")
         question.take_values(groups)
         items = [question.item(key, group) for key, group in sorted(groups.items(), key=lambda one: _rank(one[0]))]
-    return {"by": list(by), "metrics": {name: list(of) for name, of in metrics.items()}, "items": items, "mixed": mixed}
+        hidden = 0 if retracted else store.hidden(connection, nodes)
+    asked = {name: list(of) for name, of in metrics.items()}
+    return {"by": list(by), "metrics": asked, "items": items, "mixed": mixed, "retracted": hidden}
 
 
 class Grouping:

@@ -110,7 +110,7 @@ def _task_line(connection: Connection, look: _Look, task: Row[Any], tasks: Seque
         case TaskState.BLOCKED:
             waits = [one for one in tasks if one.kind == "train" and one.state != TaskState.SUCCEEDED]
             sentence = "it waits for " + " and ".join(
-                f"training {one.digest[:10]}, which is {one.state}" for one in waits
+                f"training {views.digest_of(one)[:10]}, which is {one.state}" for one in waits
             )
         case TaskState.QUEUED:
             sentence, before = _queued(look, task)

@@ -1,24 +1,28 @@
-"""Jobs that need tasks of an older version: they are planned again, and need tasks of this one."""
+"""Jobs that need tasks of an older version, or retracted ones: they are planned again, and need those of today."""
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy import Connection, Row, select
 
-from service.errors import InvalidSpec
+from service.errors import Conflict, InvalidSpec
 from service.executor import Grant
 from service.jobs import LIVE_JOB
 from service.plan import JobPlan
 from service.planning import plans_of
 from service.specs import JobSpec, problems
 from service.specs.versions import version_of_spec
-from service.store import submitting
+from service.store import retracting, submitting
 from service.store.listed import listed
 from service.store.tables import job_tasks, jobs
 
 log = logging.getLogger("uncanny.replanning")
+
+
+class _Refused(Exception):
+    """This version refuses a spec that an older one accepted."""
 
 
 def outdated(grants: Iterable[Grant]) -> list[str]:
@@ -37,12 +41,34 @@ def replan(connection: Connection, now: float, actor: str, task_ids: Collection[
     plans: list[tuple[Row[Any], JobPlan]] = []
     for row in rows:
         try:
-            plans += [(row, plan) for plan in plans_of(connection, [JobSpec.model_validate(row.spec)])]
-        except (InvalidSpec, ValidationError) as error:
-            refused = problems(error) if isinstance(error, ValidationError) else error.errors
-            reason = "this version refuses its spec: " + "; ".join(map(": ".join, refused))
-            submitting.cancel_jobs(connection, now, actor, [row.id], reason)
+            plans.append((row, _plan(connection, row)))
+        except _Refused as refused:
+            submitting.cancel_jobs(connection, now, actor, [row.id], str(refused))
     if plans:
         submitting.replan_jobs(connection, now, actor, plans)
-        log.info("%d jobs were planned again: they needed tasks of an older version", len(plans))
+        log.info("%d jobs were planned again: their tasks are of an older version, or retracted", len(plans))
     return len(plans)
+
+
+def before_retry(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> None:
+    """Plan those of these ended jobs again that need retracted tasks, so that a retry does not go on with them.
+
+    Raises `Conflict` where this version refuses a spec.
+    """
+    ended = submitting.RETRIABLE & jobs.c.id.in_(listed(retracting.outlived(connection, job_ids)))
+    rows = connection.execute(select(jobs).where(ended).order_by(jobs.c.sequence)).all()
+    try:
+        plans = [(row, _plan(connection, row)) for row in rows]
+    except _Refused as refused:
+        raise Conflict(f"it needs a retracted task, and {refused}: submit it anew") from None
+    if plans:
+        submitting.replan_jobs(connection, now, actor, plans)
+
+
+def _plan(connection: Connection, row: Row[Any]) -> JobPlan:
+    try:
+        [plan] = plans_of(connection, [JobSpec.model_validate(row.spec)])
+    except (InvalidSpec, ValidationError) as error:
+        refused = problems(error) if isinstance(error, ValidationError) else error.errors
+        raise _Refused("this version refuses its spec: " + "; ".join(map(": ".join, refused))) from None
+    return plan

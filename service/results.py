@@ -11,6 +11,7 @@ from service.dotted import FAMILIES, chosen
 from service.errors import InvalidQuery, NotFound
 from service.flags import flags_of
 from service.jobs import TaskState
+from service.query import Node
 from service.questions import ALL_FIELDS, Question
 from service.store import reading
 from service.store import results as store
@@ -32,11 +33,21 @@ class Results:
         self.database = database
 
     def results(self, question: Question) -> dict[str, Any]:
-        """A page of results. Raises `InvalidQuery`."""
+        """A page of results; the first one says how many are hidden because they are retracted.
+
+        Raises `InvalidQuery`.
+        """
         with self.database.read() as connection:
             check_fields(connection, question.fields)
             rows, cursor = self._page(connection, question)
-        return {"items": rows, "next_cursor": cursor}
+            first = question.cursor is None
+            hidden = store.hidden(connection, question.nodes) if first and not question.retracted else None
+        return {"items": rows, "next_cursor": cursor, "retracted": hidden}
+
+    def hidden(self, nodes: Sequence[Node]) -> int:
+        """How many results the filters choose that are retracted; at most 1,000 are counted."""
+        with self.database.read() as connection:
+            return store.hidden(connection, nodes)
 
     def all_results(self, question: Question) -> Iterator[dict[str, Any]]:
         """Every row, page by page, so that neither memory nor a transaction grows with them.
@@ -77,10 +88,11 @@ class Results:
                 made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]
                 part = {
                     "task_id": task.id,
-                    "digest": task.digest,
+                    "digest": views.digest_of(task),
                     "kind": task.kind,
                     "version": task.version,
                     "failed": task.reason if task.state == TaskState.FAILED else None,
+                    **views.retracted(task),
                     "numbers": store.numbers_of(connection, task.id, task.kind),
                     "curves": store.curve_names(connection, task.id),
                     "bits": store.bit_names(connection, task.id),
@@ -89,7 +101,7 @@ class Results:
                 }
                 for role in reading.roles(row, task):
                     name = task.spec["measure"]["type"] if role == "measure" else role
-                    parts[name if name not in parts else f"{name}:{task.digest[:8]}"] = part
+                    parts[name if name not in parts else f"{name}:{views.digest_of(task)[:8]}"] = part
         return {**views.result_row(row, further, specs[row.cell_id], whole=False), "flags": flags, "parts": parts}
 
     def trajectory(self, job_id: str) -> dict[str, Any]:

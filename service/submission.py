@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
+from service import replanning
 from service.artifacts import Artifacts
 from service.datasets import inspect
 from service.errors import Changed, Conflict, NotFound, QuotaExceeded
@@ -260,6 +261,7 @@ class Service:
     def _retry(self, connection: Connection, now: float, user: str, ids: list[str]) -> list[str]:
         for owner, count in submitting.reopening(connection, ids).items():
             self._check_quota(connection, owner, count)
+        replanning.before_retry(connection, now, user, ids)
         return submitting.retry_jobs(connection, now, user, ids)
 
     def _once(self, user: str, idempotency: Idempotency | None, write: Callable[[Connection, float], Reply]) -> Reply:

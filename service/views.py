@@ -44,10 +44,15 @@ def version(ident: str, priority: int, labels: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps([ident, priority, sorted(labels.items())]).encode()).hexdigest()[:32]
 
 
+def digest_of(task: Row[Any]) -> str:
+    """What it is the computation of, also where a newer generation is what new jobs join."""
+    return str(task.former_digest or task.digest)
+
+
 def task_line(task: Row[Any], roles: list[str]) -> dict[str, Any]:
     """A task as one line of its job."""
     return {
-        "id": task.id, "digest": task.digest, "kind": task.kind, "roles": roles, "state": task.state,
+        "id": task.id, "digest": digest_of(task), "kind": task.kind, "roles": roles, "state": task.state,
         "reason": task.reason, "progress": task.progress, "attempt": task.attempt, "worker": task.worker,
         "started_at": iso(task.started_at), "finished_at": iso(task.finished_at),
     }  # fmt: skip
@@ -59,7 +64,8 @@ def task_view(task: Row[Any], spec: Task, attempts: Sequence[Row[Any]], jobs: li
         **{key: value for key, value in task_line(task, []).items() if key != "roles"},
         "spec": task.spec, "canonical": canonical(spec), "generation": task.generation, "errors": task.errors,
         "suspect_losses": task.suspect_losses, "cancel_requested": task.cancel_requested, "detail": task.detail,
-        "holder": task.holder, "created_at": iso(task.created_at), "jobs": jobs,
+        "holder": task.holder, "created_at": iso(task.created_at), "jobs": jobs, **retracted(task),
+        "retracted_with": task.retracted_with, "joined": task.former_digest is None,
         "attempts": [
             {
                 "number": a.number, "holder": a.holder, "worker": a.worker, "started_at": iso(a.started_at),

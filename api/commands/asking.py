@@ -42,6 +42,8 @@ def aggregate(
         )
     if as_json:
         return print_json(found.items)
+    if found.retracted:
+        tell(f"{found.retracted:,} retracted results are not counted (--include-retracted counts them).")
     return show(fields_table(found.flat())) if found.items else tell("No results match.")
 
 
@@ -125,30 +127,47 @@ def retract(
     job: Annotated[str, typer.Argument(metavar="[JOB]", help="Id of a result.")] = "",
     reason: Annotated[str, typer.Option("--reason", help="Why; it is shown with the result.")] = "",
     filter: Filter = "",
-    rerun: Annotated[bool, typer.Option("--rerun", help="Compute them again, as another replicate.")] = False,
-    undo: Annotated[bool, typer.Option("--undo", help="Take the retraction of JOB back.")] = False,
+    training: Annotated[str, typer.Option("--training", help="All that rests on the training of this job.")] = "",
+    task: Annotated[str, typer.Option("--task", help="All that rests on this task.")] = "",
+    measure: Annotated[str, typer.Option("--measure", help="With --filter: only this measure's numbers.")] = "",
+    rerun: Annotated[bool, typer.Option("--rerun", help="Compute them again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take such a retraction back.")] = False,
     home: Home = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hide a result, or all that --filter chooses, from now on. Nothing is deleted."""
-    if undo and (filter or not job):
-        raise BadUsage("--undo takes the id of one result, and no --filter")
-    if bool(job) == bool(filter):
-        raise BadUsage("give the id of one result, or --filter")
+    """Hide a result, all that --filter chooses, or all that rests on a training, from now on. Nothing is deleted."""
+    if sum(map(bool, (job, filter, training, task))) != 1:
+        raise BadUsage("give one of: the id of a result, --filter, --training JOB, --task ID")
+    if measure and not filter:
+        raise BadUsage("--measure needs --filter")
+    if undo and (reason or rerun):
+        raise BadUsage("--undo takes no --reason and no --rerun")
     if not (reason or undo):
         raise BadUsage("say why: --reason TEXT")
+    which: dict[str, str] = {"filter": filter, "training": training, "task": task, "measure": measure}
     with client_of(home, url) as client:
-        done = client.restore(job) if undo else client.retract(job, reason, filter=filter, rerun=rerun)
+        done = client.restore(job, **which) if undo else client.retract(job, reason, rerun=rerun, **which)
     if as_json:
         print_json(done)
     else:
-        for what, job_ids in done.items():
-            if job_ids:
-                say(f"{what}: {', '.join(job_ids)}")
+        _say_done(done)
     if not any(done.values()):
-        tell("No result that is shown matches.")
+        tell("No retracted result matches." if undo else "No result that is shown matches.")
         raise typer.Exit(FAILED)
+
+
+def _say_done(done: Json) -> None:
+    """What was hidden, or is shown again: results by their jobs, tasks by how many they are."""
+    for what in ("retracted", "restored", "resubmitted", "unmeasured", "measured"):
+        if done.get(what):
+            say(f"{what}: {', '.join(done[what])}")
+    if done.get("tasks"):
+        say(f"tasks: {len(done['tasks']):,}")
+    if done.get("replanned"):
+        say(f"{done['replanned']:,} jobs that had not ended get a new generation of these tasks.")
+    if done.get("superseded"):
+        say(f"{len(done['superseded']):,} of the tasks are joined by no new job: there is a newer generation.")
 
 
 def _tell_nothing(trusted: bool) -> None:

@@ -66,6 +66,8 @@ def results(
             **filters_of(filters),
         )  # fmt: skip
         rows = _first(found, limit, "--limit shows more, `uncanny export FILE` writes all of them")
+        if not as_json and (hidden := found.retracted):
+            tell(f"{hidden:,} retracted results are hidden (--include-retracted shows them).")
     if as_json:
         return print_json(rows)
     if as_csv:

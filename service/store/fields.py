@@ -17,6 +17,7 @@ from service.specs.parameters import parameters, scalars
 from service.store.filing import LATER
 from service.store.listed import elements
 from service.store.result_tables import METRICS, cells, number_names, results
+from service.store.states import DIGEST
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
 from service.store.typed import json_flag, json_list, json_number, json_text
 
@@ -223,7 +224,8 @@ def _number(name: str) -> Field:
         .join(job_tasks, job_tasks.c.task_id == measurements.c.task_id)
         .join(tasks, tasks.c.id == measurements.c.task_id)
         .where(job_tasks.c.job_id == results.c.job_id, tasks.c.id != results.c.measure_task_id, measure.is_not(None))
-        .order_by(tasks.c.digest.desc())
+        .where(tasks.c.retracted_at.is_(None))
+        .order_by(DIGEST.desc())
         .limit(1)
     )
     of_attack = select(attack).where(attack_results.c.task_id == results.c.attack_task_id)
@@ -251,7 +253,7 @@ def _of_measure(name: str) -> Field | None:
     theirs = (
         (job_tasks.c.job_id == results.c.job_id) & (tasks.c.id == job_tasks.c.task_id) & (tasks.c.kind == "measure")
     )
-    query = select(value).where(theirs, of_type).order_by(tasks.c.digest.desc()).limit(1)
+    query = select(value).where(theirs, of_type).order_by(tasks.c.retracted_at.is_not(None), DIGEST.desc()).limit(1)
     return Field(found, query.correlate(results).scalar_subquery())
 
 
@@ -299,7 +301,7 @@ HEADLINE: dict[str, Field] = {
     **{name: Field("number", results.c[name], task=COMPUTED_BY.get(name)) for name in METRICS},
     "masked_n": Field("integer", results.c.masked_n), "verdict": Field("text", results.c.verdict),
 }  # fmt: skip
-ATTACK_DIGEST = select(tasks.c.digest).where(tasks.c.id == results.c.attack_task_id).correlate(results)
+ATTACK_DIGEST = select(DIGEST).where(tasks.c.id == results.c.attack_task_id).correlate(results)
 RESULTS = Fields(
     {
         "job_id": Field("text", results.c.job_id), "user": Field("text", results.c.user),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, func, insert, literal, select, update
+from sqlalchemy import Connection, Row, Select, and_, case, func, insert, literal, select, update
 
 from service.store.listed import insert_rows, listed
 from service.store.result_tables import cells, number_names, results
@@ -128,10 +128,14 @@ def _versions(connection: Connection, rows: Sequence[Row[Any]]) -> list[dict[str
 
 
 def _same_attack(connection: Connection, task_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of each of these attack tasks that has a result already, whether that is retracted, and why."""
+    """Of each of these attack tasks that has a result already, whether that is retracted, and why.
+
+    Not with another task that it rests on: a new result rests on a newer generation of that one.
+    """
     needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
+    alone = results.c.retracted_with.is_(None)
     theirs = (
-        select(results.c.attack_task_id, *(results.c[name] for name in RETRACTION))
+        select(results.c.attack_task_id, *(case((alone, results.c[name])).label(name) for name in RETRACTION))
         .where(results.c.job_id.in_(listed(connection.scalars(needing))))
         .order_by(results.c.sequence.desc())
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Float, Row, cast, exists, func, select
+from sqlalchemy import Connection, Float, Row, cast, exists, func, or_, select
 
 from service.jobs import JobState, TaskState
 from service.query import Node
@@ -11,6 +11,7 @@ from service.store.conditions import condition
 from service.store.fields import JOBS
 from service.store.keyset import Order, Position
 from service.store.listed import listed
+from service.store.states import DIGEST
 from service.store.tables import attempts, datasets, job_tasks, jobs, sweeps, tasks
 
 Rows = list[Row[Any]]
@@ -112,8 +113,12 @@ def seconds_by_kind(connection: Connection, sweep_ids: Sequence[str]) -> dict[st
 
 
 def task(connection: Connection, id_or_digest: str) -> Row[Any] | None:
-    named = tasks.c.digest if len(id_or_digest) == 64 else tasks.c.id
-    return connection.execute(select(tasks).where(named == id_or_digest)).one_or_none()
+    """By a digest the one that new jobs join, else the last generation of the retracted ones."""
+    if len(id_or_digest) != 64:
+        return connection.execute(select(tasks).where(tasks.c.id == id_or_digest)).one_or_none()
+    named = or_(tasks.c.digest == id_or_digest, tasks.c.former_digest == id_or_digest)
+    newest = (tasks.c.former_digest.is_not(None), tasks.c.generation.desc())
+    return connection.execute(select(tasks).where(named).order_by(*newest).limit(1)).one_or_none()
 
 
 def attempts_of(connection: Connection, task_id: str) -> Rows:
@@ -128,8 +133,9 @@ def jobs_of_task(connection: Connection, task_id: str, limit: int) -> list[str]:
 def running_tasks(connection: Connection, *, sweep_id: str | None = None, job_id: str | None = None) -> Rows:
     """What runs now, with its progress: of everything, or of one sweep or job."""
     query = select(
-        tasks.c.id, tasks.c.digest, tasks.c.kind, tasks.c.attempt, tasks.c.worker, tasks.c.progress, tasks.c.detail
-    ).where(tasks.c.state == TaskState.RUNNING)
+        tasks.c.id, DIGEST.label("digest"), tasks.c.kind, tasks.c.attempt, tasks.c.worker, tasks.c.progress,
+        tasks.c.detail,
+    ).where(tasks.c.state == TaskState.RUNNING)  # fmt: skip
     needed = (job_tasks.c.task_id == tasks.c.id) & (job_tasks.c.job_id == jobs.c.id)
     if sweep_id is not None:
         query = query.where(exists().where(needed, jobs.c.sweep_id == sweep_id))

@@ -40,6 +40,7 @@ INDEXED = (
     "log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median",
 )  # fmt: skip
 SHOWN = text("retracted_at IS NULL")
+HIDDEN = text("retracted_at IS NOT NULL")
 
 results = Table(
     "results",
@@ -70,6 +71,8 @@ results = Table(
     Column("retracted_at", Float(53)),
     Column("retracted_by", String(200)),
     Column("retraction_reason", Text),
+    Column("retracted_with", String(36)),  # the task whose retraction hides it; null where itself was retracted
+    Index("ix_results_retracted", "retracted_with", "sequence", postgresql_where=HIDDEN, sqlite_where=HIDDEN),
     *(
         Index(f"ix_results_{name}", name, "sequence", "cell_id", "user", postgresql_where=SHOWN, sqlite_where=SHOWN)
         for name in INDEXED

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Integer, Row, Select, Text, bindparam, cast, select
+from sqlalchemy import Connection, Integer, Row, Select, Text, bindparam, cast, func, select
 
 from service.jobs import TaskState
 from service.query import Node
@@ -16,6 +16,7 @@ from service.store.filing import LATER
 from service.store.keyset import Among, Order, Position
 from service.store.listed import elements, listed
 from service.store.result_tables import INDEXED, METRICS, cells, results
+from service.store.states import DIGEST
 from service.store.tables import (
     artifacts,
     attack_results,
@@ -31,7 +32,8 @@ from service.store.tables import (
 )  # fmt: skip
 from service.verdict import BitArray, unpack
 
-RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
+RETRACTION = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
+MOST_HIDDEN = 1000
 NUMBERS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
 
 
@@ -46,7 +48,7 @@ def _rows() -> Select[Any]:
             *(results.c[name] for name in ("cell_id", "weights_sha256", *RETRACTION)),
             attack_results.c.numbers.label("attack_numbers"),
             measurements.c.numbers.label("measure_numbers"),
-            attack.c.digest.label("attack_digest"),
+            func.coalesce(attack.c.former_digest, attack.c.digest).label("attack_digest"),
             attempts.c.provenance,
         )
         .join(results, results.c.job_id == jobs.c.id)
@@ -82,6 +84,13 @@ def selected(
     """The conditions that choose results."""
     shown: list[Column] = [] if retracted else [results.c.retracted_at.is_(None)]
     return [*shown, condition(connection, nodes, RESULTS, scanning=scanning)]
+
+
+def hidden(connection: Connection, nodes: Sequence[Node]) -> int:
+    """How many results the filters choose that are hidden because they are retracted, counted up to `MOST_HIDDEN`."""
+    which = (results.c.retracted_at.is_not(None), condition(connection, nodes, RESULTS))
+    few = select(results.c.job_id).where(*which).limit(MOST_HIDDEN).subquery()
+    return int(connection.execute(select(func.count()).select_from(few)).scalar_one())
 
 
 def _where(
@@ -132,22 +141,27 @@ def cell_specs(connection: Connection, ids: Iterable[int]) -> dict[int, dict[str
 def further_measures(connection: Connection, job_rows: Sequence[Row[Any]]) -> dict[str, list[dict[str, Any]]]:
     """The measures beyond the closed forms: `job id -> [{"measure": its spec, "numbers": ..., "failed": why or None}]`.
 
-    One that failed has no numbers.
+    One that failed or was retracted has no numbers.
     """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     closed_forms = {row.id: row.measure_task_id for row in job_rows}
     asked = [row.id for row in job_rows if row.spec["measures"]]
+    retraction = (tasks.c.retracted_at, tasks.c.retraction_reason)
+    of_task = (tasks.c.id, tasks.c.spec, tasks.c.state, tasks.c.reason, *retraction, measurements.c.numbers)
     query = (
-        select(job_tasks.c.job_id, tasks.c.id, tasks.c.spec, tasks.c.state, tasks.c.reason, measurements.c.numbers)
+        select(job_tasks.c.job_id, *of_task)
         .join(tasks, tasks.c.id == job_tasks.c.task_id)
         .outerjoin(measurements, measurements.c.task_id == tasks.c.id)
         .where(job_tasks.c.job_id.in_(listed(asked)), tasks.c.kind == "measure")
-        .order_by(tasks.c.digest)
+        .order_by(DIGEST)
     )
-    for job_id, task_id, spec, state, reason, numbers in connection.execute(query) if asked else ():
-        if task_id != closed_forms[job_id]:
-            failed = reason if state == TaskState.FAILED else None
-            found[job_id].append({"measure": spec["measure"], "numbers": numbers or {}, "failed": failed})
+    for row in connection.execute(query) if asked else ():
+        if row.id != closed_forms[row.job_id]:
+            failed = row.reason if row.state == TaskState.FAILED else None
+            numbers = row.numbers or {}
+            if row.retracted_at is not None:
+                numbers, failed = {}, f"retracted: {row.retraction_reason}"
+            found[row.job_id].append({"measure": row.spec["measure"], "numbers": numbers, "failed": failed})
     return found
 
 

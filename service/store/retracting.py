@@ -1,14 +1,37 @@
-"""Retractions: marks on results, by the attack task whose numbers they show."""
+"""Retractions: marks on results, by the attack task whose numbers they show, and on tasks with all that rests on them.
+
+What rests on a task: the tasks that are computed on its checkpoint, and the results that need any of these for a number
+or for their verdict. A further measure is no such need: a result loses that measure's numbers only.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    String,
+    bindparam,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 
+from service.jobs import LIVE_JOB, JobState
 from service.store.fields import Column
 from service.store.listed import listed
 from service.store.result_tables import results
-from service.store.tables import job_tasks, jobs
+from service.store.tables import job_tasks, jobs, task_edges, tasks
+
+MARK = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
+NO_MARK: dict[str, None] = dict.fromkeys(MARK)
+FURTHER = (tasks.c.kind == "measure") & (tasks.c.spec["measure", "type"].as_string() != "closed_forms")
+LET_GO = (JobState.FAILED, JobState.CANCELLED)  # jobs that lose nothing with a task
 
 
 def attacks_of(connection: Connection, where: Sequence[Column]) -> list[str]:
@@ -16,18 +39,119 @@ def attacks_of(connection: Connection, where: Sequence[Column]) -> list[str]:
     return list(connection.scalars(select(results.c.attack_task_id).where(*where).distinct()))
 
 
-def retract(connection: Connection, now: float, user: str, reason: str, task_ids: Sequence[str]) -> list[str]:
-    """Mark the results that rest on these attack tasks; returns those that were not marked yet."""
+def measures_of(connection: Connection, where: Sequence[Column], kind: str, *, retracted: bool) -> list[str]:
+    """The measure tasks of this type, retracted or not, that the results which `where` chooses need."""
+    of_kind = (tasks.c.kind == "measure") & (tasks.c.spec["measure", "type"].as_string() == kind)
+    query = select(tasks.c.id).join(job_tasks, job_tasks.c.task_id == tasks.c.id)
+    query = query.join(results, results.c.job_id == job_tasks.c.job_id).where(*where, of_kind)
+    marked = tasks.c.retracted_at.is_not(None)
+    return sorted(connection.scalars(query.where(marked if retracted else ~marked).distinct()))
+
+
+def hidden_by(connection: Connection, where: Sequence[Column]) -> tuple[list[str], list[str]]:
+    """Why the results that `where` chooses are hidden: the attack tasks of those that were retracted by themselves,
+    and the retracted tasks that the others rest on."""
+    hidden = (*where, results.c.retracted_at.is_not(None))
+    alone = attacks_of(connection, [*hidden, results.c.retracted_with.is_(None)])
+    query = select(results.c.retracted_with).where(*hidden, results.c.retracted_with.is_not(None))
+    return alone, sorted(connection.scalars(query.distinct()))
+
+
+def retract(connection: Connection, now: float, user: str, reason: str, attack_ids: Sequence[str]) -> list[str]:
+    """Mark the results that show the numbers of these attack tasks; returns those that were not marked yet."""
     values = {"retracted_at": now, "retracted_by": user, "retraction_reason": reason}
-    statement = update(results).where(_resting_on(task_ids), results.c.retracted_at.is_(None))
+    statement = update(results).where(_showing(attack_ids), results.c.retracted_at.is_(None))
     return sorted(connection.scalars(statement.values(values).returning(results.c.job_id)))
 
 
-def restore(connection: Connection, task_id: str) -> list[str]:
-    """Take the marks away again; returns the results that had one."""
-    values = {"retracted_at": None, "retracted_by": None, "retraction_reason": None}
-    statement = update(results).where(_resting_on([task_id]), results.c.retracted_at.is_not(None))
-    return sorted(connection.scalars(statement.values(values).returning(results.c.job_id)))
+def restore(connection: Connection, attack_ids: Sequence[str]) -> list[str]:
+    """Take these marks away again; returns the results that are shown from now on.
+
+    One that rests on a task which was retracted meanwhile stays hidden with that task.
+    """
+    mine = (_showing(attack_ids), results.c.retracted_at.is_not(None), results.c.retracted_with.is_(None))
+    cleared = list(connection.scalars(update(results).where(*mine).values(NO_MARK).returning(results.c.job_id)))
+    return sorted(set(cleared) - set(_hide(connection, results.c.job_id.in_(listed(cleared)))))
+
+
+def give_digests_up(connection: Connection, task_ids: Sequence[str]) -> None:
+    """From now on no job joins these tasks."""
+    connection.execute(update(tasks).where(tasks.c.id.in_(listed(task_ids))).values(_new_digest()))
+
+
+def resting_on(connection: Connection, task_ids: Sequence[str]) -> list[str]:
+    """These tasks, and those that are computed on their checkpoints: only trainings have any, and no parents."""
+    children = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(task_ids)))
+    return sorted({*task_ids, *connection.scalars(children)})
+
+
+def retract_tasks(connection: Connection, now: float, user: str, reason: str, task_ids: Sequence[str]) -> list[str]:
+    """Mark these tasks, and those that rest on them, and let new tasks take their digests.
+
+    Returns those that were not marked yet.
+    """
+    values = {"retracted_at": now, "retracted_by": user, "retraction_reason": reason, "retracted_with": tasks.c.id}
+    unmarked = (tasks.c.id.in_(listed(task_ids)), tasks.c.retracted_at.is_(None))
+    marked = list(
+        connection.scalars(update(tasks).where(*unmarked).values(values | _new_digest()).returning(tasks.c.id))
+    )
+    return sorted([*marked, *_mark_children(connection, _children_of(marked))])
+
+
+def hide_resting_on(connection: Connection, task_ids: Sequence[str]) -> list[str]:
+    """Mark the results that rest on these tasks, which are retracted; returns those that were not marked yet."""
+    return _hide(connection, results.c.job_id.in_(_jobs_of(task_ids)))
+
+
+def restore_tasks(connection: Connection, roots: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take the retractions of these tasks back: `(tasks, results)` that are not marked any more.
+
+    What rests on another retracted task too stays retracted with that one.
+    """
+    of_roots = listed(roots)
+    mine = update(tasks).where(tasks.c.retracted_with.in_(of_roots)).values(NO_MARK).returning(tasks.c.id)
+    cleared = list(connection.scalars(mine))
+    still = _mark_children(connection, tasks.c.id.in_(listed(cleared)))
+    theirs = update(results).where(results.c.retracted_at.is_not(None), results.c.retracted_with.in_(of_roots))
+    shown = list(connection.scalars(theirs.values(NO_MARK).returning(results.c.job_id)))
+    hidden = _hide(connection, results.c.job_id.in_(listed(shown)))
+    return sorted(set(cleared) - set(still)), sorted(set(shown) - set(hidden))
+
+
+def give_digests_back(connection: Connection, task_ids: Sequence[str]) -> list[str]:
+    """Let restored tasks be what new jobs join; returns those that cannot be, as a newer generation is.
+
+    That is one of their own, or one of a training that they were computed on: jobs never mix two.
+    """
+    parent = tasks.alias("parent")
+    on_newer = exists().where(
+        task_edges.c.child_id == tasks.c.id, parent.c.id == task_edges.c.parent_id, parent.c.former_digest.is_not(None)
+    )
+    which = (tasks.c.id.in_(listed(task_ids)), tasks.c.former_digest.is_not(None))
+    query = select(tasks.c.id, tasks.c.former_digest).where(*which, ~on_newer).order_by(tasks.c.generation)
+    for of_kind in (tasks.c.kind == "train", tasks.c.kind != "train"):
+        newest = {digest: task_id for task_id, digest in connection.execute(query.where(of_kind))}
+        taken = set(connection.scalars(select(tasks.c.digest).where(tasks.c.digest.in_(listed(newest)))))
+        free = [{"task": task_id, "own": digest} for digest, task_id in newest.items() if digest not in taken]
+        if free:
+            own = update(tasks).where(tasks.c.id == bindparam("task"))
+            connection.execute(own.values(digest=bindparam("own"), former_digest=None), free)
+    return sorted(connection.scalars(select(tasks.c.id).where(*which)))
+
+
+def unmeasured_by(connection: Connection, task_ids: Sequence[str]) -> list[str]:
+    """The results that are shown and lack, or get back, the numbers of these tasks as those of a further measure."""
+    needing = select(job_tasks.c.job_id).join(tasks, tasks.c.id == job_tasks.c.task_id)
+    needing = needing.where(tasks.c.id.in_(listed(task_ids)), FURTHER)
+    shown = select(results.c.job_id).where(results.c.job_id.in_(needing), results.c.retracted_at.is_(None))
+    return sorted(connection.scalars(shown))
+
+
+def outlived(connection: Connection, job_ids: Sequence[str]) -> list[str]:
+    """Those of these jobs that need a task in whose place there is, or will be, a newer generation."""
+    query = select(job_tasks.c.job_id).join(tasks, tasks.c.id == job_tasks.c.task_id)
+    query = query.where(job_tasks.c.job_id.in_(listed(job_ids)), tasks.c.former_digest.is_not(None))
+    return list(connection.scalars(query.distinct()))
 
 
 def specs_of(connection: Connection, job_ids: Sequence[str]) -> list[Row[Any]]:
@@ -45,12 +169,67 @@ def last_replicate(connection: Connection, cell_id: int, seed: int) -> int:
 
 
 def others_of(connection: Connection, job_ids: Sequence[str], user: str) -> list[str]:
-    """Whose these results are, apart from `user`."""
-    theirs = select(results.c.user).where(results.c.job_id.in_(listed(job_ids)), results.c.user != user)
+    """Whose these jobs are, apart from `user`."""
+    theirs = select(jobs.c.user).where(jobs.c.id.in_(listed(job_ids)), jobs.c.user != user)
     return sorted(connection.scalars(theirs.distinct()))
 
 
-def _resting_on(task_ids: Sequence[str]) -> Column:
+def waiting_for(connection: Connection, attack_id: str) -> list[str]:
+    """The live jobs whose result will show the numbers of this attack task."""
+    live = (jobs.c.id.in_(_jobs_of([attack_id])), jobs.c.attack_task_id == attack_id, jobs.c.state.in_(LIVE_JOB))
+    return list(connection.scalars(select(jobs.c.id).where(*live)))
+
+
+def users_of(connection: Connection, task_ids: Sequence[str]) -> list[str]:
+    """Whose jobs need these tasks and have a result, or are to have one."""
+    needing = select(jobs.c.user).where(jobs.c.id.in_(_jobs_of(task_ids)), jobs.c.state.not_in(LET_GO))
+    return sorted(connection.scalars(needing.distinct()))
+
+
+def _jobs_of(task_ids: Sequence[str]) -> Select[Any]:
+    return select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
+
+
+def _showing(attack_ids: Sequence[str]) -> Column:
     """By the tasks that jobs need, which have an index; a baseline is no attack of the job's own."""
-    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
-    return results.c.job_id.in_(needing) & results.c.attack_task_id.in_(listed(task_ids))
+    return results.c.job_id.in_(_jobs_of(attack_ids)) & results.c.attack_task_id.in_(listed(attack_ids))
+
+
+def _children_of(task_ids: Sequence[str]) -> Column:
+    return tasks.c.id.in_(select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(task_ids))))
+
+
+def _mark_children(connection: Connection, which: Column) -> list[str]:
+    """Mark those of these tasks that were computed on the checkpoint of a retracted training, with the training."""
+    parent = tasks.alias("parent")
+    edge = (task_edges.c.child_id == tasks.c.id) & (parent.c.id == task_edges.c.parent_id)
+    marked = select(parent.c.id).where(edge, parent.c.retracted_at.is_not(None)).correlate(tasks)
+    values = _first_mark(marked, parent) | _new_digest()
+    statement = update(tasks).where(which, tasks.c.retracted_at.is_(None), marked.exists()).values(values)
+    return list(connection.scalars(statement.returning(tasks.c.id)))
+
+
+def _hide(connection: Connection, which: Column) -> list[str]:
+    """Mark those of these results that rest on retracted tasks, each with the first that was."""
+    needed = (job_tasks.c.job_id == results.c.job_id) & (tasks.c.id == job_tasks.c.task_id)
+    spoiled = needed & tasks.c.retracted_at.is_not(None) & or_(tasks.c.kind != "measure", _CLOSED_FORMS)
+    marked = select(tasks.c.id).where(spoiled).correlate(results)
+    statement = update(results).where(which, results.c.retracted_at.is_(None), marked.exists())
+    hidden = connection.scalars(statement.values(_first_mark(marked, tasks)).returning(results.c.job_id))
+    return sorted(hidden)
+
+
+_CLOSED_FORMS: ColumnElement[bool] = tasks.c.id == results.c.measure_task_id
+
+
+def _first_mark(marked: Select[Any], of: Any) -> dict[str, Any]:
+    """The values of the earliest of the marks that these tasks have."""
+    first = marked.order_by(of.c.retracted_at, of.c.id).limit(1)
+    return {name: first.with_only_columns(of.c[name]).scalar_subquery() for name in MARK}
+
+
+def _new_digest() -> dict[str, Any]:
+    return {
+        "former_digest": func.coalesce(tasks.c.former_digest, tasks.c.digest),
+        "digest": literal("retracted:", String) + tasks.c.id,
+    }

@@ -3,7 +3,7 @@
 They are written into statements instead of bound to them: only so does SQLite know that an index holds all of them.
 """
 
-from sqlalchemy import and_, literal_column
+from sqlalchemy import and_, func, literal_column
 
 from service.jobs import TaskState
 from service.store.tables import attempts, tasks
@@ -12,3 +12,5 @@ QUEUED = tasks.c.state == literal_column(f"'{TaskState.QUEUED}'")
 CLAIMABLE = and_(QUEUED, ~tasks.c.paused)
 RUNNING = tasks.c.state == literal_column(f"'{TaskState.RUNNING}'")
 CURRENT = (attempts.c.task_id == tasks.c.id) & (attempts.c.number == tasks.c.attempt)
+# What a task is the computation of, also where a newer generation has the digest in its place.
+DIGEST = func.coalesce(tasks.c.former_digest, tasks.c.digest)

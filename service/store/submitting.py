@@ -166,13 +166,14 @@ def _join_tasks(
     # Parents first: whether a child waits depends on whether its parent has succeeded, or is reopened too.
     for task_digest in sorted([*again, *fresh], key=lambda task_digest: bool(needed[task_digest][0].parents)):
         states[task_digest] = _first_state(needed[task_digest][0].parents, states)
+    generation = _generations(connection, fresh)
     rows, edges = [], []
     for task_digest in fresh:
         task, sequence, rank = needed[task_digest]
         task_id = ids[task_digest] = new_id()
         row = _task_row(task, sequence, task_id, states[task_digest], now)
         row |= {"priority": rank.priority, "sponsor": rank.user, "waiting_since": rank.waiting_since}
-        row |= {"paused": rank.paused, "needed_by": needed_by[task_digest]}
+        row |= {"paused": rank.paused, "needed_by": needed_by[task_digest], "generation": generation[task_digest]}
         rows.append({**row, "due": due(rank.waiting_since, rank.priority, task.spec.kind)})
     for task_digest in fresh:
         edges += [{"parent_id": ids[p], "child_id": ids[task_digest]} for p in needed[task_digest][0].parents]
@@ -181,8 +182,18 @@ def _join_tasks(
     return _Joined(ids, states, needed_by, fresh, again, lost)
 
 
+def _generations(connection: Connection, digests: Iterable[str]) -> dict[str, int]:
+    """Which generation the new task of each digest is: the first, or the one after those that were retracted."""
+    former = tasks.c.former_digest
+    query = select(former, func.max(tasks.c.generation)).where(former.in_(listed(digests))).group_by(former)
+    return dict.fromkeys(digests, 1) | {digest: last + 1 for digest, last in connection.execute(query)}
+
+
 def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[tuple[Row[Any], JobPlan]]) -> None:
-    """Give live jobs, by their rows, the tasks of new plans; a task of before that no live job needs ends."""
+    """Give jobs, by their rows, the tasks of new plans; a task of before that no live job needs ends.
+
+    They are live, or a retry in the same transaction makes them so.
+    """
     job_ids = [row.id for row, _ in plans]
     ranked = [(plan, row.sequence, Rank(row.user, row.priority, row.created_at)) for row, plan in plans]
     known = known_tasks(connection, {task_digest for _, plan in plans for task_digest in plan.tasks})
@@ -354,7 +365,7 @@ def _first_state(parents: Iterable[str], states: Mapping[str, TaskState]) -> Tas
 def _task_row(task: PlannedTask, sequence: int, task_id: str, state: TaskState, now: float) -> dict[str, Any]:
     return {
         "id": task_id, "digest": task.digest, "kind": task.spec.kind, "version": task.spec.version,
-        "spec": task.spec_json, "generation": 1, "state": state, "train_digest": task.train_digest,
+        "spec": task.spec_json, "state": state, "train_digest": task.train_digest,
         "sequence": sequence, "attempt": 0, "errors": 0, "suspect_losses": 0, "not_before": 0.0,
         "cancel_requested": False, "progress": 0.0, "detail": {}, "created_at": now,
     }  # fmt: skip

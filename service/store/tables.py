@@ -92,6 +92,8 @@ sweeps = Table(
     Column("created_at", Float(53), nullable=False),
 )
 
+FORMER = text("former_digest IS NOT NULL")
+
 tasks = Table(
     "tasks",
     metadata,
@@ -129,6 +131,15 @@ tasks = Table(
     Column("created_at", Float(53), nullable=False),
     Column("started_at", Float(53)),
     Column("finished_at", Float(53)),
+    # Found to be wrong later, by the retraction of `retracted_with`: itself, or the training that it was computed on.
+    Column("retracted_at", Float(53)),
+    Column("retracted_by", String(200)),
+    Column("retraction_reason", Text),
+    Column("retracted_with", String(36)),
+    # Its digest until it was retracted: `digest` is another since, so that the next job that needs it makes a new task.
+    Column("former_digest", String(64)),
+    Index("ix_tasks_former", "former_digest", postgresql_where=FORMER, sqlite_where=FORMER),
+    Index("ix_tasks_retracted", "retracted_with", postgresql_where=FORMER, sqlite_where=FORMER),
     Index(
         "ix_tasks_claim", "sponsor", "kind", "due", "sequence",
         postgresql_where=text("state = 'queued' AND NOT paused"),

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, delete, or_, select
 
 from service.estimates import Likeness, Timing, likeness, units
 from service.store.listed import insert_rows, listed
-from service.store.states import CURRENT
+from service.store.states import CURRENT, DIGEST
 from service.store.tables import attempts, tasks, timings
 
 NEWEST = 200  # timings that an estimate rests on
@@ -18,9 +18,8 @@ def keep(connection: Connection, now: float, succeeded: Collection[str]) -> None
     columns = (tasks.c.id, tasks.c.spec, tasks.c.train_digest, attempts.c.provenance)
     query = select(*columns).join(attempts, CURRENT).where(tasks.c.id.in_(listed(succeeded)))
     done = [row for row in connection.execute(query) if _seconds(row.provenance) is not None]
-    of_training = select(tasks.c.digest, tasks.c.spec).where(
-        tasks.c.digest.in_(listed({row.train_digest for row in done}))
-    )
+    named = listed({row.train_digest for row in done})
+    of_training = select(DIGEST, tasks.c.spec).where(or_(tasks.c.digest.in_(named), tasks.c.former_digest.in_(named)))
     training = dict(connection.execute(of_training).all())
     rows = [_row(row, training[row.train_digest], now) for row in done]
     connection.execute(delete(timings).where(timings.c.task_id.in_(listed(row["task_id"] for row in rows))))

@@ -163,6 +163,23 @@ def test_a_result_that_others_rest_on_is_retracted_and_restored_by_admins_only(l
     assert lab.http("chief", "POST", f"/v1/results/{first}:restore").json()["restored"] == [first, second]
 
 
+def test_a_task_that_others_rest_on_is_retracted_and_restored_by_admins_only(lab: Lab) -> None:
+    job = lab.http("ada", "POST", "/v1/jobs", json=JOB).json()["id"]
+    tasks = lab.http("ada", "GET", f"/v1/jobs/{job}").json()["tasks"]
+    train = next(task["id"] for task in tasks if "train" in task["roles"])
+    because = {"reason": "trained on the wrong split"}
+    assert "jobs of ada rest on it" in problem(lab.http("bob", "POST", f"/v1/tasks/{train}:retract", json=because), 403)
+    done = lab.http("ada", "POST", f"/v1/tasks/{train}:retract", json=because).json()
+    assert (done["retracted"], done["replanned"], train in done["tasks"]) == ([], 1, True)
+    assert lab.http("bob", "GET", f"/v1/tasks/{train}").json()["retracted_by"] == "ada"
+    problem(lab.http("bob", "POST", f"/v1/tasks/{train}:restore"), 403)
+    assert lab.http("chief", "POST", f"/v1/tasks/{train}:restore").json()["superseded"] == done["tasks"]
+    problem(lab.http("chief", "POST", f"/v1/tasks/{NOBODY}:retract", json=because), 404)
+    undo = {"filter": "scale > 0"}
+    assert "'admin'" in problem(lab.http("ada", "POST", "/v1/results:restore", json=undo), 403)
+    lab.http("chief", "POST", f"/v1/jobs/{job}:cancel")
+
+
 def test_nobody_acts_as_another(lab: Lab) -> None:
     headers = {"Authorization": f"Bearer {lab.secrets['ada']}", "X-Uncanny-User": "chief"}
     problem(lab.server.http.post("/v1/jobs", json=JOB, headers=headers), 403)

@@ -313,6 +313,45 @@ def test_retraction(lab: Lab) -> None:
     lab.uncanny("retract", hidden, code=1)
 
 
+def test_all_that_rests_on_a_training_is_retracted_and_restored(lab: Lab) -> None:
+    base = {"architecture": "mlp", "dataset": "digits", "samples": 20, "seed": 77}
+    base["attack"] = {"type": "fgsm", "norm": "linf", "eps": 0.1}
+    sweep = lab.client.sweep(name="spoiled", base=base, grid={"scale": [1, 5]})
+    sweep.wait()
+    both = lab.ids(sweep=sweep.id)
+    for wrong, sentence in (
+        ((both[0], "--training", both[0], "--reason", "two"), "give one of"),
+        (("--training", both[0], "--measure", "sam_sharpness", "--reason", "two"), "--measure needs --filter"),
+        (("--training", both[0]), "say why"),
+    ):
+        assert sentence in str(lab.uncanny("retract", *wrong, code=1).exception)
+    said = lab.uncanny("retract", "--training", both[0], "--reason", "trained on the wrong split", "--rerun").output
+    assert all(job_id in said for job_id in both)
+    [fifth, sixth] = next(line for line in said.splitlines() if "resubmitted" in line).split(": ")[1].split(", ")
+    assert all(ended(lab, job_id)["state"] == "succeeded" for job_id in (fifth, sixth))
+    chosen = f"seed = 77 and sweep = {sweep.id}"
+    hidden = lab.client.results(chosen)
+    assert (list(hidden), hidden.retracted, lab.client.results(chosen, include_retracted=True).retracted) == ([], 2, 0)
+    assert (lab.client.aggregate(filter=chosen).retracted, lab.client.aggregate(filter=chosen).items) == (2, [])
+    assert "2 retracted results are hidden" in lab.uncanny("results", "--filter", chosen).output
+    boards = lab.server.http.get("/v1/leaderboard", params={"filter": "seed = 77", "trusted": False}).json()
+    assert (boards["retracted"], len(boards["items"][0]["rows"])) == (2, 1)
+    train = next(task for task in lab.client.job(both[0])["tasks"] if task["roles"] == ["train"])
+    whole = lab.server.http.get(f"/v1/tasks/{train['id']}").json()
+    assert (whole["retraction_reason"], whole["joined"]) == ("trained on the wrong split", False)
+    assert (whole["retracted_with"], whole["digest"]) == (train["id"], train["digest"])
+    newer = lab.server.http.get(f"/v1/tasks/{train['digest']}").json()
+    assert (newer["generation"], newer["joined"], newer["retracted_at"]) == (2, True, None)
+    said = lab.uncanny("retract", "--undo", "--filter", chosen).output
+    assert all(job_id in said for job_id in both)
+    assert "there is a newer generation" in said
+    assert lab.client.results("seed = 77 and architecture = mlp").retracted == 0
+    assert len(lab.ids(filter="seed = 77 and architecture = mlp")) == 4
+    lab.uncanny("retract", "--undo", "--filter", chosen, code=1)
+    assert lab.client.retract(task=train["id"], reason="after all")["retracted"] == sorted(both)
+    assert lab.client.restore(training=both[1])["restored"] == sorted(both)
+
+
 def ended(lab: Lab, job_id: str) -> dict[str, Any]:
     """The job at its end."""
     while (job := lab.client.job(job_id, wait_seconds=10))["state"] in ("queued", "running"):
