@@ -11,19 +11,21 @@ from service.errors import InvalidQuery
 from service.results import found
 from service.store import results as store
 from service.store.database import Database
+from service.threat_model import threat_model
 from service.verdict import BitArray
 from service.views import retracted
 
 MAX_COMPARED = 20
 RESAMPLES = 10_000
-SHOWN = ("architecture", "dataset", "scale", "seed", "samples", "clean_accuracy", "robust_accuracy", "verdict")
+SHOWN = ("architecture", "dataset", "scale", "seed", "samples", "clean_accuracy", "robust_accuracy", "verdict",
+         "weights_sha256")  # fmt: skip
 
 
 def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
     """The fields that differ, a paired test for every two, and the union of attacks where they are on one network.
 
-    Examples are paired by position: the first so many of one fixed permutation, as many as all have.
-    Raises `InvalidQuery` for other than 2 to 20 ids and for different data sets, `NotFound`.
+    Examples are paired by position: the first so many of one order, as many as all have.
+    Raises `InvalidQuery` for other than 2 to 20 ids and for different data sets or orders, `NotFound`.
     """
     ids = list(dict.fromkeys(job_ids))
     if not 2 <= len(ids) <= MAX_COMPARED:
@@ -34,13 +36,21 @@ def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
         robust = store.bits_of(connection, [row.attack_task_id for row in rows], "robust")
     if len(names := sorted({row.dataset for row in rows})) > 1:
         raise InvalidQuery("ids", f"results on different data sets have no examples in common: {', '.join(names)}")
+    if len({row.spec.get("order") for row in rows}) > 1:
+        raise InvalidQuery("ids", "their images are in different orders: at one place stand different examples")
     bits = [robust[row.attack_task_id] for row in rows]
     n = min(of.size for of in bits)
     specs = [dict(flat({**row.spec, "versions": cells[row.cell_id]["versions"]})) for row in rows]
     union, why = _union(rows, [of[:n] for of in bits])
     return {
         "results": [
-            {"job_id": row.id, **{name: getattr(row, name) for name in SHOWN}, **retracted(row)} for row in rows
+            {
+                "job_id": row.id,
+                **{name: getattr(row, name) for name in SHOWN},
+                "threat_model": threat_model(row.spec["attack"]).ball,
+                **retracted(row),
+            }
+            for row in rows
         ],
         "examples": n,
         "differing": differing(specs),
@@ -80,9 +90,13 @@ def paired(a: BitArray, b: BitArray) -> dict[str, Any]:
 
 
 def _union(rows: Sequence[Any], bits: Sequence[BitArray]) -> tuple[dict[str, Any] | None, str | None]:
-    """The worst case per example over attacks on one network, or why there is none."""
-    if len({row.train_task_id for row in rows}) > 1:
+    """The worst case per example over attacks on one network in one ball, or why there is none."""
+    if len({row.weights_sha256 or row.train_task_id for row in rows}) > 1:
         return None, "these are attacks on different networks"
+    balls = dict.fromkeys(threat_model(row.spec["attack"]).ball for row in rows)
+    if len(balls) > 1 or None in balls:
+        named = ", ".join("no ball" if ball is None else ball for ball in balls)
+        return None, f"a worst case is over one threat model, and these are attacks in {named}"
     if len({row.scale for row in rows}) > 1 and not all(row.scale == 1 or row.spec["scale_bias"] for row in rows):
         return None, "without the bias scaled too, a network predicts other classes at another scale"
     worst = np.logical_and.reduce(bits)

@@ -15,6 +15,7 @@ from service.specs.canonical import canonical
 from service.specs.tasks import Task
 from service.store import reading
 from service.store.result_tables import METRICS
+from service.threat_model import threat_model
 
 # A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
 DETAIL = re.compile(r"^train_|_q\d\d(_|$)|_clean_correct|_n_zero$|_iterations$|_converged$")
@@ -109,7 +110,7 @@ def eta_seconds(counts: Sequence[Row[Any]], seconds: Mapping[str, float], slots:
 
 
 def result_row(
-    row: Row[Any], further: Sequence[dict[str, Any]], cell: Mapping[str, Any], *, whole: bool
+    row: Row[Any], further: Sequence[dict[str, Any]], cell: Mapping[str, Any], flags: Sequence[Any], *, whole: bool
 ) -> dict[str, Any]:
     """One result: what was asked for, the headline numbers, the verdict, each measure's summary, times, provenance."""
     numbers: dict[str, Any] = {**(row.measure_numbers or {})}
@@ -120,11 +121,12 @@ def result_row(
         "weights_sha256": row.weights_sha256,
     }
     shown = {name: value for name, value in numbers.items() if whole or not _is_detail(name)}
+    threat = threat_model(row.spec["attack"])
     return {
         "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,
         **{name: value for name, value in row.spec.items() if name != "measures"},
         "measures": [measure["type"] for measure in row.spec["measures"]],
-        **headline,
+        "threat_model": threat.ball, "adversary": threat.adversary, **headline, "flags": list(flags),
         **{name: value for name, value in shown.items() if name not in headline},
         "versions": cell["versions"], "spec_digest": row.spec_digest, "attack_digest": row.attack_digest,
         "created_at": iso(row.created_at), "finished_at": iso(row.finished_at), **retracted(row),

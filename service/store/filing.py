@@ -11,11 +11,13 @@ from service.store.listed import insert_rows, listed
 from service.store.result_tables import cells, number_names, results
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
 from service.store.typed import json_text
+from service.threat_model import threat_model
 
 AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.
 OF_SPEC = ("seed", "attack_seed", "replicate", "arrays")
 OWN = frozenset({*OF_SPEC, "measures"})
+STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
 FROM_JOB = (
     "masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction", "verdict", "verdict_version",
 )  # fmt: skip
@@ -87,6 +89,15 @@ def cell_digest(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def family(spec: Mapping[str, Any]) -> str:
+    """The same for cells whose attacks differ in nothing but strength (SCIENCE.md 8, `not_monotone`)."""
+    kept = {name: value for name, value in spec.items() if name not in ("recipe", "versions")}
+    attack = {name: value for name, value in spec["attack"].items() if name not in STRENGTH}
+    if isinstance(inner := attack.get("attack"), Mapping):  # of a transfer
+        attack["attack"] = {name: value for name, value in inner.items() if name not in STRENGTH}
+    return cell_digest({**kept, "attack": attack, "version": spec["versions"]["attack"]})
+
+
 def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     attack = spec["attack"]
     ball = attack.get("attack", attack)  # a transfer's is that of the attack that makes its examples
@@ -94,6 +105,7 @@ def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:
         "digest": digest, "architecture": spec["architecture"], "dataset": spec["dataset"], "scale": spec["scale"],
         "attack": attack["type"], "norm": ball.get("norm"), "eps": ball.get("eps"),
         "recipe": spec["recipe"]["name"], "samples": spec["samples"], "spec": dict(spec),
+        "threat_model": threat_model(attack).ball, "family": family(spec),
     }  # fmt: skip
 
 
