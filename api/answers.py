@@ -167,6 +167,7 @@ class Rank(BaseModel):
         description="Of the worst case: Student's over networks; of one network, or of equal ones, Wilson's over images"
     )
     ci95_high: float | None
+    ci95_of: Literal["networks", "images"] = Field(description="Over what the interval is.")
     best: float = Field(description="Worst case of the best network.")
     robust_accuracy: float = Field(
         description="Mean over networks, each under the strongest single attack of those asked for, repeats averaged."

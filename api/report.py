@@ -5,7 +5,7 @@ The statistics are the service's own, over distinct computations, and refused wh
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,6 +35,11 @@ MEANING = {
     "eps_zero": "with eps = 0 the attack changes something",
     "train_mode": "the network's answer depends on the other images in the batch",
     "random_forward": "the network answers differently when asked twice",
+    "nothing_correct": "nothing is right before the attack, or no more than by chance: there is nothing to attack",
+    "non_finite": "a NaN or an infinite value was met: what is then counted as robust or broken means nothing",
+}
+FLAGS = {
+    "not_monotone": "more steps, restarts or a larger eps left more images robust: one of the two attacks is too weak",
 }
 Key = tuple[object, ...]
 
@@ -45,13 +50,14 @@ class NothingToReport(UncannyError):
 
 @dataclass(frozen=True)
 class Report:
-    """`groups` has the statistics, with the `verdicts` in each; `reasons` and `made_by` count distinct computations."""
+    """`groups` has the statistics, with the `verdicts` in each; the rest counts distinct computations."""
 
     asked: Json
     groups: list[Json]
     reasons: dict[str, int]
     made_by: list[Json]
     computations: int
+    flags: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> Json:
         return dict(vars(self))
@@ -74,6 +80,14 @@ class Report:
         if self.reasons:
             found = [[f"`{reason}`", str(n), MEANING[reason.partition(":")[0]]] for reason, n in self.reasons.items()]
             lines += ["", "## What the verdicts found", "", *_table(("reason", "computations", "meaning"), found)]
+        if self.flags:
+            found = [[f"`{flag}`", str(n), FLAGS[flag]] for flag, n in self.flags.items()]
+            lines += [
+                "",
+                "## What other results say against it",
+                "",
+                *_table(("flag", "computations", "meaning"), found),
+            ]
         made_by = [[*(str(one[name]) for name in MADE_BY), str(one["computations"])] for one in self.made_by]
         lines += ["", "## What computed it", "", *_table((*MADE_BY, "computations"), made_by)]
         return "\n".join(lines) + "\n"
@@ -81,7 +95,7 @@ class Report:
 
 def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
     """Of every result that matches, without the retracted ones. Raises `NothingToReport`, `ApiError`."""
-    fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", *(f"provenance.{name}" for name in MADE_BY)]
+    fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", "flags", *(f"provenance.{name}" for name in MADE_BY)]
     found = client.results(filter, sort="created_at", fields=fields, limit=1000, **filters)
     rows = list({row["spec_digest"]: row for row in found}.values())
     if not rows:
@@ -101,6 +115,7 @@ def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
         dict(Counter(reason for row in rows for reason in row["verdict_reasons"] or []).most_common()),
         [dict(zip(MADE_BY, made, strict=True)) | {"computations": n} for made, n in made_by.most_common()],
         len(rows),
+        dict(Counter(flag for row in rows for flag in row["flags"]).most_common()),
     )
 
 

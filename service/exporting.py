@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 
 from service.dotted import FAMILIES, flat
-from service.flags import Place, flags_of, names_of
+from service.flags import names_of
 from service.questions import ALL_FIELDS, Question
-from service.results import FLAGS, check_fields, order_of, other_names, rows_of
+from service.results import check_fields, order_of, other_names, rows_of
 from service.store import results as store
 from service.store.database import Database
 from service.store.fields import HEADLINE, RESULTS, SPEC, THREAT_MODEL, Kind, stored_numbers
@@ -34,6 +34,7 @@ MAX_CELLS = 20_000  # that are remembered between batches, half a kilobyte each
 ROWS_OF_JSON = 500  # in a batch, where whole rows are read
 GROUP_ROWS = 100_000  # of a row group of Parquet
 GROUP_VALUES = 8_000_000  # of it: fewer rows where they are wide
+FLAGS = "flags"
 RARE = "attack.source.recipe."  # of transfers from a network that was trained otherwise
 COLUMNS = (
     "job_id", "sweep_id", "user", *(name for name in SPEC if not name.startswith(RARE)), *THREAT_MODEL, *HEADLINE,
@@ -160,8 +161,6 @@ def _kind(name: str) -> Kind:
     """Of what is no field by itself, whole objects and unknown keys are text, and the rest are stored numbers."""
     if name in RESULTS.known:
         return RESULTS.known[name].kind
-    if name == FLAGS:
-        return "list"
     return "text" if name.partition(".")[0] in FAMILIES else "number"
 
 
@@ -184,7 +183,6 @@ class _Columns:
 
     def __init__(self, names: Sequence[str]) -> None:
         known = [name for name in names if name != FLAGS]
-        self._flagged = len(known) < len(names)
         self._own = [name for name in known if RESULTS.known[name].of_cell is None]
         self._shared = [name for name in known if RESULTS.known[name].of_cell is not None]
         self._cells: dict[int, tuple[Any, ...]] = {}  # the values of `_shared`
@@ -192,22 +190,20 @@ class _Columns:
     def __call__(
         self, connection: Connection, question: Question, order: Order, names: Sequence[str], rows: int
     ) -> tuple[list[list[Any]], str | None]:
-        wanted = [results.c.weights_sha256, *(RESULTS.known[name].column for name in self._own)]
+        wanted = [results.c.not_monotone, *(RESULTS.known[name].column for name in self._own)]
         found = store.columns(
             connection, question.nodes, order, question.after(order), rows + 1, wanted, retracted=question.retracted
         )
         found, cursor = question.cut(order, found)
         if not found:
             return [[] for _ in names], cursor
-        cell_ids, networks, *by_column = zip(*found, strict=True)  # and after ours what they are sorted by
+        cell_ids, flagged, *by_column = zip(*found, strict=True)  # and after ours what they are sorted by
         columns = dict(zip(self._own, map(list, by_column), strict=False))
         self._look_up(connection, set(cell_ids))
         if self._shared:
             shared = zip(*map(self._cells.__getitem__, cell_ids), strict=True)
             columns |= dict(zip(self._shared, map(list, shared), strict=True))
-        if self._flagged:
-            flags = flags_of(connection, list(map(Place, networks, cell_ids)))
-            columns[FLAGS] = [";".join(names_of(of)) for of in flags]
+        columns[FLAGS] = [";".join(names_of(of)) for of in flagged]
         return [columns[name] for name in names], cursor
 
     def _look_up(self, connection: Connection, cell_ids: set[int]) -> None:

@@ -1,18 +1,14 @@
-"""Findings across the history, shown wherever a result is: a stored verdict never changes by them (SCIENCE.md 8)."""
+"""Findings across the history, shown wherever a result is: a verdict never changes by them (SCIENCE.md 8). Pure."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row
-
-from service.dotted import flat
-from service.store import networks
-from service.store import results as store
-from service.store.filing import STRENGTH
-
 NOT_MONOTONE = "not_monotone"
+STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
+OF_TRAINING = ("recipe", "versions")  # of a cell; what is the same of a network however it came to be is compared
 Flag = dict[str, Any]
+Specs = Mapping[int, Mapping[str, Any]]  # those of cells, flat
 
 
 class Place(NamedTuple):
@@ -22,49 +18,10 @@ class Place(NamedTuple):
     cell_id: int
 
 
-def flags_of(connection: Connection, rows: Sequence[Any]) -> list[list[Flag]]:
-    """What other results of the same networks say against each of these: `rows` have `weights_sha256` and `cell_id`.
-
-    A network's repeats in one cell (attack seeds, replicates) are one number, their mean. Retracted results say
-    nothing, and nothing is said against one that no repeat of it stands for.
-    """
-    means = networks.means(connection, {row.weights_sha256 for row in rows}, {row.cell_id for row in rows})
-    specs = store.cell_specs(connection, {mean.cell_id for mean in means})
-    known = {cell_id: dict(flat(_judged(spec))) for cell_id, spec in specs.items()}
-    found = _found(means, known)
-    return [found.get(Place(row.weights_sha256, row.cell_id), []) for row in rows]
-
-
-def names_of(flags: Sequence[Flag]) -> list[str]:
-    """The names of the flags, each once."""
-    return list(dict.fromkeys(flag["flag"] for flag in flags))
-
-
-def not_monotone(mine: Any, others: Sequence[Any], specs: Mapping[int, Mapping[str, Any]]) -> list[Flag]:
-    """The results, equal but for eps, steps or restarts, where more of it left more examples robust.
-
-    More than max(.02, 3/n), by either of the two; `specs` are the flat specs of the cells of `mine` and `others`.
-    """
-    found = []
-    for other in others:
-        field = _only_strength(specs[mine.cell_id], specs[other.cell_id])
-        if field is None or None in (mine.robust_accuracy, other.robust_accuracy):
-            continue
-        weaker, stronger = specs[mine.cell_id][field], specs[other.cell_id][field]
-        rise = other.robust_accuracy - mine.robust_accuracy
-        rise = rise if weaker < stronger else -rise
-        if rise > max(0.02, 3 / specs[mine.cell_id]["samples"]) + 1e-9:
-            found.append(
-                {
-                    "flag": NOT_MONOTONE, "field": field, "job_id": other.job_id, "value": stronger,
-                    "robust_accuracy": other.robust_accuracy, "results": other.results,
-                }
-            )  # fmt: skip
-    return found
-
-
-def _found(means: Sequence[Row[Any]], specs: Mapping[int, Mapping[str, Any]]) -> dict[Place, list[Flag]]:
-    together: dict[tuple[str, str], list[Row[Any]]] = defaultdict(list)
+def found(means: Sequence[Any], specs: Specs) -> dict[Place, list[Flag]]:
+    """The flags of each place that has any; `means` have `weights_sha256, cell_id, family, robust_accuracy, results`
+    and the `job_id` of their first result."""
+    together: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for mean in means:
         together[mean.weights_sha256, mean.family].append(mean)
     return {
@@ -76,10 +33,48 @@ def _found(means: Sequence[Row[Any]], specs: Mapping[int, Mapping[str, Any]]) ->
     }
 
 
-def _judged(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cell's attack on a network is: its spec without what trained the network or was measured beside it."""
-    kept = {name: value for name, value in spec.items() if name not in ("recipe", "versions")}
+def not_monotone(mine: Any, others: Sequence[Any], specs: Specs) -> list[Flag]:
+    """The results, equal but for eps, steps or restarts, where more of it left more examples robust.
+
+    More than max(.02, 3/n), by either of the two; `specs` are those of the cells of `mine` and `others`.
+    """
+    flags, own = [], specs[mine.cell_id]
+    least = max(0.02, 3 / own["samples"]) + 1e-9
+    for other in others:
+        if None in (mine.robust_accuracy, other.robust_accuracy):
+            continue
+        rise = other.robust_accuracy - mine.robust_accuracy
+        if abs(rise) <= least:
+            continue
+        theirs = specs[other.cell_id]
+        field = _only_strength(own, theirs)
+        if field is not None and (rise > 0) == (own[field] < theirs[field]):
+            flags.append(
+                {
+                    "flag": NOT_MONOTONE, "field": field, "job_id": other.job_id, "value": theirs[field],
+                    "robust_accuracy": other.robust_accuracy, "results": other.results,
+                }
+            )  # fmt: skip
+    return flags
+
+
+def names_of(not_monotone: bool) -> list[str]:
+    """The names of a result's flags."""
+    return [NOT_MONOTONE] if not_monotone else []
+
+
+def compared(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a cell that must be the same, but for strength, where one attack is to break no less than another."""
+    kept = {name: value for name, value in spec.items() if name not in OF_TRAINING}
     return {**kept, "version": spec["versions"]["attack"]}
+
+
+def apart_from_strength(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of all cells whose attacks differ in strength only."""
+    attack = {name: value for name, value in spec["attack"].items() if name not in STRENGTH}
+    if isinstance(inner := attack.get("attack"), Mapping):  # of a transfer
+        attack["attack"] = {name: value for name, value in inner.items() if name not in STRENGTH}
+    return {**compared(spec), "attack": attack}
 
 
 def _only_strength(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ seeds, replicates and further scales of a network make it no second one.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
@@ -15,7 +15,7 @@ from sqlalchemy import Row
 
 from service.aggregates import interval
 from service.errors import InvalidQuery
-from service.flags import flags_of, names_of
+from service.flags import names_of
 from service.query import Comparison, Node, Value
 from service.specs.attacks import PRESETS
 from service.store import networks
@@ -39,11 +39,11 @@ class Network:
     flags: set[str] = field(default_factory=set)
     worst: WorstCase | None = None
 
-    def add(self, row: Row[Any], cell: Cell, flags: Iterable[str]) -> None:
+    def add(self, row: Row[Any], cell: Cell) -> None:
         self.by_attack[json.dumps(cell["attack"], sort_keys=True)].append(row.robust_accuracy)
         self.clean += [] if row.clean_accuracy is None else [row.clean_accuracy]
         self.results += row.results
-        self.flags |= set(flags)
+        self.flags |= set(names_of(row.flagged > 0))
 
     @property
     def robust_accuracy(self) -> float:
@@ -73,8 +73,7 @@ def leaderboard(
         rows = networks.asked(connection, store.selected(connection, asked))
         specs = store.cell_specs(connection, {row.cell_id for row in rows})
         rows = [row for row in rows if _ranks(specs[row.cell_id], attack)]
-        flags = flags_of(connection, rows)
-        boards = _boards(rows, specs, [names_of(of) for of in flags])
+        boards = _boards(rows, specs)
         every = [network for board in boards.values() for of in board.values() for network in of.values()]
         worst = dict(worst_cases(connection, {network.place for network in every}))
     for network in every:
@@ -86,12 +85,10 @@ def _ranks(cell: Cell, attack: str | None) -> bool:
     return is_current(cell) and (attack is None or cell["attack"] == presets()[attack])
 
 
-def _boards(
-    rows: Sequence[Row[Any]], specs: Mapping[int, Cell], flags: Sequence[Sequence[str]]
-) -> dict[str, dict[str, Networks]]:
+def _boards(rows: Sequence[Row[Any]], specs: Mapping[int, Cell]) -> dict[str, dict[str, Networks]]:
     """The networks by board and row, whose keys are JSON of what they have in common."""
     boards: dict[str, dict[str, Networks]] = defaultdict(lambda: defaultdict(dict))
-    for row, of in zip(rows, flags, strict=True):
+    for row in rows:
         cell, place = specs[row.cell_id], place_of(row.weights_sha256, specs[row.cell_id])
         if place is None:
             continue
@@ -105,7 +102,7 @@ def _boards(
             "version": cell["versions"]["train"],
         }
         of_row = boards[json.dumps(board)][json.dumps(same, sort_keys=True)]
-        of_row.setdefault(place.network, Network(place)).add(row, cell, of)
+        of_row.setdefault(place.network, Network(place)).add(row, cell)
     return boards
 
 
@@ -130,12 +127,14 @@ def _row(same: dict[str, Any], of: Sequence[Network]) -> dict[str, Any] | None:
         return None
     shares = [worst.robust_accuracy for _, worst in known]
     low, high = spread(shares, known[0][1].n)
+    of_images = min(shares) == max(shares)
     clean = [fmean(network.clean) for network, _ in known if network.clean]
     return {
         "architecture": same["architecture"], "recipe": same["recipe"], "train_version": same["version"],
         "scale": same["scale"], "networks": len(known), "seeds": len(known),
         "results": sum(network.results for network, _ in known), "robust_accuracy_worst_case": fmean(shares),
-        "ci95_low": low, "ci95_high": high, "best": max(shares),
+        "ci95_low": low, "ci95_high": high,
+        "ci95_of": "images" if of_images else "networks", "best": max(shares),
         "robust_accuracy": fmean(network.robust_accuracy for network, _ in known),
         "clean_accuracy": fmean(clean) if clean else None, "attacks": _attacks([worst for _, worst in known]),
         "left_out": dict(sum((worst.left_out for _, worst in known), start=Counter[str]())),

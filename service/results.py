@@ -9,19 +9,19 @@ from sqlalchemy import Connection, Row
 from service import views
 from service.dotted import FAMILIES, chosen
 from service.errors import InvalidQuery, NotFound
-from service.flags import flags_of, names_of
+from service.flags import Place
 from service.questions import ALL_FIELDS, Question
 from service.store import reading
 from service.store import results as store
 from service.store.database import Database
 from service.store.fields import RESULTS, stored_numbers, unknown
+from service.store.flagging import flags_of
 from service.store.keyset import Order
 from service.store.result_tables import results
 from service.worst_case import worst_case_of
 
 STREAM_ROWS = 500
-FLAGS = "flags"
-ROW_FIELDS = (*RESULTS.known, FLAGS, *FAMILIES)
+ROW_FIELDS = (*RESULTS.known, *FAMILIES)
 MAX_FIELDS = 200
 MAX_TRAJECTORIES = 100
 
@@ -72,7 +72,7 @@ class Results:
             row = found(connection, job_id)
             further = store.further_measures(connection, [row])[job_id]
             specs = store.cell_specs(connection, [row.cell_id])
-            [flags] = flags_of(connection, [row])
+            flags = flags_of(connection, Place(row.weights_sha256, row.cell_id))
             worst_case = worst_case_of(connection, row.weights_sha256, specs[row.cell_id])
             parts: dict[str, Any] = {}
             for task in reading.tasks_of_job(connection, job_id):
@@ -91,8 +91,8 @@ class Results:
                 for role in reading.roles(row, task):
                     name = task.spec["measure"]["type"] if role == "measure" else role
                     parts[name if name not in parts else f"{name}:{task.digest[:8]}"] = part
-        shown = views.result_row(row, further, specs[row.cell_id], flags, whole=False)
-        return {**shown, "worst_case": worst_case, "parts": parts}
+        shown = views.result_row(row, further, specs[row.cell_id], whole=False)
+        return {**shown, "flags": flags, "worst_case": worst_case, "parts": parts}
 
     def trajectory(self, job_id: str) -> dict[str, Any]:
         """The curves of a result: along the attack's steps, and over the epochs of the training."""
@@ -135,13 +135,8 @@ def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str
     rows = store.rows_of(connection, job_ids)
     further = store.further_measures(connection, rows)
     specs = store.cell_specs(connection, {row.cell_id for row in rows})
-    every = not fields or ALL_FIELDS in fields
-    flags = flags_of(connection, rows) if every or FLAGS in fields else [[] for _ in rows]
-    shown = [
-        views.result_row(row, further[row.id], specs[row.cell_id], names_of(of), whole=bool(fields))
-        for row, of in zip(rows, flags, strict=True)
-    ]
-    if every:
+    shown = [views.result_row(row, further[row.id], specs[row.cell_id], whole=bool(fields)) for row in rows]
+    if not fields or ALL_FIELDS in fields:
         return shown
     return [chosen({**row, **other_names(row)}, fields) for row in shown]
 

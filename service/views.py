@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Row
 
+from service.flags import names_of
 from service.jobs import JobState, TaskState
 from service.specs.canonical import canonical
 from service.specs.tasks import Task
@@ -110,7 +111,7 @@ def eta_seconds(counts: Sequence[Row[Any]], seconds: Mapping[str, float], slots:
 
 
 def result_row(
-    row: Row[Any], further: Sequence[dict[str, Any]], cell: Mapping[str, Any], flags: Sequence[Any], *, whole: bool
+    row: Row[Any], further: Sequence[dict[str, Any]], cell: Mapping[str, Any], *, whole: bool
 ) -> dict[str, Any]:
     """One result: what was asked for, the headline numbers, the verdict, each measure's summary, times, provenance."""
     numbers: dict[str, Any] = {**(row.measure_numbers or {})}
@@ -126,7 +127,7 @@ def result_row(
         "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,
         **{name: value for name, value in row.spec.items() if name != "measures"},
         "measures": [measure["type"] for measure in row.spec["measures"]],
-        "threat_model": threat.ball, "adversary": threat.adversary, **headline, "flags": list(flags),
+        "threat_model": threat.ball, "adversary": threat.adversary, **headline, "flags": names_of(row.not_monotone),
         **{name: value for name, value in shown.items() if name not in headline},
         "versions": cell["versions"], "spec_digest": row.spec_digest, "attack_digest": row.attack_digest,
         "created_at": iso(row.created_at), "finished_at": iso(row.finished_at), **retracted(row),

@@ -173,6 +173,7 @@ def _place(row: Json, differing: list[str]) -> list[str]:
     recipe = dict(flat(row["recipe"]))
     shown = [recipe["name"], *(f"{name} {number(recipe[name])}" for name in differing if name in recipe)]
     interval = "–" if row["ci95_low"] is None else f"{percent(row['ci95_low'])} to {percent(row['ci95_high'])}"
+    interval += " of images" if row["ci95_of"] == "images" else ""
     return [
         str(row["rank"]), row["architecture"], ", ".join(shown), number(row["scale"]), str(row["networks"]),
         str(row["results"]), percent(row["robust_accuracy_worst_case"]), interval, _attacks(row),

@@ -7,6 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, insert, literal, select, update
 
+from service.flags import apart_from_strength
+from service.store import flagging
 from service.store.listed import insert_rows, listed
 from service.store.result_tables import cells, number_names, results
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
@@ -17,7 +19,6 @@ AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.
 OF_SPEC = ("seed", "attack_seed", "replicate", "arrays")
 OWN = frozenset({*OF_SPEC, "measures"})
-STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
 FROM_JOB = (
     "masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction", "verdict", "verdict_version",
 )  # fmt: skip
@@ -44,6 +45,7 @@ def file(connection: Connection, job_ids: Sequence[str]) -> None:
             same.setdefault(row.attack_task_id, filed[-1])
             networks.add(network)
         insert_rows(connection, results, filed)
+    flagging.renew(connection, job_ids)
 
 
 def file_verdicts(connection: Connection, job_ids: Sequence[str]) -> None:
@@ -75,6 +77,7 @@ def refresh(connection: Connection, task_ids: Collection[str]) -> None:
     network = {"weights_sha256": func.coalesce(used, results.c.weights_sha256), "repeats_network": True}
     values = {**attack, **measure, **train, **network}
     connection.execute(update(results).where(results.c.job_id.in_(of_them)).values(values))
+    flagging.renew(connection, connection.scalars(of_them).all())
 
 
 def cell_spec(spec: Mapping[str, Any], versions: Mapping[str, int | None]) -> dict[str, Any]:
@@ -91,11 +94,7 @@ def cell_digest(spec: Mapping[str, Any]) -> str:
 
 def family(spec: Mapping[str, Any]) -> str:
     """The same for cells whose attacks differ in nothing but strength (SCIENCE.md 8, `not_monotone`)."""
-    kept = {name: value for name, value in spec.items() if name not in ("recipe", "versions")}
-    attack = {name: value for name, value in spec["attack"].items() if name not in STRENGTH}
-    if isinstance(inner := attack.get("attack"), Mapping):  # of a transfer
-        attack["attack"] = {name: value for name, value in inner.items() if name not in STRENGTH}
-    return cell_digest({**kept, "attack": attack, "version": spec["versions"]["attack"]})
+    return cell_digest(apart_from_strength(spec))
 
 
 def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:

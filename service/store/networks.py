@@ -3,9 +3,8 @@
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
 
-from service.store.fields import Column
 from service.store.listed import listed, numbered
 from service.store.result_tables import cells, results
 from service.store.tables import jobs, outcome_bits
@@ -35,14 +34,15 @@ def means(connection: Connection, networks: Collection[str | None], cell_ids: Co
     return list(connection.execute(query))
 
 
-def asked(connection: Connection, where: Sequence[Column]) -> list[Row[Any]]:
+def asked(connection: Connection, where: Sequence[ColumnElement[Any]]) -> list[Row[Any]]:
     """The results that `where` chooses, a row per network and cell: `weights_sha256, cell_id, results`, and the means
-    of `robust_accuracy` and `clean_accuracy` over distinct computations."""
+    of `robust_accuracy` and `clean_accuracy` over distinct computations; so many of the results are `flagged`."""
     whose = (results.c.weights_sha256, results.c.cell_id)
     computed = (
         select(
             *whose, func.count().label("results"), func.max(results.c.robust_accuracy).label("robust_accuracy"),
             func.max(results.c.clean_accuracy).label("clean_accuracy"),
+            func.count(func.nullif(results.c.not_monotone, False)).label("flagged"),
         )
         .where(*where, results.c.weights_sha256.is_not(None), results.c.robust_accuracy.is_not(None))
         .group_by(*whose, results.c.attack_task_id)
@@ -52,6 +52,7 @@ def asked(connection: Connection, where: Sequence[Column]) -> list[Row[Any]]:
     query: Select[Any] = select(
         of.weights_sha256, of.cell_id, func.sum(of.results).label("results"),
         func.avg(of.robust_accuracy).label("robust_accuracy"), func.avg(of.clean_accuracy).label("clean_accuracy"),
+        func.sum(of.flagged).label("flagged"),
     )  # fmt: skip
     return list(connection.execute(query.group_by(of.weights_sha256, of.cell_id)))
 
@@ -62,7 +63,7 @@ def attacks_in_a_ball(connection: Connection, networks: Collection[str]) -> Iter
     ordered = sorted(networks)
     of = (results.c.job_id, results.c.weights_sha256, results.c.cell_id, results.c.robust_accuracy)
     for start in range(0, len(ordered), AT_ONCE):
-        query = (
+        query: Select[Any] = (
             select(*of, jobs.c.verdict_reasons, outcome_bits.c.n, outcome_bits.c.packed)
             .join(cells, cells.c.id == results.c.cell_id)
             .join(jobs, jobs.c.id == results.c.job_id)

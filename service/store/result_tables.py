@@ -66,6 +66,8 @@ results = Table(
     Column("repeats_network", Boolean, nullable=False, server_default=text("false")),
     *(Column(name, Float(53)) for name in METRICS),
     Column("masked_n", Integer),
+    # Other results of the network speak against it (`service/flags.py`).
+    Column("not_monotone", Boolean, nullable=False, server_default=text("false")),
     Column("verdict", String(20), nullable=False),
     Column("verdict_version", Integer),
     Column("created_at", Float(53), nullable=False),

@@ -40,7 +40,7 @@ def _rows() -> Select[Any]:
         select(
             jobs,
             *measured,
-            *(results.c[name] for name in ("cell_id", "weights_sha256", *RETRACTION)),
+            *(results.c[name] for name in ("cell_id", "weights_sha256", "not_monotone", *RETRACTION)),
             attack_results.c.numbers.label("attack_numbers"),
             measurements.c.numbers.label("measure_numbers"),
             attack.c.digest.label("attack_digest"),

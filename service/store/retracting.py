@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, Update, func, select, update
 
+from service.store import flagging
 from service.store.fields import Column
 from service.store.listed import listed
 from service.store.result_tables import results
@@ -20,14 +21,21 @@ def retract(connection: Connection, now: float, user: str, reason: str, task_ids
     """Mark the results that rest on these attack tasks; returns those that were not marked yet."""
     values = {"retracted_at": now, "retracted_by": user, "retraction_reason": reason}
     statement = update(results).where(_resting_on(task_ids), results.c.retracted_at.is_(None))
-    return sorted(connection.scalars(statement.values(values).returning(results.c.job_id)))
+    return _marked(connection, statement.values(values))
 
 
 def restore(connection: Connection, task_id: str) -> list[str]:
     """Take the marks away again; returns the results that had one."""
     values = {"retracted_at": None, "retracted_by": None, "retraction_reason": None}
     statement = update(results).where(_resting_on([task_id]), results.c.retracted_at.is_not(None))
-    return sorted(connection.scalars(statement.values(values).returning(results.c.job_id)))
+    return _marked(connection, statement.values(values))
+
+
+def _marked(connection: Connection, statement: Update) -> list[str]:
+    """The results whose marks this changes; what they said against others is said no more, or again."""
+    changed = sorted(connection.scalars(statement.returning(results.c.job_id)))
+    flagging.renew(connection, changed)
+    return changed
 
 
 def specs_of(connection: Connection, job_ids: Sequence[str]) -> list[Row[Any]]:

@@ -1,16 +1,21 @@
 """Flags across the history, on SQLite and on PostgreSQL: found in both results, and never part of a verdict."""
 
 import csv
+import importlib
 import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import select, update
 
 from service import exporting, retraction
 from service.executor import Succeeded
 from service.flags import not_monotone
 from service.insights import Insights, Question
+from service.store.result_tables import cells, results
 
 STEPS = {"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.02, "steps": 10}
 
@@ -54,6 +59,10 @@ def test_more_steps_that_break_less(lab: Any) -> None:
     assert insights.results(Question(fields=("flags",), filter=f"job_id = {ten}"))["items"] == [
         {"flags": ["not_monotone"]}
     ]
+    assert {row["job_id"] for row in insights.results(Question(filter="flags = not_monotone"))["items"]} == flagged
+    assert len(insights.results(Question(filter="flags is null"))["items"]) == 6
+    before = [lab.rows(cells), lab.rows(results)]
+    assert migrated_again(lab) == before
     for fields in ((), ("job_id", "flags"), ("*",)):  # from columns, and from whole rows
         table = exporting.table(lab.database, Question(fields=fields))
         lines = list(csv.DictReader(io.StringIO("".join(exporting.csv_lines(table)))))
@@ -62,6 +71,21 @@ def test_more_steps_that_break_less(lab: Any) -> None:
     for job_id in (forty, repeat):
         retraction.retract(lab.service, job_id, "a bug", user="ann", admin=True)
     assert insights.result(ten)["flags"] == []
+    assert insights.results(Question(filter="flags = not_monotone"))["items"] == []
+    retraction.restore(lab.service, forty, user="ann", admin=True)
+    assert {row["job_id"] for row in insights.results(Question(filter="flags = not_monotone"))["items"]} == flagged
+
+
+def migrated_again(lab: Any) -> list[list[Any]]:
+    """Cells and results as the migration leaves them that brought threat models and flags."""
+    migration = importlib.import_module("service.store.migrations.versions.0013_threat_models")
+    with lab.database.write() as connection:
+        connection.execute(update(cells).values(threat_model=None, family=""))
+        connection.execute(update(results).values(not_monotone=False))
+        with Operations.context(MigrationContext.configure(connection)):
+            migration._fill()
+            migration._flag()
+        return [list(connection.execute(select(table).order_by(*table.primary_key))) for table in (cells, results)]
 
 
 def test_attack_seeds_are_averaged_before_a_flag_is_raised(lab: Any) -> None:
