@@ -140,6 +140,8 @@ class Compared(Standing):
     clean_accuracy: float | None
     robust_accuracy: float | None
     verdict: str | None
+    weights_sha256: str | None
+    threat_model: str | None = Field(examples=["linf 8/255"])
 
 
 class Comparison(BaseModel):
@@ -151,29 +153,67 @@ class Comparison(BaseModel):
     union_refused: str | None = Field(description="Why there is no union.")
 
 
+class CountedAttack(BaseModel):
+    """An attack that a row's worst cases are over, and how many of the row's networks it met."""
+
+    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    preset: str | None = Field(examples=["pgd_linf"])
+    version: int = Field(examples=[1])
+    networks: int = Field(examples=[3])
+    results: int = Field(description="Its seeds, replicates and scales.", examples=[12])
+
+
 class Rank(BaseModel):
+    """The networks of one architecture and recipe; they differ in their weights."""
+
     rank: int
     architecture: str
     recipe: dict[str, Any]
-    scale: float
-    seeds: int
-    robust_accuracy: float
-    ci95_low: float | None
+    train_version: int | None = Field(description="Of the training task.", examples=[1])
+    scale: float = Field(description="Of the results that were asked for.")
+    networks: int = Field(description="Distinct weights.", examples=[3])
+    seeds: int = Field(description="The same number under its older name.", deprecated=True, examples=[3])
+    results: int = Field(description="That were asked for, repeats included.", examples=[5])
+    robust_accuracy_worst_case: float = Field(
+        description="Mean over networks of the share of images that every stored attack of the threat model left "
+        "right. Rows are sorted by it.",
+        examples=[0.42],
+    )
+    ci95_low: float | None = Field(
+        description="Of the worst case: Student's over networks; of one network, or of equal ones, Wilson's over images"
+    )
     ci95_high: float | None
-    best: float
+    ci95_of: Literal["networks", "images"] = Field(description="Over what the interval is.")
+    best: float = Field(description="Worst case of the best network.")
+    robust_accuracy: float = Field(
+        description="Mean over networks, each under the strongest single attack of those asked for, repeats averaged."
+    )
     clean_accuracy: float | None
+    attacks: list[CountedAttack]
+    left_out: dict[str, int] = Field(
+        description="Stored results that prove nothing in this threat model, by the reason.",
+        examples=[{"superseded": 1}],
+    )
+    flags: list[str] = Field(description="Raised by any of the results.", examples=[["not_monotone"]])
 
 
 class Board(BaseModel):
-    """Networks under one attack, the most robust first."""
+    """Networks under one threat model, the most robust first."""
+
+    model_config = ConfigDict(extra="allow")
 
     dataset: str
-    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
-    preset: str | None = Field(examples=["pgd_linf"])
+    threat_model: str = Field(examples=["linf 8/255"])
+    norm: str = Field(examples=["linf"])
+    eps: float = Field(examples=[8 / 255])
     samples: int
     order: str = Field(examples=["permutation"])
     scale_bias: bool
-    version: int = Field(description="Of the attack task.")
+    attack: dict[str, Any] | None = Field(
+        description="Where the results that were asked for have one alone.", examples=[JOB_EXAMPLE["attack"]]
+    )
+    preset: str | None = Field(examples=["pgd_linf"])
+    version: int = Field(description="The latest of the attacks' versions; each stands beside its attack.")
     rows: list[Rank]
 
 

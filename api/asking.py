@@ -61,14 +61,14 @@ class Asking(Transport):
         return Aggregate(**found)
 
     def compare(self, *job_ids: str) -> Json:
-        """Results side by side: what differs, McNemar's test of every two, the union of attacks on one network."""
+        """Results side by side: what differs, McNemar's test of every two, the union of attacks in one ball."""
         return self._request("GET", "/v1/results:compare", params={"ids": ",".join(job_ids)})
 
     def leaderboard(
         self, filter: str | None = None, *, attack: str | None = None, scale: float | str = 1,
         trusted: bool = True, **filters: Any,
     ) -> list[Json]:  # fmt: skip
-        """A board for each data set, attack and number of samples, best first; `scale` may be `all`."""
+        """A board for each threat model, data set and number of samples, by worst case; `scale` may be `all`."""
         params = {"scale": scale, "trusted": trusted, **({"attack": attack} if attack else {}), **filters}
         items: list[Json] = self._request(
             "GET", "/v1/leaderboard", params={**params, **({"filter": filter} if filter else {})}

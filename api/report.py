@@ -5,7 +5,7 @@ The statistics are the service's own, over distinct computations, and refused wh
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,6 +38,9 @@ MEANING = {
     "train_mode": "the network's answer depends on the other images in the batch",
     "random_forward": "the network answers differently when asked twice",
 }
+FLAGS = {
+    "not_monotone": "more steps, restarts or a larger eps left more images robust: one of the two attacks is too weak",
+}
 Key = tuple[object, ...]
 
 
@@ -47,7 +50,7 @@ class NothingToReport(UncannyError):
 
 @dataclass(frozen=True)
 class Report:
-    """`groups` has the statistics, with the `verdicts` in each; `reasons` and `made_by` count distinct computations."""
+    """`groups` has the statistics, with the `verdicts` in each; the rest counts distinct computations."""
 
     asked: Json
     groups: list[Json]
@@ -55,6 +58,7 @@ class Report:
     made_by: list[Json]
     computations: int
     retracted: int = 0
+    flags: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> Json:
         return dict(vars(self))
@@ -77,6 +81,14 @@ class Report:
         if self.reasons:
             found = [[f"`{reason}`", str(n), MEANING[reason.partition(":")[0]]] for reason, n in self.reasons.items()]
             lines += ["", "## What the verdicts found", "", *_table(("reason", "computations", "meaning"), found)]
+        if self.flags:
+            found = [[f"`{flag}`", str(n), FLAGS[flag]] for flag, n in self.flags.items()]
+            lines += [
+                "",
+                "## What other results say against it",
+                "",
+                *_table(("flag", "computations", "meaning"), found),
+            ]
         made_by = [[*(str(one[name]) for name in MADE_BY), str(one["computations"])] for one in self.made_by]
         if self.retracted:
             lines += ["", f"{self.retracted} retracted results are left out."]
@@ -86,7 +98,7 @@ class Report:
 
 def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
     """Of every result that matches, without the retracted ones. Raises `NothingToReport`, `ApiError`."""
-    fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", *(f"provenance.{name}" for name in MADE_BY)]
+    fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", "flags", *(f"provenance.{name}" for name in MADE_BY)]
     found = client.results(filter, sort="created_at", fields=fields, limit=1000, **filters)
     rows = list({row["spec_digest"]: row for row in found}.values())
     if not rows:
@@ -108,6 +120,7 @@ def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
         [dict(zip(MADE_BY, made, strict=True)) | {"computations": n} for made, n in made_by.most_common()],
         len(rows),
         statistics.retracted,
+        dict(Counter(flag for row in rows for flag in row["flags"]).most_common()),
     )
 
 

@@ -344,7 +344,37 @@ class Flag(BaseModel):
     field: str = Field(examples=["attack.steps"])
     job_id: str = Field(examples=[JOB_ID])
     value: int | float = Field(description="What that result has in the field.", examples=[40])
-    robust_accuracy: float = Field(description="Of that result.", examples=[0.61])
+    robust_accuracy: float = Field(description="Of that result, its repeats averaged.", examples=[0.61])
+    results: int = Field(description="Its repeats: attack seeds, replicates.", examples=[1])
+
+
+class NamedAttack(BaseModel):
+    """An attack that a worst case is over."""
+
+    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    preset: str | None = Field(examples=["pgd_linf"])
+    version: int = Field(examples=[1])
+    results: int = Field(description="Its seeds, replicates and scales.", examples=[4])
+    scales: list[float] = Field(examples=[[0.5, 1.0, 5.0]])
+    robust_accuracy: float = Field(description="Of the images that it alone left right everywhere.", examples=[0.45])
+
+
+class WorstCase(BaseModel):
+    """The images that every stored attack of one threat model left right, of one network: bits, joined by AND.
+
+    Scales count where the bias is scaled too, because the predictions are the same. Retracted results, attacks of an
+    older version, and those that left the ball, met a value that is not finite, or a network that answers at random are
+    left out, and counted by the reason. The panel of controls, which looks at 256 images, is not in it.
+    """
+
+    threat_model: str = Field(examples=["linf 8/255"])
+    robust_accuracy: float = Field(examples=[0.42])
+    ci95_low: float = Field(description="Of Wilson's interval over the images.", examples=[0.39])
+    ci95_high: float = Field(examples=[0.45])
+    n: int = Field(description="Images.", examples=[1000])
+    attacks: list[NamedAttack] = Field(description="The strongest first.")
+    results: int = Field(examples=[4])
+    left_out: dict[str, int] = Field(examples=[{"superseded": 1}])
 
 
 class Result(BaseModel):
@@ -365,7 +395,10 @@ class Result(BaseModel):
     verdict: str | None = Field(examples=["trusted"])
     verdict_reasons: list[str] | None = Field(examples=[["masked"]])
     log_relative_sharpness_median: float | None = Field(default=None, examples=[-34.1])
+    threat_model: str | None = Field(description="The attack's ball; null without one.", examples=["linf 8/255"])
+    adversary: Literal["white_box", "black_box", "transfer", "noise"]
     flags: list[Flag] = Field(description="What other results say against this one; its verdict stays.", examples=[[]])
+    worst_case: WorstCase | None = Field(description="Of the network, over all attacks of the threat model.")
     parts: dict[str, Any] = Field(description="All numbers of each task it rests on, with their provenance.")
 
 

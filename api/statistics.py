@@ -17,7 +17,7 @@ from service.store.fields import RESULTS
 router = APIRouter(prefix="/v1", tags=["statistics"])
 Retracted = Annotated[bool, Query(description="Count retracted results too.")]
 OWN = ("attack", "scale")  # parameters of the leaderboard itself
-Trusted = Annotated[bool, Query(description="Only results with the verdict `trusted`.")]
+Trusted = Annotated[bool, Query(description="Only results with the verdict `trusted` by this version's rule.")]
 Ids = Annotated[str, Query(description="Job ids by comma.", min_length=1, examples=[f"{JOB_ID},{JOB_ID[:-1]}b"])]
 
 
@@ -56,7 +56,7 @@ def aggregate_results(
 @router.get("/results:compare", response_model=Comparison, responses=documented(404, 422))
 def compare_results(insights: Questions, ids: Ids) -> Any:
     """Results side by side: the fields that differ, McNemar's exact test and a bootstrap interval for every two on
-    the examples that all have, and the worst case per example where they are attacks on one network."""
+    the examples that all have, and the worst case per example where they are attacks on one network in one ball."""
     return comparing.compare(insights.database, names_of(ids))
 
 
@@ -88,7 +88,11 @@ def get_leaderboard(
     filter: Filter = None,
     trusted: Trusted = True,
 ) -> Any:
-    """Networks by mean robust accuracy over their seeds: a board for each data set, attack and number of samples."""
+    """Networks by their worst case: a board for each threat model, data set and number of samples.
+
+    The worst case of a network is over every stored attack of the threat model, at every scale whose predictions are
+    the same; `attack`, `scale` and filters choose which networks are on a board. Noise and attacks without a ball rank
+    nothing."""
     nodes = nodes_of(filter, filters_of(request, RESULTS, OWN))
     wanted = None if scale == "all" else float(scale)
     boards = leaderboard.leaderboard(insights.database, nodes, attack=attack, scale=wanted, trusted=trusted)

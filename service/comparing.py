@@ -12,12 +12,14 @@ from service.results import found
 from service.store import results as store
 from service.store.database import Database
 from service.store.filing import LATER
+from service.threat_model import threat_model
 from service.verdict import BitArray
 from service.views import retracted
 
 MAX_COMPARED = 20
 RESAMPLES = 10_000
-SHOWN = ("architecture", "dataset", "scale", "seed", "samples", "clean_accuracy", "robust_accuracy", "verdict")
+SHOWN = ("architecture", "dataset", "scale", "seed", "samples", "clean_accuracy", "robust_accuracy", "verdict",
+         "weights_sha256")  # fmt: skip
 
 
 def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
@@ -44,7 +46,13 @@ def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
     union, why = _union(rows, [of[:n] for of in bits])
     return {
         "results": [
-            {"job_id": row.id, **{name: getattr(row, name) for name in SHOWN}, **retracted(row)} for row in rows
+            {
+                "job_id": row.id,
+                **{name: getattr(row, name) for name in SHOWN},
+                "threat_model": threat_model(row.spec["attack"]).ball,
+                **retracted(row),
+            }
+            for row in rows
         ],
         "examples": n,
         "differing": differing(specs),
@@ -84,9 +92,13 @@ def paired(a: BitArray, b: BitArray) -> dict[str, Any]:
 
 
 def _union(rows: Sequence[Any], bits: Sequence[BitArray]) -> tuple[dict[str, Any] | None, str | None]:
-    """The worst case per example over attacks on one network, or why there is none."""
-    if len({row.train_task_id for row in rows}) > 1:
+    """The worst case per example over attacks on one network in one ball, or why there is none."""
+    if len({row.weights_sha256 or row.train_task_id for row in rows}) > 1:
         return None, "these are attacks on different networks"
+    balls = dict.fromkeys(threat_model(row.spec["attack"]).ball for row in rows)
+    if len(balls) > 1 or None in balls:
+        named = ", ".join("no ball" if ball is None else ball for ball in balls)
+        return None, f"a worst case is over one threat model, and these are attacks in {named}"
     if len({row.scale for row in rows}) > 1 and not all(row.scale == 1 or row.spec["scale_bias"] for row in rows):
         return None, "without the bias scaled too, a network predicts other classes at another scale"
     worst = np.logical_and.reduce(bits)

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 
 from service.dotted import FAMILIES, flat
+from service.flags import names_of
 from service.questions import ALL_FIELDS, Question
 from service.results import check_fields, order_of, other_names, rows_of
 from service.store import results as store
 from service.store.database import Database
-from service.store.fields import HEADLINE, RESULTS, SPEC, Kind, stored_numbers
+from service.store.fields import HEADLINE, RESULTS, SPEC, THREAT_MODEL, Kind, stored_numbers
 from service.store.keyset import Order
+from service.store.result_tables import results
+from service.threat_model import threat_model
 from service.views import iso
 
 if TYPE_CHECKING:
@@ -31,10 +34,11 @@ MAX_CELLS = 20_000  # that are remembered between batches, half a kilobyte each
 ROWS_OF_JSON = 500  # in a batch, where whole rows are read
 GROUP_ROWS = 100_000  # of a row group of Parquet
 GROUP_VALUES = 8_000_000  # of it: fewer rows where they are wide
+FLAGS = "flags"
 RARE = "attack.source.recipe."  # of transfers from a network that was trained otherwise
 COLUMNS = (
-    "job_id", "sweep_id", "user", *(name for name in SPEC if not name.startswith(RARE)), *HEADLINE, "versions.train",
-    "versions.measure", "versions.attack", "created_at", "finished_at",
+    "job_id", "sweep_id", "user", *(name for name in SPEC if not name.startswith(RARE)), *THREAT_MODEL, *HEADLINE,
+    FLAGS, "versions.train", "versions.measure", "versions.attack", "created_at", "finished_at",
 )  # fmt: skip
 FURTHER = (
     *(name for name in SPEC if name.startswith(RARE)), "versions.control", "measures", "measures_failed",
@@ -61,7 +65,7 @@ def table(database: Database, question: Question) -> Table:
         order = order_of(connection, question)
         question.after(order)
         store.selected(connection, question.nodes)
-    known = all(name in RESULTS.known and RESULTS.known[name].any_of is None for name in names)
+    known = all(name == FLAGS or (name in RESULTS.known and RESULTS.known[name].any_of is None) for name in names)
     fetch = _Columns(names) if known else _whole_rows
     rows = BATCH_ROWS if known else ROWS_OF_JSON
     return Table(names, tuple(map(_kind, names)), lambda: _batches(database, question, order, names, fetch, rows))
@@ -178,26 +182,28 @@ class _Columns:
     """Columns straight from the index table; those of the cell from a lookup by its id, once for many rows."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._own = [name for name in names if RESULTS.known[name].of_cell is None]
-        self._shared = [name for name in names if RESULTS.known[name].of_cell is not None]
+        known = [name for name in names if name != FLAGS]
+        self._own = [name for name in known if RESULTS.known[name].of_cell is None]
+        self._shared = [name for name in known if RESULTS.known[name].of_cell is not None]
         self._cells: dict[int, tuple[Any, ...]] = {}  # the values of `_shared`
 
     def __call__(
         self, connection: Connection, question: Question, order: Order, names: Sequence[str], rows: int
     ) -> tuple[list[list[Any]], str | None]:
-        wanted = [RESULTS.known[name].column for name in self._own]
+        wanted = [results.c.not_monotone, *(RESULTS.known[name].column for name in self._own)]
         found = store.columns(
             connection, question.nodes, order, question.after(order), rows + 1, wanted, retracted=question.retracted
         )
         found, cursor = question.cut(order, found)
         if not found:
             return [[] for _ in names], cursor
-        cell_ids, *by_column = zip(*found, strict=True)  # and after ours what they are sorted by
+        cell_ids, flagged, *by_column = zip(*found, strict=True)  # and after ours what they are sorted by
         columns = dict(zip(self._own, map(list, by_column), strict=False))
         self._look_up(connection, set(cell_ids))
         if self._shared:
             shared = zip(*map(self._cells.__getitem__, cell_ids), strict=True)
             columns |= dict(zip(self._shared, map(list, shared), strict=True))
+        columns[FLAGS] = [";".join(names_of(of)) for of in flagged]
         return [columns[name] for name in names], cursor
 
     def _look_up(self, connection: Connection, cell_ids: set[int]) -> None:
@@ -205,6 +211,8 @@ class _Columns:
             self._cells.clear()
         for cell_id, spec in store.cell_specs(connection, cell_ids - self._cells.keys()).items():
             values = dict(flat(spec))
+            threat = threat_model(spec["attack"])
+            values |= {"threat_model": threat.ball, "adversary": threat.adversary}
             values["norm"] = values.get("attack.attack.norm", values.get("attack.norm"))
             self._cells[cell_id] = tuple(values.get(WHOLE.get(name, name)) for name in self._shared)
 

@@ -1,49 +1,83 @@
-"""Findings across the history, shown when a result is read: a stored verdict never changes by them (SCIENCE.md 8)."""
+"""Findings across the history, shown wherever a result is: a verdict never changes by them (SCIENCE.md 8). Pure."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row
-
-from service.dotted import flat
-from service.store import results as store
-
-MORE_BREAKS_MORE = ("eps", "steps", "restarts")
-MAX_COMPARED = 1000  # results of one checkpoint, the earliest ones
+NOT_MONOTONE = "not_monotone"
+STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
+OF_TRAINING = ("recipe", "versions")  # of a cell; what is the same of a network however it came to be is compared
+Flag = dict[str, Any]
+Specs = Mapping[int, Mapping[str, Any]]  # those of cells, flat
 
 
-def flags_of(connection: Connection, row: Row[Any]) -> list[dict[str, Any]]:
-    """What other results of the same checkpoint say against this one; `row` is a result as `store.one` gives it."""
-    others = store.of_checkpoint(connection, row.train_task_id, MAX_COMPARED)
-    cells = store.cell_specs(connection, {row.cell_id, *(other.cell_id for other in others)})
-    specs = {cell_id: dict(flat(spec)) for cell_id, spec in cells.items()}
-    return not_monotone(row, [other for other in others if other.attack_seed == row.spec["attack_seed"]], specs)
+class Place(NamedTuple):
+    """A network, by the SHA-256 of its weights, and a cell."""
+
+    weights_sha256: str | None
+    cell_id: int
 
 
-def not_monotone(row: Any, others: Sequence[Any], specs: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def found(means: Sequence[Any], specs: Specs) -> dict[Place, list[Flag]]:
+    """The flags of each place that has any; `means` have `weights_sha256, cell_id, family, robust_accuracy, results`
+    and the `job_id` of their first result."""
+    together: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for mean in means:
+        together[mean.weights_sha256, mean.family].append(mean)
+    return {
+        Place(mean.weights_sha256, mean.cell_id): flags
+        for alike in together.values()
+        if len(alike) > 1
+        for mean in alike
+        if (flags := not_monotone(mean, alike, specs))
+    }
+
+
+def not_monotone(mine: Any, others: Sequence[Any], specs: Specs) -> list[Flag]:
     """The results, equal but for eps, steps or restarts, where more of it left more examples robust.
 
-    More than max(.02, 3/n), by either of the two; `specs` are the flat specs of the rows' cells.
+    More than max(.02, 3/n), by either of the two; `specs` are those of the cells of `mine` and `others`.
     """
-    mine, found = specs[row.cell_id], []
+    flags, own = [], specs[mine.cell_id]
+    least = max(0.02, 3 / own["samples"]) + 1e-9
     for other in others:
+        if None in (mine.robust_accuracy, other.robust_accuracy):
+            continue
+        rise = other.robust_accuracy - mine.robust_accuracy
+        if abs(rise) <= least:
+            continue
         theirs = specs[other.cell_id]
-        apart = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
-        if len(apart) != 1 or apart[0].rpartition(".")[2] not in MORE_BREAKS_MORE:
-            continue
-        if None in (row.robust_accuracy, other.robust_accuracy):
-            continue
-        rise = other.robust_accuracy - row.robust_accuracy
-        if theirs[apart[0]] < mine[apart[0]]:
-            rise = -rise
-        if rise > max(0.02, 3 / mine["samples"]) + 1e-9:
-            found.append(
+        field = _only_strength(own, theirs)
+        if field is not None and (rise > 0) == (own[field] < theirs[field]):
+            flags.append(
                 {
-                    "flag": "not_monotone",
-                    "field": apart[0],
-                    "job_id": other.job_id,
-                    "value": theirs[apart[0]],
-                    "robust_accuracy": other.robust_accuracy,
+                    "flag": NOT_MONOTONE, "field": field, "job_id": other.job_id, "value": theirs[field],
+                    "robust_accuracy": other.robust_accuracy, "results": other.results,
                 }
-            )
-    return found
+            )  # fmt: skip
+    return flags
+
+
+def names_of(not_monotone: bool) -> list[str]:
+    """The names of a result's flags."""
+    return [NOT_MONOTONE] if not_monotone else []
+
+
+def compared(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a cell that must be the same, but for strength, where one attack is to break no less than another."""
+    kept = {name: value for name, value in spec.items() if name not in OF_TRAINING}
+    return {**kept, "version": spec["versions"]["attack"]}
+
+
+def apart_from_strength(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of all cells whose attacks differ in strength only."""
+    attack = {name: value for name, value in spec["attack"].items() if name not in STRENGTH}
+    if isinstance(inner := attack.get("attack"), Mapping):  # of a transfer
+        attack["attack"] = {name: value for name, value in inner.items() if name not in STRENGTH}
+    return {**compared(spec), "attack": attack}
+
+
+def _only_strength(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """The one field in which two attacks differ, where that is their strength."""
+    apart = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
+    return apart[0] if len(apart) == 1 and apart[0].rpartition(".")[2] in STRENGTH else None

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row
 from service import views
 from service.dotted import FAMILIES, chosen
 from service.errors import InvalidQuery, NotFound
-from service.flags import flags_of
+from service.flags import Place
 from service.jobs import TaskState
 from service.query import Node
 from service.questions import ALL_FIELDS, Question
@@ -17,8 +17,10 @@ from service.store import reading
 from service.store import results as store
 from service.store.database import Database
 from service.store.fields import RESULTS, stored_numbers, unknown
+from service.store.flagging import flags_of
 from service.store.keyset import Order
 from service.store.result_tables import results
+from service.worst_case import worst_case_of
 
 STREAM_ROWS = 500
 ROW_FIELDS = (*RESULTS.known, *FAMILIES)
@@ -76,13 +78,14 @@ class Results:
     def result(self, job_id: str) -> dict[str, Any]:
         """One result whole: all numbers by the part that their task plays, with provenance and names of curves.
 
-        Its `flags` are what results that came later may say against it.
+        Its `flags` are what other results may say against it, its `worst_case` what all of its threat model say.
         """
         with self.database.read() as connection:
             row = found(connection, job_id)
             further = store.further_measures(connection, [row])[job_id]
             specs = store.cell_specs(connection, [row.cell_id])
-            flags = flags_of(connection, row)
+            flags = flags_of(connection, Place(row.weights_sha256, row.cell_id))
+            worst_case = worst_case_of(connection, row.weights_sha256, specs[row.cell_id])
             parts: dict[str, Any] = {}
             for task in reading.tasks_of_job(connection, job_id):
                 made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]
@@ -102,7 +105,8 @@ class Results:
                 for role in reading.roles(row, task):
                     name = task.spec["measure"]["type"] if role == "measure" else role
                     parts[name if name not in parts else f"{name}:{views.digest_of(task)[:8]}"] = part
-        return {**views.result_row(row, further, specs[row.cell_id], whole=False), "flags": flags, "parts": parts}
+        shown = views.result_row(row, further, specs[row.cell_id], whole=False)
+        return {**shown, "flags": flags, "worst_case": worst_case, "parts": parts}
 
     def trajectory(self, job_id: str) -> dict[str, Any]:
         """The curves of a result: along the attack's steps, and over the epochs of the training."""

@@ -19,7 +19,7 @@ from service.query import Node
 from service.results import found
 from service.specs import JobSpec
 from service.specs.measures import MEASURES
-from service.store import history, reading, retracting
+from service.store import flagging, history, reading, retracting
 from service.store import results as store
 from service.store.fields import Column
 from service.store.history import Event
@@ -48,6 +48,7 @@ def retract(
             _check_own(connection, [*retracted, *retracting.waiting_for(connection, row.attack_task_id)], user)
             # A later result of these numbers is hidden as it is filed, which only an admin may decide for others.
             retracting.give_digests_up(connection, [row.attack_task_id])
+        flagging.renew(connection, retracted)
         _tell(connection, now, user, "result.retracted", retracted, {"reason": reason})
         again = _submit(service, connection, now, _replicates(connection, [job_id]), user) if rerun else []
     return {"retracted": retracted, "resubmitted": again}
@@ -71,6 +72,7 @@ def retract_all(
         attacks = retracting.attacks_of(connection, where)
         now = service.database.now(connection)
         retracted = retracting.retract(connection, now, user, reason, attacks)
+        flagging.renew(connection, retracted)
         _tell(connection, now, user, "result.retracted", retracted, {"reason": reason})
         again = _submit(service, connection, now, _replicates(connection, retracted), user) if rerun else []
     return {"retracted": retracted, "resubmitted": again}
@@ -160,6 +162,7 @@ def _retract_tasks(
     why = {"reason": reason}
     events = [Event("task.retracted", task_id=task_id, data=why) for task_id in marked]
     history.append(connection, now, user, events)
+    flagging.renew(connection, retracted)
     _tell(connection, now, user, "result.retracted", retracted, why)
     _tell(connection, now, user, "result.unmeasured", unmeasured, why)
     replanned = replanning.replan(connection, now, user, marked)
@@ -182,6 +185,7 @@ def _restore(
     restored = sorted({*restored, *shown})
     events = [Event("task.restored", task_id=task_id, data={"joined": task_id not in superseded}) for task_id in tasks]
     history.append(connection, now, user, events)
+    flagging.renew(connection, restored)
     _tell(connection, now, user, "result.restored", restored)
     _tell(connection, now, user, "result.measured", unmeasured)
     return {"restored": restored, "tasks": tasks, "superseded": superseded, "measured": unmeasured}

@@ -10,12 +10,14 @@ from typing import Any
 
 from sqlalchemy import Row
 
+from service.flags import names_of
 from service.jobs import JobState, TaskState
 from service.specs.canonical import canonical
 from service.specs.tasks import Task
 from service.store import reading
 from service.store.filing import LATER
 from service.store.result_tables import METRICS
+from service.threat_model import threat_model
 
 # A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
 DETAIL = re.compile(r"^train_|_q\d\d(_|$)|_clean_correct|_n_zero$|_iterations$|_converged$")
@@ -127,12 +129,13 @@ def result_row(
         "weights_sha256": row.weights_sha256,
     }
     shown = {name: value for name, value in numbers.items() if whole or not _is_detail(name)}
+    threat = threat_model(row.spec["attack"])
     return {
         "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,
         **{name: value for name, value in {**LATER, **row.spec}.items() if name != "measures"},
         "measures": [measure["type"] for measure in row.spec["measures"]],
         "measures_failed": {of["measure"]["type"]: of["failed"] for of in further if of["failed"] is not None},
-        **headline,
+        "threat_model": threat.ball, "adversary": threat.adversary, **headline, "flags": names_of(row.not_monotone),
         **{name: value for name, value in shown.items() if name not in headline},
         "versions": cell["versions"], "spec_digest": row.spec_digest, "attack_digest": row.attack_digest,
         "created_at": iso(row.created_at), "finished_at": iso(row.finished_at), **retracted(row),

@@ -56,15 +56,17 @@ def leaderboard(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Networks by robust accuracy, as `uncanny leaderboard attack=pgd_linf dataset=digits`."""
+    """Networks by their worst case over all stored attacks, as `uncanny leaderboard dataset=digits norm=linf`."""
     asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
     with client_of(home, url) as client:
         boards = client.leaderboard(scale=scale, trusted=trusted, **asked)
     if as_json:
         return print_json(boards)
     for board in boards:
-        title = f"{board['dataset']}, {board['preset'] or attack_name(board['attack'])}, {board['samples']} samples"
-        columns = ["rank", "architecture", "recipe", "scale", "seeds", "robust", "95 %", "clean"]
+        attacked = f", with {board['preset'] or board['attack']['type']}" if board["attack"] else ""
+        title = f"{board['dataset']}, {board['threat_model']}{attacked}, {board['samples']} samples"
+        columns = ["rank", "architecture", "recipe", "scale", "networks", "results", "worst case", "95 %", "attacks"]
+        columns += ["robust", "clean", "flags"]
         differs = _differing([dict(flat(row["recipe"])) for row in board["rows"]])
         show(table(columns, [_place(row, differs) for row in board["rows"]], title))
         say("")
@@ -190,10 +192,18 @@ def _place(row: Json, differing: list[str]) -> list[str]:
     recipe = dict(flat(row["recipe"]))
     shown = [recipe["name"], *(f"{name} {number(recipe[name])}" for name in differing if name in recipe)]
     interval = "–" if row["ci95_low"] is None else f"{percent(row['ci95_low'])} to {percent(row['ci95_high'])}"
+    interval += " of images" if row["ci95_of"] == "images" else ""
     return [
-        str(row["rank"]), row["architecture"], ", ".join(shown), number(row["scale"]), str(row["seeds"]),
-        percent(row["robust_accuracy"]), interval, percent(row["clean_accuracy"]),
+        str(row["rank"]), row["architecture"], ", ".join(shown), number(row["scale"]), str(row["networks"]),
+        str(row["results"]), percent(row["robust_accuracy_worst_case"]), interval, _attacks(row),
+        percent(row["robust_accuracy"]), percent(row["clean_accuracy"]), ", ".join(row["flags"]),
     ]  # fmt: skip
+
+
+def _attacks(row: Json) -> str:
+    """How many, and of how many not every network of the row has met."""
+    partly = sum(attack["networks"] < row["networks"] for attack in row["attacks"])
+    return str(len(row["attacks"])) + (f", {partly} not on all" if partly else "")
 
 
 def _tau(row: Json) -> Json:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import BigInteger, Connection, case, cast, exists, func, literal, select
+from sqlalchemy import BigInteger, Connection, and_, case, cast, exists, func, literal, select
 from sqlalchemy.sql import ColumnElement
 
 from service.dotted import or_rather
 from service.errors import InvalidQuery
+from service.flags import NOT_MONOTONE
 from service.query import LABEL, plain
 from service.specs.measures import MEASURES
 from service.specs.parameters import parameters, scalars
@@ -20,6 +21,7 @@ from service.store.result_tables import METRICS, cells, number_names, results
 from service.store.states import DIGEST
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
 from service.store.typed import json_flag, json_list, json_number, json_text
+from service.threat_model import ADVERSARIES
 
 Column = ColumnElement[Any]
 Kind = Literal["text", "number", "integer", "boolean", "time", "list"]
@@ -292,6 +294,19 @@ SPEC: dict[str, Field] = {
     name: Field(kind, results.c[name]) if name in results.c else _cell_field(name, kind)
     for name, kind in SPEC_KINDS.items()
 }  # fmt: skip
+
+
+def _flags() -> Field:
+    def any_of(test: Test) -> Column:
+        return and_(results.c.not_monotone, test(literal(NOT_MONOTONE)))
+
+    return Field("list", literal(None), any_of=any_of)
+
+
+THREAT_MODEL = {
+    "threat_model": _of_cell("text", cells.c.threat_model),
+    "adversary": _of_cell("text", case(dict(ADVERSARIES), value=cells.c.attack)),
+}
 OF_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
 OF_TRAINING = ("test_accuracy", "train_seconds")
 COMPUTED_BY = {
@@ -307,7 +322,8 @@ RESULTS = Fields(
         "job_id": Field("text", results.c.job_id), "user": Field("text", results.c.user),
         "owner": Field("text", results.c.user), "sweep": Field("text", results.c.sweep_id),
         "sweep_id": Field("text", results.c.sweep_id), **SPEC, **{short: SPEC[name] for short, name in SHORT.items()},
-        "measures": _measures(results.c.job_id), **HEADLINE,
+        "measures": _measures(results.c.job_id), **THREAT_MODEL, **HEADLINE,
+        "flags": _flags(),
         "verdict_reasons": _list(_of_job("list", jobs.c.verdict_reasons).column),
         "verdict_version": Field("integer", results.c.verdict_version),
         "weights_sha256": Field("text", results.c.weights_sha256),

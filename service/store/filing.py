@@ -7,10 +7,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, case, func, insert, literal, select, update
 
+from service.flags import apart_from_strength
+from service.store import flagging
 from service.store.listed import insert_rows, listed
 from service.store.result_tables import cells, number_names, results
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
 from service.store.typed import json_text
+from service.threat_model import threat_model
 
 AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.
@@ -45,6 +48,7 @@ def file(connection: Connection, job_ids: Sequence[str]) -> None:
             same.setdefault(row.attack_task_id, filed[-1])
             networks.add(network)
         insert_rows(connection, results, filed)
+    flagging.renew(connection, job_ids)
 
 
 def file_verdicts(connection: Connection, job_ids: Sequence[str]) -> None:
@@ -76,6 +80,7 @@ def refresh(connection: Connection, task_ids: Collection[str]) -> None:
     network = {"weights_sha256": func.coalesce(used, results.c.weights_sha256), "repeats_network": True}
     values = {**attack, **measure, **train, **network}
     connection.execute(update(results).where(results.c.job_id.in_(of_them)).values(values))
+    flagging.renew(connection, connection.scalars(of_them).all())
 
 
 def cell_spec(spec: Mapping[str, Any], versions: Mapping[str, int | None]) -> dict[str, Any]:
@@ -90,6 +95,11 @@ def cell_digest(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def family(spec: Mapping[str, Any]) -> str:
+    """The same for cells whose attacks differ in nothing but strength (SCIENCE.md 8, `not_monotone`)."""
+    return cell_digest(apart_from_strength(spec))
+
+
 def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     attack = spec["attack"]
     ball = attack.get("attack", attack)  # a transfer's is that of the attack that makes its examples
@@ -97,6 +107,7 @@ def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:
         "digest": digest, "architecture": spec["architecture"], "dataset": spec["dataset"], "scale": spec["scale"],
         "attack": attack["type"], "norm": ball.get("norm"), "eps": ball.get("eps"),
         "recipe": spec["recipe"]["name"], "samples": spec["samples"], "spec": dict(spec),
+        "threat_model": threat_model(attack).ball, "family": family(spec),
     }  # fmt: skip
 
 

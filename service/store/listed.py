@@ -4,7 +4,20 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, Connection, Select, Table, Text, bindparam, literal, literal_column, select
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    Integer,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    cast,
+    literal,
+    literal_column,
+    select,
+)
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
@@ -31,6 +44,12 @@ def listed(values: Iterable[str]) -> Select[Any]:
     """`column.in_(listed(values))`."""
     array = bindparam(None, json.dumps(list(values)), Text)
     return select(literal_column("value", Text)).select_from(_Elements(array))
+
+
+def numbered(values: Iterable[int]) -> Select[Any]:
+    """The same of whole numbers."""
+    array = elements(bindparam(None, json.dumps([str(value) for value in values]), Text))
+    return select(cast(array.c.value, Integer))
 
 
 def elements(array: ColumnElement[Any]) -> TableValuedAlias:

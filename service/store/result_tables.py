@@ -24,6 +24,10 @@ cells = Table(
     Column("recipe", String(80), nullable=False),
     Column("samples", Integer, nullable=False),
     Column("spec", Json, nullable=False),
+    Column("threat_model", String(80)),  # the ball, as `linf 8/255`; null where the attack has none
+    # That of all cells whose attacks differ in nothing but strength, on whatever network of one architecture.
+    Column("family", String(64), nullable=False, server_default=text("''")),
+    Index("ix_cells_family", "family"),
     # All that filters ask of cells by column, so that a look at every one of them reads no spec.
     Index("ix_cells_asked", "architecture", "dataset", "attack", "scale", "norm", "eps", "recipe", "samples"),
 )
@@ -63,6 +67,8 @@ results = Table(
     Column("repeats_network", Boolean, nullable=False, server_default=text("false")),
     *(Column(name, Float(53)) for name in METRICS),
     Column("masked_n", Integer),
+    # Other results of the network speak against it (`service/flags.py`).
+    Column("not_monotone", Boolean, nullable=False, server_default=text("false")),
     Column("verdict", String(20), nullable=False),
     Column("verdict_version", Integer),
     Column("created_at", Float(53), nullable=False),
@@ -91,7 +97,7 @@ results = Table(
         postgresql_where=SHOWN, sqlite_where=SHOWN,
     ),
     Index("ix_results_sweep", "sweep_id"),
-    Index("ix_results_weights", "weights_sha256"),
+    Index("ix_results_weights", "weights_sha256", "cell_id"),
 )  # fmt: skip
 
 # Which numbers attacks and measures have ever left, so that a misspelt name is told from one without rows.

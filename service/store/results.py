@@ -1,12 +1,11 @@
 """Questions about results: the numbers of a succeeded job, joined from the tasks that it shares with others."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Integer, Row, Select, Text, bindparam, cast, func, select
+from sqlalchemy import Connection, Row, Select, func, select
 
 from service.jobs import TaskState
 from service.query import Node
@@ -14,7 +13,7 @@ from service.store.conditions import by_cell, condition
 from service.store.fields import RESULTS, Column
 from service.store.filing import LATER
 from service.store.keyset import Among, Order, Position
-from service.store.listed import elements, listed
+from service.store.listed import listed, numbered
 from service.store.result_tables import INDEXED, METRICS, cells, results
 from service.store.states import DIGEST
 from service.store.tables import (
@@ -45,7 +44,7 @@ def _rows() -> Select[Any]:
         select(
             jobs,
             *measured,
-            *(results.c[name] for name in ("cell_id", "weights_sha256", *RETRACTION)),
+            *(results.c[name] for name in ("cell_id", "weights_sha256", "not_monotone", *RETRACTION)),
             attack_results.c.numbers.label("attack_numbers"),
             measurements.c.numbers.label("measure_numbers"),
             func.coalesce(attack.c.former_digest, attack.c.digest).label("attack_digest"),
@@ -120,22 +119,11 @@ def one(connection: Connection, job_id: str) -> Row[Any] | None:
     return connection.execute(_rows().where(jobs.c.id == job_id)).one_or_none()
 
 
-def of_checkpoint(connection: Connection, train_task_id: str, limit: int) -> list[Row[Any]]:
-    """The first results of one checkpoint: `job_id, cell_id, attack_seed, robust_accuracy`; no number twice."""
-    query = (
-        select(results.c.job_id, results.c.cell_id, results.c.attack_seed, results.c.robust_accuracy)
-        .join(job_tasks, job_tasks.c.job_id == results.c.job_id)
-        .where(job_tasks.c.task_id == train_task_id, results.c.train_task_id == train_task_id)
-        .where(results.c.retracted_at.is_(None), ~results.c.repeated)
-    )
-    return list(connection.execute(query.order_by(results.c.sequence).limit(limit)))
-
-
 def cell_specs(connection: Connection, ids: Iterable[int]) -> dict[int, dict[str, Any]]:
     """What each of these cells is: a spec without seeds, with the versions of its tasks."""
-    numbers = elements(bindparam(None, json.dumps([str(cell_id) for cell_id in ids]), Text))
-    query = select(cells.c.id, cells.c.spec).where(cells.c.id.in_(select(cast(numbers.c.value, Integer))))
-    return {cell_id: {**LATER, **spec} for cell_id, spec in connection.execute(query)}
+    wanted = list(ids)
+    query = select(cells.c.id, cells.c.spec).where(cells.c.id.in_(numbered(wanted)))
+    return {cell_id: {**LATER, **spec} for cell_id, spec in connection.execute(query)} if wanted else {}
 
 
 def further_measures(connection: Connection, job_rows: Sequence[Row[Any]]) -> dict[str, list[dict[str, Any]]]:

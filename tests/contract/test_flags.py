@@ -1,14 +1,21 @@
 """Flags across the history, on SQLite and on PostgreSQL: found in both results, and never part of a verdict."""
 
+import csv
+import importlib
+import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import select, update
 
-from service import retraction
+from service import exporting, retraction
 from service.executor import Succeeded
 from service.flags import not_monotone
-from service.insights import Insights
+from service.insights import Insights, Question
+from service.store.result_tables import cells, results
 
 STEPS = {"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.02, "steps": 10}
 
@@ -29,30 +36,89 @@ def test_more_steps_that_break_less(lab: Any) -> None:
     ten, forty = (lab.submit(attack={**STEPS, "steps": steps}, samples=300) for steps in (10, 40))
     larger = lab.submit(attack={**STEPS, "eps": 0.2}, samples=300)
     restarted = lab.submit(attack={**STEPS, "restarts": 5}, samples=300)
+    repeat = lab.submit(attack={**STEPS, "steps": 40}, samples=300, attack_seed=1)
     apart = [  # each differs in more than one thing
         lab.submit(attack={**STEPS, "steps": 40, "eps": 0.2}, samples=300),
         lab.submit(attack={**STEPS, "steps": 40}, samples=299),
         lab.submit(attack={**STEPS, "steps": 40}, samples=300, scale=5),
-        lab.submit(attack={**STEPS, "steps": 40}, samples=300, attack_seed=1),
         lab.submit(attack={**STEPS, "steps": 40}, samples=300, seed=1),
     ]
-    lab.submit(attack={**STEPS, "steps": 40}, samples=300, user="bob")  # the same number again
+    same = lab.submit(attack={**STEPS, "steps": 40}, samples=300, user="bob")  # the same number again
     answer(lab, {(0.1, 10, 1): 0.5, (0.1, 40, 1): 0.53, (0.2, 10, 1): 0.51, (0.1, 10, 5): 0.1, (0.2, 40, 1): 0.5})
     [flag] = insights.result(ten)["flags"]
     wanted = {"flag": "not_monotone", "field": "attack.steps", "job_id": forty, "value": 40, "robust_accuracy": 0.53}
-    assert flag == wanted
-    assert [one["job_id"] for one in insights.result(forty)["flags"]] == [ten]
+    assert flag == {**wanted, "results": 2}
+    for job_id in (forty, repeat, same):
+        assert [one["job_id"] for one in insights.result(job_id)["flags"]] == [ten]
     for job_id in (larger, restarted, *apart):
         assert insights.result(job_id)["flags"] == []
+    flagged = {ten, forty, repeat, same}
+    rows = insights.results(Question(limit=100))["items"]
+    assert {row["job_id"] for row in rows if row["flags"] == ["not_monotone"]} == flagged
+    assert [row["flags"] for row in rows if row["job_id"] not in flagged] == [[]] * 6
+    assert insights.results(Question(fields=("flags",), filter=f"job_id = {ten}"))["items"] == [
+        {"flags": ["not_monotone"]}
+    ]
+    assert {row["job_id"] for row in insights.results(Question(filter="flags = not_monotone"))["items"]} == flagged
+    assert len(insights.results(Question(filter="flags is null"))["items"]) == 6
+    before = [lab.rows(cells), lab.rows(results)]
+    assert migrated_again(lab) == before
+    for fields in ((), ("job_id", "flags"), ("*",)):  # from columns, and from whole rows
+        table = exporting.table(lab.database, Question(fields=fields))
+        lines = list(csv.DictReader(io.StringIO("".join(exporting.csv_lines(table)))))
+        assert {line["job_id"] for line in lines if line["flags"] == "not_monotone"} == flagged
     assert insights.result(ten)["verdict"] == "trusted"
-    retraction.retract(lab.service, forty, "a bug", user="ann", admin=True)
+    for job_id in (forty, repeat):
+        retraction.retract(lab.service, job_id, "a bug", user="ann", admin=True)
     assert insights.result(ten)["flags"] == []
+    assert insights.results(Question(filter="flags = not_monotone"))["items"] == []
+    retraction.restore(lab.service, forty, user="ann", admin=True)
+    shown = insights.results(Question(filter="flags = not_monotone"))["items"]
+    assert {row["job_id"] for row in shown} == {ten, forty, same}
+
+
+def migrated_again(lab: Any) -> list[list[Any]]:
+    """Cells and results as the migration leaves them that brought threat models and flags."""
+    migration = importlib.import_module("service.store.migrations.versions.0013_threat_models")
+    with lab.database.write() as connection:
+        connection.execute(update(cells).values(threat_model=None, family=""))
+        connection.execute(update(results).values(not_monotone=False))
+        with Operations.context(MigrationContext.configure(connection)):
+            migration._fill()
+            migration._flag()
+        return [list(connection.execute(select(table).order_by(*table.primary_key))) for table in (cells, results)]
+
+
+def test_attack_seeds_are_averaged_before_a_flag_is_raised(lab: Any) -> None:
+    """One lucky seed of the stronger attack raises none; nor is a network the training that it came from."""
+    insights = Insights(lab.database)
+    weak = lab.submit(attack=STEPS, samples=300)
+    strong = [lab.submit(attack={**STEPS, "steps": 40}, samples=300, attack_seed=seed) for seed in (0, 1)]
+    again = lab.submit(attack={**STEPS, "steps": 80}, samples=300, replicate=1)  # whose training gives equal weights
+    left = {(10, 0): 0.5, (40, 0): 0.53, (40, 1): 0.41, (80, 0): 0.6}
+    while grants := lab.grant():
+        for grant in grants:
+            outcome = lab.outcome(grant)
+            if grant.spec["kind"] == "attack":
+                attack = grant.spec["attack"]
+                outcome.numbers["robust_accuracy"] = left[attack["steps"], grant.spec["attack_seed"]]
+                outcome.provenance["weights_sha256"] = "a" * 64
+            lab.record(Succeeded(grant.task_id, grant.attempt, outcome))
+    flags = {job_id: insights.result(job_id)["flags"] for job_id in (weak, *strong, again)}
+    assert [flag["job_id"] for flag in flags[weak]] == [again]
+    assert [flag["robust_accuracy"] for flag in flags[again]] == [0.5, pytest.approx(0.47)]
+    assert flags[strong[0]] == flags[strong[1]] == [
+        {"flag": "not_monotone", "field": "attack.steps", "job_id": again, "value": 80, "robust_accuracy": 0.6,
+         "results": 1}
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("n", "rise", "flagged"), [(1000, 0.02, False), (1000, 0.021, True), (50, 0.06, False)])
 @pytest.mark.parametrize("field", ["attack.eps", "attack.steps", "attack.restarts", "attack.attack.eps"])
 def test_the_threshold(n: int, rise: float, flagged: bool, field: str) -> None:
-    weak, strong = (SimpleNamespace(job_id=str(i), cell_id=i, robust_accuracy=0.3 + i * rise) for i in (0, 1))
+    weak, strong = (
+        SimpleNamespace(job_id=str(i), cell_id=i, robust_accuracy=0.3 + i * rise, results=1) for i in (0, 1)
+    )
     specs = {i: {"samples": n, "scale": 1.0, field: 1 + i} for i in (0, 1)}
     assert bool(not_monotone(weak, [strong], specs)) == bool(not_monotone(strong, [weak], specs)) == flagged
     strong.robust_accuracy = 0.3 - rise

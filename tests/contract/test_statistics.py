@@ -308,14 +308,14 @@ def test_groups_of_nothing(lab: Any) -> None:
 
 
 def test_comparing(lab: Any, insights: Insights) -> None:
-    ids = [lab.submit(attack=attack) for attack in ("pgd_linf", "pgd_l2")] + [lab.submit(seed=1), lab.submit(samples=8)]
+    ids = [lab.submit(attack=attack) for attack in ("pgd_linf", "square")] + [lab.submit(seed=1), lab.submit(samples=8)]
     finish(lab)
     bits = {}
     for job_id in ids:
         [row] = lab.rows(tables.outcome_bits, task_id=lab.job(job_id).attack_task_id, name="robust")
         bits[job_id] = np.unpackbits(np.frombuffer(row.packed, np.uint8), count=row.n).astype(bool)
     found = comparing.compare(lab.database, ids[:2])
-    assert set(found["differing"]) == {"attack.norm", "attack.eps", "attack.step_size", "attack.steps"}
+    assert {"attack.type", "attack.queries", "attack.steps"} <= set(found["differing"]) - {"attack.norm", "attack.eps"}
     [pair] = found["pairs"]
     a, b = bits[ids[0]], bits[ids[1]]
     only = int((a & ~b).sum()), int((b & ~a).sum())
@@ -382,14 +382,19 @@ def test_leaderboard(lab: Any, insights: Insights) -> None:
     boards = leaderboard.leaderboard(lab.database, [], trusted=False)
     assert {board["preset"] for board in boards} == {"pgd_linf", "pgd_l2"}
     [board] = leaderboard.leaderboard(lab.database, [], attack="pgd_linf", trusted=False)
-    assert [row["rank"] for row in board["rows"]] == [1, 2]
+    assert [row["rank"] for row in board["rows"]] == list(range(1, 1 + len(board["rows"])))
+    believed = [row for row in rows if row["verdict_checks"]["outside_ball"] == "passed"]
     for row in board["rows"]:
-        mine = {r["seed"]: r["robust_accuracy"] for r in rows if r["architecture"] == row["architecture"]
-                and r["scale"] == 1 and r["attack"]["norm"] == "linf"}  # fmt: skip
-        assert (row["seeds"], row["robust_accuracy"]) == (2, pytest.approx(np.mean(list(mine.values()))))
-    trusted = {row["job_id"] for row in rows if row["verdict"] == "trusted" and row["scale"] == 1}
-    shown = sum(row["seeds"] for board in leaderboard.leaderboard(lab.database, []) for row in board["rows"])
-    assert shown == len({row["attack_digest"] for row in rows if row["job_id"] in trusted}) < 8
+        mine = [r for r in rows if r["architecture"] == row["architecture"] and r["attack"]["norm"] == "linf"]
+        proven = {r["weights_sha256"] for r in mine if r in believed}
+        single = {r["weights_sha256"]: r["robust_accuracy"] for r in mine if r["scale"] == 1}
+        assert row["networks"] == len(proven)
+        assert row["robust_accuracy"] == pytest.approx(np.mean([single[network] for network in proven]))
+        assert row["robust_accuracy_worst_case"] <= row["robust_accuracy"] or row["left_out"]
+    trusted = {(row["weights_sha256"], row["threat_model"]) for row in rows
+               if row["verdict"] == "trusted" and row["scale"] == 1}  # fmt: skip
+    shown = sum(row["networks"] for board in leaderboard.leaderboard(lab.database, []) for row in board["rows"])
+    assert shown == len(trusted) < 8
     with pytest.raises(InvalidQuery, match="pgd_linf"):
         leaderboard.leaderboard(lab.database, [], attack="pgd_l3")
 
@@ -408,7 +413,7 @@ def test_a_network_stands_once_however_often_its_measures_were_defined_anew(lab:
             theirs = (results.c.cell_id == cell.id) & (results.c.user == "bob")
             connection.execute(update(results).where(theirs).values(cell_id=again))
     [board] = leaderboard.leaderboard(lab.database, [], trusted=False)
-    assert [row["seeds"] for row in board["rows"]] == [3, 3]
+    assert [row["networks"] for row in board["rows"]] == [row["networks"] for row in before["rows"]]
     for row, was in zip(board["rows"], before["rows"], strict=True):
         assert row == {name: pytest.approx(value) if isinstance(value, float) else value for name, value in was.items()}
 

@@ -114,12 +114,22 @@ def test_comparing(lab: Lab) -> None:
 def test_leaderboard(lab: Lab) -> None:
     [board] = lab.client.leaderboard(RESNET, attack="pgd_linf", trusted=False)
     [row] = board["rows"]
-    assert (row["seeds"], row["robust_accuracy"], row["scale"]) == (3, 0.5, 1)
+    assert (board["threat_model"], board["preset"]) == ("linf 8/255", "pgd_linf")
+    assert (row["networks"], row["seeds"], row["robust_accuracy"], row["scale"]) == (3, 3, 0.5, 1)
+    assert (row["robust_accuracy_worst_case"], row["ci95_of"]) == (0.5, "images")
+    assert [(attack["preset"], attack["networks"]) for attack in row["attacks"]] == [("pgd_linf", 3)]
     assert len(lab.client.leaderboard(scale="all", trusted=False)[0]["rows"]) == 3
     every = json.loads(lab.uncanny("leaderboard", "--any-verdict", "--scale", "all", "--json").output)
     assert every == lab.client.leaderboard(scale="all", trusted=False)
-    assert "pgd_linf" in lab.uncanny("leaderboard", "--any-verdict", "attack=pgd_linf").output
-    assert "No results" in lab.uncanny("leaderboard", "seed=99").output
+    shown = lab.uncanny("leaderboard", "--any-verdict", "attack=pgd_linf").output
+    for said in ("linf 8/255, with pgd_linf", "worst case", "50.0 %", "of images"):
+        assert said in shown
+    assert "No trusted results match" in lab.uncanny("leaderboard", "seed=99").output
+    assert "No results match" in lab.uncanny("leaderboard", "seed=99", "--any-verdict").output
+    [one] = lab.ids(seed=0, scale=1)
+    worst = lab.client.result(one)["worst_case"]
+    assert (worst["robust_accuracy"], worst["results"], worst["n"]) == (0.5, 3, 20)
+    assert [row["flags"] for row in lab.client.results(f"job_id = {one}")] == [[]]
 
 
 def test_correlations(lab: Lab) -> None:
@@ -224,7 +234,9 @@ def test_a_snapshot(lab: Lab, tmp_path: Path) -> None:
     assert [spec["job_id"] for spec in specs] == frame["job_id"].to_list() == lab.ids(scale=5)
     assert [spec["spec_digest"] for spec in specs] == frame["spec_digest"].to_list()
     assert lab.client.submit(specs[0]["spec"]).wait()["spec_digest"] == specs[0]["spec_digest"]
-    assert json.loads(frame["provenance"][0])["weights_sha256"] == "0" * 64
+    weights = [lab.client.result(job_id)["weights_sha256"] for job_id in frame["job_id"]]
+    assert [json.loads(one)["weights_sha256"] for one in frame["provenance"]] == weights
+    assert len(set(weights)) == 3
     citation = yaml.safe_load((folder / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)  # those that the format asks for
     data = hashlib.sha256((folder / "results.parquet").read_bytes()).hexdigest()

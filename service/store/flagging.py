@@ -1,0 +1,70 @@
+"""Flags of results, renewed whenever a result is filed, retracted or restored: a page of a million has them at hand."""
+
+from collections.abc import Collection
+
+from sqlalchemy import Connection, bindparam, func, select, update
+
+from service.dotted import flat
+from service.flags import Flag, Place, compared, found
+from service.store import network_results
+from service.store.listed import listed, numbered
+from service.store.result_tables import cells, results
+
+AT_ONCE = 200  # networks that are looked at together
+
+
+def flags_of(connection: Connection, place: Place) -> list[Flag]:
+    """What the other results of a network say against what it has in a cell, its repeats there averaged.
+
+    Retracted results say nothing, and nothing is said of a place where all are.
+    """
+    return _found(connection, {place.weights_sha256}, {place.cell_id}).get(place, [])
+
+
+def renew(connection: Connection, job_ids: Collection[str]) -> None:
+    """Bring the flags of the results of these jobs' networks up to date, in the families of these jobs' cells."""
+    query = select(results.c.weights_sha256, results.c.cell_id).where(results.c.job_id.in_(listed(job_ids))).distinct()
+    places = [Place(*row) for row in connection.execute(query) if row.weights_sha256 is not None]
+    several = _of_several_strengths(connection, {place.cell_id for place in places})
+    places = sorted(place for place in places if place.cell_id in several)
+    for start in range(0, len(places), AT_ONCE):
+        these = places[start : start + AT_ONCE]
+        _renew(connection, {place.weights_sha256 for place in these}, {place.cell_id for place in these})
+
+
+def _renew(connection: Connection, weights: Collection[str | None], cell_ids: Collection[int]) -> None:
+    flagged = _found(connection, weights, cell_ids).keys()
+    alike = select(cells.c.id).where(
+        cells.c.family.in_(select(cells.c.family).where(cells.c.id.in_(numbered(cell_ids))))
+    )
+    known = (
+        select(results.c.weights_sha256, results.c.cell_id, results.c.not_monotone)
+        .where(results.c.weights_sha256.in_(listed(filter(None, weights))), results.c.cell_id.in_(alike))
+        .distinct()
+    )
+    wrong = [
+        {"network": row.weights_sha256, "cell": row.cell_id, "flag": not row.not_monotone}
+        for row in connection.execute(known)
+        if row.not_monotone != (Place(row.weights_sha256, row.cell_id) in flagged)
+    ]
+    if wrong:
+        here = (results.c.weights_sha256 == bindparam("network")) & (results.c.cell_id == bindparam("cell"))
+        connection.execute(update(results).where(here).values(not_monotone=bindparam("flag")), wrong)
+
+
+def _found(
+    connection: Connection, weights: Collection[str | None], cell_ids: Collection[int]
+) -> dict[Place, list[Flag]]:
+    means = network_results.means(connection, weights, cell_ids)
+    query = select(cells.c.id, cells.c.spec).where(cells.c.id.in_(numbered({mean.cell_id for mean in means})))
+    specs = {cell_id: dict(flat(compared(spec))) for cell_id, spec in connection.execute(query)} if means else {}
+    return found(means, specs)
+
+
+def _of_several_strengths(connection: Connection, cell_ids: Collection[int]) -> set[int]:
+    """Those of these cells that have others in their family: nothing is said against the rest."""
+    families = select(cells.c.family).where(cells.c.id.in_(numbered(cell_ids)))
+    shared = select(cells.c.family).where(cells.c.family.in_(families)).group_by(cells.c.family)
+    shared = shared.having(func.count() > 1)
+    query = select(cells.c.id).where(cells.c.id.in_(numbered(cell_ids)), cells.c.family.in_(shared))
+    return set(connection.scalars(query))
