@@ -10,6 +10,7 @@ from service import views
 from service.dotted import FAMILIES, chosen
 from service.errors import InvalidQuery, NotFound
 from service.flags import flags_of
+from service.observations import INTERVALS
 from service.questions import ALL_FIELDS, Question
 from service.store import reading
 from service.store import results as store
@@ -19,7 +20,7 @@ from service.store.keyset import Order
 from service.store.result_tables import results
 
 STREAM_ROWS = 500
-ROW_FIELDS = (*RESULTS.known, *FAMILIES)
+ROW_FIELDS = (*RESULTS.known, *INTERVALS, *FAMILIES)
 MAX_FIELDS = 200
 MAX_TRAJECTORIES = 100
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 VERSION = 3
 """2: masked means right at s = 1 and broken there. 3: masked over the images that the twin ran on, and of attacks with
-a gradient only; not_converged of the attack that is judged; nothing_correct, non_finite; not_checked without a panel."""
+a gradient only; not_converged of the attack judged; nothing_correct, non_finite; not_checked without a panel."""
 CHALLENGERS = ("fgsm", "noise", "margin", "square")
 CHECKS = (
     "zero_gradient", "masked", "outside_ball", *(f"weaker_than:{name}" for name in CHALLENGERS), "not_converged",
@@ -143,7 +143,7 @@ def judge(evidence: Evidence) -> Verdict:
     )
 
 
-def wilson(count: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(count: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """The Wilson score interval of a share, `count` of `n` > 0; 95 % unless `z` says otherwise (Wilson 1927).
 
     >>> [round(bound, 4) for bound in wilson(0, 10)]
