@@ -146,7 +146,8 @@ class Observations:
         """How many distinct networks each key has."""
         groups = self._whole(0)
         (of_networks, _), _ = _means([groups, self._whole(1)], np.zeros(groups.size))
-        return self._by_key(*np.unique(of_networks, return_counts=True))
+        found, counts = np.unique(of_networks, return_counts=True)
+        return self._by_key(found, counts.tolist())
 
     def values(self, metric: int, unit: Unit) -> dict[Any, Floats]:
         """The value of each unit of each key, in ascending order."""
