@@ -35,6 +35,8 @@ MEANING = {
     "eps_zero": "with eps = 0 the attack changes something",
     "train_mode": "the network's answer depends on the other images in the batch",
     "random_forward": "the network answers differently when asked twice",
+    "nothing_correct": "before the attack, no more images are classified correctly than by chance",
+    "non_finite": "a logit, loss or gradient is NaN or infinite, which naive code counts as robust",
 }
 Key = tuple[object, ...]
 

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Row
@@ -221,7 +222,10 @@ class Grouping:
         wanted = every.union(*needing.values())
         if wanted:
             of_cells = set().union(*(group.cells for group in groups.values() if id(group) in wanted))
-            self._read(groups, of_cells, {name: of for name, of in self.metrics.items() if needing[name]})
+            few = 2 * len(of_cells) < len(self.of_cell)
+            self._read(
+                groups, of_cells if few else None, {name: of for name, of in self.metrics.items() if needing[name]}
+            )
         if any("ci95" in of for name, of in self.asked.items() if name in OVER_SAMPLES):
             ids = set().union(*(group.cells for group in groups.values()))
             self._samples = aggregating.of_cells(self.connection, ids, [cells.c.dataset, cells.c.samples])
@@ -233,14 +237,14 @@ class Grouping:
         of_all = ((group, group.metrics[name]) for group in groups.values())
         return {id(group) for group, of in of_all if ranked or (spread and of.cancels)}
 
-    def _read(self, groups: Mapping[Key, Group], of_cells: set[int], metrics: Mapping[str, Field]) -> None:
-        """Take the values of the networks in these cells, the units of the groups that lie in them."""
+    def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
+        """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
         columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
         observed, start = Observations(len(columns)), 1 + len(self.own)
+        key_of = cache(lambda place: self._key(place[0], place[1:]))
         with closing(aggregating.observations(self.connection, self.where, self.own, columns, of_cells)) as batches:
             for rows in batches:
-                keys = [self._key(row[0], row[1:start]) for row in rows]
-                observed.add(keys, *list(zip(*rows, strict=True))[start:])
+                observed.add([key_of(row[:start]) for row in rows], *list(zip(*rows, strict=True))[start:])
         networks = observed.networks()
         for key, count in networks.items():
             groups[key].networks = count

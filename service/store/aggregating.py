@@ -71,17 +71,20 @@ def verdict_versions(
 
 def observations(
     connection: Connection, where: Sequence[Column], keys: Sequence[Column],
-    metrics: Sequence[tuple[Column, Column]], of_cells: Iterable[int],
+    metrics: Sequence[tuple[Column, Column]], of_cells: Iterable[int] | None,
 ) -> Generator[Sequence[Row[Any]], None, None]:  # fmt: skip
-    """`(cell_id, *keys, network, attack_seed, task_0, value_0, task_1 ...)` of each result of these cells, in batches.
+    """`(cell_id, *keys, network, attack_seed, task_0, value_0, task_1 ...)` of each result, in batches.
+
+    Of these cells, or of all, which are read in the order in which they lie there.
 
     `metrics` are `(id of the task that computed it, value)`.
     """
     named = [column.label(f"column_{i}") for i, column in enumerate((*keys, NETWORK, results.c.attack_seed))]
     of = [column.label(f"metric_{i}") for i, column in enumerate(chain.from_iterable(metrics))]
-    wanted = elements(bindparam(None, json.dumps([str(cell_id) for cell_id in of_cells]), Text))
     query: Select[Any] = select(results.c.cell_id, *named, *of).where(*where)
-    query = query.where(results.c.cell_id.in_(select(cast(wanted.c.value, Integer))))
+    if of_cells is not None:
+        wanted = elements(bindparam(None, json.dumps([str(cell_id) for cell_id in of_cells]), Text))
+        query = query.where(results.c.cell_id.in_(select(cast(wanted.c.value, Integer))))
     with connection.execute(query.execution_options(yield_per=FETCHED)) as rows:
         yield from rows.partitions(FETCHED)
 
