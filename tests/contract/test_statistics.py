@@ -132,10 +132,11 @@ def test_a_number_of_a_measure_is_counted_once_however_many_attacks_it_stands_be
             "count": 2, "mean": pytest.approx(np.mean(list(of.values()))),
             "std": pytest.approx(np.std(list(of.values()), ddof=1)),
         }  # fmt: skip
-    [item] = aggregates.aggregate(lab.database, [], ["scale"], {"robust_accuracy": ("count",)}, allow_mixed=True)[
-        "items"
-    ]
-    assert item["robust_accuracy"]["count"] == 10
+    metrics = {"robust_accuracy": ("count", "mean")}
+    [item] = aggregates.aggregate(lab.database, [], ["scale"], metrics, allow_mixed=True)["items"]
+    of = {row["attack_digest"]: row["robust_accuracy"] for row in rows}  # five of each network, twice
+    assert (item["networks"], item["robust_accuracy"]["count"], len(of)) == (2, 2, 10)
+    assert item["robust_accuracy"]["mean"] == pytest.approx(np.mean(list(of.values())))
 
 
 def test_what_would_take_minutes_is_refused(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
