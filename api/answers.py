@@ -96,14 +96,20 @@ class Trajectories(BaseModel):
 
 
 class Aggregate(BaseModel):
-    """Groups in the order of `by`."""
+    """Groups in the order of `by`. Every statistic but `best` and `worst`, which are of single results, is over
+    the units that `spread_of` names: the trained networks, each with the mean of its repeats (attack seeds,
+    replicates, storage options)."""
 
     by: list[str] = Field(examples=[["scale"]])
     metrics: dict[str, list[str]] = Field(examples=[{"robust_accuracy": ["mean", "count"]}])
     items: list[dict[str, Any]] = Field(
-        description="Each group: the values of `by`, the number of `results`, and the statistics of each metric.",
-        examples=[[{"scale": 5.0, "results": 3, "robust_accuracy": {"mean": 0.57, "count": 3}}]],
+        description="Each group: the values of `by`, the numbers of `results` and of `networks`, and the statistics of "
+        "each metric. `ci95_of` says what an interval is of: `networks` (or `attack_seeds`), by Student's t, cut at 0 "
+        "and 1 for shares; or `images`, by Wilson, for an accuracy where a single network or several without a spread "
+        "tell nothing of others.",
+        examples=[[{"scale": 5.0, "results": 15, "networks": 3, "robust_accuracy": {"mean": 0.57, "count": 3}}]],
     )
+    spread_of: Literal["networks", "attack_seeds"] = Field(description="What is counted and what spreads.")
     mixed: dict[str, list[Any]] = Field(description="Fields, other than seeds, that differ within a group.")
     retracted: int = HIDDEN
 
@@ -225,11 +231,11 @@ class Leaderboard(BaseModel):
 class OverScales(BaseModel):
     n: int = Field(examples=[336])
     tau: float | None = Field(examples=[-0.41])
-    note: str = Field(examples=["confounded by design: points of one checkpoint at several scales share ..."])
+    note: str = Field(examples=["confounded by design: points of one network at several scales share ..."])
 
 
 class Correlation(BaseModel):
-    """Kendall's tau-b in one group. The fields of `by` stand beside these; nulls below ten checkpoints."""
+    """Kendall's tau-b in one group. The fields of `by` stand beside these; nulls below ten networks."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -245,7 +251,7 @@ class Correlation(BaseModel):
         examples=[{"type": "sam_sharpness", "images": 1024, "rho": 0.05, "m": 128, "version": 1}],
     )
     target_spec: dict[str, Any] | None = Field(default=None, description="The same of `target`.")
-    n: int = Field(description="Checkpoints at s = 1.", examples=[48])
+    n: int = Field(description="Trained networks at s = 1.", examples=[48])
     architectures: int = Field(examples=[4])
     pooled: float | None = Field(examples=[-0.12])
     pooled_low: float | None = Field(examples=[-0.31])

@@ -12,6 +12,7 @@ from uuid import uuid4
 from api.transport import Json, Transport
 from service.dotted import flat
 from service.errors import UncannyError
+from service.unit import Unit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,14 +48,16 @@ class Asking(Transport):
         return self._request("GET", f"/v1/results/{job_id}")
 
     def aggregate(
-        self, by: Names = "", metrics: Names = "", filter: str | None = None, *, allow_mixed: bool = False,
-        include_retracted: bool = False, **filters: Any,
+        self, by: Names = "", metrics: Names = "", filter: str | None = None, *, unit: Unit = "network",
+        allow_mixed: bool = False, include_retracted: bool = False, **filters: Any,
     ) -> "Aggregate":  # fmt: skip
         """Statistics over groups: `by="scale"`, `metrics="robust_accuracy:mean,ci95"`; a row per group.
 
-        Groups that differ in more than seeds are refused, unless `allow_mixed=True`.
+        They are over trained networks, each with the mean of its repeats; with `unit="attack_seed"` over the attack
+        seeds of one network. Groups that differ in more than seeds are refused, unless `allow_mixed=True`.
         """
-        params = {"by": _listed(by), "allow_mixed": allow_mixed, **({"metrics": _listed(metrics)} if metrics else {})}
+        params = {"by": _listed(by), "unit": unit, "allow_mixed": allow_mixed}
+        params |= {"metrics": _listed(metrics)} if metrics else {}
         found = self._request(
             "GET", "/v1/results:aggregate", params={**params, **_asked(filter, include_retracted, filters)}
         )
@@ -79,7 +82,7 @@ class Asking(Transport):
         self, measure: str, filter: str | None = None, *, target: str = "robust_accuracy", by: Names = "",
         trusted: bool = True, **filters: Any,
     ) -> list[Json]:  # fmt: skip
-        """Kendall's tau-b of a measure with `target`, one point per checkpoint at s = 1, with bootstrap intervals."""
+        """Kendall's tau-b of a measure with `target`, one point per network at s = 1, with bootstrap intervals."""
         params = {"measure": measure, "target": target, "by": _listed(by), "trusted": trusted, **filters}
         items: list[Json] = self._request(
             "GET", "/v1/correlations", params={**params, **({"filter": filter} if filter else {})}
@@ -186,13 +189,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Groups in the order of `by`; `mixed` has the fields other than seeds that differ within one.
+    """Groups in the order of `by`, counted in what `spread_of` names.
 
-    `retracted` results of the filter are in none of them.
+    `mixed` has the fields other than seeds that differ within one; `retracted` results of the filter are in none.
     """
 
     by: list[str]
     metrics: dict[str, list[str]]
+    spread_of: str
     items: list[Json]
     mixed: dict[str, list[Any]]
     retracted: int = 0

@@ -67,6 +67,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def percents(low: float | None, high: float | None) -> str:
+    """An interval."""
+    return "–" if low is None else f"{percent(low)} to {percent(high)}"
+
+
 def number(value: Any) -> str:
     if value is None:
         return "–"
@@ -107,12 +112,13 @@ def results_table(results: Sequence[Json]) -> Table:
         [
             row["job_id"], row["architecture"], row["dataset"], number(row["scale"]), attack_name(row["attack"]),
             percent(row["clean_accuracy"]), percent(row["robust_accuracy"]),
+            percents(row["robust_accuracy_ci95_low"], row["robust_accuracy_ci95_high"]),
             number(row.get("log_relative_sharpness_median")), percent(row["zero_gradient_fraction"]),
             percent(row["masked_fraction"]), row["verdict"] or "–",
         ]
         for row in results
     ]  # fmt: skip
-    columns = ["job", "architecture", "dataset", "scale", "attack", "clean", "robust", "log sharpness"]
+    columns = ["job", "architecture", "dataset", "scale", "attack", "clean", "robust", "95 %", "log sharpness"]
     return table([*columns, "zero gradient", "masked", "verdict"], rows)
 
 

@@ -1,6 +1,6 @@
 """A report of results in Markdown: a table per attack, what the verdicts found, and what computed the numbers.
 
-The statistics are the service's own, over distinct computations, and refused where they would mix unequal protocols.
+The statistics are the service's own, over trained networks, and refused where they would mix unequal protocols.
 """
 
 from collections import Counter, defaultdict
@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from api.client import Client
-from api.render import number, percent
+from api.render import number, percent, percents
 from api.transport import Json
 from service.dotted import flat
 from service.errors import UncannyError
@@ -75,7 +75,11 @@ class Report:
             lines += ["", f"## {title}", "", *_table(COLUMNS, map(_row, groups))]
         lines += [
             "",
-            "Means over `n` seeds, with Student's 95 % interval. Scaling the last layer changes no prediction:",
+            "Means over `n` trained networks, with Student's 95 % interval; repeats of a network, such as other attack",
+            "seeds, are averaged first. An interval of images is Wilson's for the images attacked: a single network,",
+            "or several without a spread, tell nothing of other networks.",
+            "",
+            "Scaling the last layer changes no prediction:",
         ]
         lines += ["where robust accuracy rises with the scale, the attack has gone blind, and the verdict says so."]
         if self.reasons:
@@ -149,13 +153,14 @@ def _title(group: Json) -> str:
 
 def _row(group: Json) -> list[str]:
     robust, verdicts = group["robust_accuracy"], group["verdicts"]
-    low, high = robust["ci95_low"], robust["ci95_high"]
+    interval = percents(robust["ci95_low"], robust["ci95_high"])
+    interval += " of images" if robust["ci95_of"] == "images" else ""
     recipe = [f"{name.removeprefix('recipe.')} {number(group[name])}" for name in group if _tells_recipes_apart(name)]
     means = [group[name]["mean"] for name in ("zero_gradient_fraction", "masked_fraction")]
     return [
         group["architecture"], ", ".join([group["recipe.name"], *recipe]), number(group["scale"]), str(robust["count"]),
         percent(group["clean_accuracy"]["mean"]), percent(robust["mean"]),
-        "–" if low is None else f"{percent(low)} to {percent(high)}", *map(percent, means),
+        interval, *map(percent, means),
         number(group["log_relative_sharpness_median"]["mean"]),
         ", ".join(name if len(verdicts) == 1 else f"{n} {name}" for name, n in verdicts.items()),
     ]  # fmt: skip

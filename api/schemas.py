@@ -37,9 +37,11 @@ ATTEMPT_EXAMPLE: dict[str, Any] = {
     "provenance": {"torch": "2.11.0", "device": "NVIDIA H100 80GB HBM3", "wall_seconds": 3.9},
 }  # fmt: skip
 RESULT_EXAMPLE: dict[str, Any] = {
-    **JOB_EXAMPLE, "job_id": JOB_ID, "clean_accuracy": 0.97, "robust_accuracy": 0.55, "verdict": "trusted",
+    **JOB_EXAMPLE, "job_id": JOB_ID, "clean_accuracy": 0.97, "robust_accuracy": 0.55,
+    "robust_accuracy_ci95_low": 0.481, "robust_accuracy_ci95_high": 0.617, "verdict": "trusted",
     "verdict_reasons": [], "log_relative_sharpness_median": -34.1,
 }  # fmt: skip
+WILSON = "Of the 95 % interval from its images (Wilson), for this one network."
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
@@ -390,6 +392,10 @@ class Result(BaseModel):
     recipe: dict[str, Any]
     clean_accuracy: float | None = Field(examples=[0.97])
     robust_accuracy: float | None = Field(examples=[0.568])
+    clean_accuracy_ci95_low: float | None = Field(description=WILSON, examples=[0.936])
+    clean_accuracy_ci95_high: float | None = Field(description=WILSON, examples=[0.986])
+    robust_accuracy_ci95_low: float | None = Field(description=WILSON, examples=[0.499])
+    robust_accuracy_ci95_high: float | None = Field(description=WILSON, examples=[0.635])
     masked_fraction: float | None = Field(examples=[0.02])
     zero_gradient_fraction: float | None = Field(examples=[0.0])
     verdict: str | None = Field(examples=["trusted"])

@@ -13,6 +13,7 @@ from service import aggregates, comparing, correlating, leaderboard
 from service.query import names_of
 from service.questions import nodes_of
 from service.store.fields import RESULTS
+from service.unit import Unit
 
 router = APIRouter(prefix="/v1", tags=["statistics"])
 Retracted = Annotated[bool, Query(description="Count retracted results too.")]
@@ -36,20 +37,30 @@ def aggregate_results(
     metrics: Annotated[
         str,
         Query(
-            description="`METRIC:STATISTIC,...` of up to 20 metrics: mean, std, ci95 (Student's t over distinct "
-            "digests), median, q05 to q95, min, max, count, best and worst (with their job).",
+            description="`METRIC:STATISTIC,...` of up to 20 metrics: mean, std, ci95 (over networks by Student's t; "
+            "of an accuracy without a spread, over images by Wilson), median, q05 to q95, min, max, count; of single "
+            "results best and worst (with their job).",
             examples=["robust_accuracy:mean,ci95,clean_accuracy:mean"],
         ),
     ] = aggregates.DEFAULT,
+    unit: Annotated[
+        Unit,
+        Query(
+            description="What is counted: trained networks, each with the mean of its repeats, or the attack seeds of "
+            "one network, refused where a group has several."
+        ),
+    ] = "network",
     filter: Filter = None,
     allow_mixed: Annotated[bool, Query(description="Let a group differ in more than seeds.")] = False,
     include_retracted: Retracted = False,
 ) -> Any:
-    """Statistics over groups of results. Groups that differ in more than seeds are refused, unless told otherwise."""
+    """Statistics over groups of results, n being the number of trained networks: their repeats are averaged first.
+
+    Groups that differ in more than seeds are refused, unless told otherwise."""
     nodes = nodes_of(filter, filters_of(request, RESULTS))
     wanted = aggregates.metrics_of(metrics)
     return aggregates.aggregate(
-        insights.database, nodes, names_of(by), wanted, allow_mixed=allow_mixed, retracted=include_retracted
+        insights.database, nodes, names_of(by), wanted, unit=unit, allow_mixed=allow_mixed, retracted=include_retracted
     )
 
 
@@ -120,10 +131,10 @@ def get_correlations(
     filter: Filter = None,
     trusted: Trusted = True,
 ) -> Any:
-    """Kendall's tau-b at s = 1, one point per checkpoint, pooled and within architectures, with bootstrap intervals.
+    """Kendall's tau-b at s = 1, one point per network, pooled and within architectures, with bootstrap intervals.
 
-    What is too much to resample is refused: n checkpoints of a group make n² pairs, and count as 10,000 where
-    they are fewer; 10,000,000 are allowed in all groups together. Groups below ten checkpoints are not resampled."""
+    What is too much to resample is refused: n networks of a group make n² pairs, and count as 10,000 where
+    they are fewer; 10,000,000 are allowed in all groups together. Groups below ten networks are not resampled."""
     nodes = nodes_of(filter, filters_of(request, RESULTS))
     found = correlating.correlations(insights.database, nodes, measure, target=target, by=names_of(by), trusted=trusted)
     return {"measure": measure, "target": target, "items": found, "retracted": insights.hidden(nodes)}

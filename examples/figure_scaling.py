@@ -4,9 +4,9 @@
     uv run python examples/figure_scaling.py scaling.png           # in another
     uv run python examples/figure_scaling.py scaling.png sweep=ID dataset=cifar10 seed=1
 
-One column per network and attack; above, what the attack reports and how much of it is its own blindness; below, the
-sharpness at the clean images. Further arguments filter the results, as in `uncanny results`: those of a column may
-differ in the scale only.
+One column per network and attack: each point is one trained network, and the band the 95 % interval of its images.
+Above, what the attack reports and how much of it is its own blindness; below, the sharpness at the clean images.
+Further arguments filter the results, as in `uncanny results`: those of a column may differ in the scale only.
 """
 
 import sys
@@ -29,7 +29,7 @@ SHARES = {
     "zero_gradient_fraction": ("zero gradient (of clean-correct)", "tab:gray", ":"),
     "clean_accuracy": ("clean accuracy", "tab:blue", "-."),
 }
-VERDICTS = {"trusted": "tab:green", "suspect": "gold", "invalid": "black"}
+VERDICTS = {"trusted": "tab:green", "suspect": "gold", "invalid": "black", "not_checked": "tab:gray"}
 SPEC = ("attack", "attack_seed", "recipe", "seed", "samples", "scale_bias", "replicate", "versions")
 Column = tuple[str, str, str]  # architecture, data set, attack
 
@@ -64,6 +64,8 @@ def draw(path: str, rows: list[dict[str, Any]]) -> None:
         scales = sorted(cells)
         for field, (label, colour, line) in SHARES.items():
             above.plot(scales, [cells[s][field] for s in scales], line, color=colour, label=label)
+        bounds = [[cells[s][f"robust_accuracy_ci95_{bound}"] for s in scales] for bound in ("low", "high")]
+        above.fill_between(scales, *bounds, color="tab:red", alpha=0.15, linewidth=0, label="95 % (Wilson, images)")
         for s in scales:
             above.plot(s, cells[s]["robust_accuracy"], "o", color=VERDICTS[cells[s]["verdict"]], zorder=3)
         above.set(title="{} on {}\n{}".format(*title), xscale="log", ylim=(-0.03, 1.03))

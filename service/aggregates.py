@@ -1,29 +1,31 @@
-"""Statistics over groups of results, each number counted once however many jobs asked for it.
+"""Statistics over groups of results: n is the number of trained networks, however many results each of them has.
 
 A group may differ in seeds only: where anything else does (another eps, other samples, recipe, task version ...), an
 interval over it would mean nothing, and it is refused with the fields that differ, unless mixing is asked for.
 """
 
 import json
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-import numpy as np
 from sqlalchemy import Connection, Row
 
 from service.dotted import flat
 from service.errors import InvalidQuery
+from service.observations import OVER_SAMPLES, SHARE, Moments, Observations, accuracy_interval
+from service.observations import interval as interval
 from service.query import Node
 from service.store import aggregating
 from service.store import results as store
 from service.store.database import Database
 from service.store.fields import RESULTS, Column, Field
-from service.store.result_tables import results
+from service.store.result_tables import cells, results
+from service.unit import UNITS, Unit
 from service.views import iso
 
 STATISTICS = ("mean", "std", "ci95", "median", "min", "max", "count", "best", "worst")
@@ -35,47 +37,24 @@ MAX_METRICS = MAX_KEYS = 20
 MAX_BEST = 1000  # groups whose best or worst result is looked up
 LONG = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
 SUMS = ("n", "sum", "squares", "low", "high")
+SPREADS = ("std", "ci95")
+OF_VERDICT = ("masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction")
 Key = tuple[Any, ...]
 
 
 @dataclass
-class Moments:
-    """What sums tell of one metric in one group."""
-
-    n: int = 0
-    sum: float = 0.0
-    squares: float = 0.0
-    low: float | None = None
-    high: float | None = None
-    values: dict[Any, float] = field(default_factory=dict)  # by task, where sums do not do
-
-    def add(self, n: int, total: float | None, squares: float | None, low: float | None, high: float | None) -> None:
-        if not n or low is None or high is None:
-            return
-        self.n, self.sum, self.squares = self.n + n, self.sum + (total or 0.0), self.squares + (squares or 0.0)
-        self.low = low if self.low is None else min(self.low, low)
-        self.high = high if self.high is None else max(self.high, high)
-
-    @property
-    def mean(self) -> float | None:
-        return self.sum / self.n if self.n else None
-
-    @property
-    def std(self) -> float | None:
-        """Of a sample; null for fewer than two values."""
-        if self.n < 2 or self.values:
-            return float(np.std(list(self.values.values()), ddof=1)) if len(self.values) > 1 else None
-        if self.low == self.high:
-            return 0.0
-        return math.sqrt(max(self.squares - self.sum * self.sum / self.n, 0.0) / (self.n - 1))
-
-
-@dataclass
 class Group:
+    """So many `rows` of so many `networks`, which sums tell apart only where each has one row of one cell."""
+
     cells: set[int] = field(default_factory=set)
     rows: int = 0
-    repeated: bool = False
+    repeats: int = 0
+    networks: int = 0
     metrics: dict[str, Moments] = field(default_factory=lambda: defaultdict(Moments))
+
+    @property
+    def is_plain(self) -> bool:
+        return len(self.cells) == 1 and not self.repeats
 
 
 def metrics_of(text: str) -> dict[str, tuple[str, ...]]:
@@ -112,13 +91,17 @@ def aggregate(
     by: Sequence[str],
     metrics: Mapping[str, Sequence[str]],
     *,
+    unit: Unit = "network",
     allow_mixed: bool = False,
     retracted: bool = False,
 ) -> dict[str, Any]:
-    """Statistics of `metrics` in groups of equal `by`, in their order. Raises `InvalidQuery`, also for mixed groups."""
+    """Statistics of `metrics` in groups of equal `by`, in their order, over networks or over attack seeds of one.
+
+    Raises `InvalidQuery`, also for mixed groups.
+    """
     with database.read() as connection:
         keys = keys_of(connection, by)
-        question = Grouping(connection, store.selected(connection, nodes, retracted=retracted), keys, metrics)
+        question = Grouping(connection, store.selected(connection, nodes, retracted=retracted), keys, metrics, unit)
         groups = question.groups()
         mixed = question.mixed(groups)
         if mixed and not allow_mixed:
@@ -129,21 +112,23 @@ def aggregate(
         items = [question.item(key, group) for key, group in sorted(groups.items(), key=lambda one: _rank(one[0]))]
         hidden = 0 if retracted else store.hidden(connection, nodes)
     asked = {name: list(of) for name, of in metrics.items()}
-    return {"by": list(by), "metrics": asked, "items": items, "mixed": mixed, "retracted": hidden}
+    answer = {"by": list(by), "metrics": asked, "spread_of": UNITS[unit], "items": items, "mixed": mixed}
+    return {**answer, "retracted": hidden}
 
 
 class Grouping:
-    """Results in groups of equal `keys` (fields by name), with statistics of `metrics`."""
+    """Results in groups of equal `keys` (fields by name), with statistics of `metrics` over their `unit`s."""
 
     def __init__(
         self, connection: Connection, where: Sequence[Column], keys: Mapping[str, Field],
-        metrics: Mapping[str, Sequence[str]],
+        metrics: Mapping[str, Sequence[str]], unit: Unit = "network",
     ) -> None:  # fmt: skip
-        self.connection, self.where, self.by, self.asked = connection, where, list(keys), metrics
+        self.connection, self.where, self.by, self.asked, self.unit = connection, where, list(keys), metrics, unit
         self.keys = list(keys.values())
         self.metrics = {name: _number(connection, name) for name in metrics}
         self.own = [key.column for key in self.keys if key.of_cell is None]
         self.of_cell: dict[int, Key] = {}
+        self._samples: dict[int, tuple[Any, ...]] = {}  # data set and samples by cell, where an interval needs them
 
     def groups(self) -> dict[Key, Group]:
         """All groups with the sums of every metric."""
@@ -162,7 +147,8 @@ class Grouping:
             group = groups[self._key(row.cell_id, row[1 : 1 + len(self.own)])]
             group.cells.add(row.cell_id)
             group.rows += row.rows
-            group.repeated = group.repeated or row.repeated > 0
+            group.repeats += row.repeats
+            group.networks += row.rows
             for i, name in enumerate(self.metrics):
                 group.metrics[name].add(
                     *(getattr(row, f"{part}_{i}") for part in ("n", "sum", "squares", "low", "high"))
@@ -177,7 +163,8 @@ class Grouping:
         for group in groups.values():
             into = joined[self._key(min(group.cells), ())]
             into.cells |= group.cells
-            into.rows, into.repeated = into.rows + group.rows, into.repeated or group.repeated
+            into.rows, into.repeats = into.rows + group.rows, into.repeats + group.repeats
+            into.networks += group.networks
             for name, of in group.metrics.items():
                 into.metrics[name].add(of.n, of.sum, of.squares, of.low, of.high)
         return joined
@@ -206,43 +193,69 @@ class Grouping:
         return {name: list(differing[name])[:5] for name in sorted(differing)}
 
     def _measured(self) -> dict[str, list[Any]]:
-        """The parameters and versions of further measures that differ within a group, with their values."""
+        """What differs within a group in how its numbers were made, with its values: the parameters and versions of
+        further measures, and the version of the verdict that counted what is masked."""
         differing: dict[str, dict[Any, None]] = {}
-        for metric in self.metrics.values():
-            if metric.measure is None:
-                continue
+        for name, metric in self.metrics.items():
             found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
-            for row in aggregating.measures(self.connection, self.where, self.own, metric.column, metric.measure):
-                cell_id, *own, measure, version = tuple(row)
-                spec = {**json.loads(measure), "version": version}
-                named = {f"measures.{spec['type']}.{name}": value for name, value in spec.items()}
-                found[self._key(cell_id, own)].append(named)
+            if name in OF_VERDICT:
+                for row in aggregating.verdict_versions(self.connection, self.where, self.own, metric.column):
+                    cell_id, *own, version = tuple(row)
+                    found[self._key(cell_id, own)].append({"verdict_version": version})
+            elif metric.measure is not None:
+                for row in aggregating.measures(self.connection, self.where, self.own, metric.column, metric.measure):
+                    cell_id, *own, measure, version = tuple(row)
+                    spec = {**json.loads(measure), "version": version}
+                    named = {f"measures.{spec['type']}.{part}": value for part, value in spec.items()}
+                    found[self._key(cell_id, own)].append(named)
             for specs in found.values():
-                for name, values in _distinct(specs).items():
+                for part, values in _distinct(specs).items():
                     if len(values) > 1:
-                        differing.setdefault(name, {}).update(dict.fromkeys(values))
+                        differing.setdefault(part, {}).update(dict.fromkeys(values))
         return {name: list(values) for name, values in differing.items()}
 
     def take_values(self, groups: Mapping[Key, Group]) -> None:
-        """The values themselves, once per task, where sums would count one twice or do not tell a quantile."""
-        repeated = any(group.repeated for group in groups.values())
-        for name, metric in self.metrics.items():
-            task_id = results.c.attack_task_id if metric.task is None else metric.task
-            shared = repeated or metric.task is not None
-            ranked = any(what == "median" or QUANTILE.fullmatch(what) for what in self.asked[name])
-            if not (shared or ranked):
-                continue
-            rows = aggregating.values(self.connection, self.where, self.own, metric.column, task_id if shared else None)
-            into: dict[Key, dict[Any, float]] = {}
-            for i, row in enumerate(rows):
-                place, task, value = tuple(row[:-2]), row[-2], row[-1]
-                if place not in into:
-                    into[place] = groups[self._key(place[0], place[1:])].metrics[name].values
-                into[place][i if task is None else task] = value
-            for group in groups.values():
-                found = np.array(list(group.metrics[name].values.values()), np.float64)
-                if shared and found.size:
-                    group.metrics[name].n, group.metrics[name].sum = found.size, float(found.sum())
+        """The value of each network, where sums count one twice, do not tell a quantile, or cancel.
+
+        Raises `InvalidQuery` where attack seeds are to be counted and a group has several networks.
+        """
+        every = {id(group) for group in groups.values() if self.unit != "network" or not group.is_plain}
+        needing = {name: every | self._needing(name, groups) for name in self.metrics}
+        wanted = every.union(*needing.values())
+        if wanted:
+            of_cells = set().union(*(group.cells for group in groups.values() if id(group) in wanted))
+            few = 2 * len(of_cells) < len(self.of_cell)
+            self._read(
+                groups, of_cells if few else None, {name: of for name, of in self.metrics.items() if needing[name]}
+            )
+        if any("ci95" in of for name, of in self.asked.items() if name in OVER_SAMPLES):
+            ids = set().union(*(group.cells for group in groups.values()))
+            self._samples = aggregating.of_cells(self.connection, ids, [cells.c.dataset, cells.c.samples])
+
+    def _needing(self, name: str, groups: Mapping[Key, Group]) -> set[int]:
+        asked = self.asked[name]
+        ranked = any(what == "median" or QUANTILE.fullmatch(what) for what in asked)
+        spread = any(what in SPREADS for what in asked)
+        of_all = ((group, group.metrics[name]) for group in groups.values())
+        return {id(group) for group, of in of_all if ranked or (spread and of.cancels)}
+
+    def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
+        """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
+        columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
+        observed, start = Observations(len(columns)), 1 + len(self.own)
+        key_of = cache(lambda place: self._key(place[0], place[1:]))
+        with closing(aggregating.observations(self.connection, self.where, self.own, columns, of_cells)) as batches:
+            for rows in batches:
+                observed.add([key_of(row[:start]) for row in rows], *list(zip(*rows, strict=True))[start:])
+        networks = observed.networks()
+        for key, count in networks.items():
+            groups[key].networks = count
+        if self.unit == "attack_seed" and (most := max(networks.values(), default=1)) > 1:
+            sentence = f"attack seeds are counted within one network, and a group has {most:,}"
+            raise InvalidQuery("unit", f"{sentence}: filter, or group by weights_sha256 too")
+        for i, name in enumerate(metrics):
+            for key, values in observed.values(i, self.unit).items():
+                groups[key].metrics[name].take(values)
 
     def item(self, key: Key, group: Group) -> dict[str, Any]:
         named = {
@@ -253,7 +266,7 @@ class Grouping:
             name: {what: value for asked in of for what, value in self._statistic(key, group, name, asked)}
             for name, of in self.asked.items()
         }
-        return {**named, "results": group.rows, **statistics}
+        return {**named, "results": group.rows, "networks": group.networks, **statistics}
 
     def _statistic(self, key: Key, group: Group, name: str, asked: str) -> Iterator[tuple[str, Any]]:
         of = group.metrics[name]
@@ -265,17 +278,36 @@ class Grouping:
             case "count":
                 yield asked, of.n
             case "min":
-                yield asked, of.low
+                yield asked, of.least
             case "max":
-                yield asked, of.high
+                yield asked, of.most
             case "ci95":
-                yield from zip(("ci95_low", "ci95_high"), interval(of.n, of.mean, of.std), strict=True)
+                yield from zip(("ci95_low", "ci95_high", "ci95_of"), self._interval(group, name), strict=True)
             case "best" | "worst":
                 value = of.high if asked == "best" else of.low
                 yield asked, value
                 yield f"{asked}_job_id", self._holder(key, group, name, value)
             case _:
-                yield asked, quantile(list(of.values.values()), 0.5 if asked == "median" else int(asked[1:]) / 100)
+                yield asked, of.quantile(0.5 if asked == "median" else int(asked[1:]) / 100)
+
+    def _interval(self, group: Group, name: str) -> tuple[float | None, float | None, str | None]:
+        """The 95 % interval of a metric's mean, and what it is of: the units, or the images of an accuracy.
+
+        Networks that show no spread, or a single one, tell nothing of one: of an accuracy the distinct images do.
+        """
+        of, share = group.metrics[name], SHARE.search(name) is not None
+        if self.unit == "network" and share and of.least == of.most:
+            low, high = accuracy_interval(of.mean, self._images(group)) if name in OVER_SAMPLES else (None, None)
+            return low, high, None if low is None else "images"
+        low, high = interval(of.n, of.mean, of.std, share=share)
+        return low, high, None if low is None else UNITS[self.unit]
+
+    def _images(self, group: Group) -> int:
+        """How many distinct images a group was attacked on: of one data set all samples are the first so many."""
+        most: dict[str, int] = defaultdict(int)
+        for dataset, samples in (self._samples[cell_id] for cell_id in group.cells):
+            most[dataset] = max(most[dataset], samples)
+        return sum(most.values())
 
     def _holder(self, key: Key, group: Group, name: str, value: float | None) -> str | None:
         if value is None:
@@ -300,21 +332,6 @@ def _distinct(specs: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
             counts[name] += 1
             seen[name].setdefault(repr(value), value)
     return {name: [*of.values(), *([None] if counts[name] < count else [])] for name, of in seen.items()}
-
-
-def interval(n: int, mean: float | None, std: float | None) -> tuple[float | None, float | None]:
-    """The 95 % confidence interval of a mean by Student's t; null for fewer than two values."""
-    if n < 2 or mean is None or std is None:
-        return None, None
-    from scipy.special import stdtrit  # a tenth of a second that other questions need not wait for
-
-    half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
-    return mean - half, mean + half
-
-
-def quantile(values: Sequence[float], q: float) -> float | None:
-    """The order statistic, as everywhere here (`inverted_cdf`)."""
-    return float(np.quantile(values, q, method="inverted_cdf")) if values else None
 
 
 def keys_of(connection: Connection, by: Sequence[str]) -> dict[str, Field]:

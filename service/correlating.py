@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,22 +10,26 @@ import numpy as np
 from sqlalchemy import Connection, Label, Row, Select, null, select
 
 from service.aggregates import keys_of
-from service.correlation import MINIMUM, Floats, correlate, tau
+from service.correlation import MINIMUM, correlate, tau
 from service.errors import InvalidQuery
+from service.observations import Observations
 from service.query import Comparison, Node, Value
 from service.store import results as store
+from service.store.aggregating import NETWORK
 from service.store.database import Database
 from service.store.fields import RESULTS, Column, Field
 from service.store.listed import json_object
 from service.store.result_tables import results
 from service.store.tables import tasks
+from service.verdict import VERSION
 
 MAX_POINTS = 200_000
-MAX_PAIRS = 10_000_000  # of checkpoints that are compared, each 2,000 times: seconds
+MAX_PAIRS = 10_000_000  # of networks that are compared, each 2,000 times: seconds
 LEAST_PAIRS = 10_000  # what a small group costs, in time of pairs
-CONFOUNDED = "confounded by design: points of one checkpoint at several scales share the true robust accuracy"
+CONFOUNDED = "confounded by design: points of one network at several scales share the true robust accuracy"
 ASKED = ("measure", "target")
 SAME = ("dataset", "attack", "samples", "order")
+TRUSTED = (("verdict", "trusted"), ("verdict_version", str(VERSION)))
 
 
 def correlations(
@@ -35,16 +39,18 @@ def correlations(
     """Kendall's tau-b of `measure` with `target`, for each data set, attack, samples, their order, versions of the
     tasks and `by`; where a number is one of a further measure, for each of its parameters and versions too.
 
-    One point per checkpoint at s = 1, its earliest, and only trusted ones unless told otherwise. The same over all
-    scales stands apart, as what it is. Raises `InvalidQuery`.
+    One point per trained network at s = 1, the mean of its repeats, and only those that today's rule trusts unless told
+    otherwise. The same over all scales stands apart, as what it is. Raises `InvalidQuery`.
     """
-    asked = [*nodes, *([Comparison("verdict", "=", (Value("trusted"),))] if trusted else [])]
+    asked = [*nodes, *(Comparison(name, "=", (Value(value),)) for name, value in TRUSTED if trusted)]
     with database.read() as connection:
         keys = keys_of(connection, by)
         numbers = [_number(connection, name, of) for name, of in zip(ASKED, (measure, target), strict=True)]
         columns = [number.column.label(name) for number, name in zip(numbers, ASKED, strict=True)]
+        tasks_of = [_task_of(number).label(f"{name}_task") for number, name in zip(numbers, ASKED, strict=True)]
         measured_by = [_measure_of(number).label(f"{name}_spec") for number, name in zip(numbers, ASKED, strict=True)]
-        rows = _points(connection, asked, columns, [*measured_by, *(key.column for key in keys.values())])
+        own = [key.column for key in keys.values()]
+        rows = _points(connection, asked, columns, [*tasks_of, *measured_by, *own])
         specs = store.cell_specs(connection, {row.cell_id for row in rows})
     groups: dict[str, list[Row[Any]]] = defaultdict(list)
     for row in rows:
@@ -52,10 +58,10 @@ def correlations(
         versions = {"version": spec["versions"]["attack"], "measure_version": spec["versions"]["measure"]}
         measures = {"measure_spec": _spec(row.measure_spec), "target_spec": _spec(row.target_spec)}
         same = {**{name: spec[name] for name in SAME}, **versions, **measures}
-        groups[json.dumps([same, list(row[7:])], sort_keys=True)].append(row)
-    checkpoints = [len({row.train_task_id for row in points}) for points in groups.values()]
-    if sum(max(count**2, LEAST_PAIRS) for count in checkpoints if count >= MINIMUM) > MAX_PAIRS:
-        sentence = f"{sum(checkpoints):,} checkpoints in {len(groups):,} groups are too many to resample"
+        groups[json.dumps([same, list(row[len(row) - len(own) :])], sort_keys=True)].append(row)
+    networks = [len({row.network for row in points}) for points in groups.values()]
+    if sum(max(count**2, LEAST_PAIRS) for count in networks if count >= MINIMUM) > MAX_PAIRS:
+        sentence = f"{sum(networks):,} networks in {len(groups):,} groups are too many to resample"
         raise InvalidQuery("filter", f"{sentence}: filter, or group otherwise")
     return [_group(json.loads(key), keys, points, specs) for key, points in sorted(groups.items())]
 
@@ -63,7 +69,7 @@ def correlations(
 def _points(
     connection: Connection, nodes: Sequence[Node], columns: Sequence[Label[Any]], keys: Sequence[Column]
 ) -> list[Row[Any]]:
-    wanted = [results.c.cell_id, results.c.train_task_id, results.c.sequence, *columns, *keys]
+    wanted = [results.c.cell_id, NETWORK.label("network"), results.c.attack_seed, *columns, *keys]
     where = store.selected(connection, nodes)
     known = [column.element.is_not(None) for column in columns]
     query: Select[Any] = select(*wanted).where(*where, *known).order_by(results.c.sequence).limit(MAX_POINTS + 1)
@@ -77,19 +83,23 @@ def _group(
     key: list[Any], keys: Mapping[str, Field], rows: Sequence[Row[Any]], specs: Mapping[int, dict[str, Any]]
 ) -> dict[str, Any]:
     same, values = key
-    first: dict[tuple[float, str], Row[Any]] = {}  # of each scale and checkpoint
-    for row in rows:
-        first.setdefault((specs[row.cell_id]["scale"], row.train_task_id), row)
-    points = {checkpoint: row for (scale, checkpoint), row in first.items() if scale == 1}
-    architectures = [specs[row.cell_id]["architecture"] for row in points.values()]
-    found = correlate(*_pairs(points.values()), architectures, list(points))
-    over_scales = {"n": len(first), "tau": tau(*_pairs(first.values())), "note": CONFOUNDED}
+    observed = Observations(len(ASKED))
+    places = [(specs[row.cell_id]["scale"], row.network) for row in rows]
+    architecture = {row.network: specs[row.cell_id]["architecture"] for row in rows}
+    columns = ((row.measure_task, row.measure, row.target_task, row.target) for row in rows)
+    observed.add(places, [row.network for row in rows], [row.attack_seed for row in rows], *zip(*columns, strict=True))
+    measured, targets = (observed.values(i, "network") for i in range(len(ASKED)))
+    every = sorted(measured)  # equal points in an equal order are resampled alike
+    x, y = (np.array([of[place][0] for place in every], np.float64) for of in (measured, targets))
+    at_one = np.array([scale == 1 for scale, _ in every], bool)
+    networks = [network for scale, network in every if scale == 1]
+    found = correlate(x[at_one], y[at_one], [architecture[network] for network in networks], networks)
+    over_scales = {"n": len(every), "tau": tau(x, y), "note": CONFOUNDED}
     return {**same, **dict(zip(keys, values, strict=True)), **asdict(found), "over_scales": over_scales}
 
 
-def _pairs(rows: Iterable[Row[Any]]) -> tuple[Floats, Floats]:
-    pairs = np.array([(row.measure, row.target) for row in rows], np.float64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
+def _task_of(number: Field) -> Column:
+    return results.c.attack_task_id if number.task is None else number.task
 
 
 def _measure_of(number: Field) -> Column:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 
 from service.dotted import FAMILIES, flat
 from service.flags import names_of
+from service.observations import INTERVALS, accuracy_interval
 from service.questions import ALL_FIELDS, Question
 from service.results import check_fields, order_of, other_names, rows_of
 from service.store import results as store
@@ -38,13 +39,15 @@ FLAGS = "flags"
 RARE = "attack.source.recipe."  # of transfers from a network that was trained otherwise
 COLUMNS = (
     "job_id", "sweep_id", "user", *(name for name in SPEC if not name.startswith(RARE)), *THREAT_MODEL, *HEADLINE,
-    FLAGS, "versions.train", "versions.measure", "versions.attack", "created_at", "finished_at",
+    *INTERVALS, FLAGS, "versions.train", "versions.measure", "versions.attack", "created_at", "finished_at",
 )  # fmt: skip
 FURTHER = (
     *(name for name in SPEC if name.startswith(RARE)), "versions.control", "measures", "measures_failed",
     "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version", "weights_sha256", "spec_digest",
     "attack_digest", "retracted_at", "retracted_by", "retraction_reason", "labels", "provenance",
 )  # fmt: skip
+SAMPLES = "samples"
+MADE_HERE = frozenset({FLAGS, *INTERVALS})  # columns that are no fields
 WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # of which a table has room for the name
 
 
@@ -65,7 +68,7 @@ def table(database: Database, question: Question) -> Table:
         order = order_of(connection, question)
         question.after(order)
         store.selected(connection, question.nodes)
-    known = all(name == FLAGS or (name in RESULTS.known and RESULTS.known[name].any_of is None) for name in names)
+    known = all(name in MADE_HERE or (name in RESULTS.known and RESULTS.known[name].any_of is None) for name in names)
     fetch = _Columns(names) if known else _whole_rows
     rows = BATCH_ROWS if known else ROWS_OF_JSON
     return Table(names, tuple(map(_kind, names)), lambda: _batches(database, question, order, names, fetch, rows))
@@ -179,12 +182,17 @@ def _batches(
 
 
 class _Columns:
-    """Columns straight from the index table; those of the cell from a lookup by its id, once for many rows."""
+    """Columns straight from the index table; those of the cell from a lookup by its id, once for many rows.
+
+    The intervals of accuracies are computed from these.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
-        known = [name for name in names if name != FLAGS]
-        self._own = [name for name in known if RESULTS.known[name].of_cell is None]
-        self._shared = [name for name in known if RESULTS.known[name].of_cell is not None]
+        self._intervals = [name for name in names if name in INTERVALS]
+        from_these = dict.fromkeys(source for name in self._intervals for source in (INTERVALS[name][0], SAMPLES))
+        read = list(dict.fromkeys([*(name for name in names if name not in MADE_HERE), *from_these]))
+        self._own = [name for name in read if RESULTS.known[name].of_cell is None]
+        self._shared = [name for name in read if RESULTS.known[name].of_cell is not None]
         self._cells: dict[int, tuple[Any, ...]] = {}  # the values of `_shared`
 
     def __call__(
@@ -204,6 +212,10 @@ class _Columns:
             shared = zip(*map(self._cells.__getitem__, cell_ids), strict=True)
             columns |= dict(zip(self._shared, map(list, shared), strict=True))
         columns[FLAGS] = [";".join(names_of(of)) for of in flagged]
+        for name in self._intervals:
+            accuracy, bound = INTERVALS[name]
+            pairs = zip(columns[accuracy], columns[SAMPLES], strict=True)
+            columns[name] = [accuracy_interval(share, samples)[bound] for share, samples in pairs]
         return [columns[name] for name in names], cursor
 
     def _look_up(self, connection: Connection, cell_ids: set[int]) -> None:

@@ -11,6 +11,7 @@ from service.dotted import FAMILIES, chosen
 from service.errors import InvalidQuery, NotFound
 from service.flags import Place
 from service.jobs import TaskState
+from service.observations import INTERVALS
 from service.query import Node
 from service.questions import ALL_FIELDS, Question
 from service.store import reading
@@ -23,7 +24,7 @@ from service.store.result_tables import results
 from service.worst_case import worst_case_of
 
 STREAM_ROWS = 500
-ROW_FIELDS = (*RESULTS.known, *FAMILIES)
+ROW_FIELDS = (*RESULTS.known, *INTERVALS, *FAMILIES)
 MAX_FIELDS = 200
 MAX_TRAJECTORIES = 100
 

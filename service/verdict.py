@@ -143,7 +143,7 @@ def judge(evidence: Evidence) -> Verdict:
     )
 
 
-def wilson(count: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(count: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """The Wilson score interval of a share, `count` of `n` > 0; 95 % unless `z` says otherwise (Wilson 1927).
 
     >>> [round(bound, 4) for bound in wilson(0, 10)]

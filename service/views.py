@@ -12,6 +12,7 @@ from sqlalchemy import Row
 
 from service.flags import names_of
 from service.jobs import JobState, TaskState
+from service.observations import ACCURACIES, BOUNDS, accuracy_interval
 from service.specs.canonical import canonical
 from service.specs.tasks import Task
 from service.store import reading
@@ -126,8 +127,8 @@ def result_row(
         numbers |= {name: value for name, value in more.items() if value is not None or name not in numbers}
     headline = {
         **{name: getattr(row, name) for name in (*METRICS, "masked_n", *VERDICT)},
-        "weights_sha256": row.weights_sha256,
-    }
+        "weights_sha256": row.weights_sha256, **accuracy_intervals(row, row.spec["samples"]),
+    }  # fmt: skip
     shown = {name: value for name, value in numbers.items() if whole or not _is_detail(name)}
     threat = threat_model(row.spec["attack"])
     return {
@@ -141,6 +142,15 @@ def result_row(
         "created_at": iso(row.created_at), "finished_at": iso(row.finished_at), **retracted(row),
         "provenance": row.provenance,
     }  # fmt: skip
+
+
+def accuracy_intervals(row: Any, samples: int) -> dict[str, float | None]:
+    """The 95 % interval of each accuracy of a row, from its images: `robust_accuracy_ci95_low`, ..."""
+    return {
+        f"{name}_{bound}": value
+        for name in ACCURACIES
+        for bound, value in zip(BOUNDS, accuracy_interval(getattr(row, name), samples), strict=True)
+    }
 
 
 def retracted(row: Row[Any]) -> dict[str, Any]:

@@ -17,10 +17,15 @@ from api.commands.options import (
     filters_of,
     print_json,
 )
-from api.render import attack_name, fields_table, number, percent, say, show, table, tell
+from api.render import attack_name, fields_table, number, percent, percents, say, show, table, tell
 from service.dotted import flat
+from service.unit import Unit
 
 FAILED = 1
+COUNTED = {
+    "networks": "n is the number of trained networks: repeats of one are averaged first.",
+    "attack_seeds": "n is the number of attack seeds: the spread is that of the attack on one network.",
+}
 Trusted = Annotated[bool, typer.Option("--trusted/--any-verdict", help="Only results with the verdict `trusted`.")]
 
 
@@ -29,6 +34,9 @@ def aggregate(
     filter: Filter = "",
     by: Annotated[str, typer.Option("--by", help="Fields by comma; without, all is one group.")] = "",
     metrics: Annotated[str, typer.Option("--metrics", help="As robust_accuracy:mean,ci95,clean_accuracy:median.")] = "",
+    unit: Annotated[
+        Unit, typer.Option("--unit", help="What is counted: networks, or attack seeds of one.")
+    ] = "network",
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Let a group differ in more than seeds.")] = False,
     include_retracted: Retracted = False,
     home: Home = None,
@@ -38,13 +46,22 @@ def aggregate(
     """Statistics over groups of results, as `uncanny aggregate dataset=digits --by architecture,scale,attack`."""
     with client_of(home, url) as client:
         found = client.aggregate(
-            by, metrics, filter, allow_mixed=allow_mixed, include_retracted=include_retracted, **filters_of(filters)
+            by,
+            metrics,
+            filter,
+            unit=unit,
+            allow_mixed=allow_mixed,
+            include_retracted=include_retracted,
+            **filters_of(filters),
         )
     if as_json:
         return print_json(found.items)
     if found.retracted:
         tell(f"{found.retracted:,} retracted results are not counted (--include-retracted counts them).")
-    return show(fields_table(found.flat())) if found.items else tell("No results match.")
+    if not found.items:
+        return tell("No results match.")
+    show(fields_table(found.flat()))
+    return say(f"\n{COUNTED[found.spread_of]}")
 
 
 def leaderboard(
@@ -108,7 +125,7 @@ def correlations(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Does a measure rank networks as their robust accuracy does? Kendall's tau, one point per checkpoint at s = 1."""
+    """Does a measure rank networks as their robust accuracy does? Kendall's tau, one point per network at s = 1."""
     asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
     with client_of(home, url) as client:
         found = client.correlations(measure, trusted=trusted, **asked)
@@ -121,7 +138,7 @@ def correlations(
     if not rows:
         return _tell_nothing(trusted)
     show(fields_table(rows))
-    say("\nFewer than ten checkpoints give no tau; over_scales is " + found[0]["over_scales"]["note"] + ".")
+    say("\nFewer than ten networks give no tau; over_scales is " + found[0]["over_scales"]["note"] + ".")
     return None
 
 
@@ -191,8 +208,7 @@ def _differing(recipes: list[Json]) -> list[str]:
 def _place(row: Json, differing: list[str]) -> list[str]:
     recipe = dict(flat(row["recipe"]))
     shown = [recipe["name"], *(f"{name} {number(recipe[name])}" for name in differing if name in recipe)]
-    interval = "–" if row["ci95_low"] is None else f"{percent(row['ci95_low'])} to {percent(row['ci95_high'])}"
-    interval += " of images" if row["ci95_of"] == "images" else ""
+    interval = percents(row["ci95_low"], row["ci95_high"]) + (" of images" if row["ci95_of"] == "images" else "")
     return [
         str(row["rank"]), row["architecture"], ", ".join(shown), number(row["scale"]), str(row["networks"]),
         str(row["results"]), percent(row["robust_accuracy_worst_case"]), interval, _attacks(row),

@@ -1,21 +1,26 @@
-"""Sums over results, a cell at a time, and the values themselves where sums do not do."""
+"""Sums over results, a cell at a time, and the results of each network where sums do not do."""
 
+import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
-from sqlalchemy import Connection, Float, Integer, Row, Select, Text, cast, func, select
+from sqlalchemy import Connection, Float, Integer, Row, Select, Text, bindparam, cast, func, select
 
 from service.store.fields import Column
+from service.store.listed import elements
 from service.store.result_tables import cells, results
 from service.store.tables import tasks
 
 FETCHED = 10_000
+# Equal weights are one network, however often they were trained; a result without them is known by its training.
+NETWORK = func.coalesce(results.c.weights_sha256, results.c.train_task_id)
 
 
 def moments(
     connection: Connection, where: Sequence[Column], keys: Sequence[Column], metrics: Sequence[Column]
 ) -> Generator[Sequence[Row[Any]], None, None]:
-    """Per cell and `keys`: `rows`, how many are `repeated`, and of metric i `n_i, sum_i, squares_i, low_i, high_i`.
+    """Per cell and `keys`: `rows`, how many are `repeats`, and of metric i `n_i, sum_i, squares_i, low_i, high_i`.
 
     They come in batches, to be closed: with keys that are not of the cell there may be as many as results.
     """
@@ -30,8 +35,8 @@ def moments(
         )
     ]  # fmt: skip
     # SQLite has no maximum of booleans, PostgreSQL none either.
-    repeated = func.count(func.nullif(results.c.repeated, False)).label("repeated")
-    query: Select[Any] = select(results.c.cell_id, *named, func.count().label("rows"), repeated, *of)
+    repeats = func.count(func.nullif(results.c.repeats_network, False)).label("repeats")
+    query: Select[Any] = select(results.c.cell_id, *named, func.count().label("rows"), repeats, *of)
     query = query.where(*where).group_by(results.c.cell_id, *named)
     if keys:  # else all of it at once, which a database may plan for
         query = query.execution_options(yield_per=FETCHED)
@@ -55,18 +60,33 @@ def measures(
     return iter(connection.execute(query.where(*where, metric.is_not(None)).distinct()))
 
 
-def values(
-    connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column, task_id: Column | None
-) -> Iterator[Sequence[Any]]:
-    """`(cell_id, *keys, task_id, value)` of each result that has one; with a `task_id`, once per task."""
+def verdict_versions(
+    connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column
+) -> Iterator[Row[Any]]:
+    """`(cell_id, *keys, verdict_version)`, each once, of the results that have a metric."""
     named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
-    query: Select[Any] = select(results.c.cell_id, *named, *([] if task_id is None else [task_id]), metric)
-    query = query.where(*where, metric.is_not(None))
-    if task_id is not None:
-        query = query.distinct()
-    rows = connection.execute(query.execution_options(yield_per=FETCHED))
-    for row in rows:
-        yield row if task_id is not None else (*row[:-1], None, row[-1])
+    query: Select[Any] = select(results.c.cell_id, *named, results.c.verdict_version.label("verdict_version"))
+    return iter(connection.execute(query.where(*where, metric.is_not(None)).distinct()))
+
+
+def observations(
+    connection: Connection, where: Sequence[Column], keys: Sequence[Column],
+    metrics: Sequence[tuple[Column, Column]], of_cells: Iterable[int] | None,
+) -> Generator[Sequence[Row[Any]], None, None]:  # fmt: skip
+    """`(cell_id, *keys, network, attack_seed, task_0, value_0, task_1 ...)` of each result, in batches.
+
+    Of these cells, or of all, which are read in the order in which they lie there.
+
+    `metrics` are `(id of the task that computed it, value)`.
+    """
+    named = [column.label(f"column_{i}") for i, column in enumerate((*keys, NETWORK, results.c.attack_seed))]
+    of = [column.label(f"metric_{i}") for i, column in enumerate(chain.from_iterable(metrics))]
+    query: Select[Any] = select(results.c.cell_id, *named, *of).where(*where)
+    if of_cells is not None:
+        wanted = elements(bindparam(None, json.dumps([str(cell_id) for cell_id in of_cells]), Text))
+        query = query.where(results.c.cell_id.in_(select(cast(wanted.c.value, Integer))))
+    with connection.execute(query.execution_options(yield_per=FETCHED)) as rows:
+        yield from rows.partitions(FETCHED)
 
 
 def first(connection: Connection, where: Sequence[Column], condition: Column) -> str | None:

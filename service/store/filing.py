@@ -44,7 +44,8 @@ def file(connection: Connection, job_ids: Sequence[str]) -> None:
         filed = []
         for row, cell_id in zip(rows, ids, strict=True):
             network = (cell_id, row.weights_sha256)
-            filed.append({**_row(row, cell_id, same.get(row.attack_task_id)), "repeats_network": network in networks})
+            repeats = network in networks or row.weights_sha256 is None  # statistics look closer where it is not known
+            filed.append({**_row(row, cell_id, same.get(row.attack_task_id)), "repeats_network": repeats})
             same.setdefault(row.attack_task_id, filed[-1])
             networks.add(network)
         insert_rows(connection, results, filed)

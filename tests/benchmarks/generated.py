@@ -155,7 +155,8 @@ def _round(connection: Connection, grid: list[Cell], number: int, rng: np.random
         })  # fmt: skip
         filed.append({
             "job_id": _id("4", n), **own, **spec, "cell_id": cell.id, **parts, "repeated": False, **numbers, **measured,
-            **verdict, "test_accuracy": clean, "train_seconds": 100.0 * clean, **times,
+            **verdict, "weights_sha256": _weights(number * networks + cell.network), "repeats_network": False,
+            "test_accuracy": clean, "train_seconds": 100.0 * clean, **times,
         })  # fmt: skip
         attack_rows.append({"task_id": _id("3", n), **numbers, "numbers": _attack_numbers(one, two, three)})
     _tasks(connection, "train", trainings, trainings, user, at)
@@ -164,8 +165,8 @@ def _round(connection: Connection, grid: list[Cell], number: int, rng: np.random
     attacked = [trainings[cell.network] for cell in grid[:most]]
     _tasks(connection, "attack", [row["task_id"] for row in attack_rows], attacked, user, at)
     insert_rows(connection, tables.trainings, [
-        {"task_id": task_id, "checkpoint_digest": f"{n:064x}", "checkpoint_bytes": 1000, "test_accuracy": float(value),
-         "seconds": 100.0 * float(value), "numbers": "{}"}
+        {"task_id": task_id, "checkpoint_digest": _weights(number * networks + n), "checkpoint_bytes": 1000,
+         "test_accuracy": float(value), "seconds": 100.0 * float(value), "numbers": "{}"}
         for n, (task_id, value) in enumerate(zip(trainings, accuracy, strict=True))
     ])  # fmt: skip
     insert_rows(connection, tables.measurements, [
@@ -201,6 +202,10 @@ def _tasks(
 
 def _id(kind: str, number: int) -> str:
     return f"{kind}{number:035d}"
+
+
+def _weights(training: int) -> str:
+    return f"{training:064x}"
 
 
 def _digest(task_id: str) -> str:

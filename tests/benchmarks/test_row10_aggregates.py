@@ -12,12 +12,15 @@ from sqlalchemy import text
 from service.store import Database
 
 MB = 1 << 20
+# Groups of one cell, each network once, are summed; where cells are mixed, networks are told apart by their weights.
+CELL = "architecture,dataset,scale,attack,attack.norm,attack.eps,attack.step_size,attack.steps"
 AGGREGATES = {
-    "architecture, scale": {"by": "architecture,scale", "metrics": "robust_accuracy:mean,std,count"},
-    "architecture, dataset": {"by": "architecture,dataset", "metrics": "robust_accuracy:ci95,clean_accuracy:mean"},
-    "user, scale": {"by": "user,scale", "metrics": "robust_accuracy:mean"},
-    "a measure's, shared by jobs": {"by": "architecture,scale", "metrics": "log_relative_sharpness_median:mean"},
-    "median": {"by": "architecture,scale", "metrics": "robust_accuracy:median"},
+    "cell": {"by": CELL, "metrics": "robust_accuracy:mean,std,count"},
+    "cell, two metrics": {"by": CELL, "metrics": "robust_accuracy:ci95,clean_accuracy:mean"},
+    "user, cell": {"by": f"user,{CELL}", "metrics": "robust_accuracy:mean"},
+    "a measure's, shared by jobs": {"by": CELL, "metrics": "log_relative_sharpness_median:mean"},
+    "median": {"by": CELL, "metrics": "robust_accuracy:median"},
+    "architecture, scale, mixed": {"by": "architecture,scale", "metrics": "robust_accuracy:mean,std,count"},
 }
 BARE = text(
     "SELECT architecture, scale, avg(robust_accuracy), count(*) FROM results JOIN cells ON cells.id = cell_id "

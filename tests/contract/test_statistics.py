@@ -1,6 +1,5 @@
 """Groups, comparisons, leaderboards, correlations and retractions, against what plain Python says of the same rows."""
 
-import math
 from collections import defaultdict
 from typing import Any
 
@@ -97,12 +96,16 @@ def test_groups(lab: Any, insights: Insights) -> None:
             assert said["q05"] == min(of)
             [best] = [row for row in rows if row["job_id"] == said["best_job_id"]]
             assert best["robust_accuracy"] == max(of)
-            if len(of) == 1:
-                assert (said["std"], said["ci95_low"]) == (None, None)
+            assert said["std"] == (None if len(of) == 1 else pytest.approx(np.std(of, ddof=1), abs=1e-9))
+            bounds = (said["ci95_low"], said["ci95_high"])
+            if len(set(of)) == 1:  # one network, or several that show no spread: the images tell
+                wilson = stats.binomtest(round(of[0] * N), N).proportion_ci(method="wilson")
+                assert bounds == pytest.approx((wilson.low, wilson.high))
+                assert said["ci95_of"] == "images"
                 continue
-            assert said["std"] == pytest.approx(np.std(of, ddof=1), abs=1e-9)
             half = stats.t.ppf(0.975, len(of) - 1) * stats.sem(of)
-            assert (said["ci95_low"], said["ci95_high"]) == pytest.approx((np.mean(of) - half, np.mean(of) + half))
+            assert bounds == pytest.approx((max(0, np.mean(of) - half), min(1, np.mean(of) + half)))
+            assert said["ci95_of"] == "networks"
         flips = distinct(these, by, "flip_rate", "attack")
         for item in found["items"]:
             assert item["flip_rate"]["count"] == len(flips[tuple(item[name] for name in by)])
@@ -129,10 +132,11 @@ def test_a_number_of_a_measure_is_counted_once_however_many_attacks_it_stands_be
             "count": 2, "mean": pytest.approx(np.mean(list(of.values()))),
             "std": pytest.approx(np.std(list(of.values()), ddof=1)),
         }  # fmt: skip
-    [item] = aggregates.aggregate(lab.database, [], ["scale"], {"robust_accuracy": ("count",)}, allow_mixed=True)[
-        "items"
-    ]
-    assert item["robust_accuracy"]["count"] == 10
+    metrics = {"robust_accuracy": ("count", "mean")}
+    [item] = aggregates.aggregate(lab.database, [], ["scale"], metrics, allow_mixed=True)["items"]
+    of = {row["attack_digest"]: row["robust_accuracy"] for row in rows}  # five of each network, twice
+    assert (item["networks"], item["robust_accuracy"]["count"], len(of)) == (2, 2, 10)
+    assert item["robust_accuracy"]["mean"] == pytest.approx(np.mean(list(of.values())))
 
 
 def test_what_would_take_minutes_is_refused(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +159,7 @@ def test_a_bootstrap_of_too_much_is_refused(
     finish(lab)
     for name, value in limits.items():
         monkeypatch.setattr(correlating, name, value)
-    with pytest.raises(InvalidQuery, match=rf"20 checkpoints in {1 + len(by)} groups are too many"):
+    with pytest.raises(InvalidQuery, match=rf"20 networks in {1 + len(by)} groups are too many"):
         correlating.correlations(lab.database, [], "test_accuracy", by=by, trusted=False)
     few = nodes_of("seed < 9")  # too few to be resampled: they cost nothing
     assert len(correlating.correlations(lab.database, few, "test_accuracy", by=["architecture"], trusted=False)) == 2
@@ -516,12 +520,3 @@ def test_a_rerun_is_of_every_spec_or_nothing_is_retracted(lab: Any, insights: In
     again = retraction.retract_all(lab.service, everything, "a bug", user="root", rerun=True)["resubmitted"]
     specs = [row.spec for row in lab.rows(tables.jobs) if row.id in again]
     assert sorted((spec["attack_seed"], spec["replicate"]) for spec in specs) == [(0, 1), (1, 1)]
-
-
-def test_a_mean_of_equal_numbers_has_no_spread() -> None:
-    of = aggregates.Moments()
-    for _ in range(3):
-        of.add(1, 0.1, 0.1 * 0.1, 0.1, 0.1)
-    assert (of.std, of.mean) == (0.0, pytest.approx(0.1))
-    assert aggregates.interval(3, of.mean, of.std) == (of.mean, of.mean)
-    assert not math.isnan(aggregates.quantile([1.0, 2.0], 0.5) or 0)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
+from service import aggregates
 from service.artifacts import Artifacts
 from service.dispatcher import Dispatcher
 from service.executor import Bundle, Capacity, Lost, Message, Started, Succeeded
@@ -165,3 +166,22 @@ def test_a_page_of_few_cells_reads_a_few_rows_of_each(watched: Any) -> None:
     assert all("ix_results_cell_robust_accuracy (cell_id=? AND " in step for step in searches), searches
     assert any("(robust_accuracy,sequence)>(?,?)" in step for step in searches), searches
     assert not any(step.startswith("SCAN results") for step in steps)
+
+
+def test_an_aggregate_of_networks_without_repeats_reads_one_index_and_no_row(watched: Any) -> None:
+    lab, plans = watched
+    lab.submit_sweep({"scale": [1, 5], "seed": [0, 1, 2], "architecture": ["mlp", "simple_cnn"]})
+    lab.finish()
+    metrics = aggregates.metrics_of("robust_accuracy:mean,ci95,count,clean_accuracy:mean")
+
+    def steps() -> list[str]:
+        plans.clear()
+        aggregates.aggregate(lab.database, [], ["architecture", "scale", "user"], metrics)
+        return [step for found in plans.values() for step in found if "results" in step]
+
+    assert steps() == ["SCAN results USING COVERING INDEX ix_results_cell"]
+    lab.submit(attack_seed=1)
+    lab.finish()
+    [_, of_the_repeated] = steps()  # of the cells where a network is repeated
+    assert "INDEX ix_results_cell" in of_the_repeated
+    assert "(cell_id=?)" in of_the_repeated

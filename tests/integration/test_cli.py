@@ -22,6 +22,7 @@ import typer.core
 import typer.main
 import yaml
 from rich.console import Console
+from scipy.stats import binomtest
 
 from api import client, render, report
 from api.cli import app, main
@@ -132,7 +133,8 @@ def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
     }}  # fmt: skip
     (tmp_path / "reported.yaml").write_text(yaml.safe_dump(spec))
     sweep = json.loads(uncanny("submit", tmp_path / "reported.yaml", "--wait", "--json", url=server.url).stdout)["id"]
-    server.client.submit({**spec["base"], "seed": 311, "recipe": {"epochs": 2}}).wait()  # nothing new: not counted
+    again = {**spec["base"], "seed": 311, "recipe": {"epochs": 2}}
+    server.client.submit(again).wait()  # nothing new: not counted
 
     found = json.loads(uncanny("report", f"sweep={sweep}", "--json", url=server.url).stdout)
     assert (found["computations"], len(found["groups"])) == (18, 6)
@@ -152,7 +154,11 @@ def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
     assert len(titles) == 3
     one = next(line for line in text.splitlines() if "standard, lr 0.05" in line)
     mean, low, high = (found["groups"][0]["robust_accuracy"][name] for name in ("mean", "ci95_low", "ci95_high"))
-    assert f"| mlp | standard, lr 0.05 | 5 | 3 | 100.0 % | {percent(mean)} | {percent(low)} to {percent(high)} |" in one
+    interval = f"{percent(low)} to {percent(high)} of images"  # three networks without a spread
+    assert f"| mlp | standard, lr 0.05 | 5 | 3 | 100.0 % | {percent(mean)} | {interval} |" in one
+    assert "Means over `n` trained networks" in text
+    wilson = binomtest(10, 20).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((wilson.low, wilson.high))
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|") and "lr 0" in line}
     assert columns == {12}
 

@@ -18,6 +18,7 @@ import polars as pl
 import pytest
 import yaml
 from rich.console import Console
+from scipy.stats import binomtest
 from typer.testing import CliRunner, Result
 
 from api import render
@@ -62,12 +63,22 @@ def test_robust_accuracy_per_scale_as_a_frame(lab: Lab) -> None:
     found = lab.client.aggregate("scale", "robust_accuracy:mean,ci95", "architecture = resnet18")
     frame = found.to_polars()
     assert frame.columns == [
-        "scale", "results", "robust_accuracy.mean", "robust_accuracy.ci95_low", "robust_accuracy.ci95_high",
+        "scale", "results", "networks", "robust_accuracy.mean", "robust_accuracy.ci95_low", "robust_accuracy.ci95_high",
+        "robust_accuracy.ci95_of",
     ]  # fmt: skip
     assert frame["scale"].to_list() == SCALES
     assert frame["robust_accuracy.mean"].to_list() == [0.5, 0.5, 1.0]
-    assert frame["robust_accuracy.ci95_low"].to_list() == [0.5, 0.5, 1.0]
-    assert list(found.to_pandas()["results"]) == [3, 3, 3]
+    half, all_of_them = (binomtest(k, 20).proportion_ci(method="wilson").low for k in (10, 20))  # of 20 images
+    assert frame["robust_accuracy.ci95_low"].to_list() == pytest.approx([half, half, all_of_them])
+    assert set(frame["robust_accuracy.ci95_of"]) == {"images"}  # the three networks show no spread
+    assert list(found.to_pandas()["results"]) == list(found.to_pandas()["networks"]) == [3, 3, 3]
+    assert found.spread_of == "networks"
+    with pytest.raises(ApiError, match="within one network, and a group has 3"):
+        lab.client.aggregate("scale", filter=RESNET, unit="attack_seed")
+    one = lab.client.aggregate("scale", filter=RESNET, unit="attack_seed", seed=1)
+    assert (one.spread_of, one.items[0]["robust_accuracy"]["count"]) == ("attack_seeds", 1)
+    with pytest.raises(ApiError, match="unit"):
+        lab.client.aggregate("scale", filter=RESNET, unit="image")  # type: ignore[arg-type]
     with pytest.raises(ApiError, match=r"allow mixing \(allow_mixed\)") as refused:
         lab.client.aggregate(filter=RESNET)
     assert refused.value.status == 422
@@ -134,7 +145,7 @@ def test_leaderboard(lab: Lab) -> None:
 
 def test_correlations(lab: Lab) -> None:
     [found] = lab.client.correlations("log_relative_sharpness_median", RESNET, trusted=False)
-    assert (found["n"], found["pooled"]) == (3, None)  # one point per checkpoint, and fewer than ten
+    assert (found["n"], found["pooled"]) == (3, None)  # one point per network, and fewer than ten
     assert (found["over_scales"]["n"], found["over_scales"]["tau"] < 0) == (9, True)
     command = ["correlations", "log_relative_sharpness_median", "--any-verdict"]
     assert json.loads(lab.uncanny(*command, "--json").output) == [found]
@@ -157,7 +168,12 @@ def test_commands_for_rows_and_groups(lab: Lab) -> None:
     arguments = ["aggregate", "architecture=resnet18", "--by", "scale", "--metrics", "robust_accuracy:mean,count"]
     items = json.loads(lab.uncanny(*arguments, "--json").output)
     assert [item["robust_accuracy"]["count"] for item in items] == [3, 3, 3]
-    assert "robust_accuracy.mean" in lab.uncanny(*arguments).output
+    shown = lab.uncanny(*arguments).output
+    assert "robust_accuracy.mean" in shown
+    assert "n is the number of trained networks" in shown
+    within = lab.uncanny(*arguments, "seed=1", "--unit", "attack_seed").output
+    assert "n is the number of attack seeds" in within
+    assert "within one network" in str(lab.uncanny(*arguments, "--unit", "attack_seed", code=1).exception)
     assert "No results" in lab.uncanny("aggregate", "--filter", "seed = 99").output
     refused = lab.uncanny("aggregate", "--by", "colour", code=1)
     assert "colour" in str(refused.exception)

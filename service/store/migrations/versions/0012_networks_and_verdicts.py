@@ -9,7 +9,7 @@ branch_labels = None
 depends_on = None
 
 SHOWN = sa.text("retracted_at IS NULL")
-COVERED = ("robust_accuracy", "clean_accuracy", "masked_fraction")
+COVERED = ("robust_accuracy", "clean_accuracy", "masked_fraction", "retracted_at")
 
 
 def upgrade() -> None:

@@ -1,0 +1,209 @@
+"""What one observation is: a trained network. Its repeats are averaged before anything is counted (SCIENCE.md 1, 9).
+
+Attack seeds, replicates with the same weights and storage options are repeats of a network, not further networks.
+"""
+
+import math
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.unit import Unit
+from service.verdict import wilson
+
+Floats = NDArray[np.float64]
+Codes = NDArray[np.int64]
+Interval = tuple[float | None, float | None]
+SHARE = re.compile(r"(^|_)(accuracy|fraction|rate)($|_(?!drop))")
+OVER_SAMPLES = ("clean_accuracy", "robust_accuracy", "robust_accuracy_any_iterate", "robust_top5_accuracy")
+"""Shares of all samples of a job, which have an interval from the images."""
+ACCURACIES = ("clean_accuracy", "robust_accuracy")
+BOUNDS = ("ci95_low", "ci95_high")
+INTERVALS = {f"{name}_{bound}": (name, i) for name in ACCURACIES for i, bound in enumerate(BOUNDS)}
+"""The fields of a result that are bounds of an accuracy's Wilson interval: which accuracy, and which bound."""
+EXACT = 1e-6  # relative error that the rounding of sums may leave in a variance
+EPSILON = float(np.finfo(np.float64).eps)
+
+
+@dataclass
+class Moments:
+    """One metric in one group: sums over its results, and the `values` of its networks where those were read."""
+
+    n: int = 0
+    sum: float = 0.0
+    squares: float = 0.0
+    low: float | None = None
+    high: float | None = None
+    values: Floats | None = None
+
+    def add(self, n: int, total: float | None, squares: float | None, low: float | None, high: float | None) -> None:
+        if not n or low is None or high is None:
+            return
+        self.n, self.sum, self.squares = self.n + n, self.sum + (total or 0.0), self.squares + (squares or 0.0)
+        self.low = low if self.low is None else min(self.low, low)
+        self.high = high if self.high is None else max(self.high, high)
+
+    def take(self, values: Floats) -> None:
+        """The values of the networks, which count from now on; `low` and `high` stay those of single results."""
+        self.values, self.n, self.sum = values, len(values), float(values.sum())
+
+    @property
+    def cancels(self) -> bool:
+        """Whether the difference of the sums, a variance, would be mostly the rounding of them."""
+        if self.n < 2 or self.low == self.high:
+            return False
+        spread = self.squares - self.sum * self.sum / self.n
+        return not spread * EXACT > 2 * self.n * EPSILON * self.squares
+
+    @property
+    def mean(self) -> float | None:
+        if self.values is not None and self.n:
+            return float(np.clip(self.values.mean(), self.values[0], self.values[-1]))
+        if not self.n or self.low is None or self.high is None:
+            return None
+        return float(min(max(self.sum / self.n, self.low), self.high))  # equal values have exactly that mean
+
+    @property
+    def least(self) -> float | None:
+        return self.low if self.values is None else float(self.values[0]) if self.n else None
+
+    @property
+    def most(self) -> float | None:
+        return self.high if self.values is None else float(self.values[-1]) if self.n else None
+
+    @property
+    def std(self) -> float | None:
+        """Of a sample; null for fewer than two values."""
+        if self.n < 2:
+            return None
+        if self.least == self.most:
+            return 0.0
+        if self.values is not None:
+            return float(self.values.std(ddof=1))
+        return math.sqrt(max(self.squares - self.sum * self.sum / self.n, 0.0) / (self.n - 1))
+
+    def quantile(self, q: float) -> float | None:
+        """The order statistic, as everywhere here (`inverted_cdf`)."""
+        return quantile([] if self.values is None else self.values, q)
+
+
+def averaged(groups: Codes, networks: Codes, seeds: Codes, tasks: Codes, values: Floats) -> tuple[Codes, Floats]:
+    """The group `[m]` and the value `[m]` of each network of each group, in the order of group and value.
+
+    Of what results have, all `[n]`: a task's value counts once, tasks of one attack seed are averaged, then the attack
+    seeds of one network. The order of the results changes no bit.
+
+    >>> one = np.zeros(5, np.int64)
+    >>> averaged(one, np.array([1, 1, 1, 1, 2]), np.array([0, 0, 0, 9, 0]), np.arange(5), np.array([1., 1, 1, 3, 5]))[1]
+    array([2., 5.])
+    """
+    labels = [groups, networks, seeds, tasks]
+    while len(labels) > 1:
+        labels, values = _means(labels, values)
+        labels = labels[:-1]
+    order = np.lexsort((values, labels[0]))
+    return labels[0][order], values[order]
+
+
+def _means(labels: Sequence[Codes], values: Floats) -> tuple[list[Codes], Floats]:
+    """The distinct rows of `labels`, and the mean of the values of each."""
+    if not values.size:
+        return list(labels), values
+    order = np.lexsort((values, *reversed(labels)))
+    labels, values = [label[order] for label in labels], values[order]
+    is_first = np.ones(values.size, bool)
+    is_first[1:] = np.logical_or.reduce([label[1:] != label[:-1] for label in labels])
+    first = np.flatnonzero(is_first)
+    last = np.append(first[1:], values.size)
+    means = np.add.reduceat(values, first) / (last - first)
+    # Equal values have exactly that mean, which a sum may miss by its rounding.
+    return [label[first] for label in labels], np.clip(means, values[first], values[last - 1])
+
+
+class Observations:
+    """What results have of some metrics, by the keys of their groups, in arrays with names as numbers."""
+
+    def __init__(self, metrics: int) -> None:
+        self._keys, self._names = _Numbers(), _Numbers()
+        self._columns: list[list[NDArray[Any]]] = [[] for _ in range(3 + 2 * metrics)]
+
+    def add(
+        self, keys: Sequence[Hashable], networks: Sequence[str], seeds: Sequence[int], *metrics: Sequence[Any]
+    ) -> None:
+        """Of each result the key of its group, its network and its attack seed, and by metric the id of the task that
+        computed it and the value, which may be null."""
+        coded = [self._keys.of(keys), self._names.of(networks), np.array(seeds, np.int64)]
+        for tasks, values in zip(metrics[::2], metrics[1::2], strict=True):
+            coded += [self._names.of(tasks), np.array(values, np.float64)]
+        for column, part in zip(self._columns, coded, strict=True):
+            column.append(part)
+
+    def networks(self) -> dict[Any, int]:
+        """How many distinct networks each key has."""
+        groups = self._whole(0)
+        (of_networks, _), _ = _means([groups, self._whole(1)], np.zeros(groups.size))
+        found, counts = np.unique(of_networks, return_counts=True)
+        return self._by_key(found, counts.tolist())
+
+    def values(self, metric: int, unit: Unit) -> dict[Any, Floats]:
+        """The value of each unit of each key, in ascending order."""
+        groups, networks, seeds, tasks, values = map(self._whole, (0, 1, 2, 3 + 2 * metric, 4 + 2 * metric))
+        match unit:
+            case "network":
+                units = networks
+            case "attack_seed":
+                units = seeds
+            case _:
+                assert_never(unit)
+        known = ~np.isnan(values)
+        group, means = averaged(*(part[known] for part in (groups, units, seeds, tasks, values)))
+        found, first = np.unique(group, return_index=True)
+        none: dict[Any, Floats] = dict.fromkeys(self._keys, np.empty(0))
+        return none if not found.size else none | self._by_key(found, np.split(means, first[1:]))
+
+    def _whole(self, column: int) -> NDArray[Any]:
+        parts = self._columns[column]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def _by_key(self, codes: Iterable[int], values: Iterable[Any]) -> dict[Any, Any]:
+        keys = list(self._keys)
+        return {keys[code]: value for code, value in zip(codes, values, strict=True)}
+
+
+class _Numbers(dict[Any, int]):
+    """A number for each distinct value, in the order in which they are met."""
+
+    def __missing__(self, value: Any) -> int:
+        self[value] = len(self)
+        return self[value]
+
+    def of(self, values: Sequence[Any]) -> Codes:
+        return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
+
+
+def interval(n: int, mean: float | None, std: float | None, *, share: bool = False) -> Interval:
+    """The 95 % confidence interval of a mean by Student's t; null for fewer than two values.
+
+    Of a share it is cut at 0 and 1, beyond which no mean of shares is: that takes nothing from its coverage.
+    """
+    if n < 2 or mean is None or std is None:
+        return None, None
+    from scipy.special import stdtrit  # a tenth of a second that other questions need not wait for
+
+    half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
+    low, high = mean - half, mean + half
+    return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
+
+
+def accuracy_interval(accuracy: float | None, images: int) -> Interval:
+    """The Wilson 95 % interval of one accuracy over so many distinct images (Wilson 1927)."""
+    return (None, None) if accuracy is None or images < 1 else wilson(accuracy * images, images)
+
+
+def quantile(values: Sequence[float] | Floats, q: float) -> float | None:
+    """The order statistic, as everywhere here (`inverted_cdf`)."""
+    return float(np.quantile(values, q, method="inverted_cdf")) if len(values) else None

@@ -1,0 +1,142 @@
+"""What is counted, against plain Python: a network once, by the mean over its attack seeds, of what each task left."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from service.observations import SHARE, Moments, Observations, accuracy_interval, averaged, interval
+from service.verdict import wilson
+
+Row = tuple[str, str, int, str, float]  # group, network, attack seed, task, value
+
+
+@st.composite
+def observed(draw: st.DrawFn) -> list[Row]:
+    """Results of a few networks in two groups; equal tasks have equal values."""
+    value = st.floats(-1e6, 1e6, allow_subnormal=False)
+    tasks = draw(st.dictionaries(st.tuples(st.sampled_from("ABCD"), st.integers(0, 2), st.integers(0, 1)), value))
+    return [
+        (draw(st.sampled_from("xy")), network, seed, f"{network}{seed}{place}", found)
+        for (network, seed, place), found in tasks.items()
+    ]
+
+
+def counted(rows: list[Row]) -> dict[str, list[float]]:
+    of_networks: dict[Any, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for group, network, seed, task, value in rows:
+        of_networks[group, network][seed][task] = value
+    values: dict[str, list[float]] = defaultdict(list)
+    for (group, _), seeds in of_networks.items():
+        means = [math.fsum(tasks.values()) / len(tasks) for tasks in seeds.values()]
+        values[group].append(math.fsum(means) / len(means))
+    return {group: sorted(of) for group, of in values.items()}
+
+
+def taken(rows: list[Row]) -> dict[str, Any]:
+    found = Observations(1)
+    for start in range(0, len(rows), 3):  # in batches
+        groups, networks, seeds, tasks, values = zip(*rows[start : start + 3], strict=True)
+        found.add(groups, networks, seeds, tasks, values)
+    assert found.networks() == {group: len({row[1] for row in rows if row[0] == group}) for group, *_ in rows}
+    return {group: values.tolist() for group, values in found.values(0, "network").items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(observed(), st.data())
+def test_duplicated_and_reordered_rows_change_no_bit(rows: list[Row], data: st.DataObject) -> None:
+    found = taken(rows)
+    assert found == {group: pytest.approx(values, rel=1e-9, abs=1e-9) for group, values in counted(rows).items()}
+    again = data.draw(st.lists(st.sampled_from(rows), max_size=10)) if rows else []
+    assert taken(data.draw(st.permutations([*rows, *again]))) == found
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([0.1, 0.3, 0.7, 1 / 3]), min_size=1, max_size=4), st.integers(2, 5))
+def test_repeats_that_say_the_same_have_exactly_that_mean(values: list[float], times: int) -> None:
+    n = len(values) * times
+    zeros, networks = np.zeros(n, np.int64), np.repeat(np.arange(len(values)), times)
+    _, means = averaged(zeros, networks, np.arange(n), np.arange(n), np.repeat(values, times))
+    assert means.tolist() == sorted(values)
+
+
+def test_a_missing_value_is_no_observation_of_a_network_that_counts() -> None:
+    found = Observations(1)
+    found.add(["x", "x", "y"], ["A", "B", "C"], [0, 0, 0], ["1", "2", None], [0.5, None, None])
+    assert found.networks() == {"x": 2, "y": 1}
+    assert {key: of.tolist() for key, of in found.values(0, "network").items()} == {"x": [0.5], "y": []}
+    assert Observations(1).values(0, "network") == Observations(1).networks() == {}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_an_interval_of_shares_is_students_within_0_and_1(shares: list[float]) -> None:
+    mean, std = float(np.mean(shares)), float(np.std(shares, ddof=1))
+    low, high = interval(len(shares), mean, std, share=True)
+    half = stats.t.ppf(0.975, len(shares) - 1) * stats.sem(shares)
+    assert (low, high) == pytest.approx((max(0.0, mean - half), min(1.0, mean + half)), abs=1e-9)
+    assert interval(1, mean, None, share=True) == (None, None)
+
+
+def test_two_seeds_of_the_issue() -> None:
+    """.175 to 1.445 is what Student's t says of these."""
+    low, high = interval(2, 0.81, 0.05 * math.sqrt(2))
+    assert (low, high) == pytest.approx((0.175, 1.445), abs=1e-3)
+    assert interval(2, 0.81, 0.05 * math.sqrt(2), share=True) == (low, 1.0)
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 10), (10, 10), (1, 1000), (57, 100), (500, 1000)])
+def test_wilson_is_that_of_scipy(count: int, n: int) -> None:
+    known = stats.binomtest(count, n).proportion_ci(method="wilson")
+    assert wilson(count, n) == pytest.approx((known.low, known.high), abs=1e-12)
+    assert accuracy_interval(count / n, n) == pytest.approx((known.low, known.high), abs=1e-12)
+    assert accuracy_interval(None, n) == accuracy_interval(0.5, 0) == (None, None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-1e12, 1e12), st.lists(st.floats(-1, 1, allow_subnormal=False), min_size=2, max_size=30))
+def test_sums_are_believed_only_where_they_do_not_cancel(middle: float, offsets: list[float]) -> None:
+    values = np.sort(middle + np.array(offsets))
+    of = Moments()
+    of.add(len(values), float(values.sum()), float((values**2).sum()), float(values[0]), float(values[-1]))
+    std = float(np.std(values, ddof=1))
+    if not of.cancels:
+        assert of.std == pytest.approx(std, rel=1e-6)
+    of.take(values)
+    assert of.std == pytest.approx(std, rel=1e-6)
+
+
+def test_a_mean_of_1e8_and_a_spread_of_1_cancel() -> None:
+    of = Moments()
+    for value in (1e8 - 1, 1e8, 1e8 + 1):
+        of.add(1, value, value * value, value, value)
+    assert of.cancels
+    small = Moments()
+    for value in (0.284, 0.31, 0.338):
+        small.add(1, value, value * value, value, value)
+    assert not small.cancels
+
+
+def test_a_mean_of_equal_numbers_has_no_spread() -> None:
+    of = Moments()
+    for _ in range(3):
+        of.add(1, 0.1, 0.1 * 0.1, 0.1, 0.1)
+    assert (of.std, of.mean, of.cancels) == (0.0, 0.1, False)
+    assert interval(3, of.mean, of.std) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("robust_accuracy", True), ("robust_accuracy_of_correct", True), ("masked_fraction", True),
+        ("zero_gradient_fraction_of_all", True), ("flip_rate", True), ("detector_accuracy", True),
+        ("robust_loss", False), ("pac_bayes_accuracy_drop", False), ("log_hessian_trace_median", False),
+    ],
+)  # fmt: skip
+def test_which_numbers_are_shares(name: str, is_one: bool) -> None:
+    assert (SHARE.search(name) is not None) == is_one
