@@ -243,6 +243,7 @@ class Correlation(BaseModel):
     attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
     samples: int = Field(examples=[1000])
     order: str = Field(examples=["permutation"])
+    threat_model: str | None = Field(default=None, examples=["linf 8/255"])
     version: int = Field(examples=[1])
     measure_version: int = Field(examples=[1])
     measure_spec: dict[str, Any] | None = Field(

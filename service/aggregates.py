@@ -156,19 +156,6 @@ class Grouping:
             if len(groups) > MAX_GROUPS:
                 raise InvalidQuery("by", f"that makes more than {MAX_GROUPS:,} groups: filter, or group by less")
 
-    def join(self, groups: dict[Key, Group], same: Mapping[int, int]) -> dict[Key, Group]:
-        """`groups` by cell, those of a cell that stands for others in one: `same` names it for each."""
-        joined: dict[Key, Group] = defaultdict(Group)
-        self.of_cell = {cell_id: (first,) for cell_id, first in same.items()}
-        for group in groups.values():
-            into = joined[self._key(min(group.cells), ())]
-            into.cells |= group.cells
-            into.rows, into.repeats = into.rows + group.rows, into.repeats + group.repeats
-            into.networks += group.networks
-            for name, of in group.metrics.items():
-                into.metrics[name].add(of.n, of.sum, of.squares, of.low, of.high)
-        return joined
-
     def _key(self, cell_id: int, own: Sequence[Any]) -> Key:
         shared, mine = iter(self.of_cell[cell_id]), iter(own)
         return tuple(next(mine) if key.of_cell is None else next(shared) for key in self.keys)

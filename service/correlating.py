@@ -21,6 +21,7 @@ from service.store.fields import RESULTS, Column, Field
 from service.store.listed import json_object
 from service.store.result_tables import results
 from service.store.tables import tasks
+from service.threat_model import of_adversaries, threat_model
 from service.verdict import VERSION
 
 MAX_POINTS = 200_000
@@ -42,7 +43,8 @@ def correlations(
     One point per trained network at s = 1, the mean of its repeats, and only those that today's rule trusts unless told
     otherwise. The same over all scales stands apart, as what it is. Raises `InvalidQuery`.
     """
-    asked = [*nodes, *(Comparison(name, "=", (Value(value),)) for name, value in TRUSTED if trusted)]
+    believed = [Comparison(name, "=", (Value(value),)) for name, value in TRUSTED] + of_adversaries() if trusted else []
+    asked = [*nodes, *believed]
     with database.read() as connection:
         keys = keys_of(connection, by)
         numbers = [_number(connection, name, of) for name, of in zip(ASKED, (measure, target), strict=True)]
@@ -57,7 +59,8 @@ def correlations(
         spec = specs[row.cell_id]
         versions = {"version": spec["versions"]["attack"], "measure_version": spec["versions"]["measure"]}
         measures = {"measure_spec": _spec(row.measure_spec), "target_spec": _spec(row.target_spec)}
-        same = {**{name: spec[name] for name in SAME}, **versions, **measures}
+        same = {**{name: spec[name] for name in SAME}, "threat_model": threat_model(spec["attack"]).ball}
+        same |= versions | measures
         groups[json.dumps([same, list(row[len(row) - len(own) :])], sort_keys=True)].append(row)
     networks = [len({row.network for row in points}) for points in groups.values()]
     if sum(max(count**2, LEAST_PAIRS) for count in networks if count >= MINIMUM) > MAX_PAIRS:

@@ -13,16 +13,16 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from service.aggregates import interval
 from service.errors import InvalidQuery
 from service.flags import names_of
+from service.observations import accuracy_interval, interval
 from service.query import Comparison, Node, Value
 from service.specs.attacks import PRESETS
 from service.store import network_results
 from service.store import results as store
 from service.store.database import Database
 from service.threat_model import of_adversaries, threat_model
-from service.verdict import VERSION, wilson
+from service.verdict import VERSION
 from service.worst_case import Cell, Place, WorstCase, is_current, place_of, preset_of, presets, worst_cases
 
 TRUSTED = (Comparison("verdict", "=", (Value("trusted"),)), Comparison("verdict_version", "=", (Value(str(VERSION)),)))
@@ -161,6 +161,5 @@ def spread(shares: Sequence[float], n: int) -> tuple[float | None, float | None]
     three networks are not three times as many.
     """
     if min(shares) == max(shares):
-        return wilson(round(shares[0] * n), n)
-    low, high = interval(len(shares), fmean(shares), stdev(shares))
-    return None if low is None else max(0.0, low), None if high is None else min(1.0, high)
+        return accuracy_interval(shares[0], n)
+    return interval(len(shares), fmean(shares), stdev(shares), share=True)
