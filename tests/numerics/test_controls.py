@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workers.science.architectures import build
 from workers.science.attacks import ATTACKS
-from workers.science.controls import ControlReport, Geometry, run_controls
+from workers.science.controls import ControlReport, Geometry, Twin, run_controls
 from workers.science.errors import NonFinite
 from workers.science.heads import linear_head
 
@@ -74,6 +74,20 @@ class TestPanel:
             if name == "robust_more_steps":
                 alone &= bits["robust_pgd"]
             assert torch.equal(bits[name], alone), name
+
+    @pytest.mark.parametrize(
+        "twin",
+        [
+            Twin("apgd", {"norm": "linf", "eps": 0.1, "steps": 10, "loss": "margin"}),
+            Twin("pgd", {"norm": "linf", "eps": 0.1, "step_size": 0.02, "steps": 8, "restarts": 3, "loss": "margin"}),
+        ],
+    )
+    def test_a_twin_is_the_attack_that_was_asked_for(self, digits_net: Any, panel: ControlReport, twin: Twin) -> None:
+        found = controls(digits_net, twin=twin).bits
+        x, y, index = digits_net.x[:N], digits_net.y[:N], digits_net.index[:N]
+        alone = ATTACKS[twin.attack](digits_net.model, x, y, index=index, **twin.params)
+        assert torch.equal(found.pop("robust_twin"), ~alone.broken)
+        assert all(torch.equal(bits, panel.bits[name]) for name, bits in found.items())
 
     def test_who_was_wrong_before_is_robust_under_nothing(self, panel: ControlReport) -> None:
         bits = panel.bits

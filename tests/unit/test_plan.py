@@ -7,6 +7,7 @@ import pytest
 
 from service.plan import JobPlan, plan_job
 from service.specs import AttackTask, ControlTask, DatasetRef, JobSpec, Sweep
+from service.specs.attacks import Apgd, Pgd
 
 DIGITS = DatasetRef(name="digits")
 BASE: dict[str, Any] = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 100}
@@ -95,6 +96,37 @@ def test_the_panel_of_other_attacks_takes_ten_steps_of_a_quarter() -> None:
     assert control is not None
     assert isinstance(control.spec, ControlTask)
     assert (control.spec.norm, control.spec.eps, control.spec.step_size, control.spec.steps) == ("l2", 0.4, 0.1, 10)
+
+
+@pytest.mark.parametrize(
+    ("changed", "twin"),
+    [
+        ({}, None),
+        ({"loss": "margin"}, None),
+        ({"precision": "bf16"}, None),  # how gradients are taken is no other attack
+        ({"restarts": 3}, {"restarts": 3}),
+        ({"random_start": True}, {"random_start": True}),
+        ({"targeted": True}, {"targeted": True}),
+        ({"judge": "any_step"}, {"judge": "any_step"}),
+    ],
+)
+def test_the_margin_twin_of_plain_pgd_is_the_panels_own(changed: dict[str, Any], twin: dict[str, Any] | None) -> None:
+    geometry: dict[str, Any] = {"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.02, "steps": 8}
+    control = plan(attack={**geometry, **changed}).control
+    assert control is not None
+    assert isinstance(control.spec, ControlTask)
+    wanted = None if twin is None else Pgd(**{**geometry, **twin, "loss": "margin"})
+    assert control.spec.twin == wanted
+    assert (control == plan(attack=geometry).control) == (twin is None)
+
+
+def test_the_margin_twin_of_auto_pgd_is_auto_pgd() -> None:
+    control = plan(attack={"type": "apgd", "norm": "linf", "eps": 0.1, "steps": 30, "loss": "dlr"}).control
+    assert control is not None
+    assert isinstance(control.spec, ControlTask)
+    assert control.spec.twin == Apgd(norm="linf", eps=0.1, steps=30, loss="margin")
+    others = [plan(attack={"type": kind, "norm": "linf", "eps": 0.1}).control for kind in ("fgsm", "square")]
+    assert others[0] == others[1] != control
 
 
 def test_measures_are_tasks_of_their_own_and_closed_forms_are_always_on() -> None:
