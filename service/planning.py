@@ -12,6 +12,7 @@ from service.jobs import TaskState
 from service.plan import JobPlan, PlannedTask, plan_job
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import Transfer
+from service.specs.fitting import Images, misfits
 from service.specs.recipes import Imported
 from service.store.tables import datasets
 
@@ -22,24 +23,29 @@ Known = Mapping[str, tuple[str, TaskState]]
 
 
 def plans_of(
-    connection: Connection, cells: Sequence[JobSpec], pointer: Callable[[str], str] = "/{}".format
+    connection: Connection,
+    cells: Sequence[JobSpec],
+    located: Callable[[JobSpec, InvalidSpec], InvalidSpec] | None = None,
 ) -> list[JobPlan]:
-    """What the jobs need; `pointer` says where in the request a field of theirs is.
+    """What the jobs need. Raises `InvalidSpec`; `located` says where in the request a job is that cannot be had so.
 
     Two jobs that are the same once the `samples` that one of them leaves out are known have one plan.
     """
-    own = {
-        name: _own_dataset(connection, name, pointer)
-        for name in dict.fromkeys(job.dataset for job in cells)
-        if name.startswith(OWN)
-    }
-    if own:
-        cells = list(dict.fromkeys(_sampled(job, own.get(job.dataset), pointer) for job in cells))
+    own: dict[str, Row[Any]] = {}
     weights: dict[tuple[str, str, str], str] = {}
-    return [
-        plan_job(job, _reference(job.dataset, own.get(job.dataset)), _weights(connection, job, weights, pointer))
-        for job in cells
-    ]
+    plans: dict[JobSpec, JobPlan] = {}
+    for job in cells:
+        try:
+            if job.dataset.startswith(OWN) and job.dataset not in own:
+                own[job.dataset] = _own_dataset(connection, job.dataset)
+            row = own.get(job.dataset)
+            whole = _sampled(job, row)
+            if whole not in plans:
+                named = _weights(connection, whole, weights, "/{}".format)
+                plans[whole] = plan_job(whole, _reference(job.dataset, row), named)
+        except InvalidSpec as error:
+            raise error if located is None else located(job, error) from None
+    return list(plans.values())
 
 
 def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
@@ -87,23 +93,28 @@ def _weights(
     return named
 
 
-def _own_dataset(connection: Connection, name: str, pointer: Callable[[str], str]) -> Row[Any]:
+def _own_dataset(connection: Connection, name: str) -> Row[Any]:
     """The row that a data set's name stands for; nothing else of it is read when jobs are submitted."""
     row = connection.execute(select(datasets).where(datasets.c.name == name.removeprefix(OWN))).one_or_none()
     if row is None:
         known = ", ".join(f"{OWN}{other}" for other in connection.scalars(select(datasets.c.name).limit(20))) or "none"
         sentence = f"{name} is not registered (registered: {known}): `uncanny data add NAME DIR`"
-        raise InvalidSpec([(pointer("dataset"), sentence)])
+        raise InvalidSpec([("/dataset", sentence)])
     return row
 
 
-def _sampled(job: JobSpec, row: Row[Any] | None, pointer: Callable[[str], str]) -> JobSpec:
-    """The job with as many samples as its data set has, where it says nothing of them."""
-    if row is None or job.samples <= row.test_count:
+def _sampled(job: JobSpec, row: Row[Any] | None) -> JobSpec:
+    """The job with as many samples as its own data set has, where it says nothing of them; for images that it suits."""
+    if row is None:
+        return job
+    images = Images((row.channels, row.height, row.width), row.classes)
+    if found := misfits(job.architecture, job.attack, images):
+        raise InvalidSpec([("/" + "/".join(path), sentence) for path, sentence in found])
+    if job.samples <= row.test_count:
         return job
     if "samples" in job.model_fields_set:
         sentence = f"{job.dataset} has {row.test_count} test images, {job.samples} were asked for"
-        raise InvalidSpec([(pointer("samples"), sentence)])
+        raise InvalidSpec([("/samples", sentence)])
     return job.model_copy(update={"samples": row.test_count})
 
 

@@ -79,7 +79,7 @@ class Service:
         """Accept all cells of a sweep at once, or none of them."""
         cells = sweep.cells(self.max_sweep_jobs)
         with self.database.read() as connection:  # outside of the one writing transaction: this takes its time
-            plans = plans_of(connection, cells, sweep.pointer)
+            plans = plans_of(connection, cells, sweep.located)
         needed = distinct_tasks(plans)
 
         def write(connection: Connection, now: float) -> Reply:
@@ -104,7 +104,7 @@ class Service:
         with self.database.read() as connection:
             if isinstance(asked, JobSpec):
                 return preview(connection, "", plans_of(connection, [asked]), user, self.limits)
-            plans = plans_of(connection, asked.cells(self.max_sweep_jobs), asked.pointer)
+            plans = plans_of(connection, asked.cells(self.max_sweep_jobs), asked.located)
             return preview(
                 connection, asked.name, plans, user, self.limits, repetitions=asked.written() - len(plans)
             )  # fmt: skip
@@ -121,7 +121,7 @@ class Service:
             row = _sweep(connection, sweep_id)
             sweep = Sweep.model_validate(row.spec).extended(grid)
             have = set(connection.scalars(select(jobs.c.spec_digest).where(jobs.c.sweep_id == sweep_id)))
-            planned = plans_of(connection, sweep.cells(self.max_sweep_jobs), sweep.pointer)
+            planned = plans_of(connection, sweep.cells(self.max_sweep_jobs), sweep.located)
         plans = [plan for plan in planned if digest(plan.job) not in have]
         needed = distinct_tasks(plans)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from service.specs.attacks import Attack, Eps, Norm, Steps, StepSize
-from service.specs.base import Scale, Spec
+from service.specs.base import Scale, Spec, Truth
 from service.specs.measures import Measure
 from service.specs.recipes import AnyRecipe
 
@@ -43,7 +43,7 @@ class MeasureTask(Spec):
     checkpoint: Digest
     measure: Measure
     scale: Scale = 1.0
-    scale_bias: bool = True
+    scale_bias: Truth = True
     samples: int
 
 
@@ -59,11 +59,11 @@ class AttackTask(Spec):
     checkpoint: Digest
     attack: Attack
     scale: Scale = 1.0
-    scale_bias: bool = True
+    scale_bias: Truth = True
     attack_seed: int = 0
     samples: int
     source: Digest | None = None
-    arrays: bool = False
+    arrays: Truth = False
 
 
 class ControlTask(Spec):
