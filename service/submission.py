@@ -233,10 +233,11 @@ class Service:
         """Register a lab's own images, whose two files are artifacts already, as `npz:NAME`.
 
         The same name with the same files again changes nothing; with other files it is a `Conflict`.
-        Raises `InvalidSpec` for files that are not what SCIENCE.md section 4 asks for, `ArtifactMissing`.
+        The answer says how many test images are training images too. Raises `InvalidSpec` for files that are not what
+        SCIENCE.md section 4 asks for, `ArtifactMissing`.
         """
         with self.artifacts.local(train_sha256) as train, self.artifacts.local(test_sha256) as test:
-            found = inspect(name, train, test, train_sha256, test_sha256)
+            found, in_both = inspect(name, train, test, train_sha256, test_sha256)
             sizes = {train_sha256: train.stat().st_size, test_sha256: test.stat().st_size}
         with self.database.write() as connection:
             now = self.database.now(connection)
@@ -246,8 +247,13 @@ class Service:
             if row is None:
                 connection.execute(insert(datasets).values(**vars(found), created_by=user, created_at=now))
                 _own_dataset_files(connection, now, sizes)
-                history.append(connection, now, user, [Event("dataset.registered", data={"name": name})])
-        return {**vars(found), "name": f"npz:{name}"}
+                history.append(
+                    connection,
+                    now,
+                    user,
+                    [Event("dataset.registered", data={"name": name, "test_images_in_train": in_both})],
+                )
+        return {**vars(found), "name": f"npz:{name}", "test_images_in_train": in_both}
 
     def _change(self, ids: list[str], user: str, verb: str, change: Callable[..., list[str]], *more: str) -> None:
         with self.database.write() as connection:

@@ -15,6 +15,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
+TOO_SMALL = "is too small: it would be taken for 0"
 _DECIMAL = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?"
 _NUMBER = re.compile(rf" *({_DECIMAL})(?:([eE][+-]?[0-9]+)| */ *({_DECIMAL}))? *")
 
@@ -36,14 +37,14 @@ def number(text: str) -> float:
         value = math.inf
     if not math.isfinite(value):
         raise ValueError(f"{shorten(text)} is not a number that float64 has")
-    if value == 0 and underflows(top):
-        raise ValueError(f"{shorten(text)} is too small: it would be taken for 0")
+    if value == 0 and Fraction(top) != 0:
+        raise ValueError(f"{shorten(text)} {TOO_SMALL}")
     return value + 0.0  # minus zero is zero
 
 
 def underflows(text: str) -> bool:
-    """Whether the number that is written so, which reads as 0.0, is not 0."""
-    return re.search("[1-9]", re.split("[eE]", text)[0]) is not None
+    """Whether a decimal that is not 0 is so small that float64 makes it 0."""
+    return float(text) == 0 and re.search("[1-9]", re.split("[eE]", text)[0]) is not None
 
 
 ACROSS = "cross_field"

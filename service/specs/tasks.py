@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from service.specs.attacks import Attack, Eps, Norm, Steps, StepSize
-from service.specs.base import Scale, Spec, Truth
+from service.specs.base import Scale, Spec, Truth, Whole
 from service.specs.measures import Measure
 from service.specs.recipes import AnyRecipe
 
@@ -31,8 +31,8 @@ class TrainTask(Spec):
     architecture: str
     dataset: DatasetRef
     recipe: AnyRecipe
-    seed: int = 0
-    replicate: int = 0
+    seed: Whole = 0
+    replicate: Whole = 0
 
 
 class MeasureTask(Spec):
@@ -44,7 +44,7 @@ class MeasureTask(Spec):
     measure: Measure
     scale: Scale = 1.0
     scale_bias: Truth = True
-    samples: int
+    samples: Whole
 
 
 class AttackTask(Spec):
@@ -60,8 +60,8 @@ class AttackTask(Spec):
     attack: Attack
     scale: Scale = 1.0
     scale_bias: Truth = True
-    attack_seed: int = 0
-    samples: int
+    attack_seed: Whole = 0
+    samples: Whole
     source: Digest | None = None
     arrays: Truth = False
 
@@ -76,7 +76,7 @@ class ControlTask(Spec):
     eps: Eps
     step_size: StepSize
     steps: Steps
-    samples: int
+    samples: Whole
 
 
 Task = Annotated[TrainTask | MeasureTask | AttackTask | ControlTask, Field(discriminator="kind")]
