@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 
 from api.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories
-from api.deps import Questions
+from api.deps import Questions, SaysNumber, SaysTruth
 from api.errors import documented
 from api.filters import Filter, documented_filters, filters_of
 from api.schemas import JOB_ID
@@ -15,9 +15,9 @@ from service.questions import nodes_of
 from service.store.fields import RESULTS
 
 router = APIRouter(prefix="/v1", tags=["statistics"])
-Retracted = Annotated[bool, Query(description="Count retracted results too.")]
+Retracted = Annotated[bool, SaysTruth, Query(description="Count retracted results too.")]
 OWN = ("attack", "scale")  # parameters of the leaderboard itself
-Trusted = Annotated[bool, Query(description="Only results with the verdict `trusted`.")]
+Trusted = Annotated[bool, SaysTruth, Query(description="Only results with the verdict `trusted`.")]
 Ids = Annotated[str, Query(description="Job ids by comma.", min_length=1, examples=[f"{JOB_ID},{JOB_ID[:-1]}b"])]
 
 
@@ -42,7 +42,7 @@ def aggregate_results(
         ),
     ] = aggregates.DEFAULT,
     filter: Filter = None,
-    allow_mixed: Annotated[bool, Query(description="Let a group differ in more than seeds.")] = False,
+    allow_mixed: Annotated[bool, SaysTruth, Query(description="Let a group differ in more than seeds.")] = False,
     include_retracted: Retracted = False,
 ) -> Any:
     """Statistics over groups of results. Groups that differ in more than seeds are refused, unless told otherwise."""
@@ -84,7 +84,9 @@ def get_leaderboard(
     attack: Annotated[
         str | None, Query(description="A preset; all attacks where left out.", examples=["pgd_linf"])
     ] = None,
-    scale: Annotated[Literal["all"] | float, Query(description="Of this scale, or `all`.", examples=["all"])] = 1.0,
+    scale: Annotated[
+        Literal["all"] | Annotated[float, SaysNumber], Query(description="Of this scale, or `all`.", examples=["all"])
+    ] = 1.0,
     filter: Filter = None,
     trusted: Trusted = True,
 ) -> Any:

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 
 from service.artifacts import Artifacts
 from service.datasets import inspect
-from service.errors import Changed, Conflict, NotFound, QuotaExceeded
+from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
 from service.jobs import LIVE_JOB
 from service.limits import MAX_SWEEP_JOBS, Limits
 from service.plan import JobPlan
@@ -119,9 +119,15 @@ class Service:
         """
         with self.database.read() as connection:
             row = _sweep(connection, sweep_id)
-            sweep = Sweep.model_validate(row.spec).extended(grid)
+            before = Sweep.model_validate(row.spec)
+            sweep = before.extended(grid)
             have = set(connection.scalars(select(jobs.c.spec_digest).where(jobs.c.sweep_id == sweep_id)))
-            planned = plans_of(connection, sweep.cells(self.max_sweep_jobs), sweep.located)
+            try:
+                old = set(before.cells(self.max_sweep_jobs))  # whose digests may be of an earlier canonical form
+                new = [job for job in sweep.cells(self.max_sweep_jobs) if job not in old]
+                planned = plans_of(connection, new, sweep.located)
+            except InvalidSpec as error:
+                raise sweep.in_extension(grid, error) from None
         plans = [plan for plan in planned if digest(plan.job) not in have]
         needed = distinct_tasks(plans)
 

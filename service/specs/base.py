@@ -47,6 +47,13 @@ def underflows(text: str) -> bool:
     return float(text) == 0 and re.search("[1-9]", re.split("[eE]", text)[0]) is not None
 
 
+def truth(text: str) -> bool:
+    """What `true` and `false` say, in filters and options; in JSON these are values of their own."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{shorten(text)} is neither true nor false")
+    return text.lower() == "true"
+
+
 ACROSS = "cross_field"
 """The type of the error where each field is right, and together they are not."""
 

@@ -70,6 +70,20 @@ class Sweep(Spec):
         longer = {axis: [*values, *more.get(axis, [])] for axis, values in self.grid.items()}
         return self.model_copy(update={"grid": longer})
 
+    def in_extension(self, grid: dict[str, list[Any]], error: InvalidSpec) -> InvalidSpec:
+        """What was found wrong with this sweep, `extended` by `grid`, pointing at the entries of `grid`."""
+
+        def moved(pointer: str) -> str:
+            for axis in grid:
+                entry, slash, rest = pointer.removeprefix(start := pointer_to("grid", axis) + "/").partition("/")
+                if pointer.startswith(start) and entry.isdecimal():
+                    value = _strictly(self.grid[axis][int(entry)])
+                    given = [i for i, other in enumerate(grid[axis]) if _strictly(other) == value]
+                    return f"{start}{given[0]}{slash}{rest}" if given else pointer
+            return pointer
+
+        return InvalidSpec([(moved(pointer), sentence) for pointer, sentence in error.errors])
+
     def located(self, job: JobSpec, error: InvalidSpec) -> InvalidSpec:
         """What was found wrong with one of the jobs, said of the cell that it comes from."""
         cell = next(cell for cell in self._written() if _parse(self.base, cell) == job)

@@ -442,7 +442,7 @@ class TestOwnDatasets:
         [
             ({"attack": "apgd_dlr"}, "/attack: the dlr loss needs at least 3 classes, the data set has 2"),
             ({"attack": {**PGD, "loss": "dlr"}}, "/attack/loss: the dlr loss needs at least 3 classes"),
-            ({"attack": {**APGD, "loss": "dlr", "targeted": True}}, "/attack/loss: the targeted dlr loss needs at least"),
+            ({"attack": {**APGD, "loss": "dlr", "targeted": True}}, "/attack/loss: the targeted dlr loss needs at"),
             ({"attack": "autoattack"}, "/attack: autoattack needs at least 4 classes, the data set has 2"),
             ({"attack": {"type": "autoattack", "norm": "l2", "eps": 1}}, "/attack/type: autoattack needs at least 4"),
             ({"attack": {"type": "transfer", "attack": {**PGD, "loss": "dlr"}}}, "/attack/attack/loss: the dlr loss"),
