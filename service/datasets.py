@@ -104,9 +104,9 @@ def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: 
         raise _refusal("/test", f"test labels reach {int(tested.y.max())}, training labels only {classes - 1}")
     known = set(trained.digests())
     in_both = sum(digest in known for digest in tested.digests())
+    height, width, channels = shape if len(shape) == 3 else (*shape, 1)
     counts = (len(trained.y), len(tested.y))
-    channels = shape[2] if len(shape) == 3 else 1
-    return Registration(name, train_sha256, test_sha256, channels, *shape[:2], classes, *counts), in_both
+    return Registration(name, train_sha256, test_sha256, channels, height, width, classes, *counts), in_both
 
 
 def _classes(y: np.ndarray) -> int:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from service.access import NotAllowed
@@ -11,7 +12,7 @@ from service.errors import Conflict, InvalidQuery, InvalidSpec
 from service.planning import plans_of
 from service.query import Node
 from service.results import found
-from service.specs import JobSpec
+from service.specs import JobSpec, problems
 from service.store import history, retracting
 from service.store import results as store
 from service.store.history import Event
@@ -89,12 +90,15 @@ def _again(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]:
     rows = {_apart_from_replicate(row.spec): row for row in retracting.specs_of(connection, job_ids)}
     if len(rows) > MAX_AGAIN:
         raise InvalidSpec([("/rerun", f"these are {len(rows):,} jobs; at most {MAX_AGAIN:,} are submitted again")])
-    return [
-        JobSpec.model_validate(
-            {**row.spec, "replicate": retracting.last_replicate(connection, row.cell_id, row.seed) + 1}
-        )
+    again = [
+        {**row.spec, "replicate": retracting.last_replicate(connection, row.cell_id, row.seed) + 1}
         for row in rows.values()
     ]
+    try:
+        return [JobSpec.model_validate(spec) for spec in again]
+    except ValidationError as error:  # accepted once, by an earlier version
+        said = "; ".join(f"{pointer}: {sentence}" for pointer, sentence in problems(error))
+        raise InvalidSpec([("/rerun", f"a job of these is not accepted any more: {said}")]) from None
 
 
 def _apart_from_replicate(spec: dict[str, Any]) -> str:

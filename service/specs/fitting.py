@@ -22,7 +22,8 @@ class Images:
 def misfits(architecture: str, attack: AnyAttack, images: Images | None) -> list[Problem]:
     """Why `attack` on a network of this architecture cannot be computed, if so; of own `images` None asks nothing."""
     found = list(_of_network(("architecture",), architecture, images))
-    path, attacked, climbed = ("attack",), attack, architecture
+    path: tuple[str, ...] = ("attack",)
+    attacked, climbed = attack, architecture
     if isinstance(attack, Transfer):
         if attack.source is not None:
             climbed = attack.source.architecture
