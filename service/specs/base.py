@@ -27,7 +27,7 @@ def number(text: str) -> float:
     """
     found = _NUMBER.fullmatch(text)
     if found is None:
-        raise ValueError(f'{shorten(text)} is not a number such as 0.03 or 3e-2, or a fraction such as "8/255"')
+        raise ValueError(f'{shorten(text)} is not a number or a fraction, such as 0.03, 3e-2 or "8/255"')
     top, exponent, bottom = found.groups()
     try:
         value = float(top + (exponent or "")) if bottom is None else float(Fraction(top) / Fraction(bottom))
