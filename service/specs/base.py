@@ -16,16 +16,16 @@ class Spec(BaseModel):
 
 
 TOO_SMALL = "is too small: it would be taken for 0"
-_DECIMAL = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?"
-_NUMBER = re.compile(rf" *({_DECIMAL})(?:([eE][+-]?[0-9]+)| */ *({_DECIMAL}))? *")
+DECIMAL = r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|\.[0-9]+)"
+NUMBER = re.compile(rf" *({DECIMAL})(?:([eE][+-]?[0-9]+)| */ *({DECIMAL}))? *")
 
 
 def number(text: str) -> float:
-    """The number that a text says, in specs, filters and options: as JSON writes one, or one over another, "8/255".
+    """The number that a text says, in specs, filters and options: as JSON writes one (.5 too), or one over another.
 
     Raises `ValueError` for anything else, for what is too large, and for what is so small that float64 makes it 0.
     """
-    found = _NUMBER.fullmatch(text)
+    found = NUMBER.fullmatch(text)
     if found is None:
         raise ValueError(f'{shorten(text)} is not a number or a fraction, such as 0.03, 3e-2 or "8/255"')
     top, exponent, bottom = found.groups()

@@ -9,9 +9,11 @@ from torch import nn
 
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
+from service.specs.base import NUMBER
 from service.specs.fitting import Images, misfits
 from service.specs.measures import MEASURES, ClosedForms
 from service.specs.recipes import RECIPES, parameters
+from workers.science.__main__ import NUMBER as SHELL_NUMBER
 from workers.science.__main__ import PRESETS as SHELL_PRESETS
 from workers.science.architectures import ARCHITECTURES as NETWORKS
 from workers.science.architectures import build
@@ -165,6 +167,10 @@ def test_the_presets_are_those_of_the_paper() -> None:
     assert PRESETS["pgd_l2"] == Pgd(norm="l2", eps=0.025, step_size=0.001, steps=25)
     assert PRESETS["pgd_linf"] == Pgd(norm="linf", eps=8 / 255, step_size=2 / 255, steps=10)
     assert PRESETS["fgsm"] == Fgsm(norm="linf", eps=8 / 255)
+
+
+def test_the_shell_reads_the_same_numbers() -> None:
+    assert SHELL_NUMBER.pattern == NUMBER.pattern
 
 
 @pytest.mark.parametrize("name", SHELL_PRESETS)

@@ -219,7 +219,8 @@ NUMBERS: dict[str, float | None] = {
     "1e-3": 0.001, "1E+2": 100.0, "-0.0": 0.0, "0e-400": 0.0, "0.0/7": 0.0, "5e-324": 5e-324,
     "1e-400": None, "-1e-400": None, "1/" + "9" * 400: None, "0." + "0" * 400 + "1": None, "1e400": None,
     "1_0": None, "\u0661": None, "\uff11": None, "0x10": None, "0b1": None, "inf": None, "-Infinity": None, "nan": None,
-    "+1": None, "010": None, ".5": None, "1.": None, "1e3/2": None, "8//255": None, "8/255\n": None, "8\xa0/255": None,
+    "+1": None, "010": None, ".5": 0.5, ".5/.25": 2.0, ".": None, "1.": None,
+    "1e3/2": None, "8//255": None, "8/255\n": None, "8\xa0/255": None,
     "true": None, "yes": None, "on": None,
 }  # fmt: skip
 """What texts say as numbers, None where they say none."""
