@@ -4,7 +4,7 @@ import hashlib
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from api.auth import current_caller, current_user
 from service.access import Access, Caller
@@ -13,6 +13,7 @@ from service.dotted import or_rather
 from service.errors import InvalidQuery
 from service.insights import MAX_LIMIT, Insights
 from service.settings import Settings
+from service.specs.base import number, truth
 from service.submission import Idempotency, Service
 
 
@@ -60,9 +61,15 @@ Key = Annotated[
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Rows of a page.", examples=[100])]
 CURSOR_EXAMPLE = "WyI0YjY1YzI5ZDU2ZjgiLFtdLDQyXQ"
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before.", examples=[CURSOR_EXAMPLE])]
-IsDryRun = Annotated[bool, Query(alias="dry_run", description="Only say what it would mean; nothing is stored.")]
+SaysTruth = BeforeValidator(lambda value: truth(value) if isinstance(value, str) else value)
+SaysNumber = BeforeValidator(lambda value: number(value) if isinstance(value, str) else value)
+IsDryRun = Annotated[
+    bool, SaysTruth, Query(alias="dry_run", description="Only say what it would mean; nothing is stored.")
+]
 Wait = Annotated[
-    float, Query(ge=0, le=60, description="Wait up to so many seconds for the end before answering.", examples=[30])
+    float,
+    SaysNumber,
+    Query(ge=0, le=60, description="Wait up to so many seconds for the end before answering.", examples=[30]),
 ]
 
 

@@ -31,8 +31,7 @@ from service.errors import (
     Unauthenticated,
     UncannyError,
 )  # fmt: skip
-from service.specs.parameters import no_such_field
-from service.specs.sweep import TAGS
+from service.specs.sweep import as_written, pointer_to, sentence_of
 
 log = logging.getLogger("uncanny.api")
 
@@ -173,16 +172,12 @@ def _invalid_request(request: Request, error: Exception) -> JSONResponse:
 
 def _field(item: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
     """`names` are the fields of the body."""
-    where, *path = item["loc"]
-    sentence = item["msg"].removeprefix("Value error, ")
-    parts = [str(part) for part in path if part not in TAGS and not str(part).startswith("function-")]
-    if item["type"] == "extra_forbidden":
-        sentence = no_such_field(parts, names)
-    elif item["type"] not in {"missing", "value_error"} and not isinstance(item.get("input"), (dict, list)):
-        sentence += f" (it was {item.get('input')!r:.200})"
+    where, *location = item["loc"]
+    path = as_written(location)
+    sentence = sentence_of(item, path, names)
     if where == "body":
-        return {"pointer": "".join(f"/{part}" for part in parts), "detail": sentence}
-    return {"parameter": ".".join(parts), "detail": sentence}
+        return {"pointer": pointer_to(*path), "detail": sentence}
+    return {"parameter": ".".join(path), "detail": sentence}
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:

@@ -8,7 +8,7 @@ from anyio import sleep, to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from api.deps import CurrentCaller, Questions
+from api.deps import CurrentCaller, Questions, SaysTruth
 from api.errors import documented
 from api.schemas import JOB_ID
 from service.errors import DatabaseAway
@@ -55,7 +55,7 @@ async def follow_events(
     insights: Questions,
     caller: CurrentCaller,
     start: Annotated[tuple[int, dict[str, str | None]], Depends(_start)],
-    follow: Annotated[bool, Query(description="False: send what there is, and end.")] = True,
+    follow: Annotated[bool, SaysTruth, Query(description="False: send what there is, and end.")] = True,
 ) -> AsyncIterator[ServerSentEvent]:
     """State changes with their ids (`event: task.succeeded` and so on), and `progress` of running tasks without one.
 

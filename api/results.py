@@ -7,7 +7,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
 from api.answers import Restored, Retracted, Trajectory
-from api.deps import CurrentCaller, Cursor, Limit, Questions, User, Verbs
+from api.deps import CurrentCaller, Cursor, Limit, Questions, SaysTruth, User, Verbs
 from api.errors import documented
 from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import next_link
@@ -29,7 +29,7 @@ STREAMED: dict[str, Any] = {
     "application/x-ndjson": {"schema": {"type": "string"}},
     PARQUET: {"schema": {"type": "string", "format": "binary"}},
 }
-WithRetracted = Annotated[bool, Query(description="Show retracted results too.")]
+WithRetracted = Annotated[bool, SaysTruth, Query(description="Show retracted results too.")]
 
 
 @router.get(

@@ -328,6 +328,9 @@ class Dataset(BaseModel):
     classes: int
     train_count: int
     test_count: int
+    test_images_in_train: int | None = Field(
+        default=None, description="Test images that are training images too: counted when files are registered."
+    )
 
 
 class DatasetList(BaseModel):

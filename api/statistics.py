@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 
 from api.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories
-from api.deps import Questions
+from api.deps import Questions, SaysNumber, SaysTruth
 from api.errors import documented
 from api.filters import Filter, documented_filters, filters_of
 from api.schemas import JOB_ID
@@ -16,9 +16,11 @@ from service.store.fields import RESULTS
 from service.unit import Unit
 
 router = APIRouter(prefix="/v1", tags=["statistics"])
-Retracted = Annotated[bool, Query(description="Count retracted results too.")]
+Retracted = Annotated[bool, SaysTruth, Query(description="Count retracted results too.")]
 OWN = ("attack", "scale")  # parameters of the leaderboard itself
-Trusted = Annotated[bool, Query(description="Only results with the verdict `trusted` by this version's rule.")]
+Trusted = Annotated[
+    bool, SaysTruth, Query(description="Only results with the verdict `trusted` by this version's rule.")
+]
 Ids = Annotated[str, Query(description="Job ids by comma.", min_length=1, examples=[f"{JOB_ID},{JOB_ID[:-1]}b"])]
 
 
@@ -51,7 +53,7 @@ def aggregate_results(
         ),
     ] = "network",
     filter: Filter = None,
-    allow_mixed: Annotated[bool, Query(description="Let a group differ in more than seeds.")] = False,
+    allow_mixed: Annotated[bool, SaysTruth, Query(description="Let a group differ in more than seeds.")] = False,
     include_retracted: Retracted = False,
 ) -> Any:
     """Statistics over groups of results, n being the number of trained networks: their repeats are averaged first.
@@ -95,7 +97,9 @@ def get_leaderboard(
     attack: Annotated[
         str | None, Query(description="A preset; all attacks where left out.", examples=["pgd_linf"])
     ] = None,
-    scale: Annotated[Literal["all"] | float, Query(description="Of this scale, or `all`.", examples=["all"])] = 1.0,
+    scale: Annotated[
+        Literal["all"] | Annotated[float, SaysNumber], Query(description="Of this scale, or `all`.", examples=["all"])
+    ] = 1.0,
     filter: Filter = None,
     trusted: Trusted = True,
 ) -> Any:

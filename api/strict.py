@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from service.errors import InvalidSpec
-from service.specs.base import shorten
+from service.specs.base import TOO_SMALL, shorten, underflows
 
 SENT_AS = "the body must be JSON in UTF-8, sent with `Content-Type: application/json`"
 
@@ -55,16 +55,27 @@ class _Constant(str):
     """`NaN`, `Infinity` or `-Infinity`, which Python's reader takes for numbers, and JSON does not have."""
 
 
+class _TooSmall(float):
+    """0.0 for a number that is not 0, such as 1e-400."""
+
+
 def read(body: bytes) -> Any:
-    """The JSON value of a body. Raises `NotJson`, and `InvalidSpec` for a number of thousands of digits."""
+    """The JSON value of a body. Raises `NotJson`, and `InvalidSpec` for a number that Python or float64 has not."""
     constants: list[_Constant] = []
+    too_small: list[_TooSmall] = []
 
     def constant(text: str) -> _Constant:
         constants.append(_Constant(text))
         return constants[-1]
 
+    def decimal(text: str) -> float:
+        if not underflows(text):
+            return float(text)
+        too_small.append(_TooSmall())
+        return too_small[-1]
+
     try:
-        value = json.loads(body.decode(), object_pairs_hook=_each_once, parse_constant=constant)
+        value = json.loads(body.decode(), object_pairs_hook=_each_once, parse_constant=constant, parse_float=decimal)
     except UnicodeDecodeError:
         raise NotJson([("", SENT_AS)]) from None
     except json.JSONDecodeError as error:
@@ -76,6 +87,8 @@ def read(body: bytes) -> Any:
     if constants:
         pointer = _pointer(value, constants[0]) or ""
         raise NotJson([(pointer, f"{constants[0]} is no number in JSON, and no field takes it")])
+    if too_small:
+        raise InvalidSpec([(_pointer(value, too_small[0]) or "", f"the number {TOO_SMALL}")])
     return value
 
 
@@ -89,7 +102,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _pointer(value: Any, wanted: _Constant) -> str | None:
+def _pointer(value: Any, wanted: _Constant | _TooSmall) -> str | None:
     """Where in `value` this very object is, as a JSON pointer."""
     if value is wanted:
         return ""

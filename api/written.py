@@ -2,22 +2,38 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import ScalarNode
 
+from service.specs.base import TOO_SMALL, shorten, underflows
+
 
 class _Json(SafeConstructor):
-    """Only what JSON has: a date is the text that was written."""
+    """Only what JSON has: a date is the text that was written, and so is a number of YAML 1.1 only (1_0, 0b1)."""
 
     def timestamp_as_text(self, node: ScalarNode) -> str:
         return str(node.value)
 
+    def whole(self, node: ScalarNode) -> int | str:
+        return str(node.value) if re.search("_|^[-+]?0b", node.value) else int(self.construct_yaml_int(node))
+
+    def decimal(self, node: ScalarNode) -> float | str:
+        if "_" in node.value:
+            return str(node.value)
+        found = float(self.construct_yaml_float(node))
+        if found == 0 and underflows(node.value):
+            raise ConstructorError(None, None, f"{shorten(node.value)} {TOO_SMALL}", node.start_mark)
+        return found
+
 
 _Json.add_constructor("tag:yaml.org,2002:timestamp", _Json.timestamp_as_text)
+_Json.add_constructor("tag:yaml.org,2002:int", _Json.whole)
+_Json.add_constructor("tag:yaml.org,2002:float", _Json.decimal)
 
 
 def read(text: str) -> Any:
@@ -27,7 +43,7 @@ def read(text: str) -> Any:
     twice, a second document, a tag, NaN, infinity, half a character, and keys that are no texts.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_each_once)
+        value = json.loads(text, object_pairs_hook=_each_once, parse_float=_decimal)
     except (ValueError, RecursionError):  # then it is YAML, or wrong, and YAML's reader knows the line
         value = _yaml(text)
     try:
@@ -35,6 +51,12 @@ def read(text: str) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     return value
+
+
+def _decimal(text: str) -> float:
+    if underflows(text):
+        raise ValueError(f"{shorten(text)} {TOO_SMALL}")
+    return float(text)
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

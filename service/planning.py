@@ -12,6 +12,7 @@ from service.networks import Trained, named
 from service.plan import JobPlan, PlannedTask, plan_job
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import Transfer
+from service.specs.fitting import Images, misfits
 from service.specs.recipes import Imported
 from service.store.tables import datasets
 
@@ -22,23 +23,28 @@ Known = Mapping[str, tuple[str, TaskState]]
 
 
 def plans_of(
-    connection: Connection, cells: Sequence[JobSpec], pointer: Callable[[str], str] = "/{}".format
+    connection: Connection,
+    cells: Sequence[JobSpec],
+    located: Callable[[JobSpec, InvalidSpec], InvalidSpec] | None = None,
 ) -> list[JobPlan]:
-    """What the jobs need; `pointer` says where in the request a field of theirs is.
+    """What the jobs need. Raises `InvalidSpec`; `located` says where in the request a job is that cannot be had so.
 
     Two jobs that are the same once the `samples` that one of them leaves out are known, or the training whose weights
     one of them names, have one plan.
     """
-    own = {
-        name: _own_dataset(connection, name, pointer)
-        for name in dict.fromkeys(job.dataset for job in cells)
-        if name.startswith(OWN)
-    }
-    if own:
-        cells = list(dict.fromkeys(_sampled(job, own.get(job.dataset), pointer) for job in cells))
-    weights = _Weights(connection, own, pointer)
-    named = [weights.of(job) for job in cells]
-    plans = {job: plan_job(job, _reference(job.dataset, own.get(job.dataset)), imported) for job, imported in named}
+    own: dict[str, Row[Any]] = {}
+    weights = _Weights(connection, own)
+    plans: dict[JobSpec, JobPlan] = {}
+    for job in cells:
+        try:
+            if job.dataset.startswith(OWN) and job.dataset not in own:
+                own[job.dataset] = _own_dataset(connection, job.dataset)
+            row = own.get(job.dataset)
+            whole, imported = weights.of(_sampled(job, row))
+            if whole not in plans:
+                plans[whole] = plan_job(whole, _reference(job.dataset, row), imported)
+        except InvalidSpec as error:
+            raise error if located is None else located(job, error) from None
     return list(plans.values())
 
 
@@ -67,8 +73,8 @@ def standing(digest: str, known: Known) -> str:
 class _Weights:
     """The checkpoints that jobs name, each looked up once."""
 
-    def __init__(self, connection: Connection, own: Mapping[str, Row[Any]], pointer: Callable[[str], str]) -> None:
-        self._connection, self._own, self._pointer = connection, own, pointer
+    def __init__(self, connection: Connection, own: Mapping[str, Row[Any]]) -> None:
+        self._connection, self._own = connection, own
         self._known: dict[tuple[str, str, str, int], Trained | Imported] = {}
 
     def of(self, job: JobSpec) -> tuple[JobSpec, dict[str, Imported]]:
@@ -99,14 +105,14 @@ class _Weights:
         """What a job, or a source, is to have in place of a recipe that names a training by its weights."""
         if recipe.checkpoint is None or recipe != Imported(checkpoint=recipe.checkpoint):
             sentence = "name a registered checkpoint, or weights by their SHA-256, and nothing else of it"
-            raise InvalidSpec([(self._pointer(field), sentence)])
+            raise InvalidSpec([(f"/{field}", sentence)])
         key = (recipe.checkpoint, architecture, job.dataset, replicate)
         if key not in self._known:
             dataset = _reference(job.dataset, self._own.get(job.dataset))
             try:
                 self._known[key] = named(self._connection, recipe.checkpoint, job, architecture, dataset, replicate)
             except ValueError as error:
-                raise InvalidSpec([(self._pointer(field), str(error))]) from None
+                raise InvalidSpec([(f"/{field}", str(error))]) from None
         weights = self._known[key]
         if isinstance(weights, Trained):
             return vars(weights)
@@ -114,23 +120,28 @@ class _Weights:
         return {}
 
 
-def _own_dataset(connection: Connection, name: str, pointer: Callable[[str], str]) -> Row[Any]:
+def _own_dataset(connection: Connection, name: str) -> Row[Any]:
     """The row that a data set's name stands for; nothing else of it is read when jobs are submitted."""
     row = connection.execute(select(datasets).where(datasets.c.name == name.removeprefix(OWN))).one_or_none()
     if row is None:
         known = ", ".join(f"{OWN}{other}" for other in connection.scalars(select(datasets.c.name).limit(20))) or "none"
         sentence = f"{name} is not registered (registered: {known}): `uncanny data add NAME DIR`"
-        raise InvalidSpec([(pointer("dataset"), sentence)])
+        raise InvalidSpec([("/dataset", sentence)])
     return row
 
 
-def _sampled(job: JobSpec, row: Row[Any] | None, pointer: Callable[[str], str]) -> JobSpec:
-    """The job with as many samples as its data set has, where it says nothing of them."""
-    if row is None or job.samples <= row.test_count:
+def _sampled(job: JobSpec, row: Row[Any] | None) -> JobSpec:
+    """The job with as many samples as its own data set has, where it says nothing of them; for images that it suits."""
+    if row is None:
+        return job
+    images = Images((row.channels, row.height, row.width), row.classes)
+    if found := misfits(job.architecture, job.attack, images):
+        raise InvalidSpec([("/" + "/".join(path), sentence) for path, sentence in found])
+    if job.samples <= row.test_count:
         return job
     if "samples" in job.model_fields_set:
         sentence = f"{job.dataset} has {row.test_count} test images, {job.samples} were asked for"
-        raise InvalidSpec([(pointer("samples"), sentence)])
+        raise InvalidSpec([("/samples", sentence)])
     return job.model_copy(update={"samples": row.test_count})
 
 

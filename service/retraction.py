@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import Connection, Row
 
 from service import replanning
@@ -17,7 +18,7 @@ from service.errors import Conflict, InvalidQuery, InvalidSpec, NotFound
 from service.planning import plans_of
 from service.query import Node
 from service.results import found
-from service.specs import JobSpec
+from service.specs import JobSpec, problems
 from service.specs.measures import MEASURES
 from service.store import flagging, history, reading, retracting
 from service.store import results as store
@@ -213,7 +214,7 @@ def _check_measure(name: str) -> None:
 def _specs(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]:
     """The specs of these results, each once."""
     specs = {json.dumps(row.spec, sort_keys=True): row.spec for row in retracting.specs_of(connection, job_ids)}
-    return [JobSpec.model_validate(spec) for spec in specs.values()]
+    return _accepted(list(specs.values()))
 
 
 def _replicates(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]:
@@ -222,12 +223,20 @@ def _replicates(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]
     A replicate's training, measures and attacks are all independent of those before.
     """
     rows = {_apart_from_replicate(row.spec): row for row in retracting.specs_of(connection, job_ids)}
-    return [
-        JobSpec.model_validate(
-            {**row.spec, "replicate": retracting.last_replicate(connection, row.cell_id, row.seed) + 1}
-        )
+    again = [
+        {**row.spec, "replicate": retracting.last_replicate(connection, row.cell_id, row.seed) + 1}
         for row in rows.values()
     ]
+    return _accepted(again)
+
+
+def _accepted(specs: Sequence[dict[str, Any]]) -> list[JobSpec]:
+    """Raises `InvalidSpec` for a spec that an earlier version accepted and this one refuses."""
+    try:
+        return [JobSpec.model_validate(spec) for spec in specs]
+    except ValidationError as error:
+        said = "; ".join(f"{pointer}: {sentence}" for pointer, sentence in problems(error))
+        raise InvalidSpec([("/rerun", f"a job of these is not accepted any more: {said}")]) from None
 
 
 def _apart_from_replicate(spec: dict[str, Any]) -> str:

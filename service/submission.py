@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 from service import replanning
 from service.artifacts import Artifacts
 from service.datasets import inspect
-from service.errors import Changed, Conflict, NotFound, QuotaExceeded
+from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
 from service.jobs import LIVE_JOB
 from service.limits import MAX_SWEEP_JOBS, Limits
 from service.plan import JobPlan
@@ -80,7 +80,7 @@ class Service:
         """Accept all cells of a sweep at once, or none of them."""
         cells = sweep.cells(self.max_sweep_jobs)
         with self.database.read() as connection:  # outside of the one writing transaction: this takes its time
-            plans = plans_of(connection, cells, sweep.pointer)
+            plans = plans_of(connection, cells, sweep.located)
         needed = distinct_tasks(plans)
 
         def write(connection: Connection, now: float) -> Reply:
@@ -105,7 +105,7 @@ class Service:
         with self.database.read() as connection:
             if isinstance(asked, JobSpec):
                 return preview(connection, "", plans_of(connection, [asked]), user, self.limits)
-            plans = plans_of(connection, asked.cells(self.max_sweep_jobs), asked.pointer)
+            plans = plans_of(connection, asked.cells(self.max_sweep_jobs), asked.located)
             return preview(
                 connection, asked.name, plans, user, self.limits, repetitions=asked.written() - len(plans)
             )  # fmt: skip
@@ -120,9 +120,15 @@ class Service:
         """
         with self.database.read() as connection:
             row = _sweep(connection, sweep_id)
-            sweep = Sweep.model_validate(row.spec).extended(grid)
+            before = Sweep.model_validate(row.spec)
+            sweep = before.extended(grid)
             have = set(connection.scalars(select(jobs.c.spec_digest).where(jobs.c.sweep_id == sweep_id)))
-            planned = plans_of(connection, sweep.cells(self.max_sweep_jobs), sweep.pointer)
+            try:
+                old = set(before.cells(self.max_sweep_jobs))  # whose digests may be of an earlier canonical form
+                new = [job for job in sweep.cells(self.max_sweep_jobs) if job not in old]
+                planned = plans_of(connection, new, sweep.located)
+            except InvalidSpec as error:
+                raise sweep.in_extension(grid, error) from None
         plans = [plan for plan in planned if digest(plan.job) not in have]
         needed = distinct_tasks(plans)
 
@@ -234,10 +240,11 @@ class Service:
         """Register a lab's own images, whose two files are artifacts already, as `npz:NAME`.
 
         The same name with the same files again changes nothing; with other files it is a `Conflict`.
-        Raises `InvalidSpec` for files that are not what SCIENCE.md section 4 asks for, `ArtifactMissing`.
+        The answer says how many test images are training images too. Raises `InvalidSpec` for files that are not what
+        SCIENCE.md section 4 asks for, `ArtifactMissing`.
         """
         with self.artifacts.local(train_sha256) as train, self.artifacts.local(test_sha256) as test:
-            found = inspect(name, train, test, train_sha256, test_sha256)
+            found, in_both = inspect(name, train, test, train_sha256, test_sha256)
             sizes = {train_sha256: train.stat().st_size, test_sha256: test.stat().st_size}
         with self.database.write() as connection:
             now = self.database.now(connection)
@@ -247,8 +254,13 @@ class Service:
             if row is None:
                 connection.execute(insert(datasets).values(**vars(found), created_by=user, created_at=now))
                 _own_dataset_files(connection, now, sizes)
-                history.append(connection, now, user, [Event("dataset.registered", data={"name": name})])
-        return {**vars(found), "name": f"npz:{name}"}
+                history.append(
+                    connection,
+                    now,
+                    user,
+                    [Event("dataset.registered", data={"name": name, "test_images_in_train": in_both})],
+                )
+        return {**vars(found), "name": f"npz:{name}", "test_images_in_train": in_both}
 
     def _change(self, ids: list[str], user: str, verb: str, change: Callable[..., list[str]], *more: str) -> None:
         with self.database.write() as connection:

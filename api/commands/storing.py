@@ -37,6 +37,10 @@ def add_data(
     shape = f"{found['channels']}x{found['height']}x{found['width']}"
     counts = f"{found['train_count']} training and {found['test_count']} test images"
     say(f"{found['name']}: {counts} of {shape}, {found['classes']} classes. Use it as `dataset: {found['name']}`.")
+    if both := found["test_images_in_train"]:
+        say(
+            f"{both} of the {found['test_count']} test images are training images too: an accuracy on them says little."
+        )
     return None
 
 

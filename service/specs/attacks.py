@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from service.specs.base import Number, Scale, Spec, Whole, of_images
+from service.specs.base import Number, Scale, Spec, Truth, Whole, of_images
 from service.specs.names import Architecture, NamedRecipe
 
 Norm = Literal["linf", "l2"]
@@ -22,8 +22,8 @@ class Numerics(Spec):
     """
 
     precision: Literal["float32", "bf16"] = "float32"
-    channels_last: bool = False
-    fold_batch_norm: bool = False
+    channels_last: Truth = False
+    fold_batch_norm: Truth = False
 
 
 class InBall(Numerics):
@@ -44,9 +44,9 @@ class Pgd(InBall):
     type: Literal["pgd"] = "pgd"
     step_size: StepSize
     steps: Steps
-    random_start: bool = False
+    random_start: Truth = False
     restarts: Restarts = 1
-    targeted: bool = False
+    targeted: Truth = False
     loss: Loss = "cross_entropy"
     judge: Literal["final", "any_step"] = "final"
 
@@ -56,7 +56,7 @@ class Fgsm(InBall):
 
     type: Literal["fgsm"] = "fgsm"
     loss: Loss = "cross_entropy"
-    targeted: bool = False
+    targeted: Truth = False
 
 
 class Apgd(InBall):
@@ -67,7 +67,7 @@ class Apgd(InBall):
     restarts: Restarts = 1
     rho: Annotated[Number, Field(gt=0, lt=1)] = 0.75
     loss: Literal["cross_entropy", "dlr", "margin"] = "cross_entropy"
-    targeted: bool = False
+    targeted: Truth = False
     targets: Annotated[Whole, Field(ge=1, le=1000)] = 9
 
 

@@ -1,9 +1,12 @@
 """What every spec is made of: frozen models that refuse unknown fields, and numbers that may be fractions."""
 
 import math
+import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic_core import PydanticCustomError
 
 
 class Spec(BaseModel):
@@ -12,26 +15,60 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
-def _number(value: Any) -> Any:
-    """`"8/255"`, `"0.03"` or a number, as float64; minus zero is zero."""
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    if isinstance(value, str):
-        value = _parsed(value)
-    return 0.0 if isinstance(value, float) and value == 0 else value
+TOO_SMALL = "is too small: it would be taken for 0"
+DECIMAL = r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|\.[0-9]+)"
+NUMBER = re.compile(rf" *({DECIMAL})(?:([eE][+-]?[0-9]+)| */ *({DECIMAL}))? *")
 
 
-def _parsed(text: str) -> float:
-    top, slash, bottom = text.partition("/")
+def number(text: str) -> float:
+    """The number that a text says, in specs, filters and options: as JSON writes one (.5 too), or one over another.
+
+    Raises `ValueError` for anything else, for what is too large, and for what is so small that float64 makes it 0.
+    """
+    found = NUMBER.fullmatch(text)
+    if found is None:
+        raise ValueError(f'{shorten(text)} is not a number or a fraction, such as 0.03, 3e-2 or "8/255"')
+    top, exponent, bottom = found.groups()
     try:
-        number = int(top) / int(bottom) if slash else float(text)
+        value = float(top + (exponent or "")) if bottom is None else float(Fraction(top) / Fraction(bottom))
     except ZeroDivisionError:
         raise ValueError(f"{shorten(text)} divides by zero") from None
     except (ValueError, OverflowError):
-        raise ValueError(f'{shorten(text)} is not a number or a fraction such as "8/255"') from None
-    if not math.isfinite(number):
-        raise ValueError(f"{shorten(text)} is not a finite number")
-    return number
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"{shorten(text)} is not a number that float64 has")
+    if value == 0 and Fraction(top) != 0:
+        raise ValueError(f"{shorten(text)} {TOO_SMALL}")
+    return value + 0.0  # minus zero is zero
+
+
+def underflows(text: str) -> bool:
+    """Whether a decimal that is not 0 is so small that float64 makes it 0."""
+    return float(text) == 0 and re.search("[1-9]", re.split("[eE]", text)[0]) is not None
+
+
+def truth(text: str) -> bool:
+    """What `true` and `false` say, in filters and options; in JSON these are values of their own."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{shorten(text)} is neither true nor false")
+    return text.lower() == "true"
+
+
+ACROSS = "cross_field"
+"""The type of the error where each field is right, and together they are not."""
+
+
+def across(sentence: str) -> PydanticCustomError:
+    return PydanticCustomError(ACROSS, "{sentence}", {"sentence": sentence})
+
+
+def _number(value: Any) -> Any:
+    """A number, or a text that says one, as float64; minus zero is zero."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    if isinstance(value, str):
+        return number(value)
+    return 0.0 if isinstance(value, float) and value == 0 else value
 
 
 def of_images(value: float) -> float:
@@ -59,6 +96,7 @@ LabelKey = Annotated[str, Field(min_length=1, max_length=100, pattern=r'^[^\x00-
 Labels = dict[LabelKey, Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]]
 
 Whole = Annotated[int, Strict()]  # true is no number, and neither is 2.5
+Truth = Annotated[bool, Strict()]  # neither 1 nor "yes"
 
 Order = Literal["permutation", "file"]
 """What `samples` are the first of: one fixed permutation, or the file, as RobustBench and AutoAttack take them."""

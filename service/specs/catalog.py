@@ -8,10 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ArchitectureInfo:
-    """A network that can be trained: the `m` features that enter its linear head, and a line for the catalogue."""
+    """A network that can be trained: the `m` features that enter its linear head, and a line for the catalogue.
+
+    `min_side` is the least height and width of its images, which must be multiples of `multiple_of`.
+    """
 
     features: int
     summary: str
+    min_side: int = 1
+    multiple_of: int = 1
+    batch_norm: bool = True
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,15 @@ class DatasetInfo:
 
 
 ARCHITECTURES: dict[str, ArchitectureInfo] = {
-    "simple_cnn": ArchitectureInfo(128, "three small convolutions, for a laptop and for tests"),
-    "mlp": ArchitectureInfo(128, "two hidden layers, for a laptop and for tests"),
+    "simple_cnn": ArchitectureInfo(128, "three small convolutions, for a laptop and for tests", 8),
+    "mlp": ArchitectureInfo(128, "two hidden layers, for a laptop and for tests", batch_norm=False),
     "resnet18": ArchitectureInfo(512, "ResNet-18 with the CIFAR stem: 3x3 first convolution, no max-pool"),
     "resnet20": ArchitectureInfo(64, "ResNet-20 for CIFAR, 16 to 64 channels, shortcuts without parameters"),
     "wide_resnet28_4": ArchitectureInfo(256, "Wide ResNet-28-4, pre-activation, no dropout"),
-    "densenet121": ArchitectureInfo(1024, "DenseNet-121 with its ImageNet stem"),
-    "densenet121_cifar": ArchitectureInfo(1024, "DenseNet-121 with a 3x3 stem, no max-pool"),
-    "vgg11_bn": ArchitectureInfo(256, "VGG-11 with batch norm, pooled to 2x2, head 2048-256-256-k"),
-    "vit_tiny": ArchitectureInfo(192, "ViT-Ti with patches of 4x4 pixels (timm)"),
+    "densenet121": ArchitectureInfo(1024, "DenseNet-121 with its ImageNet stem", 29),
+    "densenet121_cifar": ArchitectureInfo(1024, "DenseNet-121 with a 3x3 stem, no max-pool", 8),
+    "vgg11_bn": ArchitectureInfo(256, "VGG-11 with batch norm, pooled to 2x2, head 2048-256-256-k", 32),
+    "vit_tiny": ArchitectureInfo(192, "ViT-Ti with patches of 4x4 pixels (timm)", 4, 4, batch_norm=False),
     "resnet50d": ArchitectureInfo(2048, "ResNet-50-D (timm)"),
     "attention_resnet50d": ArchitectureInfo(2048, "ResNet-50-D with efficient channel attention in every block (timm)"),
 }

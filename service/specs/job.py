@@ -3,13 +3,16 @@
 import re
 from collections import Counter
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, PRESETS, Attack
-from service.specs.base import Order, Scale, Spec, Whole
+from service.specs.base import Order, Scale, Spec, Truth, Whole, across
+from service.specs.canonical import canonical
+from service.specs.fitting import Images, misfits
 from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES, Measure
 from service.specs.names import Architecture, NamedRecipe, known
 from service.specs.recipes import AnyRecipe, Imported, Standard
@@ -52,8 +55,8 @@ class JobSpec(Spec):
     architecture: Architecture
     dataset: Annotated[str, BeforeValidator(_dataset), Field(examples=["cifar10", "npz:my_images"])]
     scale: Scale = 1.0
-    scale_bias: bool = True
     attack: Annotated[Attack, BeforeValidator(_attack, json_schema_input_type=Attack | str)]
+    scale_bias: Truth = True
     attack_seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     recipe: NamedRecipe = Standard()
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
@@ -70,7 +73,7 @@ class JobSpec(Spec):
     order: Annotated[Order, Field(description="The first samples of one fixed permutation, or of the file.")] = (
         "permutation"
     )
-    arrays: bool = Field(default=False, description="Keep every example's trajectory as an artifact (safetensors).")
+    arrays: Truth = Field(default=False, description="Keep every example's trajectory as an artifact (safetensors).")
     replicate: Annotated[Whole, Field(ge=0, lt=2**31, description="Another number forces an independent rerun.")] = 0
 
     @model_validator(mode="before")
@@ -99,19 +102,37 @@ class JobSpec(Spec):
         dataset = info.data.get("dataset", "")
         known = catalog.DATASETS.get(dataset)
         if known is not None and samples > known.test:
-            raise ValueError(f"{dataset} has {known.test} test images, {samples} were asked for")
+            raise across(f"{dataset} has {known.test} test images, {samples} were asked for")
         return samples
+
+    @field_validator("scale_bias")
+    @classmethod
+    def _nothing_is_scaled(cls, scale_bias: bool, info: ValidationInfo) -> bool:
+        """At s = 1 both conventions are one job; a transfer's source has a scale of its own."""
+        scales = (info.data.get("scale"), getattr(info.data.get("attack"), "source_scale", 1.0))
+        return scale_bias or scales == (1.0, 1.0)
 
     @field_validator("measures")
     @classmethod
     def _once_each(cls, measures: tuple[Measure, ...]) -> tuple[Measure, ...]:
+        """In one order, so that jobs which ask for the same are equal."""
         twice = [kind for kind, count in Counter(measure.type for measure in set(measures)).items() if count > 1]
         if twice:
             raise ValueError(
                 f"{twice[0]} is there with several parameters, and a result has one number of each name: ask for the "
                 "others in a job of their own (all else that they need is shared)"
             )
-        return measures
+        return tuple(sorted(set(measures), key=canonical))
+
+    @model_validator(mode="after")
+    def _suits_its_images(self) -> Self:
+        """Of a lab's own data set, planning knows shape and classes."""
+        known = catalog.DATASETS.get(self.dataset)
+        found = misfits(self.architecture, self.attack, Images(known.shape, known.classes) if known else None)
+        if found:
+            errors = [InitErrorDetails(type=across(said), loc=path, input=self.attack) for path, said in found]
+            raise ValidationError.from_exception_data("JobSpec", errors)
+        return self
 
     def augmented(self, recipe: AnyRecipe) -> AnyRecipe:
         """The recipe with its augmentation spelled out: what suits the data set where nothing was said."""

@@ -7,6 +7,7 @@ from typing import Any
 from service.dotted import or_rather
 from service.specs.job import JobSpec
 
+JOB_FIELDS = tuple(JobSpec.model_fields)
 SCALARS = ("string", "number", "integer", "boolean")
 
 
@@ -21,7 +22,7 @@ def scalars(schema: Mapping[str, Any]) -> dict[str, str]:
     return dict(_scalars(schema, schema.get("$defs", {})))
 
 
-def no_such_field(path: Sequence[str], names: Sequence[str] = tuple(JobSpec.model_fields)) -> str:
+def no_such_field(path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
     """That the body has no field at `path`, and what may have been meant; `names` are the ones of its top level."""
     *outer, name = path
     parent = ".".join(outer)

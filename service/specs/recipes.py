@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from service.specs.base import Number, Spec, Whole, of_images
+from service.specs.base import Number, Spec, Truth, Whole, of_images
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
 Share = Annotated[Number, Field(gt=0, lt=1)]
@@ -24,14 +24,14 @@ class Recipe(Spec):
     weight_decay: Annotated[Number, Field(ge=0, le=1)] = 1e-4
     schedule: Literal["cosine", "constant"] = "cosine"
     crop_padding: Annotated[Whole, Field(ge=0, le=64)] | None = None
-    flip: bool | None = None
+    flip: Truth | None = None
     rotation_degrees: Annotated[Number, Field(ge=0, le=180)] | None = None
     train_samples: Annotated[Whole, Field(ge=2, lt=2**31)] | None = Field(
         default=None, description="Train on the first so many of one fixed permutation; all when left out."
     )
     precision: Literal["float32", "tf32", "bf16"] = "float32"
-    channels_last: bool = False
-    compile: bool = False
+    channels_last: Truth = False
+    compile: Truth = False
 
 
 class Standard(Recipe):

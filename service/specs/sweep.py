@@ -1,7 +1,8 @@
 """Sweep: a named grid of jobs, `base` x `grid` + `include` - `exclude`."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -9,10 +10,10 @@ from pydantic import Field, ValidationError
 from service.errors import InvalidSpec
 from service.limits import MAX_SWEEP_JOBS
 from service.specs.attacks import ATTACKS
-from service.specs.base import Labels, Spec, Whole, shorten
+from service.specs.base import ACROSS, Labels, Spec, Whole, shorten
 from service.specs.job import JobSpec
 from service.specs.measures import MEASURES
-from service.specs.parameters import no_such_field
+from service.specs.parameters import JOB_FIELDS, no_such_field
 from service.specs.recipes import RECIPES
 
 MAX_COMPARISONS = 2_000_000  # of cells with `exclude`
@@ -42,10 +43,10 @@ class Sweep(Spec):
         self._check_exclude()
         # Pairs that look the same are parsed once; those that are the same, such as 1 and "1.0", become one job.
         parsed: dict[str, JobSpec] = {}
-        for place, cell in self._written():
-            key = repr(cell)
+        for cell in self._written():
+            key = repr(cell.values)
             if key not in parsed:
-                parsed[key] = _parse(place, self.base, cell)
+                parsed[key] = _parse(self.base, cell)
         if not parsed:
             raise InvalidSpec([("/grid", "the sweep has no cells: give it a grid or include some")])
         return list(dict.fromkeys(parsed.values()))
@@ -60,19 +61,38 @@ class Sweep(Spec):
             if axis not in self.grid:
                 known = ", ".join(f"`{name}`" for name in self.grid) or "none"
                 raise InvalidSpec(
-                    [(_pointer("grid", axis), f"`{axis}` is not an axis of the sweep (they are: {known})")]
+                    [(pointer_to("grid", axis), f"`{axis}` is not an axis of the sweep (they are: {known})")]
                 )
-        more = {axis: [value for value in values if value not in self.grid[axis]] for axis, values in grid.items()}
+        more = {
+            axis: [value for value in values if _strictly(value) not in map(_strictly, self.grid[axis])]
+            for axis, values in grid.items()
+        }
         longer = {axis: [*values, *more.get(axis, [])] for axis, values in self.grid.items()}
         return self.model_copy(update={"grid": longer})
 
-    def pointer(self, field: str) -> str:
-        """Where the sweep says what this field of its jobs is."""
-        return _pointer("grid" if field in self.grid else "base", field)
+    def in_extension(self, grid: dict[str, list[Any]], error: InvalidSpec) -> InvalidSpec:
+        """What was found wrong with this sweep, `extended` by `grid`, pointing at the entries of `grid`."""
+
+        def moved(pointer: str) -> str:
+            for axis in grid:
+                entry, slash, rest = pointer.removeprefix(start := pointer_to("grid", axis) + "/").partition("/")
+                if pointer.startswith(start) and entry.isdecimal():
+                    value = _strictly(self.grid[axis][int(entry)])
+                    given = [i for i, other in enumerate(grid[axis]) if _strictly(other) == value]
+                    return f"{start}{given[0]}{slash}{rest}" if given else pointer
+            return pointer
+
+        return InvalidSpec([(moved(pointer), sentence) for pointer, sentence in error.errors])
+
+    def located(self, job: JobSpec, error: InvalidSpec) -> InvalidSpec:
+        """What was found wrong with one of the jobs, said of the cell that it comes from."""
+        cell = next(cell for cell in self._written() if _parse(self.base, cell) == job)
+        found = ((pointer.split("/")[1:], sentence) for pointer, sentence in error.errors)
+        return InvalidSpec([(cell.pointer(path), sentence + cell.said()) for path, sentence in found])
 
     def _check_size(self, most: int) -> None:
         """Before anything is built: a grid of a few bytes can have more cells than there are atoms."""
-        empty = [_pointer("grid", axis) for axis, values in self.grid.items() if not values]
+        empty = [pointer_to("grid", axis) for axis, values in self.grid.items() if not values]
         if empty:
             raise InvalidSpec([(pointer, "an axis needs at least one value") for pointer in empty])
         count = 1 if self.grid else 0
@@ -92,93 +112,127 @@ class Sweep(Spec):
         for i, pattern in enumerate(self.exclude):
             for axis, value in pattern.items():
                 if axis not in self.grid:
-                    raise InvalidSpec([(_pointer("exclude", i, axis), f"`{axis}` is not an axis of the grid")])
-                if value not in self.grid[axis]:
+                    raise InvalidSpec([(pointer_to("exclude", i, axis), f"`{axis}` is not an axis of the grid")])
+                if _strictly(value) not in map(_strictly, self.grid[axis]):
                     sentence = f"{shorten(value)} is none of the values of the axis `{axis}`"
-                    raise InvalidSpec([(_pointer("exclude", i, axis), sentence)])
+                    raise InvalidSpec([(pointer_to("exclude", i, axis), sentence)])
 
-    def _written(self) -> Iterator[tuple[str, Cell]]:
-        """The cells as they were written, each with a pointer to where."""
+    def _written(self) -> Iterator["_Written"]:
+        """The cells as they were written."""
         if self.grid:
-            for values in itertools.product(*self.grid.values()):
-                cell = dict(zip(self.grid, values, strict=True))
+            for entries in itertools.product(*map(enumerate, self.grid.values())):
+                cell = {axis: value for axis, (_, value) in zip(self.grid, entries, strict=True)}
                 if not any(_covers(pattern, cell) for pattern in self.exclude):
-                    yield "/grid", cell
+                    yield _Written(cell, tuple(index for index, _ in entries))
         for i, cell in enumerate(self.include):
-            yield _pointer("include", i), cell
+            yield _Written(cell, include=i)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One cell: its fields, and where its values stand on the axes of `grid`, or itself in `include`."""
+
+    values: Cell
+    indices: tuple[int, ...] = ()
+    include: int | None = None
+
+    def axis(self, name: str) -> list[str]:
+        """The path of a field of the cell."""
+        return ["grid", name] if self.include is None else ["include", str(self.include), name]
+
+    def pointer(self, path: Sequence[str], *, of_name: bool = False) -> str:
+        """Where the user wrote the field at `path`: on an axis, perhaps a dotted one, or else in `base`.
+
+        With `of_name` not the entry of an axis but its name, where that alone says `path`.
+        """
+        for end in range(len(path), 0, -1):
+            field = ".".join(path[:end])
+            for name in (field, f"{field}.type", f"{field}.name"):  # the last two say which kind `field` is
+                if name in self.values:
+                    entry = [] if self.include is not None else [self.indices[list(self.values).index(name)]]
+                    return pointer_to(*self.axis(name), *([] if of_name and end == len(path) else entry), *path[end:])
+        return pointer_to("base", *path)
+
+    def said(self) -> str:
+        """The cell in a sentence's words, where one of its fields does not go with another."""
+        values = ", ".join(f"{name} {shorten(value)}" for name, value in self.values.items())
+        return f" (in the cell {values})" if values else ""
 
 
 def _covers(pattern: Cell, cell: Cell) -> bool:
-    return bool(pattern) and all(cell[axis] == value for axis, value in pattern.items())
+    return bool(pattern) and all(_strictly(cell[axis]) == _strictly(value) for axis, value in pattern.items())
 
 
-def _parse(place: str, base: Cell, cell: Cell) -> JobSpec:
+def _strictly(value: Any) -> Any:
+    """Something that is equal for equal values only: to Python, true is 1."""
+    if isinstance(value, dict):
+        return {name: _strictly(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_strictly(inner) for inner in value]
+    return (bool, value) if isinstance(value, bool) else value
+
+
+def _parse(base: Cell, cell: _Written) -> JobSpec:
     merged = dict(base)
-    for key, value in sorted(cell.items(), key=_depth):  # else a field would replace what was set inside it
+    for key, value in sorted(cell.values.items(), key=_depth):  # else a field would replace what was set inside it
         outer, *inner = path = key.split(".")
         if not all(path):
-            raise InvalidSpec([(place + _pointer(key), f"{shorten(key)} names no field")])
+            raise InvalidSpec([(pointer_to(*cell.axis(key)), f"{shorten(key)} names no field")])
         if inner:
-            merged[outer] = _within(merged.get(outer, {}), inner, value, place, key)
+            merged[outer] = _within(merged.get(outer, {}), inner, value, key, cell)
         else:
             merged[key] = value
     try:
         return JobSpec.model_validate(merged)
     except ValidationError as error:
-        raise InvalidSpec(problems(error, prefix=place, axes=cell)) from None
+        raise InvalidSpec(problems(error, cell)) from None
 
 
 def _depth(entry: tuple[str, Any]) -> int:
     return entry[0].count(".")
 
 
-def _within(container: Any, path: list[str], value: Any, place: str, key: str) -> Cell:
+def _within(container: Any, path: list[str], value: Any, key: str, cell: _Written) -> Cell:
     """A copy of `container` in which the field at `path` has `value`."""
     if not isinstance(container, dict):
         outer = key.removesuffix("." + ".".join(path))
-        raise InvalidSpec(
-            [(place + _pointer(key), f"spell `{outer}` out in `base` to vary `{key}` ({shorten(container)} is a name)")]
-        )
+        sentence = f"spell `{outer}` out in `base` to vary `{key}` ({shorten(container)} is a name)"
+        raise InvalidSpec([(pointer_to(*cell.axis(key)), sentence)])
     name, *rest = path
-    return {**container, name: _within(container.get(name, {}), rest, value, place, key) if rest else value}
+    return {**container, name: _within(container.get(name, {}), rest, value, key, cell) if rest else value}
 
 
-def problems(error: ValidationError, *, prefix: str = "", axes: Cell | None = None) -> list[tuple[str, str]]:
-    """`(JSON pointer, sentence)` of each thing that pydantic found, pointing at the axis or at `base`."""
+def problems(error: ValidationError, cell: _Written | None = None) -> list[tuple[str, str]]:
+    """`(JSON pointer, sentence)` of each thing that pydantic found, pointing at the axis or at `base` of a cell."""
     out = []
     for item in error.errors(include_url=False, include_context=False):
-        path = _as_written(item["loc"])
-        where = prefix + _pointer(*path) if axes is None else _in_cell(path, prefix, axes)
-        sentence = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            out.append((where, no_such_field(path)))
-            continue
-        if item["type"] not in {"missing", "value_error"} and not isinstance(item.get("input"), (dict, list)):
-            sentence += f" (it was {shorten(item['input'])})"
-        out.append((where, sentence))
+        path, unknown = as_written(item["loc"]), item["type"] == "extra_forbidden"
+        where = pointer_to(*path) if cell is None else cell.pointer(path, of_name=unknown)
+        depends = item["type"] == ACROSS or (unknown and len(path) > 1)  # on other fields of the job
+        out.append((where, sentence_of(item, path) + (cell.said() if cell is not None and depends else "")))
     return out
 
 
-def _as_written(location: tuple[int | str, ...]) -> list[str]:
-    """The location without the tags by which pydantic says which kind of attack, recipe or measure it read."""
+def sentence_of(item: Mapping[str, Any], path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
+    """What pydantic found in the field at `path` of a body whose fields are `names`, with the value that it had."""
+    if item["type"] == "extra_forbidden":
+        return no_such_field(path, names)
+    sentence = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] in {"missing", "value_error", ACROSS} or isinstance(item.get("input"), (dict, list)):
+        return sentence
+    return f"{sentence} (it was {shorten(item.get('input'))})"
+
+
+def as_written(location: Sequence[int | str]) -> list[str]:
+    """The location without what pydantic says of its own way: functions, and the kind of attack, recipe or measure."""
     path: list[str] = []
     for before, part in itertools.pairwise((None, *location)):
         names_a_kind = before in ("attack", "recipe") or isinstance(before, int)
-        if not (names_a_kind and part in TAGS):
+        if not (names_a_kind and part in TAGS) and not str(part).startswith("function-"):
             path.append(str(part))
     return path
 
 
-def _in_cell(path: list[str], prefix: str, axes: Cell) -> str:
-    """Where the user wrote the field at `path`: on an axis, perhaps a dotted one, or else in `base`."""
-    for end in range(len(path), 0, -1):
-        field = ".".join(path[:end])
-        for axis in (field, f"{field}.type", f"{field}.name"):  # the last two say which kind `field` is
-            if axis in axes:
-                return prefix + _pointer(axis, *path[end:])
-    return _pointer("base", *path)
-
-
-def _pointer(*parts: object) -> str:
+def pointer_to(*parts: object) -> str:
     """A JSON pointer (RFC 6901)."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from service.specs.attacks import Apgd, Attack, Eps, Norm, Pgd, Steps, StepSize
-from service.specs.base import Order, Scale, Spec, Whole
+from service.specs.base import Order, Scale, Spec, Truth, Whole
 from service.specs.measures import Measure
 from service.specs.recipes import AnyRecipe
 
@@ -33,8 +33,8 @@ class TrainTask(Spec):
     architecture: str
     dataset: DatasetRef
     recipe: AnyRecipe
-    seed: int = 0
-    replicate: int = 0
+    seed: Whole = 0
+    replicate: Whole = 0
 
 
 class MeasureTask(Spec):
@@ -45,8 +45,8 @@ class MeasureTask(Spec):
     checkpoint: Digest
     measure: Measure
     scale: Scale = 1.0
-    scale_bias: bool = True
-    samples: int
+    scale_bias: Truth = True
+    samples: Whole
     order: Order = "permutation"
 
 
@@ -62,12 +62,12 @@ class AttackTask(Spec):
     checkpoint: Digest
     attack: Attack
     scale: Scale = 1.0
-    scale_bias: bool = True
-    attack_seed: int = 0
-    samples: int
+    scale_bias: Truth = True
+    attack_seed: Whole = 0
+    samples: Whole
     order: Order = "permutation"
     source: Digest | None = None
-    arrays: bool = False
+    arrays: Truth = False
 
 
 class ControlTask(Spec):
@@ -83,7 +83,7 @@ class ControlTask(Spec):
     eps: Eps
     step_size: StepSize
     steps: Steps
-    samples: int
+    samples: Whole
     order: Order = "permutation"
     twin: MarginTwin | None = None
 

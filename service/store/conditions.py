@@ -4,21 +4,19 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, and_, false, func, not_, or_, select, true
 
 from service.errors import InvalidQuery
 from service.query import And, Comparison, Node, Not, Or, Value
-from service.specs.base import Number, shorten
+from service.specs.base import number, shorten, truth
 from service.store.fields import Column, Field, Fields, Kind
 from service.store.result_tables import cells, results
 from service.store.typed import bytewise, contains, unindexed
 
-NUMBER: TypeAdapter[float] = TypeAdapter(Number)
+S = TypeVar("S", float, bool)
 MAX_INTEGER = 2**31
-FLAGS = {"true": True, "false": False}
 LISTED = 5000  # cells that a statement lists; more are asked for in a subquery
 SOUGHT, MOST = 1000, 4  # up to so many cells, and to one in so many, are looked into one by one for a page
 FEW = 300  # where fewer than one cell in so many matches, they are found by their index
@@ -176,20 +174,22 @@ def literal_of(kind: Kind, comparison: Comparison, value: Value) -> Any:
                 raise refuse(f"a text has the control character {bad[0]!r}")
             return text
         case "boolean":
-            if text.lower() not in FLAGS:
-                raise refuse(f"{shorten(text)} is neither true nor false")
-            return FLAGS[text.lower()]
+            return _said(truth, text, refuse)
         case "time":
             return _time(text, refuse)
-    try:
-        number = NUMBER.validate_python(text)
-    except ValidationError as error:
-        raise refuse(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    found = _said(number, text, refuse)
     if kind == "integer":
-        if not (number.is_integer() and abs(number) < MAX_INTEGER):
+        if not (found.is_integer() and abs(found) < MAX_INTEGER):
             raise refuse(f"{shorten(text)} is not a whole number that fits")
-        return int(number)
-    return number
+        return int(found)
+    return found
+
+
+def _said(read: Callable[[str], S], text: str, refuse: Callable[[str], InvalidQuery]) -> S:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise refuse(str(error)) from None
 
 
 def _time(text: str, refuse: Callable[[str], InvalidQuery]) -> float:

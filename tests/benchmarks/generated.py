@@ -19,7 +19,7 @@ from service.store.listed import insert_rows
 from service.store.result_tables import cells, results
 
 ARCHITECTURES = (
-    "mlp", "simple_cnn", "resnet18", "resnet20", "wide_resnet28_4", "vgg11_bn", "densenet121", "resnet50d",
+    "mlp", "simple_cnn", "resnet18", "resnet20", "wide_resnet28_4", "densenet121_cifar", "vit_tiny", "resnet50d",
 )  # fmt: skip
 DATASETS = ("cifar10", "cifar100", "svhn", "fashion_mnist", "mnist")
 SCALES = (0.1, 0.25, 0.5, 1, 2, 2.5, 4, 5, 7.5, 10, 20, 25, 50, 100)
@@ -52,7 +52,7 @@ INDEXED: dict[str, dict[str, Any]] = {
     "attack, scale": {"attack": "pgd", "scale": 0.1, "sort": "-masked_fraction"},
     "scale, owner": {"scale": 0.1, "owner": "eve", "sort": "-zero_gradient_fraction"},
     "architecture, owner": {"architecture": "mlp", "owner": "ada", "sort": "-log_relative_sharpness_median"},
-    "architecture, dataset, newest": {"architecture": "vgg11_bn", "dataset": "svhn"},
+    "architecture, dataset, newest": {"architecture": "densenet121_cifar", "dataset": "svhn"},
     "architecture, time": {"filter": "architecture = mlp and created_at > 2023-11-20", "sort": "-robust_accuracy"},
 }  # fmt: skip
 

@@ -4,16 +4,24 @@ import inspect
 from dataclasses import asdict
 
 import pytest
+import torch
+from torch import nn
 
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
+from service.specs.base import NUMBER
+from service.specs.fitting import Images, misfits
 from service.specs.measures import MEASURES, ClosedForms
 from service.specs.recipes import RECIPES, parameters
+from workers.science.__main__ import NUMBER as SHELL_NUMBER
 from workers.science.__main__ import PRESETS as SHELL_PRESETS
 from workers.science.architectures import ARCHITECTURES as NETWORKS
+from workers.science.architectures import build
 from workers.science.attacks import ATTACKS as ATTACK_FUNCTIONS
+from workers.science.attacks import prepare
 from workers.science.augmentation import default_augmentation
 from workers.science.datasets import DATASETS
+from workers.science.errors import WrongShape
 from workers.science.recipes import RECIPES as RECIPE_FUNCTIONS
 from workers.science.sharpness import MEASURES as MEASURE_FUNCTIONS
 
@@ -29,6 +37,8 @@ NOT_IN_ATTACK_SPECS = {
     "params",
     "feature_loss",
 }
+SLOW = pytest.mark.slow
+DEEP = {"densenet121", "densenet121_cifar", "resnet50d", "attention_resnet50d"}
 NOT_IN_MEASURE_SPECS = {"seed", "batch_size", "on_progress", "scale"}
 
 
@@ -42,9 +52,56 @@ def keywords(function: object) -> dict[str, object]:
 
 
 def test_architectures() -> None:
-    assert {name: (known.features, known.summary) for name, known in catalog.ARCHITECTURES.items()} == {
-        name: (network.features, network.summary) for name, network in NETWORKS.items()
+    shared = ("features", "summary", "min_side", "multiple_of")
+    assert {name: [getattr(known, field) for field in shared] for name, known in catalog.ARCHITECTURES.items()} == {
+        name: [getattr(network, field) for field in shared] for name, network in NETWORKS.items()
     }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_least_size_of_images_is_the_one_that_runs(name: str) -> None:
+    """The network itself, without the check that `build` makes, trains and classifies there; a pixel less fails."""
+    network, least = NETWORKS[name], catalog.ARCHITECTURES[name].min_side
+
+    def runs(height: int, width: int) -> bool:
+        model = network.build((1, height, width), 3)
+        images = torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(0))
+        model.train()(images).sum().backward()
+        logits = model.eval()(images)
+        return logits.shape == (2, 3) and bool(logits.isfinite().all())
+
+    further = least + network.multiple_of
+    assert runs(least, least)
+    for height, width in ((least - 1, further), (further, least - 1)):
+        if least > 1:
+            with pytest.raises(RuntimeError, match=r"output size|input size|stride should not be zero"):
+                runs(height, width)
+        with pytest.raises(WrongShape):
+            build(name, (1, height, width), 3, 0)
+        assert misfits(name, Fgsm(norm="linf", eps=0.1), Images((1, height, width), 3))
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
+    """The network would run and never see the last rows."""
+    [(path, sentence)] = misfits("vit_tiny", Fgsm(norm="linf", eps=0.1), Images((3, 8, 30), 10))
+    assert path == ("architecture",)
+    assert "multiples of 4, these are 8x30" in sentence
+    with pytest.raises(WrongShape, match="multiples of 4"):
+        build("vit_tiny", (3, 8, 30), 10, 0)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in DEEP else ()) for name in NETWORKS])
+def test_batch_norm_is_folded_where_there_is_some(name: str) -> None:
+    side = max(8, NETWORKS[name].min_side)
+    model = build(name, (3, side, side), 10, 0).eval()
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert catalog.ARCHITECTURES[name].batch_norm == (norms > 0)
+    probe = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    folded = prepare(model, fold_batch_norm=True, probe=probe)
+    left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert left < norms or norms == 0
+    refused = misfits(name, Fgsm(norm="linf", eps=0.1, fold_batch_norm=True), None)
+    assert [path for path, _ in refused] == [("attack", "fold_batch_norm")] * (norms == 0)
 
 
 def test_datasets() -> None:
@@ -110,6 +167,10 @@ def test_the_presets_are_those_of_the_paper() -> None:
     assert PRESETS["pgd_l2"] == Pgd(norm="l2", eps=0.025, step_size=0.001, steps=25)
     assert PRESETS["pgd_linf"] == Pgd(norm="linf", eps=8 / 255, step_size=2 / 255, steps=10)
     assert PRESETS["fgsm"] == Fgsm(norm="linf", eps=8 / 255)
+
+
+def test_the_shell_reads_the_same_numbers() -> None:
+    assert SHELL_NUMBER.pattern == NUMBER.pattern
 
 
 @pytest.mark.parametrize("name", SHELL_PRESETS)

@@ -30,7 +30,7 @@ from service.questions import nodes_of
 from service.settings import Settings
 from service.specs import JobSpec
 from service.specs.attacks import PRESETS
-from service.specs.base import _parsed
+from service.specs.base import number
 from service.specs.recipes import KNOWN
 from service.store import tables
 from service.store.fields import JOBS, RESULTS, SPEC_KINDS
@@ -160,7 +160,7 @@ def trees(kinds: dict[str, str]) -> st.SearchStrategy[Node]:
 def typed(kind: str, text: str) -> Any:
     match kind:
         case "number" | "integer":
-            return _parsed(text)
+            return number(text)
         case "boolean":
             return text.lower() == "true"
         case "time":

@@ -11,7 +11,7 @@ from sqlalchemy import insert, update
 from service import aggregates, comparing, correlating, leaderboard, retraction
 from service.access import NotAllowed
 from service.dotted import flat
-from service.errors import Conflict, InvalidQuery, NotFound, QuotaExceeded
+from service.errors import Conflict, InvalidQuery, InvalidSpec, NotFound, QuotaExceeded
 from service.executor import Bits, Outcome, Succeeded
 from service.insights import Insights, Question
 from service.query import parse
@@ -21,6 +21,7 @@ from service.specs.attacks import PRESETS
 from service.store import aggregating, filing, tables
 from service.store.fields import RESULTS
 from service.store.result_tables import cells, results
+from service.store.tables import jobs
 from service.submission import Service
 
 pytestmark = pytest.mark.slow
@@ -450,6 +451,17 @@ def test_correlations(lab: Any, insights: Insights) -> None:
             connection.execute(update(cells).where(cells.c.id == cell.id).values(spec=spec))
     apart = correlating.correlations(lab.database, [], "log_relative_sharpness_median", trusted=False)
     assert sorted((group["measure_version"] == 99, group["n"]) for group in apart) == [(False, 6), (True, 6)]
+
+
+def test_what_is_not_accepted_any_more_is_not_computed_again(lab: Any, insights: Insights) -> None:
+    job = lab.submit()
+    finish(lab)
+    [row] = lab.rows(jobs)
+    with lab.database.write() as connection:  # as an earlier version accepted it
+        connection.execute(update(jobs).values(spec={**row.spec, "architecture": "vgg11_bn"}))
+    with pytest.raises(InvalidSpec, match="/rerun: a job of these is not accepted any more: /architecture: vgg11_bn"):
+        retraction.retract(lab.service, job, "a bug", user="ann", rerun=True, admin=True)
+    assert insights.result(job)["retracted_at"] is None
 
 
 def test_retraction(lab: Any, insights: Insights) -> None:

@@ -1,5 +1,6 @@
 """Accepting jobs, on each kind of database: tasks are joined, reopened and let go of; requests are replayed."""
 
+import re
 import threading
 from typing import Any
 
@@ -12,6 +13,9 @@ from service.specs import JobSpec, Sweep
 from service.store import tables
 from service.store.tables import artifacts, attempts, events, idempotency_keys, jobs, tasks
 from service.submission import Idempotency
+
+PGD: dict[str, Any] = {"type": "pgd", "norm": "linf", "eps": "8/255", "step_size": "2/255", "steps": 10}
+APGD: dict[str, Any] = {"type": "apgd", "norm": "linf", "eps": "8/255"}
 
 
 def test_the_demos_sweep(lab: Any) -> None:
@@ -426,9 +430,65 @@ class TestOwnDatasets:
         with pytest.raises(InvalidSpec, match="/samples: npz:mine has 6 test images, 7 were asked for"):
             lab.submit(dataset="npz:mine", samples=7)
         grid = {"dataset": ["npz:mine"], "samples": [1, 7]}
-        with pytest.raises(InvalidSpec, match="/grid/samples: npz:mine has 6 test images"):
+        said = (
+            "/grid/samples/1: npz:mine has 6 test images, 7 were asked for (in the cell dataset 'npz:mine', samples 7)"
+        )
+        with pytest.raises(InvalidSpec, match=re.escape(said)):
             lab.submit_sweep(grid)
         assert lab.rows(jobs) == []
+
+    @pytest.mark.parametrize(
+        ("changed", "said"),
+        [
+            ({"attack": "apgd_dlr"}, "/attack: the dlr loss needs at least 3 classes, the data set has 2"),
+            ({"attack": {**PGD, "loss": "dlr"}}, "/attack/loss: the dlr loss needs at least 3 classes"),
+            ({"attack": {**APGD, "loss": "dlr", "targeted": True}}, "/attack/loss: the targeted dlr loss needs at"),
+            ({"attack": "autoattack"}, "/attack: autoattack needs at least 4 classes, the data set has 2"),
+            ({"attack": {"type": "autoattack", "norm": "l2", "eps": 1}}, "/attack/type: autoattack needs at least 4"),
+            ({"attack": {"type": "transfer", "attack": {**PGD, "loss": "dlr"}}}, "/attack/attack/loss: the dlr loss"),
+            ({"attack": {**APGD, "targeted": True, "targets": 2}}, "/attack/targets: 2 targets, but an image has 1"),
+            ({"attack": {**PGD, "norm": "l2", "eps": 7}}, "/attack/eps: 7 is more than 6.928, the l2 distance"),
+            ({"attack": {**PGD, "norm": "l2", "step_size": 7}}, "/attack/step_size: 7 is more than 6.928"),
+            ({"architecture": "simple_cnn"}, "/architecture: simple_cnn takes images of at least 8x8 pixels"),
+            (
+                {"attack": {"type": "transfer", "attack": PGD, "source": {"architecture": "vgg11_bn"}}},
+                "/attack/source/architecture: vgg11_bn takes images of at least 32x32 pixels, these are 4x4",
+            ),
+        ],
+    )  # fmt: skip
+    def test_what_its_images_or_classes_do_not_allow(
+        self, lab: Any, files: tuple[str, str], changed: dict[str, Any], said: str
+    ) -> None:
+        lab.service.register_dataset("mine", *files, user="ann")
+        where = {**lab.BASE, "architecture": "mlp", "dataset": "npz:mine", "samples": 6}
+        with pytest.raises(InvalidSpec, match=re.escape(said)):
+            lab.service.submit(JobSpec.model_validate({**where, **changed}), user="ann")
+        sweep = {"name": "s", "base": where, "grid": {"scale": [1, 5]}, "include": [changed]}
+        name = next(iter(changed))
+        with pytest.raises(InvalidSpec) as caught:
+            lab.service.submit_sweep(Sweep.model_validate(sweep), user="ann")
+        [(pointer, sentence)] = caught.value.errors
+        assert (f"/include/0{said.partition(':')[0]}", True) == (pointer, f"(in the cell {name} " in sentence)
+        assert lab.rows(jobs) == []
+
+    def test_what_they_just_allow(self, lab: Any, files: tuple[str, str]) -> None:
+        lab.service.register_dataset("mine", *files, user="ann")
+        for attack in ({**APGD, "targeted": True}, {**PGD, "norm": "l2", "eps": "6.928", "step_size": 6}):
+            lab.submit(dataset="npz:mine", architecture="mlp", samples=6, attack=attack)
+        assert len(lab.rows(jobs)) == 2
+
+    def test_imported_weights_on_them(self, lab: Any, files: tuple[str, str]) -> None:
+        lab.service.register_dataset("mine", *files, user="ann")
+        recipe = {"name": "imported", "checkpoint": "theirs"}
+        with pytest.raises(InvalidSpec, match="/attack: autoattack needs at least 4 classes"):
+            lab.submit(dataset="npz:mine", architecture="mlp", samples=6, recipe=recipe, attack="autoattack")
+
+    def test_the_answer_counts_test_images_that_are_training_images(self, lab: Any, files: tuple[str, str]) -> None:
+        assert lab.service.register_dataset("mine", *files, user="ann")["test_images_in_train"] == 6
+        [event] = lab.rows(events, kind="dataset.registered")
+        assert event.data["test_images_in_train"] == 6
+        with pytest.raises(InvalidSpec, match=r"/test: train\.npz and test\.npz are the same file"):
+            lab.service.register_dataset("again", files[0], files[0], user="ann")
 
 
 def test_a_sweep_is_accepted_whole_or_not_at_all(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from service import decisions, estimates
 from service.dispatcher import Dispatcher
@@ -268,6 +269,14 @@ class TestExtend:
         assert self.extend(lab, sweep, scale=[5, "1.0"])["jobs"] == 0
         assert lab.dump() == before
 
+    def test_jobs_of_an_earlier_canonical_form_are_not_submitted_again(self, lab: Any) -> None:
+        """The order of measures was part of a job's digest once."""
+        grid = {"scale": [1], "measures": [["sam_sharpness", "fisher_rao"]]}
+        sweep = lab.submit_sweep(grid)["id"]
+        with lab.database.write() as connection:
+            connection.execute(update(jobs).values(spec_digest="0" * 64))
+        assert self.extend(lab, sweep, scale=[5], measures=[["fisher_rao", "sam_sharpness"]])["jobs"] == 1
+
     def test_a_paused_sweep_stays_paused(self, lab: Any) -> None:
         sweep = lab.submit_sweep({"scale": [1]})["id"]
         lab.service.pause_sweep(sweep, user="ann")
@@ -287,8 +296,9 @@ class TestExtend:
         before = lab.dump()
         with pytest.raises(InvalidSpec, match=r"/grid/sede: `sede` is not an axis of the sweep \(they are: `scale`\)"):
             self.extend(lab, sweep, sede=[1])
-        with pytest.raises(InvalidSpec, match="/grid/scale"):
-            self.extend(lab, sweep, scale=[5, -1])
+        for scales, entry in (([5, -1], 1), ([-1, 5], 0), ([True, 1], 0), ([1, {"a": 1}], 1)):
+            with pytest.raises(InvalidSpec, match=f"/grid/scale/{entry}: "):
+                self.extend(lab, sweep, scale=scales)
         with pytest.raises(NotFound, match="there is no sweep nope"):
             self.extend(lab, "nope", scale=[5])
         assert lab.dump() == before

@@ -103,6 +103,15 @@ def test_unknown_names_are_refused_with_the_known_ones(server: Any) -> None:
         ({"colour": "red"}, "/colour"),
         ({"recipe": {"epochs": -1}}, "/recipe/epochs"),
         ({"attack": {"type": "pgd", "norm": "linf", "eps": 1}}, "/attack/steps"),
+        ({"pgd": 5}, "/pgd"),
+        ({"a/b~c": 5}, "/a~1b~0c"),
+        ({"attack": {**JOB["attack"], "margin": 1}}, "/attack/margin"),  # type: ignore[dict-item]
+        ({"attack": {**JOB["attack"], "eps": "1e-400"}}, "/attack/eps"),  # type: ignore[dict-item]
+        ({"attack": {**JOB["attack"], "random_start": 1}}, "/attack/random_start"),  # type: ignore[dict-item]
+        ({"scale_bias": "yes"}, "/scale_bias"),
+        ({"architecture": "vgg11_bn"}, "/architecture"),
+        ({"attack": {**JOB["attack"], "norm": "l2", "eps": 9}}, "/attack/eps"),  # type: ignore[dict-item]
+        ({"measures": ["sam_sharpness", {"type": "fisher_rao", "images": True}]}, "/measures/1/images"),
     ],
 )
 def test_bad_values_are_refused_with_their_pointer(server: Any, change: dict[str, Any], pointer: str) -> None:
@@ -205,7 +214,8 @@ def test_a_sweep_is_refused_as_a_whole_and_names_the_field(server: Any) -> None:
     million = {"seed": list(range(10_000)), "scale": [1 + i / 1000 for i in range(1000)]}
     for body, pointer in [
         ({"name": "x", "base": base, "grid": million}, "/grid"),
-        ({"name": "x", "base": base, "grid": {"scale": [1, 0]}}, "/grid/scale"),
+        ({"name": "x", "base": base, "grid": {"scale": [1, 0]}}, "/grid/scale/1"),
+        ({"name": "x", "base": base, "grid": {"scale": [1]}, "include": [{}, {"seed": -1}]}, "/include/1/seed"),
         ({"name": "x", "base": base, "grid": {"scale": []}}, "/grid/scale"),
         ({"name": "x", "base": {**base, "architecture": "resnet19"}, "grid": {"scale": [1]}}, "/base/architecture"),
         ({"name": "x", "base": base}, "/grid"),
@@ -504,8 +514,11 @@ def test_datasets_and_artifacts(server: Any) -> None:
     assert registered.status_code == 201
     assert registered.json()["name"] == "npz:tiny"
     assert (registered.json()["train_count"], registered.json()["classes"]) == (12, 3)
+    assert 0 <= registered.json()["test_images_in_train"] <= 6
+    alike = {**body, "name": "alike", "test_sha256": digests["train"]}
+    assert "same file" in pointers(refused(server.http.post("/v1/datasets", json=alike)))["/test"]
     assert server.http.post("/v1/datasets", json=body).status_code == 201
-    other = {**body, "train_sha256": digests["test"]}
+    other = {**body, "train_sha256": digests["test"], "test_sha256": digests["train"]}
     refused(server.http.post("/v1/datasets", json=other), 409)
     assert any(row["name"] == "npz:tiny" for row in server.http.get("/v1/datasets").json()["items"])
     assert any(row["name"] == "npz:tiny" for row in server.http.get("/v1/catalog").json()["registered_datasets"])
@@ -604,6 +617,21 @@ def test_a_bad_last_event_id_is_refused(server: Any) -> None:
 def test_a_blank_filter_retracts_nothing(server: Any, filter: str) -> None:
     body = {"filter": filter, "reason": "oops"}
     assert "/filter" in pointers(refused(server.http.post("/v1/results:retract", json=body)))
+
+
+@pytest.mark.parametrize("text", ["1_0", "\u0661", "+1", "inf", "1e-400", "0x10", "true"])
+def test_texts_that_are_no_numbers_are_none_in_a_query(server: Any, text: str) -> None:
+    assert "scale" in pointers(refused(server.http.get("/v1/leaderboard", params={"scale": text})))
+    assert "scale" in pointers(refused(server.http.get("/v1/results", params={"scale": text})))
+    for scale in ("5", "5.0", "10/2"):
+        assert server.http.get("/v1/leaderboard", params={"scale": scale}).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "1", "0", "t", ""])
+def test_texts_that_are_no_truth_values_are_none_in_a_query(server: Any, text: str) -> None:
+    assert "trusted" in pointers(refused(server.http.get("/v1/leaderboard", params={"trusted": text})))
+    assert "dry_run" in pointers(refused(server.http.post("/v1/sweeps", params={"dry_run": text}, json={})))
+    assert server.http.get("/v1/leaderboard", params={"trusted": "False"}).status_code == 200
 
 
 def test_numbers_without_an_end_are_refused(server: Any) -> None:

@@ -434,7 +434,7 @@ def test_what_would_fail_again_is_a_configuration_error_in_a_sentence(
     trained: tuple[ArtifactRef, list[Message]], execute: Execute
 ) -> None:
     plan = plan_job(job(), DatasetRef(name="digits"))
-    too_small = plan_job(job(architecture="vgg11_bn"), DatasetRef(name="digits")).train
+    too_small = plan_job(job(architecture="vgg11_bn", dataset="cifar10"), DatasetRef(name="digits")).train
     unknown = {**plan.train.stored_spec, "architecture": "resnet9000"}
     wild = plan_job(job(recipe={"lr": 1e6}), DatasetRef(name="digits")).train
     nonsense = {**plan.attack.stored_spec, "scale": -1}

@@ -1,18 +1,27 @@
 """What a job may say, and how what it may not say is refused: with the field named and, for names, those there are."""
 
+import json
+import math
+import re
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from service.specs import JobSpec, problems
-from service.specs.attacks import ATTACKS, PRESETS, Fgsm, Pgd
+from api.schemas import JobSubmission
+from service.errors import InvalidQuery
+from service.query import Comparison, Value
+from service.specs import AttackTask, ControlTask, JobSpec, MeasureTask, TrainTask, problems
+from service.specs.attacks import ATTACKS, PRESETS, Apgd, Fgsm, Pgd, Source, Transfer
+from service.specs.base import number
 from service.specs.catalog import ARCHITECTURES, DATASETS
+from service.specs.fitting import Images, misfits
 from service.specs.measures import MEASURES
 from service.specs.recipes import RECIPES
+from service.store.conditions import literal_of
 
 JOB: dict[str, Any] = {"architecture": "resnet18", "dataset": "cifar10", "attack": "pgd_linf"}
 PGD: dict[str, Any] = {"type": "pgd", "norm": "linf", "eps": "8/255", "step_size": "2/255", "steps": 10}
@@ -203,3 +212,136 @@ def test_specs_are_values() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         job.scale = 2.0  # type: ignore[misc]
     assert str(job) == "job(resnet18, cifar10, s=1, pgd linf, seed=0)"
+
+
+NUMBERS: dict[str, float | None] = {
+    "8/255": 8 / 255, "8.0/255": 8 / 255, " 8/255": 8 / 255, "0.25/255": 0.25 / 255, "8.5/255": 8.5 / 255,
+    "1e-3": 0.001, "1E+2": 100.0, "-0.0": 0.0, "0e-400": 0.0, "0.0/7": 0.0, "5e-324": 5e-324,
+    "1e-400": None, "-1e-400": None, "1/" + "9" * 400: None, "0." + "0" * 400 + "1": None, "1e400": None,
+    "1_0": None, "\u0661": None, "\uff11": None, "0x10": None, "0b1": None, "inf": None, "-Infinity": None, "nan": None,
+    "+1": None, "010": None, ".5": 0.5, ".5/.25": 2.0, ".": None, "1.": None,
+    "1e3/2": None, "8//255": None, "8/255\n": None, "8\xa0/255": None,
+    "true": None, "yes": None, "on": None,
+}  # fmt: skip
+"""What texts say as numbers, None where they say none."""
+
+
+@pytest.mark.parametrize("text", NUMBERS, ids=ascii)
+def test_one_rule_says_which_texts_are_numbers(text: str) -> None:
+    expected = NUMBERS[text]
+    asked = Comparison("attack.eps", "=", (Value(text),))
+    if expected is None:
+        with pytest.raises(ValueError, match=r"not a number|too small|float64"):
+            number(text)
+        with pytest.raises(ValidationError):
+            Fgsm(norm="l2", eps=text)  # type: ignore[arg-type]
+        with pytest.raises(InvalidQuery):
+            literal_of("number", asked, asked.values[0])
+    else:
+        assert math.copysign(1, number(text)) == 1
+        assert number(text) == Fgsm(norm="l2", eps=text).eps == literal_of("number", asked, asked.values[0]) == expected  # type: ignore[arg-type]
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_number_that_we_print_is_read_as_the_same(value: float) -> None:
+    assert number(repr(value)) == number(json.dumps(value)) == value
+
+
+def test_the_fraction_that_a_refusal_proposes_is_one() -> None:
+    [(_, sentence)] = refused(attack={**PGD, "eps": 8.5})
+    [proposed] = re.findall('"(.*?)"', sentence)
+    assert JobSpec.model_validate({**JOB, "attack": {**PGD, "eps": proposed}}).attack.eps == 8.5 / 255  # type: ignore[union-attr]
+
+
+def test_numbers_and_truth_values_never_stand_for_each_other() -> None:
+    kinds: list[type[BaseModel]] = [JobSpec, JobSubmission, *ATTACKS.values(), *RECIPES.values(), *MEASURES.values()]
+    kinds += [TrainTask, MeasureTask, AttackTask, ControlTask, Source]
+    seen = set()
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            scalar = TypeAdapter(Annotated[field.annotation, *field.metadata, None])
+            if re.search(r"\bbool\b", str(field.annotation)):
+                wrongs: tuple[Any, ...] = (0, 1, 1.0, "true", "false", "yes", "on", "1", "")
+            elif re.search(r"\b(int|float)\b", str(field.annotation)):
+                wrongs = (True, False, "true", "")
+            else:
+                continue
+            seen.add((kind, name))
+            for wrong in wrongs:
+                with pytest.raises(ValidationError):
+                    scalar.validate_python(wrong)
+    assert {(Pgd, "targeted"), (Pgd, "fold_batch_norm"), (Pgd, "eps"), (Pgd, "steps"), (JobSpec, "scale_bias")} <= seen
+    assert {(RECIPES["sam"], "flip"), (RECIPES["sam"], "crop_padding"), (AttackTask, "arrays")} <= seen
+
+
+L2 = {**PGD, "norm": "l2", "eps": 1, "step_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "pointer", "said"),
+    [
+        ({"architecture": "vgg11_bn"}, "/architecture", "at least 32x32 pixels, these are 8x8"),
+        ({"architecture": "densenet121"}, "/architecture", "at least 29x29 pixels, these are 8x8"),
+        ({"architecture": "vgg11_bn", "dataset": "mnist"}, "/architecture", "these are 28x28"),
+        ({"attack": {**L2, "eps": 8.01}}, "/attack/eps", "8.01 is more than 8, the l2 distance"),
+        ({"attack": {**L2, "step_size": "8.01"}}, "/attack/step_size", "8.01 is more than 8"),
+        ({"attack": {"type": "noise", "kind": "uniform", "norm": "l2", "eps": 9}}, "/attack/eps", "more than 8"),
+        ({"attack": {"type": "transfer", "attack": {**L2, "eps": 9}}}, "/attack/attack/eps", "more than 8"),
+        ({"attack": {**PGD, "fold_batch_norm": True}}, "/attack/fold_batch_norm", "mlp has no batch norm"),
+        (
+            {"attack": {"type": "transfer", "attack": PGD, "source": {"architecture": "vgg11_bn"}}},
+            "/attack/source/architecture",
+            "at least 32x32",
+        ),
+        (
+            {
+                "architecture": "resnet18",
+                "attack": {
+                    "type": "transfer",
+                    "attack": {**PGD, "fold_batch_norm": True},
+                    "source": {"architecture": "vit_tiny"},
+                },
+            },
+            "/attack/attack/fold_batch_norm",
+            "vit_tiny has no batch norm",
+        ),
+        (
+            {"attack": {"type": "apgd", "norm": "linf", "eps": 0.1, "targeted": True, "targets": 10}},
+            "/attack/targets",
+            "10 targets, but an image has 9 wrong classes",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changed: dict[str, Any], pointer: str, said: str) -> None:
+    [(found, sentence)] = refused(**{"architecture": "mlp", "dataset": "digits", **changed})
+    assert found == pointer
+    assert said in sentence
+
+
+def test_what_just_goes_together_is_accepted() -> None:
+    job = {"architecture": "mlp", "dataset": "digits", "attack": {**L2, "eps": 8, "step_size": "8.0"}}
+    assert JobSpec.model_validate(job)
+    attack = {**PGD, "fold_batch_norm": True}
+    made_on_another = {"type": "transfer", "attack": attack, "source": {"architecture": "resnet18"}}
+    assert JobSpec.model_validate({**job, "attack": made_on_another})
+    assert JobSpec.model_validate({**job, "architecture": "vgg11_bn", "dataset": "cifar10", "attack": attack})
+
+
+@pytest.mark.parametrize("attack", [{}, {"source": {"architecture": "mlp"}}])
+@pytest.mark.parametrize("preset", [*PRESETS, "targeted", "targeted_dlr"])
+def test_attacks_need_as_many_classes_as_their_loss_looks_at(preset: str, attack: dict[str, Any]) -> None:
+    chosen: Any = PRESETS.get(preset, PRESETS["apgd"])
+    if preset == "targeted_dlr":
+        chosen = chosen.model_copy(update={"loss": "dlr"})
+    if preset.startswith("targeted"):
+        chosen = chosen.model_copy(update={"targeted": True})
+    least = {"apgd_dlr": 3, "autoattack": 4, "targeted_dlr": 4}.get(preset, 2)
+    if isinstance(chosen, Pgd | Fgsm | Apgd):
+        chosen = Transfer(attack=chosen, **attack) if attack else chosen
+    for classes in range(2, 6):
+        found = misfits("mlp", chosen, Images((3, 8, 8), classes))
+        assert bool(found) == (classes < least), (classes, found)
+        if found:
+            [(path, sentence)] = found
+            assert f"needs at least {least} classes, the data set has {classes}" in sentence
+            assert "/".join(path) in {"attack", "attack/loss", "attack/attack/loss"}

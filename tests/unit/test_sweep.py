@@ -78,20 +78,20 @@ def test_a_dotted_axis_may_stand_before_the_field_that_it_reaches_inside() -> No
     [
         ({}, "/grid"),
         ({"grid": {"scale": []}}, "/grid/scale"),
-        ({"grid": {"scale": [1, 0]}}, "/grid/scale"),
-        ({"grid": {"architecture": ["mlp", "mpl"]}}, "/grid/architecture"),
+        ({"grid": {"scale": [1, 0]}}, "/grid/scale/1"),
+        ({"grid": {"architecture": ["mlp", "mpl"]}}, "/grid/architecture/1"),
         ({"grid": {"bogus": [1]}}, "/grid/bogus"),
         ({"grid": {"pgd": [1]}}, "/grid/pgd"),
         ({"grid": {"a/b~c": [1]}}, "/grid/a~1b~0c"),
         ({"grid": {"": [1]}}, "/grid/"),
         ({"grid": {"recipe.": [1]}}, "/grid/recipe."),
         ({"grid": {".epochs": [1]}}, "/grid/.epochs"),
-        ({"grid": {"recipe.epochs": [1, 0]}}, "/grid/recipe.epochs"),
-        ({"grid": {"recipe.name": ["adam"]}}, "/grid/recipe.name"),
+        ({"grid": {"recipe.epochs": [1, 0]}}, "/grid/recipe.epochs/1"),
+        ({"grid": {"recipe.name": ["adam"]}}, "/grid/recipe.name/0"),
         ({"grid": {"attack.eps": [1]}}, "/grid/attack.eps"),
-        ({"grid": {"samples": [501]}}, "/grid/samples"),
-        ({"grid": {"attack": [{**PGD, "eps": "9/0"}]}}, "/grid/attack/eps"),
-        ({"grid": {"measures": [["sam_sharpness"], ["bogus"]]}}, "/grid/measures"),
+        ({"grid": {"samples": [501]}}, "/grid/samples/0"),
+        ({"grid": {"attack": [{**PGD, "eps": "9/0"}]}}, "/grid/attack/0/eps"),
+        ({"grid": {"measures": [["sam_sharpness"], ["bogus"]]}}, "/grid/measures/1"),
         ({"base": {**BASE, "seed": -1}, "grid": {"scale": [1]}}, "/base/seed"),
         ({"base": {**BASE, "attack": {**PGD, "steps": 0}}, "grid": {"attack.eps": [1]}}, "/base/attack/steps"),
         ({"base": {**BASE, "recipe": {"name": "adam"}}, "grid": {"recipe.epochs": [1]}}, "/base/recipe"),
@@ -99,11 +99,85 @@ def test_a_dotted_axis_may_stand_before_the_field_that_it_reaches_inside() -> No
         ({"include": [{"bogus": 1}]}, "/include/0/bogus"),
         ({"grid": {"scale": [1]}, "exclude": [{"scael": 1}]}, "/exclude/0/scael"),
         ({"grid": {"scale": [1]}, "exclude": [{}, {"scale": 2}]}, "/exclude/1/scale"),
+        ({"grid": {"scale": [1]}, "exclude": [{"scale": True}]}, "/exclude/0/scale"),
+        (
+            {"grid": {"measures": [[], ["sam_sharpness", {"type": "sam_sharpness", "rho": 0}]]}},
+            "/grid/measures/1/1/rho",
+        ),
+        ({"grid": {"scale": [1]}, "include": [{"attack": {**PGD, "eps": 9}}]}, "/include/0/attack/eps"),
+        ({"base": {**BASE, "attack": {**PGD, "eps": 9}}, "grid": {"seed": [0, 1]}}, "/base/attack/eps"),
         ({"grid": {"scale": [1]}, "exclude": [{"scale": 1}]}, "/grid"),
     ],
 )
 def test_the_pointer_is_where_the_user_wrote_it(written: dict[str, Any], pointer: str) -> None:
     assert [found for found, _ in refused(**written)] == [pointer]
+
+
+@pytest.mark.parametrize(
+    ("written", "pointer", "said"),
+    [
+        (
+            {"grid": {"dataset": ["cifar10", "digits"], "samples": [500, 501]}},
+            "/grid/samples/1",
+            "digits has 500 test images, 501 were asked for (in the cell dataset 'digits', samples 501)",
+        ),
+        (
+            {"grid": {"architecture": ["mlp", "vgg11_bn"], "dataset": ["cifar10", "digits"]}},
+            "/grid/architecture/1",
+            "(in the cell architecture 'vgg11_bn', dataset 'digits')",
+        ),
+        (
+            {"base": {**BASE, "architecture": "vgg11_bn", "dataset": "cifar10"}, "include": [{"dataset": "digits"}]},
+            "/base/architecture",
+            "(in the cell dataset 'digits')",
+        ),
+        (
+            {
+                "base": {**BASE, "attack": {**PGD, "norm": "l2", "step_size": 1}},
+                "grid": {"attack.norm": ["linf", "l2"], "attack.eps": [0.5, "9.0"]},
+                "exclude": [{"attack.norm": "linf", "attack.eps": "9.0"}],
+            },
+            "/grid/attack.eps/1",
+            "(in the cell attack.norm 'l2', attack.eps '9.0')",
+        ),
+        (
+            {"grid": {"recipe.name": ["sam", "standard"], "recipe.rho": [0.1]}},
+            "/grid/recipe.rho",
+            "this kind of recipe has no 'rho' (in the cell recipe.name 'standard', recipe.rho 0.1)",
+        ),
+    ],
+)
+def test_what_only_a_cell_shows_is_said_with_the_cell(written: dict[str, Any], pointer: str, said: str) -> None:
+    [(found, sentence)] = refused(**written)
+    assert found == pointer
+    assert said in sentence
+
+
+def test_what_is_known_of_a_job_later_is_said_of_its_cell() -> None:
+    sweep = Sweep.model_validate(
+        {"name": "s", "base": {**BASE, "dataset": "npz:mine"}, "grid": {"scale": [1, 5]}, "include": [{"attack": PGD}]}
+    )
+    jobs, error = sweep.cells(), InvalidSpec([("/attack/eps", "too large"), ("/scale", "too small")])
+    assert sweep.located(jobs[1], error).errors == [
+        ("/base/attack/eps", "too large (in the cell scale 5)"),
+        ("/grid/scale/1", "too small (in the cell scale 5)"),
+    ]
+    sweep = sweep.model_copy(update={"grid": {}})
+    [job] = sweep.cells()
+    assert [pointer for pointer, _ in sweep.located(job, error).errors] == ["/include/0/attack/eps", "/base/scale"]
+
+
+def test_true_is_no_value_of_an_axis_that_has_1() -> None:
+    sweep = Sweep.model_validate({"name": "s", "base": BASE, "grid": {"scale": [1, 5]}})
+    with pytest.raises(InvalidSpec) as caught:
+        sweep.extended({"scale": [True]}).cells()
+    assert [pointer for pointer, _ in caught.value.errors] == ["/grid/scale/2"]
+
+
+def test_cells_that_ask_for_the_same_are_one() -> None:
+    measures = [["sam_sharpness", "fisher_rao"], ["fisher_rao", "sam_sharpness"], ["fisher_rao", "sam_sharpness"] * 2]
+    assert len(cells(grid={"measures": measures, "scale_bias": [True, False]})) == 1
+    assert len(cells(grid={"scale": [1, 5], "scale_bias": [True, False]})) == 3
 
 
 def test_a_name_cannot_be_varied_from_within() -> None:

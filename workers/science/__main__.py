@@ -10,6 +10,8 @@ Prints one JSON object. What cannot be computed is one sentence on standard erro
 
 import argparse
 import json
+import math
+import re
 import sys
 import time
 from fractions import Fraction
@@ -36,6 +38,8 @@ from workers.science.weights import load_weights, save_weights
 
 Report = dict[str, Any]
 DEFAULT_SAMPLES = 1000
+DECIMAL = r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|\.[0-9]+)"
+NUMBER = re.compile(rf" *({DECIMAL})(?:([eE][+-]?[0-9]+)| */ *({DECIMAL}))? *")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pgd_l2": {"norm": "l2", "eps": 0.025, "step_size": 0.001, "steps": 25},
@@ -199,10 +203,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _number(text: str) -> float:
+    """A decimal, or one over another, by the rule of `service/specs/base.py`, which is not there on such a machine."""
+    found = NUMBER.fullmatch(text)
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+        if found is None:
+            raise ValueError
+        top, exponent, bottom = found.groups()
+        value = float(top + (exponent or "")) if bottom is None else float(Fraction(top) / Fraction(bottom))
+        if not math.isfinite(value) or (value == 0 and Fraction(top) != 0):
+            raise ValueError
+    except (ValueError, OverflowError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f'{text!r} is not a number or a fraction such as "8/255"') from None
+    return value + 0.0  # minus zero is zero
 
 
 def _device(text: str) -> torch.device:
@@ -220,13 +232,11 @@ def _option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     if value in {"true", "false"}:
         return name, value == "true"
-    try:
+    if re.fullmatch("-?[0-9]+", value, re.ASCII):
         return name, int(value)
-    except ValueError:
-        pass
     try:
-        return name, float(Fraction(value))
-    except (ValueError, ZeroDivisionError):
+        return name, _number(value)
+    except argparse.ArgumentTypeError:
         return name, value
 
 

@@ -48,7 +48,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet20": Architecture(
         resnet20.build, "ResNet-20 for CIFAR, 16 to 64 channels, shortcuts without parameters", 64
     ),
-    "wide_resnet28_4": Architecture(wide_resnet.build, "Wide ResNet-28-4, pre-activation, no dropout", 256, 4),
+    "wide_resnet28_4": Architecture(wide_resnet.build, "Wide ResNet-28-4, pre-activation, no dropout", 256),
     "densenet121": Architecture(densenet.build, "DenseNet-121 with its ImageNet stem", 1024, 29),
     "densenet121_cifar": Architecture(densenet.build_cifar, "DenseNet-121 with a 3x3 stem, no max-pool", 1024, 8),
     "vgg11_bn": Architecture(vgg11_bn.build, "VGG-11 with batch norm, pooled to 2x2, head 2048-256-256-k", 256, 32),

@@ -9,8 +9,8 @@ class PoolTo2x2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = _halves(x.shape[2]), _halves(x.shape[3])
-        means = [x[:, :, top, left].mean((2, 3)) for top in rows for left in columns]
-        return torch.stack(means, dim=2).reshape(*x.shape[:2], 2, 2)
+        means = [[x[:, :, top, left].mean((2, 3)) for left in columns] for top in rows]
+        return torch.stack([torch.stack(row, dim=2) for row in means], dim=2)
 
 
 def _halves(size: int) -> tuple[slice, slice]:
