@@ -40,7 +40,7 @@ def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
         raise InvalidQuery("ids", f"results on different data sets have no examples in common: {', '.join(names)}")
     specs = [dict(flat({**LATER, **row.spec, "versions": cells[row.cell_id]["versions"]})) for row in rows]
     if len({spec["order"] for spec in specs}) > 1:
-        raise InvalidQuery("ids", "the samples of some are the first of the file, of others those of the permutation")
+        raise InvalidQuery("ids", "their images are in different orders: one place has other examples")
     bits = [robust[row.attack_task_id] for row in rows]
     n = min(of.size for of in bits)
     union, why = _union(rows, [of[:n] for of in bits])

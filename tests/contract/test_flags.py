@@ -79,7 +79,7 @@ def test_more_steps_that_break_less(lab: Any) -> None:
 
 def migrated_again(lab: Any) -> list[list[Any]]:
     """Cells and results as the migration leaves them that brought threat models and flags."""
-    migration = importlib.import_module("service.store.migrations.versions.0013_threat_models")
+    migration = importlib.import_module("service.store.migrations.versions.0015_threat_models")
     with lab.database.write() as connection:
         connection.execute(update(cells).values(threat_model=None, family=""))
         connection.execute(update(results).values(not_monotone=False))

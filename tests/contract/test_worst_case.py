@@ -16,7 +16,7 @@ from service.executor import Bits, Succeeded
 from service.insights import Insights, Question
 from service.questions import nodes_of
 from service.specs import versions
-from service.store import networks
+from service.store import network_results
 from service.store.result_tables import results
 from service.store.tables import jobs, tasks
 from service.verdict import VERSION, wilson
@@ -294,7 +294,7 @@ def test_a_board_takes_a_statement_for_many_networks(lab: Any, monkeypatch: pyte
 
     taken = []
     for at_once in (200, 2, 1):
-        monkeypatch.setattr(networks, "AT_ONCE", at_once)
+        monkeypatch.setattr(network_results, "AT_ONCE", at_once)
         statements.clear()
         event.listen(lab.database.engine, "before_cursor_execute", note)
         try:

@@ -344,7 +344,7 @@ def test_trained_and_imported_weights_have_the_same_test_numbers(execute: Execut
         train = plan_job(job(dataset=dataset, architecture="mlp", recipe={"epochs": 1}), reference).train
         made = outcome(execute(train, grant(train)))
         spec = job(dataset=dataset, recipe={}).model_copy(update={"recipe": Imported(checkpoint="it")})
-        again = plan_job(spec, reference, {"it": made.artifacts[0].digest}).train
+        again = plan_job(spec, reference, {"it": Imported(weights_sha256=made.artifacts[0].digest)}).train
         imported = outcome(execute(again, grant(again)))
         names = ("test_accuracy", "test_loss", "test_top5_accuracy", "parameters")
         assert [imported.numbers[name] for name in names] == [made.numbers[name] for name in names]
