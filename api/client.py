@@ -129,11 +129,15 @@ class Client(Asking):
         return items
 
     def put_user(self, name: str, **changes: Any) -> Json:
-        """Make a user, or change `role`, `weight`, `max_queued_jobs`, `max_gpus` of one."""
+        """Make a user, or change `role`, `weight`, `max_queued_jobs`, `max_gpus`, `disabled` of one."""
         return self._request("PUT", f"/v1/users/{name}", json=changes)
 
     def disable_user(self, name: str) -> Json:
         return self._request("DELETE", f"/v1/users/{name}")
+
+    def enable_user(self, name: str) -> Json:
+        """Let a disabled user in again."""
+        return self.put_user(name, disabled=False)
 
     def tokens(self, *, user: str | None = None) -> list[Json]:
         items: list[Json] = self._request("GET", "/v1/tokens", params={"user": user} if user else {})["items"]
@@ -147,6 +151,7 @@ class Client(Asking):
         return self._request("POST", "/v1/tokens", json=body)
 
     def revoke_token(self, token_id: str) -> Json:
+        """Refuse a token and all that were made with it; `revoked_children` says how many those were."""
         return self._request("DELETE", f"/v1/tokens/{token_id}")
 
     def datasets(self) -> list[Json]:

@@ -12,8 +12,8 @@ from api.errors import documented
 from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import linked
 from api.preconditions import Seen, tag
+from api.routing import StrictRoute
 from api.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
-from api.strict import StrictRoute
 from service.explaining import explain
 from service.insights import NEWEST_FIRST, Question
 from service.store.fields import JOBS

@@ -9,8 +9,8 @@ from api.errors import documented
 from api.jobs import answer, wait_for
 from api.paging import linked
 from api.preconditions import Seen, tag
+from api.routing import StrictRoute
 from api.schemas import SWEEP_EXAMPLE, AcceptedSweep, Change, Changed, DryRun, Extension, SweepDetail, SweepPage
-from api.strict import StrictRoute
 from service import specs
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/sweeps", tags=["sweeps"])

@@ -363,7 +363,9 @@ tokens = Table(
     Column("expires_at", Float(53)),
     Column("last_used_at", Float(53)),
     Column("revoked_at", Float(53)),
+    _id("parent_id"),  # the token that it was made with; null where that was the shell, or before 0015
     Index("ix_tokens_user", "user"),
+    Index("ix_tokens_parent", "parent_id"),
 )
 
 # What each sponsor has used: device seconds, decayed by the half-life until `as_of`, and those charged since then.

@@ -212,9 +212,10 @@ def test_a_revoked_an_expired_and_a_disabled_token_are_refused_at_once(lab: Lab)
         with pytest.raises(ApiError, match="revoked before"):
             ada.revoke_token(made["id"])
         chief.disable_user("bob")
+        chief.put_user("bob", weight=2.0)
         with lab.client("bob") as bob, pytest.raises(ApiError):
             bob.me()
-        chief.put_user("bob")
+        assert chief.enable_user("bob")["disabled_at"] is None
         with lab.client("bob") as bob:
             assert bob.me()["name"] == "bob"
 
@@ -348,3 +349,9 @@ def test_the_first_admin_comes_from_the_shell(
         gone = run(cli, ["token", "revoke", tokens[1]["id"], "--json"])
         assert gone.exit_code == 0
         assert run(cli, ["user", "disable", "ada"]).exit_code == 0
+        again = run(cli, ["user", "set", "ada", "--weight", "3", "--json"])
+        assert httpx.Response(200, text=again.stdout).json()["disabled_at"] is not None
+        assert run(cli, ["user", "enable", "ada"]).exit_code == 0
+        assert run(cli, ["user", "enable", "nobody"]).exception is not None
+        gone = run(cli, ["token", "revoke", tokens[0]["id"]])
+        assert gone.exit_code == 0

@@ -170,6 +170,7 @@ def test_what_there_is(server: Any, tmp_path: Path) -> None:
     assert server.client.put_user("grace", role="researcher", weight=2.0)["weight"] == 2.0
     assert [user["weight"] for user in server.client.users() if user["name"] == "grace"] == [2.0]
     assert server.client.disable_user("grace")["disabled_at"]
+    assert server.client.enable_user("grace")["disabled_at"] is None
     file = tmp_path / "bytes"
     file.write_bytes(b"some bytes")
     assert server.client.ready()["status"] == "ready"
