@@ -26,6 +26,11 @@ ADMIN = {
     ("POST", "/v1/queue:pause"),
     ("POST", "/v1/queue:resume"),
     ("POST", "/v1/results:retract"),
+    *(
+        ("POST", f"/v1/{noun}:{verb}")
+        for noun in ("jobs/{job_id}", "sweeps/{sweep_id}")
+        for verb in ("boost", "unboost")
+    ),
     ("GET", "/v1/users"),
     ("PUT", "/v1/users/{name}"),
     ("DELETE", "/v1/users/{name}"),

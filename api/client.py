@@ -2,10 +2,11 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlencode
 
 import httpx
 from httpx_sse import SSEError, connect_sse
@@ -78,8 +79,9 @@ class Client(Asking):
     def cancel(self, job_or_sweep_id: str) -> Json:
         return self._change(job_or_sweep_id, "cancel", "cancel")
 
-    def retry(self, job_or_sweep_id: str) -> Json:
-        return self._change(job_or_sweep_id, "retry", "retry-failed")
+    def retry(self, job_or_sweep_id: str, *, states: Collection[str] = ("failed",)) -> Json:
+        """Run a job again that failed, is held or was cancelled, or those of a sweep that are in one of `states`."""
+        return self._change(job_or_sweep_id, "retry", f"retry-failed?{urlencode({'states': ','.join(states)})}")
 
     def explain(self, job_id: str) -> Json:
         """Why a job is not running, and what comes before it."""
@@ -111,6 +113,11 @@ class Client(Asking):
             if error.status != 404:
                 raise
         return self._request("PATCH", f"/v1/sweeps/{job_or_sweep_id}", json=changes, headers=headers, repeatable=True)
+
+    def boost(self, job_or_sweep_id: str, *, boosted: bool = True) -> Json:
+        """Let a job, or the live jobs of a sweep, go before all other users' work, or in turn again (admin)."""
+        verb = "boost" if boosted else "unboost"
+        return self._change(job_or_sweep_id, verb, verb)
 
     def _change(self, ident: str, of_job: str, of_sweep: str) -> Json:
         try:

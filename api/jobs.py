@@ -102,6 +102,20 @@ def retry_job(job_id: str, service: Verbs, insights: Questions, user: User) -> A
     return insights.job(job_id)
 
 
+@router.post("/{job_id}:boost", response_model=JobDetail, responses=documented(404, 409))
+def boost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+    """Let a job go before all other users' work, whatever they have used (admin). What runs goes on."""
+    service.boost_job(job_id, user=user)
+    return insights.job(job_id)
+
+
+@router.post("/{job_id}:unboost", response_model=JobDetail, responses=documented(404, 409))
+def unboost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+    """Let a boosted job wait for its owner's turn again (admin)."""
+    service.boost_job(job_id, user=user, boosted=False)
+    return insights.job(job_id)
+
+
 def answer(reply: Reply, response: Response) -> dict[str, Any]:
     """A reply of the service as the response: the stored one, where it is a replay."""
     response.status_code = reply.status

@@ -59,6 +59,12 @@ LabelKey = Annotated[str, Field(min_length=1, max_length=100, pattern=r'^[^\x00-
 Labels = dict[LabelKey, Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]]
 
 Whole = Annotated[int, Strict()]  # true is no number, and neither is 2.5
+Priority = Annotated[
+    Whole,
+    Field(
+        ge=-100, le=100, description="Orders your own jobs, the highest first; between users fair share comes first."
+    ),
+]
 
 Scale = Annotated[
     Number,

@@ -10,5 +10,6 @@ from service.store.tables import attempts, tasks
 
 QUEUED = tasks.c.state == literal_column(f"'{TaskState.QUEUED}'")
 CLAIMABLE = and_(QUEUED, ~tasks.c.paused)
+SHARED = and_(CLAIMABLE, tasks.c.shared)
 RUNNING = tasks.c.state == literal_column(f"'{TaskState.RUNNING}'")
 CURRENT = (attempts.c.task_id == tasks.c.id) & (attempts.c.number == tasks.c.attempt)

@@ -155,7 +155,11 @@ def test_a_sweep_is_changed_cancelled_retried_and_extended(server: Any) -> None:
     assert "paused" in client.explain(first["id"])["sentence"]
     assert sweep.cancel()["jobs"] == 2
     assert client.retry(first["id"])["state"] == "queued"
-    assert client.retry(sweep.id)["jobs"] == 1
+    assert client.retry(sweep.id)["jobs"] == 0
+    assert client.retry(sweep.id, states=["cancelled"])["jobs"] == 1
+    assert client.boost(first["id"])["boosted"] is True
+    assert client.boost(sweep.id)["jobs"] == 1
+    assert client.boost(sweep.id, boosted=False)["jobs"] == 2
     client.resume()
     assert sweep.extend(scale=[5])["jobs"] == 1
     assert sweep.wait()["state"] == "succeeded"
