@@ -1,6 +1,7 @@
 """Whose turn it is, in the store: priority is among a user's own work, shared tasks, an admin's boost."""
 
 from collections import Counter
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from service.store import claiming, deciding, users
 from service.store.settling import rank_anew
 from service.store.tables import events, jobs, tasks, usage
 
+MIGRATIONS = "service.store.migrations.versions"
 ONE_AT_A_TIME = Settings(lookahead=0, backoff_seconds=0.0, lease_seconds=60.0, usage_half_life_seconds=1e9)
 
 
@@ -109,6 +111,16 @@ class TestShared:
         order = Counter(turns.next() for _ in range(9))
         assert set(order) == {"ann", "bob", "cyd"}
         assert max(order.values()) <= 5
+
+    def test_an_upgrade_finds_those_that_are(self, lab: Any) -> None:
+        for user, seed in (("ann", 0), ("bob", 0), ("ann", 1), ("bob", 2)):
+            lab.submit(user=user, seed=seed)
+        before = {row.id: row.shared for row in lab.rows(tasks)}
+        assert Counter(before.values()) == {True: 4, False: 8}
+        with lab.database.write() as connection:
+            connection.execute(tasks.update().values(shared=False))
+            connection.exec_driver_sql(import_module(f"{MIGRATIONS}.0015_tokens_and_turns").NEEDED_BY_SEVERAL)
+        assert {row.id: row.shared for row in lab.rows(tasks)} == before
 
     def test_it_is_known_while_several_users_need_it(self, lab: Any) -> None:
         def shared() -> set[str]:

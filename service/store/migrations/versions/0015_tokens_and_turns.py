@@ -10,6 +10,10 @@ depends_on = None
 
 SHARED = sa.text("state = 'queued' AND NOT paused AND shared")
 OPEN = "finished_at IS NULL"
+NEEDED_BY_SEVERAL = (
+    f"UPDATE tasks SET shared = true WHERE {OPEN} AND id IN (SELECT task_id FROM job_tasks JOIN jobs "
+    f'ON jobs.id = job_tasks.job_id WHERE jobs.{OPEN} GROUP BY task_id HAVING count(DISTINCT jobs."user") > 1)'
+)
 
 
 def upgrade() -> None:
@@ -17,9 +21,6 @@ def upgrade() -> None:
     op.create_index("ix_tokens_parent", "tokens", ["parent_id"])
     for table, column in (("jobs", "boosted"), ("tasks", "boosted"), ("tasks", "shared")):
         op.add_column(table, sa.Column(column, sa.Boolean(), nullable=False, server_default=sa.text("false")))
-    op.execute(
-        f"UPDATE tasks SET shared = true WHERE {OPEN} AND id IN (SELECT task_id FROM job_tasks JOIN jobs "
-        f'ON jobs.id = job_tasks.job_id WHERE jobs.{OPEN} GROUP BY task_id HAVING count(DISTINCT jobs."user") > 1)'
-    )
+    op.execute(NEEDED_BY_SEVERAL)
     op.create_index("ix_tasks_shared", "tasks", ["sponsor"], postgresql_where=SHARED, sqlite_where=SHARED)
     op.drop_column("usage", "served_at")
