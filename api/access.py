@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.auth import NAME
 from api.deps import CurrentCaller, Users
 from api.errors import documented
-from api.strict import StrictRoute
+from api.routing import StrictRoute
 from service.specs.base import Whole
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["access"])
@@ -41,6 +41,10 @@ class UserChange(BaseModel):
         ]
         | None
     ) = None
+
+    disabled: Annotated[bool, Field(strict=True)] = Field(
+        default=False, description="Whether all tokens of this user are refused. Where it is left out, it stays so."
+    )
 
 
 class User(BaseModel):
@@ -92,10 +96,15 @@ class Token(BaseModel):
     prefix: str = Field(examples=["unc_1a2b3c4d"])
     scope: Scope
     created_by: str
+    parent_id: str | None = Field(default=None, description="The token that it was made with; revoked with that one.")
     created_at: str
     expires_at: str | None
     last_used_at: str | None
     revoked_at: str | None
+
+
+class RevokedToken(Token):
+    revoked_children: int = Field(description="So many others were revoked with it: made with it, or with these.")
 
 
 class NewToken(Token):
@@ -118,16 +127,16 @@ def list_users(users: Users) -> Any:
     return {"items": users.users()}
 
 
-@router.put("/users/{name}", response_model=User, responses=documented(422))
+@router.put("/users/{name}", response_model=User, responses=documented(404, 422))
 def put_user(name: Name, body: UserChange, users: Users, caller: CurrentCaller) -> Any:
-    """Make a user, or change role, weight and quotas of one; one who was disabled is let in again (admin)."""
+    """Make a user, or change role, weight and quotas of one; `disabled: false` lets one in again (admin)."""
     return users.put_user(name, body.model_dump(exclude_unset=True), actor=caller.name)
 
 
 @router.delete("/users/{name}", response_model=User, responses=documented(404, 422))
 def disable_user(name: Name, users: Users, caller: CurrentCaller) -> Any:
     """Refuse all tokens of a user from now on; what they measured stays (admin)."""
-    return users.disable_user(name, actor=caller.name)
+    return users.put_user(name, {"disabled": True}, actor=caller.name)
 
 
 @router.get("/tokens", response_model=TokenList, responses=documented(403, 422))
@@ -138,13 +147,13 @@ def list_tokens(
     return {"items": users.tokens(by=caller, user=user)}
 
 
-@router.post("/tokens", status_code=201, response_model=NewToken, responses=documented(403, 404, 422))
+@router.post("/tokens", status_code=201, response_model=NewToken, responses=documented(403, 404, 409, 422))
 def create_token(body: TokenRequest, users: Users, caller: CurrentCaller) -> Any:
     """Make a token for yourself, or, as an admin, for a user. Its secret is in this answer only."""
     return users.create_token(body.user or caller.name, body.name, body.scope, body.expires_in_days, by=caller)
 
 
-@router.delete("/tokens/{token_id}", response_model=Token, responses=documented(404, 409))
+@router.delete("/tokens/{token_id}", response_model=RevokedToken, responses=documented(404, 409))
 def revoke_token(token_id: str, users: Users, caller: CurrentCaller) -> Any:
-    """Refuse this token from now on."""
+    """Refuse this token from now on, and all that were made with it."""
     return users.revoke_token(token_id, by=caller)

@@ -12,8 +12,8 @@ from fastapi.responses import StreamingResponse
 
 from api.deps import ArtifactRoot, User
 from api.errors import documented
+from api.routing import StrictRoute
 from api.schemas import Artifact
-from api.strict import StrictRoute
 from service.artifacts import CHUNK_BYTES
 from service.errors import InvalidSpec
 

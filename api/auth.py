@@ -2,9 +2,11 @@
 
 import getpass
 import re
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -25,6 +27,11 @@ ADMIN = {
     ("POST", "/v1/queue:resume"),
     ("POST", "/v1/results:retract"),
     ("POST", "/v1/results:restore"),
+    *(
+        ("POST", f"/v1/{noun}:{verb}")
+        for noun in ("jobs/{job_id}", "sweeps/{sweep_id}")
+        for verb in ("boost", "unboost")
+    ),
     ("GET", "/v1/users"),
     ("PUT", "/v1/users/{name}"),
     ("DELETE", "/v1/users/{name}"),
@@ -47,16 +54,22 @@ class Limiter:
             raise TooManyRequests(f"more than {per_minute} requests a minute: wait a little")
 
 
-def current_caller(
-    request: Request, credentials: HTTPAuthorizationCredentials | None = Depends(_bearer)
-) -> Caller | None:
-    """Who asks, allowed to ask this; None only where everyone may look.
+async def current_caller(request: Request, _documented: Any = Depends(_bearer)) -> Caller | None:
+    """Who asks, allowed to ask this; None only where everyone may look. Found out once for a request.
 
     Raises `Unauthenticated`, `Forbidden` for what this caller may not do, `TooManyRequests`.
     """
     path = getattr(request.scope.get("route"), "path_format", request.url.path)
     if path in PUBLIC:
         return None
+    if not hasattr(request.state, "caller"):
+        credentials = await _bearer(request)
+        request.state.caller = await run_in_threadpool(_allowed, request, credentials, path)
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _allowed(request: Request, credentials: HTTPAuthorizationCredentials | None, path: str) -> Caller:
     settings: Settings = request.app.state.settings
     access: Access = request.app.state.access
     if not settings.auth:

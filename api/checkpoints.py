@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.deps import User, Verbs
 from api.errors import documented
-from api.strict import StrictRoute
+from api.routing import StrictRoute
 from service.checkpoints import TOLERANCE, Upload, register, registered
 from service.errors import InvalidSpec
 from service.specs.base import Number

@@ -42,6 +42,7 @@ for command in (
     changing.resume,
     changing.extend,
     changing.priority,
+    changing.boost,
     changing.explain,
     changing.queue,
     reading.jobs,

@@ -2,10 +2,11 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlencode
 
 import httpx
 from httpx_sse import SSEError, connect_sse
@@ -78,8 +79,9 @@ class Client(Asking):
     def cancel(self, job_or_sweep_id: str) -> Json:
         return self._change(job_or_sweep_id, "cancel", "cancel")
 
-    def retry(self, job_or_sweep_id: str) -> Json:
-        return self._change(job_or_sweep_id, "retry", "retry-failed")
+    def retry(self, job_or_sweep_id: str, *, states: Collection[str] = ("failed",)) -> Json:
+        """Run a job again that failed, is held or was cancelled, or those of a sweep that are in one of `states`."""
+        return self._change(job_or_sweep_id, "retry", f"retry-failed?{urlencode({'states': ','.join(states)})}")
 
     def explain(self, job_id: str) -> Json:
         """Why a job is not running, and what comes before it."""
@@ -112,6 +114,11 @@ class Client(Asking):
                 raise
         return self._request("PATCH", f"/v1/sweeps/{job_or_sweep_id}", json=changes, headers=headers, repeatable=True)
 
+    def boost(self, job_or_sweep_id: str, *, boosted: bool = True) -> Json:
+        """Let a job, or the live jobs of a sweep, go before all other users' work, or in turn again (admin)."""
+        verb = "boost" if boosted else "unboost"
+        return self._change(job_or_sweep_id, verb, verb)
+
     def _change(self, ident: str, of_job: str, of_sweep: str) -> Json:
         try:
             return self._request("POST", f"/v1/jobs/{ident}:{of_job}")
@@ -129,11 +136,15 @@ class Client(Asking):
         return items
 
     def put_user(self, name: str, **changes: Any) -> Json:
-        """Make a user, or change `role`, `weight`, `max_queued_jobs`, `max_gpus` of one."""
+        """Make a user, or change `role`, `weight`, `max_queued_jobs`, `max_gpus`, `disabled` of one."""
         return self._request("PUT", f"/v1/users/{name}", json=changes)
 
     def disable_user(self, name: str) -> Json:
         return self._request("DELETE", f"/v1/users/{name}")
+
+    def enable_user(self, name: str) -> Json:
+        """Let a disabled user in again."""
+        return self.put_user(name, disabled=False)
 
     def tokens(self, *, user: str | None = None) -> list[Json]:
         items: list[Json] = self._request("GET", "/v1/tokens", params={"user": user} if user else {})["items"]
@@ -147,6 +158,7 @@ class Client(Asking):
         return self._request("POST", "/v1/tokens", json=body)
 
     def revoke_token(self, token_id: str) -> Json:
+        """Refuse a token and all that were made with it; `revoked_children` says how many those were."""
         return self._request("DELETE", f"/v1/tokens/{token_id}")
 
     def datasets(self) -> list[Json]:

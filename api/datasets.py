@@ -6,8 +6,8 @@ from fastapi import APIRouter
 
 from api.deps import Questions, User, Verbs
 from api.errors import documented
+from api.routing import StrictRoute
 from api.schemas import Dataset, DatasetList, DatasetSubmission
-from api.strict import StrictRoute
 from service.errors import InvalidSpec
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/datasets", tags=["datasets"])

@@ -18,6 +18,7 @@ from api.binding import listen
 from api.client import ApiError, Client, Json, Unreachable
 from api.commands.options import AsJson, Home, Port, print_json, program, settings_of
 from api.render import err, number, percent, say, show, sweep_progress, table, tell
+from service import private
 from service.errors import UncannyError
 from service.processes import die_with_parent
 from service.settings import Settings
@@ -81,11 +82,11 @@ def _service(settings: Settings, running: str | None) -> Iterator[str]:
         yield running
         return
     listen(settings.host, settings.port).close()  # a port in use is said here, not in a log
-    settings.logs.mkdir(parents=True, exist_ok=True)
+    private.folder(private.folder(settings.home) / settings.logs.name)
     command = [sys.executable, "-m", "api.cli", "serve", "--home", str(settings.home), "--port", str(settings.port)]
     known = settings.database_url or (settings.home / "uncanny.db").exists()
     command += ["--when-needed"] if known else []  # the numbers may be there already; else Ray starts at once
-    with (settings.logs / "serve.log").open("ab") as log:
+    with private.opened(settings.logs / "serve.log", "ab") as log:
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             preexec_fn=die_with_parent,

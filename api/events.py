@@ -1,5 +1,6 @@
 """The live stream of what happens, as server-sent events: the only async code here."""
 
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated, Any
@@ -8,13 +9,14 @@ from anyio import sleep, to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from api.deps import CurrentCaller, Questions, SaysTruth
+from api.deps import CurrentCaller, Questions, SaysTruth, Users
 from api.errors import documented
 from api.schemas import JOB_ID
-from service.errors import DatabaseAway
+from service.errors import DatabaseAway, Unauthenticated
 
 router = APIRouter(prefix="/v1/events", tags=["events"])
 POLL_SECONDS = 0.3
+RENEW_SECONDS = 5.0  # so often it is asked whether the caller's token is still good
 END = "end"  # of a stream that does not go on
 LAST_ID = 2**63 - 1
 OF_ACCESS = ("user.", "token.")  # what only admins are told, and who did it
@@ -53,6 +55,7 @@ def _start(
 async def follow_events(
     request: Request,
     insights: Questions,
+    users: Users,
     caller: CurrentCaller,
     start: Annotated[tuple[int, dict[str, str | None]], Depends(_start)],
     follow: Annotated[bool, SaysTruth, Query(description="False: send what there is, and end.")] = True,
@@ -62,15 +65,18 @@ async def follow_events(
     A client that comes back with `Last-Event-ID` misses no state change: the stream begins with the `id` that it
     starts behind, without data. With `follow=false` the last is `event: end`: where it is missing, the stream was
     broken off. Comments keep a silent stream open. What changes of users and tokens is told to admins, and to who
-    changed it.
+    changed it. The stream ends within seconds when the caller's token is revoked or has expired.
     """
     last_id, of = start
+    renewed_at = time.monotonic()
     yield ServerSentEvent(id=str(last_id))
     told: dict[str, Any] = {}
     while not (follow and getattr(request.app.state, "stopping", False)):
         try:
+            if time.monotonic() - renewed_at >= RENEW_SECONDS:
+                caller, renewed_at = await to_thread.run_sync(users.renewed, caller), time.monotonic()
             happened, running = await to_thread.run_sync(partial(insights.events, last_id, **of))
-        except DatabaseAway:
+        except (DatabaseAway, Unauthenticated):
             return  # the client comes back, and then is told so
         for event in happened:
             last_id = event["id"]

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import psutil
 
+from service import private
 from service.errors import UncannyError
 from service.settings import Settings
 
@@ -25,8 +26,7 @@ def lock(settings: Settings) -> IO[str]:
 
     Raises `AlreadyServing`. Children of a supervisor that was killed are given time to stop.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
-    file = (settings.home / "serve.lock").open("a+")
+    file = private.opened(private.folder(settings.home) / "serve.lock", "a+")
     deadline = time.monotonic() + LAST_BREATH_SECONDS
     while True:
         try:
@@ -47,7 +47,8 @@ def announce(settings: Settings, url: str) -> None:
     path = _path(settings)
     me = psutil.Process()
     note = {"url": url, "pid": me.pid, "process_began_at": me.create_time()}
-    path.with_suffix(".new").write_text(json.dumps(note))
+    with private.opened(path.with_suffix(".new"), "w") as file:
+        json.dump(note, file)
     os.replace(path.with_suffix(".new"), path)
 
 

@@ -12,8 +12,8 @@ from api.errors import documented
 from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import linked
 from api.preconditions import Seen, tag
+from api.routing import StrictRoute
 from api.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
-from api.strict import StrictRoute
 from service.explaining import explain
 from service.insights import NEWEST_FIRST, Question
 from service.store.fields import JOBS
@@ -99,6 +99,20 @@ def cancel_job(job_id: str, service: Verbs, insights: Questions, user: User) -> 
 def retry_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
     """Run a failed, held or cancelled job again; what had succeeded is kept."""
     service.retry_job(job_id, user=user)
+    return insights.job(job_id)
+
+
+@router.post("/{job_id}:boost", response_model=JobDetail, responses=documented(404, 409))
+def boost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+    """Let a job go before all other users' work, whatever they have used (admin). What runs goes on."""
+    service.boost_job(job_id, user=user)
+    return insights.job(job_id)
+
+
+@router.post("/{job_id}:unboost", response_model=JobDetail, responses=documented(404, 409))
+def unboost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+    """Let a boosted job wait for its owner's turn again (admin)."""
+    service.boost_job(job_id, user=user, boosted=False)
     return insights.job(job_id)
 
 

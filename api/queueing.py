@@ -6,8 +6,8 @@ from fastapi import APIRouter
 
 from api.deps import Questions, ServerSettings, User, Verbs
 from api.errors import documented
+from api.routing import StrictRoute
 from api.schemas import Queue
-from api.strict import StrictRoute
 from service.explaining import queue_status
 from service.insights import Insights
 from service.settings import Settings

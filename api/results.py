@@ -11,8 +11,8 @@ from api.deps import CurrentCaller, Cursor, Limit, Questions, SaysTruth, User, V
 from api.errors import documented
 from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import next_link
+from api.routing import StrictRoute
 from api.schemas import Restorations, Result, ResultPage, Retraction, Retractions
-from api.strict import StrictRoute
 from service import exporting, retraction
 from service.query import names_of
 from service.questions import NEWEST_FIRST, Question, nodes_of

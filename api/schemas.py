@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from service.specs import JobSpec
-from service.specs.base import Labels, Whole
+from service.specs.base import Labels, Priority
 
 JOB_ID = "01939d3e-7b1f-7c3e-a2d4-5f60718293a4"
 DIGEST = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
@@ -61,7 +61,7 @@ class JobSubmission(JobSpec):
         default=None,
         description="In place of `recipe` and `seed`: a registered checkpoint, or weights by their SHA-256.",
     )
-    priority: Annotated[Whole, Field(ge=-100, le=100)] = 0
+    priority: Priority = 0
     labels: Labels = Field(default_factory=dict)
 
     @property
@@ -180,6 +180,7 @@ class Job(BaseModel):
     sweep_id: str | None
     user: str = Field(examples=["ada"])
     priority: int
+    boosted: bool = Field(default=False, description="By an admin: it goes before all other users' work.")
     labels: dict[str, str]
     spec: dict[str, Any] = Field(examples=[JOB_EXAMPLE])
     spec_digest: str
@@ -225,7 +226,7 @@ class Change(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"priority": 5}]})
 
-    priority: Annotated[Whole, Field(ge=-100, le=100)] | None = None
+    priority: Priority | None = None
     labels: Labels | None = None
 
     @model_validator(mode="after")
@@ -256,7 +257,9 @@ class Explanation(BaseModel):
 
     job_id: str
     state: str
-    sentence: str = Field(examples=["it waits for its turn: 7 tasks come before it (priority 0, ...)"])
+    sentence: str = Field(
+        examples=["it waits for its turn: 7 tasks come before it (ada has used 12 device seconds, ...)"]
+    )
     tasks: list[TaskExplanation] = Field(description="Those that have not succeeded.")
 
 
@@ -289,6 +292,12 @@ class Changed(BaseModel):
 
     id: str = Field(examples=[JOB_ID])
     jobs: int = Field(examples=[12])
+
+
+class Retried(Changed):
+    """How many jobs of a sweep run again, and how many were in each state from which they can be."""
+
+    states: dict[str, int] = Field(examples=[{"failed": 12, "held": 0, "cancelled": 3}])
 
 
 class Task(BaseModel):

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.binding import check_bind, listen
-from service import logs
+from service import logs, private
 from service.errors import UncannyError
 from service.settings import Settings
 from service.upgrading import prepare_store
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--fd", type=int, help="A listening socket that the parent process has opened.")
     fd = parser.parse_args().fd
     logs.configure("plain")
+    private.be_private()
     settings = Settings()
     try:
         check_bind(settings)

@@ -1,11 +1,10 @@
 """Bodies of requests, read as strictly as a contract is: what JSON leaves open is refused, not guessed."""
 
 import json
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
+from fastapi import Request
 
 from service.errors import InvalidSpec
 from service.specs.base import TOO_SMALL, shorten, underflows
@@ -21,18 +20,6 @@ class NotSentAsJson(InvalidSpec):
     """The body says of itself that it is something else."""
 
 
-class StrictRoute(APIRoute):
-    """A route whose body, if it has one, is JSON that says each field once."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def strict(request: Request) -> Response:
-            return await handle(_Strict(request.scope, request.receive))
-
-        return strict
-
-
 def check_sent(error: Mapping[str, Any]) -> None:
     """Raises `NotSentAsJson` and `NotJson` where what pydantic says of a body is that there was no JSON to look at.
 
@@ -44,7 +31,9 @@ def check_sent(error: Mapping[str, Any]) -> None:
         raise NotJson([("", f"the body is empty: {SENT_AS}")])
 
 
-class _Strict(Request):
+class StrictRequest(Request):
+    """A request whose JSON is read by `read`."""
+
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             self._json = read(await self.body())

@@ -23,6 +23,7 @@ import psutil
 
 from api import home
 from api.binding import check_bind, listen
+from service import private
 from service.errors import UncannyError
 from service.jobs import ENDED_TASK
 from service.processes import adopt_orphans, die_with_parent, free_port
@@ -112,7 +113,9 @@ class Supervisor:
         self._socket: socket.socket = listen(settings.host, settings.port)
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        settings.logs.mkdir(parents=True, exist_ok=True)
+        if closed := private.tighten(settings):
+            say(closed)
+        private.folder(settings.logs)
         environment = {**os.environ, **settings.environment()}
         logs = {name: None if verbose else settings.logs / f"{name}.log" for name in ("api", "dispatcher", "head")}
         api = [sys.executable, "-m", "api.server", "--fd", str(self._socket.fileno())]
@@ -266,4 +269,4 @@ def dispatcher_name(settings: Settings) -> str:
 def _open_log(path: Path) -> IO[bytes]:
     if path.exists() and path.stat().st_size > LOG_BYTES:
         path.replace(path.with_suffix(".log.1"))
-    return path.open("ab")
+    return private.opened(path, "ab")

@@ -2,19 +2,38 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Request, Response
+from fastapi import APIRouter, Body, Query, Request, Response
 
 from api.deps import Cursor, IsDryRun, Key, Limit, Questions, User, Verbs, Wait, idempotency
 from api.errors import documented
 from api.jobs import answer, wait_for
 from api.paging import linked
 from api.preconditions import Seen, tag
-from api.schemas import SWEEP_EXAMPLE, AcceptedSweep, Change, Changed, DryRun, Extension, SweepDetail, SweepPage
-from api.strict import StrictRoute
+from api.routing import StrictRoute
+from api.schemas import (
+    SWEEP_EXAMPLE,
+    AcceptedSweep,
+    Change,
+    Changed,
+    DryRun,
+    Extension,
+    Retried,
+    SweepDetail,
+    SweepPage,
+)
 from service import specs
+from service.dotted import or_rather
+from service.errors import InvalidQuery
+from service.jobs import RETRIABLE
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/sweeps", tags=["sweeps"])
 ENDED = ("succeeded", "failed", "cancelled")
+States = Annotated[
+    str,
+    Query(
+        description="Of these states: " + ", ".join(RETRIABLE) + ", with commas between them.", examples=["failed,held"]
+    ),
+]
 
 
 @router.post(
@@ -95,7 +114,24 @@ def cancel_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
     return {"id": sweep_id, "jobs": service.cancel_sweep(sweep_id, user=user)}
 
 
-@router.post("/{sweep_id}:retry-failed", response_model=Changed, responses=documented(404))
-def retry_failed(sweep_id: str, service: Verbs, user: User) -> Any:
-    """Run the failed, held and cancelled jobs of a sweep again."""
-    return {"id": sweep_id, "jobs": service.retry_failed(sweep_id, user=user)}
+@router.post("/{sweep_id}:retry-failed", response_model=Retried, responses=documented(404, 422))
+def retry_failed(sweep_id: str, service: Verbs, user: User, states: States = "failed") -> Any:
+    """Run the failed jobs of a sweep again, or those in `states`; what had succeeded is kept."""
+    chosen = [state.strip() for state in states.split(",")]
+    for state in chosen:
+        if state not in RETRIABLE:
+            raise InvalidQuery("states", f"no job is run again from {state!r:.120}{or_rather(state, RETRIABLE)}")
+    retried, there_were = service.retry_failed(sweep_id, user=user, states=chosen)
+    return {"id": sweep_id, "jobs": retried, "states": there_were}
+
+
+@router.post("/{sweep_id}:boost", response_model=Changed, responses=documented(404))
+def boost_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
+    """Let the live jobs of a sweep go before all other users' work, whatever they have used (admin)."""
+    return {"id": sweep_id, "jobs": service.boost_sweep(sweep_id, user=user)}
+
+
+@router.post("/{sweep_id}:unboost", response_model=Changed, responses=documented(404))
+def unboost_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
+    """Let the boosted jobs of a sweep wait for their owner's turn again (admin)."""
+    return {"id": sweep_id, "jobs": service.boost_sweep(sweep_id, user=user, boosted=False)}

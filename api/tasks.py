@@ -7,8 +7,8 @@ from fastapi import APIRouter
 from api.answers import Restored, Retracted
 from api.deps import CurrentCaller, Questions, User, Verbs
 from api.errors import documented
+from api.routing import StrictRoute
 from api.schemas import Retraction, Task
-from api.strict import StrictRoute
 from service import retraction
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/tasks", tags=["tasks"])

@@ -5,8 +5,6 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection
-
 from service.errors import Conflict, NotFound, Unauthenticated, UncannyError
 from service.store import Database, accounts, history
 from service.store.history import Event
@@ -46,34 +44,43 @@ class Access:
     def caller(self, secret: str) -> Caller:
         """Who this token stands for. Raises `Unauthenticated` for one that is unknown, revoked or expired."""
         with self.database.read() as connection:
-            row = accounts.token_by_hash(connection, _hash(secret))
+            row = accounts.admission(connection, sha256=_hash(secret))
             now = self.database.now(connection)
-        if row is None or row.revoked_at is not None or row.disabled_at is not None:
-            raise Unauthenticated("this token is unknown or was revoked: make a new one with `uncanny token create`")
-        if row.expires_at is not None and row.expires_at <= now:
-            raise Unauthenticated("this token has expired: make a new one with `uncanny token create`")
+        caller = _admitted(row, now)
         if row.last_used_at is None or now - row.last_used_at > USED_EVERY_SECONDS:
             with self.database.write() as connection:
                 accounts.note_use(connection, row.id, now)
-        return Caller(row.user, min(row.scope, ROLES[row.role], key=SCOPES.index), row.id)
+        return caller
+
+    def renewed(self, caller: Caller) -> Caller:
+        """The same caller as they are now, for an answer that goes on for long. Raises `Unauthenticated`."""
+        if caller.token_id is None:
+            return caller
+        with self.database.read() as connection:
+            row = accounts.admission(connection, token_id=caller.token_id)
+            return _admitted(row, self.database.now(connection))
 
     def put_user(self, name: str, changes: dict[str, Any], *, actor: str) -> dict[str, Any]:
-        """Make a user, or change role, weight and quotas (None: the default of the settings) of one."""
-        with self.database.write() as connection:
-            now = self.database.now(connection)
-            known = accounts.user(connection, name) is not None
-            accounts.put_user(connection, now, name, changes)
-            verb = "changed" if known else "created"
-            history.append(connection, now, actor, [Event(f"user.{verb}", data={"name": name, **changes})])
-            return _user_view(accounts.user(connection, name))
+        """Make a user, or change role, weight and quotas (None: the default of the settings) of one.
 
-    def disable_user(self, name: str, *, actor: str) -> dict[str, Any]:
-        """Let none of a user's tokens be used any more; what they measured stays. `put_user` lets them in again."""
+        `disabled` says whether all tokens of a user are refused; where it is left out, that stays as it is. Raises
+        `NotFound` for a user who is to be let in again and is not there: a slip of the pen must make nobody.
+        """
+        disabled, changes = changes.get("disabled"), {name: of for name, of in changes.items() if name != "disabled"}
         with self.database.write() as connection:
             now = self.database.now(connection)
-            self._user(accounts.user(connection, name), name)
-            accounts.put_user(connection, now, name, {"disabled_at": now})
-            history.append(connection, now, actor, [Event("user.disabled", data={"name": name})])
+            row = accounts.user(connection, name)
+            if disabled is not None:
+                self._user(row, name)
+            happened = []
+            if row is None or changes:
+                verb = "created" if row is None else "changed"
+                happened.append(Event(f"user.{verb}", data={"name": name, **changes}))
+            if disabled is not None and disabled != (row.disabled_at is not None):
+                happened.append(Event("user.disabled" if disabled else "user.enabled", data={"name": name}))
+                changes["disabled_at"] = now if disabled else None
+            accounts.put_user(connection, now, name, changes)
+            history.append(connection, now, actor, happened)
             return _user_view(accounts.user(connection, name))
 
     def users(self) -> list[dict[str, Any]]:
@@ -85,9 +92,9 @@ class Access:
     ) -> dict[str, Any]:
         """A new token; its `secret` is in this answer and nowhere else: only a hash of it is kept.
 
-        It does not outlive the token that makes it, unless an admin asks.
-        Raises `NotFound` for an unknown user, and `NotAllowed` where the scope is wider than the caller's or the
-        user's role, or the token is for another user and the caller no admin.
+        It does not outlive the token that makes it, unless an admin asks, and is revoked with it in any case.
+        Raises `NotFound` for an unknown user, `Conflict` for a disabled one, and `NotAllowed` where the scope is wider
+        than the caller's or the user's role, or the token is for another user and the caller no admin.
         """
         if user != by.name and not by.may("admin"):
             raise NotAllowed(f"only an admin can make a token for {user}")
@@ -97,14 +104,20 @@ class Access:
         with self.database.write() as connection:
             now = self.database.now(connection)
             row = self._user(accounts.user(connection, user), user)
+            if row.disabled_at is not None:
+                raise Conflict(f"{user} is disabled: `uncanny user enable {user}` lets them in again")
             if SCOPES.index(scope) > SCOPES.index(ROLES[row.role]):
                 raise NotAllowed(f"{user} is a {row.role}, whose tokens have at most the scope {ROLES[row.role]!r}")
             expires_at = None if expires_in_days is None else now + expires_in_days * DAY_SECONDS
-            if not by.may("admin"):
-                expires_at = _earlier(expires_at, _expiry(connection, by))
+            parent = None
+            if by.token_id is not None:
+                parent = accounts.admission(connection, token_id=by.token_id)
+                _admitted(parent, now)  # it may have been revoked since the request came
+            if parent is not None and not by.may("admin"):
+                expires_at = _earlier(expires_at, parent.expires_at)
             made = accounts.insert_token(
                 connection, now, user=user, name=name, prefix=secret[: len("unc_") + PREFIX_LETTERS],
-                sha256=_hash(secret), scope=scope, created_by=by.name, expires_at=expires_at,
+                sha256=_hash(secret), scope=scope, created_by=by.name, expires_at=expires_at, parent_id=by.token_id,
             )  # fmt: skip
             data = {"id": made.id, "user": user, "name": name, "scope": scope}
             history.append(connection, now, by.name, [Event("token.created", data=data)])
@@ -119,7 +132,10 @@ class Access:
             return [_token_view(row) for row in accounts.tokens_of(connection, user)]
 
     def revoke_token(self, token_id: str, *, by: Caller) -> dict[str, Any]:
-        """From now on this token is refused. Raises `NotFound`, `Conflict` where it was revoked before."""
+        """From now on this token is refused, and with it those made with it, with these, and so on: whoever had it may
+        have made them. `revoked_children` says how many those were. Raises `NotFound`, `Conflict` where it was revoked
+        before.
+        """
         with self.database.write() as connection:
             now = self.database.now(connection)
             row = accounts.token(connection, token_id)
@@ -127,10 +143,14 @@ class Access:
                 raise NotFound(f"there is no token {token_id} of yours")
             if row.revoked_at is not None:
                 raise Conflict(f"token {token_id} was revoked before")
-            accounts.revoke(connection, token_id, now)
-            data = {"id": token_id, "user": row.user, "name": row.name}
-            history.append(connection, now, by.name, [Event("token.revoked", data=data)])
-            return _token_view(accounts.token(connection, token_id))
+            revoked = accounts.revoke(connection, token_id, now)
+            told = [
+                {"id": one.id, "user": one.user, "name": one.name}
+                | ({"with": token_id} if one.id != token_id else {})
+                for one in sorted(revoked, key=lambda one: (one.id != token_id, one.id))
+            ]  # fmt: skip
+            history.append(connection, now, by.name, [Event("token.revoked", data=data) for data in told])
+            return {**_token_view(accounts.token(connection, token_id)), "revoked_children": len(revoked) - 1}
 
     def owner(self, *, job_id: str | None, sweep_id: str | None) -> str | None:
         """Whose job or sweep that is; None where there is no such thing."""
@@ -150,10 +170,13 @@ class Access:
         return row
 
 
-def _expiry(connection: Connection, caller: Caller) -> float | None:
-    """When the caller's own token expires; None for never."""
-    row = accounts.token(connection, caller.token_id) if caller.token_id is not None else None
-    return None if row is None else row.expires_at
+def _admitted(row: Any, now: float) -> Caller:
+    """Who that row of `accounts.admission` stands for. Raises `Unauthenticated` where nobody, or nobody any more."""
+    if row is None or row.revoked_at is not None or row.disabled_at is not None:
+        raise Unauthenticated("this token is unknown or was revoked: make a new one with `uncanny token create`")
+    if row.expires_at is not None and row.expires_at <= now:
+        raise Unauthenticated("this token has expired: make a new one with `uncanny token create`")
+    return Caller(row.user, min(row.scope, ROLES[row.role], key=SCOPES.index), row.id)
 
 
 def _earlier(a: float | None, b: float | None) -> float | None:
@@ -173,6 +196,6 @@ def _user_view(row: Any) -> dict[str, Any]:
 
 def _token_view(row: Any) -> dict[str, Any]:
     """A token as the API shows it: never its hash."""
-    shown = {name: getattr(row, name) for name in ("id", "user", "name", "prefix", "scope", "created_by")}
+    shown = {name: getattr(row, name) for name in ("id", "user", "name", "prefix", "scope", "created_by", "parent_id")}
     times = ("created_at", "expires_at", "last_used_at", "revoked_at")
     return {**shown, **{name: iso(getattr(row, name)) for name in times}}

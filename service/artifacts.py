@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -183,14 +184,20 @@ class Artifacts:
         """Scratch space on the root's own file system, so that publishing is a rename."""
         if not self._local:
             return None
-        os.makedirs(self._base, exist_ok=True)
+        os.makedirs(self._base, mode=0o700, exist_ok=True)
         return str(self._base)
 
     def _publish(self, path: Path, digest: str) -> None:
         target = self._path(digest)
         if self._local:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
+            mode = stat.S_IMODE(
+                os.stat(self._base).st_mode
+            )  # what may be done with the root, may be with what is in it
+            with suppress(FileExistsError):
+                os.mkdir(os.path.dirname(target))
+                os.chmod(os.path.dirname(target), mode)
             with path.open("rb") as file:
+                os.fchmod(file.fileno(), mode & 0o666)
                 os.fsync(file.fileno())
             os.replace(path, target)
         else:  # also where it is there: what is published again is new to the collector of garbage

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from service.scheduling import Account, Cluster, Decision, Waiting, choose
+from service.scheduling import RULE, Account, Cluster, Decision, Waiting, choose
 from service.store import Database, deciding
 
 Seen = tuple[list[Waiting], dict[str, Account], Cluster, float]
@@ -15,7 +15,7 @@ Seen = tuple[list[Waiting], dict[str, Account], Cluster, float]
 def packed(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: Cluster, now: float) -> bytes:
     """The arguments of `scheduling.choose` as bytes, exactly: JSON repeats a float64 to the last bit."""
     known = {name: _values(account) for name, account in accounts.items()}
-    seen = [[_values(task) for task in queue], known, _values(cluster), now]
+    seen = [[_values(task) for task in queue], known, _values(cluster), now, RULE]
     return zlib.compress(json.dumps(seen, separators=(",", ":")).encode(), level=1)
 
 
@@ -24,8 +24,11 @@ def _values(of: Waiting | Account | Cluster) -> list[Any]:
     return [*vars(of).values()]
 
 
-def unpacked(seen: bytes) -> Seen:
-    queue, known, cluster, now = json.loads(zlib.decompress(seen))
+def unpacked(seen: bytes) -> Seen | None:
+    """The same again; None where another rule than this version's decided."""
+    queue, known, cluster, now, *rule = json.loads(zlib.decompress(seen))
+    if rule != [RULE]:
+        return None
     accounts = {name: Account(*values) for name, values in known.items()}
     return [Waiting(*values) for values in queue], accounts, Cluster(*cluster), now
 
@@ -39,8 +42,11 @@ def told(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
 
 
 def replay(database: Database) -> tuple[int, list[int]]:
-    """Decide everything in the log again: `(how many claims it has, the ids of those that come out otherwise)`."""
+    """Decide everything in the log again: `(how many claims it has, the ids of those that come out otherwise)`.
+
+    Claims that another version decided by its own rule are left out.
+    """
     with database.read() as connection:
-        rows = deciding.recorded(connection)
-    differing = [row.id for row in rows if told(choose(*unpacked(row.seen))) != row.decided]
-    return len(rows), differing
+        rows = [(row, unpacked(row.seen)) for row in deciding.recorded(connection)]
+    ours = [(row, seen) for row, seen in rows if seen is not None]
+    return len(ours), [row.id for row, seen in ours if told(choose(*seen)) != row.decided]

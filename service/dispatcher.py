@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from service import decisions, replanning, resources, scheduling
+from sqlalchemy import Connection
+
+from service import decisions, replanning, resources, scheduling, sponsoring
 from service.artifacts import Artifacts
 from service.errors import Conflict, DatabaseAway
 from service.executor import (
@@ -34,6 +36,7 @@ POLL_SECONDS = 0.05
 IDLE_SECONDS = 0.1
 GATHER_SECONDS = 0.02  # what comes so close together is written together: a transaction costs more than a row in it
 AWAY_SECONDS = 1.0
+PASS_ON_SECONDS = 5.0  # how often it looks whether a shared task waits for the wrong user's turn
 LOOK_SECONDS = 0.5  # how often it looks whether something that runs is not wanted any more
 QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
 
@@ -68,6 +71,7 @@ class Dispatcher:
     _renewed_at: float = -math.inf
     _seen_at: float = -math.inf  # when the database last answered about leadership
     _looked_at: float = -math.inf
+    _passed_on_at: float = -math.inf
     _lead_from: float = -math.inf  # by the database's clock, as the next one
     _reap_from: float = 0.0
 
@@ -233,7 +237,7 @@ class Dispatcher:
         if still := self._liveness.newly_standing_still(report):
             log.warning("%d tasks do not advance", len(still))
             with self.database.write() as connection:
-                if claiming.still_leads(connection, self.name, self._epoch):
+                if self._still_leads(connection):
                     recording.note_stalled(connection, self.database.now(connection), self.name, still)
 
     def _write(self) -> None:
@@ -247,6 +251,9 @@ class Dispatcher:
         cluster = resources.cluster(self.settings, capacity, handed_over.values(), ended)
         if cluster.free_slots <= 0:
             return
+        if self.clock() - self._passed_on_at >= PASS_ON_SECONDS:
+            self._passed_on_at = self.clock()
+            sponsoring.pass_on(self.database, self.settings, cluster, self._still_leads)
         half_life, limits = self.settings.usage_half_life_seconds, self.settings.limits
         with self.database.read() as connection:
             now = self.database.now(connection)
@@ -265,7 +272,7 @@ class Dispatcher:
         seen, decided = decisions.packed(queue, accounts, cluster, now), decisions.told(chosen)
         bundles: list[Bundle] = []
         with self.database.write() as connection:
-            leads = claiming.still_leads(connection, self.name, self._epoch)
+            leads = self._still_leads(connection)
             if leads and not claiming.is_paused(connection):
                 now = self.database.now(connection)
                 lease = self.settings.lease_seconds
@@ -293,6 +300,9 @@ class Dispatcher:
             self.executor.submit(bundle)
             log.info("handed over %s", ", ".join(map(str, bundle.grants)))
 
+    def _still_leads(self, connection: Connection) -> bool:
+        return claiming.still_leads(connection, self.name, self._epoch)
+
     @property
     def _bundles(self) -> int:
         return len({bundle.id for bundle in self._running.values()})
@@ -319,7 +329,7 @@ class Dispatcher:
         try:
             self._write()
             with self.database.write() as connection:
-                if claiming.still_leads(connection, self.name, self._epoch):  # else all of that is its successor's
+                if self._still_leads(connection):  # else all of that is its successor's
                     now = self.database.now(connection)
                     claiming.take_back(connection, now, self.name)
                     claiming.resign(connection, now, self.name)

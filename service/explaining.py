@@ -135,11 +135,12 @@ def _queued(look: _Look, task: Row[Any]) -> tuple[str, int | None]:
         have = f"{account.devices:g} of {account.max_gpus:g} GPUs"
         return f"{task.sponsor}, at whose expense it runs, uses {have} and may use no more at once", None
     used = f"{task.sponsor} has used {account.device_seconds:.0f} device seconds at weight {account.weight:g}"
+    why = f"{'an admin boosted it; ' if task.boosted else ''}{used}; priority {task.priority} among their own tasks"
     if task.id not in look.before:
-        return f"at least {look.seen} tasks come before it (priority {task.priority}; {used})", look.seen
+        return f"at least {look.seen} tasks come before it ({why})", look.seen
     count = look.before[task.id]
     turn = "it is next" if count == 0 else f"{count} task{'s come' if count > 1 else ' comes'} before it"
-    return f"{turn} (priority {task.priority}; {used}){_nowhere(look, task) or _full(look)}", count
+    return f"{turn} ({why}){_nowhere(look, task) or _full(look)}", count
 
 
 def _nowhere(look: _Look, task: Row[Any]) -> str:

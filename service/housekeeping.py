@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 from sqlalchemy import Column, ColumnElement, Connection, and_, delete, func, or_, select, union, update
 
+from service import private
 from service.artifacts import Artifacts, Stored
 from service.errors import UncannyError
 from service.jobs import ENDED_TASK, TaskState
@@ -200,7 +201,7 @@ def _forget_events(database: Database, now: float, seconds: float | None, dry_ru
 
 
 def _sweep_leftovers(artifacts: Artifacts, home: Path | None, before: float, pile: Pile, dry_run: bool) -> None:
-    for path in [*artifacts.leftovers(before), *(_dead_sessions(home / "ray", before) if home else [])]:
+    for path in [*artifacts.leftovers(before), *(_dead_sessions(home / private.SESSIONS, before) if home else [])]:
         size = sum(one.lstat().st_size for one in (path, *path.rglob("*")) if one.is_file())
         if not dry_run:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

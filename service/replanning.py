@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row, select
 
 from service.errors import Conflict, InvalidSpec
 from service.executor import Grant
-from service.jobs import LIVE_JOB
+from service.jobs import LIVE_JOB, RETRIABLE
 from service.plan import JobPlan
 from service.planning import plans_of
 from service.specs import JobSpec, problems
@@ -50,12 +50,15 @@ def replan(connection: Connection, now: float, actor: str, task_ids: Collection[
     return len(plans)
 
 
-def before_retry(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> None:
-    """Plan those of these ended jobs again that need retracted tasks, so that a retry does not go on with them.
+def before_retry(
+    connection: Connection, now: float, actor: str, job_ids: Sequence[str], states: Collection[str] = RETRIABLE
+) -> None:
+    """Plan jobs that ended in one of these states and need retracted tasks again: a retry uses none of those.
 
     Raises `Conflict` where this version refuses a spec.
     """
-    ended = submitting.RETRIABLE & jobs.c.id.in_(listed(retracting.outlived(connection, job_ids)))
+    outlived = jobs.c.id.in_(listed(retracting.outlived(connection, job_ids)))
+    ended = jobs.c.state.in_(states) & outlived
     rows = connection.execute(select(jobs).where(ended).order_by(jobs.c.sequence)).all()
     try:
         plans = [(row, _plan(connection, row)) for row in rows]

@@ -1,10 +1,10 @@
 """Who goes next: a pure function of the queue, what users have used and may use, the room there is, and the clock.
 
-Between users: the one whose best task has the highest priority goes first, then the one who has used least for their
-weight. A user who waits gains a point of priority each `AGEING_SECONDS` until one of their tasks is claimed, so that no
-flood of better-ranked work keeps anyone waiting for ever. Among the tasks of one user: priority with the same ageing by
-each task's own wait, then trainings (those that most jobs need first), then the order of submission. So only finitely
-many tasks can ever come before one that waits.
+Between users: what an admin has boosted goes first, then the user who has used least for their weight, whatever the
+priorities are: with each task of theirs that runs, the others come nearer to their turn, so nobody waits for ever.
+Among the tasks of one user: the boosted ones, then priority, to which each `AGEING_SECONDS` of a task's own wait add a
+point, then trainings (those that most jobs need first), then the order of submission. So only finitely many of a
+user's own tasks can ever come before one of theirs that waits.
 """
 
 from collections import Counter
@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_BUNDLE = 16  # tasks; more would keep a worker from others for too long
+RULE = 2  # of this order: decisions of another one are not made again from the log
 AGEING_SECONDS = 3600.0  # of waiting count as much as one point of priority
+BOOST_SECONDS = 1e10  # by which a boosted task is due before all others: longer than any clock has run
 HEAD_START_SECONDS = 1.0  # by which a training is due before what was submitted with it
 TURN_SECONDS = 60.0  # what a bundle that runs is taken to cost each of its devices, until it is known
 ROUNDING = 1e-9  # ten tenths of a GPU are one
@@ -23,7 +25,8 @@ class Waiting:
     """A queued task, as far as ranking needs to know it. `train_digest` names the checkpoint that it works on.
 
     `needed_by` says how many live jobs need it, `waiting_since` is in seconds since 1970. `whole` says that it ran out
-    of the memory of a GPU that it shared, so that it has the next one to itself.
+    of the memory of a GPU that it shared, so that it has the next one to itself; `boosted`, that an admin wants it
+    before all others.
     """
 
     task_id: str
@@ -35,18 +38,18 @@ class Waiting:
     waiting_since: float = 0.0
     needed_by: int = 1
     whole: bool = False
+    boosted: bool = False
 
 
 @dataclass(frozen=True)
 class Account:
-    """A user's usage and limits: device seconds by half-life, devices in use now, when they were last served.
+    """A user's usage and limits: device seconds by half-life, devices in use now.
 
     `max_gpus` limits devices in use at once; on a cluster without GPUs each place to run counts as one device.
     """
 
     device_seconds: float = 0.0
     devices: float = 0.0
-    served_at: float = 0.0
     weight: float = 1.0
     max_gpus: float | None = None
 
@@ -100,7 +103,6 @@ def choose(
         left.setdefault(task.sponsor, []).append(task)
     checkpoints = Counter(task.train_digest for task in queue)
     devices = {sponsor: _account(accounts, sponsor).devices for sponsor in left}
-    served: set[str] = set()
     decisions: list[Decision] = []
     room, lookahead = dict(cluster.room), cluster.lookahead
     while len(decisions) < cluster.free_slots:
@@ -108,10 +110,7 @@ def choose(
         able = {name: mine for name, mine in able.items() if _fits(mine[0], accounts, devices, cluster)}
         if not able:
             break
-        places = {
-            name: _place(mine, _account(accounts, name), devices[name], name in served, now)
-            for name, mine in able.items()
-        }
+        places = {name: _place(mine[0], _account(accounts, name), devices[name]) for name, mine in able.items()}
         sponsor = min(able, key=lambda name: places[name])
         mine, head = left[sponsor], able[sponsor][0]
         needs = cluster.needs(head.kind, head.whole)
@@ -129,17 +128,25 @@ def choose(
             del left[sponsor]
         checkpoints[head.train_digest] -= len(taken)
         checkpoints += Counter()  # without those of which nothing is left
-        reason = _reason(head, places[sponsor], _account(accounts, sponsor), devices[sponsor])
+        reason = _reason(head, _account(accounts, sponsor), devices[sponsor], now)
         share = cluster.share(head.kind, head.whole)
         devices[sponsor] += share
-        served.add(sponsor)
         decisions.append(Decision(tuple(task.task_id for task in taken), sponsor, share, reason, head.whole))
     return decisions
 
 
-def due(waiting_since: float, priority: int, kind: str) -> float:
+def due(waiting_since: float, priority: int, kind: str, *, boosted: bool = False) -> float:
     """A number that orders one user's tasks at any time: what waits longer or has a higher priority has a lower one."""
-    return waiting_since - priority * AGEING_SECONDS - (HEAD_START_SECONDS if kind == "train" else 0.0)
+    ahead = (HEAD_START_SECONDS if kind == "train" else 0.0) + (BOOST_SECONDS if boosted else 0.0)
+    return waiting_since - priority * AGEING_SECONDS - ahead
+
+
+def turns(accounts: Mapping[str, Account], cluster: Cluster) -> dict[str, int]:
+    """Users' places in line, the lowest first: those at their limit last, the others by usage for their weight."""
+    least = min(cluster.share_by_kind.values(), default=1.0)
+    loads = {name: (at_limit(of, of.devices, least), _load(of, of.devices)) for name, of in accounts.items()}
+    line = sorted(set(loads.values()))
+    return {name: line.index(load) for name, load in loads.items()}
 
 
 def decayed(device_seconds: float, age_seconds: float, half_life_seconds: float) -> float:
@@ -187,35 +194,37 @@ def _fits(head: Waiting, accounts: Mapping[str, Account], devices: Mapping[str, 
     return not at_limit(_account(accounts, head.sponsor), devices[head.sponsor], share)
 
 
-def _own_order(task: Waiting, now: float) -> tuple[int, bool, int, int, str]:
+def _own_order(task: Waiting, now: float) -> tuple[bool, int, bool, int, int, str]:
     """Best first, among the tasks of one user."""
-    aged = task.priority + _points(now - task.waiting_since)
     training = task.kind == "train"
-    return (-aged, not training, -task.needed_by if training else 0, task.sequence, task.task_id)
+    needed_by = -task.needed_by if training else 0
+    return (not task.boosted, -_aged(task, now), not training, needed_by, task.sequence, task.task_id)
 
 
-def _place(
-    mine: Sequence[Waiting], account: Account, devices: float, served: bool, now: float
-) -> tuple[int, float, bool, int, str]:  # fmt: skip
-    """Lowest first, among users: effective priority, usage for their weight, trainings, the order of submission."""
-    head = mine[0]
-    since = min(task.waiting_since for task in mine)
-    points = 0 if served else _points(now - max(since, account.served_at))
-    load = (account.device_seconds + TURN_SECONDS * devices) / account.weight
-    return (-max(task.priority for task in mine) - points, load, head.kind != "train", head.sequence, head.task_id)
+def _place(head: Waiting, account: Account, devices: float) -> tuple[bool, float, bool, int, str]:
+    """Lowest first, among users: boosted, usage for their weight, trainings, the order of submission."""
+    return (not head.boosted, _load(account, devices), head.kind != "train", head.sequence, head.task_id)
 
 
-def _points(waited_seconds: float) -> int:
-    return int(max(0.0, waited_seconds) // AGEING_SECONDS)
+def _load(account: Account, devices: float) -> float:
+    """Device seconds for each unit of weight, with a turn for each device in use."""
+    return (account.device_seconds + TURN_SECONDS * devices) / account.weight
+
+
+def _aged(task: Waiting, now: float) -> int:
+    """Its priority among its sponsor's tasks, with a point for each `AGEING_SECONDS` of its wait."""
+    return task.priority + int(max(0.0, now - task.waiting_since) // AGEING_SECONDS)
 
 
 def _may_share(task: Waiting, head: Waiting) -> bool:
-    same = (task.train_digest, task.priority, task.whole) == (head.train_digest, head.priority, head.whole)
+    same = all(getattr(task, of) == getattr(head, of) for of in ("train_digest", "priority", "whole", "boosted"))
     return same and task.kind != "train"
 
 
-def _reason(head: Waiting, place: tuple[int, float, bool, int, str], account: Account, devices: float) -> str:
+def _reason(head: Waiting, account: Account, devices: float, now: float) -> str:
+    boosted = "an admin boosted it; " if head.boosted else ""
     used = f"{head.sponsor} has used {account.device_seconds:.0f} device seconds and has {devices:g} in use"
-    aged = f" (by waiting: {-place[0]})" if -place[0] != head.priority else ""
     weight = f" at weight {account.weight:g}" if account.weight != 1 else ""
-    return f"priority {head.priority}{aged}, {used}{weight}"
+    aged = _aged(head, now)
+    by_waiting = f" (by waiting: {aged})" if aged != head.priority else ""
+    return f"{boosted}{used}{weight}; priority {head.priority}{by_waiting} among their own"

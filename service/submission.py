@@ -10,7 +10,7 @@ from service import replanning
 from service.artifacts import Artifacts
 from service.datasets import inspect
 from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
-from service.jobs import LIVE_JOB
+from service.jobs import LIVE_JOB, RETRIABLE, JobState
 from service.limits import MAX_SWEEP_JOBS, Limits
 from service.plan import JobPlan
 from service.planning import counted, distinct_tasks, plans_of
@@ -172,13 +172,19 @@ class Service:
                 submitting.cancel_jobs(connection, self.database.now(connection), user, ids, f"cancelled by {user}")
             )
 
-    def retry_failed(self, sweep_id: str, *, user: str) -> int:
-        """Reopen the failed, held and cancelled jobs of a sweep; returns how many those were.
+    def retry_failed(
+        self, sweep_id: str, *, user: str, states: Collection[str] = (JobState.FAILED,)
+    ) -> tuple[int, dict[str, int]]:
+        """Reopen the jobs of a sweep that failed, or that are in these `states`, of those of `RETRIABLE`.
 
-        Raises `NotFound`, `QuotaExceeded` where an owner of them would have too many; then none is reopened.
+        Returns how many it reopened, and how many there were in each state from which a job can be. Raises `NotFound`,
+        `QuotaExceeded` where an owner of them would have too many; then none is reopened.
         """
         with self.database.write() as connection:
-            return len(self._retry(connection, self.database.now(connection), user, _jobs_of(connection, sweep_id)))
+            ids = _jobs_of(connection, sweep_id)
+            there_were = submitting.states_of(connection, ids)
+            retried = self._retry(connection, self.database.now(connection), user, ids, states)
+            return len(retried), {state: there_were[state] for state in RETRIABLE}
 
     def pause_sweep(self, sweep_id: str, *, user: str) -> None:
         """Claim nothing more for this sweep; what others need too goes on for them, and what runs is finished.
@@ -236,6 +242,27 @@ class Service:
             now = self.database.now(connection)
             changing.change_sweep(connection, now, user, sweep_id, priority=priority, labels=labels)
 
+    def boost_job(self, job_id: str, *, user: str, boosted: bool = True) -> None:
+        """Let a live job go before all other users' work, whatever they have used, or in turn again.
+
+        That is an admin's to ask. Raises `NotFound`, `Conflict` where it has ended.
+        """
+        with self.database.write() as connection:
+            state = connection.execute(select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
+            if state is None:
+                raise NotFound(f"there is no job {job_id}")
+            if state not in LIVE_JOB:
+                raise Conflict(f"job {job_id} is {state}, so it has no turn any more")
+            now = self.database.now(connection)
+            changing.boost_jobs(connection, now, user, jobs.c.id == job_id, boosted=boosted)
+
+    def boost_sweep(self, sweep_id: str, *, user: str, boosted: bool = True) -> int:
+        """The same for the live jobs of a sweep, not for those by which it is extended later; returns how many."""
+        with self.database.write() as connection:
+            _sweep(connection, sweep_id)
+            now = self.database.now(connection)
+            return changing.boost_jobs(connection, now, user, jobs.c.sweep_id == sweep_id, boosted=boosted)
+
     def register_dataset(self, name: str, train_sha256: str, test_sha256: str, *, user: str) -> dict[str, Any]:
         """Register a lab's own images, whose two files are artifacts already, as `npz:NAME`.
 
@@ -270,11 +297,14 @@ class Service:
             if not change(connection, self.database.now(connection), user, ids, *more):
                 raise Conflict(f"job {ids[0]} is {state}, so it cannot be {verb}")
 
-    def _retry(self, connection: Connection, now: float, user: str, ids: list[str]) -> list[str]:
-        for owner, count in submitting.reopening(connection, ids).items():
+    def _retry(
+        self, connection: Connection, now: float, user: str, ids: list[str],
+        states: Collection[str] = RETRIABLE,
+    ) -> list[str]:  # fmt: skip
+        for owner, count in submitting.reopening(connection, ids, states).items():
             self._check_quota(connection, owner, count)
-        replanning.before_retry(connection, now, user, ids)
-        return submitting.retry_jobs(connection, now, user, ids)
+        replanning.before_retry(connection, now, user, ids, states)
+        return submitting.retry_jobs(connection, now, user, ids, states)
 
     def _once(self, user: str, idempotency: Idempotency | None, write: Callable[[Connection, float], Reply]) -> Reply:
         """Do it once per idempotency key: the reply is stored in the same transaction as what it speaks of."""

@@ -36,8 +36,8 @@ def iso(seconds: float | None) -> str | None:
 def job_view(row: Row[Any], progress: float) -> dict[str, Any]:
     return {
         "id": row.id, "state": row.state, "reason": row.reason, "progress": round(progress, 4),
-        "sweep_id": row.sweep_id, "user": row.user, "priority": row.priority, "labels": row.labels,
-        "spec": row.spec, "spec_digest": row.spec_digest, "verdict": row.verdict,
+        "sweep_id": row.sweep_id, "user": row.user, "priority": row.priority, "boosted": row.boosted,
+        "labels": row.labels, "spec": row.spec, "spec_digest": row.spec_digest, "verdict": row.verdict,
         "created_at": iso(row.created_at), "finished_at": iso(row.finished_at),
     }  # fmt: skip
 

@@ -398,7 +398,12 @@ class Lab:
         states: dict[str, JobState] = {}
         for event in events:
             verb = event.kind.removeprefix("job.")
-            if event.kind == verb or verb in ("changed", "replanned"):  # its priority or labels; its tasks
+            if event.kind == verb or verb in (
+                "changed",
+                "boosted",
+                "unboosted",
+                "replanned",
+            ):  # its rank, labels, tasks
                 continue
             before, after = (
                 states.get(event.job_id),

@@ -12,6 +12,7 @@ import threading
 import time
 from types import FrameType
 
+from service import private
 from service.artifacts import Artifacts
 from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway, SchemaOutdated
@@ -43,7 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     stop = Told()
     _stop_on_signals(stop)
+    private.be_private()
     settings = Settings()
+    if closed := private.tighten(settings):
+        log.warning("%s", closed)
     if settings.ray_address or settings.ray_port:
         use_driver_environment(settings.home, local=not settings.ray_address)
         return _dispatch(settings, options.name, stop)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from service import private
 from service.processes import Told, adopt_orphans, die_with_parent, free_port
 
 SESSION_ROOM_BYTES = 43  # of the 107 of a Unix socket's path, what Ray leaves for its folder
@@ -102,7 +103,7 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[He
             home = Path(stack.enter_context(temporary))
         port = free_port()
         driver_environment(home, local=True)  # the token is there before whoever wants to connect
-        with (home / LOG).open("wb") as log:
+        with private.opened(home / LOG, "wb") as log:
             guard = subprocess.Popen(
                 guard_command(home, port, cpus), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, preexec_fn=die_with_parent,
@@ -131,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, lambda *_: stop.set())
     parent = os.getppid()
+    private.be_private()
     adopt_orphans()
     sessions = _sessions(options.home)
     environment = driver_environment(options.home, local=True)
@@ -146,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         _end(head)
     if stop.is_set():
-        shutil.rmtree(sessions, ignore_errors=True)
+        shutil.rmtree(sessions.parent, ignore_errors=True)
         return 0
     return 1
 
@@ -206,7 +208,7 @@ def end_family() -> None:
 def _token(home: Path) -> Path:
     """The file with the token of local heads, which only its owner can read; made where it is not there."""
     path = home / "ray_token"
-    home.mkdir(parents=True, exist_ok=True)
+    private.folder(home)
     if path.exists():
         return path
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
@@ -219,24 +221,31 @@ def _token(home: Path) -> Path:
 
 
 def _sessions(home: Path) -> Path:
-    """An empty folder for Ray's sockets and logs: under home, or a short one of our own where Ray cannot work there."""
-    path = home.absolute() / "ray"
+    """An empty folder for Ray's sockets and logs: under home, or a short one of our own where Ray cannot work there.
+
+    Ray opens it to every account of the machine (mode 0777, whatever the umask), so that others could swap sockets
+    whose messages are unpickled. It is in a folder that is this account's alone, and that Ray leaves as it is.
+    """
+    path = home.absolute() / private.SESSIONS
     plain = str(path).isascii() and all(letter.isalnum() or letter in "/._-" for letter in str(path))
     if not plain or len(os.fsencode(path)) > SESSION_ROOM_BYTES:
         name = f"u-ray-{hashlib.sha256(os.fsencode(home.resolve())).hexdigest()[:12]}"
-        path = _short_temporary_folder() / name
+        path = _short_temporary_folder() / name / "s"
+    closed = path.parent
     with suppress(FileNotFoundError):
-        if path.lstat().st_uid != os.getuid():
-            raise PermissionError(f"{path} belongs to another user: set UNCANNY_HOME to a shorter path")
-        shutil.rmtree(path)  # what the last head left
-    path.mkdir(mode=0o700, parents=True)
+        if closed.lstat().st_uid != os.getuid():
+            raise PermissionError(f"{closed} belongs to another user: set UNCANNY_HOME to a shorter path")
+        shutil.rmtree(closed)  # what the last head left
+    private.folder(closed.parent)
+    closed.mkdir(mode=0o700)
+    path.mkdir(mode=0o700)
     return path
 
 
 def _short_temporary_folder() -> Path:
     """Where temporary folders are, or /tmp where that leaves no room for Ray's sockets."""
     folder = Path(tempfile.gettempdir())
-    return folder if len(os.fsencode(folder)) <= SESSION_ROOM_BYTES - len("/u-ray-0123456789ab") else Path("/tmp")
+    return folder if len(os.fsencode(folder)) <= SESSION_ROOM_BYTES - len("/u-ray-0123456789ab/s") else Path("/tmp")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from api.commands.options import EPILOG, AsJson, Home, Url, client_of, print_json, settings_of
-from api.render import err, out, show, table
+from api.render import counted, err, out, show, table
 
 user = typer.Typer(help="Users, their roles and quotas (for admins).", no_args_is_help=True, epilog=EPILOG)
 token = typer.Typer(help="Tokens that say who you are.", no_args_is_help=True, epilog=EPILOG)
@@ -29,7 +29,7 @@ def set_user(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a user, or change role and quotas of one; one who was disabled is let in again."""
+    """Make a user, or change role and quotas of one; one who is disabled stays so."""
     given = {"role": role, "weight": weight, "max_queued_jobs": max_queued_jobs, "max_gpus": max_gpus}
     with client_of(home, url) as client:
         row = client.put_user(name, **{field: value for field, value in given.items() if value is not None})
@@ -48,6 +48,13 @@ def disable_user(name: Name, home: Home = None, url: Url = None, as_json: AsJson
     """Refuse all tokens of a user from now on; what they measured stays."""
     with client_of(home, url) as client:
         _show([client.disable_user(name)], USER_COLUMNS, as_json, one=True)
+
+
+@user.command("enable", epilog=EPILOG)
+def enable_user(name: Name, home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
+    """Let a disabled user in again: their tokens that were not revoked are good."""
+    with client_of(home, url) as client:
+        _show([client.enable_user(name)], USER_COLUMNS, as_json, one=True)
 
 
 @token.command("create", epilog=EPILOG)
@@ -96,9 +103,12 @@ def list_tokens(
 def revoke_token(
     token_id: Annotated[str, typer.Argument(metavar="ID")], home: Home = None, url: Url = None, as_json: AsJson = False
 ) -> None:
-    """Refuse a token from now on."""
+    """Refuse a token from now on, and all that were made with it."""
     with client_of(home, url) as client:
-        _show([client.revoke_token(token_id)], TOKEN_COLUMNS, as_json, one=True)
+        revoked = client.revoke_token(token_id)
+    _show([revoked], TOKEN_COLUMNS, as_json, one=True)
+    if children := revoked["revoked_children"]:
+        err.print(f"{counted(children, 'token')} made with it, or with these, revoked too", markup=False)
 
 
 def _create_directly(
@@ -116,7 +126,8 @@ def _create_directly(
     database.check_schema()
     access, actor = Access(database), operating_system_user()
     owner = for_user or actor
-    if scope == "admin" or owner not in {row["name"] for row in access.users()}:
+    known = {row["name"]: row for row in access.users()}
+    if owner not in known or (scope == "admin" and known[owner]["disabled_at"] is None):
         access.put_user(owner, {"role": "admin"} if scope == "admin" else {}, actor=actor)
     return access.create_token(owner, name, scope, days, by=Caller(actor))
 

@@ -1,4 +1,7 @@
-"""Changing what was submitted: `cancel`, `retry`, `pause`, `resume`, `extend`, `priority`, `explain`, and `queue`."""
+"""Changing what was submitted: `cancel`, `retry`, `pause`, `resume`, `extend`, `priority`, `boost`, `explain`.
+
+`queue` shows all of it.
+"""
 
 from typing import Annotated
 
@@ -22,10 +25,24 @@ def cancel(ident: Ident, home: Home = None, url: Url = None, as_json: AsJson = F
         _report(client.cancel(ident), "cancelled", as_json)
 
 
-def retry(ident: Ident, home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
-    """Run a job again that failed or was cancelled, or all those of a sweep; what succeeded is kept."""
+def retry(
+    ident: Ident,
+    states: Annotated[
+        str, typer.Option(metavar="STATE[,STATE ...]", help="Of a sweep: those that are failed, held, cancelled.")
+    ] = "failed",
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a job again that failed, is held or was cancelled, or the failed ones of a sweep; what succeeded is kept."""
+    chosen = states.split(",")
     with client_of(home, url) as client:
-        _report(client.retry(ident), "retried", as_json)
+        retried = client.retry(ident, states=chosen)
+    _report(retried, "retried", as_json)
+    left = {state: n for state, n in retried.get("states", {}).items() if n and state not in chosen}
+    if left and not as_json:
+        said = " and ".join(f"{n} {state}" for state, n in left.items())
+        say(f"{said} stay so: `uncanny retry {ident} --states {','.join(left)}` takes them")
 
 
 def pause(ident: SweepOrAll = None, home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
@@ -75,10 +92,22 @@ def priority(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change the priority of a job, or of a sweep and its live jobs. Negative ones: `priority ID -- -5`."""
+    """Change the priority of a job, or of a sweep and its live jobs, among your own. Negative: `priority ID -- -5`."""
     with client_of(home, url) as client:
         changed = client.change(ident, priority=value)
     return print_json(changed) if as_json else say(f"{ident} has priority {changed['priority']}")
+
+
+def boost(
+    ident: Ident,
+    off: Annotated[bool, typer.Option("--off", help="Let it wait for its owner's turn again.")] = False,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a job, or the live jobs of a sweep, go before all other users' work (for admins)."""
+    with client_of(home, url) as client:
+        _report(client.boost(ident, boosted=not off), "goes in turn again" if off else "boosted", as_json)
 
 
 def explain(

@@ -15,7 +15,7 @@ import typer
 from api.binding import check_bind, listen
 from api.commands.options import AsJson, Auth, Home, Host, Insecure, Port, print_line, settings_of
 from api.render import err
-from service import logs
+from service import logs, private
 from service.processes import Told
 
 TOGETHER_SECONDS = 0.3
@@ -36,6 +36,7 @@ def serve(
     """Run the whole service: API, dispatcher and, unless RAY_ADDRESS names a cluster, a local Ray. Ctrl-C stops it."""
     from api.supervisor import Supervisor
 
+    private.be_private()
     settings = settings_of(home=home, host=host, port=port, auth=auth, insecure=insecure)
 
     def say(sentence: str) -> None:
@@ -69,7 +70,10 @@ def api(home: Home = None, host: Host = None, port: Port = None, auth: Auth = No
     from service.upgrading import prepare_store
 
     logs.configure("plain")
+    private.be_private()
     settings = settings_of(home=home, host=host, port=port, auth=auth, insecure=insecure)
+    if closed := private.tighten(settings):
+        err.print(closed, markup=False, soft_wrap=True)
     check_bind(settings)
     prepare_store(settings)
     server.serve(settings, listen(settings.host, settings.port))

@@ -100,6 +100,12 @@ Truth = Annotated[bool, Strict()]  # neither 1 nor "yes"
 
 Order = Literal["permutation", "file"]
 """What `samples` are the first of: one fixed permutation, or the file, as RobustBench and AutoAttack take them."""
+Priority = Annotated[
+    Whole,
+    Field(
+        ge=-100, le=100, description="Orders your own jobs, the highest first; between users fair share comes first."
+    ),
+]
 
 Scale = Annotated[
     Number,

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from service.errors import InvalidSpec
 from service.limits import MAX_SWEEP_JOBS
 from service.specs.attacks import ATTACKS
-from service.specs.base import ACROSS, Labels, Spec, Whole, shorten
+from service.specs.base import ACROSS, Labels, Priority, Spec, shorten
 from service.specs.job import JobSpec
 from service.specs.measures import MEASURES
 from service.specs.parameters import JOB_FIELDS, no_such_field
@@ -31,7 +31,7 @@ class Sweep(Spec):
     )
     include: list[Cell] = Field(default_factory=list, description="Further cells, each on top of `base`.")
     exclude: list[Cell] = Field(default_factory=list, description="Cells of the grid to leave out, by values of axes.")
-    priority: Annotated[Whole, Field(ge=-100, le=100)] = 0
+    priority: Priority = 0
     labels: Labels = Field(default_factory=dict)
 
     def cells(self, most: int = MAX_SWEEP_JOBS) -> list[JobSpec]:

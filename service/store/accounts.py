@@ -6,6 +6,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 from uuid_utils import uuid7
 
+from service.store.listed import listed
 from service.store.tables import jobs, sweeps, tokens, users
 
 NEW_USER = {"role": "researcher", "weight": None, "max_queued_jobs": None, "max_gpus": None, "disabled_at": None}
@@ -20,11 +21,11 @@ def users_by_name(connection: Connection) -> Sequence[Any]:
 
 
 def put_user(connection: Connection, now: float, name: str, changes: dict[str, Any]) -> None:
-    """Make or change a user; one who had been disabled is let in again unless the changes say otherwise."""
-    changes = {"disabled_at": None, **changes}
-    done = connection.execute(update(users).where(users.c.name == name).values(changes))
-    if not done.rowcount:
+    """Make or change a user; what the changes do not name stays as it is."""
+    if user(connection, name) is None:
         connection.execute(insert(users).values({**NEW_USER, **changes, "name": name, "created_at": now}))
+    elif changes:
+        connection.execute(update(users).where(users.c.name == name).values(changes))
 
 
 def insert_token(connection: Connection, now: float, **values: Any) -> Any:
@@ -40,18 +41,24 @@ def tokens_of(connection: Connection, user: str) -> Sequence[Any]:
     return connection.execute(select(tokens).where(tokens.c.user == user).order_by(tokens.c.id)).all()
 
 
-def token_by_hash(connection: Connection, sha256: str) -> Any:
-    """The token with what matters of its user: `role`, `disabled_at`."""
+def admission(connection: Connection, *, sha256: str | None = None, token_id: str | None = None) -> Any:
+    """The token of that hash or id, with what matters of its user: `role`, `disabled_at`; None where there is none."""
+    which = tokens.c.sha256 == sha256 if token_id is None else tokens.c.id == token_id
     query = select(tokens, users.c.role, users.c.disabled_at).join(users, users.c.name == tokens.c.user)
-    return connection.execute(query.where(tokens.c.sha256 == sha256)).one_or_none()
+    return connection.execute(query.where(which)).one_or_none()
 
 
 def note_use(connection: Connection, token_id: str, now: float) -> None:
     connection.execute(update(tokens).where(tokens.c.id == token_id).values(last_used_at=now))
 
 
-def revoke(connection: Connection, token_id: str, now: float) -> None:
-    connection.execute(update(tokens).where(tokens.c.id == token_id).values(revoked_at=now))
+def revoke(connection: Connection, token_id: str, now: float) -> Sequence[Any]:
+    """Revoke a token, those made with it, those made with these, and so on. Returns the rows that were valid."""
+    family = select(tokens.c.id).where(tokens.c.id == token_id).cte("family", recursive=True)
+    family = family.union(select(tokens.c.id).join(family, tokens.c.parent_id == family.c.id))
+    made_with_it = list(connection.scalars(select(family.c.id)))
+    valid = update(tokens).where(tokens.c.id.in_(listed(made_with_it)), tokens.c.revoked_at.is_(None))
+    return connection.execute(valid.values(revoked_at=now).returning(tokens)).all()
 
 
 def owner(connection: Connection, *, job_id: str | None, sweep_id: str | None) -> str | None:

@@ -8,6 +8,7 @@ from service.jobs import ENDED_TASK, LIVE_JOB, TaskState
 from service.store import history
 from service.store.claiming import QUEUE
 from service.store.history import Event
+from service.store.listed import listed
 from service.store.settling import rank_anew
 from service.store.tables import Json, job_tasks, jobs, queues, sweeps, tasks
 
@@ -69,6 +70,17 @@ def change_sweep(
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(given))
     history.append(connection, now, actor, [Event("sweep.changed", sweep_id=sweep_id, data=given)])
     return change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
+
+
+def boost_jobs(connection: Connection, now: float, actor: str, which: ColumnElement[bool], *, boosted: bool) -> int:
+    """Let live jobs go before all other users' work, or in turn again; returns how many that changes."""
+    changed = and_(which, jobs.c.state.in_(LIVE_JOB), jobs.c.boosted.is_not(boosted))
+    ids = list(connection.scalars(update(jobs).where(changed).values(boosted=boosted).returning(jobs.c.id)))
+    if ids:
+        rank_anew(connection, now, _open_tasks_of(jobs.c.id.in_(listed(ids))))
+        verb = "boosted" if boosted else "unboosted"
+        history.append_for_jobs(connection, now, actor, f"job.{verb}", listed(ids))
+    return len(ids)
 
 
 def _given(priority: int | None, labels: dict[str, str] | None) -> dict[str, Any]:

@@ -25,15 +25,15 @@ from sqlalchemy import (
 from sqlalchemy.sql import ColumnElement
 
 from service.executor import ArtifactRef, Grant
-from service.jobs import TaskState
+from service.jobs import LIVE_JOB, TaskState
 from service.scheduling import MAX_BUNDLE, Waiting
 from service.settings import KINDS
 from service.store import history, users
 from service.store.history import Event
 from service.store.listed import listed
-from service.store.settling import UNWANTED, settle, start_jobs
-from service.store.states import CLAIMABLE, RUNNING
-from service.store.tables import attempts, leases, queues, tasks, trainings
+from service.store.settling import UNPAUSED, UNWANTED, rank_anew, settle, start_jobs
+from service.store.states import CLAIMABLE, RUNNING, SHARED
+from service.store.tables import attempts, job_tasks, jobs, leases, queues, sweeps, tasks, trainings
 
 LEADER = "dispatcher"
 QUEUE = "default"
@@ -103,7 +103,7 @@ def _best_of_each_kind() -> CompoundSelect[Any]:
     whole = and_(tasks.c.attempt > 0, exists().where(ran_out)).label("whole")
     asked = (CLAIMABLE, tasks.c.sponsor == bindparam("payer"), tasks.c.not_before <= bindparam("now"))
     best = (
-        select(*columns, whole)
+        select(*columns, whole, tasks.c.boosted)
         .where(*asked, tasks.c.kind == literal(kind))
         .order_by(tasks.c.due, tasks.c.sequence)
         .limit(bindparam("each", type_=Integer))
@@ -148,6 +148,28 @@ def waiting_sponsors(connection: Connection) -> list[str]:
     return list(connection.scalars(EACH_SPONSOR))
 
 
+def any_shared(connection: Connection) -> bool:
+    """Whether a task waits that jobs of several users need."""
+    return connection.execute(select(tasks.c.id).where(SHARED).limit(1)).first() is not None
+
+
+def sponsored_too_late(connection: Connection, turns: Mapping[str, int], most: int) -> list[str]:
+    """Up to `most` of the tasks that wait for their sponsor's turn while that of another user who needs them is
+    earlier; `turns` are users' places in line. What is boosted waits for nobody's turn.
+    """
+    place = [case(turns, value=user, else_=0) for user in (tasks.c.sponsor, jobs.c.user)]
+    needing = tasks.join(job_tasks, job_tasks.c.task_id == tasks.c.id).join(jobs, jobs.c.id == job_tasks.c.job_id)
+    needing = needing.outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
+    query = select(tasks.c.id).distinct().select_from(needing).where(SHARED, ~tasks.c.boosted)
+    earlier = (jobs.c.state.in_(LIVE_JOB), UNPAUSED, place[1] < place[0])
+    return list(connection.scalars(query.where(*earlier).limit(most)))
+
+
+def change_sponsors(connection: Connection, now: float, task_ids: Collection[str], turns: Mapping[str, int]) -> None:
+    """Have these tasks, where they still wait, sponsored by the user whose turn is first of those who need them."""
+    rank_anew(connection, now, and_(tasks.c.id.in_(listed(task_ids)), SHARED), turns)
+
+
 def queued_of(connection: Connection, sponsor: str, most: int) -> int:
     """How many tasks wait at this user's expense, counted up to `most`."""
     mine = select(tasks.c.id).where(CLAIMABLE, tasks.c.sponsor == sponsor).limit(most).subquery()
@@ -188,20 +210,17 @@ def grant(
         "lease_expires_at": now + lease_seconds, "started_at": now, "finished_at": None,
         "progress": 0.0, "detail": {},
     }  # fmt: skip
-    made_of = (tasks.c.sponsor, tasks.c.digest, tasks.c.spec, tasks.c.resume_digest, tasks.c.resume_bytes)
+    made_of = (tasks.c.digest, tasks.c.spec, tasks.c.resume_digest, tasks.c.resume_bytes)
     granted: dict[str, Grant] = {}
-    sponsors: set[str] = set()
     for row in connection.execute(mine.values(values).returning(tasks.c.id, tasks.c.attempt, *made_of)):
         resume = ArtifactRef(row.resume_digest, row.resume_bytes, "epoch_state") if row.resume_digest else None
         granted[row.id] = Grant(row.id, row.attempt, row.digest, row.spec, resume)
-        sponsors.add(row.sponsor)
     if granted:
         given = [granted[task_id] for task_id in task_ids if task_id in granted]
         connection.execute(insert(attempts), [_attempt(one, now, holder, placements) for one in given])
         happened = [Event("task.running", task_id=one.task_id, attempt=one.attempt) for one in given]
         history.append(connection, now, holder, happened)
         start_jobs(connection, now, holder, list(granted))
-        users.serve(connection, now, sponsors)
     return granted
 
 

@@ -9,7 +9,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -96,7 +96,9 @@ class Database:
     def upgrade(self, revision: str = "head") -> None:
         """Bring the schema up to this version's, or to an earlier one. Safe to run twice, or by two at once."""
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(OSError):  # SQLite says what is wrong, and gives the files beside it the same mode
+                self.path.touch(mode=0o600, exist_ok=False)
         config = _alembic()
         with self.write() as connection:
             config.attributes["connection"] = connection

@@ -4,13 +4,13 @@ Thousands of jobs may share one task, so whatever happens to them is a statement
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, distinct, exists, func, select, update
 
 from service.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
-from service.scheduling import AGEING_SECONDS, HEAD_START_SECONDS
+from service.scheduling import AGEING_SECONDS, BOOST_SECONDS, HEAD_START_SECONDS
 from service.store import filing, history, timings, users
 from service.store.judging import verdicts, write_verdicts
 from service.store.listed import json_object, listed
@@ -168,28 +168,36 @@ def release_tasks(connection: Connection, now: float, actor: str, which: Select[
     rank_anew(connection, now, theirs)
 
 
-def rank_anew(connection: Connection, now: float, which: ColumnElement[bool]) -> None:
+def rank_anew(
+    connection: Connection, now: float, which: ColumnElement[bool], turns: Mapping[str, int] | None = None
+) -> None:
     """Each of these tasks ranks as the best-ranked live, unpaused job that needs it; that job's user is its sponsor.
 
+    With `turns`, users' places in line, the lowest first, it is the best-ranked job of the user whose turn is first.
     Those that only paused jobs need are paused with the rank that they had; one that goes on begins to wait anew.
     """
     ids = select(tasks.c.id).where(which)
-    place = func.row_number().over(partition_by=job_tasks.c.task_id, order_by=(jobs.c.priority.desc(), jobs.c.sequence))
+    turn = [case(turns, value=jobs.c.user, else_=0)] if turns else []
+    best_first = (jobs.c.boosted.desc(), *turn, jobs.c.priority.desc(), jobs.c.sequence)
+    place = func.row_number().over(partition_by=job_tasks.c.task_id, order_by=best_first)
     needed_by = func.count().over(partition_by=job_tasks.c.task_id)
+    first, last = (of(jobs.c.user).over(partition_by=job_tasks.c.task_id) for of in (func.min, func.max))
     needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
     by_rank = (
-        select(job_tasks.c.task_id, jobs.c.priority, jobs.c.user, jobs.c.sequence,
-               place.label("place"), needed_by.label("needed_by"))
+        select(job_tasks.c.task_id, jobs.c.priority, jobs.c.boosted, jobs.c.user, jobs.c.sequence,
+               place.label("place"), needed_by.label("needed_by"), (first != last).label("shared"))
         .select_from(needing)
         .where(job_tasks.c.task_id.in_(ids), jobs.c.state.in_(LIVE_JOB), UNPAUSED)
         .subquery("by_rank")
     )  # fmt: skip
     since = case((tasks.c.paused, now), else_=tasks.c.waiting_since)
     head_start = case((tasks.c.kind == "train", HEAD_START_SECONDS), else_=0.0)
+    boost = case((by_rank.c.boosted, BOOST_SECONDS), else_=0.0)
     rank = {
         "priority": by_rank.c.priority, "sponsor": by_rank.c.user, "sequence": by_rank.c.sequence,
-        "needed_by": by_rank.c.needed_by, "waiting_since": since, "paused": False,
-        "due": since - by_rank.c.priority * AGEING_SECONDS - head_start,
+        "boosted": by_rank.c.boosted, "needed_by": by_rank.c.needed_by, "shared": by_rank.c.shared,
+        "waiting_since": since, "paused": False,
+        "due": since - by_rank.c.priority * AGEING_SECONDS - head_start - boost,
     }  # fmt: skip
     unranked = and_(which, tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}), ~tasks.c.paused)
     wanted = _of_live_jobs(select(1), unpaused=True).exists()

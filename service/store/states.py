@@ -10,6 +10,7 @@ from service.store.tables import attempts, tasks
 
 QUEUED = tasks.c.state == literal_column(f"'{TaskState.QUEUED}'")
 CLAIMABLE = and_(QUEUED, ~tasks.c.paused)
+SHARED = and_(CLAIMABLE, tasks.c.shared)
 RUNNING = tasks.c.state == literal_column(f"'{TaskState.RUNNING}'")
 CURRENT = (attempts.c.task_id == tasks.c.id) & (attempts.c.number == tasks.c.attempt)
 # What a task is the computation of, also where a newer generation has the digest in its place.

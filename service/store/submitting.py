@@ -1,7 +1,7 @@
 """Writing accepted jobs: they join the tasks that exist, and bring the ones that do not."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from uuid_utils import uuid7
 
-from service.jobs import LIVE_JOB, JobState, TaskState
+from service.jobs import LIVE_JOB, RETRIABLE, JobState, TaskState
 from service.plan import JobPlan, PlannedTask
 from service.scheduling import AGEING_SECONDS, due
 from service.specs import JobSpec, digest
@@ -34,7 +34,6 @@ from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, 
 
 BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
 REOPENED = (TaskState.FAILED, TaskState.CANCELLED)  # by a new job that needs them
-RETRIABLE = jobs.c.state.in_((JobState.FAILED, JobState.CANCELLED, JobState.HELD))
 
 
 def new_id() -> str:
@@ -105,6 +104,9 @@ def insert_jobs(
         _need_more(connection, {ids[task_digest]: needed_by[task_digest] for task_digest in trainings})
     joined = tasks.c.id.in_(listed(ids[task_digest] for task_digest in known))
     reopened = tasks.c.id.in_(listed(ids[task_digest] for task_digest in again))
+    if not paused:
+        others = and_(joined, tasks.c.finished_at.is_(None), tasks.c.sponsor != user, ~tasks.c.shared)
+        connection.execute(update(tasks).where(others).values(shared=True))
     lacking = or_(tasks.c.priority < priority, tasks.c.paused, tasks.c.cancel_requested, reopened)
     rank_anew(connection, now, and_(joined, lacking))
     connection.execute(update(tasks).where(joined, tasks.c.cancel_requested).values(cancel_requested=False))
@@ -238,7 +240,7 @@ def reopen(connection: Connection, now: float, actor: str, again: Mapping[str, T
         .values(
             state=first, generation=tasks.c.generation + 1, errors=0, suspect_losses=0, not_before=0.0, reason=None,
             progress=0.0, detail={}, started_at=None, finished_at=None, cancel_requested=False,
-            waiting_since=now, due=now - tasks.c.priority * AGEING_SECONDS,
+            waiting_since=now, due=now - tasks.c.priority * AGEING_SECONDS, boosted=False,
         )
     )  # fmt: skip
     generation = json_object(generation=tasks.c.generation)
@@ -298,22 +300,32 @@ def cancel_jobs(connection: Connection, now: float, actor: str, job_ids: Sequenc
     return cancelled
 
 
-def reopening(connection: Connection, job_ids: Sequence[str]) -> dict[str, int]:
+def states_of(connection: Connection, job_ids: Sequence[str]) -> Counter[str]:
+    """How many of these jobs are in each state."""
+    return Counter(connection.scalars(select(jobs.c.state).where(jobs.c.id.in_(listed(job_ids)))))
+
+
+def reopening(
+    connection: Connection, job_ids: Sequence[str], states: Collection[str] = RETRIABLE
+) -> dict[str, int]:  # fmt: skip
     """By how many `retry_jobs` would add to each user's unfinished jobs: held ones are unfinished as they are."""
-    ended = (jobs.c.id.in_(listed(job_ids)), RETRIABLE, jobs.c.finished_at.is_not(None))
+    ended = (jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states), jobs.c.finished_at.is_not(None))
     query = select(jobs.c.user, func.count()).where(*ended).group_by(jobs.c.user)
     return {user: count for user, count in connection.execute(query)}
 
 
-def retry_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> list[str]:
-    """Reopen failed, held and cancelled jobs, and those of their tasks that did not succeed. Returns the jobs.
+def retry_jobs(
+    connection: Connection, now: float, actor: str, job_ids: Sequence[str], states: Collection[str] = RETRIABLE
+) -> list[str]:  # fmt: skip
+    """Reopen those of these jobs that are in one of `states`, and their tasks that did not succeed. Returns the jobs.
 
+    A task that is held for a person to look at goes on waiting for that unless `states` has `held`.
     A training whose checkpoint these tasks have not found, or found damaged, runs again too, and what is to use it
     waits. What had succeeded on the lost weights stays as it is: each attempt's provenance names the weights that it
     used (`weights_sha256`), and on a CPU the new ones are the same bits.
     """
     values = {"state": JobState.QUEUED, "reason": None, "finished_at": None}
-    statement = update(jobs).where(jobs.c.id.in_(listed(job_ids)), RETRIABLE)
+    statement = update(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states))
     retried = list(connection.scalars(statement.values(values).returning(jobs.c.id)))
     if not retried:
         return []
@@ -322,14 +334,15 @@ def retry_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
     connection.execute(update(tasks).where(mine, tasks.c.cancel_requested).values(cancel_requested=False))
     columns = (tasks.c.id, tasks.c.digest, tasks.c.train_digest, tasks.c.state, tasks.c.spec)
     needed = connection.execute(select(*columns).where(mine)).all()
-    states = {row.digest: TaskState(row.state) for row in needed}
+    state_of = {row.digest: TaskState(row.state) for row in needed}
     again: dict[str, TaskState] = {}
     lost = _lost_trainings(connection, mine)
+    ended = (*REOPENED, TaskState.HELD) if JobState.HELD in states else REOPENED
     for row in sorted(needed, key=lambda row: row.digest != row.train_digest):
-        if row.state in (*REOPENED, TaskState.HELD) or row.digest in lost:
+        if row.state in ended or row.digest in lost:
             made_on = (row.train_digest, row.spec.get("source") or row.train_digest)
             parents = () if row.digest == row.train_digest else made_on
-            again[row.id] = states[row.digest] = _first_state(parents, states)
+            again[row.id] = state_of[row.digest] = _first_state(parents, state_of)
     reopen(connection, now, actor, again)
     moved = _let_wait(connection, now, actor, [row.id for row in needed if row.digest in lost])
     rank_anew(connection, now, mine)

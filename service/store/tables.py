@@ -111,7 +111,9 @@ tasks = Table(
     Column("priority", Integer, nullable=False),
     Column("sponsor", String(200), nullable=False),
     Column("sequence", BigInteger, nullable=False),
+    Column("boosted", Boolean, nullable=False, server_default=text("false")),  # one of them is, by an admin
     Column("needed_by", Integer, nullable=False),  # so many live, unpaused jobs when it was last ranked
+    Column("shared", Boolean, nullable=False, server_default=text("false")),  # these are of several users
     Column("waiting_since", Float(53), nullable=False),
     Column("due", Float(53), nullable=False),  # its place among its sponsor's: `scheduling.due`
     Column("paused", Boolean, nullable=False),  # all live jobs that need it are
@@ -148,6 +150,11 @@ tasks = Table(
     Index(
         "ix_tasks_running", "holder",
         postgresql_where=text("state = 'running'"), sqlite_where=text("state = 'running'"),
+    ),
+    Index(
+        "ix_tasks_shared", "sponsor",
+        postgresql_where=text("state = 'queued' AND NOT paused AND shared"),
+        sqlite_where=text("state = 'queued' AND NOT paused AND shared"),
     ),
     Index("ix_tasks_train", "train_digest", "state"),
 )  # fmt: skip
@@ -200,6 +207,7 @@ jobs = Table(
     Column("seed", BigInteger, nullable=False),
     Column("samples", Integer, nullable=False),
     Column("priority", Integer, nullable=False),
+    Column("boosted", Boolean, nullable=False, server_default=text("false")),  # by an admin, above other users' jobs
     Column("labels", Json, nullable=False),
     Column("state", String(20), nullable=False),
     Column("reason", Text),
@@ -379,7 +387,9 @@ tokens = Table(
     Column("expires_at", Float(53)),
     Column("last_used_at", Float(53)),
     Column("revoked_at", Float(53)),
+    _id("parent_id"),  # the token that it was made with; null where that was the shell, or before 0015
     Index("ix_tokens_user", "user"),
+    Index("ix_tokens_parent", "parent_id"),
 )
 
 # What each sponsor has used: device seconds, decayed by the half-life until `as_of`, and those charged since then.
@@ -390,7 +400,6 @@ usage = Table(
     Column("device_seconds", Float(53), nullable=False),
     Column("as_of", Float(53), nullable=False),
     Column("recent_seconds", Float(53), nullable=False),
-    Column("served_at", Float(53), nullable=False),  # when something of theirs was last claimed
 )
 
 # The one queue: a row from the first time on that it is paused.

@@ -27,7 +27,7 @@ def limits(connection: Connection, names: Collection[str], default: Limits) -> d
 
 
 def known(connection: Connection) -> list[str]:
-    """Users whose tasks were ever claimed."""
+    """Users who were ever charged."""
     return list(connection.scalars(select(usage.c.user).order_by(usage.c.user)))
 
 
@@ -35,6 +35,12 @@ def set_limits(connection: Connection, now: float, name: str, **changed: float |
     """Change some of a user's limits; None is the default again."""
     if connection.execute(update(users).where(users.c.name == name).values(changed)).rowcount == 0:
         connection.execute(insert(users).values(name=name, created_at=now, **changed))
+
+
+def with_unfinished_jobs(connection: Connection) -> list[str]:
+    """Users who have jobs that have not ended."""
+    query = select(jobs.c.user).where(jobs.c.finished_at.is_(None)).distinct()
+    return list(connection.scalars(query.order_by(jobs.c.user)))
 
 
 def unfinished_jobs(connection: Connection, user: str) -> int:
@@ -63,23 +69,17 @@ def _charge(
     rows = connection.execute(select(tasks.c.sponsor, seconds).where(open_account).group_by(tasks.c.sponsor)).all()
     if not rows:
         return
-    _open(connection, now, [row.sponsor for row in rows])  # who took over what another began was never served
+    _open(connection, now, [row.sponsor for row in rows])
     more = update(usage).where(usage.c.user == bindparam("name"))
     more = more.values(recent_seconds=usage.c.recent_seconds + bindparam("more"))
     connection.execute(more, [{"name": sponsor, "more": seconds} for sponsor, seconds in rows])
     connection.execute(update(attempts).where(open_account).values(charged_until=until))
 
 
-def serve(connection: Connection, now: float, sponsors: Collection[str]) -> None:
-    """Take note that tasks of these users were claimed just now."""
-    _open(connection, now, sponsors)
-    connection.execute(update(usage).where(usage.c.user.in_(listed(sorted(sponsors)))).values(served_at=now))
-
-
 def _open(connection: Connection, now: float, names: Collection[str]) -> None:
     """Have a row of usage for each of these users."""
     known = set(connection.scalars(select(usage.c.user).where(usage.c.user.in_(listed(sorted(names))))))
-    nothing = {"device_seconds": 0.0, "as_of": now, "recent_seconds": 0.0, "served_at": 0.0}
+    nothing = {"device_seconds": 0.0, "as_of": now, "recent_seconds": 0.0}
     if new := [{"user": name, **nothing} for name in sorted(set(names) - known)]:
         connection.execute(insert(usage), new)
 
@@ -103,7 +103,6 @@ def accounts(
         name: Account(
             _used(used[name], now, half_life_seconds) if name in used else 0.0,
             devices.get(name, 0.0),
-            used[name].served_at if name in used else 0.0,
             allowed[name].weight,
             allowed[name].max_gpus,
         )

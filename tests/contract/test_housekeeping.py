@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import insert, update
 
+from service import private
 from service.artifacts import Artifacts
 from service.executor import ArtifactRef, Grant, Progress
 from service.housekeeping import Policy, Report, collect, keep_house
@@ -157,7 +158,7 @@ def test_old_events_go_from_the_oldest_on(database: Database, artifacts: Artifac
 
 def test_leftovers_of_processes_that_are_gone(lab: "Lab", tmp_path: Path) -> None:
     write(lab, b"x")
-    root, sessions = Path(lab.artifacts.root), tmp_path / "home" / "ray"
+    root, sessions = Path(lab.artifacts.root), tmp_path / "home" / private.SESSIONS
     dead, alive = f"session_2026-01-01_00-00-00_000000_{2**22 + 1}", f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
     folders = [root / ".writing-old", root / ".writing-now", sessions / dead, sessions / alive]
     for folder in folders:

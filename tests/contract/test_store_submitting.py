@@ -211,6 +211,28 @@ class TestCancelAndRetry:
         lab.finish()
         assert lab.job(second).state == "succeeded"
 
+    def test_what_is_held_waits_for_a_person_where_only_failed_jobs_are_retried(self, lab: Any) -> None:
+        """Also the task that a failed job needs: another one failed it, and this one took its workers down."""
+        from service.executor import Lost
+
+        sweep = lab.submit_sweep({"scale": [5, 10]})["id"]
+        lab.succeed(*lab.grant("train"))
+        [wrong] = [grant for grant in lab.grant("attack") if grant.spec["scale"] == 5]
+        lab.expire()
+        for _ in range(3):
+            [control] = lab.grant("control")
+            lab.record(Lost(control.task_id, control.attempt, "out_of_memory", "killed"))
+        assert lab.job_states() == {"held": 2}
+        [wrong] = [grant for grant in lab.grant("attack") if grant.spec["scale"] == 5]
+        lab.fail(wrong)
+        assert lab.job_states() == {"failed": 1, "held": 1}
+        lab.expire()
+        assert lab.service.retry_failed(sweep, user="ann") == (1, {"failed": 1, "held": 1, "cancelled": 0})
+        assert lab.task(control.task_id).state == "held"
+        assert lab.service.retry_failed(sweep, user="ann", states=["failed", "held"])[0] == 2
+        lab.finish()
+        assert lab.job_states() == {"succeeded": 2}
+
     def test_a_job_that_failed_lets_go_of_its_other_tasks(self, lab: Any) -> None:
         lab.submit(scale=5)
         lab.succeed(*lab.grant("train"))
@@ -226,7 +248,11 @@ class TestCancelAndRetry:
         assert lab.service.cancel_sweep(sweep, user="ann") == 14
         assert lab.job_states() == {"failed": 14, "cancelled": 14, "running": 1}
         assert lab.service.cancel_sweep(sweep, user="ann") == 0
-        assert lab.service.retry_failed(sweep, user="ann") == 28
+        there_were = {"failed": 14, "held": 0, "cancelled": 14}
+        assert lab.service.retry_failed(sweep, user="ann") == (14, there_were)
+        assert lab.job_states() == {"queued": 14, "cancelled": 14, "running": 1}
+        again = lab.service.retry_failed(sweep, user="ann", states=["cancelled"])
+        assert again == (14, {**there_were, "failed": 0})
         lab.finish()
         assert lab.job_states() == {"succeeded": 29}
         assert lab.job(other).state == "succeeded"

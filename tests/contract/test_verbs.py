@@ -229,7 +229,7 @@ class TestRetryFailed:
         lab.finish()
         assert lab.job_states() == {"succeeded": 2, "failed": 1}
         before = {row.id: row.attempt for row in lab.rows(tasks)}
-        assert lab.service.retry_failed(sweep, user="ann") == 1
+        assert lab.service.retry_failed(sweep, user="ann")[0] == 1
         lab.finish()
         assert lab.job_states() == {"succeeded": 3}
         again = {row.id for row in lab.rows(tasks) if row.attempt > before[row.id]}
@@ -327,11 +327,11 @@ class TestLimits:
         job = lab.rows(jobs, sweep_id=sweep)[0].id
         before = lab.dump()
         with pytest.raises(QuotaExceeded, match="ann may have 2 jobs waiting or running and has 1; 2 more do not fit"):
-            lab.service.retry_failed(sweep, user="bob")
+            lab.service.retry_failed(sweep, user="bob", states=["cancelled"])
         assert lab.dump() == before
         lab.service.retry_job(job, user="ann")
         with pytest.raises(QuotaExceeded):
-            lab.service.retry_failed(sweep, user="ann")
+            lab.service.retry_failed(sweep, user="ann", states=["cancelled", "failed"])
 
     def test_the_default_is_that_of_the_settings(self, lab: Any) -> None:
         service = Service(lab.database, lab.artifacts, Settings(max_queued_jobs=0).limits)
@@ -364,7 +364,7 @@ class TestUsage:
         with lab.database.write() as connection:
             claiming.renew(connection, 1017.0, "d1", 20.0)
         [row] = lab.rows(usage)
-        assert (row.user, row.recent_seconds, row.served_at) == ("ann", pytest.approx(7.0), 1000.0)
+        assert (row.user, row.recent_seconds) == ("ann", pytest.approx(7.0))
         lab.record(Succeeded(train.task_id, 1, lab.outcome(train)), at=1020.0)
         [row] = lab.rows(usage)
         assert row.recent_seconds == pytest.approx(10.0 + users.HANDLING_SECONDS)
@@ -388,8 +388,8 @@ class TestUsage:
 
     def test_it_decays_by_the_half_life(self, lab: Any) -> None:
         with lab.database.write() as connection:
-            users.serve(connection, 0.0, ["ann"])
-            connection.execute(usage.update().values(recent_seconds=80.0))
+            row = {"user": "ann", "device_seconds": 0.0, "as_of": 0.0, "recent_seconds": 80.0}
+            connection.execute(usage.insert().values(row))
             users.fold(connection, 100.0, 1000.0)
             seconds = [
                 users.accounts(connection, now, ["ann"], 1000.0, Limits())["ann"].device_seconds
@@ -471,7 +471,7 @@ class TestDecisions:
             decided = [one for row in deciding.recorded(connection) for one in row.decided]
         granted = {task_id for one in decided for task_id in one["task_ids"]}
         assert granted == {row.id for row in lab.rows(tasks)}
-        assert all(one["reason"].startswith("priority") for one in decided)
+        assert all("priority" in one["reason"] for one in decided)
 
     def test_only_the_last_ones_are_kept(self, lab: Any) -> None:
         lab.submit_sweep({"seed": [0, 1, 2, 3, 4]})
@@ -499,7 +499,10 @@ class TestExplain:
         for earlier in range(1, 4):
             lab.submit(seed=earlier, priority=1)
         said = self.explain(lab, job)
-        assert "train: 3 tasks come before it (priority 0; ann has used 0 device seconds" in said["sentence"]
+        assert (
+            "train: 3 tasks come before it (ann has used 0 device seconds at weight 1; priority 0 among"
+            in said["sentence"]
+        )
         assert [line["state"] for line in said["tasks"]] == ["queued", "blocked", "blocked", "blocked"]
         assert "it waits for training" in said["tasks"][1]["sentence"]
         lab.service.change_job(job, user="ann", priority=2)

@@ -242,7 +242,10 @@ def test_a_failed_training_fails_its_jobs_and_no_others(server: Any) -> None:
     again = server.ended(f"/v1/jobs/{failed['id']}")
     assert again["state"] == "failed"
     assert max(task["attempt"] for task in again["tasks"]) == 2
-    assert server.http.post(f"/v1/sweeps/{sweep['id']}:retry-failed").json()["jobs"] == 1
+    retried = server.http.post(f"/v1/sweeps/{sweep['id']}:retry-failed").json()
+    assert (retried["jobs"], retried["states"]) == (1, {"failed": 1, "held": 0, "cancelled": 0})
+    bad = server.http.post(f"/v1/sweeps/{sweep['id']}:retry-failed", params={"states": "failed,canceled"})
+    assert "did you mean cancelled?" in refused(bad, 422)["detail"]
 
 
 def test_cancelling(server: Any) -> None:

@@ -157,7 +157,11 @@ def test_a_sweep_is_changed_cancelled_retried_and_extended(server: Any) -> None:
     assert "paused" in client.explain(first["id"])["sentence"]
     assert sweep.cancel()["jobs"] == 2
     assert client.retry(first["id"])["state"] == "queued"
-    assert client.retry(sweep.id)["jobs"] == 1
+    assert client.retry(sweep.id)["jobs"] == 0
+    assert client.retry(sweep.id, states=["cancelled"])["jobs"] == 1
+    assert client.boost(first["id"])["boosted"] is True
+    assert client.boost(sweep.id)["jobs"] == 1
+    assert client.boost(sweep.id, boosted=False)["jobs"] == 2
     client.resume()
     assert sweep.extend(scale=[5])["jobs"] == 1
     assert sweep.wait()["state"] == "succeeded"
@@ -172,6 +176,7 @@ def test_what_there_is(server: Any, tmp_path: Path) -> None:
     assert server.client.put_user("grace", role="researcher", weight=2.0)["weight"] == 2.0
     assert [user["weight"] for user in server.client.users() if user["name"] == "grace"] == [2.0]
     assert server.client.disable_user("grace")["disabled_at"]
+    assert server.client.enable_user("grace")["disabled_at"] is None
     file = tmp_path / "bytes"
     file.write_bytes(b"some bytes")
     assert server.client.ready()["status"] == "ready"

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from accounts import reached_by_nobody
 from processes import command_of, until
 
 from service.processes import free_port
@@ -78,6 +79,18 @@ def test_every_listener_is_on_loopback_and_no_agent_is_there_that_is_not_needed(
         assert {address.removeprefix("::ffff:") for address in bound} == {"127.0.0.1"}
         names = " ".join(command_of(member) for member in family)
         assert "monitor" not in names.replace("--no-monitor", "").replace("--include-log-monitor", "")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becoming another account takes root")
+def test_another_account_reaches_nothing_of_it(head: Any) -> None:
+    """Neither sockets, whose messages are unpickled, nor logs, where links could be planted; while it is at work."""
+    home, port, _ = head
+    with driver(home, port):
+        home.chmod(0o755)  # as the home of an earlier version
+        places = sorted((home / "ray").rglob("*"))
+        assert {"sockets", "logs", "runtime_resources", "raylet"} <= {place.name for place in places}
+        assert any(place.is_dir() and place.stat().st_mode & 0o777 == 0o777 for place in places), "Ray opens them"
+        assert reached_by_nobody(places) == []
 
 
 def test_a_driver_without_the_token_is_refused(head: Any, tmp_path: Path) -> None:

@@ -207,7 +207,13 @@ class TestCommands:
         assert run("priority", sweep, "7") == (0, f"{sweep} has priority 7\n")
         assert json.loads(run("priority", "--json", "--", sweep, "-3")[1])["priority"] == -3
         assert run("cancel", sweep) == (0, f"5 jobs of sweep {sweep} cancelled\n")
-        assert run("retry", sweep) == (0, f"5 jobs of sweep {sweep} retried\n")
+        code, said = run("retry", sweep)
+        assert (code, said.splitlines()[0]) == (0, f"0 jobs of sweep {sweep} retried")
+        assert "5 cancelled stay so" in said
+        assert run("retry", sweep, "--states", "faild")[0] == 4
+        assert run("retry", sweep, "--states", "failed,cancelled") == (0, f"5 jobs of sweep {sweep} retried\n")
+        assert run("boost", sweep) == (0, f"5 jobs of sweep {sweep} boosted\n")
+        assert json.loads(run("boost", sweep, "--off", "--json")[1])["jobs"] == 5
 
     def test_of_a_job_and_the_queue(
         self, quiet: Any, run: Callable[..., tuple[int, str]], tmp_path: Path

@@ -97,7 +97,8 @@ def test_several_may_write_the_same_bytes_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [DIGEST]
 
 
-def test_others_may_read_what_was_written(tmp_path: Path) -> None:
+def test_others_may_read_what_was_written_where_they_may_read_the_root(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").mkdir()
     store = Artifacts(str(tmp_path / "artifacts"))
     store.write_chunks("checkpoint", [BYTES])
     umask = os.umask(0)

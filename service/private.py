@@ -1,0 +1,86 @@
+"""What only the account that runs the service may read: its home with database, artifacts, logs, tokens and sockets.
+
+Whoever reads the database reads every number and the hashes of tokens; whoever reaches Ray's sockets runs code here.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+SESSIONS = "ray/s"  # under the home, of a local Ray head: its folder, and the closed one around it
+FOLDER, FILE = 0o700, 0o600
+OTHERS = 0o077  # the bits of all but the owner
+
+
+def be_private() -> None:
+    """Whatever this process and its children make from now on is its account's alone, unless they say otherwise."""
+    os.umask(OTHERS)
+
+
+def folder(path: Path) -> Path:
+    """That folder, made for this account alone where it is not there."""
+    path.mkdir(mode=FOLDER, parents=True, exist_ok=True)
+    return path
+
+
+def opened(path: Path, mode: str) -> IO[Any]:
+    """The file, made for this account alone where it is not there."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags, FILE))
+
+
+def tighten(settings: "Settings") -> str | None:
+    """Take a home of an earlier version, or of a looser umask, from other accounts; a sentence where that was needed.
+
+    A home that is not this account's, the account's own home folder, and folders that all may write to, such as /tmp,
+    stay as they are, without what is ours in them.
+    """
+    closed = [path for path in _of_the_service(settings) if _close(path)]
+    if not closed:
+        return None
+    more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""
+    return f"other accounts of this machine could read {closed[0]}{more}: from now on only this one can"
+
+
+def _of_the_service(settings: "Settings") -> Iterator[Path]:
+    """Each place that is to be closed; what is in a folder only where that was open itself, as at the first start."""
+    home = settings.home
+    if _is_ours_alone_to_close(home):
+        yield home
+    database = settings.home / "uncanny.db"
+    yield from (database.with_name(database.name + part) for part in ("", "-wal", "-shm", "-journal"))
+    yield from (home / name for name in ("serve.lock", "serve.json", "ray_token"))
+    for inside in (home / "artifacts", settings.logs, settings.spool):
+        if _is_open(inside):
+            yield inside
+            yield from inside.rglob("*")
+
+
+def _is_ours_alone_to_close(home: Path) -> bool:
+    with suppress(OSError):
+        return not home.stat().st_mode & stat.S_ISVTX and home.resolve() not in (Path.home().resolve(), Path("/"))
+    return False
+
+
+def _is_open(path: Path) -> bool:
+    """Whether that is this account's, no link, and others may do something with it."""
+    with suppress(OSError):
+        found = path.lstat()
+        mine = found.st_uid == os.getuid() and not stat.S_ISLNK(found.st_mode)
+        return mine and bool(found.st_mode & OTHERS)
+    return False
+
+
+def _close(path: Path) -> bool:
+    """Close it to others; false where it was, or goes meanwhile."""
+    if not _is_open(path):
+        return False
+    with suppress(OSError):
+        path.chmod(stat.S_IMODE(path.lstat().st_mode) & ~OTHERS)
+        return True
+    return False

@@ -1,0 +1,319 @@
+"""Who may use which route. A route that is not in the table here, or that is guarded otherwise than it says, fails."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from api.app import create_app
+from api.events import POLL_SECONDS, RENEW_SECONDS
+from service.access import Access, Caller
+from service.errors import Conflict, NotFound, Unauthenticated
+from service.insights import Insights
+from service.settings import Settings
+from service.specs import JobSpec, Sweep
+from service.store import Database
+from service.store.tables import events
+from service.submission import Service
+
+PUBLIC, READ, SUBMIT, ADMIN = "public", "read", "submit", "admin"
+NEEDED = {
+    ("GET", "/healthz"): PUBLIC,
+    ("GET", "/readyz"): PUBLIC,
+    ("GET", "/openapi.json"): PUBLIC,
+    ("GET", "/"): READ,
+    ("GET", "/docs"): READ,
+    ("GET", "/v1/artifacts/{digest}"): READ,
+    ("GET", "/v1/catalog"): READ,
+    ("GET", "/v1/checkpoints"): READ,
+    ("GET", "/v1/cluster"): READ,
+    ("GET", "/v1/correlations"): READ,
+    ("GET", "/v1/datasets"): READ,
+    ("GET", "/v1/events"): READ,
+    ("GET", "/v1/networks"): READ,
+    ("GET", "/v1/jobs"): READ,
+    ("GET", "/v1/jobs/{job_id}"): READ,
+    ("GET", "/v1/jobs/{job_id}/explain"): READ,
+    ("GET", "/v1/leaderboard"): READ,
+    ("GET", "/v1/me"): READ,
+    ("GET", "/v1/queue"): READ,
+    ("GET", "/v1/results"): READ,
+    ("GET", "/v1/results/{job_id}"): READ,
+    ("GET", "/v1/results/{job_id}/trajectory"): READ,
+    ("GET", "/v1/results:aggregate"): READ,
+    ("GET", "/v1/results:compare"): READ,
+    ("GET", "/v1/results:trajectories"): READ,
+    ("GET", "/v1/sweeps"): READ,
+    ("GET", "/v1/sweeps/{sweep_id}"): READ,
+    ("GET", "/v1/tasks/{task_id}"): READ,
+    ("GET", "/v1/tokens"): READ,
+    ("DELETE", "/v1/tokens/{token_id}"): SUBMIT,
+    ("PATCH", "/v1/jobs/{job_id}"): SUBMIT,
+    ("PATCH", "/v1/sweeps/{sweep_id}"): SUBMIT,
+    ("POST", "/v1/checkpoints"): SUBMIT,
+    ("POST", "/v1/datasets"): SUBMIT,
+    ("POST", "/v1/jobs"): SUBMIT,
+    ("POST", "/v1/jobs/{job_id}:cancel"): SUBMIT,
+    ("POST", "/v1/jobs/{job_id}:retry"): SUBMIT,
+    ("POST", "/v1/results/{job_id}:restore"): SUBMIT,
+    ("POST", "/v1/results/{job_id}:retract"): SUBMIT,
+    ("POST", "/v1/tasks/{task_id}:restore"): SUBMIT,
+    ("POST", "/v1/tasks/{task_id}:retract"): SUBMIT,
+    ("POST", "/v1/sweeps"): SUBMIT,
+    ("POST", "/v1/sweeps/{sweep_id}:cancel"): SUBMIT,
+    ("POST", "/v1/sweeps/{sweep_id}:extend"): SUBMIT,
+    ("POST", "/v1/sweeps/{sweep_id}:pause"): SUBMIT,
+    ("POST", "/v1/sweeps/{sweep_id}:resume"): SUBMIT,
+    ("POST", "/v1/sweeps/{sweep_id}:retry-failed"): SUBMIT,
+    ("POST", "/v1/tokens"): SUBMIT,
+    ("PUT", "/v1/artifacts/{digest}"): SUBMIT,
+    ("DELETE", "/v1/users/{name}"): ADMIN,
+    ("GET", "/v1/users"): ADMIN,
+    ("POST", "/v1/jobs/{job_id}:boost"): ADMIN,
+    ("POST", "/v1/jobs/{job_id}:unboost"): ADMIN,
+    ("POST", "/v1/queue:pause"): ADMIN,
+    ("POST", "/v1/queue:resume"): ADMIN,
+    ("POST", "/v1/results:restore"): ADMIN,
+    ("POST", "/v1/results:retract"): ADMIN,
+    ("POST", "/v1/sweeps/{sweep_id}:boost"): ADMIN,
+    ("POST", "/v1/sweeps/{sweep_id}:unboost"): ADMIN,
+    ("PUT", "/v1/users/{name}"): ADMIN,
+}
+GUARDED = [pair for pair, needed in NEEDED.items() if needed != PUBLIC]
+CHANGING = [(method, path) for method, path in GUARDED if method != "GET"]
+OWNED = {"job_id", "sweep_id", "task_id", "token_id"}  # what a path names that is somebody's
+NOBODYS = {"digest", "name"}  # bytes by their digest; users, which are admins' business
+OWNED_PATHS = [(method, path) for method, path in CHANGING if any("{" + name + "}" in path for name in OWNED)]
+CELL = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 20}
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """An application that asks for tokens: a secret of each scope by name, and what is ada's by its path parameter."""
+
+    app: FastAPI
+    access: Access
+    secrets: dict[str, str]
+    hers: dict[str, str]
+
+    def ask(self, method: str, path: str, secret: str | None = None, **more: Any) -> httpx.Response:
+        """The answer to a request with everything in the path filled in by what is ada's."""
+
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(app=self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+                return await http.request(method, path.format(**self.hers), headers=headers, **more)
+
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
+        return asyncio.run(send())
+
+
+@pytest.fixture(scope="module")
+def lab(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """`rita` may read, `ada` and `bob` submit, `chief` is an admin."""
+    settings = Settings(home=tmp_path_factory.mktemp("guarded"), auth=True)
+    shutil.copyfile(sqlite_template, settings.home / "uncanny.db")
+    app = create_app(settings)
+    access: Access = app.state.access
+    service: Service = app.state.service
+    roles = {"rita": ("reader", READ), "ada": ("researcher", SUBMIT), "bob": ("researcher", SUBMIT)}
+    secrets, tokens = {}, {}
+    for name, (role, scope) in (roles | {"chief": ("admin", ADMIN)}).items():
+        access.put_user(name, {"role": role}, actor="root")
+        made = access.create_token(name, "test", scope, None, by=Caller("root"))
+        secrets[name], tokens[name] = made["secret"], made["id"]
+    sweep = Sweep.model_validate({"name": "hers", "base": CELL, "grid": {"scale": [1, 5]}})
+    hers = {
+        "job_id": service.submit(JobSpec.model_validate(CELL), user="ada").body["id"],
+        "sweep_id": service.submit_sweep(sweep, user="ada").body["id"],
+        "token_id": tokens["ada"], "digest": "0" * 64, "name": "ada",
+    }  # fmt: skip
+    hers["task_id"] = Insights(service.database).job(hers["job_id"])["tasks"][0]["id"]
+    yield Guarded(app, access, secrets, hers)
+    access.database.close()
+
+
+def routes_of(routes: Any) -> Iterator[Any]:
+    for route in routes:
+        included = getattr(route, "original_router", None)
+        yield from routes_of(included.routes) if included is not None else [route]
+
+
+async def untouched() -> AsyncIterator[bytes]:
+    """A body that must not be read."""
+    pytest.fail("the body was read before it was known who sends it")
+    yield b""
+
+
+def test_the_table_has_every_route_and_no_other(lab: Guarded) -> None:
+    routes = {
+        (method, route.path)
+        for route in routes_of(lab.app.routes)
+        for method in route.methods - {"HEAD"}  # as `GET`: `Conditional` makes it one
+    }
+    assert routes == set(NEEDED), "say in NEEDED who may use a new route, and whose things it changes in OWNED"
+    documented = {(m.upper(), path) for path, of in lab.app.openapi()["paths"].items() for m in of}
+    assert documented <= routes
+    named = {name.split("}")[0] for _, path in CHANGING for name in path.split("{")[1:]}
+    assert named <= OWNED | NOBODYS, "a route changes something of which this test does not know whose it is"
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+def test_without_a_good_token_it_is_401_before_the_body_is_read(
+    lab: Guarded, method: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.auth.FAILURES_PER_MINUTE", 0)  # or these would soon be 429
+    for secret in (None, lab.secrets["ada"][:-1]):
+        answer = lab.ask(method, path, secret, content=untouched())
+        assert answer.status_code == 401, answer.text
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(("method", "path"), [pair for pair in GUARDED if NEEDED[pair] != READ])
+def test_a_token_of_a_lower_scope_is_403_before_the_body_is_read(lab: Guarded, method: str, path: str) -> None:
+    needed = NEEDED[method, path]
+    for who in ("rita", "ada") if needed == ADMIN else ("rita",):
+        if who == "rita" and "{token_id}" in path:
+            continue  # below: she may give up her own
+        answer = lab.ask(method, path, lab.secrets[who], content=untouched())
+        assert answer.status_code == 403, answer.text
+        assert repr(needed) in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(("method", "path"), OWNED_PATHS)
+def test_what_is_another_users_cannot_be_changed(lab: Guarded, method: str, path: str) -> None:
+    # Whose a task is, is known once it is looked at, and that is where the reason is written down.
+    content = b'{"reason": "wrong"}' if "{task_id}" in path else untouched()
+    refused = lab.ask(method, path, lab.secrets["bob"], content=content)
+    assert refused.status_code in (403, 404, 409), refused.text
+    why = ("'admin'",) if NEEDED[method, path] == ADMIN else ("is ada's", "of yours", "jobs of ada", "not retracted")
+    assert any(sentence in refused.text for sentence in why)
+    assert lab.ask("GET", "/v1/me", lab.secrets["ada"]).status_code == 200
+    assert lab.ask("GET", "/v1/sweeps/{sweep_id}", lab.secrets["bob"]).json()["state"] == "running"
+
+
+@pytest.mark.parametrize(("method", "path"), [pair for pair, needed in NEEDED.items() if needed == READ])
+def test_who_may_read_is_let_in(lab: Guarded, method: str, path: str) -> None:
+    more = {"params": {"follow": False}} if path == "/v1/events" else {}
+    assert lab.ask(method, path, lab.secrets["rita"], **more).status_code not in (401, 403)
+
+
+@pytest.mark.parametrize(("method", "path"), [pair for pair, needed in NEEDED.items() if needed == PUBLIC])
+def test_what_is_public_asks_nobody(lab: Guarded, method: str, path: str) -> None:
+    assert lab.ask(method, path).status_code == 200
+
+
+def test_tokens_of_another_user_are_neither_listed_nor_made(lab: Guarded) -> None:
+    assert lab.ask("GET", "/v1/tokens?user=ada", lab.secrets["bob"]).status_code == 403
+    made = lab.ask("POST", "/v1/tokens", lab.secrets["bob"], json={"name": "x", "user": "ada"})
+    assert made.status_code == 403
+    assert lab.ask("DELETE", "/v1/tokens/{token_id}", lab.secrets["rita"], content=untouched()).status_code == 403
+
+
+class TestTokens:
+    @pytest.fixture
+    def access(self, database: Database) -> Access:
+        access = Access(database)
+        for name, role in (("ada", "researcher"), ("chief", "admin")):
+            access.put_user(name, {"role": role}, actor="root")
+        return access
+
+    def token(self, access: Access, user: str, by: Caller, scope: str = "submit") -> tuple[str, Caller]:
+        made = access.create_token(user, "test", scope, None, by=by)
+        return made["secret"], access.caller(made["secret"])
+
+    def test_one_takes_along_what_was_made_with_it_and_with_these(self, access: Access) -> None:
+        """The tokens of a chain and of another branch, of which the thief holds the second."""
+        kept, first = self.token(access, "chief", Caller("root"), "admin")
+        leaked, second = self.token(access, "chief", first, "admin")
+        heirs = [self.token(access, "ada", second)]
+        heirs.append(self.token(access, "ada", heirs[0][1]))
+        heirs.append(self.token(access, "chief", second, "admin"))
+        other, _ = self.token(access, "ada", first)
+        early = access.revoke_token(heirs[2][1].token_id or "", by=first)
+        assert early["revoked_children"] == 0
+        revoked = access.revoke_token(second.token_id or "", by=first)
+        assert (revoked["revoked_children"], revoked["parent_id"]) == (2, first.token_id)
+        for secret in (leaked, *(secret for secret, _ in heirs)):
+            with pytest.raises(Unauthenticated, match="revoked"):
+                access.caller(secret)
+        assert [access.caller(secret).name for secret in (kept, other)] == ["chief", "ada"]
+        with pytest.raises(Conflict, match="revoked before"):
+            access.revoke_token(second.token_id or "", by=first)
+
+    def test_each_of_them_is_an_event(self, access: Access, lab_type: Any, artifacts: Any) -> None:
+        _, first = self.token(access, "ada", Caller("root"))
+        _, heir = self.token(access, "ada", first)
+        access.revoke_token(first.token_id or "", by=Caller("chief"))
+        rows = lab_type(access.database, artifacts).rows(events, kind="token.revoked")
+        assert [(row.actor, row.data["id"], row.data.get("with")) for row in rows] == [
+            ("chief", first.token_id, None),
+            ("chief", heir.token_id, first.token_id),
+        ]
+
+    def test_one_that_was_revoked_meanwhile_makes_no_other(self, access: Access) -> None:
+        """The request was let in before the token was revoked, and written after."""
+        _, caller = self.token(access, "ada", Caller("root"))
+        access.revoke_token(caller.token_id or "", by=caller)
+        with pytest.raises(Unauthenticated):
+            access.create_token("ada", "heir", "submit", None, by=caller)
+        assert len(access.tokens(by=Caller("root"), user="ada")) == 1
+
+    def test_other_changes_of_a_disabled_user_let_nobody_in(self, access: Access) -> None:
+        secret, caller = self.token(access, "ada", Caller("root"))
+        access.put_user("ada", {"disabled": True}, actor="chief")
+        for changes in ({}, {"weight": 2.0}, {"role": "admin"}, {"max_gpus": None}, {"disabled": True}):
+            assert access.put_user("ada", changes, actor="chief")["disabled_at"] is not None
+            for refused in (lambda: access.caller(secret), lambda: access.renewed(caller)):
+                with pytest.raises(Unauthenticated):
+                    refused()
+        with pytest.raises(Conflict, match="uncanny user enable ada"):
+            access.create_token("ada", "new", "read", None, by=Caller("root"))
+        assert access.put_user("ada", {"disabled": False}, actor="chief")["disabled_at"] is None
+        assert access.caller(secret).name == "ada"
+        with pytest.raises(NotFound, match="no user adda"):
+            access.put_user("adda", {"disabled": False}, actor="chief")
+
+
+def ends(lab: Guarded, secret: str, meanwhile: Callable[[], object]) -> tuple[bool, bool]:
+    """Whether a stream of events that nobody ends goes on before `meanwhile` was done, and whether it does after."""
+
+    async def follow() -> tuple[bool, bool]:
+        transport = httpx.ASGITransport(app=lab.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            request = http.get("/v1/events", headers={"Authorization": f"Bearer {secret}"}, timeout=None)
+            stream = asyncio.ensure_future(request)
+            await asyncio.wait([stream], timeout=0.2)
+            before = stream.done()
+            meanwhile()
+            done, _ = await asyncio.wait([stream], timeout=15)
+            stream.cancel()
+            return not before, not done
+
+    return asyncio.run(follow())
+
+
+@pytest.mark.parametrize("how", ["revoked", "expired", "disabled"])
+def test_a_stream_of_events_ends_with_its_token(lab: Guarded, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.events.RENEW_SECONDS", 0.1)
+    days = 1.0 / 86_400 if how == "expired" else None
+    lab.access.put_user("dora", {}, actor="root")
+    made = lab.access.create_token("dora", "watching", "read", days, by=Caller("root"))
+    after = {
+        "revoked": lambda: lab.access.revoke_token(made["id"], by=Caller("root")),
+        "disabled": lambda: lab.access.put_user("dora", {"disabled": True}, actor="root"),
+        "expired": lambda: None,  # a second after it was made
+    }
+    assert ends(lab, made["secret"], after[how]) == (True, False)
+    lab.access.put_user("dora", {"disabled": False}, actor="root")
+
+
+def test_a_stream_is_asked_often_enough_to_end_within_15_seconds() -> None:
+    assert RENEW_SECONDS + 2 * POLL_SECONDS < 10
