@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from workers.science.attacks import ATTACKS
 from workers.science.bounds import bound_numbers
 from workers.science.errors import NonFinite
-from workers.science.evaluation import ball_limit, evaluate_attack, evaluate_clean, log1p_loss, masking
+from workers.science.evaluation import ball_limit, evaluate_attack, evaluate_clean, masking
 from workers.science.heads import linear_head, scale_head
 from workers.science.trajectory import Recorder, analyse
 
@@ -41,10 +41,12 @@ class TestClean:
         assert math.isclose(one.loss, other.loss, rel_tol=1e-5)  # x * 255 / 255 is x to the last bit or two
 
     def test_a_tiny_loss_is_not_zero(self) -> None:
-        logits = torch.tensor([[600.0, 0.0, 0.0], [0.0, 900.0, 0.0]], dtype=torch.float64)
-        loss = log1p_loss(logits, torch.tensor([0, 0]))
-        assert math.isclose(float(loss[0]), 2 * math.exp(-600), rel_tol=1e-9)
-        assert float(loss[1]) == 900
+        model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3, bias=False)).eval()
+        with torch.no_grad():
+            model[1].weight.copy_(torch.tensor([[600.0, 0.0], [0.0, 900.0], [0.0, 0.0]]))
+        losses = evaluate_clean(model, torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0])).losses
+        assert math.isclose(float(losses[0]), 2 * math.exp(-600), rel_tol=1e-9)
+        assert float(losses[1]) == 900
 
     def test_nan_is_refused(self, digits_net: Any) -> None:
         scaled = scale_head(digits_net.model, 1.0)
