@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from workers.science.attacks.norms import geometry
-from workers.science.cross_entropy import log_odds, log_sigmoid, loss_increase, softplus
+from workers.science.cross_entropy import log_cost, log_odds, log_sigmoid, loss_increase, softplus
 from workers.science.errors import NonFinite
 from workers.science.evaluation import Returned
 from workers.science.heads import features_and_logits, linear_head
@@ -95,7 +95,7 @@ def corrected_taylor(at: Anchor, moved: Tensor) -> Tensor:
 
 def certificate(at: Anchor, moved: Tensor) -> Tensor:
     """The exact certificate, for `moved [..., n] = L d`: with two classes some phi attains it."""
-    return loss_increase(at.log_s, at.log_s + at.label_distance * moved)
+    return log_cost(at.log_s, at.label_distance * moved).exp()
 
 
 def radius(at: Anchor, e: float, lipschitz: float | Tensor) -> Tensor:
