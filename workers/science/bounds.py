@@ -206,7 +206,8 @@ def lipschitz_jacobian(model: nn.Module, x: Tensor, *, seed: int = 0, iterations
     Local, and from below: neither a bound beyond x nor quite the norm at x. Raises `NonFinite`.
     """
     unit = geometry("l2").normalize
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+    start = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed))
+    v = start.to(x).expand_as(x)  # of every image, so that the batch changes nothing
     size = x.new_zeros(len(x), dtype=torch.float64)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
