@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
@@ -149,6 +150,24 @@ class TestAttack:
             evaluate(digits_net, attack="telepathy")
         with pytest.raises(ValueError, match="no examples"):
             evaluate(digits_net, 0)
+
+    @pytest.mark.parametrize("margin", [2.0, 98.0, 2000.0])
+    def test_the_loss_of_a_confident_image_rises(self, margin: float) -> None:
+        """By pixels of .5 that lose .01: the margin falls by a fiftieth, in one step or in two."""
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+        with torch.no_grad():
+            model[1].bias.zero_()
+            model[1].weight.copy_(torch.tensor([[margin / 2] * 4, [0.0] * 4]))
+        x, y, head = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), linear_head(model)
+        recorder = Recorder(head.weight, head.bias)
+        params = {"eps": 0.01, "step_size": 0.005, "steps": 2, "loss": "margin"}
+        found = evaluate_attack(model, x, y, y, attack="pgd", params=params, observer_factory=recorder)
+        along = analyse(recorder.trajectory(), "linf")[0]
+        with mpmath.workdps(60):
+            rise = mpmath.log1p(mpmath.exp(-0.98 * margin)) - mpmath.log1p(mpmath.exp(-margin))
+        want = pytest.approx(float(rise), rel=1e-5 * margin, abs=0)
+        assert found.numbers["loss_increase_mean"] == along["trajectory_loss_increase_mean"] == want
+        assert along["trajectory_still_rising_fraction"] == 1.0  # though a loss of e^-2000 is 0
 
 
 class TestMasking:

@@ -208,16 +208,16 @@ class _Look:
 
 @torch.no_grad()
 def _look(model: nn.Module, x: Tensor, y: Tensor) -> _Look:
+    phi: Tensor | None = None
     try:
-        phi, logits = features_and_logits(model, x)
+        features, logits = features_and_logits(model, x)
     except NoLinearHead:  # nothing but the logits to start from
-        phi, logits = None, model(x)
+        logits = model(x)
         precise = logits.double()
     else:
-        head = linear_head(model)
-        precise = functional.linear(
-            phi.double(), head.weight.double(), None if head.bias is None else head.bias.double()
-        )
+        phi, head = features, linear_head(model)
+        bias = None if head.bias is None else head.bias.double()
+        precise = functional.linear(features.double(), head.weight.double(), bias)
     finite = torch.isfinite(logits).all(1) & torch.isfinite(precise).all(1)
     top5 = None
     if logits.shape[1] > TOP:
