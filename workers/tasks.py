@@ -26,7 +26,7 @@ from workers.provenance import conditions
 from workers.science import architectures
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, prepare
 from workers.science.augmentation import Augmentation
-from workers.science.bounds import bound_numbers
+from workers.science.bounds import bound_numbers, returned_bound_numbers
 from workers.science.controls import Geometry, Twin, run_controls
 from workers.science.datasets import (
     DATASETS,
@@ -182,8 +182,10 @@ def run_measure(task: MeasureTask, subject: Subject, on_progress: OnProgress) ->
 
 
 def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_progress: OnProgress) -> Outcome:
-    """The attack, its trajectory where it can be followed, and the closed forms at x_0.
+    """The attack, its trajectory where it can be followed, the bounds, and the closed forms at x_0.
 
+    The bounds are about the path where one was followed that starts at the image, else about the way from the image
+    to the returned example: `bound_...` are on every result.
     Images with NaN or infinities are counted (`n_non_finite`), and are in none of these numbers but the accuracies.
     There is no trajectory for attacks without iterates, for `judge: any_step`, which leaves out what is broken, and for
     gradients in bf16, whose features are not the float32 ones.
@@ -206,14 +208,16 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
     parts = [found.numbers, {name: value for name, value in at_start.items() if name not in COUNTED}]
     curves: dict[str, Any] = {}
     arrays: tuple[ArtifactRef, ...] = ()
-    if recorder is not None:
-        trajectory = recorder.trajectory(found.bits["non_finite"])
+    trajectory = None if recorder is None else recorder.trajectory(found.bits["non_finite"])
+    if trajectory is not None:
         along, curves["trajectory"] = analyse(trajectory, getattr(task.attack, "norm", "l2"))
         parts.append(along)
-        if trajectory.starts_at_image:  # the bounds are about the way from there
-            parts.append(bound_numbers(trajectory, head.weight, head.bias))
         if task.arrays:
             arrays = (subject.context.artifacts.write("arrays", partial(save_file, trajectory.tensors())),)
+    if trajectory is not None and trajectory.starts_at_image:
+        parts.append(bound_numbers(trajectory, head.weight, head.bias))
+    elif found.returned is not None:
+        parts.append(returned_bound_numbers(found.returned, head.weight, head.bias))
     done_with = conditions(network, getattr(_gradients_of(task.attack), "precision", "float32"))
     return Outcome(merged(*parts), curves, _packed(found.bits), arrays, done_with)
 

@@ -1,51 +1,75 @@
 """The corrected bounds are never broken; the relayed one is; the Lipschitz estimates against dense Jacobians."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev
 
+from workers.science.attacks import ATTACKS
 from workers.science.attacks.pgd import pgd
 from workers.science.bounds import (
     BOUNDS,
     Anchor,
     bound_numbers,
+    bounds,
     certificate,
     corrected_taylor,
     lipschitz_jacobian,
     lipschitz_upper,
     radius,
+    returned_bound_numbers,
     violations,
 )
-from workers.science.heads import linear_head
+from workers.science.cross_entropy import log_odds, loss_increase
+from workers.science.evaluation import evaluate_attack
+from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.trajectory import Recorder
 
 
 def trial(seed: int, n: int = 1000) -> tuple[Anchor, Tensor, Tensor, Tensor]:
-    """Random heads, features and displacements of every size, half of them straight towards another class."""
+    """Random heads, features and displacements of every size, half of them straight towards another class; labels at
+    random, or as classified (the surer the larger the head); some features are 0, or do not move.
+    """
     g = torch.Generator().manual_seed(seed)
     k, m = int(torch.randint(2, 12, (1,), generator=g)), int(torch.randint(1, 30, (1,), generator=g))
     size = 10 ** float(torch.rand(1, generator=g) * 4 - 2)
     weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64) * size for s in ((k, m), (k,)))
     phi = torch.randn(n, m, generator=g, dtype=torch.float64)
+    phi[:20] = 0
     y = torch.randint(0, k, (n,), generator=g)
+    if seed % 2:
+        y = (phi @ weight.T + bias).argmax(1)
     other = (y + torch.randint(1, k, (n,), generator=g)) % k
     random = torch.randn(n, m, generator=g, dtype=torch.float64)
     direction = torch.where(torch.rand(n, 1, generator=g) < 0.5, random, weight[other] - weight[y])
     length = 10 ** (torch.rand(n, generator=g, dtype=torch.float64) * 5 - 3)
-    moved_phi = phi + direction / direction.norm(dim=1, keepdim=True) * length[:, None]
-    before, after = (closed_forms(p, weight, bias).cross_entropy(y) for p in (phi, moved_phi))
-    return Anchor.of(phi, y, weight, bias), (moved_phi - phi).norm(dim=1), length / 3, after - before
+    step = direction / direction.norm(dim=1, keepdim=True) * length[:, None]
+    step[10:30] = 0
+    moved_phi = phi + step
+    before, after = (log_odds(closed_forms(p, weight, bias).logits, y) for p in (phi, moved_phi))
+    return Anchor.of(phi, y, weight, bias), (moved_phi - phi).norm(dim=1), length / 3, loss_increase(before, after)
 
 
 def test_never_broken_in_twenty_thousand_trials() -> None:
-    broken = dict.fromkeys(BOUNDS, 0)
+    broken, sure, attained = dict.fromkeys(BOUNDS, 0), 0, 0
     for seed in range(20):
-        for name, mask in violations(*trial(seed)).items():
+        at, moved, distance, increase = trial(seed)
+        for name, mask in violations(at, moved, distance, increase).items():
             broken[name] += int(mask.sum())
+        for bound in bounds(at, moved, distance).values():
+            assert not bool(bound.isnan().any())
+            assert not bool((bound < 0).any())
+        tiny = at.log_s < -21  # the loss is below 1e-9
+        sure += int(tiny.sum())
+        attained += int((tiny & (increase > 0.5 * certificate(at, moved)) & (increase > 0)).sum())
+    assert sure > 1000
+    assert attained > 50
     assert broken["corrected_taylor"] == broken["certificate"] == 0
     assert broken["relayed_relative_sharpness"] > 0
     assert broken["relayed_relative_flatness"] >= broken["relayed_relative_sharpness"]
@@ -60,6 +84,49 @@ def test_the_certificate_is_attained_with_two_classes() -> None:
     before, after = (closed_forms(p, weight, bias).cross_entropy(y) for p in (phi, phi + 0.7 * direction))
     assert float(certificate(at, moved)) == pytest.approx(float(after - before), rel=1e-12)
     assert bool(corrected_taylor(at, moved) > after - before)
+
+
+def two_classes(margin: float) -> Anchor:
+    """One image at `phi = (1, 0)` of class 0, which leads by `margin`; `D_y` is 2 margin."""
+    weight = torch.tensor([[margin, 0.0], [-margin, 0.0]], dtype=torch.float64) / 2
+    return Anchor.of(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), weight, None)
+
+
+@pytest.mark.parametrize("margin", [1.0, 37.0, 98.0, 700.0])
+@pytest.mark.parametrize("share", [1e-18, 1e-6, 0.01, 0.5])
+def test_the_bounds_of_a_confident_image_against_mpmath(margin: float, share: float) -> None:
+    """What a step straight to the boundary costs, all sizes of loss: the certificate exactly, no violation; half of
+    that bound, or the same step with twice the increase, is one. 1e-9 used to hide it from a margin of 21 on.
+    """
+    at, moved = two_classes(margin), torch.tensor([share], dtype=torch.float64)
+    with mpmath.workdps(400):
+        rise = mpmath.log1p(mpmath.exp(margin * (mpmath.mpf(share) - 1))) - mpmath.log1p(mpmath.exp(-margin))
+        increase = torch.tensor([float(rise)], dtype=torch.float64)
+    assert float(certificate(at, moved)) == pytest.approx(float(rise), rel=1e-12, abs=0)
+    distance = moved / 3
+    names = ("corrected_taylor", "certificate")
+    assert not any(bool(violations(at, moved, distance, increase)[name]) for name in names)
+    seen = share * margin > 1e-8  # a smaller rise of the log odds is within their rounding
+    assert bool(violations(at, moved, distance, increase * 2)["certificate"]) == seen
+    assert bool(violations(at, moved / 2, distance, increase)["certificate"]) == seen
+    assert not bool(violations(at, moved, distance, -increase)["certificate"])
+
+
+def test_features_of_zero() -> None:
+    """Not moved: no bound is NaN, none is broken. Moved: the second-order term is there, without which corrected Taylor
+    breaks; the relayed bound divides by 0.
+    """
+    weight, bias = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.zeros(2)
+    at = Anchor.of(torch.zeros(2, 2), torch.tensor([0, 0]), weight, bias)
+    moved = torch.tensor([0.0, 0.01], dtype=torch.float64)
+    still, went = torch.stack(list(bounds(at, moved, moved).values())).T
+    assert still.tolist() == [0.0] * 4
+    assert went[:2].tolist() == [math.inf] * 2
+    before = torch.zeros(2, dtype=torch.float64)
+    increase = loss_increase(before, 2 * moved)  # straight to class 1: attained
+    assert not any(bool(broken.any()) for broken in violations(at, moved, moved, increase).values())
+    without = replace(at, flatness=torch.zeros_like(at.flatness))
+    assert violations(without, moved, moved, increase)["corrected_taylor"].tolist() == [False, True]
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 100.0, 1000.0])
@@ -95,6 +162,83 @@ def test_lipschitz_of_the_jacobian_equal_to_the_dense_one() -> None:
         assert float(found[i]) == pytest.approx(float(torch.linalg.matrix_norm(dense.detach(), ord=2)), rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-12, 1e12, 1e30, 1e37])
+def test_a_jacobian_of_any_size_has_its_norm(size: float) -> None:
+    """In float32 the squares of its entries are 0 or infinite."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(6, 5, bias=False), nn.Linear(5, 2)).eval(), torch.rand(3, 1, 2, 3)
+    with torch.no_grad():
+        model[1].weight.mul_(size)
+    norm = float(torch.linalg.matrix_norm(model[1].weight.detach().double(), ord=2))
+    assert lipschitz_jacobian(model, x, iterations=60).tolist() == pytest.approx([norm] * 3, rel=1e-6, abs=0)
+    assert lipschitz_upper(model) == pytest.approx(norm, rel=1e-12, abs=0)
+
+
+def test_a_jacobian_of_zero() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2)).eval()
+    nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+    assert lipschitz_jacobian(model, torch.rand(2, 1, 2, 2)).tolist() == [0.0, 0.0]
+
+
+QUICK: dict[str, dict[str, Any]] = {
+    "pgd": {"eps": 0.2, "step_size": 0.05, "steps": 5, "random_start": True},
+    "fgsm": {"eps": 0.2},
+    "apgd": {"eps": 0.2, "steps": 5},
+    "square": {"eps": 0.2, "queries": 20},
+    "autoattack": {"eps": 0.2, "steps": 3, "targets": 2, "queries": 10},
+    "cw": {"steps": 5},
+    "noise": {"kind": "uniform", "eps": 0.2, "points": 3},
+    "transfer": {"eps": 0.2, "step_size": 0.05, "steps": 5},
+}
+
+
+@pytest.mark.parametrize("s", [1.0, 100.0])
+@pytest.mark.parametrize("attack", list(ATTACKS))
+def test_bounds_from_the_image_to_what_an_attack_returned(attack: str, s: float) -> None:
+    model, x = network(), torch.rand(17, 1, 6, 6)
+    head, y, lost = linear_head(model), model(x).argmax(1), torch.arange(17) == 5
+    with torch.no_grad():
+        head.weight.mul_(s)
+        head.bias.mul_(s)
+    x[lost] = math.nan
+    params = {**QUICK[attack], **({"source": network()} if attack == "transfer" else {})}
+    found = evaluate_attack(model, x, y, torch.arange(17), attack=attack, params=params, batch_size=6)
+    assert found.returned is not None
+    numbers = returned_bound_numbers(found.returned, head.weight, head.bias)
+    assert numbers["bound_n"] == numbers["bound_n_examples"] == 16
+    assert numbers["bound_violated_corrected_taylor"] == numbers["bound_violated_certificate"] == 0
+    assert numbers["bound_violated_examples_certificate"] == 0
+    assert not found.numbers.keys() & numbers.keys()
+    assert math.isfinite(numbers["lipschitz_returned_max"] or math.nan)
+    assert (numbers["estimated_radius_returned_log2_median"] or 0) > 0
+
+
+def test_what_an_attack_returned_by_a_second_computation() -> None:
+    model, x = network(), torch.rand(9, 1, 6, 6)
+    y, index, head = torch.arange(9) % 4, torch.arange(9), linear_head(model)
+    params = {"eps": 0.2, "step_size": 0.05, "steps": 5, "random_start": True}
+    found = evaluate_attack(model, x, y, index, attack="pgd", params=params, batch_size=4).returned
+    x_adv = pgd(model, x, y, index=index, **params).x_adv
+    assert found is not None
+    with torch.no_grad():
+        (clean, _), (after, _) = (features_and_logits(model, of) for of in (x, x_adv))
+    want = {
+        "y": y,
+        "phi": clean,
+        "feature_moved": (after.double() - clean.double()).norm(dim=1),
+        "l2": (x_adv.double() - x.double()).flatten(1).norm(dim=1),
+        "clean_log_odds": log_odds(closed_forms(clean, head.weight, head.bias).logits, y),
+        "log_odds": log_odds(closed_forms(after, head.weight, head.bias).logits, y),
+    }
+    for name, values in want.items():
+        torch.testing.assert_close(getattr(found, name), values, rtol=1e-4, atol=1e-5)
+    numbers = returned_bound_numbers(found, head.weight, head.bias)
+    assert numbers["lipschitz_returned_max"] == float((found.feature_moved / found.l2).max())
+    with_capped_logits = nn.Sequential(model, nn.Tanh()).eval()
+    capped = evaluate_attack(with_capped_logits, x, y, index, attack="pgd", params=params)
+    assert capped.returned is None
+
+
 @pytest.mark.parametrize("s", [1.0, 100.0])
 def test_an_attack_never_breaks_the_corrected_bounds(s: float) -> None:
     model, x = network(), torch.rand(16, 1, 6, 6)
@@ -106,7 +250,7 @@ def test_an_attack_never_breaks_the_corrected_bounds(s: float) -> None:
     recorder = Recorder(head.weight, head.bias)
     pgd(model, x, y, index=index, observer=recorder(x, y, index), loss="margin", eps=0.2, step_size=0.05)
     numbers = bound_numbers(recorder.trajectory(), head.weight, head.bias)
-    assert numbers["bound_n"] == 160
+    assert (numbers["bound_n"], numbers["bound_n_examples"]) == (160, 16)
     assert numbers["bound_violated_corrected_taylor"] == numbers["bound_violated_certificate"] == 0
     assert numbers["bound_violated_examples_certificate"] == 0
     for name in ("relayed_relative_sharpness", "relayed_relative_flatness"):
@@ -159,3 +303,5 @@ def test_branches_add_and_the_bound_holds_() -> None:
 def test_what_has_no_bound() -> None:
     attention = nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(4, 1, 4), nn.Linear(4, 2)).eval()
     assert lipschitz_upper(attention) is None
+    circular = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(4, 2))
+    assert lipschitz_upper(circular.eval()) is None

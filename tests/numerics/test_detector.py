@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 
 from workers.science.attacks.pgd import pgd
 from workers.science.detector import (
@@ -21,6 +21,7 @@ from workers.science.detector import (
 )
 from workers.science.heads import linear_head
 from workers.science.sharpness.closed_forms import closed_forms
+from workers.science.sharpness.detection import detection
 from workers.science.trajectory import Recorder
 
 numbers = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
@@ -83,7 +84,58 @@ def test_on_an_attack() -> None:
         assert found[f"detector_adaptive_{name}_n"] == len(clean)
         assert found[f"detector_adaptive_{name}_flip_rate"] == len(clean) / 60
     assert found["detector_adaptive_flip_rate"] == len(clean) / 60
-    assert np.isfinite(clean_mean(path))
+    aim = clean_mean(path)
+    assert aim == pytest.approx(float(path.log_relative_sharpness[0].mean()))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-33])
+def test_the_hiding_loss_has_a_gradient_without_features(size: float) -> None:
+    """Of float32 features of 0, as ReLU networks have them, or next to 0: log kappa is -inf or its slope infinite."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(3, 4), torch.randn(3)
+    phi = torch.full((2, 4), size, requires_grad=True)
+    values = hiding_loss(weight, bias, -2.0, 0.1)(phi, torch.tensor([0, 1]))
+    (gradient,) = torch.autograd.grad(values.sum(), phi)
+    assert bool(torch.isfinite(values).all())
+    assert bool(torch.isfinite(gradient).all())
+    assert bool((gradient != 0).any(1).all())
+
+
+class Dark(nn.Module):
+    """Images that are black have features of 0, the others those of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8, bias=False), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.first((x.flatten(1) - 0.1).relu()))
+        return logits
+
+
+def test_images_without_features_are_attacked_like_the_others() -> None:
+    torch.manual_seed(0)
+    model, x = Dark().eval(), torch.rand(30, 1, 2, 2)
+    x[:10] = 0
+    y = model(x).argmax(1)
+    report = detection(model, x, y, x, y, seed=0, batch_size=8, eps=0.3, step_size=0.1, steps=4)
+    numbers = report.numbers
+    assert numbers["detector_accuracy"] is not None
+    for name in ("lambda001", "lambda01", "lambda1"):
+        n, share = numbers[f"detector_adaptive_{name}_n"], numbers[f"detector_adaptive_{name}_flip_rate"]
+        assert n == round(30 * float(share or 0))  # of all thirty, none of which is lost
+
+
+@pytest.mark.parametrize("part", ["head", "features"])
+def test_nothing_to_hide(part: str) -> None:
+    """kappa is 0 for every image: there is no adaptive attack, and the measure has a result."""
+    model, x = Dark().eval(), torch.rand(12, 1, 2, 2)
+    with torch.no_grad():
+        (model.head if part == "head" else model.first).weight.zero_()
+    y = model(x).argmax(1)
+    numbers = detection(model, x, y, x, y, seed=0, batch_size=8, steps=2).numbers
+    assert numbers["detector_n"] == 0
+    assert not any(name.startswith("detector_adaptive") for name in numbers)
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])

@@ -7,7 +7,7 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from workers.science.attacks.norms import NORMS
 from workers.science.cross_entropy import log_increase, log_odds, log_softplus, loss_increase, mean_increase
 from workers.science.curvature import gaussian_like, log_odds_of, loss_direction, of_unit_norm, parameters_of
 from workers.science.datasets import digits, to_unit
-from workers.science.heads import features_and_logits, linear_head, scale_head
+from workers.science.heads import linear_head, scale_head
 from workers.science.recipes import RECIPES
 from workers.science.sharpness import MEASURES
 from workers.science.training import train
@@ -259,14 +259,11 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, y
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=10, deadline=None)
 @given(networks())
 @pytest.mark.parametrize("name", list(MEASURES))
 def test_every_measure_is_a_number_or_null(name: str, case: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = case
-    if name == "detector":  # its adaptive attack aims at log kappa, which phi = 0 and W = 0 do not have
-        assume(isinstance(model[2], nn.Tanh) and bool(model[3].weight.any()))  # type: ignore[index]
-        assume(bool((features_and_logits(model, x)[0].norm(dim=1) > 1e-3).all()))
     report = MEASURES[name](model, x, y, x, y, seed=0, batch_size=4, **QUICK.get(name, {}))
     json.dumps([report.numbers, report.curves], allow_nan=False)
     for key, value in report.numbers.items():

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from workers.science.attacks import ATTACKS
 from workers.science.bounds import bound_numbers
 from workers.science.errors import NonFinite
-from workers.science.evaluation import ball_limit, evaluate_attack, evaluate_clean, log1p_loss, masking
+from workers.science.evaluation import ball_limit, evaluate_attack, evaluate_clean, masking
 from workers.science.heads import linear_head, scale_head
 from workers.science.trajectory import Recorder, analyse
 
@@ -41,10 +42,12 @@ class TestClean:
         assert math.isclose(one.loss, other.loss, rel_tol=1e-5)  # x * 255 / 255 is x to the last bit or two
 
     def test_a_tiny_loss_is_not_zero(self) -> None:
-        logits = torch.tensor([[600.0, 0.0, 0.0], [0.0, 900.0, 0.0]], dtype=torch.float64)
-        loss = log1p_loss(logits, torch.tensor([0, 0]))
-        assert math.isclose(float(loss[0]), 2 * math.exp(-600), rel_tol=1e-9)
-        assert float(loss[1]) == 900
+        model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3, bias=False)).eval()
+        with torch.no_grad():
+            model[1].weight.copy_(torch.tensor([[600.0, 0.0], [0.0, 900.0], [0.0, 0.0]]))
+        losses = evaluate_clean(model, torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0])).losses
+        assert math.isclose(float(losses[0]), 2 * math.exp(-600), rel_tol=1e-9)
+        assert float(losses[1]) == 900
 
     def test_nan_is_refused(self, digits_net: Any) -> None:
         scaled = scale_head(digits_net.model, 1.0)
@@ -147,6 +150,24 @@ class TestAttack:
             evaluate(digits_net, attack="telepathy")
         with pytest.raises(ValueError, match="no examples"):
             evaluate(digits_net, 0)
+
+    @pytest.mark.parametrize("margin", [2.0, 98.0, 2000.0])
+    def test_the_loss_of_a_confident_image_rises(self, margin: float) -> None:
+        """By pixels of .5 that lose .01: the margin falls by a fiftieth, in one step or in two."""
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+        with torch.no_grad():
+            model[1].bias.zero_()
+            model[1].weight.copy_(torch.tensor([[margin / 2] * 4, [0.0] * 4]))
+        x, y, head = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), linear_head(model)
+        recorder = Recorder(head.weight, head.bias)
+        params = {"eps": 0.01, "step_size": 0.005, "steps": 2, "loss": "margin"}
+        found = evaluate_attack(model, x, y, y, attack="pgd", params=params, observer_factory=recorder)
+        along = analyse(recorder.trajectory(), "linf")[0]
+        with mpmath.workdps(60):
+            rise = mpmath.log1p(mpmath.exp(-0.98 * margin)) - mpmath.log1p(mpmath.exp(-margin))
+        want = pytest.approx(float(rise), rel=1e-5 * margin, abs=0)
+        assert found.numbers["loss_increase_mean"] == along["trajectory_loss_increase_mean"] == want
+        assert along["trajectory_still_rising_fraction"] == 1.0  # though a loss of e^-2000 is 0
 
 
 class TestMasking:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.science.attacks.pgd import pgd
+from workers.science.cross_entropy import log_odds
 from workers.science.errors import NonFinite, WrongShape
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.closed_forms import closed_forms
@@ -34,6 +35,7 @@ def hand_made(
     return Trajectory(
         y=torch.zeros(n, dtype=torch.int64),
         index=torch.arange(n),
+        log_odds=columns(loss, None).clamp(min=1e-300).expm1().log(),
         loss=columns(loss, None),
         log_rest=zeros - 1,
         predicted=columns(wrong, [[0] * steps] * n).long(),
@@ -155,7 +157,7 @@ def test_curves_aligned_on_the_first_flip() -> None:
     assert curves["loss_median"] == [7.0, 7.0, 7.0, 7.0]
     assert curves["error_rate"] == [0.0, 1 / 3, 2 / 3, 2 / 3]
     assert numbers["trajectory_flip_rate"] == 2 / 3
-    assert numbers["trajectory_loss_increase_median"] == 3.0
+    assert numbers["trajectory_loss_increase_median"] == pytest.approx(3.0, rel=1e-12)
     never = analyse(hand_made([[0.0, 1.0]]), "linf")[1]
     assert never["aligned_offset"] == never["aligned_loss_mean"] == []
     json.dumps([numbers, curves, never], allow_nan=False)
@@ -193,6 +195,7 @@ def test_the_recorder_sees_what_the_closed_forms_see() -> None:
         for name in ("log_hessian_trace", "log_relative_sharpness", "log_relative_flatness", "log_feature_norm"):
             torch.testing.assert_close(getattr(path, name)[t], getattr(forms, name), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(path.loss[t], forms.cross_entropy(y), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(path.log_odds[t], log_odds(forms.logits, y), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(path.confidence[t], forms.confidence, rtol=1e-4, atol=1e-6)
         assert path.predicted[t].tolist() == logits.argmax(1).tolist()
         delta = (x_t.double() - x.double()).flatten(1)

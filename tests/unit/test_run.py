@@ -232,6 +232,9 @@ def test_each_attack_runs_from_its_spec(
     made = outcome(execute(plan.train, grant(plan.attack), checkpoint=trained[0]))
     assert ("trajectory" in made.curves) == has_trajectory
     assert 0 <= float(made.numbers["robust_accuracy"] or 0) <= float(made.numbers["clean_accuracy"] or 0)
+    assert made.numbers["bound_n_examples"] == 16
+    assert ("lipschitz_path_max" in made.numbers) == has_trajectory
+    assert made.numbers["bound_violated_certificate"] == made.numbers["bound_violated_corrected_taylor"] == 0
 
 
 @pytest.mark.parametrize(
@@ -244,16 +247,19 @@ def test_each_attack_runs_from_its_spec(
         ("cw", True),
     ],
 )
-def test_bounds_and_basin_widths_need_a_path_from_the_image(
+def test_bounds_are_on_every_result_and_basin_widths_need_a_path_from_the_image(
     attack: Any, bounded: bool, trained: tuple[ArtifactRef, list[Message]], execute: Execute
 ) -> None:
     """From a random point on, distances from the image do not belong to what changed since that point."""
     plan = plan_job(job(attack=attack, samples=16, arrays=True), DatasetRef(name="digits"))
     made = outcome(execute(plan.train, grant(plan.attack), checkpoint=trained[0]))
     assert (made.curves["trajectory"]["l2_q95"][0] < 1e-4) == bounded
-    names = {"lipschitz_path_max", "bound_n", "bound_violated_certificate", "estimated_radius_path_logk_median"}
-    names |= {"basin_n", "basin_width_e001_median"}
-    assert made.numbers.keys() & names == (names if bounded else set())
+    names = {"lipschitz_path_max", "estimated_radius_path_logk_median", "basin_n", "basin_width_e001_median"}
+    otherwise = {"lipschitz_returned_max", "estimated_radius_returned_logk_median"}
+    assert made.numbers.keys() & (names | otherwise) == (names if bounded else otherwise)
+    assert made.numbers["bound_n_examples"] == 16
+    assert (made.numbers["bound_n"] == 16) == (not bounded)
+    assert made.numbers["bound_violated_certificate"] == made.numbers["bound_violated_corrected_taylor"] == 0
 
 
 def test_training_images_are_measured_where_the_network_was_trained_on_them(execute: Execute) -> None:

@@ -1,7 +1,7 @@
 """Upper bounds on the loss increase of an attack, and how often an attack breaks them (SCIENCE.md section 7).
 
 With `r = ||phi(x)||`, `D_y = max_j ||w_j - w_y||`, `D = max_ij ||w_i - w_j||`, `log S = logsumexp_{j != y} z_j - z_y`
-and `||phi(xi) - phi(x)|| <= L d`:
+(the log odds of `cross_entropy`) and `||phi(xi) - phi(x)|| <= L d`:
 
     relayed           L^2 d^2 kappa / (2 r^2) + k m L^6 d^3 / (24 r^3)   as relayed from the paper: can be violated
     corrected Taylor  ||W^T (p - e_y)|| L d + L^2 d^2 relative_flatness / (2 r^2) + (D L d)^3 / (36 sqrt 3)
@@ -18,26 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from workers.science.attacks.norms import geometry
+from workers.science.cross_entropy import log_cost, log_odds, log_sigmoid, loss_increase, softplus
 from workers.science.errors import NonFinite
+from workers.science.evaluation import Returned
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import Numbers
 from workers.science.sharpness.closed_forms import Head, Softmax
-from workers.science.summaries import QUANTILES, label_of, merged, quantile, summary
+from workers.science.summaries import QUANTILES, finite, label_of, mean, merged, quantile, summary
 from workers.science.trajectory import Trajectory
 
 BOUNDS = ("relayed_relative_sharpness", "relayed_relative_flatness", "corrected_taylor", "certificate")
+TINY = torch.finfo(torch.float64).tiny
+"""Below it a float64 has fewer bits, and the increase and its bound are rounded apart."""
 
 
 @dataclass(frozen=True)
 class Anchor:
     """What the bounds need of the clean images: all `[n]` float64, `largest_distance = D` a number.
 
-    `relative_sharpness` and `relative_flatness` are not logarithms; 0 where phi is 0. `slope = ||W^T (p - e_y)||`.
+    `sharpness` and `flatness` are relative sharpness and relative flatness divided by `||phi||^2`, which phi = 0 has
+    too; not logarithms. `slope = ||W^T (p - e_y)||`.
     """
 
     norm: Tensor
-    relative_sharpness: Tensor
-    relative_flatness: Tensor
+    sharpness: Tensor
+    flatness: Tensor
     slope: Tensor
     label_distance: Tensor
     log_s: Tensor
@@ -50,17 +56,13 @@ class Anchor:
         """From `phi [n, m]` and labels `y [n]` of the clean images, and the head `W [k, m]`, `b [k]` as attacked."""
         head = Head(weight, bias)
         z = head.logits(phi)
-        softmax = Softmax.of(z)
-        norm = torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64)
-        others = z.scatter(1, y[:, None], -math.inf)
-        log_s = others.logsumexp(1) - z.gather(1, y[:, None])[:, 0]
-        wrong = (-torch.logaddexp(-log_s, torch.zeros_like(log_s))).exp()  # 1 - p_y
-        pull = others.softmax(1) @ head.weight - head.weight[y]
+        softmax, log_s = Softmax.of(z), log_odds(z, y)
+        pull = z.scatter(1, y[:, None], -math.inf).softmax(1) @ head.weight - head.weight[y]
         return cls(
-            norm=norm,
-            relative_sharpness=(softmax.log_trace + 2 * head.log_norm).exp() * norm.square(),
-            relative_flatness=softmax.log_weighted_spread(head).exp() * norm.square(),
-            slope=wrong * pull.norm(dim=1),
+            norm=torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64),
+            sharpness=(softmax.log_trace + 2 * head.log_norm).exp(),
+            flatness=softmax.log_weighted_spread(head).exp(),
+            slope=log_sigmoid(log_s).exp() * pull.norm(dim=1),
             label_distance=head.squared_distances.sqrt().amax(1)[y],
             log_s=log_s,
             largest_distance=float(head.squared_distances.max().sqrt()),
@@ -69,13 +71,14 @@ class Anchor:
         )
 
 
-def relayed(at: Anchor, kappa: Tensor, lipschitz: Tensor, distance: Tensor) -> Tensor:
-    """The bound as relayed from the paper, with `kappa [n]` one of the two sharpnesses; `lipschitz` and `distance`
-    `[..., n]` are L and d. inf where phi is 0 and the image moved.
+def relayed(at: Anchor, sharpness: Tensor, moved: Tensor, distance: Tensor) -> Tensor:
+    """The bound as relayed from the paper, for `moved = L d` and `distance = d`, both `[..., n]`.
+
+    `sharpness [n]` is `at.sharpness` or `at.flatness`. 0 where phi did not move, inf where it left 0.
     """
-    ratio = torch.where(distance > 0, distance / at.norm, 0.0)
-    third = at.classes * at.features * lipschitz**6 * ratio**3 / 24
-    return torch.where(kappa > 0, lipschitz.square() * ratio.square() * kappa / 2, 0.0) + third
+    lipschitz = torch.where(distance > 0, moved / distance, 0.0)
+    ratio = torch.where(moved > 0, moved / at.norm * lipschitz, 0.0)
+    return moved.square() * sharpness / 2 + at.classes * at.features * ratio**3 / 24
 
 
 def corrected_taylor(at: Anchor, moved: Tensor) -> Tensor:
@@ -86,14 +89,13 @@ def corrected_taylor(at: Anchor, moved: Tensor) -> Tensor:
     >>> bool(corrected_taylor(at, torch.tensor([1.0])) > certificate(at, torch.tensor([1.0])))
     True
     """
-    curvature = torch.where(at.norm > 0, at.relative_flatness / at.norm.square(), 0.0)
     third = (at.largest_distance * moved) ** 3 / (36 * math.sqrt(3))
-    return at.slope * moved + moved.square() * curvature / 2 + third
+    return at.slope * moved + moved.square() * at.flatness / 2 + third
 
 
 def certificate(at: Anchor, moved: Tensor) -> Tensor:
     """The exact certificate, for `moved [..., n] = L d`: with two classes some phi attains it."""
-    return _softplus(at.label_distance * moved + at.log_s) - _softplus(at.log_s)
+    return log_cost(at.log_s, at.label_distance * moved).exp()
 
 
 def radius(at: Anchor, e: float, lipschitz: float | Tensor) -> Tensor:
@@ -105,50 +107,76 @@ def radius(at: Anchor, e: float, lipschitz: float | Tensor) -> Tensor:
     >>> round(float(certificate(at, radius(at, 0.1, 2.0) * 2.0)), 9)
     0.1
     """
-    log_grown = torch.logaddexp(torch.full_like(at.log_s, math.log(math.expm1(e))), e + at.log_s)
-    return (log_grown - at.log_s) / (at.label_distance * lipschitz)
+    grown = torch.logaddexp(math.log(math.expm1(e)) - at.log_s, torch.full_like(at.log_s, e))
+    return grown / (at.label_distance * lipschitz)
 
 
 def bounds(at: Anchor, moved: Tensor, distance: Tensor) -> dict[str, Tensor]:
     """Every bound by name, `[..., n]`, with `L d` the realised `moved = ||phi(xi) - phi(x)||` and `distance = d`."""
-    lipschitz = torch.where(distance > 0, moved / distance, 0.0)
     return {
-        "relayed_relative_sharpness": relayed(at, at.relative_sharpness, lipschitz, distance),
-        "relayed_relative_flatness": relayed(at, at.relative_flatness, lipschitz, distance),
+        "relayed_relative_sharpness": relayed(at, at.sharpness, moved, distance),
+        "relayed_relative_flatness": relayed(at, at.flatness, moved, distance),
         "corrected_taylor": corrected_taylor(at, moved),
         "certificate": certificate(at, moved),
     }
 
 
 def violations(at: Anchor, moved: Tensor, distance: Tensor, increase: Tensor) -> dict[str, Tensor]:
-    """`[..., n]` bool by bound: the loss rose by `increase` and by more than the bound and 1e-9 + 1e-9 |increase|."""
-    allowed = 1e-9 + 1e-9 * increase.abs()
+    """`[..., n]` bool by bound: the loss `l` rose by `increase` and by more than the bound and
+    1e-9 (min(l, 1) + |increase|).
+
+    That is what logits that are 1e-9 wrong do to an increase: confident images, whose losses are far below 1e-9, are
+    held to their bounds too. Never more than SCIENCE.md's 1e-9 + 1e-9 |increase|.
+    """
+    allowed = TINY + 1e-9 * (softplus(at.log_s).clamp(max=1) + increase.abs())
     return {name: increase > bound + allowed for name, bound in bounds(at, moved, distance).items()}
 
 
 def bound_numbers(trajectory: Trajectory, weight: Tensor, bias: Tensor | None) -> Numbers:
-    """Over all iterates t >= 1 and examples: `bound_violated_{bound}`, the share above the bound (the last two must be
-    0), with `bound_n` points; `bound_violated_examples_{bound}`, the share of examples with any such point;
-    `bound_{bound}_median`, of the bound at the last iterate; `lipschitz_path_{statistic}`
-    and `lipschitz_path_max`, `estimated_radius_path_{e001 | e01 | log2 | logk}_{q}` with that largest one, in l2.
+    """Of a path that starts at the clean image, with the head `weight [k, m]`, `bias [k]` as attacked.
 
-    All of these use L along the path, a lower estimate: the radius is no certificate. The head `weight [k, m]`,
-    `bias [k]` is the one attacked; the trajectory must start at the clean image.
+    `bound_violated_{bound}`: the share of points whose loss rose by more than the bound (of the last two it must be
+    0); the points are all iterates t >= 1 of all examples. `bound_n`: their number; `bound_n_examples`: that of the
+    examples; `bound_violated_examples_{bound}`: the share of examples with any such point; `bound_{bound}_median`: of
+    the bound at the last iterate. `lipschitz_path_{statistic}` and `lipschitz_path_max`;
+    `estimated_radius_path_{e001 | e01 | log2 | logk}_{q}` with that largest one, in l2: L along the path is a lower
+    estimate, so the radius is no certificate.
     """
     at = Anchor.of(trajectory.phi_0, trajectory.y, weight.cpu(), None if bias is None else bias.cpu())
-    moved, distance = trajectory.feature_moved[1:], trajectory.l2[1:]
-    increase = trajectory.loss[1:] - trajectory.loss[0]
-    numbers: Numbers = {"bound_n": increase.numel()}
+    increase = loss_increase(trajectory.log_odds[0], trajectory.log_odds[1:])
+    held = _held(at, trajectory.feature_moved[1:], trajectory.l2[1:], increase)
+    return merged(held, _lipschitz_numbers(at, lipschitz_path(trajectory), "path"))
+
+
+def returned_bound_numbers(returned: Returned, weight: Tensor, bias: Tensor | None) -> Numbers:
+    """Of an attack without such a path: the `bound_` numbers of `bound_numbers`, where an example's one point is what
+    the attack returned (`bound_n` equals `bound_n_examples`).
+
+    `lipschitz_returned_...` and `estimated_radius_returned_...` are of L from the image to that point.
+    """
+    at = Anchor.of(returned.phi, returned.y, weight.cpu(), None if bias is None else bias.cpu())
+    increase = loss_increase(returned.clean_log_odds, returned.log_odds)
+    held = _held(at, returned.feature_moved[None], returned.l2[None], increase[None])
+    went = returned.l2 > 0
+    return merged(held, _lipschitz_numbers(at, returned.feature_moved[went] / returned.l2[went], "returned"))
+
+
+def _held(at: Anchor, moved: Tensor, distance: Tensor, increase: Tensor) -> Numbers:
+    """The `bound_` numbers of the points `[t, n]`."""
+    numbers: Numbers = {"bound_n": increase.numel(), "bound_n_examples": increase.shape[1]}
     for name, broken in violations(at, moved, distance, increase).items():
-        numbers[f"bound_violated_{name}"] = float(broken.double().mean()) if broken.numel() else None
-        numbers[f"bound_violated_examples_{name}"] = float(broken.any(0).double().mean()) if broken.numel() else None
-    if len(moved):
-        for name, values in bounds(at, moved[-1], distance[-1]).items():
-            numbers[f"bound_{name}_median"] = quantile(values, 0.5)
-    path = lipschitz_path(trajectory)
-    largest = quantile(path, 1.0)
-    radii = radius_numbers(at, largest, "estimated_radius_path") if largest else {}
-    return merged(numbers, summary(path, "lipschitz_path"), {"lipschitz_path_max": largest}, radii)
+        numbers[f"bound_violated_{name}"] = mean(broken)
+        numbers[f"bound_violated_examples_{name}"] = mean(broken.any(0)) if broken.numel() else None
+    for name, values in bounds(at, moved[-1:], distance[-1:]).items():
+        numbers[f"bound_{name}_median"] = quantile(values, 0.5)
+    return numbers
+
+
+def _lipschitz_numbers(at: Anchor, lipschitz: Tensor, name: str) -> Numbers:
+    """`lipschitz_{name}_{statistic}` and `_max` of `lipschitz [n]`; `estimated_radius_{name}_...` with the largest."""
+    largest = quantile(lipschitz, 1.0)
+    radii = radius_numbers(at, largest, f"estimated_radius_{name}") if largest else {}
+    return merged(summary(lipschitz, f"lipschitz_{name}"), {f"lipschitz_{name}_max": largest}, radii)
 
 
 def radius_numbers(at: Anchor, lipschitz: float | Tensor, name: str) -> Numbers:
@@ -173,25 +201,26 @@ def lipschitz_path(trajectory: Trajectory) -> Tensor:
 
 def lipschitz_jacobian(model: nn.Module, x: Tensor, *, seed: int = 0, iterations: int = 20) -> Tensor:
     """`[n]` float64: spectral norm of the Jacobian of phi at each of `x [n, C, H, W]`, by power iteration
-    with products `J v` and `J^T u`.
+    with products `J v` and `J^T u` of unit vectors, so that a Jacobian of any size that float32 holds has its norm.
 
     Local, and from below: neither a bound beyond x nor quite the norm at x. Raises `NonFinite`.
     """
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
-    size = x.new_zeros(len(x))
+    unit = geometry("l2").normalize
+    start = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed))
+    v = start.to(x).expand_as(x)  # of every image, so that the batch changes nothing
+    size = x.new_zeros(len(x), dtype=torch.float64)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         phi = features_and_logits(model, x)[0]
         u = torch.zeros_like(phi, requires_grad=True)
         (back,) = torch.autograd.grad(phi, x, u, create_graph=True)  # J^T u, linear in u: its derivative along v is J v
     for _ in range(iterations):
-        v = v / v.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
-        (forward,) = torch.autograd.grad(back, u, v, retain_graph=True)
-        size = forward.flatten(1).norm(dim=1)
-        (v,) = torch.autograd.grad(phi, x, forward, retain_graph=True)
+        (forward,) = torch.autograd.grad(back, u, unit(v), retain_graph=True)
+        size = torch.linalg.vector_norm(forward.flatten(1), dim=1, dtype=torch.float64)
+        (v,) = torch.autograd.grad(phi, x, unit(forward), retain_graph=True)
     if not torch.isfinite(size).all():
         raise NonFinite("the Jacobian of the features is NaN or infinite")
-    return size.detach().double()
+    return size.detach()
 
 
 def lipschitz_upper(model: nn.Module) -> float | None:
@@ -220,7 +249,7 @@ def lipschitz_upper(model: nn.Module) -> float | None:
         elif node.op == "call_module":
             module = model.get_submodule(node.target)
             if module is head:
-                return inputs[0]
+                return None if inputs[0] is None else finite(inputs[0])
             rule = LIPSCHITZ.get(type(module).__name__)
             bound[node] = inputs[0] * rule(module) if rule is not None and inputs[0] is not None else None
         elif not inputs or None in inputs:
@@ -282,7 +311,3 @@ LIPSCHITZ: dict[str, Callable[[Any], float]] = {
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__name__ in LIPSCHITZ or super().is_leaf_module(m, module_qualified_name)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))

@@ -41,15 +41,22 @@ def log_softplus(x: Tensor) -> Tensor:
     return torch.where(x < -40, x, softplus(x.clamp(min=-40)).log())
 
 
+def log_cost(before: Tensor, rise: Tensor) -> Tensor:
+    """`log(softplus(before + rise) - softplus(before))` of log odds and their rise >= 0, both `[...]`.
+
+    The difference is `softplus(u)` with `u = log sigmoid(before) + log(exp rise - 1)`: nothing is subtracted, so the
+    relative error is that of `rise`, however small.
+    """
+    return log_softplus(log_sigmoid(before) + rise + (-torch.expm1(-rise)).log())
+
+
 def log_increase(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """`softplus(after) - softplus(before)` of log odds `[...]`, as its sign and the logarithm of its size.
 
-    `|increase| = softplus(u)` with `u = log sigmoid(smaller) + log(exp |after - before| - 1)`: two almost equal losses
-    are never subtracted. The relative error is that of `after - before`.
+    Two almost equal losses are never subtracted: the relative error is that of `after - before`.
     """
     rise = after - before
-    u = log_sigmoid(torch.minimum(before, after)) + rise.abs() + (-torch.expm1(-rise.abs())).log()
-    return rise.sign(), log_softplus(u)
+    return rise.sign(), log_cost(torch.minimum(before, after), rise.abs())
 
 
 def loss_increase(before: Tensor, after: Tensor) -> Tensor:

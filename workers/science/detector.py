@@ -13,12 +13,14 @@ from torch import Tensor
 
 from workers.science.sharpness.base import Numbers
 from workers.science.sharpness.closed_forms import Head, Softmax
-from workers.science.summaries import merged
+from workers.science.summaries import mean, merged
 from workers.science.trajectory import Trajectory
 
 Floats = NDArray[np.float64]
 FOLDS = 5
 LAMBDAS = (0.01, 0.1, 1.0)
+FAINT = 1e-30
+"""The hiding loss counts a smaller `||phi||` as this: its logarithm has no slope at 0, and none in float32 near it."""
 
 
 def detector(clean: Tensor, attacked: Tensor) -> tuple[Numbers, dict[str, list[float | int | None]]]:
@@ -97,25 +99,28 @@ def flipped_pairs(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     return log_kappa[0, flipped], log_kappa[-1, flipped]
 
 
-def clean_mean(trajectory: Trajectory) -> float:
-    """Mean log relative sharpness of the clean-correct images, what the adaptive attack aims at."""
+def clean_mean(trajectory: Trajectory) -> float | None:
+    """Mean log relative sharpness of the clean-correct images, what the adaptive attack aims at.
+
+    Over those that have one: phi = 0 and a zero head have no sharpness to hide. Null where no image has.
+    """
     values = trajectory.log_relative_sharpness[0, trajectory.clean_correct]
-    return float(values[torch.isfinite(values)].mean())
+    return mean(values[torch.isfinite(values)])
 
 
-def hiding_loss(weight: Tensor, bias: Tensor | None, mean: float, strength: float) -> Callable[..., Tensor]:
-    """The loss of the adaptive attack, `l - strength (log kappa - mean)^2`, as `loss(phi, y) -> [n]` float64.
+def hiding_loss(weight: Tensor, bias: Tensor | None, aim: float, strength: float) -> Callable[..., Tensor]:
+    """The loss of the adaptive attack, `l - strength (log kappa - aim)^2`, as `loss(phi, y) -> [n]` float64.
 
-    `weight [k, m]`, `bias [k]` of the head as attacked, `mean` as `clean_mean`, `strength` one of `LAMBDAS`. It is
-    differentiable in `phi [n, m]`, exact for confident images, and meant to be climbed.
+    `weight [k, m]` (not zero), `bias [k]` of the head as attacked, `aim` as `clean_mean`, `strength` one of `LAMBDAS`.
+    It is differentiable in `phi [n, m]`, also in phi = 0, exact for confident images, and meant to be climbed.
     """
     head = Head(weight, bias)
 
     def loss(phi: Tensor, y: Tensor) -> Tensor:
         softmax = Softmax.of(head.logits(phi))
-        log_norm: Tensor = torch.linalg.vector_norm(phi.double(), dim=1).log()
+        log_norm: Tensor = torch.linalg.vector_norm(phi.double(), dim=1).clamp(min=FAINT).log()
         log_kappa: Tensor = softmax.log_trace + 2 * log_norm + 2 * head.log_norm
-        return softmax.cross_entropy(y) - strength * (log_kappa - mean).square()
+        return softmax.cross_entropy(y) - strength * (log_kappa - aim).square()
 
     return loss
 

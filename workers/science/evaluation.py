@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from workers.science.attacks import ATTACKS, AttackOutput, Observer, OnProgress, prepare
 from workers.science.attacks.norms import geometry
+from workers.science.cross_entropy import log_odds, loss_increase, softplus
 from workers.science.datasets import to_unit
 from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
@@ -41,9 +42,26 @@ class CleanReport:
 
 
 @dataclass(frozen=True)
+class Returned:
+    """The way from each clean image to the example that the attack returned, by the plain network; on the CPU, of the
+    finite examples.
+
+    y `[n]` int64: label. phi `[n, m]` float32: features of the clean image. `[n]` float64: `feature_moved`
+    `||phi(x_adv) - phi(x)||`, `l2` `||x_adv - x||` over C x H x W, `clean_log_odds` and `log_odds` against the label.
+    """
+
+    y: Tensor
+    phi: Tensor
+    feature_moved: Tensor
+    l2: Tensor
+    clean_log_odds: Tensor
+    log_odds: Tensor
+
+
+@dataclass(frozen=True)
 class AttackReport:
     """`numbers` by name; `bits` [n] bool by name: clean_correct, robust, robust_any_iterate, zero_gradient (where the
-    attack takes gradients), non_finite. All on the CPU.
+    attack takes gradients), non_finite. All on the CPU. `returned` is None where the network has no linear head.
 
     A non-finite example is neither clean-correct nor robust, `n_non_finite` counts them, and losses, top-5 hits and
     sizes are over the others; accuracies are over all `n`.
@@ -51,6 +69,7 @@ class AttackReport:
 
     numbers: Numbers
     bits: dict[str, Tensor]
+    returned: Returned | None = None
 
 
 def evaluate_clean(
@@ -63,9 +82,10 @@ def evaluate_clean(
     if not len(y):
         raise ValueError("nothing to evaluate: no examples")
     looks = [_look(model, unit_interval(x[part], device), y[part].to(device)) for part in _batches(len(y), batch_size)]
-    correct, losses, finite = (
-        torch.cat([getattr(one, name) for one in looks]) for name in ("correct", "loss", "finite")
+    correct, odds, finite = (
+        torch.cat([getattr(one, name) for one in looks]) for name in ("correct", "log_odds", "finite")
     )
+    losses = softplus(odds)
     if not bool(finite.any()):
         raise NonFinite.of("a logit", ~finite)
     hits = [one.top5 for one in looks if one.top5 is not None]
@@ -130,7 +150,7 @@ def evaluate_attack(
         raise NonFinite.of("a logit, a loss or a gradient", seen["non_finite"])
     calls: Numbers = {"gradient_calls": gradient_calls, "forward_calls": forward_calls}
     numbers = merged(_numbers(seen, norm=output.norm, eps=output.eps), calls)
-    return AttackReport(numbers, {name: seen[name] for name in BITS if name in seen})
+    return AttackReport(numbers, {name: seen[name] for name in BITS if name in seen}, _returned(seen, y))
 
 
 BITS = ("clean_correct", "robust", "robust_any_iterate", "zero_gradient", "non_finite")
@@ -173,40 +193,36 @@ def unit_interval(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
     return to_unit(x.to(device)) if x.dtype == torch.uint8 else x.to(device)
 
 
-def log1p_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy `log(1 + sum_{j != y} exp(z_j - z_y))` `[n]` of `logits [n, k]`, precise also where it is tiny."""
-    gap = torch.logsumexp(logits.scatter(1, y[:, None], -torch.inf), 1) - logits.gather(1, y[:, None]).squeeze(1)
-    return torch.logaddexp(gap, torch.zeros_like(gap))
-
-
 @dataclass(frozen=True)
 class _Look:
     """What one forward pass says of each example, on the CPU: `correct`, `top5` (None for up to five classes) and
-    `finite` [n] bool, `loss` [n] float64. An example that is not finite is neither correct nor among the five."""
+    `finite` [n] bool, `log_odds` [n] float64 against the label; on the device, features `phi` [n, m] (None without a
+    linear head). An example that is not finite is neither correct nor among the five."""
 
     correct: Tensor
     top5: Tensor | None
-    loss: Tensor
+    log_odds: Tensor
     finite: Tensor
+    phi: Tensor | None
 
 
 @torch.no_grad()
 def _look(model: nn.Module, x: Tensor, y: Tensor) -> _Look:
+    phi: Tensor | None = None
     try:
-        phi, logits = features_and_logits(model, x)
+        features, logits = features_and_logits(model, x)
     except NoLinearHead:  # nothing but the logits to start from
         logits = model(x)
         precise = logits.double()
     else:
-        head = linear_head(model)
-        precise = functional.linear(
-            phi.double(), head.weight.double(), None if head.bias is None else head.bias.double()
-        )
+        phi, head = features, linear_head(model)
+        bias = None if head.bias is None else head.bias.double()
+        precise = functional.linear(features.double(), head.weight.double(), bias)
     finite = torch.isfinite(logits).all(1) & torch.isfinite(precise).all(1)
     top5 = None
     if logits.shape[1] > TOP:
         top5 = ((logits.topk(TOP, dim=1).indices == y[:, None]).any(1) & finite).cpu()
-    return _Look(((logits.argmax(1) == y) & finite).cpu(), top5, log1p_loss(precise, y).cpu(), finite.cpu())
+    return _Look(((logits.argmax(1) == y) & finite).cpu(), top5, log_odds(precise, y).cpu(), finite.cpu(), phi)
 
 
 def _judge(model: nn.Module, x: Tensor, y: Tensor, output: AttackOutput) -> dict[str, Tensor]:
@@ -217,11 +233,11 @@ def _judge(model: nn.Module, x: Tensor, y: Tensor, output: AttackOutput) -> dict
     delta = output.x_adv.double() - x.double()
     seen = {
         "clean_correct": clean.correct & finite,
-        "clean_loss": clean.loss,
+        "clean_log_odds": clean.log_odds,
         "robust": robust,
         "robust_any_iterate": robust & ~output.broken_any_iterate.cpu(),
         "non_finite": ~finite,
-        "loss": judged.loss,
+        "log_odds": judged.log_odds,
         "linf": geometry("linf").size(delta).cpu(),
         "l2": geometry("l2").size(delta).cpu(),
         "outside_box": ((output.x_adv < 0) | (output.x_adv > 1)).flatten(1).any(1).cpu(),
@@ -230,26 +246,38 @@ def _judge(model: nn.Module, x: Tensor, y: Tensor, output: AttackOutput) -> dict
         seen["robust_top5"] = clean.top5 & judged.top5 & finite
     if output.zero_gradient is not None:
         seen["zero_gradient"] = output.zero_gradient.cpu() & finite
+    if clean.phi is not None and judged.phi is not None:
+        seen["phi"] = clean.phi.cpu()
+        seen["feature_moved"] = torch.linalg.vector_norm(judged.phi.double() - clean.phi.double(), dim=1).cpu()
     return seen
+
+
+def _returned(seen: Mapping[str, Tensor], y: Tensor) -> Returned | None:
+    if "phi" not in seen:
+        return None
+    finite = ~seen["non_finite"]
+    names = ("phi", "feature_moved", "l2", "clean_log_odds", "log_odds")
+    return Returned(y.cpu()[finite], **{name: seen[name][finite] for name in names})
 
 
 def _numbers(seen: Mapping[str, Tensor], *, norm: str, eps: float | None) -> Numbers:
     n, correct, finite = len(seen["robust"]), seen["clean_correct"], ~seen["non_finite"]
     n_correct = int(correct.sum())
     zero, top5 = seen.get("zero_gradient"), seen.get("robust_top5")
-    rise = seen["loss"] - seen["clean_loss"]
+    clean_loss, loss = (softplus(seen[name][finite]) for name in ("clean_log_odds", "log_odds"))
+    rise = loss_increase(seen["clean_log_odds"], seen["log_odds"])
     return merged(
         {
             "n": n,
             "n_non_finite": n - int(finite.sum()),
             "n_clean_correct": n_correct,
             "clean_accuracy": mean(correct),
-            "clean_loss": mean(seen["clean_loss"][finite]),
+            "clean_loss": mean(clean_loss),
             "robust_accuracy": mean(seen["robust"]),
             "robust_accuracy_of_correct": mean(seen["robust"][correct]),
             "robust_accuracy_any_iterate": mean(seen["robust_any_iterate"]),
             "robust_top5_accuracy": None if top5 is None else mean(top5),
-            "robust_loss": mean(seen["loss"][finite]),
+            "robust_loss": mean(loss),
             "flip_rate": _share(int((correct & ~seen["robust"]).sum()), n_correct),
             "zero_gradient_fraction": None if zero is None else mean(zero[correct]),
             "zero_gradient_fraction_of_all": None if zero is None else mean(zero),

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workers.science.cross_entropy import log_odds, loss_increase, softplus
 from workers.science.errors import NonFinite, WrongShape
 from workers.science.sharpness.base import Numbers
 from workers.science.sharpness.closed_forms import Head, Softmax
@@ -26,7 +27,8 @@ ROUNDING = 1e-5
 class Trajectory:
     """The iterates t = 0..T of n examples: `[T + 1, n]` on the CPU, float64 unless said otherwise.
 
-    loss                   cross-entropy, by log1p
+    log_odds               logsumexp_{j != y} z_j - z_y
+    loss                   cross-entropy, log(1 + exp log_odds)
     log_rest               log(1 - p_top), p_top being the confidence
     predicted              int64, by the float32 logits
     log_softmax_trace      log Tr S(p)
@@ -41,6 +43,7 @@ class Trajectory:
 
     y: Tensor
     index: Tensor
+    log_odds: Tensor
     loss: Tensor
     log_rest: Tensor
     predicted: Tensor
@@ -135,6 +138,7 @@ class _Batch:
     """The observer of one batch; `rows[t]` are the `COLUMNS` of iterate t, `[n]` each, on the attack's device."""
 
     COLUMNS = (
+        "log_odds",
         "loss",
         "log_rest",
         "predicted",
@@ -156,12 +160,14 @@ class _Batch:
             raise WrongShape(f"iterate {t} came after {len(self.rows)} others")
         if t == 0:
             self.phi_0 = phi.clone()
-        softmax = Softmax.of(self.head.logits(phi))
+        precise = self.head.logits(phi)
+        softmax, odds = Softmax.of(precise), log_odds(precise, self.y)
         norm = torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64).log()
         delta = (x_t - self.x).flatten(1)
         self.rows.append(
             (
-                softmax.cross_entropy(self.y),
+                odds,
+                softplus(odds),
                 softmax.log_rest,
                 logits.argmax(1),
                 softmax.log_trace,
@@ -351,9 +357,10 @@ def _loss_increase(trajectory: Trajectory) -> Numbers:
     compare the clean image with the judged example. `trajectory_still_rising_fraction`, of those whose loss still
     rises at the last step, is a diagnostic: true of most on honest networks.
     """
-    increase, correct = trajectory.loss[-1] - trajectory.loss[0], trajectory.clean_correct
+    odds, correct = trajectory.log_odds, trajectory.clean_correct
+    increase = loss_increase(odds[0], odds[-1])
     of_correct = summary(increase[correct], "trajectory_loss_increase")
-    rising = _share(trajectory.loss[-1] > trajectory.loss[-2], correct) if len(trajectory.loss) > 1 else None
+    rising = _share(odds[-1] > odds[-2], correct) if len(odds) > 1 else None
     return merged(
         summary(increase, "trajectory_loss_increase"),
         {f"{name}_clean_correct": value for name, value in of_correct.items()},

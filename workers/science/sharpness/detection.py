@@ -27,7 +27,8 @@ def detection(
 ) -> MeasureReport:
     """Numbers as `detector.detector_numbers`: the stump against PGD-linf on the first test `images`, and against each
     of three attacks that climb `l - lambda (log kappa - mean clean log kappa)^2` instead, and the worst of them.
-    Curves: by fold, for the plain attack. The paper's are at s = 1. Null where fewer than five images flip.
+    Curves: by fold, for the plain attack. The paper's are at s = 1. Null where fewer than five images flip. No
+    adaptive attack, and none of its numbers, where no clean-correct image has a log kappa to hide.
     """
     # Here, because trajectories rest on this package's closed forms.
     from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
@@ -60,9 +61,8 @@ def detection(
 
     plain = attacked(0, None)
     adaptive: dict[float, Trajectory] = {}
-    if bool(plain.clean_correct.any()):
-        mean = clean_mean(plain)
+    if (aim := clean_mean(plain)) is not None:
         for number, strength in enumerate(LAMBDAS, start=1):
-            adaptive[strength] = attacked(number, hiding_loss(head.weight, head.bias, mean, strength))
+            adaptive[strength] = attacked(number, hiding_loss(head.weight, head.bias, aim, strength))
     by_fold = detector(*flipped_pairs(plain))[1]
     return MeasureReport(detector_numbers(plain, adaptive), {name: [*values] for name, values in by_fold.items()})
