@@ -24,6 +24,18 @@ VERSIONS: Mapping[str, int] = MappingProxyType(
         "measure/input_curvature": 2,
         # 2: every layer has probes of its own, and the trace is the sum over layers.
         "measure/hessian_trace_network": 2,
+        # 2: sizes of Jacobians from 1e-37 to 1e37; its start does not depend on the batch.
+        "measure/lipschitz": 2,
+        # 2: images without features are attacked like the others.
+        "measure/detector": 2,
+        # 2: bounds are on every result, held to 1e-9 of the loss, and right where an image has no features.
+        "attack/pgd": 2,
+        "attack/fgsm": 2,
+        "attack/apgd": 2,
+        "attack/square": 2,
+        "attack/autoattack": 2,
+        "attack/cw": 2,
+        "attack/noise": 2,
         # 2: a NaN logit under noise counts as wrong.
         "measure/pac_bayes_flatness": 2,
     }
@@ -34,7 +46,7 @@ VERSIONS: Mapping[str, int] = MappingProxyType(
 def version_of(kind: str, name: str = "") -> int:
     """The version of a kind of task (`train`, `measure`, `attack`, `control`): of its recipe, measure or attack `name`.
 
-    >>> version_of("attack", "pgd")
+    >>> version_of("measure", "closed_forms")
     1
     """
     return VERSIONS.get(f"{kind}/{name}" if name else kind, 1)

@@ -19,7 +19,9 @@ def forget_plans() -> None:
 
 @pytest.fixture
 def newer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """From then on these kinds of task are of version 2: `newer("measure/closed_forms")`."""
+    """All kinds of task are of version 1, and from then on some of version 2: `newer("measure/closed_forms")`."""
+    monkeypatch.setattr(versions, "VERSIONS", MappingProxyType({}))
+    forget_plans()
 
     def bump(*names: str) -> None:
         monkeypatch.setattr(versions, "VERSIONS", MappingProxyType(dict.fromkeys(names, 2)))
