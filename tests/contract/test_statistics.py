@@ -18,6 +18,7 @@ from service.query import parse
 from service.questions import nodes_of
 from service.settings import Settings
 from service.specs.attacks import PRESETS
+from service.specs.versions import version_of
 from service.store import aggregating, filing, tables
 from service.store.fields import RESULTS
 from service.store.result_tables import cells, results
@@ -267,7 +268,10 @@ def test_a_measure_with_other_parameters_is_not_averaged(lab: Any, insights: Ins
     by = aggregates.aggregate(lab.database, [], [rho], metrics)["items"]
     assert [(item[rho], item["sam_sharpness_loss"]["count"]) for item in by] == [(0.05, 2), (0.5, 2), (None, 0)]
     one = aggregates.aggregate(
-        lab.database, nodes_of(f"{rho} = 0.5 and measures.sam_sharpness.version = 1"), [], metrics
+        lab.database,
+        nodes_of(f"{rho} = 0.5 and measures.sam_sharpness.version = {version_of('measure', 'sam_sharpness')}"),
+        [],
+        metrics,
     )
     assert one["items"][0]["results"] == 2
     assert aggregates.aggregate(lab.database, [], [], {"robust_accuracy": ("mean",)})["mixed"] == {}
@@ -487,7 +491,9 @@ def test_retraction(lab: Any, insights: Insights) -> None:
         [first, same, later]
     )
 
-    rest = retraction.retract_all(lab.service, [parse("versions.attack = 1 and scale = 5")], "all of it", user="ann")
+    rest = retraction.retract_all(
+        lab.service, [parse(f"versions.attack = {version_of('attack', 'pgd')} and scale = 5")], "all of it", user="ann"
+    )
     assert rest["retracted"] == [other]
     found = aggregates.aggregate(lab.database, [], [], {"robust_accuracy": ("count",)}, allow_mixed=True)
     assert [item["results"] for item in found["items"]] == [4]
