@@ -28,14 +28,6 @@ VERSIONS: Mapping[str, int] = MappingProxyType(
         "measure/lipschitz": 2,
         # 2: images without features are attacked like the others.
         "measure/detector": 2,
-        # 2: bounds are on every result, held to 1e-9 of the loss, and right where an image has no features.
-        "attack/pgd": 2,
-        "attack/fgsm": 2,
-        "attack/apgd": 2,
-        "attack/square": 2,
-        "attack/autoattack": 2,
-        "attack/cw": 2,
-        "attack/noise": 2,
         # 2: a NaN logit under noise counts as wrong.
         "measure/pac_bayes_flatness": 2,
     }

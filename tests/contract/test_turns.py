@@ -119,7 +119,7 @@ class TestShared:
         assert Counter(before.values()) == {True: 4, False: 8}
         with lab.database.write() as connection:
             connection.execute(tasks.update().values(shared=False))
-            connection.exec_driver_sql(import_module(f"{MIGRATIONS}.0015_tokens_and_turns").NEEDED_BY_SEVERAL)
+            connection.exec_driver_sql(import_module(f"{MIGRATIONS}.0016_tokens_and_turns").NEEDED_BY_SEVERAL)
         assert {row.id: row.shared for row in lab.rows(tasks)} == before
 
     def test_it_is_known_while_several_users_need_it(self, lab: Any) -> None:

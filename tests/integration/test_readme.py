@@ -46,8 +46,8 @@ def test_block(kind: str, text: str, server: Any, shell: dict[str, str], tmp_pat
         assert server.client.sweep(quick).wait()["state"] == "succeeded"
     if "data add" in text:
         (tmp_path / "images").mkdir()
-        for split in ("train", "test"):
-            x = np.random.RandomState(0).randint(0, 256, (20, 8, 8, 3)).astype(np.uint8)
+        for seed, split in enumerate(("train", "test")):
+            x = np.random.RandomState(seed).randint(0, 256, (20, 8, 8, 3)).astype(np.uint8)
             np.savez(tmp_path / "images" / f"{split}.npz", x=x, y=np.arange(20, dtype=np.int64) % 4)
     # A refusal by the server is a failure here, as it would be to the reader.
     text = text.replace("curl -sS", "curl --fail-with-body -sS")
