@@ -26,7 +26,7 @@ from service.store.database import Database
 from service.store.fields import RESULTS, Column, Field
 from service.store.result_tables import cells, results
 from service.unit import UNITS, Unit
-from service.views import iso
+from service.times import iso
 
 STATISTICS = ("mean", "std", "ci95", "median", "min", "max", "count", "best", "worst")
 BEST = ("best", "worst")
