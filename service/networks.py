@@ -12,8 +12,7 @@ from service.plan import training
 from service.specs import DatasetRef, JobSpec
 from service.specs.catalog import ARCHITECTURES
 from service.specs.recipes import RECIPES, AnyRecipe, Imported
-from service.store import Database
-from service.store import meanings
+from service.store import Database, meanings
 from service.store import networks as store
 from service.store.keyset import decode_id, encode_id
 from service.store.meanings import Meaning, checked, one_of

@@ -357,7 +357,8 @@ RESULTS = Fields(
     {
         "job_id": Field("text", results.c.job_id), "user": _named(results.c.user, meanings.user),
         "owner": _named(results.c.user, meanings.user), "sweep": _named(results.c.sweep_id, meanings.sweep),
-        "sweep_id": _named(results.c.sweep_id, meanings.sweep), **SPEC, **{short: SPEC[name] for short, name in SHORT.items()},
+        "sweep_id": _named(results.c.sweep_id, meanings.sweep), **SPEC,
+        **{short: SPEC[name] for short, name in SHORT.items()},
         "measures": _measures(results.c.job_id), **THREAT_MODEL, **HEADLINE,
         "flags": _flags(),
         "verdict_reasons": _list(_of_job("list", jobs.c.verdict_reasons).column, REASON),

@@ -1,4 +1,4 @@
-"""Values of closed lists, and names of rows: what a text stands for in `=`, `!=`, `in`, `not in`, or that it is unknown.
+"""Values of closed lists, and names of rows: what a text stands for in `=`, `!=`, `in`, `not in`, if it is known.
 
 A value that no row can have would give an answer that looks right: no rows, or with `not` all of them.
 """
