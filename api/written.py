@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, NodeEvent
+from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.resolver import VersionedResolver
 
@@ -68,8 +68,8 @@ class _Composer(Composer):
         event = self.parser.peek_event()
         if isinstance(event, AliasEvent):
             return self._aliased(super().compose_node(parent, index), event)
-        if isinstance(event, NodeEvent) and getattr(event, "tag", None) is not None:
-            raise ComposerError(None, None, f"it has a tag, {shorten(event.tag)}, and JSON has none", event.start_mark)
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise ComposerError(None, None, f"it has a tag, {shorten(tag)}, and JSON has none", event.start_mark)
         node = super().compose_node(parent, index)
         self._sizes[id(node)] = 1 + sum(self._sizes[id(inner)] for inner in _inside(node))
         return node

@@ -33,7 +33,8 @@ def meaning(axis: str, value: Any) -> Hashable:
         except ValidationError:  # a part may stand on an axis of its own
             pass
         else:
-            return frozenset(found) if axis == "measures" else found
+            value = frozenset(found) if axis == "measures" else found
+    plain: Hashable = value
     match value:
         case bool():
             return bool, value
@@ -43,7 +44,7 @@ def meaning(axis: str, value: Any) -> Hashable:
             return frozenset((name, meaning(f"{axis}.{name}", inner)) for name, inner in value.items())
         case list():
             return tuple(meaning(axis, inner) for inner in value)
-    return value
+    return plain
 
 
 def _number(text: str) -> float | str:

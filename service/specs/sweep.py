@@ -63,10 +63,9 @@ class Sweep(Spec):
                 raise InvalidSpec(
                     [(pointer_to("grid", axis), f"`{axis}` is not an axis of the sweep (they are: {known})")]
                 )
-        known = {axis: {meaning(axis, value) for value in self.grid[axis]} for axis in grid}
+        here = {axis: {meaning(axis, value) for value in self.grid[axis]} for axis in grid}
         more = {
-            axis: [value for value in values if meaning(axis, value) not in known[axis]]
-            for axis, values in grid.items()
+            axis: [value for value in values if meaning(axis, value) not in here[axis]] for axis, values in grid.items()
         }
         longer = {axis: [*values, *more.get(axis, [])] for axis, values in self.grid.items()}
         return self.model_copy(update={"grid": longer})

@@ -129,7 +129,8 @@ class _Builder:
 
 def compared(connection: Connection, comparison: Comparison, field: Field) -> Column:
     """One comparison; null where the field is, except of `is null`."""
-    operator, kind = comparison.operator, field.kind
+    operator: str = comparison.operator
+    kind = field.kind
     if operator not in OPERATORS[kind] | NULL:
         allowed = ", ".join(sorted(OPERATORS[kind]))
         advice = f"; use `not ({comparison.field} in (...))`" if kind == "list" and operator in ("!=", "not in") else ""

@@ -205,6 +205,7 @@ def _opened(question: Any, cursor: str, parts: int) -> list[Any]:
     """The parts of a cursor's position. It is one only as this version writes it, so any damage shows."""
     try:
         packed = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))[CHECKSUM_BYTES:]
+        position: list[Any]
         fingerprint, *position = json.loads(packed)
         is_whole = _sealed(fingerprint, position) == cursor and len(position) == parts
     except (ValueError, TypeError, RecursionError):

@@ -1,13 +1,19 @@
 """Specs in files mean what they say: YAML 1.2 and JSON, nothing guessed, nothing that JSON does not have."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api.commands.options import BadUsage
+from api.commands.submitting import read_spec
 from api.written import read
 
 VALUES = st.recursive(
@@ -126,3 +132,24 @@ def test_aliases_that_save_some_writing() -> None:
     text = "base: &base {scale: 1, seed: 2}\nmore: {<<: *base, seed: 3}\nlist: [*base, *base]"
     base = {"scale": 1, "seed": 2}
     assert read(text) == {"base": base, "more": {"scale": 1, "seed": 3}, "list": [base, base]}
+
+
+READ = "import sys; from pathlib import Path; from api.commands.submitting import read_spec; "
+READ += "print([ascii(read_spec(Path(name))['name']) for name in sys.argv[1:]])"
+
+
+def test_a_file_and_stdin_are_utf_8_whatever_the_locale_says(tmp_path: Path) -> None:
+    """With the mark that editors of Windows begin with, too."""
+    content = "name: caf\u00e9 \u26a1".encode()
+    (tmp_path / "plain.yaml").write_bytes(content)
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbf" + content)
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", READ, str(tmp_path / "plain.yaml"), str(tmp_path / "marked.yaml"), "-"]
+    done = subprocess.run(command, input=content, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode().strip() == str([ascii("caf\u00e9 \u26a1")] * 3)
+
+
+def test_what_is_no_utf_8_is_said(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: caf\u00e9".encode("latin-1"))
+    with pytest.raises(BadUsage, match=r"cannot read .*latin.yaml: 'utf-8' codec"):
+        read_spec(tmp_path / "latin.yaml")
