@@ -26,7 +26,8 @@ from scipy.stats import binomtest
 
 from api import client, render, report
 from api.cli import app, main
-from api.client import ApiError
+from api.client import ApiError, Event
+from api.commands.submitting import _show_event
 from api.render import percent
 from service import verdict
 
@@ -265,6 +266,13 @@ def test_a_typing_error_is_no_empty_list(server: Any) -> None:
         assert len(list(server.client.results(sweep=named))) == 2
     everything = list(server.client.results(f"sweep = '{sweep['name']}' and created_at = {sweep['created_at'][:10]}"))
     assert len(everything) == 2
+
+
+def test_a_gap_of_events_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    _show_event(Event(9, "gap", {"from": 1, "to": 9}), as_json=False)
+    assert capsys.readouterr().err.startswith("Events 1 to 9 are not kept any more")
+    _show_event(Event(9, "gap", {"from": 1, "to": 9}), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"id": 9, "event": "gap", "data": {"from": 1, "to": 9}}
 
 
 def test_a_dry_run_submits_nothing(server: Any, files: dict[str, Path]) -> None:
