@@ -26,7 +26,10 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Event:
-    """A state change (`id` is set, `kind` as in `task.succeeded`), or a `progress` report without an id."""
+    """A state change (`id` is set, `kind` as in `task.succeeded`), or a `progress` report without an id.
+
+    A `gap` comes first where events are not kept any more: `data` has the ids `from` and `to` of those.
+    """
 
     id: int | None
     kind: str

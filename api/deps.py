@@ -59,7 +59,7 @@ Key = Annotated[
     ),
 ]
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Rows of a page.", examples=[100])]
-CURSOR_EXAMPLE = "WyI0YjY1YzI5ZDU2ZjgiLFtdLDQyXQ"
+CURSOR_EXAMPLE = "_8R5S4AtWyI4MGQ5YmVlZGZmMTciLFtdLDQyXQ"
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before.", examples=[CURSOR_EXAMPLE])]
 SaysTruth = BeforeValidator(lambda value: truth(value) if isinstance(value, str) else value)
 SaysNumber = BeforeValidator(lambda value: number(value) if isinstance(value, str) else value)

@@ -14,7 +14,9 @@ Filter = Annotated[
         description="As in `architecture = resnet18 and attack.eps <= 8/255 and not verdict in (suspect, invalid)`: "
         "`and or not ( )`, `= != < <= > >= in ~` (contains), `is null`, over any field, label (`labels.KEY`, or "
         '`labels."my key"`), stored number, `provenance.` field or parameter of a further measure '
-        "(`measures.sam_sharpness.rho`). A comparison with a missing value is never true.",
+        "(`measures.sam_sharpness.rho`). A comparison with a missing value is never true. A date alone is that day in "
+        "UTC; a sweep is named by its id, 8 or more of its first characters, or its name. What a field can never be is "
+        "refused, with what may have been meant.",
         examples=["architecture = resnet18 and robust_accuracy > 0.4"],
     ),
 ]

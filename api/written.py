@@ -3,14 +3,20 @@
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.resolver import VersionedResolver
 
 from service.specs.base import TOO_SMALL, shorten, underflows
+
+MAX_UNFOLDED = 100_000  # values that aliases stand for, together
 
 
 class _Json(SafeConstructor):
@@ -31,6 +37,63 @@ class _Json(SafeConstructor):
         return found
 
 
+class _Yaml(YAML):
+    """YAML 1.2, whatever version the document says that it is of: `no` is a text in each."""
+
+    @property
+    def version(self) -> tuple[int, int]:
+        return 1, 2
+
+    @version.setter
+    def version(self, _: Any) -> None:
+        pass
+
+
+class _Resolver(VersionedResolver):
+    @property
+    def processing_version(self) -> tuple[int, int]:
+        return 1, 2
+
+
+class _Composer(Composer):
+    """Nodes without tags, and with aliases that unfold to a bounded number of nodes."""
+
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader)
+        self.warn_double_anchors = False
+        self._sizes: dict[int, int] = {}  # nodes below each node, and itself, by its id; aliases unfolded
+        self._unfolded = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if isinstance(event, AliasEvent):
+            return self._aliased(super().compose_node(parent, index), event)
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise ComposerError(None, None, f"it has a tag, {shorten(tag)}, and JSON has none", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._sizes[id(node)] = 1 + sum(self._sizes[id(inner)] for inner in _inside(node))
+        return node
+
+    def _aliased(self, node: Any, event: AliasEvent) -> Any:
+        if id(node) not in self._sizes:
+            raise ComposerError(None, None, f"the alias {event.anchor!r} is within itself", event.start_mark)
+        self._unfolded += self._sizes[id(node)]
+        if self._unfolded > MAX_UNFOLDED:
+            sentence = f"the aliases up to here unfold to more than {MAX_UNFOLDED:,} values"
+            raise ComposerError(None, None, sentence, event.start_mark)
+        return node
+
+
+def _inside(node: Node) -> Iterable[Node]:
+    """The nodes in a node."""
+    match node:
+        case MappingNode():
+            return (inner for pair in node.value for inner in pair)
+        case SequenceNode():
+            return list(node.value)
+    return ()
+
+
 _Json.add_constructor("tag:yaml.org,2002:timestamp", _Json.timestamp_as_text)
 _Json.add_constructor("tag:yaml.org,2002:int", _Json.whole)
 _Json.add_constructor("tag:yaml.org,2002:float", _Json.decimal)
@@ -40,7 +103,8 @@ def read(text: str) -> Any:
     """The one document of `text` as plain JSON values: `010` is 10, `1e-3` a number, `no` and a date are texts.
 
     Raises `ValueError` with the line, or with where in the document it is: for what is neither, a key that is there
-    twice, a second document, a tag, NaN, infinity, half a character, and keys that are no texts.
+    twice, a second document, a tag, aliases that unfold to too much, NaN, infinity, half a character, and keys that are
+    no texts.
     """
     try:
         value = json.loads(text, object_pairs_hook=_each_once, parse_float=_decimal)
@@ -67,8 +131,8 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = _Json
+    yaml = _Yaml(typ="safe", pure=True)
+    yaml.Constructor, yaml.Composer, yaml.Resolver = _Json, _Composer, _Resolver
     try:
         return yaml.load(text)
     except MarkedYAMLError as error:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.errors import Conflict, NotFound, Unauthenticated, UncannyError
-from service.store import Database, accounts, history
+from service.store import Database, accounts, history, meanings
 from service.store.history import Event
-from service.views import iso
+from service.times import iso
 
 SCOPES = ("read", "submit", "admin")
 """What a token may be used for; each includes those before it."""
@@ -124,11 +124,13 @@ class Access:
             return {**_token_view(made), "secret": secret}
 
     def tokens(self, *, by: Caller, user: str | None = None) -> list[dict[str, Any]]:
-        """The tokens of a user, the caller's own where none is named."""
+        """The tokens of a user, the caller's own where none is named. Raises `InvalidQuery` for an unknown user."""
         user = user or by.name
         if user != by.name and not by.may("admin"):
             raise NotAllowed(f"only an admin can see the tokens of {user}")
         with self.database.read() as connection:
+            if user != by.name:
+                meanings.checked(connection, meanings.user, "user", user)
             return [_token_view(row) for row in accounts.tokens_of(connection, user)]
 
     def revoke_token(self, token_id: str, *, by: Caller) -> dict[str, Any]:

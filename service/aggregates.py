@@ -25,8 +25,8 @@ from service.store import results as store
 from service.store.database import Database
 from service.store.fields import RESULTS, Column, Field
 from service.store.result_tables import cells, results
+from service.times import iso
 from service.unit import UNITS, Unit
-from service.views import iso
 
 STATISTICS = ("mean", "std", "ci95", "median", "min", "max", "count", "best", "worst")
 BEST = ("best", "worst")

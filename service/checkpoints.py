@@ -23,7 +23,7 @@ from service.store import Database, history
 from service.store.history import Event
 from service.store.tables import artifacts as artifact_rows
 from service.store.tables import checkpoints, datasets
-from service.views import iso
+from service.times import iso
 
 TOLERANCE = 0.01  # of an expected accuracy (SCIENCE.md section 8)
 DIGEST = re.compile("[0-9a-f]{64}")

@@ -13,6 +13,7 @@ from service.jobs import LIVE_JOB, TaskState
 from service.scheduling import Account, Cluster
 from service.settings import Settings
 from service.store import Database, changing, claiming, reading, users
+from service.times import iso
 
 WINDOW = 512  # tasks of the queue that are ranked to tell what comes before
 NO_SHARE = Account()
@@ -42,7 +43,7 @@ def queue_status(database: Database, settings: Settings) -> dict[str, Any]:
     return {
         "paused": bool(row and row.paused),
         "paused_by": row.changed_by if row and row.paused else None,
-        "changed_at": views.iso(row.changed_at) if row else None,
+        "changed_at": iso(row.changed_at) if row else None,
         "users": [
             {
                 "user": name, "weight": of.weight, "device_seconds": round(of.device_seconds, 1),
@@ -79,7 +80,7 @@ def _look(connection: Connection, now: float, settings: Settings, tasks: Sequenc
     capacity = Capacity(**said) if said else Capacity(False, 0.0, 0.0)
     stop = None
     if row is not None and row.paused:
-        stop = f"the queue is paused (by {row.changed_by}, {views.iso(row.changed_at)})"
+        stop = f"the queue is paused (by {row.changed_by}, {iso(row.changed_at)})"
     elif leader is None or leader.expires_at <= now:
         stop = "no dispatcher leads: `uncanny serve` or `uncanny dispatch` runs one"
     elif not capacity.ready:

@@ -9,7 +9,6 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
@@ -25,7 +24,7 @@ from service.store.fields import HEADLINE, RESULTS, SPEC, THREAT_MODEL, Kind, st
 from service.store.keyset import Order
 from service.store.result_tables import results
 from service.threat_model import threat_model
-from service.views import iso
+from service.times import iso, milliseconds, seconds_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -122,7 +121,7 @@ def _array(values: list[Any], kind: "pa.DataType") -> "pa.Array[Any]":
     import pyarrow as pa
 
     if pa.types.is_timestamp(kind):
-        values = [None if value is None else round(1000 * value) for value in values]
+        values = [None if value is None else milliseconds(value) for value in values]
         return pa.array(values, pa.int64()).cast(kind)
     return pa.array(values, kind)
 
@@ -246,7 +245,7 @@ def _whole_rows(
 def _value(row: dict[str, Any], values: dict[str, Any], name: str) -> Any:
     if name in RESULTS.known and RESULTS.known[name].kind == "time":
         text = values.get(name)
-        return None if text is None else datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+        return None if text is None else seconds_of(text)
     if name in row and isinstance(row[name], dict) and name not in WHOLE:
         return json.dumps(row[name], separators=(",", ":"))
     value = values.get(WHOLE.get(name, name))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 NOT_MONOTONE = "not_monotone"
+FLAGS = (NOT_MONOTONE,)
 STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
 OF_TRAINING = ("recipe", "versions")  # of a cell; what is the same of a network however it came to be is compared
 Flag = dict[str, Any]

@@ -11,9 +11,11 @@ from service.errors import InvalidQuery, NotFound
 from service.questions import ALL_FIELDS, MAX_LIMIT, NEWEST_FIRST, Question
 from service.results import Results
 from service.specs import Task
-from service.store import claiming, history, reading
+from service.store import claiming, history, meanings, reading
 from service.store.fields import JOBS
+from service.store.keyset import decode_id, encode_id
 from service.store.tables import jobs
+from service.times import iso
 
 TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
@@ -38,10 +40,15 @@ class Insights(Results):
         return {**views.job_view(row, progress), "tasks": views.roles_of(row, tasks)}
 
     def sweeps(self, *, user: str | None, cursor: str | None, limit: int) -> dict[str, Any]:
+        """A page of sweeps, the newest first. Raises `InvalidQuery` for an unknown user and what is no cursor."""
+        question = ["sweeps", user]
+        after = None if cursor is None else decode_id(question, cursor)
         with self.database.read() as connection:
-            rows = reading.sweeps_page(connection, user, cursor, limit + 1)
+            if user is not None:
+                meanings.checked(connection, meanings.user, "user", user)
+            rows = reading.sweeps_page(connection, user, after, limit + 1)
             items = self._sweeps(connection, rows[:limit])
-        return {"items": items, "next_cursor": rows[limit - 1].id if len(rows) > limit else None}
+        return {"items": items, "next_cursor": encode_id(question, rows[limit - 1].id) if len(rows) > limit else None}
 
     def sweep(self, sweep_id: str) -> dict[str, Any]:
         with self.database.read() as connection:
@@ -78,7 +85,7 @@ class Insights(Results):
             row, now = claiming.leader(connection), self.database.now(connection)
         if row is None:
             return {"leading": False, "dispatcher": None, "lease_expires_at": None, "status": {}}
-        expires = views.iso(row.expires_at)
+        expires = iso(row.expires_at)
         return {
             "leading": row.expires_at > now,
             "dispatcher": row.holder,
@@ -89,6 +96,20 @@ class Insights(Results):
     def last_event(self) -> int:
         with self.database.read() as connection:
             return history.last_id(connection)
+
+    def first_event(self, after: int, *, sweep_id: str | None = None, job_id: str | None = None) -> int:
+        """The id of the first event later than `after` that is kept, of all or, perhaps, of this sweep or job.
+
+        It is `after + 1` where no event between the two was dropped that may have been one of those.
+        """
+        with self.database.read() as connection:
+            first = history.first(connection)
+            of = (reading.sweep(connection, sweep_id) if sweep_id else None) or (
+                reading.job(connection, job_id) if job_id else None
+            )
+        if first is None or first.id <= after + 1 or (of is not None and of.created_at >= first.at):
+            return after + 1
+        return int(first.id)
 
     def events(
         self, after: int, *, sweep_id: str | None = None, job_id: str | None = None

@@ -13,11 +13,13 @@ from typing import Any
 
 from sqlalchemy import Row
 
+from service.dotted import or_rather
 from service.errors import InvalidQuery
 from service.flags import names_of
 from service.observations import accuracy_interval, interval
 from service.query import Comparison, Node, Value
 from service.specs.attacks import PRESETS
+from service.specs.base import shorten
 from service.store import network_results
 from service.store import results as store
 from service.store.database import Database
@@ -65,7 +67,7 @@ def leaderboard(
     `InvalidQuery`.
     """
     if attack is not None and attack not in PRESETS:
-        raise InvalidQuery("attack", f"unknown attack {attack!r}; known are: {', '.join(PRESETS)}")
+        raise InvalidQuery("attack", f"unknown attack {shorten(attack)}{or_rather(attack[:100], tuple(PRESETS))}")
     asked = [*nodes, *of_adversaries(), *(TRUSTED if trusted else ())]
     if scale is not None:
         asked.append(Comparison("scale", "=", (Value(repr(scale)),), parameter="scale"))

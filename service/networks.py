@@ -1,6 +1,5 @@
 """Networks by the SHA-256 of their weights: a list of the trained ones, and what a job that names one means."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +8,20 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, Row
 
 from service.checkpoints import DIGEST, is_registered, weights_of
-from service.errors import InvalidQuery
 from service.plan import training
 from service.specs import DatasetRef, JobSpec
-from service.specs.recipes import AnyRecipe, Imported
-from service.store import Database
+from service.specs.catalog import ARCHITECTURES
+from service.specs.recipes import RECIPES, AnyRecipe, Imported
+from service.store import Database, meanings
 from service.store import networks as store
-from service.store.keyset import STATES
-from service.views import iso
+from service.store.keyset import decode_id, encode_id
+from service.store.meanings import Meaning, checked, one_of
+from service.times import iso
 
 RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(AnyRecipe)
-TASK_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+MEANINGS: Mapping[str, Meaning] = {
+    "architecture": one_of(ARCHITECTURES), "dataset": meanings.dataset, "recipe": one_of(RECIPES),
+}  # fmt: skip
 MOST = 5  # that a refusal lists
 
 
@@ -35,15 +37,18 @@ class Trained:
 def trained(database: Database, filters: Mapping[str, str], cursor: str | None, limit: int) -> dict[str, Any]:
     """A page of the networks that trainings made, the newest first; `filters` by the names of `store.FIELDS`.
 
-    Raises `InvalidQuery` for what is no cursor.
+    Raises `InvalidQuery` for what is no cursor, and for an unknown architecture, data set or recipe.
     """
-    if cursor is not None and not TASK_ID.fullmatch(cursor):
-        raise InvalidQuery("cursor", f"this is not a cursor: {STATES}")
+    question = ["networks", sorted(filters.items())]
+    after = None if cursor is None else decode_id(question, cursor)
     with database.read() as connection:
-        rows = store.page(connection, filters, cursor, limit + 1)
+        for name, value in filters.items():
+            if name in MEANINGS:
+                checked(connection, MEANINGS[name], name, value)
+        rows = store.page(connection, filters, after, limit + 1)
         jobs = store.job_counts(connection, [row.task_id for row in rows[:limit]])
     items = [_view(row, jobs.get(row.task_id, 0)) for row in rows[:limit]]
-    return {"items": items, "next_cursor": rows[limit - 1].task_id if len(rows) > limit else None}
+    return {"items": items, "next_cursor": encode_id(question, rows[limit - 1].task_id) if len(rows) > limit else None}
 
 
 def named(

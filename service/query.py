@@ -6,6 +6,11 @@ A part of a field's name may stand in quotes, as in `labels."my key"`. A value i
 it means is up to its field: a text, a number or a fraction, true or false, a time in ISO 8601. `~` asks whether a text
 contains the value; upper and lower case differ.
 
+A date alone is that day in UTC, and a time the millisecond that is shown: `= 2026-01-31` is within the day, `<=` up to
+its end, `>` behind it. Of fields that can be some texts only, such as verdicts and states, `=`, `!=`, `in` and `not in`
+take no others. `sweep` takes an id, 8 or more of its first characters, or a name, which stands for all sweeps that
+have it.
+
 A comparison with a missing value is never true, not with `!=` and `not in` either; `not` turns that around: the rows
 of `not x = 1` include those without x, the rows of `x != 1` do not.
 """

@@ -35,11 +35,6 @@ class Question:
     retracted: bool = False
 
     @property
-    def identity(self) -> Any:
-        simple = sorted((name, sorted(values)) for name, values in self.filters.items())
-        return [self.sort, simple, self.filter, self.retracted]
-
-    @property
     def nodes(self) -> list[query.Node]:
         """All filters as trees. Raises `InvalidQuery`."""
         return nodes_of(self.filter, self.filters)
@@ -63,13 +58,18 @@ class Question:
         return Order(tuple(terms), directions.get(CREATED, next(iter(directions.values()))), sequence)
 
     def after(self, order: Order) -> Position | None:
-        return None if self.cursor is None else decode_cursor(self.identity, self.cursor, order)
+        return None if self.cursor is None else decode_cursor(self._identity(order), self.cursor, order)
+
+    def _identity(self, order: Order) -> Any:
+        """What a cursor belongs to: this question, of the table that `order` is of."""
+        simple = sorted((name, sorted(values)) for name, values in self.filters.items())
+        return [str(order.sequence), self.sort, simple, self.filter, self.retracted]
 
     def cut(self, order: Order, rows: list[Row[Any]]) -> tuple[list[Row[Any]], str | None]:
         """The rows of the page, and the cursor of the next one where a row more was found."""
         if len(rows) <= self.limit:
             return rows, None
-        return rows[: self.limit], encode_cursor(self.identity, order.position(rows[self.limit - 1]))
+        return rows[: self.limit], encode_cursor(self._identity(order), order.position(rows[self.limit - 1]))
 
 
 def nodes_of(text: str | None, filters: Mapping[str, Sequence[str]] | None = None) -> list[query.Node]:

@@ -22,6 +22,8 @@ CHECKS = (
 )  # fmt: skip
 REASONS = (*CHECKS, "weak_loss")
 VERDICTS = ("trusted", "suspect", "invalid", "not_checked")
+OUTCOMES = ("passed", "suspect", "invalid", "not_checked")
+"""Of a check."""
 WITHOUT_GRADIENT = frozenset({"noise", "square", "transfer"})
 """Attacks whose own network gives them no gradient: nothing can be masked from them, and they do not converge."""
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -19,18 +18,12 @@ from service.store import reading
 from service.store.filing import LATER
 from service.store.result_tables import METRICS
 from service.threat_model import threat_model
+from service.times import iso
 
 # A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
 DETAIL = re.compile(r"^train_|_q\d\d(_|$)|_clean_correct|_n_zero$|_iterations$|_converged$")
 VERDICT = ("verdict", "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version")
 TASK_STATES = tuple(str(state) for state in TaskState)
-
-
-def iso(seconds: float | None) -> str | None:
-    """Seconds since 1970 as ISO 8601 in UTC."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")[: -len("+00:00")] + "Z"
 
 
 def job_view(row: Row[Any], progress: float) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`submit` and `watch`."""
 
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +13,13 @@ from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_j
 from api.render import attack_name, counted, number, say, sweep_progress, tell
 
 FAILED = 1
+STDIN = Path("-")
 NAMED = 5  # of the cells of a sweep that failed
 FOLLOW_PATIENCE_SECONDS = 60.0  # who waits for hours is not sent away while the service starts again
 
 
 def submit(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A job or a sweep, as YAML or JSON.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A job or a sweep, as YAML or JSON; `-` is stdin.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would mean.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the end; exit code 1 if a job failed.")] = False,
     home: Home = None,
@@ -69,9 +71,10 @@ def watch(
 
 
 def read_spec(file: Path) -> Json:
-    """Raises `BadUsage` for what is no mapping in YAML or JSON."""
+    """The mapping in a file, or in stdin for `-`, in UTF-8 whatever the locale. Raises `BadUsage` for anything else."""
     try:
-        spec = written.read(file.read_text())
+        content = sys.stdin.buffer.read() if file == STDIN else file.read_bytes()
+        spec = written.read(content.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadUsage(f"cannot read {file}: {error}") from None
     except ValueError as error:
@@ -176,6 +179,8 @@ def _show_event(event: Event, as_json: bool) -> None:
     if as_json:
         return print_line({"id": event.id, "event": event.kind, "data": event.data})
     data = event.data
+    if event.kind == "gap":
+        return tell(f"Events {data['from']} to {data['to']} are not kept any more (UNCANNY_EVENT_DAYS).")
     if event.kind == "progress":
         numbers = {name: value for name, value in data["detail"].items() if isinstance(value, (int, float))}
         detail = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())

@@ -49,20 +49,22 @@ def _measures(value: Any) -> Any:
     return tuple(item for item in named if not (isinstance(item, dict) and item.get("type") in closed))
 
 
+JobAttack = Annotated[Attack, BeforeValidator(_attack, json_schema_input_type=Attack | str)]
+JobMeasures = Annotated[tuple[Measure, ...], BeforeValidator(_measures, json_schema_input_type=list[Measure | str])]
+
+
 class JobSpec(Spec):
     """One benchmark cell: train `architecture` on `dataset`, scale its head by `scale`, measure it and attack it."""
 
     architecture: Architecture
     dataset: Annotated[str, BeforeValidator(_dataset), Field(examples=["cifar10", "npz:my_images"])]
     scale: Scale = 1.0
-    attack: Annotated[Attack, BeforeValidator(_attack, json_schema_input_type=Attack | str)]
+    attack: JobAttack
     scale_bias: Truth = True
     attack_seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     recipe: NamedRecipe = Standard()
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
-    measures: Annotated[
-        tuple[Measure, ...], BeforeValidator(_measures, json_schema_input_type=list[Measure | str])
-    ] = ()
+    measures: JobMeasures = ()
     samples: Annotated[
         Whole,
         Field(

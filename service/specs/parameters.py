@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from service.dotted import or_rather
+from service.specs import catalog
 from service.specs.job import JobSpec
 
 JOB_FIELDS = tuple(JobSpec.model_fields)
@@ -14,12 +15,33 @@ SCALARS = ("string", "number", "integer", "boolean")
 @cache
 def parameters() -> dict[str, str]:
     """Every scalar of a job and its type in JSON schema's words, also of a transfer's own attack."""
-    return scalars(JobSpec.model_json_schema(mode="serialization"))
+    return scalars(_schema())
 
 
 def scalars(schema: Mapping[str, Any]) -> dict[str, str]:
     """The scalars of a model's JSON schema by their dotted names, each with its type."""
-    return dict(_scalars(schema, schema.get("$defs", {})))
+    return {name: choice["type"] for name, choice in _scalars(schema, schema.get("$defs", {}))}
+
+
+@cache
+def closed_lists() -> dict[str, tuple[str, ...]]:
+    """The texts that a scalar of a job can be, by its dotted name, for those that can be some texts only."""
+    found: dict[str, dict[str, None] | None] = {}
+    architectures = dict.fromkeys(catalog.ARCHITECTURES)
+    for name, choice in _scalars(_schema(), _schema()["$defs"]):
+        known = found.setdefault(name, {})
+        if name.rpartition(".")[2] == "architecture":
+            found[name] = architectures
+        elif choice["type"] != "string" or not choice.keys() & {"enum", "const"}:
+            found[name] = None
+        elif known is not None:
+            known |= dict.fromkeys(choice.get("enum", [choice.get("const")]))
+    return {name: tuple(texts) for name, texts in found.items() if texts is not None}
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return JobSpec.model_json_schema(mode="serialization")
 
 
 def no_such_field(path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
@@ -33,13 +55,15 @@ def no_such_field(path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str
     return f"there is no field {name!r}{or_rather(name, names)}" if names else f"there is no field {name!r}"
 
 
-def _scalars(schema: Mapping[str, Any], models: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _scalars(
+    schema: Mapping[str, Any], models: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name, of in schema.get("properties", {}).items():
         for choice in _choices(of):
             if "$ref" in choice:
                 yield from _scalars(models[choice["$ref"].rpartition("/")[2]], models, f"{prefix}{name}.")
             elif choice.get("type") in SCALARS:
-                yield prefix + name, choice["type"]
+                yield prefix + name, choice
 
 
 def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:

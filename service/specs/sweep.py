@@ -1,7 +1,7 @@
 """Sweep: a named grid of jobs, `base` x `grid` + `include` - `exclude`."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from service.specs.job import JobSpec
 from service.specs.measures import MEASURES
 from service.specs.parameters import JOB_FIELDS, no_such_field
 from service.specs.recipes import RECIPES
+from service.specs.spelling import meaning
 
 MAX_COMPARISONS = 2_000_000  # of cells with `exclude`
 TAGS = frozenset({*ATTACKS, *RECIPES, *MEASURES})
@@ -40,7 +41,6 @@ class Sweep(Spec):
         Raises `InvalidSpec` with a pointer to the offending field or axis, also for more than `most` as written.
         """
         self._check_size(most)
-        self._check_exclude()
         # Pairs that look the same are parsed once; those that are the same, such as 1 and "1.0", become one job.
         parsed: dict[str, JobSpec] = {}
         for cell in self._written():
@@ -63,9 +63,9 @@ class Sweep(Spec):
                 raise InvalidSpec(
                     [(pointer_to("grid", axis), f"`{axis}` is not an axis of the sweep (they are: {known})")]
                 )
+        here = {axis: {meaning(axis, value) for value in self.grid[axis]} for axis in grid}
         more = {
-            axis: [value for value in values if _strictly(value) not in map(_strictly, self.grid[axis])]
-            for axis, values in grid.items()
+            axis: [value for value in values if meaning(axis, value) not in here[axis]] for axis, values in grid.items()
         }
         longer = {axis: [*values, *more.get(axis, [])] for axis, values in self.grid.items()}
         return self.model_copy(update={"grid": longer})
@@ -77,8 +77,8 @@ class Sweep(Spec):
             for axis in grid:
                 entry, slash, rest = pointer.removeprefix(start := pointer_to("grid", axis) + "/").partition("/")
                 if pointer.startswith(start) and entry.isdecimal():
-                    value = _strictly(self.grid[axis][int(entry)])
-                    given = [i for i, other in enumerate(grid[axis]) if _strictly(other) == value]
+                    value = meaning(axis, self.grid[axis][int(entry)])
+                    given = [i for i, other in enumerate(grid[axis]) if meaning(axis, other) == value]
                     return f"{start}{given[0]}{slash}{rest}" if given else pointer
             return pointer
 
@@ -107,23 +107,39 @@ class Sweep(Spec):
                 [("/exclude", f"too many for {count:,} cells; leave out whole values, or split the sweep")]
             )
 
-    def _check_exclude(self) -> None:
-        """What is left out must be there: a typing error would otherwise be computed for days."""
+    def _excluded(self) -> list[dict[int, set[int]]]:
+        """The patterns of `exclude`: by the number of an axis, which of its values a pattern means.
+
+        What is left out must be there: a typing error would otherwise be computed for days.
+        """
+        axes = list(self.grid)
+        on_axis: dict[str, dict[Hashable, set[int]]] = {}
+        for axis in {axis for pattern in self.exclude for axis in pattern if axis in self.grid}:
+            indices = on_axis.setdefault(axis, {})
+            for index, value in enumerate(self.grid[axis]):
+                indices.setdefault(meaning(axis, value), set()).add(index)
         for i, pattern in enumerate(self.exclude):
             for axis, value in pattern.items():
                 if axis not in self.grid:
                     raise InvalidSpec([(pointer_to("exclude", i, axis), f"`{axis}` is not an axis of the grid")])
-                if _strictly(value) not in map(_strictly, self.grid[axis]):
+                if meaning(axis, value) not in on_axis[axis]:
                     sentence = f"{shorten(value)} is none of the values of the axis `{axis}`"
                     raise InvalidSpec([(pointer_to("exclude", i, axis), sentence)])
+        return [
+            {axes.index(axis): on_axis[axis][meaning(axis, value)] for axis, value in pattern.items()}
+            for pattern in self.exclude
+            if pattern
+        ]
 
     def _written(self) -> Iterator["_Written"]:
         """The cells as they were written."""
         if self.grid:
+            excluded = self._excluded()
             for entries in itertools.product(*map(enumerate, self.grid.values())):
-                cell = {axis: value for axis, (_, value) in zip(self.grid, entries, strict=True)}
-                if not any(_covers(pattern, cell) for pattern in self.exclude):
-                    yield _Written(cell, tuple(index for index, _ in entries))
+                indices = tuple(index for index, _ in entries)
+                if not any(all(indices[axis] in those for axis, those in one.items()) for one in excluded):
+                    cell = {axis: value for axis, (_, value) in zip(self.grid, entries, strict=True)}
+                    yield _Written(cell, indices)
         for i, cell in enumerate(self.include):
             yield _Written(cell, include=i)
 
@@ -157,19 +173,6 @@ class _Written:
         """The cell in a sentence's words, where one of its fields does not go with another."""
         values = ", ".join(f"{name} {shorten(value)}" for name, value in self.values.items())
         return f" (in the cell {values})" if values else ""
-
-
-def _covers(pattern: Cell, cell: Cell) -> bool:
-    return bool(pattern) and all(_strictly(cell[axis]) == _strictly(value) for axis, value in pattern.items())
-
-
-def _strictly(value: Any) -> Any:
-    """Something that is equal for equal values only: to Python, true is 1."""
-    if isinstance(value, dict):
-        return {name: _strictly(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_strictly(inner) for inner in value]
-    return (bool, value) if isinstance(value, bool) else value
 
 
 def _parse(base: Cell, cell: _Written) -> JobSpec:

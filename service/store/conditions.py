@@ -1,23 +1,23 @@
 """A filter's tree as a condition in SQL, which holds for the same rows on both databases (see `service/query.py`)."""
 
-import math
-import re
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, and_, false, func, not_, or_, select, true
 
+from service import times
 from service.errors import InvalidQuery
 from service.query import And, Comparison, Node, Not, Or, Value
 from service.specs.base import number, shorten, truth
 from service.store.fields import Column, Field, Fields, Kind
+from service.store.listed import listed
+from service.store.meanings import Meaning, storable
 from service.store.result_tables import cells, results
 from service.store.typed import bytewise, contains, unindexed
 
-S = TypeVar("S", float, bool)
+S = TypeVar("S", float, bool, str)
 MAX_INTEGER = 2**31
-LISTED = 5000  # cells that a statement lists; more are asked for in a subquery
+LISTED = 5000  # cells or ids that a statement lists; more are asked for in a subquery
 SOUGHT, MOST = 1000, 4  # up to so many cells, and to one in so many, are looked into one by one for a page
 FEW = 300  # where fewer than one cell in so many matches, they are found by their index
 ORDER: dict[str, Callable[[Any, Any], Column]] = {
@@ -29,6 +29,10 @@ OPERATORS: dict[Kind, frozenset[str]] = {
     "text": ORDERED | {"~"}, "number": ORDERED, "integer": ORDERED, "time": ORDERED, "boolean": EQUAL,
     "list": frozenset({"=", "in", "~"}),
 }  # fmt: skip
+ONE, MANY = (
+    {"in": "=", "not in": "!="},
+    {"=": "in", "!=": "not in"},
+)  # a value may stand for several, or for one of them
 NULL = frozenset({"is null", "is not null"})
 
 
@@ -63,7 +67,7 @@ class _Builder:
             return self._among_cells(node)
         match node:
             case Comparison():
-                return compared(node, self._field(node))
+                return compared(self.connection, node, self._field(node))
             case Not(inner):
                 return not_(func.coalesce(self.build(inner), false()))
             case And(parts):
@@ -113,7 +117,8 @@ class _Builder:
         match node:
             case Comparison():
                 field = self._field(node)
-                return compared(node, Field(field.kind, field.of_cell if field.of_cell is not None else field.column))
+                column = field.of_cell if field.of_cell is not None else field.column
+                return compared(self.connection, node, Field(field.kind, column, meaning=field.meaning))
             case Not(inner):
                 return not_(func.coalesce(self._of_cells(inner), false()))
             case And(parts):
@@ -122,21 +127,58 @@ class _Builder:
                 return or_(*map(self._of_cells, parts))
 
 
-def compared(comparison: Comparison, field: Field) -> Column:
+def compared(connection: Connection, comparison: Comparison, field: Field) -> Column:
     """One comparison; null where the field is, except of `is null`."""
-    operator, kind = comparison.operator, field.kind
+    operator: str = comparison.operator
+    kind = field.kind
     if operator not in OPERATORS[kind] | NULL:
         allowed = ", ".join(sorted(OPERATORS[kind]))
         advice = f"; use `not ({comparison.field} in (...))`" if kind == "list" and operator in ("!=", "not in") else ""
         sentence = f"{comparison.field} is a {kind}, which can be asked for by {allowed}, not by {operator}{advice}"
         raise InvalidQuery(comparison.parameter, sentence, comparison.position)
-    values = [literal_of(kind, comparison, value) for value in comparison.values]
+    if kind == "time" and operator not in NULL:
+        return _at(operator, field.column, [_span(comparison, value) for value in comparison.values])
+    if field.meaning is not None and operator in EQUAL:
+        values = _meant(connection, comparison, field.meaning)
+        operator = (ONE if len(values) == 1 else MANY).get(operator, operator)
+    else:
+        values = [literal_of(kind, comparison, value) for value in comparison.values]
     if field.any_of is not None:
         if operator in NULL:
             some = field.any_of(lambda _: true())
             return not_(some) if operator == "is null" else some
         return field.any_of(lambda element: _scalar(operator, element, values, "text"))
     return _scalar(operator, field.column, values, kind)
+
+
+def _meant(connection: Connection, comparison: Comparison, meaning: Meaning) -> list[str]:
+    """The stored values that those of a comparison stand for. Raises `InvalidQuery` for an unknown one."""
+    values: dict[str, None] = {}
+    for value in dict.fromkeys(comparison.values):
+        text = literal_of("text", comparison, value)
+        try:
+            values |= dict.fromkeys(meaning(connection, comparison.field, text))
+        except ValueError as error:
+            raise InvalidQuery(comparison.parameter, str(error), value.position) from None
+    return list(values)
+
+
+def _at(operator: str, column: Column, spans: Sequence[tuple[float, float]]) -> Column:
+    """A time compared with days or milliseconds, each `(from, to)`: `<=` has all of it, `>` begins behind it."""
+    [first, end] = spans[0]
+    match operator:
+        case "=" | "in":
+            return or_(*(and_(column >= first, column < end) for first, end in spans))
+        case "!=" | "not in":
+            return and_(*(or_(column < first, column >= end) for first, end in spans))
+        case "<":
+            return column < first
+        case "<=":
+            return column < end
+        case ">":
+            return column >= end
+        case _:
+            return column >= first
 
 
 def _scalar(operator: str, column: Column, values: list[Any], kind: Kind) -> Column:
@@ -151,14 +193,19 @@ def _scalar(operator: str, column: Column, values: list[Any], kind: Kind) -> Col
         case "!=":
             found = column != values[0]
         case "in":
-            found = column.in_(values)
+            found = column.in_(_listed(values))
         case "not in":
-            found = column.not_in(values)
+            found = column.not_in(_listed(values))
         case "~":
             found = contains(column, values[0])
         case _:
             found = ORDER[operator](bytewise(column) if kind == "text" else column, values[0])
     return found
+
+
+def _listed(values: list[Any]) -> Any:
+    """A name may stand for more ids than a statement has parameters."""
+    return listed(values) if len(values) > LISTED and isinstance(values[0], str) else values
 
 
 def literal_of(kind: Kind, comparison: Comparison, value: Value) -> Any:
@@ -170,13 +217,9 @@ def literal_of(kind: Kind, comparison: Comparison, value: Value) -> Any:
 
     match kind:
         case "text" | "list":
-            if bad := re.search("[\x00\ud800-\udfff]", text):
-                raise refuse(f"a text has the control character {bad[0]!r}")
-            return text
+            return _said(storable, text, refuse)
         case "boolean":
             return _said(truth, text, refuse)
-        case "time":
-            return _time(text, refuse)
     found = _said(number, text, refuse)
     if kind == "integer":
         if not (found.is_integer() and abs(found) < MAX_INTEGER):
@@ -192,10 +235,9 @@ def _said(read: Callable[[str], S], text: str, refuse: Callable[[str], InvalidQu
         raise refuse(str(error)) from None
 
 
-def _time(text: str, refuse: Callable[[str], InvalidQuery]) -> float:
+def _span(comparison: Comparison, value: Value) -> tuple[float, float]:
     try:
-        moment = datetime.fromisoformat(text)
-        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        return times.span(value.text)
     except (ValueError, OverflowError):
-        raise refuse(f"{shorten(text)} is no time such as 2026-01-31 or 2026-01-31T12:00:00Z") from None
-    return seconds if math.isfinite(seconds) else 0.0
+        sentence = f"{shorten(value.text)} is no time such as 2026-01-31 or 2026-01-31T12:00:00Z"
+        raise InvalidQuery(comparison.parameter, sentence, value.position) from None

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sqlalchemy import BigInteger, Connection, and_, case, cast, exists, func, literal, select
@@ -11,17 +11,22 @@ from sqlalchemy.sql import ColumnElement
 
 from service.dotted import or_rather
 from service.errors import InvalidQuery
-from service.flags import NOT_MONOTONE
+from service.flags import FLAGS, NOT_MONOTONE
+from service.jobs import JobState
 from service.query import LABEL, plain
 from service.specs.measures import MEASURES
-from service.specs.parameters import parameters, scalars
+from service.specs.parameters import closed_lists, parameters, scalars
+from service.specs.tasks import TASK_KINDS
+from service.store import meanings
 from service.store.filing import LATER
 from service.store.listed import elements
+from service.store.meanings import Meaning, one_of
 from service.store.result_tables import METRICS, cells, number_names, results
 from service.store.states import DIGEST
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
 from service.store.typed import json_flag, json_list, json_number, json_text
 from service.threat_model import ADVERSARIES
+from service.verdict import CHECKS, OUTCOMES, REASONS, VERDICTS
 
 Column = ColumnElement[Any]
 Kind = Literal["text", "number", "integer", "boolean", "time", "list"]
@@ -40,7 +45,8 @@ class Field:
 
     `of_cell` is the same of the row's cell, where it is the same for all of its seeds; `any_of`, of a list, whether
     any element passes a test; `task`, of a number, the id of the task that computed it, where that is not the attack,
-    and `measure` the id of that task where it is a measure that the job asked for beyond the closed forms.
+    and `measure` the id of that task where it is a measure that the job asked for beyond the closed forms. `meaning`,
+    of a text, is what a value stands for where only some are known.
     """
 
     kind: Kind
@@ -49,6 +55,7 @@ class Field:
     any_of: Callable[[Test], Column] | None = None
     task: Column | None = None
     measure: Column | None = None
+    meaning: Meaning | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,11 @@ class Fields:
         raise unknown(parameter, name, [*self.known, *self._of_families()], position)
 
     def _of_families(self) -> list[str]:
-        named = [f"provenance.{name}" for name in PROVENANCE] if "provenance" in self.families else []
-        shown = {"provenance": named, "measures": ["measures.TYPE.PARAMETER"]}
+        shown = {
+            "provenance": [f"provenance.{name}" for name in PROVENANCE],
+            "verdict_checks": [f"verdict_checks.{name}" for name in CHECKS],
+            "measures": ["measures.TYPE.PARAMETER"],
+        }
         return [name for family in self.families for name in shown.get(family, [f"{family}.KEY"])]
 
 
@@ -99,6 +109,10 @@ def _kinds(types: Mapping[str, str]) -> dict[str, Kind]:
 
 
 SPEC_KINDS = _kinds(parameters())
+SPEC_MEANINGS: dict[str, Meaning] = {
+    "dataset": meanings.dataset, **{name: one_of(texts) for name, texts in closed_lists().items()},
+}  # fmt: skip
+FURTHER_MEASURES = tuple(name for name in MEASURES if name != "closed_forms")
 SHORT = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
 COLUMNS = {"attack.type": "attack", "attack.norm": "norm", "attack.eps": "eps", "recipe.name": "recipe"}
 PROVENANCE: dict[str, Kind] = {
@@ -122,6 +136,7 @@ PROVENANCE: dict[str, Kind] = {
     ),
     "dataset_files_sha256": "list",
 }  # fmt: skip
+PROVENANCE_MEANINGS: dict[str, Meaning] = {"dataset": meanings.dataset, "task_kind": one_of(TASK_KINDS)}
 
 
 def _json(column: Any, path: tuple[str, ...], kind: Kind) -> Column:
@@ -139,9 +154,9 @@ def _json(column: Any, path: tuple[str, ...], kind: Kind) -> Column:
     return found
 
 
-def _of_cell(kind: Kind, expression: Column) -> Field:
+def _of_cell(kind: Kind, expression: Column, meaning: Meaning | None = None) -> Field:
     here = select(expression).where(cells.c.id == results.c.cell_id).correlate(results).scalar_subquery()
-    return Field(kind, here, expression)
+    return Field(kind, here, expression, meaning=meaning)
 
 
 def _of_spec(table: Any, name: str, kind: Kind) -> Column:
@@ -154,11 +169,11 @@ def _of_spec(table: Any, name: str, kind: Kind) -> Column:
 
 
 def _cell_field(name: str, kind: Kind) -> Field:
-    return _of_cell(kind, _of_spec(cells, name, kind))
+    return _of_cell(kind, _of_spec(cells, name, kind), SPEC_MEANINGS.get(name))
 
 
 def _job_spec_field(name: str, kind: Kind) -> Field:
-    return Field(kind, _of_spec(jobs, name, kind))
+    return Field(kind, _of_spec(jobs, name, kind), meaning=SPEC_MEANINGS.get(name))
 
 
 def _of_job(kind: Kind, expression: Column) -> Field:
@@ -172,15 +187,15 @@ def _measures(job_id: Column) -> Field:
         theirs = (job_tasks.c.job_id == job_id) & (tasks.c.id == job_tasks.c.task_id) & (tasks.c.kind == "measure")
         return exists(select(literal(1)).where(theirs, kind != "closed_forms", test(kind)))
 
-    return Field("list", literal(None), any_of=any_of)
+    return Field("list", literal(None), any_of=any_of, meaning=one_of(FURTHER_MEASURES))
 
 
-def _list(array: Column) -> Field:
+def _list(array: Column, meaning: Meaning | None = None) -> Field:
     def any_of(test: Test) -> Column:
         rows = elements(array)
         return exists(select(literal(1)).select_from(rows).where(test(rows.c.value)))
 
-    return Field("list", array, any_of=any_of)
+    return Field("list", array, any_of=any_of, meaning=meaning)
 
 
 def _text_of(column: Column) -> Callable[[str], Field | None]:
@@ -199,10 +214,20 @@ def _text_of(column: Column) -> Callable[[str], Field | None]:
     return text_of
 
 
+def _check_of(column: Column) -> Callable[[str], Field | None]:
+    text_of = _text_of(column)
+
+    def check_of(key: str) -> Field | None:
+        found = text_of(key) if key in CHECKS else None
+        return None if found is None else replace(found, meaning=one_of(OUTCOMES))
+
+    return check_of
+
+
 def _within(make: Callable[[str], Field | None]) -> Callable[[str], Field | None]:
     def within(key: str) -> Field | None:
         found = make(key)
-        return None if found is None else _of_job(found.kind, found.column)
+        return None if found is None else replace(_of_job(found.kind, found.column), meaning=found.meaning)
 
     return within
 
@@ -214,7 +239,8 @@ def _provenance(key: str) -> Field | None:
     value = JSON_KINDS[kind](attempts.c.provenance, literal(key))
     made = (tasks.c.id == results.c.attack_task_id) & (attempts.c.task_id == tasks.c.id)
     query = select(value).where(made, attempts.c.number == tasks.c.attempt).correlate(results)
-    return _list(query.scalar_subquery()) if kind == "list" else Field(kind, query.scalar_subquery())
+    column = query.scalar_subquery()
+    return _list(column) if kind == "list" else Field(kind, column, meaning=PROVENANCE_MEANINGS.get(key))
 
 
 def _number(name: str) -> Field:
@@ -271,16 +297,22 @@ def _measure_kinds() -> dict[str, dict[str, Kind]]:
 MEASURE_KINDS = _measure_kinds()
 
 
-# The short names stand for the dotted ones; `sweep` is an id.
-LABEL_OF_JOB, CHECK_OF_JOB = _text_of(jobs.c.labels), _text_of(jobs.c.verdict_checks)
+def _named(column: Column, meaning: Meaning) -> Field:
+    return Field("text", column, meaning=meaning)
+
+
+# The short names stand for the dotted ones; a `sweep` is named by its id, the beginning of it, or its name.
+LABEL_OF_JOB, CHECK_OF_JOB = _text_of(jobs.c.labels), _check_of(jobs.c.verdict_checks)
+VERDICT, REASON = one_of(VERDICTS), one_of(REASONS)
 JOB_SPEC = {name: _job_spec_field(name, kind) for name, kind in SPEC_KINDS.items()}
 JOBS = Fields(
     {
-        "id": Field("text", jobs.c.id), "state": Field("text", jobs.c.state), "user": Field("text", jobs.c.user),
-        "owner": Field("text", jobs.c.user), "sweep": Field("text", jobs.c.sweep_id), **JOB_SPEC,
+        "id": Field("text", jobs.c.id), "state": _named(jobs.c.state, one_of(tuple(JobState))),
+        "user": _named(jobs.c.user, meanings.user), "owner": _named(jobs.c.user, meanings.user),
+        "sweep": _named(jobs.c.sweep_id, meanings.sweep), **JOB_SPEC,
         **{short: JOB_SPEC[name] for short, name in SHORT.items()}, "measures": _measures(jobs.c.id),
         "priority": Field("integer", jobs.c.priority), "reason": Field("text", jobs.c.reason),
-        "verdict": Field("text", jobs.c.verdict), "verdict_reasons": _list(jobs.c.verdict_reasons),
+        "verdict": _named(jobs.c.verdict, VERDICT), "verdict_reasons": _list(jobs.c.verdict_reasons, REASON),
         "spec_digest": Field("text", jobs.c.spec_digest),
         "created_at": Field("time", jobs.c.created_at), "finished_at": Field("time", jobs.c.finished_at),
     },
@@ -291,7 +323,9 @@ VERSIONS = {
     f"versions.{kind}": _cell_field(f"versions.{kind}", "integer") for kind in ("train", "measure", "attack", "control")
 }
 SPEC: dict[str, Field] = {
-    name: Field(kind, results.c[name]) if name in results.c else _cell_field(name, kind)
+    name: Field(kind, results.c[name], meaning=SPEC_MEANINGS.get(name))
+    if name in results.c
+    else _cell_field(name, kind)
     for name, kind in SPEC_KINDS.items()
 }  # fmt: skip
 
@@ -300,12 +334,14 @@ def _flags() -> Field:
     def any_of(test: Test) -> Column:
         return and_(results.c.not_monotone, test(literal(NOT_MONOTONE)))
 
-    return Field("list", literal(None), any_of=any_of)
+    return Field("list", literal(None), any_of=any_of, meaning=one_of(FLAGS))
 
 
 THREAT_MODEL = {
     "threat_model": _of_cell("text", cells.c.threat_model),
-    "adversary": _of_cell("text", case(dict(ADVERSARIES), value=cells.c.attack)),
+    "adversary": _of_cell(
+        "text", case(dict(ADVERSARIES), value=cells.c.attack), one_of(dict.fromkeys(ADVERSARIES.values()))
+    ),
 }
 OF_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
 OF_TRAINING = ("test_accuracy", "train_seconds")
@@ -314,17 +350,18 @@ COMPUTED_BY = {
 }  # fmt: skip
 HEADLINE: dict[str, Field] = {
     **{name: Field("number", results.c[name], task=COMPUTED_BY.get(name)) for name in METRICS},
-    "masked_n": Field("integer", results.c.masked_n), "verdict": Field("text", results.c.verdict),
+    "masked_n": Field("integer", results.c.masked_n), "verdict": _named(results.c.verdict, VERDICT),
 }  # fmt: skip
 ATTACK_DIGEST = select(DIGEST).where(tasks.c.id == results.c.attack_task_id).correlate(results)
 RESULTS = Fields(
     {
-        "job_id": Field("text", results.c.job_id), "user": Field("text", results.c.user),
-        "owner": Field("text", results.c.user), "sweep": Field("text", results.c.sweep_id),
-        "sweep_id": Field("text", results.c.sweep_id), **SPEC, **{short: SPEC[name] for short, name in SHORT.items()},
+        "job_id": Field("text", results.c.job_id), "user": _named(results.c.user, meanings.user),
+        "owner": _named(results.c.user, meanings.user), "sweep": _named(results.c.sweep_id, meanings.sweep),
+        "sweep_id": _named(results.c.sweep_id, meanings.sweep), **SPEC,
+        **{short: SPEC[name] for short, name in SHORT.items()},
         "measures": _measures(results.c.job_id), **THREAT_MODEL, **HEADLINE,
         "flags": _flags(),
-        "verdict_reasons": _list(_of_job("list", jobs.c.verdict_reasons).column),
+        "verdict_reasons": _list(_of_job("list", jobs.c.verdict_reasons).column, REASON),
         "verdict_version": Field("integer", results.c.verdict_version),
         "weights_sha256": Field("text", results.c.weights_sha256),
         "spec_digest": _of_job("text", jobs.c.spec_digest), **VERSIONS,

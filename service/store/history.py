@@ -90,5 +90,10 @@ def after(
     return [dict(row._mapping) for row in connection.execute(query)]
 
 
+def first(connection: Connection) -> Any:
+    """The `id` and `at` of the oldest event that is kept; None where there is none."""
+    return connection.execute(select(events.c.id, events.c.at).order_by(events.c.id).limit(1)).one_or_none()
+
+
 def last_id(connection: Connection) -> int:
     return int(connection.execute(select(events.c.id).order_by(events.c.id.desc()).limit(1)).scalar_one_or_none() or 0)

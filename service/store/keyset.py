@@ -1,7 +1,6 @@
 """Pages by where the one before ended, never by counting: rows that come or go meanwhile shift nothing."""
 
 import base64
-import binascii
 import hashlib
 import json
 import math
@@ -18,7 +17,9 @@ from service.store.fields import Column, Field
 from service.store.typed import bytewise, unsorted
 
 Position = tuple[list[Any], int]  # the values that the last row is sorted by, and its sequence number
-STATES = "take `next_cursor` of the page before"
+NO_CURSOR = "this is not a cursor: take `next_cursor` of the page before"
+CHECKSUM_BYTES = 6
+ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -168,23 +169,52 @@ def _beyond(term: Term, value: Any) -> Column:
 
 def encode_cursor(question: Any, position: Position) -> str:
     """Where a page ended, bound to the question that it answers."""
-    packed = json.dumps([_fingerprint(question), *position], separators=(",", ":"))
-    return base64.urlsafe_b64encode(packed.encode()).decode().rstrip("=")
+    return _sealed(_fingerprint(question), list(position))
 
 
 def decode_cursor(question: Any, cursor: str, order: Order) -> Position:
-    """Raises `InvalidQuery` where it is none of ours, or one of another question."""
-    try:
-        fingerprint, values, sequence = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (ValueError, TypeError, binascii.Error, RecursionError):
-        raise InvalidQuery("cursor", f"this is not a cursor: {STATES}") from None
-    if fingerprint != _fingerprint(question):
-        raise InvalidQuery("cursor", "this cursor belongs to another question: keep filters and sort as they were")
+    """Raises `InvalidQuery` where it is none of ours, a damaged one, or one of another question."""
+    values, sequence = _opened(question, cursor, 2)
     kinds = [term.field.kind for term in order.terms]
     fits = isinstance(values, list) and len(values) == len(kinds) and _is_whole(sequence)
     if not fits or not all(value is None or _fits(kind, value) for kind, value in zip(kinds, values, strict=True)):
-        raise InvalidQuery("cursor", f"this is not a cursor: {STATES}")
+        raise InvalidQuery("cursor", NO_CURSOR)
     return values, sequence
+
+
+def encode_id(question: Any, ident: str) -> str:
+    """The same of a list in the order of its ids."""
+    return _sealed(_fingerprint(question), [ident])
+
+
+def decode_id(question: Any, cursor: str) -> str:
+    """Raises `InvalidQuery` as `decode_cursor` does."""
+    [ident] = _opened(question, cursor, 1)
+    if not (isinstance(ident, str) and ID.fullmatch(ident)):
+        raise InvalidQuery("cursor", NO_CURSOR)
+    return ident
+
+
+def _sealed(fingerprint: Any, position: list[Any]) -> str:
+    packed = json.dumps([fingerprint, *position], separators=(",", ":")).encode()
+    checksum = hashlib.sha256(packed).digest()[:CHECKSUM_BYTES]
+    return base64.urlsafe_b64encode(checksum + packed).decode().rstrip("=")
+
+
+def _opened(question: Any, cursor: str, parts: int) -> list[Any]:
+    """The parts of a cursor's position. It is one only as this version writes it, so any damage shows."""
+    try:
+        packed = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))[CHECKSUM_BYTES:]
+        position: list[Any]
+        fingerprint, *position = json.loads(packed)
+        is_whole = _sealed(fingerprint, position) == cursor and len(position) == parts
+    except (ValueError, TypeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise InvalidQuery("cursor", NO_CURSOR)
+    if fingerprint != _fingerprint(question):
+        raise InvalidQuery("cursor", "this cursor belongs to another question: keep filters and sort as they were")
+    return position
 
 
 def _fits(kind: str, value: Any) -> bool:

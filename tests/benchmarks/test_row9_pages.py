@@ -18,7 +18,7 @@ OTHERS = {
     "label, scale": {"filter": "labels.study = other and scale = 5", "sort": "-robust_accuracy"},
     "provenance, scale": {"filter": "provenance.device ~ A100 and scale = 5", "sort": "-robust_accuracy"},
     "reason, scale": {"filter": "verdict_reasons = masked and scale = 5", "sort": "robust_accuracy"},
-    "measure, scale": {"filter": "measures = weight_norm and scale = 5", "sort": "robust_accuracy"},
+    "measure, scale": {"filter": "measures = fisher_rao and scale = 5", "sort": "robust_accuracy"},
 }  # fmt: skip
 BARE = """
 CREATE TABLE bare AS SELECT results.*, cells.architecture, cells.dataset, cells.attack, cells.scale

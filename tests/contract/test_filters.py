@@ -1,6 +1,7 @@
 """The filter grammar: every filter means on both databases what its tree means in plain Python."""
 
 import base64
+import hashlib
 import io
 import json
 import operator
@@ -31,10 +32,13 @@ from service.settings import Settings
 from service.specs import JobSpec
 from service.specs.attacks import PRESETS
 from service.specs.base import number
+from service.specs.parameters import closed_lists
 from service.specs.recipes import KNOWN
 from service.store import tables
-from service.store.fields import JOBS, RESULTS, SPEC_KINDS
+from service.store.fields import JOBS, RESULTS, SHORT, SPEC_KINDS
+from service.store.keyset import CHECKSUM_BYTES
 from service.store.result_tables import cells
+from service.verdict import OUTCOMES, VERDICTS
 
 EASY = settings(
     max_examples=100, deadline=None, derandomize=True,
@@ -60,6 +64,15 @@ VALUES: dict[str, list[str]] = {
 OPERATORS = {
     "text": ["=", "!=", "<", "<=", ">", ">=", "~", "in", "not in"], "boolean": ["=", "!=", "in", "not in"],
     "list": ["=", "in", "~"],
+}  # fmt: skip
+CLOSED: dict[str, list[str]] = {
+    **{name: list(texts) for name, texts in closed_lists().items()},
+    **{short: list(closed_lists()[name]) for short, name in SHORT.items()},
+    "dataset": ["digits", "cifar10"], "adversary": ["white_box", "black_box", "transfer", "noise"],
+    "user": ["ann", "Bob o'Hara"], "owner": ["ann", "Bob o'Hara"], "state": ["succeeded", "failed"],
+    "verdict": list(VERDICTS), "verdict_reasons": ["masked", "zero_gradient"], "flags": ["not_monotone"],
+    "measures": ["sam_sharpness", "fisher_rao", "lipschitz"], "verdict_checks.masked": list(OUTCOMES),
+    "verdict_checks.weaker_than:square": list(OUTCOMES),
 }  # fmt: skip
 KINDS: dict[str, str] = {
     **{name: field.kind for name, field in RESULTS.known.items()}, "labels.for": "text", "labels.none": "text",
@@ -140,7 +153,12 @@ def comparison(draw: st.DrawFn, kinds: dict[str, str]) -> Comparison:
         )
     )
     many = 0 if "null" in how else 3 if "in" in how else 1
-    values = draw(st.lists(st.sampled_from(VALUES[kind]), min_size=min(many, 1), max_size=many))
+    known = how in OPERATORS["boolean"]
+    if known and name in ("sweep", "sweep_id"):  # which stand for ids: `test_a_sweep_by_its_name`
+        how = "is null"
+        many = 0
+    values = CLOSED.get(name, VALUES[kind]) if known else VALUES[kind]
+    values = draw(st.lists(st.sampled_from(values), min_size=min(many, 1), max_size=many))
     return Comparison(name, how, tuple(map(Value, values)))
 
 
@@ -163,10 +181,21 @@ def typed(kind: str, text: str) -> Any:
             return number(text)
         case "boolean":
             return text.lower() == "true"
-        case "time":
-            moment = datetime.fromisoformat(text)
-            return moment.timestamp() if moment.tzinfo else datetime.fromisoformat(text + "T00:00:00Z").timestamp()
+        case "time":  # a day, or a millisecond
+            day = len(text) == len("2020-01-01")
+            first = round(1000 * datetime.fromisoformat(text + "T00:00:00Z" if day else text).timestamp())
+            return range(first, first + (86_400_000 if day else 1))
     return text
+
+
+def in_time(how: str, value: int, spans: list[range]) -> bool:
+    """Whether a time in milliseconds is, comes before or behind what a filter asks for."""
+    [first, *_] = spans
+    within = any(value in span for span in spans)
+    return {
+        "=": within, "in": within, "!=": not within, "not in": not within, "<": value < first.start,
+        "<=": value < first.stop, ">": value >= first.stop, ">=": value >= first.start,
+    }[how]  # fmt: skip
 
 
 def holds(node: Node, row: dict[str, Any], kinds: dict[str, str]) -> bool:
@@ -184,13 +213,15 @@ def holds(node: Node, row: dict[str, Any], kinds: dict[str, str]) -> bool:
     present = value if kind == "list" else [] if value is None else [value]
     if "null" in how:
         return (how == "is null") == (not present)
+    if kind == "time":
+        return bool(present) and in_time(how, present[0], wanted)
     if "in" in how:
         return bool(present) and (how == "in") == any(one in wanted for one in present)
     return any(PYTHON[how](one, wanted[0]) for one in present)
 
 
 def rows_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by the names of fields, times in seconds."""
+    """Rows by the names of fields, times in milliseconds."""
     rows = []
     for item in items:
         row = dict(flat(item))
@@ -199,7 +230,7 @@ def rows_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ball = item["attack"].get("attack", item["attack"])  # of a transfer, that of the attack it rests on
         row |= {"attack.norm": ball.get("norm"), "norm": ball.get("norm"), "attack.eps": ball.get("eps")}
         for name in ("created_at", "finished_at"):
-            row[name] = datetime.fromisoformat(item[name]).timestamp()
+            row[name] = round(1000 * datetime.fromisoformat(item[name]).timestamp())
         row["owner"] = row["user"]
         if not isinstance(row.get("provenance.wall_seconds"), float):
             row["provenance.wall_seconds"] = None
@@ -309,8 +340,10 @@ def test_a_forged_cursor_is_refused(history: Insights) -> None:
     def check(sort: str, ends: list[Any], sequence: Any) -> None:
         question = Question(sort=sort, limit=1)
         real = history.results(question)["next_cursor"]
-        fingerprint = json.loads(base64.urlsafe_b64decode(real + "=" * (-len(real) % 4)))[0]
-        forged = base64.urlsafe_b64encode(json.dumps([fingerprint, ends, sequence]).encode()).decode()
+        fingerprint = json.loads(base64.urlsafe_b64decode(real + "=" * (-len(real) % 4))[CHECKSUM_BYTES:])[0]
+        packed = json.dumps([fingerprint, ends, sequence], separators=(",", ":")).encode()
+        sealed = hashlib.sha256(packed).digest()[:CHECKSUM_BYTES] + packed
+        forged = base64.urlsafe_b64encode(sealed).decode().rstrip("=")
         for cursor in (forged, forged[:-3], f"{sequence}"):
             with suppress(InvalidQuery):
                 history.results(Question(sort=sort, cursor=cursor, limit=1))

@@ -349,7 +349,7 @@ def test_results_as_csv_and_ndjson(server: Any) -> None:
     assert [json.loads(line)["scale"] for line in lines] == [1, 2, 3]
     chosen = server.http.get("/v1/results", params={**params, "format": "csv", "fields": "scale,attack.norm"}).text
     assert chosen.splitlines() == ["scale,attack.norm", "1.0,linf", "2.0,linf", "3.0,linf"]
-    empty = server.http.get("/v1/results", params={"user": "nobody", "format": "csv", "fields": "scale"}).text
+    empty = server.http.get("/v1/results", params={"seed": 987654, "format": "csv", "fields": "scale"}).text
     assert empty.splitlines() == ["scale"]
 
 
@@ -374,7 +374,7 @@ def test_results_as_csv_and_ndjson(server: Any) -> None:
         ('/v1/jobs?label=a"b:x', "label", "labels.KEY"),
         ("/v1/jobs?label=a%00b:x", "label", "labels.KEY"),
         ("/v1/jobs?sort=labels.a%00b", "sort", "labels.KEY"),
-        ('/v1/results?sort=verdict_checks.a"b', "sort", "verdict_checks.KEY"),
+        ('/v1/results?sort=verdict_checks.a"b', "sort", "verdict_checks.masked"),
         ("/v1/jobs?verbose=1", "verbose", "architecture"),
         ("/v1/sweeps?state=running", "state", "cursor"),
         ("/v1/sweeps?dry_run=1", "dry_run", "limit"),
@@ -612,8 +612,8 @@ def test_a_bad_last_event_id_is_refused(server: Any) -> None:
     for ident in (str(2**63), "-1", "x"):
         refused(server.http.get("/v1/events", params={"follow": False}, headers={"Last-Event-ID": ident}))
     last = {"Last-Event-ID": str(2**63 - 1)}
-    said = server.http.get("/v1/events", params={"follow": False}, headers=last).text
-    assert said == f'id: {2**63 - 1}\n\nevent: end\ndata: {{"last_id": {2**63 - 1}}}\n\n'
+    problem = refused(server.http.get("/v1/events", params={"follow": False}, headers=last))
+    assert "there is no event 9223372036854775807 yet: the newest is" in pointers(problem)["Last-Event-ID"]
 
 
 @pytest.mark.parametrize("filter", ["", " ", "\t\n"])

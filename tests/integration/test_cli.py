@@ -26,7 +26,8 @@ from scipy.stats import binomtest
 
 from api import client, render, report
 from api.cli import app, main
-from api.client import ApiError
+from api.client import ApiError, Event
+from api.commands.submitting import _show_event
 from api.render import percent
 from service import verdict
 
@@ -208,14 +209,14 @@ def test_questions_to_all_results(server: Any, tmp_path: Path) -> None:
 def test_that_nothing_matches_is_said(server: Any) -> None:
     """On stderr, for what stands on stdout are rows."""
     for command in (
-        ["results", "architecture=mpl"], ["jobs", "state=hold"], ["aggregate", "architecture=mpl"],
-        ["leaderboard", "architecture=mpl"], ["correlations", "clean_accuracy", "architecture=mpl"],
+        ["results", "architecture=vgg11_bn"], ["jobs", "seed=987654"], ["aggregate", "architecture=vgg11_bn"],
+        ["leaderboard", "architecture=vgg11_bn"], ["correlations", "clean_accuracy", "architecture=vgg11_bn"],
     ):  # fmt: skip
         done = uncanny(*command, url=server.url)
         assert (done.returncode, done.stdout) == (0, ""), command
         assert " match" in done.stderr
     for more in ([], ["--json"]):
-        done = uncanny("retract", "--filter", "architecture = mpl", "--reason", "a typo", *more, url=server.url)
+        done = uncanny("retract", "--filter", "architecture = vgg11_bn", "--reason", "a typo", *more, url=server.url)
         assert done.returncode == 1
         assert "No result" in done.stderr
 
@@ -243,6 +244,35 @@ def test_submitting_prints_the_next_commands(server: Any, files: dict[str, Path]
         assert done.returncode == 0, done.stderr
         assert "uncanny watch" in done.stdout
         assert "uncanny results" in done.stdout
+
+
+def test_a_file_called_minus_is_stdin(server: Any, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(files["sweep.yaml"].read_bytes()), "ascii"))
+    done = uncanny("submit", "-", "--dry-run", "--json", url=server.url)
+    assert done.stdout == uncanny("submit", files["sweep.yaml"], "--dry-run", "--json", url=server.url).stdout
+
+
+def test_a_typing_error_is_no_empty_list(server: Any) -> None:
+    sweep = server.sweep("by its name", seed=305)
+    assert "did you mean failed?" in sentence(uncanny("jobs", "state=faild", url=server.url), 4)
+    said = sentence(uncanny("results", "--filter", "not verdict in (suspct, invald)", url=server.url), 4)
+    assert "did you mean suspect?" in said
+    assert "did you mean by its name?" in sentence(uncanny("results", "sweep=by its nam", url=server.url), 4)
+    with pytest.raises(ApiError, match="did you mean mlp"):
+        list(server.client.jobs(architecture="mpl"))
+    for named in ("by its name", sweep["id"][:-1]):
+        shown = uncanny("results", f"sweep={named}", "--json", url=server.url).stdout
+        assert {row["sweep_id"] for row in json.loads(shown)} == {sweep["id"]}
+        assert len(list(server.client.results(sweep=named))) == 2
+    everything = list(server.client.results(f"sweep = '{sweep['name']}' and created_at = {sweep['created_at'][:10]}"))
+    assert len(everything) == 2
+
+
+def test_a_gap_of_events_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    _show_event(Event(9, "gap", {"from": 1, "to": 9}), as_json=False)
+    assert capsys.readouterr().err.startswith("Events 1 to 9 are not kept any more")
+    _show_event(Event(9, "gap", {"from": 1, "to": 9}), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"id": 9, "event": "gap", "data": {"from": 1, "to": 9}}
 
 
 def test_a_dry_run_submits_nothing(server: Any, files: dict[str, Path]) -> None:

@@ -174,6 +174,55 @@ def test_true_is_no_value_of_an_axis_that_has_1() -> None:
     assert [pointer for pointer, _ in caught.value.errors] == ["/grid/scale/2"]
 
 
+SAME: list[tuple[str, Any, Any, Any]] = [
+    ("scale", 1, "1", 5),
+    ("scale", 1.0, "3/3", 5),
+    ("attack", "pgd_linf", PGD, "pgd_l2"),
+    ("attack", {**PGD, "eps": 8 / 255}, {**PGD, "restarts": 1}, {**PGD, "restarts": 2}),
+    ("attack", "transfer", {"type": "transfer", "attack": PGD, "source_scale": "1"}, "fgsm"),
+    ("recipe", "standard", {"epochs": 100}, "sam"),
+    ("recipe", {"name": "sam"}, {"name": "sam", "rho": "1/20"}, {"name": "sam", "rho": 0.1}),
+    ("measures", ["fisher_rao", "sam_sharpness"], [{"type": "sam_sharpness", "rho": 0.05}, "fisher_rao"], []),
+]
+
+
+@pytest.mark.parametrize(("axis", "value", "same", "other"), SAME)
+def test_axes_are_compared_by_what_their_values_mean(axis: str, value: Any, same: Any, other: Any) -> None:
+    [kept] = cells(grid={axis: [value, other]}, exclude=[{axis: same}])
+    assert [kept] == cells(grid={axis: [other]})
+    sweep = Sweep.model_validate({"name": "s", "base": BASE, "grid": {axis: [value]}})
+    assert sweep.extended({axis: [same]}).grid == sweep.grid
+    assert sweep.extended({axis: [other, same]}).grid == {axis: [value, other]}
+
+
+def test_dotted_axes_are_compared_by_what_their_values_mean() -> None:
+    base = {**BASE, "attack": PGD}
+    grid = {"attack.eps": ["8/255", "4/255"], "attack.random_start": [True, False]}
+    exclude = [{"attack.eps": 8 / 255, "attack.random_start": True}, {"attack.eps": 4 / 255}]
+    [left] = cells(base=base, grid=grid, exclude=exclude)
+    assert (left.attack.eps, left.attack.random_start) == (8 / 255, False)  # type: ignore[union-attr]
+    part = {name: value for name, value in PGD.items() if name != "eps"}  # of which the rest is on the other axis
+    grid = {"attack": [part, {**part, "norm": "l2"}], "attack.eps": ["8/255"]}
+    assert [job.attack.norm for job in cells(grid=grid, exclude=[{"attack": {**part, "step_size": 2 / 255}}])] == ["l2"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "wrong"),
+    [
+        ("scale", [1, 5], True), ("scale", [1, 5], "one"), ("scale", [1, 5], [1]), ("scale_bias", [True, False], 1),
+        ("seed", [0, 1], "1"), ("seed", [0, 1], False), ("architecture", ["mlp"], "MLP"),
+        ("attack", ["pgd_linf"], {**PGD, "eps": "9/255"}), ("attack", ["pgd_linf"], {**PGD, "random_start": 0}),
+        ("recipe", ["standard"], {"epochs": True}), ("measures", [["fisher_rao"]], ["sam_sharpness"]),
+    ],
+)  # fmt: skip
+def test_what_means_something_else_is_no_value_of_the_axis(axis: str, values: list[Any], wrong: Any) -> None:
+    [(pointer, sentence)] = refused(grid={axis: values}, exclude=[{axis: wrong}])
+    assert pointer == f"/exclude/0/{axis}"
+    assert "is none of the values of the axis" in sentence
+    sweep = Sweep.model_validate({"name": "s", "base": BASE, "grid": {axis: values}})
+    assert sweep.extended({axis: [wrong]}).grid[axis] == [*values, wrong]
+
+
 def test_cells_that_ask_for_the_same_are_one() -> None:
     measures = [["sam_sharpness", "fisher_rao"], ["fisher_rao", "sam_sharpness"], ["fisher_rao", "sam_sharpness"] * 2]
     assert len(cells(grid={"measures": measures, "scale_bias": [True, False]})) == 1

@@ -1,12 +1,19 @@
 """Specs in files mean what they say: YAML 1.2 and JSON, nothing guessed, nothing that JSON does not have."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api.commands.options import BadUsage
+from api.commands.submitting import read_spec
 from api.written import read
 
 VALUES = st.recursive(
@@ -59,8 +66,14 @@ def test_whatever_is_written_as_json_is_read_as_it_is(value: Any) -> None:
         ("a: 1\n---\na: 2", "another document"),
         ("a: !!python/object:os.system x", "line 1"),
         ("a: !own x", "line 1"),
-        ("a: !!binary aGVsbG8=", "/a is a bytes"),
-        ("a: !!set {x}", "/a is a "),
+        ("a: !!binary aGVsbG8=", "line 1: it has a tag, 'tag:yaml.org,2002:binary'"),
+        ("b: 1\na: !!set {x}", "line 2: it has a tag"),
+        ("a: !!str 3", "it has a tag"),
+        ("a: ! 3", "it has a tag, '!'"),
+        ("!!map {a: 1}", "it has a tag"),
+        ("!!str a: 1", "it has a tag"),
+        ("%TAG ! tag:yaml.org,2002:\n---\na: !int 3", "line 3: it has a tag"),
+        ("%YAML 2.0\n---\na: 1", "line 1: found incompatible YAML document"),
         ("grid: {scale: [1, .nan]}", "/grid/scale/1 is nan"),
         ('{"scale": 1e999}', "/scale is inf"),
         ('{"scale":\n 1e-400}', "line 2: '1e-400' is too small"),
@@ -70,7 +83,9 @@ def test_whatever_is_written_as_json_is_read_as_it_is(value: Any) -> None:
         ("yes: 1\ntrue: 2", "the key True"),
         ('{"name": "\\ud800"}', "half of a surrogate pair"),
         ("a: [1,", "line 1"),
-        ("a: &x [*x]", "nested too deep"),
+        ("a: &x [*x]", "line 1: the alias 'x' is within itself"),
+        ("a: &x {b: [*x]}", "line 1: the alias 'x' is within itself"),
+        ("a: *x", "undefined alias"),
         ("[" * 100_000, "recursion"),
         ("a: " + "9" * 5000, "limit"),
         ("a: \0", "special characters"),
@@ -81,3 +96,60 @@ def test_what_has_no_one_meaning_is_refused_with_where_it_stands(text: str, said
         read(text)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2", "1.3"])
+def test_it_is_yaml_1_2_whatever_the_document_says(version: str) -> None:
+    written = "a: no\nb: 010\nc: 1e-3\nd: 12:30:00\ne: 1_0\nf: yes\ng: 0b11\nh: 0o10\ni: on\nj: 2026-11-29"
+    value = {"a": "no", "b": 10, "c": 0.001, "d": "12:30:00", "e": "1_0", "f": "yes", "g": "0b11", "h": 8, "i": "on"}
+    assert read(f"%YAML {version}\n---\n{written}") == read(written) == {**value, "j": "2026-11-29"}
+
+
+def nine_of_nine(first: str, line: str) -> str:
+    """Each line has nine of the line before, in nine lines: 9 ** 9 values of half a kilobyte."""
+    lines = (line.format(i=i, nine=",".join([f"*a{i - 1}"] * 9)) for i in range(1, 10))
+    return "\n".join([f"a0: &a0 {first}", *lines])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        nine_of_nine("[x,x,x,x,x,x,x,x,x]", "a{i}: &a{i} [{nine}]"),
+        nine_of_nine("{x: 1}", "a{i}: &a{i} {{<<: [{nine}]}}"),
+        nine_of_nine("x", "a{i}: &a{i} {{x: [{nine}]}}"),
+        "a: &a [" + "x," * 1000 + "]\nb: [" + "*a," * 1000 + "]",
+    ],
+    ids=["lists", "merged", "mappings", "in one"],
+)
+def test_aliases_that_unfold_to_too_much_are_refused_before_they_do(text: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"line \d+: the aliases up to here unfold to more than 100,000 values"):
+        read(text)
+    assert time.process_time() - started < 2
+
+
+def test_aliases_that_save_some_writing() -> None:
+    text = "base: &base {scale: 1, seed: 2}\nmore: {<<: *base, seed: 3}\nlist: [*base, *base]"
+    base = {"scale": 1, "seed": 2}
+    assert read(text) == {"base": base, "more": {"scale": 1, "seed": 3}, "list": [base, base]}
+
+
+READ = "import sys; from pathlib import Path; from api.commands.submitting import read_spec; "
+READ += "print([ascii(read_spec(Path(name))['name']) for name in sys.argv[1:]])"
+
+
+def test_a_file_and_stdin_are_utf_8_whatever_the_locale_says(tmp_path: Path) -> None:
+    """With the mark that editors of Windows begin with, too."""
+    content = "name: caf\u00e9 \u26a1".encode()
+    (tmp_path / "plain.yaml").write_bytes(content)
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbf" + content)
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", READ, str(tmp_path / "plain.yaml"), str(tmp_path / "marked.yaml"), "-"]
+    done = subprocess.run(command, input=content, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode().strip() == str([ascii("caf\u00e9 \u26a1")] * 3)
+
+
+def test_what_is_no_utf_8_is_said(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: caf\u00e9".encode("latin-1"))
+    with pytest.raises(BadUsage, match=r"cannot read .*latin.yaml: 'utf-8' codec"):
+        read_spec(tmp_path / "latin.yaml")

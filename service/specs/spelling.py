@@ -1,0 +1,54 @@
+"""What a value of an axis means, however it is spelled: `"8/255"` is 0.03137..., a preset is its parameters.
+
+Two values are one if a job would be the same with either. `true` is not 1, though Python takes them for equal.
+"""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from service.specs.attacks import Source, SourceAttack
+from service.specs.base import number
+from service.specs.job import JobAttack, JobMeasures
+from service.specs.names import NamedRecipe
+from service.specs.parameters import parameters
+
+WHOLE: Mapping[str, TypeAdapter[Any]] = {
+    "attack": TypeAdapter(JobAttack),
+    "attack.attack": TypeAdapter(SourceAttack),
+    "attack.source": TypeAdapter(Source),
+    "attack.source.recipe": TypeAdapter(NamedRecipe),
+    "recipe": TypeAdapter(NamedRecipe),
+    "measures": TypeAdapter(JobMeasures),
+}
+"""The fields of a job that have parts."""
+
+
+def meaning(axis: str, value: Any) -> Hashable:
+    """Something that is equal for values of `axis`, a JobSpec field or a dotted one, that mean the same."""
+    if axis in WHOLE:
+        try:
+            found = WHOLE[axis].validate_python(value)
+        except ValidationError:  # a part may stand on an axis of its own
+            pass
+        else:
+            value = frozenset(found) if axis == "measures" else found
+    plain: Hashable = value
+    match value:
+        case bool():
+            return bool, value
+        case str() if parameters().get(axis) == "number":
+            return _number(value)
+        case dict():
+            return frozenset((name, meaning(f"{axis}.{name}", inner)) for name, inner in value.items())
+        case list():
+            return tuple(meaning(axis, inner) for inner in value)
+    return plain
+
+
+def _number(text: str) -> float | str:
+    try:
+        return number(text)
+    except ValueError:
+        return text

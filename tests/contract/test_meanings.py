@@ -1,0 +1,334 @@
+"""A typing error is no empty answer: values of closed lists, names, times and cursors are what they say or refused."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import update
+
+from api.app import create_app
+from service import exporting, networks, times
+from service.errors import InvalidQuery
+from service.insights import Insights, Question
+from service.settings import Settings
+from service.store import tables
+from service.store.result_tables import results
+
+Ask = Callable[[Question], dict[str, Any]]
+on_both = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def database_url(request: pytest.FixtureRequest, kept: Any) -> str:
+    """Where SQL decides, a test is `on_both` by default."""
+    url: str = kept.emptied(request.param).url
+    return url
+
+
+@pytest.fixture
+def insights(lab: Any) -> Insights:
+    """Eight jobs of two sweeps of one name, and one of another; all are done."""
+    lab.submit_sweep({"scale": [1, 5], "attack": ["pgd_linf", "transfer"]}, user="ann", name="my-name")
+    lab.submit_sweep({"scale": [1, 5], "seed": [1, 2]}, user="bob", name="my-name")
+    lab.submit_sweep({"scale": [7]}, user="bob", name="other", labels={"for": "tests"})
+    lab.finish()
+    return Insights(lab.database)
+
+
+def refused(ask: Ask, **asked: Any) -> InvalidQuery:
+    with pytest.raises(InvalidQuery) as caught:
+        ask(Question(**asked))
+    return caught.value
+
+
+TYPING_ERRORS = [
+    ("not verdict in (suspct, invald)", 16, "unknown verdict 'suspct'; did you mean suspect?"),
+    ("verdict != suspect and verdict not in (trusted, invald)", 48, "did you mean invalid?"),
+    ("verdict = ''", 10, "unknown verdict ''"),
+    ("verdict_reasons = maskd", 18, "did you mean masked"),
+    ("verdict_checks.masked = passd", 24, "did you mean passed"),
+    ("verdict_checks.maskd = passed", 0, "did you mean verdict_checks.masked"),
+    ("attack.norm = l3", 14, "known are: linf, l2"),
+    ("norm != lnf", 8, "did you mean linf"),
+    ("attack.attack.norm = l3", 21, "known are: linf, l2"),
+    ("attack.loss = crossentropy", 14, "did you mean cross_entropy"),
+    ("attack.judge = finl", 15, "did you mean final"),
+    ("attack.kind = gausian", 14, "did you mean gaussian"),
+    ("attack = pgd_linf", 9, "known are: pgd, fgsm"),
+    ("attack.type = pdg", 14, "did you mean pgd"),
+    ("recipe = trade", 9, "did you mean trades"),
+    ("recipe.name in (standard, standart)", 26, "did you mean standard"),
+    ("recipe.schedule = cosin", 18, "did you mean cosine"),
+    ("architecture = resnet81", 15, "did you mean resnet18"),
+    ("attack.source.architecture = mpl", 29, "did you mean mlp"),
+    ("dataset = digit", 10, "did you mean digits"),
+    ("dataset = npz:mine", 10, "unknown dataset 'npz:mine'"),
+    ("order = permutaton", 8, "did you mean permutation"),
+    ("measures = sam_sharpnes", 11, "did you mean sam_sharpness"),
+    ("measures = closed_forms", 11, "unknown measures 'closed_forms'"),
+    ("user = bbo", 7, "did you mean bob"),
+    ("owner not in (ann, anne)", 19, "did you mean ann"),
+    ("sweep = my-nam", 8, "there is no sweep with the id or the name 'my-nam'; did you mean my-name?"),
+]  # fmt: skip
+OF_RESULTS = [
+    ("adversary = whitebox", 12, "did you mean white_box"),
+    ("flags = not_monoton", 8, "did you mean not_monotone"),
+    ("provenance.task_kind = atack", 23, "did you mean attack"),
+    ("provenance.dataset = digit", 21, "did you mean digits"),
+    ("sweep_id = nothing", 11, "there is no sweep_id with the id or the name 'nothing'"),
+]  # fmt: skip
+
+
+def test_an_unknown_value_is_refused_with_the_nearest(insights: Insights) -> None:
+    of_jobs = [("state = faild", 8, "unknown state 'faild'; did you mean failed?"), *TYPING_ERRORS]
+    for ask, texts in ((insights.jobs, of_jobs), (insights.results, [*TYPING_ERRORS, *OF_RESULTS])):
+        for text, position, said in texts:
+            error = refused(ask, filter=text)
+            assert (error.parameter, error.position) == ("filter", position), text
+            assert said in error.sentence, (text, error.sentence)
+    for name, value in (("state", "faild"), ("verdict", "suspct"), ("sweep", "my-nam"), ("architecture", "mpl")):
+        assert refused(insights.jobs, filters={name: [value]}).parameter == name
+
+
+def test_a_text_that_is_contained_may_be_any(insights: Insights) -> None:
+    for text in ("architecture ~ ml", "verdict ~ trust", "user ~ b", "attack.norm ~ lin and dataset ~ digi"):
+        assert insights.jobs(Question(filter=text))["items"], text
+    assert insights.jobs(Question(filter="architecture ~ ResNet"))["items"] == []
+
+
+def test_a_known_value_that_no_row_has(insights: Insights) -> None:
+    for text in ("state = failed", "architecture = resnet18", "dataset = cifar10", "measures = lipschitz", "norm = l2"):
+        assert insights.jobs(Question(filter=text))["items"] == [], text
+
+
+def test_a_registered_data_set_is_known(lab: Any, insights: Insights) -> None:
+    row = {"name": "mine", "train_sha256": "0" * 64, "test_sha256": "0" * 64, "created_by": "ann", "created_at": 0.0}
+    row |= {"channels": 1, "height": 8, "width": 8, "classes": 10, "train_count": 5, "test_count": 5}
+    with lab.database.write() as connection:
+        connection.execute(tables.datasets.insert().values(row))
+    assert insights.results(Question(filter="dataset = npz:mine"))["items"] == []
+    assert "did you mean npz:mine" in refused(insights.results, filter="dataset = npz:mien").sentence
+
+
+@on_both
+def test_a_sweep_by_its_name_its_id_or_the_beginning_of_it(lab: Any, insights: Insights) -> None:
+    first, second, other = (row.id for row in lab.rows(tables.sweeps))
+    for ask in (insights.jobs, insights.results):
+        for text, count in (
+            ("sweep = my-name", 8), ("sweep = other", 1), ("sweep != other", 8), ("sweep != my-name", 1),
+            ("sweep in (other, my-name)", 9), ("sweep not in (my-name)", 1), (f"sweep = {first}", 4),
+            (f"sweep in ({second}, other)", 5), (f"sweep = {other[:-1]}", 1),
+            (f"sweep not in ({first[:-1]}, other)", 4), ("sweep ~ -", 9), ("not sweep = my-name", 1),
+        ):  # fmt: skip
+            assert len(ask(Question(filter=text, limit=100))["items"]) == count, text
+        assert len(ask(Question({"sweep": ["my-name", other]}))["items"]) == 9
+    assert "there is no sweep" in refused(insights.jobs, filter=f"sweep = {first[:7]}").sentence
+    shared = next(first[:n] for n in range(35, 0, -1) if second.startswith(first[:n]))
+    assert len(shared) >= 8, "sweeps of one minute share the beginning of their ids"
+    said = refused(insights.jobs, filter=f"sweep = {shared}").sentence
+    assert "the ids of several sweeps begin with" in said
+    assert first in said
+
+
+def test_a_sweep_of_more_jobs_than_a_statement_has_parameters(lab: Any, insights: Insights) -> None:
+    rows = [
+        {"id": f"{n:08x}-0000-7000-8000-000000000000", "name": "nightly", "user": "ann", "spec": {}, "priority": 0,
+         "labels": {}, "paused": False, "created_at": 0.0} for n in range(6000)
+    ]  # fmt: skip
+    with lab.database.write() as connection:
+        connection.execute(tables.sweeps.insert(), rows)
+    assert insights.jobs(Question(filter="sweep = nightly"))["items"] == []
+    assert len(insights.jobs(Question(filter="sweep != nightly"))["items"]) == 9
+
+
+def at(lab: Any, *moments: float) -> None:
+    """Let the jobs of this many have been submitted then, in their order."""
+    with lab.database.write() as connection:
+        for row, moment in zip(lab.rows(tables.jobs), moments, strict=False):
+            for table, name in ((tables.jobs, "id"), (results, "job_id")):
+                values = {"created_at": moment, "finished_at": moment}
+                connection.execute(update(table).where(table.c[name] == row.id).values(values))
+
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
+MIDNIGHT = datetime(2026, 2, 1, tzinfo=UTC).timestamp()
+MOMENTS = [NOON + n for n in (0.0, 0.0004, 0.0006, 0.1239, 0.9996)] + [MIDNIGHT - 0.0004, MIDNIGHT - 0.0006]
+
+
+def test_a_date_alone_is_that_day(lab: Any, insights: Insights) -> None:
+    at(lab, *MOMENTS, MIDNIGHT, MIDNIGHT + 86_400)
+    for text, count in (
+        ("created_at = 2026-01-31", 6), ("created_at != 2026-01-31", 3), ("created_at in (2026-01-31, 2026-02-02)", 7),
+        ("created_at not in (2026-01-31, 2026-02-02)", 2), ("created_at < 2026-02-01", 6),
+        ("created_at <= 2026-01-31", 6), ("created_at > 2026-01-31", 3), ("created_at >= 2026-02-01", 3),
+        ("created_at = 20260131", 6), ("created_at = '2026-01-31T12:00:00'", 2), ("created_at = 2026-01-30", 0),
+        ("created_at = 2026-01-31T13:00:00+01:00", 2),
+    ):  # fmt: skip
+        for ask in (insights.jobs, insights.results):
+            assert len(ask(Question(filter=text))["items"]) == count, text
+    assert len(insights.jobs(Question({"created_at": ["2026-01-31"]}))["items"]) == 6
+    assert len(insights.jobs(Question(filter="created_at = 9999-12-31"))["items"]) == 0
+
+
+@on_both
+def test_a_time_that_is_shown_finds_its_row_and_is_the_same_in_every_format(lab: Any, insights: Insights) -> None:
+    at(lab, *MOMENTS)
+    names = ("job_id", "created_at", "finished_at")
+    rows = {row["job_id"]: row["created_at"] for row in insights.results(Question(fields=names))["items"]}
+    for job_id, shown in rows.items():
+        for ask in (insights.jobs, insights.results):
+            found = [
+                row.get("job_id", row.get("id")) for row in ask(Question(filter=f'created_at = "{shown}"'))["items"]
+            ]
+            assert job_id in found, shown
+            assert {rows[one] for one in found} == {shown}
+    for fields in (names, (*names, "labels.for")):  # the second is made of whole rows
+        table = exporting.table(lab.database, Question(fields=fields))
+        lines = csv.DictReader(io.StringIO("".join(exporting.csv_lines(table))))
+        assert {line["job_id"]: line["created_at"] for line in lines} == rows
+        parquet = pq.read_table(io.BytesIO(b"".join(exporting.parquet_bytes(table)))).to_pylist()
+        as_text = {row["job_id"]: row["created_at"].isoformat(timespec="milliseconds")[:-6] + "Z" for row in parquet}
+        assert as_text == rows
+    lines = exporting.json_lines(insights.all_results(Question(fields=names)))
+    assert {row["job_id"]: row["created_at"] for row in map(json.loads, lines)} == rows
+
+
+@given(st.floats(-6e10, 2.5e11))
+def test_the_span_of_a_shown_time_has_it(seconds: float) -> None:
+    shown = times.iso(seconds)
+    assert shown is not None
+    first, end = times.span(shown)
+    assert first <= seconds < end
+    assert (times.iso(first), times.milliseconds(end)) == (shown, times.milliseconds(seconds) + 1)
+
+
+def damaged(cursor: str) -> Iterator[str]:
+    for place, sign in enumerate(cursor):
+        yield cursor[:place] + ("A" if sign != "A" else "B") + cursor[place + 1 :]
+        yield cursor[:place] + cursor[place + 1 :]
+        yield cursor[:place] + " " + cursor[place:]
+    yield from (cursor + "=", cursor + "A", cursor + "\n", "", "x", "\x00", "é", "bnVsbA")
+
+
+def test_a_cursor_that_is_damaged_in_any_place_is_refused(lab: Any, insights: Insights) -> None:
+    def of_sweeps(question: Question) -> dict[str, Any]:
+        return insights.sweeps(user=None, cursor=question.cursor, limit=question.limit)
+
+    def of_networks(question: Question) -> dict[str, Any]:
+        return networks.trained(lab.database, {}, question.cursor, question.limit)
+
+    asks: dict[str, Ask] = {"jobs": insights.jobs, "results": insights.results, "sweeps": of_sweeps}
+    asks["networks"] = of_networks
+    cursors = {name: ask(Question(limit=1))["next_cursor"] for name, ask in asks.items()}
+    for name, ask in asks.items():
+        assert len(ask(Question(limit=1, cursor=cursors[name]))["items"]) == 1
+        for cursor in damaged(cursors[name]):
+            assert "this is not a cursor" in refused(ask, cursor=cursor, limit=1).sentence, (name, cursor)
+    for name, other in itertools.permutations(asks, 2):
+        assert "cursor" in refused(asks[name], cursor=cursors[other], limit=1).sentence
+
+
+def test_pages_of_sweeps_belong_to_their_user(lab: Any, insights: Insights) -> None:
+    for _ in range(3):
+        lab.submit_sweep({"scale": [1]}, user="bob")
+    ids: list[str] = []
+    cursor = None
+    while cursor is not None or not ids:
+        page = insights.sweeps(user="bob", cursor=cursor, limit=2)
+        ids, cursor = [*ids, *(item["id"] for item in page["items"])], page["next_cursor"] or None
+    assert ids == [row.id for row in lab.rows(tables.sweeps, user="bob")][::-1]
+    cursor = insights.sweeps(user="bob", cursor=None, limit=1)["next_cursor"]
+    for user in ("ann", None):
+        with pytest.raises(InvalidQuery, match="another question"):
+            insights.sweeps(user=user, cursor=cursor, limit=1)
+    for user, said in (("bbo", "did you mean bob"), ("a\x00", "control character"), ("", "unknown user ''")):
+        with pytest.raises(InvalidQuery, match=said):
+            insights.sweeps(user=user, cursor=None, limit=1)
+
+
+def test_networks_of_what_there_is(lab: Any, insights: Insights) -> None:
+    assert networks.trained(lab.database, {"architecture": "resnet18"}, None, 10)["items"] == []
+    for name, value in (("architecture", "mpl"), ("dataset", "digit"), ("recipe", "standart"), ("recipe", "imported")):
+        with pytest.raises(InvalidQuery, match=f"{name}: unknown {name}"):
+            networks.trained(lab.database, {name: value}, None, 10)
+
+
+@pytest.fixture
+def http(lab: Any, insights: Insights, tmp_path: Path) -> Iterator[TestClient]:
+    url = lab.database.engine.url.render_as_string(hide_password=False)
+    app = create_app(Settings(home=tmp_path, database_url=url))
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as http:
+        yield http
+    app.state.service.database.close()
+
+
+@on_both
+def test_over_rest(http: TestClient) -> None:
+    for path, name in (
+        ("/v1/jobs", "state"), ("/v1/jobs", "sweep"), ("/v1/results", "verdict"), ("/v1/results:aggregate", "dataset"),
+        ("/v1/leaderboard", "architecture"), ("/v1/leaderboard", "attack"), ("/v1/networks", "recipe"),
+        ("/v1/sweeps", "user"), ("/v1/tokens", "user"),
+    ):  # fmt: skip
+        for value in ("nothing of this", "a\x00", "x" * 5000):
+            answer = http.get(path, params={name: value})
+            assert answer.status_code == 422, (path, name, answer.text)
+            assert name in answer.text
+            assert len(answer.text) < 1000
+    correlated = http.get("/v1/correlations", params={"measure": "log_relative_sharpness_median", "recipe": "standart"})
+    assert (correlated.status_code, "did you mean standard" in correlated.text) == (422, True)
+    assert len(http.get("/v1/jobs", params={"sweep": "my-name"}).json()["items"]) == 8
+    for format in ("csv", "ndjson", "parquet"):
+        answer = http.get("/v1/results", params={"format": format, "filter": "not verdict in (suspct, invald)"})
+        assert (answer.status_code, "did you mean suspect" in answer.text) == (422, True)
+
+
+def ids_of(text: str) -> list[tuple[str, Any]]:
+    """`(event, data)` of a stream."""
+    parts = [dict(line.split(": ", 1) for line in part.split("\n") if ": " in line) for part in text.split("\n\n")]
+    return [(part.get("event", ""), json.loads(part.get("data", "null"))) for part in parts if part]
+
+
+def test_an_event_that_is_not_there_yet(lab: Any, http: TestClient) -> None:
+    newest = max(row.id for row in lab.rows(tables.events))
+    for asked, name in (
+        ({"params": {"after": newest + 1}}, "after"),
+        ({"headers": {"Last-Event-ID": "9" * 12}}, "Last"),
+    ):
+        answer = http.get("/v1/events", **asked)  # type: ignore[arg-type]
+        assert answer.status_code == 422
+        assert f"the newest is {newest}" in answer.text
+        assert name in answer.text
+    answer = http.get("/v1/events", params={"after": newest, "follow": False})
+    assert ids_of(answer.text) == [("", None), ("end", {"last_id": newest})]
+
+
+def test_events_that_were_dropped_are_told_as_a_gap(lab: Any, http: TestClient) -> None:
+    events, newest_sweep = lab.rows(tables.events), lab.rows(tables.sweeps)[-1].id
+    oldest = events[len(events) // 2].id
+    with lab.database.write() as connection:
+        connection.execute(tables.events.delete().where(tables.events.c.id < oldest))
+
+    def told(**asked: Any) -> list[tuple[str, Any]]:
+        return [told for told in ids_of(http.get("/v1/events", params={**asked, "follow": False}).text) if told[0]]
+
+    gap = ("gap", {"from": 1, "to": oldest - 1})
+    assert told(after=0)[0] == gap
+    assert told(after=0)[1][1]["id"] == oldest
+    assert told(after=5)[0] == ("gap", {"from": 6, "to": oldest - 1})
+    assert told(after=oldest - 1)[0][1]["id"] == oldest
+    assert told(sweep=lab.rows(tables.sweeps)[0].id)[0] == gap
+    with lab.database.write() as connection:  # a sweep that was submitted after what is gone misses nothing
+        connection.execute(update(tables.sweeps).where(tables.sweeps.c.id == newest_sweep).values(created_at=4e9))
+    assert "gap" not in [event for event, _ in told(sweep=newest_sweep)]
+    with lab.database.write() as connection:  # what is left is to have no gap: the lab looks at all of it
+        connection.execute(tables.events.insert(), [dict(row._mapping) for row in events if row.id < oldest])
