@@ -5,20 +5,23 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
 from sqlalchemy import Connection
 
-from service import decisions, replanning, resources, scheduling, sponsoring
+from service import decisions, environment, pausing, placing, replanning, resources, scheduling, sponsoring
 from service.artifacts import Artifacts
 from service.errors import Conflict, DatabaseAway
+from service.environment import Environment
 from service.executor import (
     ArtifactRef,
     Bundle,
+    Capacity,
     Executor,
     Failed,
+    Grant,
     Lost,
     Message,
     Reason,
@@ -26,8 +29,10 @@ from service.executor import (
 )
 from service.liveness import Liveness
 from service.outbox import Outbox
+from service.scheduling import Account, Cluster, Decision
 from service.settings import Settings
-from service.store import Database, claiming, deciding, recording, users
+from service.store import Database, claiming, deciding, history, recording, users
+from service.store.history import Event
 from service.store.waking import Waking, waking
 
 log = logging.getLogger("uncanny.dispatcher")
@@ -45,6 +50,17 @@ Key = tuple[str, int]
 
 
 Checkpointed = tuple[dict[str, Any], ArtifactRef | None]  # the spec of a training, and what it left
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What the scheduler saw of the queue, and what it chose."""
+
+    way: placing.Way
+    accounts: dict[str, Account]
+    cluster: Cluster
+    now: float
+    chosen: list[Decision]
 
 
 @dataclass
@@ -68,6 +84,8 @@ class Dispatcher:
     _handed_over: set[str] = field(default_factory=set)  # the bundles that ran after the last claim
     _stopping: dict[Key, tuple[Reason, str] | None] = field(default_factory=dict)  # what was stopped -> how it is told
     _liveness: Liveness = field(init=False)
+    _environment: Environment = field(init=False)
+    _failing: dict[str, int] = field(default_factory=dict)  # by sweep, the quick failures in a row
     _renewed_at: float = -math.inf
     _seen_at: float = -math.inf  # when the database last answered about leadership
     _looked_at: float = -math.inf
@@ -79,6 +97,7 @@ class Dispatcher:
         self._outbox = Outbox(self.database, self.artifacts, self.settings, self.name)
         self._waking = waking(self.database)
         self._liveness = Liveness(self.clock)
+        self._environment = Environment(self.clock)
 
     @property
     def leading(self) -> bool:
@@ -124,6 +143,7 @@ class Dispatcher:
         if self.leading:
             self._heed_cancellations()
             self._write()
+            self._pause_failing()
             self._look_for_stalled()
         if not self.leading:
             self._outbox.drop()
@@ -132,7 +152,8 @@ class Dispatcher:
     def _hold_leadership(self) -> None:
         """Become or stay the leader and prolong all leases, a third of the way through them."""
         wall, lease = self.clock(), self.settings.lease_seconds
-        if self.leading and wall - self._renewed_at < lease / 3:
+        news = list(self._environment.news)
+        if self.leading and wall - self._renewed_at < lease / 3 and not news:
             return
         if not self.leading and self._another_leads():
             self._seen_at = wall
@@ -144,9 +165,15 @@ class Dispatcher:
                 self._seen_at = wall  # it waited so long for its turn that the leader may wait for its own
                 return
             now = self.database.now(connection)
+            before = claiming.leader(connection)
+            if not self.leading and before is not None:
+                self._environment.take_over(environment.reported(before.status), now)
             status = {"capacity": vars(self.executor.capacity()), "bundles": self._bundles}
+            status["set_aside"] = self._environment.told(now)
             epoch = claiming.lead(connection, now, self.name, self._epoch, lease, status)
             if epoch is not None:
+                happened = [Event(f"environment.{verb}", data=one.as_data()) for verb, one in news]
+                history.append(connection, now, self.name, happened)
                 if wall - self._seen_at > lease / 2:
                     self._reap_from = now + lease  # the database may have been away: others could not renew either
                 claiming.renew(connection, now, self.name, lease)
@@ -157,6 +184,7 @@ class Dispatcher:
                 # Of an earlier run, or granted when the connection broke as that was committed: nothing of it runs.
                 unknown = held.keys() - self._running.keys() - unwritten
                 taken = claiming.take_back(connection, now, self.name, [task_id for task_id, _ in unknown])
+        del self._environment.news[: len(news)]
         self._seen_at = wall
         self._renewed_at = -math.inf if self._outbox.messages else wall
         if epoch is not None:
@@ -221,6 +249,8 @@ class Dispatcher:
         for message in messages:
             key = (message.task_id, message.attempt)
             self._liveness.hear(message)
+            if key in self._running:
+                self._environment.hear(message, self._running[key], environment.names_of(self.executor.capacity()))
             if isinstance(message, (Succeeded, Failed, Lost)):
                 self._running.pop(key, None)
                 told = self._stopping.pop(key, None)
@@ -244,11 +274,18 @@ class Dispatcher:
         if not self._outbox.write(self._epoch):
             self._step_down()
 
+    def _pause_failing(self) -> None:
+        ended = list(self._environment.ended)
+        pausing.pause_failing(self.database, self.name, self._still_leads, ended, self._failing)
+        del self._environment.ended[: len(ended)]
+
     def _claim(self) -> None:
         capacity = self.executor.capacity()
-        handed_over = {bundle.id: bundle.needs for bundle in self._running.values()}
-        ended, self._handed_over = len(self._handed_over - handed_over.keys()), {*handed_over}
-        cluster = resources.cluster(self.settings, capacity, handed_over.values(), ended)
+        self._environment.heed(capacity)
+        self._take_back_misplaced(capacity)
+        running = {bundle.id for bundle in self._running.values()}
+        ended, self._handed_over = len(self._handed_over - running), running
+        cluster = self._room(capacity, placing.Way((), frozenset()), ended)
         if cluster.free_slots <= 0:
             return
         if self.clock() - self._passed_on_at >= PASS_ON_SECONDS:
@@ -260,30 +297,41 @@ class Dispatcher:
             queue = [] if claiming.is_paused(connection) else claiming.waiting(connection, now, QUEUE_WINDOW)
             sponsors = {task.sponsor for task in queue}
             accounts = users.accounts(connection, now, sponsors, half_life, limits) if queue else {}
-        chosen = scheduling.choose(queue, accounts, cluster, now)
-        if not chosen:
-            return
+            trainings = {task.train_digest for task in queue} if self._environment.aside else set()
+            datasets = claiming.datasets_of(connection, trainings) if trainings else {}
+        for way in placing.ways(self._environment, capacity, queue, datasets):
+            cluster = self._room(capacity, way, ended)
+            if chosen := scheduling.choose(way.queue, accounts, cluster, now) if way.queue else []:
+                self._hand_over(_Choice(way, accounts, cluster, now, chosen), capacity)
+                return  # what is left, the next tick sees with these taken off
+
+    def _room(self, capacity: Capacity, way: placing.Way, ended: int) -> Cluster:
+        """What is free on the nodes of that way; bundles that are not taken up yet count as if they went there."""
+        needs = {}
+        for key, bundle in self._running.items():
+            node = self._environment.node_of(key)
+            if node in way.nodes or node is None and way.trial is None or not way.nodes:
+                needs[bundle.id] = bundle.needs
+        cluster = resources.cluster(self.settings, capacity, needs.values(), ended, way.nodes)
+        if way.trial is None:
+            return cluster
+        return replace(cluster, free_slots=min(1, cluster.free_slots), lookahead=0)
+
+    def _hand_over(self, choice: "_Choice", capacity: Capacity) -> None:
+        """Grant what was chosen, and give the executor the bundles."""
+        chosen, trial = choice.chosen, choice.way.trial
         names = [f"{self.name}-{self._epoch}-{next(_numbers)}" for _ in chosen]  # no other bundle ever has it
         placements = {
             task_id: claiming.Placement(decision.sponsor, name, decision.share)
             for decision, name in zip(chosen, names, strict=True)
             for task_id in decision.task_ids
         }
-        seen, decided = decisions.packed(queue, accounts, cluster, now), decisions.told(chosen)
         bundles: list[Bundle] = []
         with self.database.write() as connection:
             leads = self._still_leads(connection)
             if leads and not claiming.is_paused(connection):
-                now = self.database.now(connection)
-                lease = self.settings.lease_seconds
-                granted = claiming.grant(connection, now, self.name, lease, list(placements), placements)
-                if old := replanning.outdated(granted.values()):
-                    claiming.take_back(connection, now, self.name, old)
-                    replanning.replan(connection, now, self.name, old)
-                    granted = {task_id: grant for task_id, grant in granted.items() if task_id not in old}
-                users.fold(connection, now, half_life)
-                deciding.keep(connection, now, self.name, seen, decided, self.settings.decision_log)
-                train_digest = {task.task_id: task.train_digest for task in queue}
+                granted = self._grant(connection, choice, placements)
+                train_digest = {task.task_id: task.train_digest for task in choice.way.queue}
                 for name, decision in zip(names, chosen, strict=True):
                     grants = tuple(granted[task_id] for task_id in decision.task_ids if task_id in granted)
                     if grants:
@@ -295,10 +343,42 @@ class Dispatcher:
         if not leads:
             self._step_down()
         for bundle in bundles:
+            nodes = environment.names_of(capacity)
+            if trial is not None:
+                self._environment.tries(bundle.id, trial, bundle.dataset)
+                bundle = replace(bundle, avoid=frozenset(nodes) - {trial})
+            else:
+                bundle = replace(bundle, avoid=environment.avoided(self._environment.aside, nodes, bundle.dataset))
             self._running |= {(grant.task_id, grant.attempt): bundle for grant in bundle.grants}
             self._handed_over.add(bundle.id)
             self.executor.submit(bundle)
             log.info("handed over %s", ", ".join(map(str, bundle.grants)))
+
+    def _grant(
+        self, connection: Connection, choice: "_Choice", placements: dict[str, claiming.Placement]
+    ) -> dict[str, Grant]:  # fmt: skip
+        now, lease = self.database.now(connection), self.settings.lease_seconds
+        granted = claiming.grant(connection, now, self.name, lease, list(placements), placements)
+        if old := replanning.outdated(granted.values()):
+            claiming.take_back(connection, now, self.name, old)
+            replanning.replan(connection, now, self.name, old)
+            granted = {task_id: grant for task_id, grant in granted.items() if task_id not in old}
+        users.fold(connection, now, self.settings.usage_half_life_seconds)
+        seen = decisions.packed(choice.way.queue, choice.accounts, choice.cluster, choice.now)
+        deciding.keep(connection, now, self.name, seen, decisions.told(choice.chosen), self.settings.decision_log)
+        return granted
+
+    def _take_back_misplaced(self, capacity: Capacity) -> None:
+        """Bundles that wait for a node in the executor wait there for ever where that node is set aside, or gone, and
+        do not get one that is back."""
+        nodes, aside = environment.names_of(capacity), self._environment.aside
+        if not capacity.ready:
+            return
+        taken_up = {bundle.id for key, bundle in self._running.items() if self._environment.node_of(key) is not None}
+        for key, bundle in list(self._running.items()):
+            waits = bundle.id not in taken_up and not self._environment.is_tried(bundle.id)
+            if waits and bundle.avoid & {*nodes} != environment.avoided(aside, nodes, bundle.dataset):
+                self._give_up(key, "given_back", "the nodes that it may go to have changed")
 
     def _still_leads(self, connection: Connection) -> bool:
         return claiming.still_leads(connection, self.name, self._epoch)

@@ -245,6 +245,13 @@ def checkpoint_of(connection: Connection, train_digest: str) -> tuple[dict[str, 
     return row.spec, ArtifactRef(row.checkpoint_digest, row.checkpoint_bytes, "checkpoint")
 
 
+def datasets_of(connection: Connection, train_digests: Collection[str]) -> dict[str, str]:
+    """The names of the data sets of these trainings, by their digests."""
+    name = tasks.c.spec["dataset"]["name"].as_string()
+    query = select(tasks.c.digest, name).where(tasks.c.digest.in_(listed(train_digests)))
+    return dict(connection.execute(query).tuples().all())
+
+
 def renew(connection: Connection, now: float, holder: str, lease_seconds: float) -> None:
     """Prolong the leases of everything that `holder` runs, and charge its sponsors so far."""
     mine = (tasks.c.holder == holder) & (RUNNING)
