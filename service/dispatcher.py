@@ -5,23 +5,19 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import count
-from typing import Any
+from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
-from service import decisions, environment, pausing, placing, replanning, resources, scheduling, sponsoring
+from service import environment, pausing
 from service.artifacts import Artifacts
-from service.errors import Conflict, DatabaseAway
+from service.claims import Claims
 from service.environment import Environment
+from service.errors import Conflict, DatabaseAway
 from service.executor import (
-    ArtifactRef,
     Bundle,
-    Capacity,
     Executor,
     Failed,
-    Grant,
     Lost,
     Message,
     Reason,
@@ -29,9 +25,8 @@ from service.executor import (
 )
 from service.liveness import Liveness
 from service.outbox import Outbox
-from service.scheduling import Account, Cluster, Decision
 from service.settings import Settings
-from service.store import Database, claiming, deciding, history, recording, users
+from service.store import Database, claiming, history, recording
 from service.store.history import Event
 from service.store.waking import Waking, waking
 
@@ -41,26 +36,10 @@ POLL_SECONDS = 0.05
 IDLE_SECONDS = 0.1
 GATHER_SECONDS = 0.02  # what comes so close together is written together: a transaction costs more than a row in it
 AWAY_SECONDS = 1.0
-PASS_ON_SECONDS = 5.0  # how often it looks whether a shared task waits for the wrong user's turn
 LOOK_SECONDS = 0.5  # how often it looks whether something that runs is not wanted any more
-QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
 
 Key = tuple[str, int]
 """`(task id, attempt)`"""
-
-
-Checkpointed = tuple[dict[str, Any], ArtifactRef | None]  # the spec of a training, and what it left
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What the scheduler saw of the queue, and what it chose."""
-
-    way: placing.Way
-    accounts: dict[str, Account]
-    cluster: Cluster
-    now: float
-    chosen: list[Decision]
 
 
 @dataclass
@@ -81,15 +60,14 @@ class Dispatcher:
     _outbox: Outbox = field(init=False)
     _waking: Waking = field(init=False)
     _running: dict[Key, Bundle] = field(default_factory=dict)  # what the executor owes an answer for
-    _handed_over: set[str] = field(default_factory=set)  # the bundles that ran after the last claim
     _stopping: dict[Key, tuple[Reason, str] | None] = field(default_factory=dict)  # what was stopped -> how it is told
     _liveness: Liveness = field(init=False)
     _environment: Environment = field(init=False)
+    _claims: Claims = field(init=False)
     _failing: dict[str, int] = field(default_factory=dict)  # by sweep, the quick failures in a row
     _renewed_at: float = -math.inf
     _seen_at: float = -math.inf  # when the database last answered about leadership
     _looked_at: float = -math.inf
-    _passed_on_at: float = -math.inf
     _lead_from: float = -math.inf  # by the database's clock, as the next one
     _reap_from: float = 0.0
 
@@ -98,6 +76,7 @@ class Dispatcher:
         self._waking = waking(self.database)
         self._liveness = Liveness(self.clock)
         self._environment = Environment(self.clock)
+        self._claims = Claims(self.database, self.executor, self.settings, self.name, self._environment, self.clock)
 
     @property
     def leading(self) -> bool:
@@ -280,105 +259,15 @@ class Dispatcher:
         del self._environment.ended[: len(ended)]
 
     def _claim(self) -> None:
-        capacity = self.executor.capacity()
-        self._environment.heed(capacity)
-        self._take_back_misplaced(capacity)
-        running = {bundle.id for bundle in self._running.values()}
-        ended, self._handed_over = len(self._handed_over - running), running
-        cluster = self._room(capacity, placing.Way((), frozenset()), ended)
-        if cluster.free_slots <= 0:
-            return
-        if self.clock() - self._passed_on_at >= PASS_ON_SECONDS:
-            self._passed_on_at = self.clock()
-            sponsoring.pass_on(self.database, self.settings, cluster, self._still_leads)
-        half_life, limits = self.settings.usage_half_life_seconds, self.settings.limits
-        with self.database.read() as connection:
-            now = self.database.now(connection)
-            queue = [] if claiming.is_paused(connection) else claiming.waiting(connection, now, QUEUE_WINDOW)
-            sponsors = {task.sponsor for task in queue}
-            accounts = users.accounts(connection, now, sponsors, half_life, limits) if queue else {}
-            trainings = {task.train_digest for task in queue} if self._environment.aside else set()
-            datasets = claiming.datasets_of(connection, trainings) if trainings else {}
-        for way in placing.ways(self._environment, capacity, queue, datasets):
-            cluster = self._room(capacity, way, ended)
-            if chosen := scheduling.choose(way.queue, accounts, cluster, now) if way.queue else []:
-                self._hand_over(_Choice(way, accounts, cluster, now, chosen), capacity)
-                return  # what is left, the next tick sees with these taken off
-
-    def _room(self, capacity: Capacity, way: placing.Way, ended: int) -> Cluster:
-        """What is free on the nodes of that way; bundles that are not taken up yet count as if they went there."""
-        needs = {}
-        for key, bundle in self._running.items():
-            node = self._environment.node_of(key)
-            if node in way.nodes or node is None and way.trial is None or not way.nodes:
-                needs[bundle.id] = bundle.needs
-        cluster = resources.cluster(self.settings, capacity, needs.values(), ended, way.nodes)
-        if way.trial is None:
-            return cluster
-        return replace(cluster, free_slots=min(1, cluster.free_slots), lookahead=0)
-
-    def _hand_over(self, choice: "_Choice", capacity: Capacity) -> None:
-        """Grant what was chosen, and give the executor the bundles."""
-        chosen, trial = choice.chosen, choice.way.trial
-        names = [f"{self.name}-{self._epoch}-{next(_numbers)}" for _ in chosen]  # no other bundle ever has it
-        placements = {
-            task_id: claiming.Placement(decision.sponsor, name, decision.share)
-            for decision, name in zip(chosen, names, strict=True)
-            for task_id in decision.task_ids
-        }
-        bundles: list[Bundle] = []
-        with self.database.write() as connection:
-            leads = self._still_leads(connection)
-            if leads and not claiming.is_paused(connection):
-                granted = self._grant(connection, choice, placements)
-                train_digest = {task.task_id: task.train_digest for task in choice.way.queue}
-                for name, decision in zip(names, chosen, strict=True):
-                    grants = tuple(granted[task_id] for task_id in decision.task_ids if task_id in granted)
-                    if grants:
-                        made = claiming.checkpoint_of(connection, train_digest[grants[0].task_id])
-                        named = {grant.spec["source"] for grant in grants if grant.spec.get("source")}
-                        sources = {source: claiming.checkpoint_of(connection, source) for source in named}
-                        needs = resources.of_bundle(self.settings, grants, capacity, decision.whole)
-                        bundles.append(Bundle(name, grants, *made, sources, needs))
-        if not leads:
+        for key in self._claims.misplaced(self._running):
+            self._give_up(key, "given_back", "the nodes that it may go to have changed")
+        bundles = self._claims.claim(self._epoch, self._running)
+        if bundles is None:
             self._step_down()
-        for bundle in bundles:
-            nodes = environment.names_of(capacity)
-            if trial is not None:
-                self._environment.tries(bundle.id, trial, bundle.dataset)
-                bundle = replace(bundle, avoid=frozenset(nodes) - {trial})
-            else:
-                bundle = replace(bundle, avoid=environment.avoided(self._environment.aside, nodes, bundle.dataset))
+        for bundle in bundles or ():
             self._running |= {(grant.task_id, grant.attempt): bundle for grant in bundle.grants}
-            self._handed_over.add(bundle.id)
             self.executor.submit(bundle)
             log.info("handed over %s", ", ".join(map(str, bundle.grants)))
-
-    def _grant(
-        self, connection: Connection, choice: "_Choice", placements: dict[str, claiming.Placement]
-    ) -> dict[str, Grant]:  # fmt: skip
-        now, lease = self.database.now(connection), self.settings.lease_seconds
-        granted = claiming.grant(connection, now, self.name, lease, list(placements), placements)
-        if old := replanning.outdated(granted.values()):
-            claiming.take_back(connection, now, self.name, old)
-            replanning.replan(connection, now, self.name, old)
-            granted = {task_id: grant for task_id, grant in granted.items() if task_id not in old}
-        users.fold(connection, now, self.settings.usage_half_life_seconds)
-        seen = decisions.packed(choice.way.queue, choice.accounts, choice.cluster, choice.now)
-        deciding.keep(connection, now, self.name, seen, decisions.told(choice.chosen), self.settings.decision_log)
-        return granted
-
-    def _take_back_misplaced(self, capacity: Capacity) -> None:
-        """Bundles that wait for a node in the executor wait there for ever where that node is set aside, or gone, and
-        do not get one that is back."""
-        nodes, aside = environment.names_of(capacity), self._environment.aside
-        if not capacity.ready:
-            return
-        taken_up = {bundle.id for key, bundle in self._running.items() if self._environment.node_of(key) is not None}
-        for key, bundle in list(self._running.items()):
-            waits = bundle.id not in taken_up and not self._environment.is_tried(bundle.id)
-            if waits and bundle.avoid & {*nodes} != environment.avoided(aside, nodes, bundle.dataset):
-                self._give_up(key, "given_back", "the nodes that it may go to have changed")
 
     def _still_leads(self, connection: Connection) -> bool:
         return claiming.still_leads(connection, self.name, self._epoch)
@@ -416,6 +305,3 @@ class Dispatcher:
         except DatabaseAway as error:
             self._outbox.keep()
             log.warning("%s; what ran is taken back when its lease expires", error)
-
-
-_numbers = count(1)

@@ -1,7 +1,7 @@
 """What of the environment has failed and is set aside: nodes, devices, data folders, artifact roots.
 
-A fault is its owner's, never the task's. Its owner gets no work for `FIRST_WAIT_SECONDS`, then one bundle to try it with:
-if that is lost too, the wait doubles, up to `LONGEST_WAIT_SECONDS`; if it succeeds, the owner is back.
+A fault is its owner's, never the task's. Its owner gets no work for `FIRST_WAIT_SECONDS`, then one bundle to try it
+with: if that is lost too, the wait doubles, up to `LONGEST_WAIT_SECONDS`; if it succeeds, the owner is back.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -155,10 +155,10 @@ class Environment:
             self.ended.append((message.task_id, None))
             self._proved(node, at, dataset, wrote=bool(message.outcome.artifacts))
         elif isinstance(message, Lost) and message.fault is not None:
-            self._set_aside(message.fault, message.message, at)
+            self._set_aside(message.fault, message.message, tried=bundle.id in self._trials)
         elif isinstance(message, (Failed, Lost)) and is_quick(message, now - at):
             self.ended.append((message.task_id, message.message))
-            self._suspect(node, message, names)
+            self._suspect(node, message, names, tried=bundle.id in self._trials)
         self._trials.pop(bundle.id, None)
 
     def may_try(self, node: str, dataset: str) -> bool:
@@ -191,10 +191,10 @@ class Environment:
             self._aside.setdefault(one.place, moved)
             self._changed_at.setdefault(one.place, self._clock())
 
-    def _set_aside(self, fault: Fault, reason: str, started_at: float) -> None:
+    def _set_aside(self, fault: Fault, reason: str, *, tried: bool) -> None:
         place: Place = (fault.owner, fault.name, fault.node, fault.dataset)
         now, before = self._clock(), self._aside.get(place)
-        if before is not None and started_at < self._changed_at[place]:
+        if before is not None and not tried:
             return  # it ran beside the one that was told first
         losses = before.losses + 1 if before else 1
         wait_seconds = min(FIRST_WAIT_SECONDS * 2.0 ** (losses - 1), LONGEST_WAIT_SECONDS)
@@ -214,15 +214,16 @@ class Environment:
         self.news.append(("returned", self._aside.pop(place)))
         self._changed_at.pop(place)
 
-    def _suspect(self, node: str, message: Failed | Lost, names: Sequence[str]) -> None:
+    def _suspect(self, node: str, message: Failed | Lost, names: Sequence[str], *, tried: bool) -> None:
         """Several tasks that fail there at once may be the node's doing, but as well their own: the last node stays."""
         lost = self._quick.setdefault(node, {})
         lost[message.task_id] = message.message
         others = set(names) - {node} - avoided(self.aside, names, "")
         if len(lost) >= QUICK_LOSSES and others and node in names:
-            why = f"{len(lost)} tasks in a row ended within {QUICK_SECONDS:g} s of their start, the last: {message.message}"
             del self._quick[node]
-            self._set_aside(Fault("node", self._hosts.get(node, node), node), why, self._clock())
+            why = f"{len(lost)} tasks in a row ended within {QUICK_SECONDS:g} s of their start"
+            fault = Fault("node", self._hosts.get(node, node), node)
+            self._set_aside(fault, f"{why}, the last: {message.message}", tried=tried)
 
 
 def is_quick(message: Failed | Lost, seconds: float) -> bool:

@@ -1,9 +1,9 @@
-"""Where tasks may go while something is set aside: one bundle to try an owner again with, the rest to the other nodes."""
+"""Where tasks may go while something is set aside: one bundle to try it with again, the rest to the other nodes."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from service.environment import Environment, SetAside, avoided, names_of
+from service.environment import Environment, avoided, names_of
 from service.executor import Capacity
 from service.scheduling import Waiting
 
@@ -20,7 +20,9 @@ class Way:
 def ways(
     environment: Environment, capacity: Capacity, queue: Sequence[Waiting], datasets: Mapping[str, str]
 ) -> list[Way]:
-    """First trials, one for each node that is due for one; last what needs none. `datasets` by the training's digest."""
+    """First trials, one for each node that is due for one; last what needs none. `datasets` are by the digest of the
+    training.
+    """
     names = names_of(capacity)
     aside = environment.aside
     if not aside:

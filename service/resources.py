@@ -45,8 +45,8 @@ def cluster(
 ) -> Cluster:  # fmt: skip
     """The room that is left, with what was `handed_over`, in order, taken off it; those that do not fit wait.
 
-    With `only`, it is the room on these nodes. As many bundles as `ended` since the last claim would end until the next one too: so many may wait instead of
-    leaving their places empty, where the settings let any wait at all.
+    As many bundles as `ended` since the last claim would end until the next one too: so many may wait instead of
+    leaving their places empty, where the settings let any wait at all. With `only`, it is the room on these nodes.
     """
     needs = {kind: needs_of(settings, kind, capacity) for kind in KINDS}
     nowhere = too_large(settings, capacity)

@@ -169,17 +169,22 @@ def _produce(
 ) -> None:  # fmt: skip
     worker = f"{socket.gethostname()} pid {os.getpid()} {context.device}"
     device_broken = False
+    unfit = ""  # why the rest of the bundle is not begun here
     try:
         begun.set()  # from here on an interrupt is caught
         for grant in bundle.grants:
             if stopped.is_set():
                 break
-            if device_broken:
-                put(Lost(grant.task_id, grant.attempt, "given_back", "not started: the worker's GPU gave up before"))
+            if unfit:
+                put(Lost(grant.task_id, grant.attempt, "given_back", f"not started: {unfit}"))
                 continue
             put(Started(grant.task_id, grant.attempt, worker, context.node))
             answer, device_broken = _answer(grant, bundle, context, put)
             put(answer)
+            if device_broken:
+                unfit = "the worker's GPU gave up before"
+            elif isinstance(answer, Lost) and answer.fault is not None:
+                unfit = answer.message
     except KeyboardInterrupt:
         log.info("bundle %s was stopped", bundle.id)
     finally:

@@ -87,7 +87,9 @@ def unprepared(bundle: Bundle, device: str, node: str, error: Exception) -> list
     host = socket.gethostname()
     fault = Fault("device", f"{device} of {host}", node) if device.startswith("cuda") else Fault("node", host, node)
     why = f"{fault.name} cannot run tasks: {type(error).__name__}: {error}"
-    return [Lost(grant.task_id, grant.attempt, "environment", why, fault) for grant in bundle.grants]
+    first, *others = bundle.grants
+    lost = Lost(first.task_id, first.attempt, "environment", why, fault)
+    return [lost, *(Lost(one.task_id, one.attempt, "given_back", f"not started: {why}") for one in others)]
 
 
 def import_undisturbed(name: str) -> None:

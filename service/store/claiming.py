@@ -63,6 +63,12 @@ def lead(
     return epoch
 
 
+def leads_now(connection: Connection, now: float) -> bool:
+    """Whether anybody leads."""
+    row = leader(connection)
+    return row is not None and row.expires_at > now
+
+
 def led_by_another(row: Any, now: float, holder: str) -> bool:
     """Whether that row of `leader` is a valid lease of another dispatcher."""
     return row is not None and row.holder != holder and row.expires_at > now
