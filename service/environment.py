@@ -13,8 +13,8 @@ from service.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Own
 FIRST_WAIT_SECONDS = 30.0
 LONGEST_WAIT_SECONDS = 600.0
 QUICK_SECONDS = 10.0  # an attempt that ends within this of its start has hardly begun
-QUICK_LOSSES = 3  # tasks that a node may lose so, one after the other, where other nodes are left
-SHARED = {"artifact_root", "data_folder"}  # owners that several nodes may see: two that do speak for all
+QUICK_LOSSES = 2  # tasks that a node may lose so, one after the other, where other nodes are left
+SHARED = {"artifact_root", "data_folder"}  # owners that nodes may have in common: tried on one of them at a time
 
 Key = tuple[str, int]
 """`(task id, attempt)`"""
@@ -42,6 +42,11 @@ class SetAside:
     def place(self) -> Place:
         return self.owner, self.name, self.node, self.dataset
 
+    def may_be(self, other: Place) -> bool:
+        """Whether that one may be the same folder, seen by another node."""
+        owner, name, _, dataset = other
+        return owner in SHARED and (owner, name, dataset) == (self.owner, self.name, self.dataset)
+
     def concerns(self, node: str, dataset: str) -> bool:
         return self.node in ("", node) and self.dataset in ("", dataset)
 
@@ -56,17 +61,8 @@ class SetAside:
 
 
 def concerning(aside: Iterable[SetAside], node: str, dataset: str) -> list[SetAside]:
-    """What keeps tasks on that data set from that node; a shared folder that failed on two nodes failed everywhere."""
-    aside = list(aside)
-    seen: dict[tuple[str, str, str], set[str]] = {}
-    for one in aside:
-        seen.setdefault((one.owner, one.name, one.dataset), set()).add(one.node)
-    return [
-        one
-        for one in aside
-        if one.concerns(node, dataset)
-        or (one.owner in SHARED and len(seen[one.owner, one.name, one.dataset]) > 1 and one.dataset in ("", dataset))
-    ]
+    """What keeps tasks on that data set from that node."""
+    return [one for one in aside if one.concerns(node, dataset)]
 
 
 def names_of(capacity: Capacity) -> tuple[str, ...]:
@@ -163,12 +159,11 @@ class Environment:
 
     def may_try(self, node: str, dataset: str) -> bool:
         """Whether a task on that data set may be what the node is tried with: all that keeps it away is due for it."""
-        kept, now, tried = (
-            concerning(self.aside, node, dataset),
-            self._clock(),
-            frozenset().union(*self._trials.values()),
-        )
-        return bool(kept) and all(now >= one.retry_at and one.place not in tried for one in kept)
+        kept, now = concerning(self.aside, node, dataset), self._clock()
+        tried = frozenset[Place]().union(*self._trials.values())
+        if any(place == one.place or one.may_be(place) for one in kept for place in tried):
+            return False
+        return bool(kept) and all(now >= one.retry_at for one in kept)
 
     def is_tried(self, bundle_id: str) -> bool:
         return bundle_id in self._trials
@@ -202,6 +197,10 @@ class Environment:
         one = SetAside(*place, reason, since, now + wait_seconds, losses, fault.writing)
         self._aside[place], self._changed_at[place] = one, now
         self.news.append(("set_aside", one))
+        for other in self.aside:
+            if tried and other.may_be(place) and other.place != place:  # it would lose the next one as well
+                wait_until = max(other.retry_at, now + FIRST_WAIT_SECONDS)
+                self._aside[other.place] = replace(other, retry_at=wait_until)
 
     def _proved(self, node: str, started_at: float, dataset: str, *, wrote: bool) -> None:
         """An attempt that was taken up since then works there."""
@@ -213,6 +212,9 @@ class Environment:
     def _return(self, place: Place) -> None:
         self.news.append(("returned", self._aside.pop(place)))
         self._changed_at.pop(place)
+        for other in self.aside:
+            if other.may_be(place):  # it may be well there too
+                self._aside[other.place] = replace(other, retry_at=min(other.retry_at, self._clock()))
 
     def _suspect(self, node: str, message: Failed | Lost, names: Sequence[str], *, tried: bool) -> None:
         """Several tasks that fail there at once may be the node's doing, but as well their own: the last node stays."""

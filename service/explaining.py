@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Row
 
 from service import resources, scheduling, views
 from service.environment import SetAside, hindrance, names_of, reported
-from service.errors import DatabaseFull, NotFound
+from service.errors import DatabaseAway, DatabaseFull, NotFound
 from service.executor import Capacity
 from service.jobs import LIVE_JOB, TaskState
 from service.scheduling import Account, Cluster
@@ -21,7 +21,7 @@ NO_SHARE = Account()
 
 def explain(database: Database, settings: Settings, job_id: str) -> dict[str, Any]:
     """A sentence on the job, and one on each of its tasks that has not succeeded. Raises `NotFound`."""
-    full = _full(database)
+    full = _without_room(database)
     with database.read() as connection:
         job = reading.job(connection, job_id)
         if job is None:
@@ -79,7 +79,7 @@ class _Look:
     kept: SetAside | None = None
 
 
-def _full(database: Database) -> str | None:
+def _without_room(database: Database) -> str | None:
     """That the database has no room left, in words: then no dispatcher can lead, and nothing goes on."""
     with database.read() as connection:
         leads = claiming.leads_now(connection, database.now(connection))
@@ -87,6 +87,8 @@ def _full(database: Database) -> str | None:
         database.check_room(doubt=not leads)
     except DatabaseFull as error:
         return str(error)
+    except DatabaseAway:  # somebody writes for long
+        return None
     return None
 
 

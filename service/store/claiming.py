@@ -255,7 +255,7 @@ def datasets_of(connection: Connection, train_digests: Collection[str]) -> dict[
     """The names of the data sets of these trainings, by their digests."""
     name = tasks.c.spec["dataset"]["name"].as_string()
     query = select(tasks.c.digest, name).where(tasks.c.digest.in_(listed(train_digests)))
-    return dict(connection.execute(query).tuples().all())
+    return {digest: dataset for digest, dataset in connection.execute(query)}
 
 
 def renew(connection: Connection, now: float, holder: str, lease_seconds: float) -> None:

@@ -89,8 +89,9 @@ class Database:
         self._full = False
 
     def check_room(self, *, doubt: bool = False) -> None:
-        """Raises `DatabaseFull` where its disk has no room left. In `doubt`, and after a write that found none, a row is
-        written and deleted to find out.
+        """Raises `DatabaseFull` where its disk has no room left.
+
+        In `doubt`, and after a write that found none, a row is written and deleted to find out.
         """
         if self.path and (free := shutil.disk_usage(self.path.parent).free) < LEAST_BYTES:
             raise DatabaseFull(f"the database's disk is full ({free} bytes left at {self.path.parent}): make room")
