@@ -40,6 +40,7 @@ CONNECT_SECONDS = 5
 AWAY = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
 FULL = "53100"  # of these codes, that of a disk without room
 LEAST_BYTES = 1 << 20  # that a SQLite file's disk has to have left: less is taken by its write-ahead log at any time
+ROOM_ROWS = 200  # that do not fit into what a few pages may have left
 SILENT_SECONDS = 20  # after which a server on the network that does not answer is taken for gone
 
 TAKE_TURNS = text(
@@ -91,14 +92,15 @@ class Database:
     def check_room(self, *, doubt: bool = False) -> None:
         """Raises `DatabaseFull` where its disk has no room left.
 
-        In `doubt`, and after a write that found none, a row is written and deleted to find out.
+        In `doubt`, and after a write that found none, some pages of rows are written and deleted to find out.
         """
         if self.path and (free := shutil.disk_usage(self.path.parent).free) < LEAST_BYTES:
             raise DatabaseFull(f"the database's disk is full ({free} bytes left at {self.path.parent}): make room")
         if doubt or self._full:
             with self.write() as connection:
-                connection.execute(text("INSERT INTO counters (name, value) VALUES ('room', 0)"))
-                connection.execute(text("DELETE FROM counters WHERE name = 'room'"))
+                rows = [{"name": f"room {n} {'x' * 30}"} for n in range(ROOM_ROWS)]
+                connection.execute(text("INSERT INTO counters (name, value) VALUES (:name, 0)"), rows)
+                connection.execute(text("DELETE FROM counters WHERE name LIKE 'room %'"))
 
     def now(self, connection: Connection) -> float:
         """Seconds since 1970 by the clock of the database, the only one that leases go by."""

@@ -24,7 +24,6 @@ from service.executor import (
 from service.store import tables
 from service.store.tables import attempts, events, tasks
 
-
 SHARED_MEMORY: Literal["out_of_shared_memory"] = "out_of_shared_memory"
 
 

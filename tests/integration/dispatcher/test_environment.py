@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from dispatching import PATIENT, Scripted, dispatcher, passes, succeeds, tick_un
 from service import doctor
 from service.dispatcher import Dispatcher
 from service.environment import FIRST_WAIT_SECONDS
+from service.errors import DatabaseFull
 from service.executor import Bundle, Capacity, Failed, Fault, Grant, Lost, Message, Started
 from service.explaining import explain
 from service.insights import Insights
 from service.pausing import MOST_IN_A_ROW
-from service.store.tables import attempts, events, sweeps, tasks
+from service.store import Database
+from service.store.tables import attempts, events, jobs, sweeps, tasks
 
 NODES = Capacity(True, 4.0, 0.0, ({"CPU": 2.0, "memory": 1e9},) * 2, ("good", "bad"))
 ROOM = "there is no room under the artifact root /srv/artifacts"
@@ -41,7 +44,7 @@ class Nodes(Scripted):
         self.said.append(Lost(task_id, attempt, "cancelled", "before it started"))
 
     def poll(self, timeout_seconds: float) -> list[Message]:
-        """First what ran ends, and at once another one takes its place, as Ray does before the dispatcher hears of it."""
+        """What ran ends, and others take its place before the dispatcher hears of it, as in Ray."""
         for node in ("bad", "good"):
             for bundle in [one for at, one in self.running.values() if at == node]:
                 del self.running[bundle.id]
@@ -60,7 +63,7 @@ class Nodes(Scripted):
 
     def _end(self, node: str, bundle: Bundle) -> None:
         broken = self.breaks(bundle) if node == "bad" else None
-        first, *others = bundle.grants
+        others = bundle.grants[1:]
         if broken is None:
             self.said += [succeeds(self.lab)(grant) for grant in bundle.grants]
         else:
@@ -146,7 +149,7 @@ class TestFullDisk:
     def test_all_who_are_asked_say_so(self, lab: Any, full: Dispatcher) -> None:
         for _ in range(3):
             full.tick()
-        job = lab.rows(lab_tables().jobs)[0]
+        job = lab.rows(jobs)[0]
         sentence = explain(lab.database, PATIENT, job.id)["sentence"]
         assert f"artifact root /srv/artifacts is set aside and is tried again in {FIRST_WAIT_SECONDS:.0f} s" in sentence
         assert ROOM in sentence
@@ -188,12 +191,6 @@ class TestFullDisk:
         assert len(lab.rows(attempts)) == before + 1
 
 
-def lab_tables() -> Any:
-    from service.store import tables
-
-    return tables
-
-
 def test_other_data_sets_go_on_while_the_files_of_one_are_missing(lab: Any) -> None:
     """A neighbour whose data set nobody has put there stops nobody else."""
     missing = Fault("data_folder", "/srv/data", "", dataset="cifar10")
@@ -213,6 +210,24 @@ def test_other_data_sets_go_on_while_the_files_of_one_are_missing(lab: Any) -> N
     sentence = explain(lab.database, PATIENT, theirs)["sentence"]
     assert "data folder /srv/data is set aside for cifar10" in sentence
     assert "put the files there" in sentence
+
+
+def test_a_full_disk_under_the_database_is_named(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only that nobody leads: no dispatcher can."""
+    job = lab.submit()
+    assert "no dispatcher leads" in explain(lab.database, PATIENT, job)["sentence"]
+    left = SimpleNamespace(total=1 << 30, used=1 << 30, free=0)
+
+    def full(_: Database, *, doubt: bool = False) -> None:
+        raise DatabaseFull("the database's disk is full (0 bytes left): make room")
+
+    if lab.database.is_sqlite:
+        monkeypatch.setattr("service.store.database.shutil.disk_usage", lambda _: left)
+    else:
+        monkeypatch.setattr(Database, "check_room", full)
+    assert "the database's disk is full (0 bytes left" in explain(lab.database, PATIENT, job)["sentence"]
+    check = doctor._writable(lab.database)
+    assert (check.state, "disk is full" in check.said, "make room" in check.advice) == ("fail", True, True)
 
 
 class TestPausing:
@@ -246,7 +261,7 @@ class TestPausing:
         assert (event.sweep_id, event.data["reason"], event.actor) == (theirs.id, theirs.pause_reason, "d1")
         shown = Insights(lab.database).sweep(theirs.id)
         assert (shown["state"], shown["pause_reason"]) == ("paused", theirs.pause_reason)
-        [job] = [row for row in lab.rows(lab_tables().jobs, sweep_id=theirs.id)][:1]
+        [job] = [row for row in lab.rows(jobs, sweep_id=theirs.id)][:1]
         assert "no such device" in explain(lab.database, PATIENT, job.id)["sentence"]
 
     def test_it_can_be_resumed(self, lab: Any, failing: Dispatcher) -> None:
