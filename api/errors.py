@@ -19,6 +19,7 @@ from service.checkpoints import NotChecked, TensorsDiffer
 from service.errors import (
     ArtifactMissing,
     ArtifactRootFull,
+    ArtifactRootUnusable,
     Changed,
     Conflict,
     DatabaseAway,
@@ -37,7 +38,7 @@ log = logging.getLogger("uncanny.api")
 
 PARAMETER = re.compile(r"{[^}]*}")
 PROBLEM_JSON = "application/problem+json"
-RETRY_AFTER_SECONDS = 2
+RETRY_AFTER_SECONDS = {503: 2, 429: 2, 507: 30}  # of what will pass by itself; a disk is not cleared in a moment
 ALWAYS = (401, 403, 429, 503)
 
 
@@ -71,6 +72,7 @@ STATUS: dict[type[UncannyError], int] = {
     TooManyRequests: 429,
     BodyTooLarge: 413,
     DatabaseAway: 503,
+    ArtifactRootUnusable: 503,
     ArtifactRootFull: 507,
     SchemaOutdated: 503,
     NotChecked: 503,
@@ -122,8 +124,8 @@ def problem(
     headers = dict(headers or {})
     if status == HTTPStatus.UNAUTHORIZED:
         headers.setdefault("WWW-Authenticate", "Bearer")
-    if status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
-        headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+    if status in RETRY_AFTER_SECONDS:
+        headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS[status]))
     body: dict[str, Any] = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     body |= {"detail": detail, "instance": request.url.path}
     if errors:

@@ -19,9 +19,10 @@ def healthz() -> Any:
 
 @router.get("/readyz", response_model=Ready, responses=documented())
 def readyz(request: Request, insights: Questions) -> Any:
-    """The database answers and has the right schema. Jobs are accepted also while no dispatcher leads."""
+    """The database answers, has the right schema and room left. Jobs are accepted also while no dispatcher leads."""
     insights.database.check_schema()
     cluster = insights.cluster()
+    insights.database.check_room(doubt=not cluster["leading"])  # who cannot write cannot lead either
     version = request.app.version
     return {"status": "ready", "version": version, "dispatcher_leads": cluster["leading"]}
 

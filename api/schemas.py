@@ -203,6 +203,7 @@ class Sweep(BaseModel):
     name: str = Field(examples=["scales of a small net"])
     user: str
     state: str = Field(examples=["running"], description="running, paused, succeeded, failed or cancelled.")
+    pause_reason: str | None = Field(default=None, description="Why the service itself has paused it.")
     priority: int
     labels: dict[str, str]
     created_at: str

@@ -18,12 +18,12 @@ from uuid import uuid4
 
 import fsspec
 
-from service.errors import ArtifactMissing, ArtifactRootFull
+from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable
 from service.executor import ArtifactRef
 
 CHUNK_BYTES = 1 << 20
 FULL_BYTES = 64 << 10  # a disk with less room than that is full
-
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 DIGEST = re.compile("[0-9a-f]{64}")
 MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")  # what file systems call it
@@ -54,34 +54,57 @@ class Artifacts:
     def write(self, kind: str, fill: Callable[[Path], Any]) -> ArtifactRef:
         """Let `fill(path)` write a new file, and publish it under its digest by an atomic rename.
 
-        Raises `ArtifactRootFull` where there is no room; then nothing of it is left.
+        Raises `ArtifactRootFull` where there is no room, `ArtifactRootUnusable` where the root takes no bytes for
+        another reason; then nothing of it is left. What else `fill` raises comes as it is.
         """
-        with self._room(), tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch()) as folder, self._room():
+        with self._writing():
+            scratch = tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch(), ignore_cleanup_errors=True)
+        with scratch as folder:
             path = Path(folder) / "bytes"
-            fill(path)
-            digest, size = _sha256(path)
-            self._publish(path, digest)
+            try:
+                fill(path)
+            except Exception as error:
+                if refusal := self._refusal(Path(folder), error):
+                    raise self._unwritable(refusal) from error
+                raise
+            with self._writing():
+                digest, size = _sha256(path)
+                self._publish(path, digest)
         return ArtifactRef(digest, size, kind)
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
-            if isinstance(error, ArtifactRootFull) or not self._full(error):
+        except Exception as error:  # an object store has errors of its own
+            if self._local and not isinstance(error, OSError):
                 raise
-            raise ArtifactRootFull(
+            raise self._unwritable(error) from error
+
+    def _refusal(self, folder: Path, error: Exception) -> OSError | None:
+        """Not every library that fills a file says why it could not: the disk itself is asked, for bytes beside it."""
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error
+        try:
+            with (folder / "probe").open("wb") as file:
+                file.write(bytes(FULL_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as refusal:
+            return refusal
+        return None
+
+    def _unwritable(self, error: Exception) -> ArtifactRootUnusable:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return ArtifactRootFull(
                 f"there is no room under the artifact root {self.root} ({error}): make some, or give it more; "
                 "what waits for it goes on by itself"
-            ) from error
-
-    def _full(self, error: Exception) -> bool:
-        """Whether that is what a full disk, or a quota, looks like; not every library gives the error's number."""
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if "No space left" in str(error) or "quota exceeded" in str(error).lower():
-            return True
-        return self._local and os.path.isdir(self._base) and shutil.disk_usage(self._base).free < FULL_BYTES
+            )
+        return ArtifactRootUnusable(
+            f"nothing can be written under the artifact root {self.root} ({error}): mount it, or make it writable; "
+            "what waits for it goes on by itself",
+            writing=True,
+        )
 
     def write_chunks(self, kind: str, chunks: Iterable[bytes]) -> ArtifactRef:
         def fill(path: Path) -> None:
@@ -95,20 +118,54 @@ class Artifacts:
     def local(self, digest: str) -> Iterator[Path]:
         """A local file with these bytes, for as long as the context lasts.
 
-        Raises `ArtifactMissing` where they are not there, or not those that the digest promises.
+        Raises `ArtifactMissing` where they are not there, or not those that the digest promises, and
+        `ArtifactRootUnusable` where they cannot be read.
         """
         source = self._path(digest)
-        if not self._fs.exists(source):
-            raise ArtifactMissing(
-                f"artifact {digest} is not under {self.root}; was it deleted, or is this another root?"
-            )
+        absent = f"artifact {digest} is not under {self.root}; was it deleted, or is this another root?"
         with tempfile.TemporaryDirectory(prefix="uncanny-") as folder:
             path = Path(source) if self._local else Path(folder) / "bytes"
-            if not self._local:
-                self._fs.get_file(source, str(path))
-            if _sha256(path)[0] != digest:
+            try:
+                with self._reading():
+                    if not self._fs.exists(source):
+                        raise ArtifactMissing(absent)
+                    if not self._local:
+                        self._fs.get_file(source, str(path))
+                    found = _sha256(path)[0]
+            except FileNotFoundError as error:  # deleted since
+                raise ArtifactMissing(absent) from error
+            if found != digest:
                 raise ArtifactMissing(f"artifact {digest} is damaged under {self.root}: its bytes have another SHA-256")
             yield path
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (ArtifactMissing, FileNotFoundError):
+            raise
+        except Exception as error:
+            if self._local and not isinstance(error, OSError):
+                raise
+            raise ArtifactRootUnusable(
+                f"nothing can be read under the artifact root {self.root} ({error}): mount it, or make it readable; "
+                "what waits for it goes on by itself"
+            ) from error
+
+    def require_root(self) -> None:
+        """For who misses bytes that were there: raises `ArtifactRootUnusable` where all of the root is missing."""
+        if not self._local:
+            return
+        try:
+            with self._reading():
+                state = "" if any(len(name) == 2 for name in os.listdir(self._base)) else "is empty"
+        except FileNotFoundError:
+            state = "is not there"
+        if state:
+            raise ArtifactRootUnusable(
+                f"the artifact root {self.root} {state}: mount its disk, or put back what was in it; "
+                "what waits for it goes on by itself"
+            )
 
     def open(self, digest: str) -> BinaryIO:
         """The bytes as a file. Raises `ArtifactMissing`."""

@@ -6,16 +6,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
 
 from sqlalchemy import Connection
 
-from service import decisions, replanning, resources, scheduling, sponsoring
+from service import environment, pausing
 from service.artifacts import Artifacts
+from service.claims import Claims
+from service.environment import Environment
 from service.errors import Conflict, DatabaseAway
 from service.executor import (
-    ArtifactRef,
     Bundle,
     Executor,
     Failed,
@@ -27,7 +26,8 @@ from service.executor import (
 from service.liveness import Liveness
 from service.outbox import Outbox
 from service.settings import Settings
-from service.store import Database, claiming, deciding, recording, users
+from service.store import Database, claiming, history, recording
+from service.store.history import Event
 from service.store.waking import Waking, waking
 
 log = logging.getLogger("uncanny.dispatcher")
@@ -36,15 +36,10 @@ POLL_SECONDS = 0.05
 IDLE_SECONDS = 0.1
 GATHER_SECONDS = 0.02  # what comes so close together is written together: a transaction costs more than a row in it
 AWAY_SECONDS = 1.0
-PASS_ON_SECONDS = 5.0  # how often it looks whether a shared task waits for the wrong user's turn
 LOOK_SECONDS = 0.5  # how often it looks whether something that runs is not wanted any more
-QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
 
 Key = tuple[str, int]
 """`(task id, attempt)`"""
-
-
-Checkpointed = tuple[dict[str, Any], ArtifactRef | None]  # the spec of a training, and what it left
 
 
 @dataclass
@@ -65,13 +60,14 @@ class Dispatcher:
     _outbox: Outbox = field(init=False)
     _waking: Waking = field(init=False)
     _running: dict[Key, Bundle] = field(default_factory=dict)  # what the executor owes an answer for
-    _handed_over: set[str] = field(default_factory=set)  # the bundles that ran after the last claim
     _stopping: dict[Key, tuple[Reason, str] | None] = field(default_factory=dict)  # what was stopped -> how it is told
     _liveness: Liveness = field(init=False)
+    _environment: Environment = field(init=False)
+    _claims: Claims = field(init=False)
+    _failing: dict[str, int] = field(default_factory=dict)  # by sweep, the quick failures in a row
     _renewed_at: float = -math.inf
     _seen_at: float = -math.inf  # when the database last answered about leadership
     _looked_at: float = -math.inf
-    _passed_on_at: float = -math.inf
     _lead_from: float = -math.inf  # by the database's clock, as the next one
     _reap_from: float = 0.0
 
@@ -79,6 +75,8 @@ class Dispatcher:
         self._outbox = Outbox(self.database, self.artifacts, self.settings, self.name)
         self._waking = waking(self.database)
         self._liveness = Liveness(self.clock)
+        self._environment = Environment(self.clock)
+        self._claims = Claims(self.database, self.executor, self.settings, self.name, self._environment, self.clock)
 
     @property
     def leading(self) -> bool:
@@ -124,6 +122,7 @@ class Dispatcher:
         if self.leading:
             self._heed_cancellations()
             self._write()
+            self._pause_failing()
             self._look_for_stalled()
         if not self.leading:
             self._outbox.drop()
@@ -132,7 +131,8 @@ class Dispatcher:
     def _hold_leadership(self) -> None:
         """Become or stay the leader and prolong all leases, a third of the way through them."""
         wall, lease = self.clock(), self.settings.lease_seconds
-        if self.leading and wall - self._renewed_at < lease / 3:
+        news = list(self._environment.news)
+        if self.leading and wall - self._renewed_at < lease / 3 and not news:
             return
         if not self.leading and self._another_leads():
             self._seen_at = wall
@@ -144,9 +144,15 @@ class Dispatcher:
                 self._seen_at = wall  # it waited so long for its turn that the leader may wait for its own
                 return
             now = self.database.now(connection)
+            before = claiming.leader(connection)
+            if not self.leading and before is not None:
+                self._environment.take_over(environment.reported(before.status), now)
             status = {"capacity": vars(self.executor.capacity()), "bundles": self._bundles}
+            status["set_aside"] = self._environment.told(now)
             epoch = claiming.lead(connection, now, self.name, self._epoch, lease, status)
             if epoch is not None:
+                happened = [Event(f"environment.{verb}", data=one.as_data()) for verb, one in news]
+                history.append(connection, now, self.name, happened)
                 if wall - self._seen_at > lease / 2:
                     self._reap_from = now + lease  # the database may have been away: others could not renew either
                 claiming.renew(connection, now, self.name, lease)
@@ -157,6 +163,7 @@ class Dispatcher:
                 # Of an earlier run, or granted when the connection broke as that was committed: nothing of it runs.
                 unknown = held.keys() - self._running.keys() - unwritten
                 taken = claiming.take_back(connection, now, self.name, [task_id for task_id, _ in unknown])
+        del self._environment.news[: len(news)]
         self._seen_at = wall
         self._renewed_at = -math.inf if self._outbox.messages else wall
         if epoch is not None:
@@ -221,6 +228,8 @@ class Dispatcher:
         for message in messages:
             key = (message.task_id, message.attempt)
             self._liveness.hear(message)
+            if key in self._running:
+                self._environment.hear(message, self._running[key], environment.names_of(self.executor.capacity()))
             if isinstance(message, (Succeeded, Failed, Lost)):
                 self._running.pop(key, None)
                 told = self._stopping.pop(key, None)
@@ -244,59 +253,19 @@ class Dispatcher:
         if not self._outbox.write(self._epoch):
             self._step_down()
 
+    def _pause_failing(self) -> None:
+        ended = list(self._environment.ended)
+        pausing.pause_failing(self.database, self.name, self._still_leads, ended, self._failing)
+        del self._environment.ended[: len(ended)]
+
     def _claim(self) -> None:
-        capacity = self.executor.capacity()
-        handed_over = {bundle.id: bundle.needs for bundle in self._running.values()}
-        ended, self._handed_over = len(self._handed_over - handed_over.keys()), {*handed_over}
-        cluster = resources.cluster(self.settings, capacity, handed_over.values(), ended)
-        if cluster.free_slots <= 0:
-            return
-        if self.clock() - self._passed_on_at >= PASS_ON_SECONDS:
-            self._passed_on_at = self.clock()
-            sponsoring.pass_on(self.database, self.settings, cluster, self._still_leads)
-        half_life, limits = self.settings.usage_half_life_seconds, self.settings.limits
-        with self.database.read() as connection:
-            now = self.database.now(connection)
-            queue = [] if claiming.is_paused(connection) else claiming.waiting(connection, now, QUEUE_WINDOW)
-            sponsors = {task.sponsor for task in queue}
-            accounts = users.accounts(connection, now, sponsors, half_life, limits) if queue else {}
-        chosen = scheduling.choose(queue, accounts, cluster, now)
-        if not chosen:
-            return
-        names = [f"{self.name}-{self._epoch}-{next(_numbers)}" for _ in chosen]  # no other bundle ever has it
-        placements = {
-            task_id: claiming.Placement(decision.sponsor, name, decision.share)
-            for decision, name in zip(chosen, names, strict=True)
-            for task_id in decision.task_ids
-        }
-        seen, decided = decisions.packed(queue, accounts, cluster, now), decisions.told(chosen)
-        bundles: list[Bundle] = []
-        with self.database.write() as connection:
-            leads = self._still_leads(connection)
-            if leads and not claiming.is_paused(connection):
-                now = self.database.now(connection)
-                lease = self.settings.lease_seconds
-                granted = claiming.grant(connection, now, self.name, lease, list(placements), placements)
-                if old := replanning.outdated(granted.values()):
-                    claiming.take_back(connection, now, self.name, old)
-                    replanning.replan(connection, now, self.name, old)
-                    granted = {task_id: grant for task_id, grant in granted.items() if task_id not in old}
-                users.fold(connection, now, half_life)
-                deciding.keep(connection, now, self.name, seen, decided, self.settings.decision_log)
-                train_digest = {task.task_id: task.train_digest for task in queue}
-                for name, decision in zip(names, chosen, strict=True):
-                    grants = tuple(granted[task_id] for task_id in decision.task_ids if task_id in granted)
-                    if grants:
-                        made = claiming.checkpoint_of(connection, train_digest[grants[0].task_id])
-                        named = {grant.spec["source"] for grant in grants if grant.spec.get("source")}
-                        sources = {source: claiming.checkpoint_of(connection, source) for source in named}
-                        needs = resources.of_bundle(self.settings, grants, capacity, decision.whole)
-                        bundles.append(Bundle(name, grants, *made, sources, needs))
-        if not leads:
+        for key in self._claims.misplaced(self._running):
+            self._give_up(key, "given_back", "the nodes that it may go to have changed")
+        bundles = self._claims.claim(self._epoch, self._running)
+        if bundles is None:
             self._step_down()
-        for bundle in bundles:
+        for bundle in bundles or ():
             self._running |= {(grant.task_id, grant.attempt): bundle for grant in bundle.grants}
-            self._handed_over.add(bundle.id)
             self.executor.submit(bundle)
             log.info("handed over %s", ", ".join(map(str, bundle.grants)))
 
@@ -336,6 +305,3 @@ class Dispatcher:
         except DatabaseAway as error:
             self._outbox.keep()
             log.warning("%s; what ran is taken back when its lease expires", error)
-
-
-_numbers = count(1)

@@ -15,19 +15,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Connection, func, insert, select, text
+from sqlalchemy import Connection, func, select, text
 
 from service.artifacts import Artifacts
-from service.errors import ArtifactMissing, DatabaseAway, SchemaOutdated
+from service.environment import reported
+from service.errors import ArtifactMissing, ArtifactRootUnusable, DatabaseAway, SchemaOutdated
 from service.jobs import TaskState
 from service.settings import Settings
 from service.store import Database, claiming
-from service.store.tables import counters, datasets, tasks
+from service.store.tables import datasets, tasks
 
 State = Literal["ok", "warn", "fail"]
 Report = dict[str, Any]
@@ -112,16 +112,10 @@ def _database(database: Database) -> Iterator[Check]:
     yield _writable(database)
 
 
-class _Undo(Exception):
-    """So that nothing of what was tried stays."""
-
-
 def _writable(database: Database) -> Check:
     started = time.monotonic()
     try:
-        with suppress(_Undo), database.write() as connection:
-            connection.execute(insert(counters).values(name=f"doctor {secrets.token_hex(4)}", value=0))
-            raise _Undo
+        database.check_room(doubt=True)
     except Exception as error:  # noqa: BLE001 - whatever keeps it from writing is what is to be said
         said = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         return Check("writing", "fail", said, "give its user the right to write, make room, or end a writer that hangs")
@@ -168,6 +162,9 @@ def _dispatcher(database: Database) -> Iterator[Check]:
         said = f"{leader.holder} leads, its lease has {leader.expires_at - now:.0f} s left"
         advice = "" if ready else "see its log for what keeps Ray away"
         yield Check("dispatcher", "ok" if ready else "warn", said + ("" if ready else "; it has no Ray"), advice)
+        for one in reported(leader.status):
+            advice = "mend it: it is tried again by itself"
+            yield Check(f"{one.owner.replace('_', ' ')} {one.name}", "fail", one.sentence(now), advice)
     if old:
         said = f"{old} tasks wait for more than an hour, the oldest for {(now - oldest) / 3600:.1f} h"
         yield Check("queue", "warn", said, "`uncanny jobs state=queued`: is the cluster large enough?")
@@ -186,7 +183,7 @@ def _registered(database: Database, artifacts: Artifacts) -> Iterator[Check]:
             for digest in (row.train_sha256, row.test_sha256):
                 with artifacts.local(digest):
                     pass
-        except (ArtifactMissing, OSError) as error:
+        except (ArtifactMissing, ArtifactRootUnusable) as error:
             yield Check(f"data {row.name}", "fail", str(error), "`uncanny data add` the same folder again")
         else:
             yield Check(f"data {row.name}", "ok", "its files are artifacts with the right SHA-256")

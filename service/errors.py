@@ -59,8 +59,23 @@ class SchemaOutdated(UncannyError):
     """The database has another schema than this version of Uncanny."""
 
 
-class ArtifactRootFull(UncannyError):
+class DatabaseFull(DatabaseAway):
+    """The disk under the database has no room left; reading may still work."""
+
+
+class ArtifactRootUnusable(UncannyError):
+    """The artifact root is absent, read-only or does not answer. `writing`: only writes are known to fail."""
+
+    def __init__(self, sentence: str, *, writing: bool = False) -> None:
+        self.writing = writing
+        super().__init__(sentence)
+
+
+class ArtifactRootFull(ArtifactRootUnusable):
     """There is no room left under the artifact root."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, writing=True)
 
 
 class ArtifactMissing(UncannyError):

@@ -11,9 +11,13 @@ from typing import Any, Literal, Protocol
 Numbers = dict[str, float | int | None]
 Reason = Literal[
     "worker_died", "out_of_memory", "out_of_shared_memory", "stalled", "node_died", "preempted", "executor_lost",
-    "disk_full", "cancelled", "given_back",
+    "disk_full", "environment", "cancelled", "given_back",
 ]  # fmt: skip
-"""Why an attempt was lost. Only a dead worker, memory of its own and standing still are held against the task."""
+"""Why an attempt was lost. Only a dead worker, memory of its own and standing still are held against the task.
+
+`disk_full` and `environment` have an owner (`Fault`), which is set aside.
+"""
+Owner = Literal["node", "device", "data_folder", "artifact_root"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,21 @@ class ArtifactRef:
     digest: str
     size_bytes: int
     kind: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A part of the environment that failed: `name` is its host, device or path, `node` the executor's name of the node
+    where that was seen (empty where unknown).
+
+    With a `dataset`, only tasks on that one are affected; with `writing`, reading may still work.
+    """
+
+    owner: Owner
+    name: str
+    node: str
+    dataset: str = ""
+    writing: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,8 @@ class Bundle:
     """Grants that share a checkpoint, run one after the other on one worker.
 
     `train_spec` and `checkpoint` are those of the network that they measure or attack (a training has only itself);
-    `sources` those of other networks that a transfer's examples are made on, by the training's digest.
+    `sources` those of other networks that a transfer's examples are made on, by the training's digest. It is not to run
+    on the nodes of `avoid`.
     """
 
     id: str
@@ -78,6 +98,12 @@ class Bundle:
     checkpoint: ArtifactRef | None = None
     sources: dict[str, tuple[dict[str, Any], ArtifactRef | None]] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
+    avoid: frozenset[str] = frozenset()
+
+    @property
+    def dataset(self) -> str:
+        """The name of the data set that its network is of."""
+        return str(self.train_spec.get("dataset", {}).get("name", ""))
 
 
 @dataclass(frozen=True)
@@ -93,12 +119,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Started:
-    """The worker took the task up. `worker` names it: host, pid, device; `node` is the executor's name of its node."""
+    """The worker took the task up. `worker` names it: host, pid, device; `node` is the executor's name of its node.
+
+    A worker that is not `ready` still prepares itself, and has not begun with the task.
+    """
 
     task_id: str
     attempt: int
     worker: str
     node: str = ""
+    ready: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,6 +174,7 @@ class Lost:
     attempt: int
     reason: Reason
     message: str
+    fault: Fault | None = None
 
 
 Message = Started | Progress | Succeeded | Failed | Lost
@@ -154,13 +185,17 @@ class Capacity:
     """What may run at once: CPUs and GPUs of the cluster in all, and whether it is up.
 
     `nodes` are what each has of every resource, as Ray names them (`CPU`, `GPU`, `memory` in bytes,
-    `accelerator_type:...`); where there are none, all is one node with memory without end.
+    `accelerator_type:...`), and `names` what the executor calls them, in the same order; where there are none, all is
+    one node with memory without end, whose name is empty. `unfit` nodes are not among them: no bundle goes there, for
+    the reason given by name.
     """
 
     ready: bool
     cpus: float
     gpus: float
     nodes: tuple[Mapping[str, float], ...] = ()
+    names: tuple[str, ...] = ()
+    unfit: Mapping[str, str] = field(default_factory=dict)
 
 
 class Executor(Protocol):

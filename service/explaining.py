@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from service import resources, scheduling, views
-from service.errors import NotFound
+from service.environment import SetAside, hindrance, names_of, reported
+from service.errors import DatabaseAway, DatabaseFull, NotFound
 from service.executor import Capacity
 from service.jobs import LIVE_JOB, TaskState
 from service.scheduling import Account, Cluster
@@ -21,16 +22,19 @@ NO_SHARE = Account()
 
 def explain(database: Database, settings: Settings, job_id: str) -> dict[str, Any]:
     """A sentence on the job, and one on each of its tasks that has not succeeded. Raises `NotFound`."""
+    full = _without_room(database)
     with database.read() as connection:
         job = reading.job(connection, job_id)
         if job is None:
             raise NotFound(f"there is no job {job_id}")
         tasks = reading.tasks_of_job(connection, job_id)
-        look = _look(connection, database.now(connection), settings, tasks)
+        look = _look(connection, database.now(connection), settings, tasks, job.dataset, full)
         lines = [_task_line(connection, look, task, tasks) for task in tasks if task.state != TaskState.SUCCEEDED]
         sweep = reading.sweep(connection, job.sweep_id) if job.sweep_id else None
     paused = sweep is not None and sweep.paused and job.state in LIVE_JOB
-    return {"job_id": job_id, "state": job.state, "sentence": _sentence(job, tasks, lines, paused), "tasks": lines}
+    why = sweep.pause_reason or "" if sweep is not None and paused else ""
+    sentence = _sentence(job, tasks, lines, paused) + (f" ({why})" if why else "")
+    return {"job_id": job_id, "state": job.state, "sentence": sentence, "tasks": lines}
 
 
 def queue_status(database: Database, settings: Settings) -> dict[str, Any]:
@@ -58,6 +62,8 @@ def queue_status(database: Database, settings: Settings) -> dict[str, Any]:
 class _Look:
     """The queue as it is: what keeps everything waiting (None: nothing), who has what, what comes before a task.
 
+    `kept` is what keeps the job's data set from every node (None: nothing).
+
     `too_large` says of the kinds of task that no node of the cluster has room for what one takes; `in_use` of its
     `places` (GPUs, or CPUs where it has none) are taken.
     """
@@ -71,15 +77,33 @@ class _Look:
     seen: int
     places: float = 0.0
     in_use: float = 0.0
+    kept: SetAside | None = None
 
 
-def _look(connection: Connection, now: float, settings: Settings, tasks: Sequence[Row[Any]]) -> _Look:
+def _without_room(database: Database) -> str | None:
+    """That the database has no room left, in words: then no dispatcher can lead, and nothing goes on."""
+    with database.read() as connection:
+        leads = claiming.leads_now(connection, database.now(connection))
+    try:
+        database.check_room(doubt=not leads)
+    except DatabaseFull as error:
+        return str(error)
+    except DatabaseAway:  # somebody writes for long
+        return None
+    return None
+
+
+def _look(
+    connection: Connection, now: float, settings: Settings, tasks: Sequence[Row[Any]], dataset: str, full: str | None
+) -> _Look:  # fmt: skip
     queued = [task for task in tasks if task.state == TaskState.QUEUED and not task.paused]
     leader, row = claiming.leader(connection), changing.queue(connection)
     said = leader.status.get("capacity") if leader else None
     capacity = Capacity(**said) if said else Capacity(False, 0.0, 0.0)
     stop = None
-    if row is not None and row.paused:
+    if full is not None:
+        stop = full
+    elif row is not None and row.paused:
         stop = f"the queue is paused (by {row.changed_by}, {iso(row.changed_at)})"
     elif leader is None or leader.expires_at <= now:
         stop = "no dispatcher leads: `uncanny serve` or `uncanny dispatch` runs one"
@@ -88,8 +112,9 @@ def _look(connection: Connection, now: float, settings: Settings, tasks: Sequenc
     too_large = resources.too_large(settings, capacity) if capacity.ready else {}
     shares = resources.cluster(settings, capacity, ()).share_by_kind
     cluster = Cluster(WINDOW, shares)  # in turn, whether there is room or not
+    kept = hindrance(reported(leader.status), names_of(capacity), dataset) if leader and stop is None else None
     if not queued:
-        return _Look(now, stop, cluster, too_large, {}, {}, 0)
+        return _Look(now, stop, cluster, too_large, {}, {}, 0, kept=kept)
     window = claiming.waiting(connection, now, WINDOW)
     names = {task.sponsor for task in window} | {task.sponsor for task in queued}
     accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
@@ -98,7 +123,8 @@ def _look(connection: Connection, now: float, settings: Settings, tasks: Sequenc
     for decision in scheduling.choose(window, unlimited, replace(cluster, free_slots=len(window)), now):
         before |= dict.fromkeys(decision.task_ids, len(before))
     in_use = sum(users.devices_in_use(connection).values())
-    return _Look(now, stop, cluster, too_large, accounts, before, len(window), claiming.places(connection), in_use)
+    places = claiming.places(connection)
+    return _Look(now, stop, cluster, too_large, accounts, before, len(window), places, in_use, kept)
 
 
 def _task_line(connection: Connection, look: _Look, task: Row[Any], tasks: Sequence[Row[Any]]) -> dict[str, Any]:
@@ -128,9 +154,12 @@ def _queued(look: _Look, task: Row[Any]) -> tuple[str, int | None]:
         return "all jobs that need it are paused", None
     if look.stop is not None:
         return look.stop, None
+    if look.kept is not None:
+        return look.kept.sentence(look.now), None
     if task.not_before > look.now:
         wait = task.not_before - look.now
-        return f"it is tried again in {wait:.0f} s, after error {task.errors}: {task.reason}", None
+        after = f"after error {task.errors}" if task.errors else "after a loss that it is not charged for"
+        return f"it is tried again in {wait:.0f} s, {after}: {task.reason}", None
     account, share = look.accounts.get(task.sponsor, NO_SHARE), look.cluster.share(task.kind)
     if scheduling.at_limit(account, account.devices, share):
         have = f"{account.devices:g} of {account.max_gpus:g} GPUs"

@@ -7,6 +7,7 @@ from pydantic import TypeAdapter
 from sqlalchemy import Connection, Row
 
 from service import views
+from service.environment import reported
 from service.errors import InvalidQuery, NotFound
 from service.questions import ALL_FIELDS, MAX_LIMIT, NEWEST_FIRST, Question
 from service.results import Results
@@ -84,12 +85,13 @@ class Insights(Results):
         with self.database.read() as connection:
             row, now = claiming.leader(connection), self.database.now(connection)
         if row is None:
-            return {"leading": False, "dispatcher": None, "lease_expires_at": None, "status": {}}
+            return {"leading": False, "dispatcher": None, "lease_expires_at": None, "set_aside": [], "status": {}}
         expires = iso(row.expires_at)
         return {
             "leading": row.expires_at > now,
             "dispatcher": row.holder,
             "lease_expires_at": expires,
+            "set_aside": [views.set_aside(one) for one in reported(row.status)],
             "status": row.status,
         }
 

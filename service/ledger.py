@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from service.executor import Bundle, Failed, Lost, Message, Progress, Reason, Started, Succeeded
+from service.executor import Bundle, Failed, Fault, Lost, Message, Progress, Reason, Started, Succeeded
 
 Key = tuple[str, int]
 """`(task_id, attempt)`"""
@@ -60,16 +60,16 @@ class Ledger:
         lost = self._lose(key, "cancelled", "cancelled before it started")
         return not self._open, [lost]
 
-    def end(self, reason: Reason, message: str) -> list[Lost]:
+    def end(self, reason: Reason, message: str, fault: Fault | None = None) -> list[Lost]:
         """It is over: what was cancelled is lost so, else the guilty one for this reason; the rest is given back."""
         lost = []
         if self._cancelled in self._open:
             lost.append(self._lose(self._cancelled, "cancelled", "cancelled while it ran"))
         elif (guilty := self.guilty) is not None:
-            lost.append(self._lose(guilty, reason, message))
+            lost.append(self._lose(guilty, reason, message, fault))
         return lost + [self._lose(key, "given_back", message) for key in list(self._open)]
 
-    def _lose(self, key: Key, reason: Reason, message: str) -> Lost:
-        lost = Lost(*key, reason, message)
+    def _lose(self, key: Key, reason: Reason, message: str, fault: Fault | None = None) -> Lost:
+        lost = Lost(*key, reason, message, fault)
         self.accept(lost)
         return lost

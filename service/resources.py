@@ -1,6 +1,6 @@
 """What bundles take and what the cluster has: how many more of them may be handed over."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from service.executor import Capacity, Grant, Needs
@@ -40,13 +40,17 @@ def of_bundle(settings: Settings, grants: Iterable[Grant], capacity: Capacity, w
     )  # fmt: skip
 
 
-def cluster(settings: Settings, capacity: Capacity, handed_over: Iterable[Needs], ended: int = 0) -> Cluster:
+def cluster(
+    settings: Settings, capacity: Capacity, handed_over: Iterable[Needs], ended: int = 0, only: Collection[str] = ()
+) -> Cluster:  # fmt: skip
     """The room that is left, with what was `handed_over`, in order, taken off it; those that do not fit wait.
 
     As many bundles as `ended` since the last claim would end until the next one too: so many may wait instead of
-    leaving their places empty, where the settings let any wait at all.
+    leaving their places empty, where the settings let any wait at all. With `only`, it is the room on these nodes.
     """
     needs = {kind: needs_of(settings, kind, capacity) for kind in KINDS}
+    nowhere = too_large(settings, capacity)
+    capacity = _part(capacity, only) if only else capacity
     room, nodes = _totals(capacity), _nodes(capacity)
     waiting = 0
     for taken in map(amounts, handed_over):
@@ -57,7 +61,6 @@ def cluster(settings: Settings, capacity: Capacity, handed_over: Iterable[Needs]
     places = int(max(capacity.cpus / settings.cpus_per_task, capacity.gpus))
     ahead = max(settings.lookahead, min(ended, AHEAD_PER_PLACE * places)) if settings.lookahead else 0
     lookahead = max(0, ahead - waiting)
-    nowhere = too_large(settings, capacity)
     by_kind: dict[str, Mapping[str, float]] = {
         kind: {"a node of that size": 1.0} if kind in nowhere else amounts(one)  # which nobody has: it reserves nothing
         for kind, one in needs.items()
@@ -80,6 +83,15 @@ def amounts(needs: Needs) -> Amounts:
     if needs.accelerator:
         found[_of_type(needs.accelerator)] = needs.gpus
     return {name: amount for name, amount in found.items() if amount}
+
+
+def _part(capacity: Capacity, names: Collection[str]) -> Capacity:
+    """What these of its nodes have."""
+    if not capacity.names:
+        return capacity
+    nodes = tuple(node for name, node in zip(capacity.names, capacity.nodes, strict=True) if name in names)
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    return replace(capacity, cpus=cpus, gpus=gpus, nodes=nodes)
 
 
 def _nodes(capacity: Capacity) -> list[Amounts]:

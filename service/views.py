@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Row
 
+from service.environment import SetAside
 from service.flags import names_of
 from service.jobs import JobState, TaskState
 from service.observations import ACCURACIES, BOUNDS, accuracy_interval
@@ -73,6 +74,11 @@ def task_view(task: Row[Any], spec: Task, attempts: Sequence[Row[Any]], jobs: li
     }  # fmt: skip
 
 
+def set_aside(one: SetAside) -> dict[str, Any]:
+    """A part of the environment that gets no work, and from when on it is tried again."""
+    return {**one.as_data(), "since": iso(one.since), "retry_at": iso(one.retry_at)}
+
+
 def sweep_view(
     row: Row[Any], jobs: dict[str, int], counts: Sequence[Row[Any]], seconds: dict[str, float], slots: float
 ) -> dict[str, Any]:
@@ -83,6 +89,7 @@ def sweep_view(
     return {
         "id": row.id, "name": row.name, "user": row.user, "state": state, "priority": row.priority,
         "labels": row.labels, "created_at": iso(row.created_at),
+        "pause_reason": row.pause_reason if state == "paused" else None,
         "jobs": {"total": sum(jobs.values()), **jobs}, "tasks": {"total": total, **by_state},
         "progress": round(done / total, 4) if total else 1.0,
         "eta_seconds": eta_seconds(counts, seconds, slots) if state == "running" else None,

@@ -4,7 +4,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from service.executor import Bundle, Capacity, Failed, Message, Needs, Reason, Started
+from service.environment import LONGEST_WAIT_SECONDS
+from service.executor import Bundle, Capacity, Failed, Fault, Message, Needs, Reason, Started
 from service.ledger import Ledger
 from service.settings import Settings
 from workers.cluster import connect, nodes
@@ -56,6 +57,7 @@ class _Running:
     act_at: float | None = None  # when a bundle that is being stopped is killed, and then given up
     killed: bool = False
     node: str = ""  # where it runs, once it says so
+    host: str = ""  # whose worker prepares itself; empty once it is ready
     crash: str = ""  # its worker is gone; `act_at` says when it is told whether the node is gone too
 
     @property
@@ -79,6 +81,7 @@ class RayExecutor:
         self._bundles: dict[str, _Running] = {}
         self._lost: list[Message] = []
         self._capacity = NOT_READY
+        self._checks = NodeChecks()
         self._dead: set[str] = set()  # nodes
         self._preempted: set[str] = set()
         self._closed = False
@@ -96,7 +99,8 @@ class RayExecutor:
             self._lost += ledger.end("given_back", "Ray is not up")
             return
         try:
-            task = self._task.options(name=f"bundle {bundle.id}", **_options(bundle.needs))
+            avoid = bundle.avoid | self._capacity.unfit.keys()
+            task = self._task.options(name=f"bundle {bundle.id}", **_options(bundle.needs, avoid))
             generator = task.remote(bundle, self._worker_settings)
         except (ValueError, TypeError) as error:  # it does not take these needs, and will not the next time
             why = f"Ray does not take what this asks for (UNCANNY_RESOURCES): {error}"
@@ -176,6 +180,9 @@ class RayExecutor:
         except RayTaskError as error:  # raised by the body itself, before or between its grants
             why = f"the worker failed: {error.cause}"
             guilty, failed = running.ledger.guilty, []
+            if guilty is not None and not running.node:  # it did not come so far as to say where it is
+                self._checks.forget()
+                return self._end(bundle_id, "environment", why, Fault("node", "a node of the cluster", ""))
             if guilty is not None:
                 failed = [Failed(*guilty, "error", why, re.sub(r"\x1b\[\d+m", "", str(error)))]
                 running.ledger.accept(failed[0])
@@ -190,13 +197,19 @@ class RayExecutor:
                 reason = self._loss_of(running.node)
             return self._end(bundle_id, reason, why)
         known = [message for message in batch if running.ledger.accept(message)]
-        running.node = next((message.node for message in known if isinstance(message, Started)), running.node)
+        for message in known:
+            if isinstance(message, Started):
+                running.node, running.host = message.node, "" if message.ready else message.worker.split()[0]
         if running.ledger.unwanted:
             self._stop(running)
         return known
 
-    def _end(self, bundle_id: str, reason: Reason, message: str) -> list[Message]:
-        return [*self._bundles.pop(bundle_id).ledger.end(reason, message)]
+    def _end(self, bundle_id: str, reason: Reason, message: str, fault: Fault | None = None) -> list[Message]:
+        running = self._bundles.pop(bundle_id)
+        if reason == "worker_died" and running.host:  # no task had begun in it
+            reason, fault = "environment", Fault("node", running.host, running.node)
+            message = f"a worker died while it prepared itself ({running.host}): {message}"
+        return [*running.ledger.end(reason, message, fault)]
 
     def _stop(self, running: _Running) -> None:
         if not running.ledger.stopping:
@@ -243,11 +256,10 @@ class RayExecutor:
                     log.warning("%s", said)
                 ray.shutdown()
                 self._closing.wait(pause_seconds)
-        checked: set[str] = set()
         trouble = ""
         while not self._closing.is_set():
             try:
-                self._capacity, now = self._look(checked), ""
+                self._capacity, now = self._look(), ""
             except Exception as error:  # noqa: BLE001 - whatever it is, it may pass, and is said once
                 self._capacity, now = NOT_READY, f"{type(error).__name__}: {error}"
             if now != trouble:
@@ -256,36 +268,77 @@ class RayExecutor:
             self._closing.wait(WATCH_SECONDS)
         ray.shutdown()
 
-    def _look(self, checked: set[str]) -> Capacity:
-        """The size of the cluster; ready once all of its nodes are known to have the dispatcher's code."""
+    def _look(self) -> Capacity:
+        """The size of the cluster: of those nodes that are known to have the dispatcher's code.
+
+        Raises what is wrong with a node where none is fit for work.
+        """
         found = nodes()
         self._preempted |= found.preempted
         self._dead = found.dead
-        if self._settings.ray_address:
-            for name in [name for name in found.resources if name not in checked]:
-                there = NodeAffinitySchedulingStrategy(name, soft=False)
-                probe = ray.remote(num_cpus=0, max_retries=0)(code_digest).options(scheduling_strategy=there).remote()
-                try:
-                    digest = ray.get(probe, timeout=PROBE_SECONDS)
-                except GetTimeoutError:
-                    ray.cancel(probe, force=True)
-                    advice = "mend it, or take it out of the cluster: tasks would wait there for ever"
-                    raise NoWorker(f"node {name} starts no worker within {PROBE_SECONDS:g} s: {advice}") from None
-                if digest != code_digest():
-                    raise OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
-                checked.add(name)
-        have = tuple(found.resources.values())
-        cpus, gpus = (sum(node.get(kind, 0.0) for node in have) for kind in ("CPU", "GPU"))
-        return Capacity(ready=True, cpus=cpus, gpus=gpus, nodes=have)
+        unfit = self._checks.unfit(found.resources) if self._settings.ray_address else {}
+        if unfit and len(unfit) == len(found.resources):
+            raise next(iter(unfit.values()))
+        fit = {name: of for name, of in found.resources.items() if name not in unfit}
+        cpus, gpus = (sum(node.get(kind, 0.0) for node in fit.values()) for kind in ("CPU", "GPU"))
+        reasons = {name: str(why) for name, why in unfit.items()}
+        return Capacity(True, cpus, gpus, nodes=tuple(fit.values()), names=tuple(fit), unfit=reasons)
 
 
-def _options(needs: Needs) -> dict[str, Any]:
+class NodeChecks:
+    """Which nodes are fit: each is asked once for the code that it has, one that was not fit again after a while."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._fit: set[str] = set()
+        self._unfit: dict[str, tuple[Exception, int, float]] = {}  # why, how often in a row, when to ask again
+
+    def forget(self) -> None:
+        """Ask all nodes again: one of them has failed in a way that its first answer did not show."""
+        self._fit = set()
+
+    def unfit(self, names: Iterable[str]) -> dict[str, Exception]:
+        """Those of the nodes that are to get no work, with the reason."""
+        for name in names:
+            _, times, again_at = self._unfit.get(name, (None, 0, 0.0))
+            if name in self._fit or self._clock() < again_at:
+                continue
+            if error := _check(name):
+                wait_seconds = min(RETRY_SECONDS * 2.0**times, LONGEST_WAIT_SECONDS)
+                self._unfit[name] = error, times + 1, self._clock() + wait_seconds
+                log.error("no work for a node: %s", error)
+            else:
+                self._unfit.pop(name, None)
+                self._fit.add(name)
+        return {name: self._unfit[name][0] for name in names if name in self._unfit}
+
+
+def _check(name: str) -> Exception | None:
+    """What keeps the node from running tasks as this dispatcher means them; None where nothing does."""
+    there = NodeAffinitySchedulingStrategy(name, soft=False)
+    probe = ray.remote(num_cpus=0, max_retries=0)(code_digest).options(scheduling_strategy=there).remote()
+    try:
+        digest = ray.get(probe, timeout=PROBE_SECONDS)
+    except GetTimeoutError:
+        ray.cancel(probe, force=True)
+        advice = "mend it, or take it out of the cluster"
+        return NoWorker(f"node {name} starts no worker within {PROBE_SECONDS:g} s: {advice}")
+    except RayError as error:
+        return NoWorker(f"node {name} cannot say what code it has ({str(error).strip().splitlines()[-1]}): mend it")
+    if digest != code_digest():
+        return OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
+    return None
+
+
+def _options(needs: Needs, avoid: Collection[str] = ()) -> dict[str, Any]:
     """What a bundle needs, as Ray's options. What does not fit yet is what an autoscaler sees as demand."""
     options: dict[str, Any] = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "resources": dict(needs.custom)}
     if needs.memory_bytes:
         options["memory"] = needs.memory_bytes
     if needs.accelerator:
         options["accelerator_type"] = needs.accelerator
+    if avoid:
+        options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}
     return options
 
 

@@ -1,5 +1,6 @@
 """run(grant) -> Outcome: one match on the kind of task; and execute(bundle), its grants one after the other."""
 
+import errno
 import itertools
 import logging
 import os
@@ -15,14 +16,26 @@ from typing import assert_never
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from service.errors import ArtifactMissing, ArtifactRootFull
-from service.executor import Bundle, Failed, Grant, Lost, Message, Outcome, Progress, Reason, Started, Succeeded
+from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable
+from service.executor import (
+    Bundle,
+    Failed,
+    Fault,
+    Grant,
+    Lost,
+    Message,
+    Outcome,
+    Progress,
+    Reason,
+    Started,
+    Succeeded,
+)
 from service.interrupt import interrupt
 from service.specs import AttackTask, ControlTask, MeasureTask, Task, TrainTask, problems
 from service.specs.versions import version_of_spec
 from workers import provenance, tasks
 from workers.context import Context
-from workers.science.errors import ScienceError
+from workers.science.errors import DataFolderUnusable, ScienceError
 from workers.science.seeding import deterministic
 from workers.science.summaries import merged
 
@@ -34,6 +47,7 @@ LISTEN_SECONDS = 0.02  # an interrupt of the listening thread is heard that ofte
 OTHERS_BYTES = 1 << 30  # of a GPU's memory that others have before it counts as shared; a driver takes some itself
 GATHER_SECONDS = 0.005  # messages that come so close together travel together
 INTERRUPT_AGAIN_SECONDS = 1.0  # an interrupt that lands in a destructor is lost
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 
 
 def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progress], None]) -> Outcome:
@@ -155,17 +169,22 @@ def _produce(
 ) -> None:  # fmt: skip
     worker = f"{socket.gethostname()} pid {os.getpid()} {context.device}"
     device_broken = False
+    unfit = ""  # why the rest of the bundle is not begun here
     try:
         begun.set()  # from here on an interrupt is caught
         for grant in bundle.grants:
             if stopped.is_set():
                 break
-            if device_broken:
-                put(Lost(grant.task_id, grant.attempt, "given_back", "not started: the worker's GPU gave up before"))
+            if unfit:
+                put(Lost(grant.task_id, grant.attempt, "given_back", f"not started: {unfit}"))
                 continue
             put(Started(grant.task_id, grant.attempt, worker, context.node))
             answer, device_broken = _answer(grant, bundle, context, put)
             put(answer)
+            if device_broken:
+                unfit = "the worker's GPU gave up before"
+            elif isinstance(answer, Lost) and answer.fault is not None:
+                unfit = answer.message
     except KeyboardInterrupt:
         log.info("bundle %s was stopped", bundle.id)
     finally:
@@ -187,6 +206,8 @@ def _answer(
 
     try:
         return Succeeded(task, attempt, run(grant, bundle, context, report)), False
+    except (ArtifactRootUnusable, DataFolderUnusable, ImportError) as error:
+        return _of_the_environment(grant, bundle, context, error), False
     except ValidationError as error:
         sentences = "; ".join(f"{pointer}: {sentence}" for pointer, sentence in problems(error))
         return Failed(task, attempt, "configuration", f"this worker cannot read the task's spec: {sentences}"), False
@@ -197,9 +218,9 @@ def _answer(
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
         lost = Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}")
-    except ArtifactRootFull as error:
-        return Lost(task, attempt, "disk_full", str(error)), False
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong in a task is that task's, and is told
+    except Exception as error:  # noqa: BLE001 - whatever else goes wrong in a task is that task's, and is told
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return _of_the_environment(grant, bundle, context, error), False
         what = f"{type(error).__name__}: {error}"
         broken = isinstance(error, torch.AcceleratorError)
         return Failed(task, attempt, "error", what, traceback.format_exc()), broken
@@ -208,6 +229,21 @@ def _answer(
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
     return lost, False
+
+
+def _of_the_environment(grant: Grant, bundle: Bundle, context: Context, error: Exception) -> Lost:
+    """The loss, with the part of the environment that owns the fault."""
+    node, message = context.node, str(error)
+    reason: Reason = "disk_full" if isinstance(error, ArtifactRootFull) else "environment"
+    match error:
+        case ArtifactRootUnusable():
+            fault = Fault("artifact_root", context.artifacts.root, node, writing=error.writing)
+        case DataFolderUnusable():
+            fault = Fault("data_folder", str(context.data_dir), node, dataset=bundle.dataset)
+        case _:
+            fault = Fault("node", socket.gethostname(), node)
+            message = f"{fault.name} cannot run tasks: {type(error).__name__}: {error}"
+    return Lost(grant.task_id, grant.attempt, reason, message, fault)
 
 
 def _shared(context: Context) -> bool:

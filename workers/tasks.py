@@ -2,8 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from workers.science.datasets import (
     to_unit,
     training_indices,
 )
-from workers.science.errors import ScienceError, WrongState
+from workers.science.errors import DataFolderUnusable, DatasetCorrupt, DatasetMissing, ScienceError, WrongState
 from workers.science.evaluation import PROBES, evaluate_attack, evaluate_clean
 from workers.science.heads import linear_head, scale_head
 from workers.science.imported import as_saved, is_at_chance, require_accuracy
@@ -88,7 +88,7 @@ class Subject:
         model = build(self.training.architecture, self.data, self.training.seed)
         with ExitStack() as stack:
             try:
-                path = stack.enter_context(self.context.artifacts.local(self.checkpoint.digest))
+                path = stack.enter_context(stored(self.context, self.checkpoint.digest))
             except ArtifactMissing as error:
                 raise CheckpointMissing(f"{error}; retry the job, and its training runs again") from error
             model = as_saved(model, path)
@@ -135,7 +135,7 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
     state = None
     if grant.resume is not None:
         try:
-            with context.artifacts.local(grant.resume.digest) as path:
+            with stored(context, grant.resume.digest) as path:
                 state = load_state(path)
             note["resumed_after_epoch"] = len(state.get("reports", ()))
         except (ArtifactMissing, ScienceError) as error:
@@ -154,7 +154,7 @@ def _imported(task: TrainTask, recipe: Imported, data: ImageData, context: Conte
     """Nothing is trained: the registered weights are looked at on the test images, and are the checkpoint."""
     started = time.monotonic()
     model = build(task.architecture, data, task.seed)
-    with context.artifacts.local(recipe.weights_sha256 or "") as path:
+    with stored(context, recipe.weights_sha256 or "") as path:
         size_bytes = path.stat().st_size
         model = as_saved(model, path)
         load_weights(model, path)
@@ -238,18 +238,39 @@ def build(architecture: str, data: ImageData, seed: int) -> nn.Module:
 
 
 def read_dataset(dataset: DatasetRef, context: Context) -> ImageData:
-    """By name from the data folder; a lab's own (`npz:NAME`) from the artifacts that its digests name."""
+    """By name from the data folder; a lab's own (`npz:NAME`) from the artifacts that its digests name.
+
+    Raises `DataFolderUnusable` where another machine, or this one later, may have the files.
+    """
     if not dataset.name.startswith("npz:"):
         if dataset.name not in DATASETS:
             raise ScienceError(f"this worker knows no data set {dataset.name!r}: it runs other code than the service")
-        return DATASETS[dataset.name].read(context.data_dir)
+        try:
+            return DATASETS[dataset.name].read(context.data_dir)
+        except (DatasetMissing, DatasetCorrupt, OSError) as error:
+            raise DataFolderUnusable(f"the data folder cannot give {dataset.name}: {error}") from error
     digests = {"train.npz": dataset.train_sha256, "test.npz": dataset.test_sha256}
     with tempfile.TemporaryDirectory(prefix="uncanny-") as parent, ExitStack() as stack:
         folder = Path(parent) / dataset.name.removeprefix("npz:")
         folder.mkdir()
         for file, digest in digests.items():
-            (folder / file).symlink_to(stack.enter_context(context.artifacts.local(digest or "")).absolute())
+            (folder / file).symlink_to(stack.enter_context(stored(context, digest or "")).absolute())
         return read_npz(folder)
+
+
+@contextmanager
+def stored(context: Context, digest: str) -> Iterator[Path]:
+    """A local file with bytes that some task, or a user, has left under the artifact root.
+
+    Raises `ArtifactMissing` where they alone are missing or damaged, `ArtifactRootUnusable` where the root is.
+    """
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(context.artifacts.local(digest))
+        except ArtifactMissing:
+            context.artifacts.require_root()
+            raise
+        yield path
 
 
 def _training_numbers(done: TrainReport, model: nn.Module) -> tuple[Numbers, dict[str, Any]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.executor import Bundle, Message, Started
+from service.executor import Bundle, Fault, Lost, Message, Started
 
 if TYPE_CHECKING:
-    from workers.context import Cache
+    from workers.context import Cache, Context
 
 LISTEN_SECONDS = 0.05  # an interrupt is heard that often
 
@@ -37,32 +37,26 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
 
     A new process says at once where it is: what it does next, to import torch and to wake the GPU, may take it down or
     never end. Where the GPU gave up in this process, all grants are answered and the process ends: the next bundle gets
-    a new one.
+    a new one. So it does where it cannot prepare itself: that is the node's or the device's fault, and no task's.
     """
     import ray
 
     node = ray.get_runtime_context().get_node_id()
     if "torch" not in sys.modules:
         first = bundle.grants[0]
-        yield [Started(first.task_id, first.attempt, f"{socket.gethostname()} pid {os.getpid()}, starting", node)]
-    import_undisturbed("workers.run")
-    import torch
-
-    from service.artifacts import Artifacts
-    from workers.context import Context
+        worker = f"{socket.gethostname()} pid {os.getpid()}, starting"
+        yield [Started(first.task_id, first.attempt, worker, node, ready=False)]
+    device = "node"
+    try:
+        import_undisturbed("workers.run")
+        device = device_of(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        context = _prepared(bundle, settings, device, node)
+    except Exception as error:  # noqa: BLE001 - whatever it is, no task has begun yet
+        yield unprepared(bundle, device, node, error)
+        raise SystemExit(1) from None  # what is half imported stays so in this process
     from workers.run import DeviceBroken, batches
 
-    cache = _Warm.take(settings)
     try:
-        torch.set_num_threads(max(1, int(bundle.needs.cpus)))
-        device = torch.device(device_of(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES")))
-        share = bundle.needs.gpus if device.type == "cuda" else bundle.needs.cpus
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            # A tenant of a shared GPU that takes more than its share runs out of memory, and not its neighbours.
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-        artifacts = Artifacts(settings.artifact_root)
-        context = Context(artifacts, settings.data_dir, device, share, settings.epoch_state_seconds, cache, node)
         yield from batches(bundle, context)
     except DeviceBroken:
         raise SystemExit(1) from None
@@ -70,15 +64,54 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
         _Warm.leave(settings.idle_seconds)
 
 
+def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: str) -> "Context":
+    import torch
+
+    from service.artifacts import Artifacts
+    from workers.context import Context
+
+    torch.set_num_threads(max(1, int(bundle.needs.cpus)))
+    device = torch.device(device_name)
+    share = bundle.needs.gpus if device.type == "cuda" else bundle.needs.cpus
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # A tenant of a shared GPU that takes more than its share runs out of memory, and not its neighbours.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    artifacts = Artifacts(settings.artifact_root)
+    cache = _Warm.take(settings)
+    return Context(artifacts, settings.data_dir, device, share, settings.epoch_state_seconds, cache, node)
+
+
+def unprepared(bundle: Bundle, device: str, node: str, error: Exception) -> list[Message]:
+    """The answers for a bundle whose worker could not get ready; `device` is "node" where it came to no device."""
+    host = socket.gethostname()
+    fault = Fault("device", f"{device} of {host}", node) if device.startswith("cuda") else Fault("node", host, node)
+    why = f"{fault.name} cannot run tasks: {type(error).__name__}: {error}"
+    first, *others = bundle.grants
+    lost = Lost(first.task_id, first.attempt, "environment", why, fault)
+    return [lost, *(Lost(one.task_id, one.attempt, "given_back", f"not started: {why}") for one in others)]
+
+
 def import_undisturbed(name: str) -> None:
     """Import it in a thread of its own, which a soft cancel does not reach: torch cannot be imported a second time.
 
-    Raises KeyboardInterrupt at once, and the import goes on; whoever needs it next waits for it.
+    Raises KeyboardInterrupt at once, and the import goes on; whoever needs it next waits for it. What the import itself
+    raises is raised here.
     """
-    thread = threading.Thread(target=importlib.import_module, args=(name,), name=f"import {name}", daemon=True)
+    errors: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
+            errors.append(error)
+
+    thread = threading.Thread(target=load, name=f"import {name}", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(LISTEN_SECONDS)
+    if errors:
+        raise RuntimeError(f"{name} cannot be imported: {type(errors[0]).__name__}: {errors[0]}") from errors[0]
 
 
 def device_of(gpu_ids: list[int] | list[str], visible: str | None) -> str:

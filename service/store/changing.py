@@ -1,8 +1,9 @@
 """What can be changed of accepted work: whether it is paused, its priority, its labels."""
 
+from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, literal, select, update
 
 from service.jobs import ENDED_TASK, LIVE_JOB, TaskState
 from service.store import history
@@ -13,18 +14,31 @@ from service.store.settling import rank_anew
 from service.store.tables import Json, job_tasks, jobs, queues, sweeps, tasks
 
 
-def pause_sweep(connection: Connection, now: float, actor: str, sweep_id: str, *, paused: bool) -> bool:
+def pause_sweep(
+    connection: Connection, now: float, actor: str, sweep_id: str, *, paused: bool, reason: str | None = None
+) -> bool:  # fmt: skip
     """Detach a sweep's jobs from the queue, or attach them again: each task ranks by the unpaused jobs that are left.
 
-    What only they need is claimed no more; what runs is finished. False where nothing changes.
+    What only they need is claimed no more; what runs is finished. False where nothing changes. The `reason` is that of
+    the service, where nobody asked for it.
     """
-    changed = update(sweeps).where(sweeps.c.id == sweep_id, sweeps.c.paused.is_not(paused)).values(paused=paused)
-    if connection.execute(changed).rowcount == 0:
+    changed = update(sweeps).where(sweeps.c.id == sweep_id, sweeps.c.paused.is_not(paused))
+    if connection.execute(changed.values(paused=paused, pause_reason=reason)).rowcount == 0:
         return False
-    verb = "paused" if paused else "resumed"
-    history.append(connection, now, actor, [Event(f"sweep.{verb}", sweep_id=sweep_id)])
+    verb, data = "paused" if paused else "resumed", {"reason": reason} if reason else {}
+    history.append(connection, now, actor, [Event(f"sweep.{verb}", sweep_id=sweep_id, data=data)])
     rank_anew(connection, now, _open_tasks_of(jobs.c.sweep_id == sweep_id))
     return True
+
+
+def going_on(connection: Connection, task_ids: Collection[str]) -> list[tuple[str, str]]:
+    """`(task id, sweep id)` of the sweeps with live jobs, not paused, that have jobs which need these tasks."""
+    needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id).join(sweeps, sweeps.c.id == jobs.c.sweep_id)
+    other = jobs.alias("other")
+    live = exists().where(other.c.sweep_id == sweeps.c.id, other.c.state.in_(LIVE_JOB))
+    which = (job_tasks.c.task_id.in_(listed(task_ids)), ~sweeps.c.paused, live)
+    query = select(job_tasks.c.task_id, sweeps.c.id).distinct().select_from(needing).where(*which)
+    return [(task_id, sweep_id) for task_id, sweep_id in connection.execute(query)]
 
 
 def pause_queue(connection: Connection, now: float, actor: str, *, paused: bool) -> bool:

@@ -63,6 +63,12 @@ def lead(
     return epoch
 
 
+def leads_now(connection: Connection, now: float) -> bool:
+    """Whether anybody leads."""
+    row = leader(connection)
+    return row is not None and row.expires_at > now
+
+
 def led_by_another(row: Any, now: float, holder: str) -> bool:
     """Whether that row of `leader` is a valid lease of another dispatcher."""
     return row is not None and row.holder != holder and row.expires_at > now
@@ -243,6 +249,13 @@ def checkpoint_of(connection: Connection, train_digest: str) -> tuple[dict[str, 
     if row.checkpoint_digest is None:
         return row.spec, None
     return row.spec, ArtifactRef(row.checkpoint_digest, row.checkpoint_bytes, "checkpoint")
+
+
+def datasets_of(connection: Connection, train_digests: Collection[str]) -> dict[str, str]:
+    """The names of the data sets of these trainings, by their digests."""
+    name = tasks.c.spec["dataset"]["name"].as_string()
+    query = select(tasks.c.digest, name).where(tasks.c.digest.in_(listed(train_digests)))
+    return {digest: dataset for digest, dataset in connection.execute(query)}
 
 
 def renew(connection: Connection, now: float, holder: str, lease_seconds: float) -> None:

@@ -6,6 +6,7 @@ written is batched instead.
 """
 
 import logging
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from sqlalchemy.exc import DataError, InterfaceError, InternalError, Operational
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
-from service.errors import DatabaseAway, InvalidQuery, SchemaOutdated
+from service.errors import DatabaseAway, DatabaseFull, InvalidQuery, SchemaOutdated
 from service.store.listed import stored_json
 
 log = logging.getLogger("uncanny.database")
@@ -37,6 +38,9 @@ FROZEN_SECONDS = 15  # a writer that says nothing for so long loses its turn, on
 CONNECT_SECONDS = 5
 # Of PostgreSQL's error codes: connections, a server that stands by, a turn lost, conflicts, no room, no turn, stopping.
 AWAY = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
+FULL = "53100"  # of these codes, that of a disk without room
+LEAST_BYTES = 1 << 20  # that a SQLite file's disk has to have left: less is taken by its write-ahead log at any time
+ROOM_ROWS = 200  # that do not fit into what a few pages may have left
 SILENT_SECONDS = 20  # after which a server on the network that does not answer is taken for gone
 
 TAKE_TURNS = text(
@@ -56,6 +60,7 @@ class Database:
         self.path = Path(unquote(named)) if named else None
         """The file of a SQLite database; None in memory, and for PostgreSQL."""
         self.engine = _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(url)
+        self._full = False  # so the last writer here found it
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -70,14 +75,32 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """The one writing transaction at a time: committed as a whole at the end, or not at all.
 
-        Raises `DatabaseAway` where the database cannot be reached or has no room left; then nothing was written,
-        unless the connection broke during the commit itself.
+        Raises `DatabaseAway` where the database cannot be reached, `DatabaseFull` where it has no room left; then
+        nothing was written, unless the connection broke during the commit itself.
         """
-        with _translated(), self.engine.connect().execution_options(uncanny_write=True) as connection:
-            with connection.begin():
-                if not self.is_sqlite:
-                    connection.execute(TAKE_TURNS)
-                yield connection
+        try:
+            with _translated(), self.engine.connect().execution_options(uncanny_write=True) as connection:
+                with connection.begin():
+                    if not self.is_sqlite:
+                        connection.execute(TAKE_TURNS)
+                    yield connection
+        except DatabaseFull:
+            self._full = True
+            raise
+        self._full = False
+
+    def check_room(self, *, doubt: bool = False) -> None:
+        """Raises `DatabaseFull` where its disk has no room left.
+
+        In `doubt`, and after a write that found none, some pages of rows are written and deleted to find out.
+        """
+        if self.path and (free := shutil.disk_usage(self.path.parent).free) < LEAST_BYTES:
+            raise DatabaseFull(f"the database's disk is full ({free} bytes left at {self.path.parent}): make room")
+        if doubt or self._full:
+            with self.write() as connection:
+                rows = [{"name": f"room {n} {'x' * 30}"} for n in range(ROOM_ROWS)]
+                connection.execute(text("INSERT INTO counters (name, value) VALUES (:name, 0)"), rows)
+                connection.execute(text("DELETE FROM counters WHERE name LIKE 'room %'"))
 
     def now(self, connection: Connection) -> float:
         """Seconds since 1970 by the clock of the database, the only one that leases go by."""
@@ -177,7 +200,7 @@ def _translated() -> Iterator[None]:
     except (OperationalError, InterfaceError, InternalError) as error:
         if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR or not _is_away(error.orig):
             raise  # a mistake in a statement, such as a table that is not there
-        raise DatabaseAway(_sentence(error)) from error
+        raise _away(error) from error
     except DataError as error:
         if "NUL" not in str(error.orig):
             raise
@@ -185,7 +208,7 @@ def _translated() -> Iterator[None]:
     except psycopg.OperationalError as error:  # of a COPY, which is between us and the driver
         if not _is_away(error):
             raise
-        raise DatabaseAway(_sentence(error)) from error
+        raise _away(error) from error
     except PoolTimeout as error:
         raise DatabaseAway("all connections to the database are busy: it will be tried again") from error
 
@@ -196,8 +219,9 @@ def _is_away(error: BaseException | None) -> bool:
     return state is None or state.startswith(AWAY)
 
 
-def _sentence(error: Exception) -> str:
-    said = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-    if "full" in said or "No space left" in said:
-        return f"the database's disk is full ({said}): make room; nothing was written"
-    return f"the database does not answer ({said}): it will be tried again"
+def _away(error: Exception) -> DatabaseAway:
+    origin = getattr(error, "orig", None) or error
+    said = str(origin).strip().splitlines()[0]
+    if getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(origin, "sqlstate", None) == FULL:
+        return DatabaseFull(f"the database's disk is full ({said}): make room; nothing was written")
+    return DatabaseAway(f"the database does not answer ({said}): it will be tried again")

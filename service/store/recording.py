@@ -32,7 +32,7 @@ RESULTS = {"train": trainings, "measure": measurements, "attack": attack_results
 THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
 Key = tuple[str, int]
 COSTLY = {"worker_died", "out_of_memory", "stalled"}  # losses that may be the task's own doing
-PATIENT = {"out_of_shared_memory", "disk_full"}  # those that would come again at once
+PATIENT = {"out_of_shared_memory"}  # those that would come again at once
 LONGEST_WAIT_SECONDS = 600.0
 
 

@@ -89,6 +89,7 @@ sweeps = Table(
     Column("priority", Integer, nullable=False),
     Column("labels", Json, nullable=False),
     Column("paused", Boolean, nullable=False),
+    Column("pause_reason", Text),  # where the service itself has paused it
     Column("created_at", Float(53), nullable=False),
 )
 

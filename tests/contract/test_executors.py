@@ -312,14 +312,16 @@ def test_a_worker_that_does_not_hear_is_killed_after_the_grace_period(ray_lab: L
     assert GRACE_SECONDS <= time.monotonic() - started < GRACE_SECONDS + 5
 
 
-def test_code_that_breaks_outside_of_a_task_is_its_first_tasks_error(ray_lab: Lab) -> None:
+def test_a_worker_that_breaks_before_a_task_has_begun_is_the_environments_fault(ray_lab: Lab) -> None:
     plan = endless()
     bundle = ray_lab.submit(plan, plan.train.stored_spec, plan.train.stored_spec, name="broken")
     messages = ray_lab.until(bundle)
-    assert reasons(messages, bundle) == ["Failed", "given_back"]
-    failed = answers(messages, bundle)[0]
-    assert isinstance(failed, Failed)
-    assert (failed.kind, failed.message) == ("error", "the worker failed: no module named torch")
+    assert reasons(messages, bundle) == ["environment", "given_back"]
+    lost = answers(messages, bundle)[0]
+    assert isinstance(lost, Lost)
+    assert lost.message == "the worker failed: no module named torch"
+    assert lost.fault is not None
+    assert lost.fault.owner == "node"
 
 
 @pytest.mark.slow  # further processes of Ray, which import torch

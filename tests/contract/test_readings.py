@@ -265,7 +265,8 @@ def test_events_and_progress(service: Service, insights: Insights, executor: Scr
 
 
 def test_queue_and_cluster(service: Service, insights: Insights, finish: Any) -> None:
-    assert insights.cluster() == {"leading": False, "dispatcher": None, "lease_expires_at": None, "status": {}}
+    nobody = {"leading": False, "dispatcher": None, "lease_expires_at": None, "set_aside": [], "status": {}}
+    assert insights.cluster() == nobody
     submit(service)
     assert insights.queue()["jobs"] == {"queued": 2}
     assert insights.queue()["tasks"]["train"] == {"queued": 1}

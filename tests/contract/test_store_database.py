@@ -14,13 +14,13 @@ from sqlalchemy import Connection, MetaData, Table, column, event, insert, inspe
 from sqlalchemy.exc import IntegrityError
 
 from service.artifacts import Artifacts
-from service.errors import DatabaseAway, SchemaOutdated
+from service.errors import DatabaseAway, DatabaseFull, SchemaOutdated
 from service.specs import JobSpec
 from service.store import Database, history
 from service.store import database as database_module
 from service.store.history import Event
 from service.store.result_tables import results
-from service.store.tables import events, metadata, sweeps
+from service.store.tables import counters, events, metadata, sweeps
 from service.submission import Idempotency
 
 if TYPE_CHECKING:
@@ -305,13 +305,18 @@ class TestAway:
                 with database.write() as connection:
                     append(connection, "x" * 200)
 
-        with pytest.raises(DatabaseAway, match=r"disk is full .* make room; nothing was written"):
+        with pytest.raises(DatabaseFull, match=r"disk is full .* make room; nothing was written"):
             fill()
+        with pytest.raises(DatabaseFull, match="disk is full"):  # it is tried, as the last writer found none
+            database.check_room()
         with database.read() as connection:
             written = history.last_id(connection)
             assert len(connection.execute(select(events)).all()) == written > 0
         database.close()
         roomy = Database(sqlite_url)
+        roomy.check_room(doubt=True)
+        with roomy.read() as connection:
+            assert connection.execute(select(counters).where(counters.c.name.like("room%"))).all() == []
         with roomy.write() as connection:
             append(connection)
         with roomy.read() as connection:

@@ -8,7 +8,7 @@ import pytest
 from dispatching import Scripted, dispatcher, passes, succeeds
 
 from service import decisions
-from service.dispatcher import PASS_ON_SECONDS
+from service.claims import PASS_ON_SECONDS
 from service.errors import Conflict, NotFound
 from service.executor import Capacity
 from service.explaining import explain

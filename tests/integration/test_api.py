@@ -1,12 +1,15 @@
 """Every route with what it is for and with what it refuses, over real HTTP."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +19,7 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from service.settings import Settings
+from service.store import Database
 from service.store.fields import RESULTS
 
 JOB = {
@@ -711,6 +715,37 @@ def test_a_database_that_is_away_is_503_with_retry_after(tmp_path: Path) -> None
 def test_an_old_schema_is_said_by_readyz(tmp_path: Path) -> None:
     with application(Settings(home=tmp_path)) as http:
         assert "uncanny db upgrade" in refused(http.get("/readyz"), 503)["detail"]
+
+
+def test_a_full_disk_under_the_database_is_named_by_readyz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(home=tmp_path)
+    Database(settings.database).upgrade()
+    with application(settings) as http:
+        assert http.get("/readyz").status_code == 200
+        left = SimpleNamespace(total=1 << 30, used=1 << 30, free=4096)
+        monkeypatch.setattr("service.store.database.shutil.disk_usage", lambda _: left)
+        response = http.get("/readyz")
+        detail = refused(response, 503)["detail"]
+        assert detail == f"the database's disk is full (4096 bytes left at {tmp_path}): make room"
+        assert int(response.headers["retry-after"]) > 0
+        assert http.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(("number", "status", "wait"), [(errno.ENOSPC, 507, 30), (errno.EROFS, 503, 2)])
+def test_an_artifact_root_that_takes_no_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int, wait: int
+) -> None:
+    settings = Settings(home=tmp_path)
+    Database(settings.database).upgrade()
+
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with application(settings) as http:
+        monkeypatch.setattr("service.artifacts.tempfile.TemporaryDirectory", refuses)
+        response = http.put(f"/v1/artifacts/{'0' * 64}", content=b"bytes")
+        assert os.strerror(number) in refused(response, status)["detail"]
+        assert response.headers["retry-after"] == str(wait)
 
 
 def test_what_nobody_expected_is_a_problem_too(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """Bytes by digest, on a folder and on a file system that is not one."""
 
+import errno
 import hashlib
 import os
+import resource
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
+from service import artifacts
 from service.artifacts import Artifacts
-from service.errors import ArtifactMissing
+from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable
 
 BYTES = b"flat minima" * 1000
 DIGEST = hashlib.sha256(BYTES).hexdigest()
@@ -78,6 +82,80 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space left"):
         store.write("checkpoint", half)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+class TestUnusable:
+    """A root that takes or gives no bytes is told from bytes that are not there, by the system's own error."""
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+    def test_no_room(self, tmp_path: Path, number: int) -> None:
+        def full(path: Path) -> None:
+            raise OSError(number, "whatever it says")
+
+        with pytest.raises(ArtifactRootFull, match="there is no room under the artifact root"):
+            Artifacts(str(tmp_path / "artifacts")).write("checkpoint", full)
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    def test_a_library_that_does_not_say_why_is_not_asked(self, tmp_path: Path) -> None:
+        """Files may not grow beyond a limit, as on a full disk: torch and safetensors say what they like."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def half(path: Path) -> None:
+            with path.open("wb") as file, suppress(OSError):
+                while True:
+                    file.write(BYTES)
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 10, before[1]))
+        try:
+            with pytest.raises(ArtifactRootFull, match="File too large"):
+                Artifacts(str(tmp_path / "artifacts")).write("checkpoint", half)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with pytest.raises(RuntimeError, match="unexpected pos"):
+            Artifacts(str(tmp_path / "artifacts")).write("checkpoint", self._breaks)
+
+    @staticmethod
+    def _breaks(_: Path) -> None:
+        raise RuntimeError("unexpected pos: No space left on device, says the text")
+
+    def test_a_root_that_cannot_be(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ArtifactRootUnusable, match="nothing can be written") as caught:
+            Artifacts(str(tmp_path / "file" / "root")).write_chunks("checkpoint", [BYTES])
+        assert caught.value.writing
+
+    def test_bytes_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = Artifacts(str(tmp_path / "artifacts"))
+        store.write_chunks("checkpoint", [BYTES])
+
+        def broken(_: Path) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(artifacts, "_sha256", broken)
+        with pytest.raises(ArtifactRootUnusable, match="nothing can be read") as caught, store.local(DIGEST):
+            pass
+        assert not caught.value.writing
+
+    def test_an_object_store_that_does_not_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = Artifacts(f"memory://{uuid4().hex}")
+
+        def away(*_: object, **__: object) -> None:
+            raise RuntimeError("EndpointConnectionError")
+
+        monkeypatch.setattr(store._fs, "open", away)
+        with pytest.raises(ArtifactRootUnusable, match="EndpointConnectionError"):
+            store.write_chunks("checkpoint", [BYTES])
+
+    @pytest.mark.parametrize("state", ["is not there", "is empty"])
+    def test_all_of_it_missing(self, tmp_path: Path, state: str) -> None:
+        store = Artifacts(str(tmp_path / "artifacts"))
+        if state == "is empty":
+            (tmp_path / "artifacts").mkdir()
+        with pytest.raises(ArtifactRootUnusable, match=f"{state}: mount its disk"):
+            store.require_root()
+        store.write_chunks("checkpoint", [BYTES])
+        store.require_root()
 
 
 def test_several_may_write_the_same_bytes_at_once(tmp_path: Path) -> None:

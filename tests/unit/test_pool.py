@@ -15,11 +15,12 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayError,
+    RayTaskError,
     WorkerCrashedError,
 )
 
 from service.artifacts import Artifacts
-from service.executor import Bundle, Failed, Grant, Lost, Needs
+from service.executor import Bundle, Failed, Fault, Grant, Lost, Needs, Started
 from service.settings import Settings
 from workers import cluster, dispatch, pool, run
 from workers.context import Context
@@ -102,6 +103,38 @@ class TestLosses:
             "died": "node_died", "preempted": "preempted", "lives": "worker_died",
         }  # fmt: skip
 
+    @pytest.mark.parametrize(("ready", "reason"), [(False, "environment"), (True, "worker_died")])
+    def test_a_worker_that_dies_before_it_is_ready_is_the_nodes_fault(
+        self, executor: pool.RayExecutor, monkeypatch: pytest.MonkeyPatch, ready: bool, reason: str
+    ) -> None:
+        bundle = Bundle("b", tuple(Grant(name, 1, "d", {"kind": "measure"}) for name in "ab"), {})
+        executor._bundles["b"] = pool._Running(pool.Ledger(bundle), iter(["started"]))
+        monkeypatch.setattr(pool.ray, "get", lambda _: [Started("a", 1, "gpu7 pid 3, starting", "n7", ready)])
+        executor._read("b")
+        lost, rest = executor._end("b", "worker_died", "it crashed")
+        assert isinstance(lost, Lost)
+        assert lost.reason == reason
+        assert lost.fault == (None if ready else Fault("node", "gpu7", "n7"))
+        assert isinstance(rest, Lost)
+        assert (rest.reason, rest.fault) == ("given_back", None)
+
+    def test_a_body_that_cannot_even_begin_is_no_tasks_fault(
+        self, executor: pool.RayExecutor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        executor._checks._fit = {"n1"}
+        executor._bundles["b"] = pool._Running(
+            pool.Ledger(Bundle("b", (Grant("a", 1, "d", {}),), {})), iter(["the body is not there"])
+        )
+
+        def fails(_: object) -> None:
+            raise RayTaskError("run_bundle", "Traceback", ModuleNotFoundError("No module named 'service'"))
+
+        monkeypatch.setattr(pool.ray, "get", fails)
+        [lost] = executor._read("b")
+        assert isinstance(lost, Lost)
+        assert (lost.reason, lost.fault) == ("environment", Fault("node", "a node of the cluster", ""))
+        assert executor._checks._fit == set(), "all nodes are asked again"
+
     @pytest.mark.parametrize(
         ("device", "share", "others_bytes", "reason"),
         [
@@ -137,6 +170,8 @@ class TestNeeds:
             "resources": {"fast_disk": 1.0},
         }  # fmt: skip
         assert pool._options(Needs()) == {"num_cpus": 1.0, "num_gpus": 0.0, "resources": {}}
+        kept_away = pool._options(Needs(), {"b", "a"})["label_selector"]
+        assert kept_away == {"ray.io/node-id": "!in(a,b)"}
 
     def test_what_ray_refuses_fails_its_tasks_with_a_sentence(self, executor: pool.RayExecutor) -> None:
         executor._capacity = pool.Capacity(True, 8.0, 0.0)
@@ -149,12 +184,14 @@ class TestNeeds:
 
 
 class TestCode:
-    def test_no_claims_while_a_node_has_other_code(
+    def test_a_node_of_other_code_gets_no_work_and_stops_no_other(
         self, executor: pool.RayExecutor, ray_has: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one, two = "a" * 56, "b" * 56
         ray_has(node(one, CPU=4), node(two, CPU=4))
-        there = {one: pool.code_digest(), two: "0" * 64}
+        there = {one: "0" * 64, two: "0" * 64}
+        now = 100.0
+        executor._checks = pool.NodeChecks(lambda: now)
         asked: list[str] = []
 
         class Probe:
@@ -167,16 +204,26 @@ class TestCode:
 
         monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda _: Probe())
         monkeypatch.setattr(pool.ray, "get", lambda answer, timeout: answer)
-        checked: set[str] = set()
-        with pytest.raises(pool.OtherCode, match=r"node b{56} has other code than this dispatcher"):
-            executor._look(checked)
+        with pytest.raises(pool.OtherCode, match=r"node a{56} has other code than this dispatcher"):
+            executor._look()
+        there[one] = pool.code_digest()
+        now += pool.RETRY_SECONDS
+        executor._capacity = capacity = executor._look()
+        assert (capacity.ready, capacity.cpus, capacity.names) == (True, 4.0, (one,))
+        assert list(capacity.unfit) == [two]
+        assert f"node {two} has other code" in capacity.unfit[two]
+        assert asked == [one, two, one, two]
+        executor._look()
+        assert asked == [one, two, one, two], "each node once; one that is not fit after a while again"
         there[two] = pool.code_digest()
-        capacity = executor._look(checked)
-        assert (capacity.ready, capacity.cpus, asked) == (True, 8.0, [one, two, two]), "each node once"
-        executor._look(checked)
-        assert len(asked) == 3
+        now += 2 * pool.RETRY_SECONDS
+        assert executor._look() == pool.Capacity(True, 8.0, 0.0, ({"CPU": 4}, {"CPU": 4}), (one, two))
+        assert asked[4:] == [two]
+        executor._checks.forget()
+        executor._look()
+        assert asked[5:] == [one, two], "after a failure that the first answer did not show"
 
-    def test_nor_while_a_node_starts_no_worker(
+    def test_nor_does_one_that_starts_no_worker(
         self, executor: pool.RayExecutor, ray_has: Callable[..., None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ray_has(node("a" * 56, CPU=4))
@@ -196,7 +243,7 @@ class TestCode:
         monkeypatch.setattr(pool.ray, "get", wait_in_vain)
         monkeypatch.setattr(pool.ray, "cancel", lambda probe, force: cancelled.append(probe))
         with pytest.raises(pool.NoWorker, match=r"node a{56} starts no worker within 60 s"):
-            executor._look(set())
+            executor._look()
         assert cancelled == ["probe"]
 
 

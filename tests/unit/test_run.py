@@ -1,6 +1,10 @@
 """Tasks as a worker runs them, without Ray: outcomes, resuming, caches, and every way in which a task can end."""
 
+import errno
 import json
+import os
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +23,7 @@ from service.executor import (
     ArtifactRef,
     Bundle,
     Failed,
+    Fault,
     Grant,
     Lost,
     Message,
@@ -549,6 +554,120 @@ def test_after_an_error_of_the_device_the_rest_is_given_back(
         messages.extend(run.execute(Bundle("b", both, plan.train.stored_spec, trained[0]), context))
     assert isinstance(answer(messages, "broken"), Failed)
     assert answer(messages, "next") == Lost("next", 1, "given_back", getattr(answer(messages, "next"), "message", ""))
+
+
+class TestEnvironment:
+    """What fails around a task is not the task's: its attempt is lost with the owner of the fault."""
+
+    @pytest.fixture
+    def lost(self, request: pytest.FixtureRequest) -> Callable[..., Lost]:
+        def lose(context: Context, name: str = "digits", *, training: bool = False) -> Lost:
+            plan = plan_job(job(dataset=name), DatasetRef(name=name))
+            first = plan.train if training else plan.closed_forms
+            grants = grant(first, "first"), grant(plan.attack, "next")
+            checkpoint = None if training else request.getfixturevalue("trained")[0]
+            bundle = Bundle("b", grants, plan.train.stored_spec, checkpoint)
+            messages = list(run.execute(bundle, replace(context, node="n7", cache=Cache())))
+            found = answer(messages, "first")
+            assert isinstance(found, Lost), found
+            given_back = answer(messages, "next")
+            assert isinstance(given_back, Lost)
+            assert (given_back.reason, given_back.fault) == ("given_back", None)
+            return found
+
+        return lose
+
+    @pytest.mark.parametrize("root", ["absent", "empty", "a file"])
+    def test_an_artifact_root_that_is_gone(
+        self, context: Context, lost: Callable[..., Lost], tmp_path: Path, root: str
+    ) -> None:
+        away = tmp_path / "away"
+        if root == "empty":
+            away.mkdir()
+        if root == "a file":
+            away.write_text("")
+        found = lost(replace(context, artifacts=Artifacts(str(away))))
+        assert found.reason == "environment"
+        assert found.fault == Fault("artifact_root", str(away), "n7")
+        assert "mount" in found.message
+
+    @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+    def test_one_that_takes_no_bytes(
+        self, context: Context, lost: Callable[..., Lost], monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        """By the error that the system gives: who runs the tests may write everywhere."""
+        real = os.mkdir
+        root = context.artifacts.root
+
+        def refuses(path: Any, *args: Any, **options: Any) -> None:
+            if str(path).startswith(root):
+                raise OSError(number, os.strerror(number), str(path))
+            real(path, *args, **options)
+
+        monkeypatch.setattr(os, "mkdir", refuses)
+        found = lost(context, training=True)
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        assert found.reason == ("disk_full" if full else "environment")
+        assert found.fault == Fault("artifact_root", root, "n7", writing=True)
+        assert os.strerror(number) in found.message
+
+    def test_one_under_a_file(self, context: Context, lost: Callable[..., Lost], tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        found = lost(replace(context, artifacts=Artifacts(str(tmp_path / "file" / "root"))), training=True)
+        assert found.fault == Fault("artifact_root", str(tmp_path / "file" / "root"), "n7", writing=True)
+
+    @pytest.mark.parametrize("name", ["cifar10", "mnist", "svhn"])
+    @pytest.mark.parametrize("folder", ["absent", "a file", "of other files", "full"])
+    def test_a_data_folder_that_has_not_got_the_files(
+        self, context: Context, lost: Callable[..., Lost], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+        folder: str,
+    ) -> None:  # fmt: skip
+        data = tmp_path / "images"
+        places = {"cifar10": "cifar-10-batches-py/test_batch", "mnist": "MNIST/raw/train-images-idx3-ubyte.gz"}
+        if folder == "a file":
+            data.write_text("")
+        if folder == "of other files":
+            path = data / places.get(name, "train_32x32.mat")
+            path.parent.mkdir(parents=True)
+            path.write_bytes(b"another file")
+
+        def nowhere(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device") if folder == "full" else OSError("no network here")
+
+        monkeypatch.setattr("urllib.request.urlopen", nowhere)
+        found = lost(replace(context, data_dir=data), name, training=True)
+        assert (found.reason, found.fault) == ("environment", Fault("data_folder", str(data), "n7", dataset=name))
+        assert found.message.startswith(f"the data folder cannot give {name}: ")
+
+    def test_a_library_that_is_not_there(
+        self, context: Context, lost: Callable[..., Lost], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+        found = lost(context, "cifar10", training=True)
+        assert (found.reason, found.fault) == ("environment", Fault("node", socket.gethostname(), "n7"))
+        assert "cannot run tasks: ModuleNotFoundError" in found.message
+
+    def test_no_room_for_what_is_temporary(
+        self, context: Context, lost: Callable[..., Lost], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(tasks, "run_measure", full)
+        found = lost(context)
+        assert (found.reason, found.fault) == ("environment", Fault("node", socket.gethostname(), "n7"))
+
+    def test_a_checkpoint_that_alone_is_missing_is_a_failure(
+        self, context: Context, trained: tuple[ArtifactRef, list[Message]]
+    ) -> None:
+        """The root is there, and has other bytes: waiting would not bring these back."""
+        plan = plan_job(job(), DatasetRef(name="digits"))
+        context.artifacts.delete(trained[0].digest)
+        context.artifacts.write_chunks("arrays", [b"other bytes"])
+        bundle = Bundle("b", (grant(plan.closed_forms),), plan.train.stored_spec, trained[0])
+        failed = answer(list(run.execute(bundle, replace(context, cache=Cache()))))
+        assert isinstance(failed, Failed)
+        assert failed.kind == "missing_checkpoint"
 
 
 def test_closing_the_stream_stops_the_training(context: Context) -> None:

@@ -1,5 +1,6 @@
 """What a worker process finds out and keeps, without a Ray to run in."""
 
+import socket
 import subprocess
 import sys
 import threading
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from service.executor import Bundle, Fault, Grant, Lost
 from service.interrupt import interrupt
 from workers.context import Cache
-from workers.worker import WorkerSettings, _Warm, device_of
+from workers.worker import WorkerSettings, _Warm, device_of, import_undisturbed, unprepared
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,26 @@ print(float(torch.ones(2).sum()))
 def test_a_cancel_while_torch_is_imported_does_not_break_the_process_for_the_next() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["False", "2.0"], done.stderr
+
+
+def test_an_import_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_cuda.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="needs_cuda cannot be imported: OSError: libcudart"):
+        import_undisturbed("needs_cuda")
+
+
+@pytest.mark.parametrize(("device", "owner", "name"), [("node", "node", ""), ("cuda:1", "device", "cuda:1 of ")])
+def test_a_worker_that_does_not_get_ready_loses_one_attempt_and_gives_back_the_rest(
+    device: str, owner: str, name: str
+) -> None:
+    grants = tuple(Grant(task, 1, "d", {}) for task in "abc")
+    lost, *rest = unprepared(Bundle("b", grants, {}), device, "n7", RuntimeError("it does not wake up"))
+    assert isinstance(lost, Lost)
+    assert lost.reason == "environment"
+    assert lost.fault == Fault(owner, f"{name}{socket.gethostname()}", "n7")  # type: ignore[arg-type]
+    assert "it does not wake up" in lost.message
+    assert [getattr(one, "reason", "") for one in rest] == ["given_back"] * 2
 
 
 def test_nobody_is_interrupted_within_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,12 @@ class DatasetCorrupt(ScienceError):
     """The files of a data set are not the ones that were promised (checksum, shape, dtype)."""
 
 
+class DataFolderUnusable(ScienceError):
+    """The data folder of this machine does not have the right files of a data set: it is absent, read-only or full, it
+    lacks them, or has others. Elsewhere, or later, it may have them.
+    """
+
+
 class NoLinearHead(ScienceError):
     """The network does not end in a linear layer, so its penultimate layer has no closed form."""
 

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from dispatching import CLOCK, PATIENT, Scripted, dispatcher, passes, running, succeeds, tick_until_idle, wait_for
@@ -23,6 +23,8 @@ from service.executor import (
 )
 from service.store import tables
 from service.store.tables import attempts, events, tasks
+
+SHARED_MEMORY: Literal["out_of_shared_memory"] = "out_of_shared_memory"
 
 
 class TestCancellation:
@@ -199,11 +201,11 @@ class TestLosses:
         assert (scripted.grants[2].task_id, scripted.bundles[2].needs.gpus) == (first.task_id, 1.0)
         assert [row.device_share for row in lab.rows(attempts, task_id=first.task_id)] == [0.5, 1.0], "and pays for it"
 
-    def test_who_finds_no_room_waits_longer_each_time(self, lab: Any, scripted: Scripted) -> None:
+    def test_who_finds_no_memory_waits_longer_each_time(self, lab: Any, scripted: Scripted) -> None:
         lab.submit()
         one = dispatcher(lab, scripted, backoff_seconds=10.0)
         waits = []
-        for attempt, reason in enumerate(["disk_full"] * 9 + ["node_died", "disk_full"], 1):
+        for attempt, reason in enumerate([SHARED_MEMORY] * 9 + ["node_died", SHARED_MEMORY], 1):
             one.tick()
             [row] = lab.rows(tasks, kind="train")
             scripted.said = [Lost(row.id, attempt, reason, "no room")]
