@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import fsspec
 
-from service.errors import ArtifactMissing, ArtifactRootFull
+from service.errors import ArtifactMissing, ArtifactRootFull, InvalidSpec
 from service.executor import ArtifactRef
 
 CHUNK_BYTES = 1 << 20
@@ -56,12 +56,26 @@ class Artifacts:
 
         Raises `ArtifactRootFull` where there is no room; then nothing of it is left.
         """
-        with self._room(), tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch()) as folder, self._room():
-            path = Path(folder) / "bytes"
+        with self._room(), self._new_file() as path, self._room():
             fill(path)
-            digest, size = _sha256(path)
-            self._publish(path, digest)
+            digest, size = self._publish(path)
         return ArtifactRef(digest, size, kind)
+
+    @contextmanager
+    def receiving(self, digest: str) -> Iterator[BinaryIO]:
+        """A file to write these bytes to, piece by piece; at the end of the context they are published.
+
+        Raises `InvalidSpec` if they are others, `ArtifactRootFull` as `write` does. Then nothing of them is left.
+        """
+        with self._room(), self._new_file() as path, self._room():
+            with path.open("wb") as file:
+                yield file
+            self._publish(path, digest)
+
+    @contextmanager
+    def _new_file(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch()) as folder:
+            yield Path(folder) / "bytes"
 
     @contextmanager
     def _room(self) -> Iterator[None]:
@@ -187,7 +201,11 @@ class Artifacts:
         os.makedirs(self._base, mode=0o700, exist_ok=True)
         return str(self._base)
 
-    def _publish(self, path: Path, digest: str) -> None:
+    def _publish(self, path: Path, promised: str | None = None) -> tuple[str, int]:
+        """The SHA-256 and the size of a file, now under the root. Raises `InvalidSpec` for another than promised."""
+        digest, size = _sha256(path)
+        if promised not in (None, digest):
+            raise InvalidSpec([("", f"these bytes have the SHA-256 {digest}, not {promised}")])
         target = self._path(digest)
         if self._local:
             mode = stat.S_IMODE(
@@ -203,6 +221,7 @@ class Artifacts:
         else:  # also where it is there: what is published again is new to the collector of garbage
             with path.open("rb") as source, self._fs.open(target, "wb") as sink:
                 shutil.copyfileobj(source, sink, CHUNK_BYTES)
+        return digest, size
 
 
 def _modified(info: Mapping[str, Any]) -> float | None:

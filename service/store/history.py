@@ -1,6 +1,6 @@
 """Events: an append-only row per state change, with the actor. The audit log, and what the live stream sends."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,21 @@ def after(
     if job_id is not None:
         query = query.where((events.c.job_id == job_id) | needed.where(job_tasks.c.job_id == job_id))
     return [dict(row._mapping) for row in connection.execute(query)]
+
+
+def needing(
+    connection: Connection, task_ids: Collection[str], sweep_ids: Collection[str], job_ids: Collection[str]
+) -> dict[str, set[str]]:
+    """Which of these sweeps and jobs need each of these tasks."""
+    of_sweeps = select(job_tasks.c.task_id, jobs.c.sweep_id).join(jobs, jobs.c.id == job_tasks.c.job_id).distinct()
+    of_jobs = select(job_tasks.c.task_id, job_tasks.c.job_id)
+    found: dict[str, set[str]] = {task_id: set() for task_id in task_ids}
+    for column, ids, query in ((jobs.c.sweep_id, sweep_ids, of_sweeps), (job_tasks.c.job_id, job_ids, of_jobs)):
+        if ids and task_ids:
+            query = query.where(column.in_(ids))
+            for task_id, needed_by in connection.execute(query.where(job_tasks.c.task_id.in_(task_ids))):
+                found[task_id].add(needed_by)
+    return found
 
 
 def last_id(connection: Connection) -> int:

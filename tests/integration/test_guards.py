@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from api.app import create_app
-from api.events import POLL_SECONDS, RENEW_SECONDS
+from api.feed import POLL_SECONDS, RENEW_SECONDS
 from service.access import Access, Caller
 from service.errors import Conflict, NotFound, Unauthenticated
 from service.insights import Insights
@@ -302,7 +302,7 @@ def ends(lab: Guarded, secret: str, meanwhile: Callable[[], object]) -> tuple[bo
 
 @pytest.mark.parametrize("how", ["revoked", "expired", "disabled"])
 def test_a_stream_of_events_ends_with_its_token(lab: Guarded, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.events.RENEW_SECONDS", 0.1)
+    monkeypatch.setattr("api.feed.RENEW_SECONDS", 0.1)
     days = 1.0 / 86_400 if how == "expired" else None
     lab.access.put_user("dora", {}, actor="root")
     made = lab.access.create_token("dora", "watching", "read", days, by=Caller("root"))
