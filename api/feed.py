@@ -16,8 +16,10 @@ from api.turns import Busy
 from service.access import Access, Caller
 from service.errors import DatabaseAway, Unauthenticated
 from service.insights import Insights
+from service.store.history import PAGE
 
 POLL_SECONDS = 0.3
+BREATHS, LONGEST_PAUSE_SECONDS = 4, 2.0  # between two looks: so many times as long as giving out took
 RENEW_SECONDS = 5.0  # so often it is asked whether the callers' tokens are still good
 MOST_READERS = 2000
 MOST_PENDING = 64  # looks of which a reader may be behind, before it reads from the database again
@@ -107,11 +109,13 @@ class Feed:
     async def _look(self) -> None:
         try:
             while self._readers and not self._is_stopping():
+                began = time.monotonic()
                 is_full = await self._tell()
+                pause = BREATHS * (time.monotonic() - began)
                 if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
                     await self._renew()
                 if not is_full:
-                    await asyncio.sleep(POLL_SECONDS)
+                    await asyncio.sleep(max(POLL_SECONDS, min(pause, LONGEST_PAUSE_SECONDS)))
         except DatabaseAway:
             pass  # the clients come back, and then are told so
         finally:
@@ -134,7 +138,7 @@ class Feed:
         changed = {task_id for task_id, of in told.items() if self._told.get(task_id) != of}
         self._told = told
         await self._give(happened, running, changed)
-        return bool(happened)
+        return len(happened) >= PAGE
 
     async def _give(self, happened: list[dict[str, Any]], running: list[dict[str, Any]], changed: set[str]) -> None:
         events = [(event, event_piece(event)) for event in happened]

@@ -10,6 +10,9 @@ from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
 
 
+PAGE = 1000  # events that are read at once
+
+
 @dataclass(frozen=True)
 class Event:
     """Something happened to a job, a task or a sweep: `kind` is `noun.verb`, as in `task.succeeded`."""
@@ -75,7 +78,7 @@ def _append_for(
 
 
 def after(
-    connection: Connection, last_id: int, *, sweep_id: str | None = None, job_id: str | None = None, limit: int = 1000
+    connection: Connection, last_id: int, *, sweep_id: str | None = None, job_id: str | None = None, limit: int = PAGE
 ) -> list[dict[str, Any]]:
     """Events later than `last_id`, oldest first, of everything or of one sweep or job and the tasks that it needs."""
     query = select(events).where(events.c.id > last_id).order_by(events.c.id).limit(limit)
