@@ -89,7 +89,7 @@ async def follow_events(
     last_id, of = start
     past = _Past(insights, users, caller, last_id, of)
     if follow:
-        reader = Reader(caller, **of)
+        reader = Reader(caller, of["sweep_id"], of["job_id"])
         await feed.join(reader)
         pieces = _followed(past, reader, feed)
     else:

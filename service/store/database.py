@@ -178,12 +178,13 @@ def _postgresql_engine(url: str, statement_seconds: float | None) -> Engine:
     )  # fmt: skip
     ping = engine.dialect.do_ping
 
-    def ping_in_time(connection: Any) -> bool:
-        connection.silent_seconds, before = PING_SECONDS, connection.silent_seconds
+    def ping_in_time(dbapi_connection: Any) -> bool:
+        usual = dbapi_connection.silent_seconds
+        dbapi_connection.silent_seconds = PING_SECONDS
         try:
-            return ping(connection)
+            return ping(dbapi_connection)
         finally:
-            connection.silent_seconds = before
+            dbapi_connection.silent_seconds = usual
 
     @event.listens_for(engine, "do_connect")
     def _connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:

@@ -9,7 +9,6 @@ from sqlalchemy import ColumnElement, Connection, Select, Table, exists, func, i
 from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
 
-
 PAGE = 1000  # events that are read at once
 
 
