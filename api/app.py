@@ -2,6 +2,7 @@
 
 from importlib import metadata
 
+from anyio import CapacityLimiter
 from fastapi import Depends, FastAPI
 
 from api import (
@@ -23,10 +24,12 @@ from api import (
     sweeps,
     tasks,
 )
-from api.auth import Limiter, current_caller
+from api.auth import ASKING, Limiter, current_caller
 from api.conditional import Conditional
 from api.deps import only_documented_parameters
+from api.feed import Feed
 from api.limits import BodyLimit
+from api.routing import new_turns
 from api.security import SecurityHeaders
 from service.access import Access
 from service.artifacts import Artifacts
@@ -39,12 +42,13 @@ ROUTERS = [
     jobs, sweeps, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks, artifacts,
     access, health,
 ]  # fmt: skip
+STATEMENT_SECONDS = 60.0  # that the database may take for one statement of a request
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application on the store and the artifact root of these settings. Making it touches neither."""
     settings = settings or Settings()
-    database = Database(settings.database)
+    database = Database(settings.database, statement_seconds=STATEMENT_SECONDS)
     app = FastAPI(
         title="Uncanny",
         version=metadata.version("uncanny-bench"),
@@ -61,7 +65,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.access = Access(database)
     app.state.limiter = Limiter()
+    app.state.asking = CapacityLimiter(ASKING)
+    app.state.turns = new_turns()
     app.state.insights = Insights(database)
+    app.state.feed = Feed(app.state.insights, app.state.access, lambda: getattr(app.state, "stopping", False))
     for module in ROUTERS:
         app.include_router(module.router)
     docs.install(app)

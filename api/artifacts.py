@@ -1,23 +1,21 @@
 """Artifacts: bytes by their SHA-256."""
 
-import hashlib
 import re
 from collections.abc import Iterator
-from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-from anyio import from_thread
 from fastapi import APIRouter, Header, HTTPException, Path, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from api.deps import ArtifactRoot, User
 from api.errors import documented
-from api.routing import StrictRoute
+from api.routing import UploadRoute
 from api.schemas import Artifact
 from service.artifacts import CHUNK_BYTES
-from service.errors import InvalidSpec
+from service.executor import ArtifactRef
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/artifacts", tags=["artifacts"])
+router = APIRouter(route_class=UploadRoute, prefix="/v1/artifacts", tags=["artifacts"])
 Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
 FOR_EVER = "private, max-age=31536000, immutable"
 RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
@@ -31,19 +29,18 @@ OCTETS: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "strin
     responses=documented(413, 422, 507),
     openapi_extra={"requestBody": {"required": True, "content": OCTETS}},
 )
-def put_artifact(digest: Digest, request: Request, artifacts: ArtifactRoot, user: User) -> Any:
+async def put_artifact(digest: Digest, request: Request, artifacts: ArtifactRoot, user: User) -> Any:
     """Upload bytes; they are kept only if their SHA-256 is the one in the path. Sending them again changes nothing."""
-
-    def fill(path: FilePath) -> None:
-        seen = hashlib.sha256()
-        with path.open("wb") as file:
-            for chunk in _chunks(request):
-                seen.update(chunk)
-                file.write(chunk)
-        if seen.hexdigest() != digest:
-            raise InvalidSpec([("", f"these bytes have the SHA-256 {seen.hexdigest()}, not {digest}")])
-
-    return vars(artifacts.write("upload", fill))
+    size, held = 0, bytearray()
+    async with contextmanager_in_threadpool(artifacts.receiving(digest)) as file:
+        async for chunk in request.stream():
+            held += chunk
+            size += len(chunk)
+            if len(held) >= CHUNK_BYTES:
+                await run_in_threadpool(file.write, held)
+                held = bytearray()
+        await run_in_threadpool(file.write, held)
+    return vars(ArtifactRef(digest, size, "upload"))
 
 
 @router.get(
@@ -92,14 +89,3 @@ def _asked(range: str, size: int) -> tuple[int, int] | None:
         return max(0, size - int(found[2])), size
     start, last = int(found[1]), int(found[2]) if found[2] else size - 1
     return None if last < start and found[2] else (start, min(last + 1, size))
-
-
-def _chunks(request: Request) -> Iterator[bytes]:
-    """The body as it arrives, read from the event loop by the thread that this endpoint runs in."""
-    stream = aiter(request.stream())
-
-    async def following() -> bytes | None:
-        return await anext(stream, None)
-
-    while (chunk := from_thread.run(following)) is not None:
-        yield chunk

@@ -5,8 +5,8 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -38,6 +38,7 @@ ADMIN = {
 }
 """What only an admin may do. All else takes `read` to look and `submit` to change what is one's own."""
 FAILURES_PER_MINUTE = 60  # of one address with bad tokens
+ASKING = 8  # threads that find out who is asking: slow questions of others keep nobody outside
 
 _bearer = HTTPBearer(auto_error=False, description="A token of `uncanny token create`; not needed where auth is off.")
 
@@ -64,7 +65,11 @@ async def current_caller(request: Request, _documented: Any = Depends(_bearer)) 
         return None
     if not hasattr(request.state, "caller"):
         credentials = await _bearer(request)
-        request.state.caller = await run_in_threadpool(_allowed, request, credentials, path)
+        if request.app.state.settings.auth:
+            asking: CapacityLimiter = request.app.state.asking
+            request.state.caller = await to_thread.run_sync(_allowed, request, credentials, path, limiter=asking)
+        else:
+            request.state.caller = _trusted(request, request.app.state.settings)
     caller: Caller = request.state.caller
     return caller
 
@@ -72,8 +77,6 @@ async def current_caller(request: Request, _documented: Any = Depends(_bearer)) 
 def _allowed(request: Request, credentials: HTTPAuthorizationCredentials | None, path: str) -> Caller:
     settings: Settings = request.app.state.settings
     access: Access = request.app.state.access
-    if not settings.auth:
-        return _trusted(request, settings)
     limiter: Limiter = request.app.state.limiter
     caller = _identified(request, credentials, access, limiter)
     limiter.count(settings.requests_per_minute, "caller", caller.name)
@@ -85,7 +88,7 @@ def _allowed(request: Request, credentials: HTTPAuthorizationCredentials | None,
     return caller
 
 
-def current_user(caller: Caller | None = Depends(current_caller)) -> str:
+async def current_user(caller: Caller | None = Depends(current_caller)) -> str:
     return caller.name if caller is not None else operating_system_user()
 
 

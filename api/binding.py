@@ -6,6 +6,8 @@ import socket
 from service.errors import UncannyError
 from service.settings import Settings
 
+UNSENT_BYTES = 128 << 10  # that the kernel keeps for a reader who does not read
+
 
 class PortTaken(UncannyError):
     """Nothing can listen at this address."""
@@ -49,6 +51,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise _taken(host, port, error) from None
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # its connections inherit that
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         listening.bind(address)
         listening.listen(2048)
     except OSError as error:

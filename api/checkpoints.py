@@ -7,13 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.deps import User, Verbs
 from api.errors import documented
-from api.routing import StrictRoute
+from api.routing import RegistrationRoute
 from service.checkpoints import TOLERANCE, Upload, register, registered
 from service.errors import InvalidSpec
 from service.specs.base import Number
 from service.specs.names import Architecture
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
+router = APIRouter(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
 SHA256 = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
 PerChannel = Annotated[list[float], Field(max_length=16)]
 

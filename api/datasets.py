@@ -6,11 +6,11 @@ from fastapi import APIRouter
 
 from api.deps import Questions, User, Verbs
 from api.errors import documented
-from api.routing import StrictRoute
+from api.routing import RegistrationRoute
 from api.schemas import Dataset, DatasetList, DatasetSubmission
 from service.errors import InvalidSpec
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/datasets", tags=["datasets"])
+router = APIRouter(route_class=RegistrationRoute, prefix="/v1/datasets", tags=["datasets"])
 
 
 @router.post("", status_code=201, response_model=Dataset, responses=documented(404, 409, 422))

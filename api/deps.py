@@ -7,6 +7,7 @@ from fastapi import Depends, Header, Query, Request
 from pydantic import BaseModel, BeforeValidator
 
 from api.auth import current_caller, current_user
+from api.feed import Feed
 from service.access import Access, Caller
 from service.artifacts import Artifacts
 from service.dotted import or_rather
@@ -17,26 +18,32 @@ from service.specs.base import number, truth
 from service.submission import Idempotency, Service
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _insights(request: Request) -> Insights:
+async def _insights(request: Request) -> Insights:
     insights: Insights = request.app.state.insights
     return insights
 
 
-def _artifacts(request: Request) -> Artifacts:
-    return _service(request).artifacts
+async def _artifacts(request: Request) -> Artifacts:
+    artifacts: Artifacts = request.app.state.service.artifacts
+    return artifacts
 
 
-def _access(request: Request) -> Access:
+async def _access(request: Request) -> Access:
     access: Access = request.app.state.access
     return access
 
 
-def _settings(request: Request) -> Settings:
+async def _feed(request: Request) -> Feed:
+    feed: Feed = request.app.state.feed
+    return feed
+
+
+async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
@@ -45,6 +52,7 @@ Verbs = Annotated[Service, Depends(_service)]
 Questions = Annotated[Insights, Depends(_insights)]
 ArtifactRoot = Annotated[Artifacts, Depends(_artifacts)]
 ServerSettings = Annotated[Settings, Depends(_settings)]
+EventFeed = Annotated[Feed, Depends(_feed)]
 Users = Annotated[Access, Depends(_access)]
 CurrentCaller = Annotated[Caller, Depends(current_caller)]
 User = Annotated[str, Depends(current_user)]
@@ -81,7 +89,7 @@ def idempotency(key: str | None, request: Request, body: BaseModel) -> Idempoten
     return Idempotency(key, hashlib.sha256(text.encode()).hexdigest())
 
 
-def only_documented_parameters(request: Request) -> None:
+async def only_documented_parameters(request: Request) -> None:
     """A query parameter that the OpenAPI document does not have is refused: a typo must not change an answer."""
     route = request.scope.get("route")
     operations: dict[str, Any] = request.app.openapi()["paths"].get(getattr(route, "path_format", ""), {})

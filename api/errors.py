@@ -12,8 +12,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from api.limits import BodyTooLarge, BodyTooSlow
 from api.preconditions import PreconditionRequired
 from api.strict import NotJson, NotSentAsJson, check_sent
+from api.turns import Busy
 from service.access import NotAllowed
 from service.checkpoints import NotChecked, TensorsDiffer
 from service.errors import (
@@ -40,6 +42,7 @@ PARAMETER = re.compile(r"{[^}]*}")
 PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_SECONDS = {503: 2, 429: 2, 507: 30}  # of what will pass by itself; a disk is not cleared in a moment
 ALWAYS = (401, 403, 429, 503)
+MAX_ERRORS, MAX_DETAIL = 50, 10_000  # of a problem: what is wrong with the rest is said once these are mended
 
 
 class Forbidden(UncannyError):
@@ -48,10 +51,6 @@ class Forbidden(UncannyError):
 
 class TooManyRequests(UncannyError):
     """The caller asks faster than one caller may."""
-
-
-class BodyTooLarge(UncannyError):
-    """The body is larger than this server takes."""
 
 
 STATUS: dict[type[UncannyError], int] = {
@@ -71,6 +70,8 @@ STATUS: dict[type[UncannyError], int] = {
     NotAllowed: 403,
     TooManyRequests: 429,
     BodyTooLarge: 413,
+    BodyTooSlow: 408,
+    Busy: 503,
     DatabaseAway: 503,
     ArtifactRootUnusable: 503,
     ArtifactRootFull: 507,
@@ -122,14 +123,19 @@ def problem(
 ) -> JSONResponse:
     """The response for a problem. `Retry-After` goes with what will pass by itself."""
     headers = dict(headers or {})
+    if status == HTTPStatus.REQUEST_TIMEOUT:
+        headers.setdefault("Connection", "close")
     if status == HTTPStatus.UNAUTHORIZED:
         headers.setdefault("WWW-Authenticate", "Bearer")
     if status in RETRY_AFTER_SECONDS:
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS[status]))
     body: dict[str, Any] = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    if len(errors) > MAX_ERRORS:
+        detail = f"{len(errors):,} things are wrong, the first of them: {detail}"
+    detail = detail if len(detail) <= MAX_DETAIL else detail[: MAX_DETAIL - 3] + "..."
     body |= {"detail": detail, "instance": request.url.path}
     if errors:
-        body["errors"] = list(errors)
+        body["errors"] = list(errors[:MAX_ERRORS])
     return JSONResponse(body, status, headers, PROBLEM_JSON)
 
 
@@ -167,7 +173,7 @@ def _invalid_request(request: Request, error: Exception) -> JSONResponse:
             check_sent(item)
     except InvalidSpec as refusal:
         return _uncanny(request, refusal)
-    fields = [_field(item, names) for item in found]
+    fields = [_field(item, names) for item in found[: MAX_ERRORS + 1]]
     said = [f"{field.get('pointer') or field.get('parameter') or '/'}: {field['detail']}" for field in fields]
     return problem(422, "; ".join(said), request, fields)
 
@@ -219,7 +225,8 @@ def _unexpected(request: Request, error: Exception) -> JSONResponse:
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The problems that a route documents; those of who asks, how often, and of the database can always come."""
     content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    with_body = {HTTPStatus.REQUEST_TIMEOUT.value} if HTTPStatus.REQUEST_ENTITY_TOO_LARGE in statuses else set()
     return {
         status: {"description": HTTPStatus(status).phrase, "content": content}
-        for status in sorted({*statuses, *ALWAYS})
+        for status in sorted({*statuses, *ALWAYS, *with_body})
     }

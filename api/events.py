@@ -1,27 +1,42 @@
-"""The live stream of what happens, as server-sent events: the only async code here."""
+"""The live stream of what happens, as server-sent events."""
 
+import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-from anyio import sleep, to_thread
-from fastapi import APIRouter, Depends, Header, Query, Request
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi.responses import StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from api.deps import CurrentCaller, Questions, SaysTruth, Users
+from api.deps import CurrentCaller, EventFeed, Questions, SaysTruth, Users
 from api.errors import documented
+from api.feed import RENEW_SECONDS, Feed, Reader, event_piece, may_see, progress_piece
 from api.schemas import JOB_ID
+from service.access import Access, Caller
 from service.errors import DatabaseAway, InvalidQuery, Unauthenticated
+from service.insights import Insights
 
 router = APIRouter(prefix="/v1/events", tags=["events"])
-POLL_SECONDS = 0.3
-RENEW_SECONDS = 5.0  # so often it is asked whether the caller's token is still good
+PING_SECONDS = 15.0  # in which a stream is never silent
+CATCHING_UP = CapacityLimiter(4)  # threads that read what happened before a reader came
 END = "end"  # of a stream that does not go on
 GAP = "gap"  # of what was dropped before it could be sent
 LAST_ID = 2**63 - 1
-OF_ACCESS = ("user.", "token.")  # what only admins are told, and who did it
+MEDIA_TYPE = "text/event-stream"
+EVENT = {
+    "type": "object",
+    "properties": {
+        "data": {"type": "string"},
+        "event": {"type": "string"},
+        "id": {"type": "string"},
+        "retry": {"type": "integer", "minimum": 0},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -66,15 +81,19 @@ def _start(
     return Start(resumed, insights.first_event(resumed, **of), of)
 
 
-@router.get("", response_class=EventSourceResponse, responses=documented(404, 422))
+@router.get(
+    "",
+    response_class=Response,
+    responses={200: {"content": {MEDIA_TYPE: {"itemSchema": EVENT}}}, **documented(404, 422)},
+)
 async def follow_events(
-    request: Request,
     insights: Questions,
     users: Users,
+    feed: EventFeed,
     caller: CurrentCaller,
     start: Annotated[Start, Depends(_start)],
     follow: Annotated[bool, SaysTruth, Query(description="False: send what there is, and end.")] = True,
-) -> AsyncIterator[ServerSentEvent]:
+) -> Response:
     """State changes with their ids (`event: task.succeeded` and so on), and `progress` of running tasks without one.
 
     A client that comes back with `Last-Event-ID` misses no state change: the stream begins with the `id` that it
@@ -84,33 +103,85 @@ async def follow_events(
     been dropped (`UNCANNY_EVENT_DAYS`): where some are missing that belong here, `event: gap` says so first, with the
     ids `from` and `to` of what is gone.
     """
-    last_id, of = start.after, start.of
-    renewed_at = time.monotonic()
-    yield ServerSentEvent(id=str(last_id))
-    if start.first > last_id + 1:
-        gap = {"from": last_id + 1, "to": start.first - 1}
-        last_id = start.first - 1
-        yield ServerSentEvent(data=gap, event=GAP, id=str(last_id))
-    told: dict[str, Any] = {}
-    while not (follow and getattr(request.app.state, "stopping", False)):
-        try:
-            if time.monotonic() - renewed_at >= RENEW_SECONDS:
-                caller, renewed_at = await to_thread.run_sync(users.renewed, caller), time.monotonic()
-            happened, running = await to_thread.run_sync(partial(insights.events, last_id, **of))
-        except (DatabaseAway, Unauthenticated):
-            return  # the client comes back, and then is told so
-        for event in happened:
-            last_id = event["id"]
-            if event["kind"].startswith(OF_ACCESS) and not (caller.may("admin") or event["actor"] == caller.name):
-                continue
-            yield ServerSentEvent(data=event, event=event["kind"], id=str(last_id))
-        news = [task for task in running if told.get(task["task_id"]) != (task["progress"], task["detail"])]
-        told = {task["task_id"]: (task["progress"], task["detail"]) for task in running}
-        for task in news:
-            yield ServerSentEvent(data=task, event="progress")
-        if happened:
-            continue  # there may be more than one answer holds
-        if not follow:
-            yield ServerSentEvent(data={"last_id": last_id}, event=END)
-            return
-        await sleep(POLL_SECONDS)
+    of = start.of
+    past = _Past(insights, users, caller, start)
+    if follow:
+        reader = Reader(caller, of["sweep_id"], of["job_id"])
+        await feed.join(reader)
+        pieces = _followed(past, reader, feed)
+    else:
+        pieces = _listed(past)
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(pieces, headers=headers, media_type=MEDIA_TYPE)
+
+
+class _Past:
+    """What has happened already, in pages, behind `last_id`, which goes with what was sent."""
+
+    def __init__(self, insights: Insights, users: Access, caller: Caller, start: Start) -> None:
+        self._insights, self._users, self._caller, self._of = insights, users, caller, start.of
+        self._start = start
+        self.last_id = start.after
+        self.running: list[dict[str, Any]] = []
+        self._renewed_at = time.monotonic()
+
+    def started(self) -> bytes:
+        """What a stream begins with: the id that it starts behind, and the gap where events were dropped."""
+        begin = format_sse_event(id=str(self.last_id))
+        if self._start.first <= self.last_id + 1:
+            return begin
+        gap = {"from": self.last_id + 1, "to": self._start.first - 1}
+        self.last_id = self._start.first - 1
+        return begin + format_sse_event(data_str=json.dumps(gap), event=GAP, id=str(self.last_id))
+
+    async def pages(self) -> AsyncIterator[bytes]:
+        """Raises `DatabaseAway`, and `Unauthenticated` where the caller's token is good no more."""
+        while True:
+            if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
+                self._caller = await to_thread.run_sync(self._users.renewed, self._caller, limiter=CATCHING_UP)
+                self._renewed_at = time.monotonic()
+            look = partial(self._insights.events, self.last_id, **self._of)
+            happened, self.running = await to_thread.run_sync(look, limiter=CATCHING_UP)
+            if not happened:
+                return
+            self.last_id = happened[-1]["id"]
+            name = None if self._caller.may("admin") else self._caller.name
+            yield b"".join(event_piece(event) for event in happened if may_see(event, name))
+
+
+async def _listed(past: _Past) -> AsyncIterator[bytes]:
+    yield past.started()
+    try:
+        async for page in past.pages():
+            yield page
+    except (DatabaseAway, Unauthenticated):
+        return  # the client comes back, and then is told so
+    end = format_sse_event(data_str=json.dumps({"last_id": past.last_id}), event=END)
+    yield b"".join(progress_piece(task) for task in past.running) + end
+
+
+async def _followed(past: _Past, reader: Reader, feed: Feed) -> AsyncIterator[bytes]:
+    try:
+        yield past.started()
+        while not reader.ended:
+            if past.last_id < reader.since or reader.behind:
+                reader.since, reader.behind = 0, False
+                async for page in past.pages():
+                    yield page
+            news = []
+            for event_id, piece in reader.taken():
+                if event_id is None or event_id > past.last_id:
+                    past.last_id = event_id or past.last_id
+                    news.append(piece)
+            if news:
+                yield b"".join(news)
+            elif not reader.ended and not reader.behind:
+                try:
+                    async with asyncio.timeout(PING_SECONDS):
+                        await reader.woken.wait()
+                except TimeoutError:
+                    yield KEEPALIVE_COMMENT
+    except (DatabaseAway, Unauthenticated):
+        return
+    finally:
+        feed.leave(reader)

@@ -12,8 +12,8 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz", response_model=Alive)
-def healthz() -> Any:
-    """This process answers."""
+async def healthz() -> Any:
+    """This process answers."""  # without a thread: all of them may be waiting for a database
     return {"status": "ok"}
 
 

@@ -1,11 +1,12 @@
 """Jobs: submit one, look at them, cancel and retry."""
 
-import threading
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
 from api.deps import Cursor, IsDryRun, Key, Limit, Questions, ServerSettings, User, Verbs, Wait, idempotency
 from api.errors import documented
@@ -22,7 +23,7 @@ from service.store.replies import Reply
 router = APIRouter(route_class=StrictRoute, prefix="/v1/jobs", tags=["jobs"])
 POLL_SECONDS = 0.2
 ENDED = ("succeeded", "failed", "cancelled", "held")
-WAITING = threading.BoundedSemaphore(16)
+MOST_WAITING = 32
 
 
 @router.post(
@@ -68,9 +69,9 @@ def list_jobs(
 
 
 @router.get("/{job_id}", response_model=JobDetail, responses=documented(404))
-def get_job(job_id: str, insights: Questions, response: Response, wait: Wait = 0) -> Any:
+async def get_job(job_id: str, insights: Questions, response: Response, wait: Wait = 0) -> Any:
     """One job with its tasks. `ETag` is for `If-Match` too: it goes stale there with priority or labels only."""
-    return tag(wait_for(lambda: insights.job(job_id), ENDED, wait), response)
+    return tag(await wait_for(lambda: insights.job(job_id), ENDED, wait), response)
 
 
 @router.patch("/{job_id}", response_model=JobDetail, responses=documented(404, 409, 412, 422, 428))
@@ -125,19 +126,23 @@ def answer(reply: Reply, response: Response) -> dict[str, Any]:
     return reply.body
 
 
-def wait_for(look: Callable[[], dict[str, Any]], ended: tuple[str, ...], seconds: float) -> dict[str, Any]:
+_waiting: set[object] = set()
+
+
+async def wait_for(look: Callable[[], dict[str, Any]], ended: tuple[str, ...], seconds: float) -> dict[str, Any]:
     """What `look` sees, looked at again until its state is one of `ended` or the time is up.
 
-    Each waiting request holds a thread, so where many wait already the answer comes at once.
+    Each waiting request asks the database again and again, so if many wait already the answer comes at once.
     """
-    seen = look()
-    if not seconds or seen["state"] in ended or not WAITING.acquire(blocking=False):
+    deadline = time.monotonic() + seconds
+    seen = await run_in_threadpool(look)
+    if len(_waiting) >= MOST_WAITING:
         return seen
+    _waiting.add(me := object())
     try:
-        deadline = time.monotonic() + seconds
         while seen["state"] not in ended and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-            seen = look()
+            await asyncio.sleep(POLL_SECONDS)
+            seen = await run_in_threadpool(look)
     finally:
-        WAITING.release()
+        _waiting.remove(me)
     return seen

@@ -1,59 +1,103 @@
-"""A request whose body is larger than allowed is refused before it fills memory or disk."""
+"""How large the body of a request may be, and how slow its sender. It is counted as it is asked for, not before."""
 
 import asyncio
-from contextlib import suppress
 
-from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import BodyTooLarge, problem
+from api.turns import Busy
+from service.errors import UncannyError
 
-HEAR_OUT_BYTES, HEAR_OUT_SECONDS = 64 << 20, 5.0  # of a body that is refused
+BODY_BYTES = 1 << 20  # of all bodies but sweeps and artifacts
+SMALL_BYTES = 64 << 10  # of a body that is always heard
+HELD_BYTES = 128 << 20  # of all bodies that are being read, beyond what is small of each
+BODY_SECONDS = 20.0  # that a sender may keep a server waiting, and
+SLOWEST_BYTES_PER_SECOND = 50_000  # so much longer as it has sent
+SWEEPS, ARTIFACTS = "/v1/sweeps", "/v1/artifacts/"
+
+
+def is_of_sweeps(path: str) -> bool:
+    """Whether a body for this path is a sweep or a part of one, which may be long."""
+    return path == SWEEPS or path.startswith(f"{SWEEPS}/")
+
+
+class BodyTooLarge(UncannyError):
+    """The body is larger than this server takes."""
+
+
+class BodyTooSlow(UncannyError):
+    """The body did not come in time."""
 
 
 class BodyLimit:
-    """ASGI middleware: counts the bytes of a body as they arrive; uploads of artifacts have a limit of their own."""
+    """ASGI middleware: bounds each body, and the memory of all that are being read, as their bytes are asked for.
+
+    Whoever reads a body gets `BodyTooLarge`, `BodyTooSlow` or `Busy` raised. Artifacts count in no memory: they are
+    written to disk as they come.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int) -> None:
         self.app, self.max_body_bytes, self.max_upload_bytes = app, max_body_bytes, max_upload_bytes
+        self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        limit = self.max_upload_bytes if scope["path"].startswith("/v1/artifacts/") else self.max_body_bytes
-        sentence = f"the body is larger than {limit:,} bytes"
-        answer = problem(413, sentence, Request(scope), headers={"Connection": "close"})
-
-        async def refusal(scope: Scope, receive: Receive, send: Send) -> None:
-            """A client that is still sending would not see an answer before a closed connection: hear it out first."""
-            with suppress(TimeoutError):
-                async with asyncio.timeout(HEAR_OUT_SECONDS):
-                    heard = 0
-                    while heard < HEAR_OUT_BYTES and (message := await receive()).get("more_body"):
-                        heard += len(message.get("body", b""))
-            await answer(scope, receive, send)
-
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            return await refusal(scope, receive, send)
-        seen, answered = 0, False
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise BodyTooLarge
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal answered
-            if seen <= limit or answered:  # else the framework speaks of a body that cannot be parsed
-                answered = True
-                await send(message)
-
-        with suppress(BodyTooLarge):
-            await self.app(scope, counted, noted)
-        if not answered:
-            await refusal(scope, receive, send)
+        body = _Body(self, scope, receive)
+        try:
+            await self.app(scope, body.receive, send)
+        finally:
+            self.held_bytes -= body.held_bytes
         return None
+
+    def most(self, path: str) -> int:
+        """The size up to which a body for this path is read."""
+        if path.startswith(ARTIFACTS):
+            return self.max_upload_bytes
+        if is_of_sweeps(path):
+            return self.max_body_bytes
+        return min(BODY_BYTES, self.max_body_bytes)
+
+
+class _Body:
+    def __init__(self, limit: BodyLimit, scope: Scope, receive: Receive) -> None:
+        self._limit, self._receive = limit, receive
+        self._most = limit.most(scope["path"])
+        self._streamed = scope["path"].startswith(ARTIFACTS)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        self._declared = int(declared) if declared.isdigit() else 0
+        self._waited_seconds = 0.0
+        self._seen, self._ended = 0, False
+        self.held_bytes = 0
+
+    async def receive(self) -> Message:
+        if self._ended:  # what comes now is the end of the connection
+            return await self._receive()
+        if max(self._seen, self._declared) > self._most:
+            raise BodyTooLarge(f"the body is larger than {self._most:,} bytes")
+        message = await self._next()
+        self._seen += len(message.get("body", b""))
+        self._ended = not message.get("more_body", False)
+        if self._seen > self._most:
+            raise BodyTooLarge(f"the body is larger than {self._most:,} bytes")
+        if not self._streamed:
+            self._hold()
+        return message
+
+    async def _next(self) -> Message:
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        left = BODY_SECONDS + self._seen / SLOWEST_BYTES_PER_SECOND - self._waited_seconds
+        try:
+            async with asyncio.timeout(left):
+                return await self._receive()
+        except TimeoutError:
+            raise BodyTooSlow(f"of the body only {self._seen:,} bytes came in time; nothing was done") from None
+        finally:
+            self._waited_seconds += clock() - began
+
+    def _hold(self) -> None:
+        more = max(0, self._seen - SMALL_BYTES) - self.held_bytes
+        if more and self._limit.held_bytes + more > HELD_BYTES:
+            raise Busy("many large bodies are being read: nothing was done; try again in a moment")
+        self.held_bytes += more
+        self._limit.held_bytes += more

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.binding import check_bind, listen
+from api.connections import connections
 from service import logs, private
 from service.errors import UncannyError
 from service.settings import Settings
@@ -20,10 +22,19 @@ log = logging.getLogger("uncanny.api")
 GRACE_SECONDS = 3
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Tells open event streams to end as soon as the server is asked to stop, and stops without dying of the signal."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, grace_seconds: float) -> None:
+        grace = math.ceil(grace_seconds)
+        config = uvicorn.Config(
+            app,
+            http=connections(),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=grace,
+            server_header=False,
+        )
         super().__init__(config)
         self._app = app
 
@@ -35,12 +46,8 @@ class _Server(uvicorn.Server):
 
 def serve(settings: Settings, listening: socket.socket) -> None:
     """Answer requests on that socket until SIGTERM or SIGINT; open requests get a few seconds."""
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
-    )
     log.info("answers requests on %s port %s", *listening.getsockname()[:2])
-    _Server(config, app).run(sockets=[listening])
+    Server(create_app(settings), GRACE_SECONDS).run(sockets=[listening])
     log.info("has stopped")
 
 

@@ -4,11 +4,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 
+from api.limits import is_of_sweeps
 from service.errors import InvalidSpec
 from service.specs.base import TOO_SMALL, shorten, underflows
 
+LARGE_BYTES = 64 << 10  # a body that is not read on the event loop
+READING = CapacityLimiter(2)  # the threads for those
+MAX_FIELDS = 1000  # of an object
+MAX_NAME = 1000  # characters of a field's name
+MAX_VALUES, MAX_SWEEP_VALUES = 20_000, 1_500_000  # of a body as a whole
 SENT_AS = "the body must be JSON in UTF-8, sent with `Content-Type: application/json`"
 
 
@@ -36,8 +43,19 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = read(await self.body())
+            body = await self.body()
+            _check_values(body, MAX_SWEEP_VALUES if is_of_sweeps(self.scope["path"]) else MAX_VALUES)
+            if len(body) <= LARGE_BYTES:
+                self._json = read(body)
+            else:
+                self._json = await to_thread.run_sync(read, body, limiter=READING)
         return self._json
+
+
+def _check_values(body: bytes, most: int) -> None:
+    """Before anything is made of them: a body of some megabytes can have more values than fit in memory."""
+    if (values := sum(body.count(mark) for mark in (b",", b"[", b"{"))) > most:
+        raise InvalidSpec([("", f"the body has {values:,} values or more, at most {most:,} are taken")])
 
 
 class _Constant(str):
@@ -83,7 +101,11 @@ def read(body: bytes) -> Any:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Python, like most readers, would take the last of two and forget the other."""
+    if len(pairs) > MAX_FIELDS:
+        raise InvalidSpec([("", f"an object of the body has {len(pairs):,} fields, at most {MAX_FIELDS:,} are taken")])
     fields = dict(pairs)
+    if fields and len(longest := max(fields, key=len)) > MAX_NAME:
+        raise InvalidSpec([("", f"{shorten(longest)} is too long for the name of a field")])
     if len(fields) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]

@@ -2,10 +2,12 @@
 
 import hashlib
 import secrets
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from service.errors import Conflict, NotFound, Unauthenticated, UncannyError
+from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
 from service.store import Database, accounts, history, meanings
 from service.store.history import Event
 from service.times import iso
@@ -40,6 +42,7 @@ class Access:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._noting = threading.Lock()
 
     def caller(self, secret: str) -> Caller:
         """Who this token stands for. Raises `Unauthenticated` for one that is unknown, revoked or expired."""
@@ -48,9 +51,17 @@ class Access:
             now = self.database.now(connection)
         caller = _admitted(row, now)
         if row.last_used_at is None or now - row.last_used_at > USED_EVERY_SECONDS:
-            with self.database.write() as connection:
-                accounts.note_use(connection, row.id, now)
+            self._note_use(row.id, now)
         return caller
+
+    def _note_use(self, token_id: str, now: float) -> None:
+        """Write down that a token was used, unless a thread waits to already: not all may wait for a writer."""
+        if self._noting.acquire(blocking=False):
+            try:
+                with suppress(DatabaseAway), self.database.write() as connection:
+                    accounts.note_use(connection, token_id, now)
+            finally:
+                self._noting.release()
 
     def renewed(self, caller: Caller) -> Caller:
         """The same caller as they are now, for an answer that goes on for long. Raises `Unauthenticated`."""

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import fsspec
 
-from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable
+from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable, InvalidSpec
 from service.executor import ArtifactRef
 
 CHUNK_BYTES = 1 << 20
@@ -57,25 +57,47 @@ class Artifacts:
         Raises `ArtifactRootFull` where there is no room, `ArtifactRootUnusable` where the root takes no bytes for
         another reason; then nothing of it is left. What else `fill` raises comes as it is.
         """
+        with self._new_file() as path:
+            with self._filling(path):
+                fill(path)
+            with self._writing():
+                digest, size = self._publish(path)
+        return ArtifactRef(digest, size, kind)
+
+    @contextmanager
+    def receiving(self, digest: str) -> Iterator[BinaryIO]:
+        """A file to write these bytes to, piece by piece; at the end of the context they are published.
+
+        Raises `InvalidSpec` if they are others, and what `write` raises. Then nothing of them is left.
+        """
+        with self._new_file() as path:
+            with self._filling(path), path.open("wb") as file:
+                yield file
+            with self._writing():
+                self._publish(path, digest)
+
+    @contextmanager
+    def _new_file(self) -> Iterator[Path]:
         with self._writing():
             scratch = tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch(), ignore_cleanup_errors=True)
         with scratch as folder:
-            path = Path(folder) / "bytes"
-            try:
-                fill(path)
-            except Exception as error:
-                if refusal := self._refusal(Path(folder), error):
-                    raise self._unwritable(refusal) from error
-                raise
-            with self._writing():
-                digest, size = _sha256(path)
-                self._publish(path, digest)
-        return ArtifactRef(digest, size, kind)
+            yield Path(folder) / "bytes"
+
+    @contextmanager
+    def _filling(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if refusal := self._refusal(path.parent, error):
+                raise self._unwritable(refusal) from error
+            raise
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except InvalidSpec:
+            raise
         except Exception as error:  # an object store has errors of its own
             if self._local and not isinstance(error, OSError):
                 raise
@@ -244,7 +266,11 @@ class Artifacts:
         os.makedirs(self._base, mode=0o700, exist_ok=True)
         return str(self._base)
 
-    def _publish(self, path: Path, digest: str) -> None:
+    def _publish(self, path: Path, promised: str | None = None) -> tuple[str, int]:
+        """The SHA-256 and the size of a file, now under the root. Raises `InvalidSpec` for another than promised."""
+        digest, size = _sha256(path)
+        if promised not in (None, digest):
+            raise InvalidSpec([("", f"these bytes have the SHA-256 {digest}, not {promised}")])
         target = self._path(digest)
         if self._local:
             mode = stat.S_IMODE(
@@ -260,6 +286,7 @@ class Artifacts:
         else:  # also where it is there: what is published again is new to the collector of garbage
             with path.open("rb") as source, self._fs.open(target, "wb") as sink:
                 shutil.copyfileobj(source, sink, CHUNK_BYTES)
+        return digest, size
 
 
 def _modified(info: Mapping[str, Any]) -> float | None:

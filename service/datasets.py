@@ -16,6 +16,7 @@ from service.errors import InvalidSpec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 MAX_BYTES = 2**35  # of an array, unfolded: workers hold it in memory
+MAX_WHOLE_BYTES = 2**30  # of one that is not read piece by piece: labels, and images in Fortran's order
 CHUNK_BYTES = 2**24
 COLOURS = (1, 3)
 
@@ -140,6 +141,9 @@ def _split(path: Path, pointer: str) -> _Split:
         if (size := array.dtype.itemsize * math.prod(array.shape)) > MAX_BYTES:
             said = f"`{name}` of {what} has {size / 2**30:,.0f} GiB unfolded, at most {MAX_BYTES >> 30} are taken"
             raise _refusal(pointer, said)
+        if size > MAX_WHOLE_BYTES and (array.fortran or name == "y"):
+            said = f"`{name}` of {what} has {size / 2**30:,.1f} GiB unfolded and has to be read as a whole"
+            raise _refusal(pointer, said + (": save np.ascontiguousarray(x)" if array.fortran else ""))
     if x.dtype != np.uint8 or not _is_of_images(x.shape):
         said = f"`x` of {what} must be uint8 [n, height, width, 1 or 3], it is {x.dtype} {list(x.shape)}"
         raise _refusal(pointer, said + _advice(x, pointer))

@@ -1,6 +1,6 @@
 """Read-only questions, shared by API, CLI and whatever shows something: plain JSON comes back."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -121,6 +121,25 @@ class Insights(Results):
             happened = history.after(connection, after, sweep_id=sweep_id, job_id=job_id)
             running = reading.running_tasks(connection, sweep_id=sweep_id, job_id=job_id)
         return [views.event_view(event) for event in happened], [views.running_view(task) for task in running]
+
+    def news(
+        self, after: int, *, sweep_ids: Collection[str], job_ids: Collection[str], known: Mapping[str, set[str]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, set[str]]]:
+        """The same of everything, for many readers: also, by task, which of their sweeps and jobs need it.
+
+        `known`: what was answered about these sweeps and jobs before; it holds as long as nothing happens to jobs.
+        """
+        with self.database.read() as connection:
+            happened = history.after(connection, after)
+            running = reading.running_tasks(connection)
+            needed_by = {} if any(event["job_id"] for event in happened) else dict(known)
+            tasks = {event["task_id"] for event in happened if event["task_id"]} | {task.id for task in running}
+            needed_by |= history.needing(connection, tasks - needed_by.keys(), sweep_ids, job_ids)
+        happened, progress = (
+            [views.event_view(event) for event in happened],
+            [views.running_view(task) for task in running],
+        )
+        return happened, progress, {task_id: needed_by[task_id] for task_id in tasks}
 
 
 def _found(row: Row[Any] | None, otherwise: str) -> Row[Any]:

@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     insecure: bool = Field(default=False, description="Listen beyond this machine without asking who is there.")
     url: str = Field(default="", description="Where clients find the service; the one of this home when empty.")
     token: str = Field(default="", description="What clients say who they are with.")
-    max_body_bytes: int = Field(default=16 << 20, gt=0, description="Largest JSON body of a request.")
+    max_body_bytes: int = Field(
+        default=16 << 20, gt=0, description="Largest sweep; all other JSON bodies have at most 1 MiB."
+    )
     max_upload_bytes: int = Field(default=8 << 30, gt=0, description="Largest artifact that may be uploaded.")
     uv: str = Field(default="", validation_alias="UV", description="Set where `uv run` started this.")
     ray_address: str = Field(

@@ -5,7 +5,7 @@ import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
 
 
@@ -93,7 +93,23 @@ Number = Annotated[
 
 # Keys can be asked for as `labels.KEY`, and no database keeps a NUL character.
 LabelKey = Annotated[str, Field(min_length=1, max_length=100, pattern=r'^[^\x00-\x1f\x7f"\\]*$')]
-Labels = dict[LabelKey, Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]]
+LabelText = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
+MAX_LABELS, MAX_LABEL_BYTES = 50, 10_000
+
+
+def _few_bytes(labels: dict[str, str]) -> dict[str, str]:
+    """Every job of a sweep has its labels."""
+    size = sum(len(text.encode()) for item in labels.items() for text in item)
+    if size > MAX_LABEL_BYTES:
+        raise ValueError(f"these labels have {size:,} bytes in all, at most {MAX_LABEL_BYTES:,} are kept with a job")
+    return labels
+
+
+Labels = Annotated[
+    dict[LabelKey, LabelText],
+    Field(max_length=MAX_LABELS, description=f"At most {MAX_LABELS}, of {MAX_LABEL_BYTES:,} bytes in all."),
+    AfterValidator(_few_bytes),
+]
 
 Whole = Annotated[int, Strict()]  # true is no number, and neither is 2.5
 Truth = Annotated[bool, Strict()]  # neither 1 nor "yes"

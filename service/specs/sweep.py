@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
 from service.errors import InvalidSpec
 from service.limits import MAX_SWEEP_JOBS
@@ -30,8 +30,12 @@ class Sweep(Spec):
     grid: dict[str, list[Any]] = Field(
         default_factory=dict, description="Axes: each field with its values; `recipe.epochs` reaches inside."
     )
-    include: list[Cell] = Field(default_factory=list, description="Further cells, each on top of `base`.")
-    exclude: list[Cell] = Field(default_factory=list, description="Cells of the grid to leave out, by values of axes.")
+    include: Annotated[list[Cell], FailFast()] = Field(
+        default_factory=list, description="Further cells, each on top of `base`."
+    )
+    exclude: Annotated[list[Cell], FailFast()] = Field(
+        default_factory=list, description="Cells of the grid to leave out, by values of axes."
+    )
     priority: Priority = 0
     labels: Labels = Field(default_factory=dict)
 

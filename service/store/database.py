@@ -6,12 +6,14 @@ written is batched instead.
 """
 
 import logging
+import math
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import psycopg
@@ -36,6 +38,9 @@ WRITTEN = "uncanny_written"  # the channel on which every commit of a writer is 
 BUSY_SECONDS = 30  # the longest wait for one's turn
 FROZEN_SECONDS = 15  # a writer that says nothing for so long loses its turn, on PostgreSQL: less than a lease
 CONNECT_SECONDS = 5
+PING_SECONDS = 5  # for the answer of a connection of the pool, before it is used
+POOL_SECONDS = 10  # for a connection of the pool
+GRACE_SECONDS = 10  # for a server to say that a statement took too long
 # Of PostgreSQL's error codes: connections, a server that stands by, a turn lost, conflicts, no room, no turn, stopping.
 AWAY = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
 FULL = "53100"  # of these codes, that of a disk without room
@@ -48,18 +53,49 @@ TAKE_TURNS = text(
     f"set_config('idle_in_transaction_session_timeout', '{FROZEN_SECONDS}s', true), "
     f"pg_advisory_xact_lock({WRITER_LOCK}), pg_notify('{WRITTEN}', '')"
 )
+LIMIT_STATEMENTS = text("SELECT set_config('statement_timeout', :limit, true)")
+
+
+class _Impatient(psycopg.Connection[Any]):
+    """A connection that is given up when the server has said nothing for `silent_seconds`.
+
+    A server that is frozen still acknowledges what it is sent, so that no time-out of a socket notices.
+    """
+
+    silent_seconds = math.inf
+
+    def wait(self, gen: Any, *arguments: Any, **options: Any) -> Any:
+        return super().wait(self._bounded(gen), *arguments, **options)
+
+    def _bounded(self, gen: Any) -> Any:
+        """The same generator, which psycopg also resumes, with 0, several times a second while nothing comes."""
+        deadline = time.monotonic() + self.silent_seconds
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > deadline:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(f"the server has said nothing for {self.silent_seconds:g} s")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            return end.value
 
 
 class Database:
-    """A store's database by SQLAlchemy URL. Opening it never writes; `sqlite://` is the small real one in memory."""
+    """A store's database by SQLAlchemy URL. Opening it never writes; `sqlite://` is the small real one in memory.
 
-    def __init__(self, url: str) -> None:
+    With `statement_seconds`, PostgreSQL gives up statements that take longer; so does who asks, if it says nothing.
+    """
+
+    def __init__(self, url: str, *, statement_seconds: float | None = None) -> None:
         self.url = url
+        self._statement_seconds = statement_seconds
         self.is_sqlite = url.startswith("sqlite")
         named = make_url(url).database if self.is_sqlite else None
         self.path = Path(unquote(named)) if named else None
         """The file of a SQLite database; None in memory, and for PostgreSQL."""
-        self.engine = _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(url)
+        self.engine = _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(url, statement_seconds)
         self._full = False  # so the last writer here found it
 
     @contextmanager
@@ -68,6 +104,7 @@ class Database:
         with _translated(), self.engine.connect() as connection:
             if not self.is_sqlite:
                 connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
+                self._limit(connection)
             yield connection
             connection.commit()  # at a rollback psycopg forgets which statements it has prepared
 
@@ -83,6 +120,7 @@ class Database:
                 with connection.begin():
                     if not self.is_sqlite:
                         connection.execute(TAKE_TURNS)
+                        self._limit(connection)
                     yield connection
         except DatabaseFull:
             self._full = True
@@ -101,6 +139,12 @@ class Database:
                 rows = [{"name": f"room {n} {'x' * 30}"} for n in range(ROOM_ROWS)]
                 connection.execute(text("INSERT INTO counters (name, value) VALUES (:name, 0)"), rows)
                 connection.execute(text("DELETE FROM counters WHERE name LIKE 'room %'"))
+
+    def _limit(self, connection: Connection) -> None:
+        """For this transaction; an option of the connection would be lost, or refused, by a pooler in between."""
+        if self._statement_seconds is not None:
+            limit = f"{self._statement_seconds * 1000:.0f}"
+            connection.execute(LIMIT_STATEMENTS, {"limit": limit})
 
     def now(self, connection: Connection) -> float:
         """Seconds since 1970 by the clock of the database, the only one that leases go by."""
@@ -146,12 +190,34 @@ def _alembic() -> Config:
     return config
 
 
-def _postgresql_engine(url: str) -> Engine:
+def _postgresql_engine(url: str, statement_seconds: float | None) -> Engine:
     patience = {
         "connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": SILENT_SECONDS * 1000,
         "keepalives_idle": SILENT_SECONDS // 2, "keepalives_interval": SILENT_SECONDS // 4, "keepalives_count": 2,
     }  # fmt: skip
-    return create_engine(url, json_deserializer=from_json, pool_pre_ping=True, pool_size=10, connect_args=patience)
+    engine = create_engine(
+        url, json_deserializer=from_json, pool_pre_ping=True, pool_size=10, pool_timeout=POOL_SECONDS,
+        connect_args=patience,
+    )  # fmt: skip
+    ping = engine.dialect.do_ping
+
+    def ping_in_time(dbapi_connection: Any) -> bool:
+        usual = dbapi_connection.silent_seconds
+        dbapi_connection.silent_seconds = PING_SECONDS
+        try:
+            return ping(dbapi_connection)
+        finally:
+            dbapi_connection.silent_seconds = usual
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        connection = _Impatient.connect(*arguments, **options)
+        if statement_seconds is not None:
+            connection.silent_seconds = max(statement_seconds, BUSY_SECONDS) + GRACE_SECONDS
+        return connection
+
+    engine.dialect.do_ping = ping_in_time  # type: ignore[method-assign]
+    return engine
 
 
 def _sqlite_engine(url: str, path: Path | None) -> Engine:
@@ -224,4 +290,6 @@ def _away(error: Exception) -> DatabaseAway:
     said = str(origin).strip().splitlines()[0]
     if getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(origin, "sqlstate", None) == FULL:
         return DatabaseFull(f"the database's disk is full ({said}): make room; nothing was written")
+    if "statement timeout" in said:
+        return DatabaseAway(f"this takes the database too long ({said}): ask for less of it, or when it has less to do")
     return DatabaseAway(f"the database does not answer ({said}): it will be tried again")

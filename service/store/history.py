@@ -1,6 +1,6 @@
 """Events: an append-only row per state change, with the actor. The audit log, and what the live stream sends."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,8 @@ from sqlalchemy import ColumnElement, Connection, Select, Table, exists, func, i
 
 from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
+
+PAGE = 1000  # events that are read at once
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _append_for(
 
 
 def after(
-    connection: Connection, last_id: int, *, sweep_id: str | None = None, job_id: str | None = None, limit: int = 1000
+    connection: Connection, last_id: int, *, sweep_id: str | None = None, job_id: str | None = None, limit: int = PAGE
 ) -> list[dict[str, Any]]:
     """Events later than `last_id`, oldest first, of everything or of one sweep or job and the tasks that it needs."""
     query = select(events).where(events.c.id > last_id).order_by(events.c.id).limit(limit)
@@ -93,6 +95,21 @@ def after(
 def first(connection: Connection) -> Any:
     """The `id` and `at` of the oldest event that is kept; None where there is none."""
     return connection.execute(select(events.c.id, events.c.at).order_by(events.c.id).limit(1)).one_or_none()
+
+
+def needing(
+    connection: Connection, task_ids: Collection[str], sweep_ids: Collection[str], job_ids: Collection[str]
+) -> dict[str, set[str]]:
+    """Which of these sweeps and jobs need each of these tasks."""
+    of_sweeps = select(job_tasks.c.task_id, jobs.c.sweep_id).join(jobs, jobs.c.id == job_tasks.c.job_id).distinct()
+    of_jobs = select(job_tasks.c.task_id, job_tasks.c.job_id)
+    found: dict[str, set[str]] = {task_id: set() for task_id in task_ids}
+    for column, ids, query in ((jobs.c.sweep_id, sweep_ids, of_sweeps), (job_tasks.c.job_id, job_ids, of_jobs)):
+        if ids and task_ids:
+            query = query.where(column.in_(ids))
+            for task_id, needed_by in connection.execute(query.where(job_tasks.c.task_id.in_(task_ids))):
+                found[task_id].add(needed_by)
+    return found
 
 
 def last_id(connection: Connection) -> int:

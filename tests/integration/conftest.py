@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 
 from api.app import create_app
 from api.binding import listen
 from api.client import ENDED, Client
+from api.server import Server
 from service.artifacts import Artifacts
 from service.dispatcher import Dispatcher
 from service.executor import ArtifactRef, Bits, Bundle, Failed, Grant, Message, Outcome, Progress, Started, Succeeded
@@ -88,7 +88,7 @@ def running_server(home: Path, *, dispatching: bool = True, **options: Any) -> I
     database.upgrade()
     app = create_app(settings)
     listening = listen("127.0.0.1", 0)
-    web = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+    web = Server(app, grace_seconds=1)
     stop = threading.Event()
     executor = InProcessExecutor(made_up, cpus=2, grace_seconds=1)
     dispatcher = Dispatcher(database, Artifacts(settings.artifacts), executor, settings, "dispatcher-of-tests")

@@ -554,7 +554,6 @@ def test_files_that_are_no_data_set_are_refused(server: Any) -> None:
     refused(server.http.post("/v1/datasets", json={"name": "broken"}))
 
 
-@pytest.mark.slow  # what is refused is heard out
 def test_bodies_have_a_limit(server: Any) -> None:
     huge = b'{"name": "' + b"x" * (server.settings.max_body_bytes + 1) + b'"}'
     headers = {"Content-Type": "application/json"}
@@ -563,7 +562,7 @@ def test_bodies_have_a_limit(server: Any) -> None:
     refused(server.http.post("/v1/sweeps", content=chunks, headers=headers), 413)
 
 
-@pytest.mark.slow  # what is refused is heard out
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_uploads_have_a_limit(start_server: Any, tmp_path: Path, whole: bool) -> None:
     data = b"x" * 300_000

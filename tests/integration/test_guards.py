@@ -2,7 +2,11 @@
 
 import asyncio
 import shutil
+import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import pytest
 from fastapi import FastAPI
 
 from api.app import create_app
-from api.events import POLL_SECONDS, RENEW_SECONDS
+from api.feed import POLL_SECONDS, RENEW_SECONDS
 from service.access import Access, Caller
 from service.errors import Conflict, NotFound, Unauthenticated
 from service.insights import Insights
@@ -102,7 +106,9 @@ class Guarded:
     secrets: dict[str, str]
     hers: dict[str, str]
 
-    def ask(self, method: str, path: str, secret: str | None = None, **more: Any) -> httpx.Response:
+    def ask(
+        self, method: str, path: str, secret: str | None = None, more_headers: dict[str, str] | None = None, **more: Any
+    ) -> httpx.Response:
         """The answer to a request with everything in the path filled in by what is ada's."""
 
         async def send() -> httpx.Response:
@@ -110,7 +116,11 @@ class Guarded:
             async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
                 return await http.request(method, path.format(**self.hers), headers=headers, **more)
 
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
+        headers = (
+            {"Content-Type": "application/json"}
+            | (more_headers or {})
+            | ({"Authorization": f"Bearer {secret}"} if secret else {})
+        )
         return asyncio.run(send())
 
 
@@ -174,6 +184,35 @@ def test_without_a_good_token_it_is_401_before_the_body_is_read(
         assert answer.status_code == 401, answer.text
         assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+def test_who_asks_is_known_before_the_size_of_a_body_matters(lab: Guarded) -> None:
+    """16 MB without a token were parsed; of a body that is too large nothing is read of anybody."""
+    for path, declared in (("/v1/jobs", 2 << 20), ("/v1/sweeps", 50 << 20), ("/v1/artifacts/" + "0" * 64, 9 << 30)):
+        method = "PUT" if "artifacts" in path else "POST"
+        for secret, status in ((None, 401), (lab.secrets["rita"], 403), (lab.secrets["ada"], 413)):
+            answer = lab.ask(method, path, secret, content=untouched(), more_headers={"Content-Length": str(declared)})
+            assert answer.status_code == status, answer.text
+
+
+def test_to_be_known_takes_no_turn_of_a_writer(lab: Guarded) -> None:
+    """That a token was used is written down, by one thread at a time: the others answer meanwhile."""
+    secrets = []
+    for name in ("vic", "wes", "xia"):
+        lab.access.put_user(name, {}, actor="root")
+        secrets.append(lab.access.create_token(name, "new", "read", None, by=Caller("root"))["secret"])
+    with (
+        closing(sqlite3.connect(lab.access.database.path or "", isolation_level=None)) as writer,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        writer.execute("BEGIN IMMEDIATE")
+        asked = [pool.submit(lab.access.caller, secret) for secret in secrets]
+        deadline = time.monotonic() + 20
+        while sum(one.done() for one in asked) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        writer.execute("ROLLBACK")
+        assert sorted(one.result().name for one in asked) == ["vic", "wes", "xia"]
 
 
 @pytest.mark.parametrize(("method", "path"), [pair for pair in GUARDED if NEEDED[pair] != READ])
@@ -302,7 +341,7 @@ def ends(lab: Guarded, secret: str, meanwhile: Callable[[], object]) -> tuple[bo
 
 @pytest.mark.parametrize("how", ["revoked", "expired", "disabled"])
 def test_a_stream_of_events_ends_with_its_token(lab: Guarded, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.events.RENEW_SECONDS", 0.1)
+    monkeypatch.setattr("api.feed.RENEW_SECONDS", 0.1)
     days = 1.0 / 86_400 if how == "expired" else None
     lab.access.put_user("dora", {}, actor="root")
     made = lab.access.create_token("dora", "watching", "read", days, by=Caller("root"))

@@ -162,6 +162,19 @@ def test_more_than_a_worker_holds_is_refused(train: Path, test: Path, monkeypatc
     assert (pointer, "`x` of train.npz has 0 GiB unfolded" in sentence) == ("/train", True)
 
 
+@pytest.mark.parametrize(("what", "refusal"), [("y", "`y` of train.npz"), ("x", "save np.ascontiguousarray(x)")])
+def test_what_has_to_be_read_as_a_whole_is_not_large(
+    tmp_path: Path, test: Path, what: str, refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros in Fortran's order: a megabyte of a file would be a gigabyte of memory."""
+    x = np.asfortranarray(images(4)) if what == "x" else images(4)
+    train = write(tmp_path / "train.npz", x, labels(0, 1, 2, 1))
+    inspect("mine", train, test, "a" * 64, "b" * 64)
+    monkeypatch.setattr(datasets, "MAX_WHOLE_BYTES", 31 if what == "y" else 767)
+    pointer, sentence = refused(train, test)
+    assert (pointer, refusal in sentence) == ("/train", True)
+
+
 @pytest.mark.parametrize("where", ["x", "y"])
 def test_a_byte_that_was_changed_on_the_way(tmp_path: Path, test: Path, where: str) -> None:
     x = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)

@@ -1,0 +1,442 @@
+"""One client stops nobody: slow heads, bodies and readers, floods of values, labels and lines, a frozen database."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+
+from api import feed
+from api.feed import Reader
+from api.turns import Turns
+from service.access import Caller
+from service.errors import DatabaseAway
+from service.insights import Insights
+from service.store import Database, database
+
+JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
+JSON = {"Content-Type": "application/json"}
+HEALTHZ = "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+IDS = re.compile(rb"^id: ([0-9]+)$", re.MULTILINE)
+EVENTS = b"GET /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def own(start_server: Any, sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server without a dispatcher, for the tests of this module."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copyfile(sqlite_template, home / "uncanny.db")
+    with start_server(home, dispatching=False) as server:
+        yield server
+
+
+@pytest.fixture
+def home(sqlite_template: Path, tmp_path: Path) -> Path:
+    """A home for a server of a test's own, which is started after what the test changes."""
+    shutil.copyfile(sqlite_template, tmp_path / "uncanny.db")
+    return tmp_path
+
+
+def connect(server: Any, sent: bytes, receive_bytes: int | None = None) -> socket.socket:
+    place = urlsplit(server.url)
+    made = socket.socket()
+    if receive_bytes is not None:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    made.settimeout(20)
+    made.connect((place.hostname, place.port))
+    made.sendall(sent)
+    return made
+
+
+def answers(server: Any) -> None:
+    """What must go on meanwhile: liveness, a question and a submission."""
+    with httpx.Client(base_url=server.url, timeout=5) as http:
+        assert http.get("/healthz").status_code == 200
+        assert http.get("/v1/queue").status_code == 200
+        assert http.post("/v1/jobs", json={**JOB, "seed": time.time_ns() % 10**6}).status_code == 201
+
+
+def until(what: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 20
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def ended(connection: socket.socket) -> bytes:
+    """What came before the server closed the connection."""
+    came = b""
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(1 << 20):
+            came += piece
+    return came
+
+
+class TestBodies:
+    def test_sixty_uploads_that_stall_stop_nobody(self, own: Any) -> None:
+        """Each held a thread, and forty are all."""
+        head = f"PUT /v1/artifacts/{'0' * 64} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n".encode()
+        stalled = [connect(own, head + b"x" * 1000) for _ in range(60)]
+        try:
+            until(lambda: len(list(Path(own.settings.artifacts).glob(".writing-*"))) == 60)
+            answers(own)
+        finally:
+            for connection in stalled:
+                connection.close()
+        until(lambda: not list(Path(own.settings.artifacts).glob(".writing-*")))
+
+    @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/sweeps", f"/v1/artifacts/{'0' * 64}"])
+    def test_a_body_that_does_not_come_is_given_up(self, own: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.limits.BODY_SECONDS", 0.3)
+        method = "PUT" if "artifacts" in path else "POST"
+        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 999"
+        with closing(connect(own, f"{head}\r\n\r\n".encode())) as connection:
+            for _ in range(3):  # also one that comes drop by drop
+                time.sleep(0.05)
+                connection.sendall(b" ")
+            answer = ended(connection)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"only 3 bytes came in time" in answer
+        until(lambda: not list(Path(own.settings.artifacts).glob(".writing-*")))
+
+    def test_only_sweeps_may_be_large(self, own: Any) -> None:
+        def status(method: str, path: str, size: int) -> int:
+            content = b'{"name": "' + b"x" * size + b'"}'
+            return int(own.http.request(method, path, content=content, headers=JSON).status_code)
+
+        for path in ("/v1/jobs", "/v1/tokens", "/v1/datasets", "/v1/checkpoints", "/v1/results:retract"):
+            assert (status("POST", path, 1_000_000), status("POST", path, 1_100_000)) == (422, 413)
+        assert (status("POST", "/v1/sweeps", 1_100_000), status("POST", "/v1/sweeps", 17_000_000)) == (422, 413)
+
+    def test_bodies_together_have_a_limit_and_small_ones_none(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.limits.HELD_BYTES", 2_000_000)
+        head = b"POST /v1/sweeps HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        head += b"Content-Length: 2000000\r\n\r\n"
+        with closing(connect(own, head + b" " * 1_900_000)):
+            refused = until(lambda: (r := self.sweep(own, 900_000)).status_code == 503 and r)
+            assert refused.headers["Retry-After"].isdigit()
+            answers(own)
+        until(lambda: self.sweep(own, 900_000).status_code == 422)
+
+    def sweep(self, server: Any, size: int) -> httpx.Response:
+        answer: httpx.Response = server.http.post("/v1/sweeps", content=b" " * size, headers=JSON)
+        return answer if answer.status_code != 400 else httpx.Response(422)
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("path", "depth", "keys"),
+        [
+            ("/v1/jobs", "", 70_000), ("/v1/jobs", "attack", 70_000), ("/v1/sweeps", "base", 70_000),
+            pytest.param("/v1/sweeps", "", 1_500_000, marks=pytest.mark.slow),
+            pytest.param("/v1/sweeps", "labels", 1_200_000, marks=pytest.mark.slow),
+        ],
+    )  # fmt: skip
+    def test_a_flood_of_unknown_keys_is_refused_before_it_is_looked_at(
+        self, own: Any, path: str, depth: str, keys: int
+    ) -> None:
+        """1.5 million of them took 2 GB and had no answer."""
+        body = "{" + ",".join(f'"{key:x}":1' for key in range(keys)) + "}"
+        body = f'{{"{depth}":{body}}}' if depth else body
+        answer = own.http.post(path, content=body.encode(), headers=JSON)
+        assert (answer.status_code, len(answer.content) < 2000) == (422, True), answer.text[:200]
+        assert "are taken" in answer.json()["detail"]
+
+    def test_of_many_errors_the_first_are_told(self, own: Any) -> None:
+        answer = own.http.post("/v1/jobs", json={**JOB, **{f"key{i}": 1 for i in range(900)}})
+        assert answer.status_code == 422
+        assert len(answer.json()["errors"]) == 50
+        assert len(answer.content) < 30_000
+
+    @pytest.mark.parametrize("axis", ["include", "exclude"])
+    def test_of_many_wrong_cells_the_first_is_told(self, own: Any, axis: str) -> None:
+        content = f'{{"name":"x","base":{json.dumps(JOB)},"{axis}":[{",".join("1" * 1_000_000)}]}}'.encode()
+        answer = own.http.post("/v1/sweeps", content=content, headers=JSON)
+        assert [error["pointer"] for error in answer.json()["errors"]] == [f"/{axis}/0"]
+
+    def test_labels_are_few_and_small(self, own: Any) -> None:
+        """A megabyte of them on a sweep of 400 became 825 MB of database."""
+
+        def status(labels: dict[str, str], path: str = "/v1/jobs", **more: Any) -> int:
+            return int(own.http.post(path, json={**JOB, "labels": labels, **more}).status_code)
+
+        assert status({f"k{i}": "v" for i in range(50)}) == 201
+        assert status({f"k{i}": "v" for i in range(51)}) == 422
+        assert status({f"{i}": "é" * 499 for i in range(10)}) == 201  # 9,990 bytes
+        assert status({f"{i}": "é" * 500 for i in range(10)}) == 422  # 10,010 bytes in 5,010 characters
+        sweep = {"name": "x", "base": JOB, "grid": {"scale": [1, 2]}}
+        for labels, refused in (
+            ({f"k{i}": "v" for i in range(51)}, "50"),
+            ({str(i): "v" * 1000 for i in range(11)}, "10,000"),
+        ):
+            answer = own.http.post("/v1/sweeps", json={**sweep, "labels": labels})
+            assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/labels")
+            assert refused in answer.text
+
+
+class TestConnections:
+    @pytest.mark.parametrize("sent", ["", "GET /healthz HTTP/1.1\r\nHost:", f"{HEALTHZ}GET /heal"])
+    def test_a_head_that_does_not_come_is_given_up(self, own: Any, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.connections.HEAD_SECONDS", 0.3)
+        with closing(connect(own, sent.encode())) as connection:
+            assert ended(connection).count(b"HTTP/1.1 200 OK") == sent.count("\r\n\r\n")
+
+    def drip(self, connection: socket.socket) -> None:
+        for _ in range(900):
+            connection.sendall(b"X: 1\r\n")
+            time.sleep(0.02)
+
+    def test_nor_one_that_comes_drop_by_drop(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.connections.HEAD_SECONDS", 0.3)
+        with closing(connect(own, b"GET /healthz HTTP/1.1\r\n")) as connection:
+            with pytest.raises(OSError, match=r"reset|Broken pipe"):
+                self.drip(connection)
+
+    def test_what_took_long_to_answer_is_no_late_head(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.connections.HEAD_SECONDS", 0.2)
+        job = own.client.submit(JOB, seed=1)
+        with httpx.Client(base_url=own.url, timeout=20) as http:
+            for _ in range(2):
+                assert http.get(f"/v1/jobs/{job.id}", params={"wait": 0.6}).json()["state"] == "queued"
+
+    def test_of_too_many_connections_the_idlest_goes(
+        self, start_server: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("api.connections.MOST_CONNECTIONS", 20)
+        with start_server(home, dispatching=False) as server:
+            half = [connect(server, b"GET /healthz HTTP/1.1\r\nHost: 1") for _ in range(60)]
+            answers(server)
+            assert ended(half[0]) == b""
+            for connection in half:
+                connection.close()
+
+    def test_a_reader_who_takes_nothing_is_dropped_and_a_slow_one_is_not(
+        self, own: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("api.connections.READER_SECONDS", 0.5)
+        content = os.urandom(8 << 20)
+        digest = hashlib.sha256(content).hexdigest()
+        assert own.http.put(f"/v1/artifacts/{digest}", content=content).status_code == 201
+        ask = f"GET /v1/artifacts/{digest} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
+        with closing(connect(own, ask, receive_bytes=4096)) as stopped, closing(connect(own, ask)) as slow:
+            came = b""
+            while piece := slow.recv(400_000):
+                came += piece
+                time.sleep(0.05)
+            assert came.endswith(content)
+            until(lambda: not established(stopped))
+            assert len(ended(stopped)) < len(content) / 2
+
+
+def established(connection: socket.socket) -> bool:
+    """Whether the server still has its side of this connection."""
+    port = connection.getsockname()[1]
+    return any(
+        other.raddr and other.raddr.port == port and other.status == psutil.CONN_ESTABLISHED
+        for other in psutil.Process().net_connections("tcp")
+    )
+
+
+class TestThreads:
+    def test_liveness_takes_no_thread(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def none_left(*_: Any, **__: Any) -> Any:
+            raise AssertionError("it took a thread")
+
+        monkeypatch.setattr("anyio.to_thread.run_sync", none_left)
+        assert own.http.get("/healthz").json() == {"status": "ok"}
+
+    def test_who_waits_for_a_job_holds_no_thread(self, own: Any) -> None:
+        job = own.client.submit(JOB, seed=1)
+        ask = f"GET /v1/jobs/{job.id}?wait=30 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+        waiting = [connect(own, ask) for _ in range(45)]
+        answers(own)
+        for connection in waiting:
+            connection.close()
+
+    def test_writers_who_wait_for_their_turn_stop_nobody(
+        self, start_server: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Fifty took all threads while SQLite's writer was busy."""
+        turns = {name: Turns(name, 8, 30, 0.5) for name in ("writers", "registrations", "uploads")}
+        monkeypatch.setattr("api.app.new_turns", lambda: turns)
+        with start_server(home, dispatching=False) as server, ThreadPoolExecutor(50) as pool:
+            http = httpx.Client(base_url=server.url, timeout=30, limits=httpx.Limits(max_connections=50))
+            with closing(sqlite3.connect(home / "uncanny.db", isolation_level=None)) as writer:
+                writer.execute("BEGIN IMMEDIATE")
+
+                def submit(seed: int) -> httpx.Response:
+                    return http.post("/v1/jobs", json={**JOB, "seed": seed})
+
+                posts = [pool.submit(submit, seed) for seed in range(50)]
+                until(lambda: sum(post.done() for post in posts) == 42)
+                for path in ("/healthz", "/readyz", "/v1/queue", "/v1/jobs"):
+                    assert server.http.get(path, timeout=5).status_code == 200
+                writer.execute("ROLLBACK")
+            found = [post.result() for post in posts]
+        assert sorted(answer.status_code for answer in found) == [201] * 8 + [503] * 42
+        assert all(answer.headers["Retry-After"].isdigit() for answer in found if answer.status_code == 503)
+
+
+class TestReaders:
+    def test_all_readers_are_told_by_one_look(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = []
+        news, events = Insights.news, Insights.events
+        monkeypatch.setattr(Insights, "news", lambda self, *a, **k: looks.append(1) or news(self, *a, **k))
+        monkeypatch.setattr(Insights, "events", lambda self, *a, **k: looks.append(50) or events(self, *a, **k))
+        readers = [connect(own, EVENTS) for _ in range(50)]
+        for reader in readers:
+            until(lambda reader=reader: b"id:" in reader.recv(4096))  # type: ignore[misc]
+        before, began = len(looks), time.monotonic()
+        job = own.client.submit(JOB, seed=1)
+        for reader in readers:
+            until(lambda reader=reader: job.id.encode() in reader.recv(1 << 16))  # type: ignore[misc]
+        seconds = time.monotonic() - began
+        assert sum(looks[before:]) <= seconds / feed.POLL_SECONDS + 3
+        for reader in readers:
+            reader.close()
+
+    @pytest.mark.parametrize("pending", [0, 64])
+    def test_each_is_told_what_a_list_would_tell(
+        self, server: Any, pending: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of everything, of a sweep, of a job; also to who is always so far behind that some had to be left out."""
+        monkeypatch.setattr("api.feed.MOST_PENDING", pending)
+        monkeypatch.setattr("api.feed.POLL_SECONDS", 0.01)
+        server.idle()
+        start = server.client.submit({**JOB, "samples": 21}, seed=10_000 + pending)
+        begun = next(server.client.events(job=start.id, follow=False)).id
+        base = {**JOB, "samples": 22}
+        sweep = server.client.sweep(name="told", base=base, grid={"seed": [20_000 + pending], "scale": [1, 2, 3]})
+        job = next(server.client.jobs(sweep=sweep.id))["id"]
+        which = [
+            f"after={begun}",
+            f"sweep={sweep.id}",
+            f"sweep={sweep.id}&after={begun + 3}",
+            f"job={job}",
+            f"job={start.id}",
+        ]
+        readers = [connect(server, EVENTS.replace(b"events", f"events?{of}".encode())) for of in which]
+        more = server.client.sweep(name="more", base=base, grid={"seed": [20_000 + pending], "scale": [4, 5]})
+        for handle in (start, sweep, more):
+            handle.wait()
+        server.idle()
+        for reader, of in zip(readers, which, strict=True):
+            listed = server.http.get(f"/v1/events?{of}&follow=false").content
+            expected, came = IDS.findall(listed), b""
+            assert len(expected) > 3
+            while len(IDS.findall(came)) < len(expected):
+                came += reader.recv(1 << 16)
+            assert IDS.findall(came) == expected
+            reader.close()
+
+    def test_one_that_is_behind_keeps_no_more_than_its_share(self) -> None:
+        reader = Reader(Caller("ada"))
+        for event_id in range(1000):
+            reader.give([(event_id, b"x")])
+        assert reader.behind
+        assert list(reader.taken()) == []
+        reader.behind = False
+        reader.give([(1000, b"y")])
+        assert list(reader.taken()) == [(1000, b"y")]
+
+    def test_one_that_stops_reading_is_dropped(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.connections.READER_SECONDS", 0.5)
+        monkeypatch.setattr("api.feed.POLL_SECONDS", 0.01)
+        with closing(connect(own, EVENTS, receive_bytes=4096)) as stopped:
+            until(lambda: established(stopped))
+            sweep = {"name": "x", "base": {**JOB, "dataset": "digits"}, "labels": {}}
+            for seed in range(200):
+                if not established(stopped):
+                    break
+                grid = {"seed": list(range(seed * 200, seed * 200 + 200))}
+                own.http.post("/v1/sweeps", json={**sweep, "grid": grid}).raise_for_status()
+            until(lambda: not established(stopped))
+
+    def test_a_silent_stream_is_kept_open(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.events.PING_SECONDS", 0.05)
+        with closing(connect(own, EVENTS)) as connection:
+            until(lambda: b": ping" in connection.recv(4096))
+
+    def test_there_are_not_too_many(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.feed.MOST_READERS", 2)
+        readers = [connect(own, EVENTS) for _ in range(2)]
+        for reader in readers:
+            until(lambda reader=reader: b"id:" in reader.recv(4096))  # type: ignore[misc]
+        refused = own.http.get("/v1/events")
+        assert (refused.status_code, refused.headers["Retry-After"].isdigit()) == (503, True)
+        for reader in readers:
+            reader.close()
+        until(lambda: own.http.get("/v1/events", params={"follow": False}).status_code == 200)
+
+
+@pytest.fixture(scope="module")
+def server_to_freeze(start_postgresql: Any) -> Any:
+    return start_postgresql()
+
+
+class TestFrozenPostgresql:
+    @pytest.fixture
+    def frozen(self, server_to_freeze: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Database, Any]]:
+        """A database with a connection in its pool, and what freezes and thaws its server."""
+        monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
+        monkeypatch.setattr(database, "GRACE_SECONDS", 0.3)
+        monkeypatch.setattr(database, "PING_SECONDS", 0.3)
+        monkeypatch.setattr(database, "CONNECT_SECONDS", 2)
+        server = server_to_freeze
+        url = server.get_uri("postgres").replace("postgresql://", "postgresql+psycopg://")
+        made = Database(url, statement_seconds=0.4)
+        with made.read() as connection:
+            made.now(connection)
+        postmaster = psutil.Process(int((Path(server.pgdata) / "postmaster.pid").read_text().split()[0]))
+
+        def tell(which: signal.Signals) -> None:
+            for process in (postmaster, *postmaster.children()):
+                process.send_signal(which)
+
+        yield made, tell
+        tell(signal.SIGCONT)
+        made.close()
+
+    def test_a_pooled_connection_is_given_up(self, frozen: tuple[Database, Any]) -> None:
+        made, tell = frozen
+        tell(signal.SIGSTOP)
+        with pytest.raises(DatabaseAway), made.read() as connection:
+            made.now(connection)
+        tell(signal.SIGCONT)
+        with made.read() as connection:
+            assert made.now(connection) > 0
+
+    @pytest.mark.parametrize("kind", ["read", "write"])
+    def test_a_transaction_in_the_middle_is_given_up(self, frozen: tuple[Database, Any], kind: str) -> None:
+        made, tell = frozen
+        with pytest.raises(DatabaseAway, match="said nothing for"):
+            self.ask_while_frozen(made, kind, tell)
+        tell(signal.SIGCONT)
+        with made.write() as connection:
+            assert made.now(connection) > 0
+
+    def ask_while_frozen(self, made: Database, kind: str, tell: Callable[[signal.Signals], None]) -> None:
+        with getattr(made, kind)() as connection:
+            tell(signal.SIGSTOP)
+            made.now(connection)
+
+    @pytest.mark.parametrize("kind", ["read", "write"])
+    def test_a_statement_that_takes_too_long_is_given_up(self, frozen: tuple[Database, Any], kind: str) -> None:
+        made, _ = frozen
+        with pytest.raises(DatabaseAway, match="too long"), getattr(made, kind)() as connection:
+            connection.exec_driver_sql("SELECT pg_sleep(20)")
