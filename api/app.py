@@ -23,10 +23,12 @@ from api import (
     sweeps,
     tasks,
 )
+from api.accepting import acceptable
 from api.auth import Limiter, current_caller
 from api.conditional import Conditional
 from api.deps import only_documented_parameters
 from api.limits import BodyLimit
+from api.prefix import Prefix
 from api.security import SecurityHeaders
 from service.access import Access
 from service.artifacts import Artifacts
@@ -53,7 +55,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=document.operation_id,
         docs_url=None,
         redoc_url=None,
-        dependencies=[Depends(current_caller), Depends(only_documented_parameters)],
+        redirect_slashes=False,  # such a redirect names the host, and `http` where a proxy speaks TLS
+        dependencies=[Depends(current_caller), Depends(only_documented_parameters), Depends(acceptable)],
     )
     app.state.settings = settings
     app.state.service = Service(
@@ -71,5 +74,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes
     )  # fmt: skip
     app.add_middleware(SecurityHeaders)
+    if settings.root_path:
+        app.add_middleware(Prefix, root_path=settings.root_path)
     document.install(app)
     return app

@@ -20,7 +20,7 @@ from service.settings import Settings
 
 HEADER = "X-Uncanny-User"
 NAME = re.compile(r"[\w.@+-]{1,100}")
-PUBLIC = {"/healthz", "/readyz"}
+PUBLIC = {"/healthz", "/readyz", "/docs", "/"}  # as `/openapi.json` is: none shows anything of the store
 READING = {"GET", "HEAD"}
 ADMIN = {
     ("POST", "/v1/queue:pause"),

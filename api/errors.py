@@ -12,7 +12,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from api.accepting import NotAcceptable
 from api.preconditions import PreconditionRequired
+from api.prefix import public
 from api.strict import NotJson, NotSentAsJson, check_sent
 from service.access import NotAllowed
 from service.checkpoints import NotChecked, TensorsDiffer
@@ -38,7 +40,7 @@ log = logging.getLogger("uncanny.api")
 PARAMETER = re.compile(r"{[^}]*}")
 PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
-ALWAYS = (401, 403, 429, 503)
+ALWAYS = (401, 403, 406, 429, 503)
 
 
 class Forbidden(UncannyError):
@@ -60,6 +62,7 @@ STATUS: dict[type[UncannyError], int] = {
     InvalidQuery: 422,
     IdempotencyMismatch: 422,
     NotFound: 404,
+    NotAcceptable: 406,
     ArtifactMissing: 404,
     Conflict: 409,
     Changed: 412,
@@ -125,7 +128,7 @@ def problem(
     if status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
     body: dict[str, Any] = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
-    body |= {"detail": detail, "instance": request.url.path}
+    body |= {"detail": detail, "instance": public(request, request.url.path)}
     if errors:
         body["errors"] = list(errors)
     return JSONResponse(body, status, headers, PROBLEM_JSON)
@@ -187,7 +190,7 @@ def _http(request: Request, error: Exception) -> JSONResponse:
         return _uncanny(request, error.__cause__)
     detail = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
-        detail = f"there is no {request.url.path}; see /docs"
+        detail = f"there is no {public(request, request.url.path)}; see {public(request, '/docs')}"
     headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_allowed(request))

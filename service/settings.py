@@ -1,6 +1,7 @@
 """The only reader of the environment: settings, by `UNCANNY_...` variable or flag."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -17,6 +18,7 @@ class BadSettings(UncannyError):
 
 
 Kind = Literal["train", "measure", "attack", "control"]
+ROOT_PATH = re.compile(r"(?!/(v1|docs|healthz|readyz|openapi\.json)(/|$))(/[\w.~-]+)+", re.ASCII)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -66,6 +68,9 @@ class Settings(BaseSettings):
     )
     host: str = "127.0.0.1"
     port: int = Field(default=8765, ge=0, le=65535)
+    root_path: str = Field(
+        default="", description="The path under which a proxy shows the service, as in /uncanny; none when empty."
+    )
     auth: bool = Field(default=False, description="Ask every request for a token; needed to listen beyond loopback.")
     requests_per_minute: int = Field(
         default=6000, ge=0, description="Of one user, where tokens are asked for; 0 is no limit."
@@ -144,6 +149,16 @@ class Settings(BaseSettings):
     @classmethod
     def _share_or_whole(cls, gpus: float) -> float | None:
         return whole_above_one(gpus)
+
+    @field_validator("root_path")
+    @classmethod
+    def _path(cls, path: str) -> str:
+        path = path.rstrip("/")
+        if path and not ROOT_PATH.fullmatch(path):
+            raise ValueError(
+                "a path such as /uncanny, of letters, digits and . _ ~ -, that is none of the service's own"
+            )
+        return path
 
     @field_validator("home", "data_dir", "database_password_file")
     @classmethod
