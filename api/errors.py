@@ -32,6 +32,7 @@ from service.errors import (
     SchemaOutdated,
     Unauthenticated,
     UncannyError,
+    UnfitDatabase,
 )  # fmt: skip
 from service.specs.sweep import as_written, pointer_to, sentence_of
 
@@ -76,6 +77,7 @@ STATUS: dict[type[UncannyError], int] = {
     DatabaseAway: 503,
     ArtifactRootFull: 507,
     SchemaOutdated: 503,
+    UnfitDatabase: 503,
     NotChecked: 503,
 }
 

@@ -51,6 +51,10 @@ class DatabaseAway(UncannyError):
     """The database cannot be reached, or has no room left, right now; what was accepted before is safe."""
 
 
+class UnfitDatabase(UncannyError):
+    """The database, or the URL that names it, is none that Uncanny can work with."""
+
+
 class BackupFailed(UncannyError):
     """A backup cannot be written, or what is to be restored is not a whole one."""
 

@@ -185,6 +185,13 @@ class Settings(BaseSettings):
         for prefix in ("postgres://", "postgresql://"):
             if url.startswith(prefix):
                 url = "postgresql+psycopg://" + url.removeprefix(prefix)
+        scheme, separator, _ = url.partition("://")
+        if not separator or scheme not in ("sqlite", "postgresql+psycopg"):
+            named = f"it begins with {scheme}://" if separator else "it has no ://"
+            raise BadSettings(
+                f"UNCANNY_DATABASE_URL is of no database that Uncanny can use ({named}): write "
+                "postgresql://USER@HOST:PORT/NAME, or leave it empty for a file under home"
+            )
         return url if self.database_password_file is None else _with_password(url, self.database_password_file)
 
     @property
@@ -220,9 +227,11 @@ def _with_password(url: str, file: Path) -> str:
     """The URL with that file's first line as its user's password. Raises `BadSettings` where that cannot be."""
     try:
         password = file.read_text().partition("\n")[0].strip()
+        parts = urlsplit(url)
     except OSError as error:
         raise BadSettings(f"UNCANNY_DATABASE_PASSWORD_FILE cannot be read: {error}") from None
-    parts = urlsplit(url)
+    except ValueError:
+        raise BadSettings("UNCANNY_DATABASE_URL cannot be read: write postgresql://USER@HOST:PORT/NAME") from None
     user, at, host = parts.netloc.rpartition("@")
     if not at or ":" in user or not password:
         raise BadSettings("UNCANNY_DATABASE_PASSWORD_FILE needs a password in it, and a user alone in the database URL")

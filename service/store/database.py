@@ -19,7 +19,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from pydantic_core import from_json
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -27,6 +27,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from service.errors import DatabaseAway, InvalidQuery, SchemaOutdated
 from service.store.listed import stored_json
+from service.store.pooling import Pooling, postgresql_url
 
 log = logging.getLogger("uncanny.database")
 
@@ -52,10 +53,14 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
-        named = make_url(url).database if self.is_sqlite else None
+        parsed, declared = postgresql_url(url)
+        named = parsed.database if self.is_sqlite else None
         self.path = Path(unquote(named)) if named else None
         """The file of a SQLite database; None in memory, and for PostgreSQL."""
-        self.engine = _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(url)
+        self.engine = _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(parsed)
+        self._pooling = Pooling(declared)
+        if not self.is_sqlite:
+            self._pooling.install(self.engine)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -65,6 +70,13 @@ class Database:
                 connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
             yield connection
             connection.commit()  # at a rollback psycopg forgets which statements it has prepared
+
+    def is_pooled(self) -> bool:
+        """Whether PostgreSQL is behind a pooler: then no notices arrive. Raises `DatabaseAway`, `UnfitDatabase`."""
+        if not self.is_sqlite and self._pooling.found is None:
+            with self.read():
+                pass
+        return bool(self._pooling.found)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -123,9 +135,9 @@ def _alembic() -> Config:
     return config
 
 
-def _postgresql_engine(url: str) -> Engine:
+def _postgresql_engine(url: URL) -> Engine:
     patience = {
-        "connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": SILENT_SECONDS * 1000,
+        "client_encoding": "utf8", "connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": SILENT_SECONDS * 1000,
         "keepalives_idle": SILENT_SECONDS // 2, "keepalives_interval": SILENT_SECONDS // 4, "keepalives_count": 2,
     }  # fmt: skip
     return create_engine(url, json_deserializer=from_json, pool_pre_ping=True, pool_size=10, connect_args=patience)
