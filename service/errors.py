@@ -67,5 +67,9 @@ class ArtifactRootFull(UncannyError):
     """There is no room left under the artifact root."""
 
 
+class UnfitArtifactRoot(UncannyError):
+    """The artifact root is on a file system that is not known or not installed here, or that cannot be written."""
+
+
 class ArtifactMissing(UncannyError):
     """Bytes that a task needs are not under the artifact root, or are not the ones their digest promises."""
