@@ -15,6 +15,7 @@ from api import (
     errors,
     events,
     health,
+    ids,
     jobs,
     networks,
     queueing,
@@ -38,8 +39,8 @@ from service.store import Database
 from service.submission import Service
 
 ROUTERS = [
-    jobs, sweeps, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks, artifacts,
-    access, health,
+    jobs, sweeps, ids, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks,
+    artifacts, access, health,
 ]  # fmt: skip
 
 

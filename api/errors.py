@@ -19,6 +19,7 @@ from api.strict import NotJson, NotSentAsJson, check_sent
 from service.access import NotAllowed
 from service.checkpoints import NotChecked, TensorsDiffer
 from service.errors import (
+    AmbiguousId,
     ArtifactMissing,
     ArtifactRootFull,
     Changed,
@@ -63,6 +64,7 @@ STATUS: dict[type[UncannyError], int] = {
     InvalidQuery: 422,
     IdempotencyMismatch: 422,
     NotFound: 404,
+    AmbiguousId: 409,
     NotAcceptable: 406,
     ArtifactMissing: 404,
     Conflict: 409,

@@ -41,9 +41,9 @@ def _start(
     Refuses what is not there before the stream begins.
     """
     if sweep is not None:
-        insights.sweep(sweep)
+        sweep = insights.sweep(insights.identify("sweep", sweep))["id"]
     if job is not None:
-        insights.job(job)
+        job = insights.job(insights.identify("job", job))["id"]
     resumed = last_event_id if last_event_id is not None else after
     newest = insights.last_event()  # asked for in any case: where the database is away, that is said by a status
     if resumed is None:
@@ -51,7 +51,7 @@ def _start(
     return resumed, {"sweep_id": sweep, "job_id": job}
 
 
-@router.get("", response_class=EventSourceResponse, responses=documented(404, 422))
+@router.get("", response_class=EventSourceResponse, responses=documented(404, 409, 422))
 async def follow_events(
     request: Request,
     insights: Questions,

@@ -27,6 +27,10 @@ class NotFound(UncannyError):
     """There is no such thing."""
 
 
+class AmbiguousId(UncannyError):
+    """The beginning of an id that several have."""
+
+
 class Unauthenticated(UncannyError):
     """Who is asking cannot be told."""
 

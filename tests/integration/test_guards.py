@@ -36,6 +36,7 @@ NEEDED = {
     ("GET", "/v1/correlations"): READ,
     ("GET", "/v1/datasets"): READ,
     ("GET", "/v1/events"): READ,
+    ("GET", "/v1/ids"): READ,
     ("GET", "/v1/networks"): READ,
     ("GET", "/v1/jobs"): READ,
     ("GET", "/v1/jobs/{job_id}"): READ,
