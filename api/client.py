@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,7 @@ SWEEP_FIELDS = {"base", "grid", "include", "exclude"}
 LONG_POLL_SECONDS = 10
 CHECKPOINT_SECONDS = 400  # that the service may take to check weights, with those of others before
 CHUNK_BYTES = 1 << 20
+IDS_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,19 @@ class Client(Asking):
     def retry(self, job_or_sweep_id: str, *, states: Collection[str] = ("failed",)) -> Json:
         """Run a job again that failed, is held or was cancelled, or those of a sweep that are in one of `states`."""
         return self._change(job_or_sweep_id, "retry", f"retry-failed?{urlencode({'states': ','.join(states)})}")
+
+    def short_ids(self, ids: Iterable[str]) -> dict[str, str]:
+        """For each id of a job or sweep its shortest beginning that no other has now; whole ids of an older service."""
+        whole = list(ids)
+        prefixes = dict(zip(whole, whole, strict=True))
+        for first in range(0, len(whole), IDS_AT_ONCE):
+            params = {"ids": ",".join(whole[first : first + IDS_AT_ONCE])}
+            try:
+                prefixes |= self._request("GET", "/v1/ids", params=params)["prefixes"]
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+        return prefixes
 
     def explain(self, job_id: str) -> Json:
         """Why a job is not running, and what comes before it."""

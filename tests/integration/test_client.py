@@ -481,6 +481,7 @@ def test_every_method_of_the_client_is_called_on_a_real_server(
     job = one.submit(JOB, seed=221)
     job.wait()
     assert one.result(job.id)["job_id"] == job.id
+    assert job.id.startswith(one.short_ids([job.id])[job.id])
     assert next(one.events(job=job.id, follow=False)).data["job_id"] == job.id
     assert one.cluster()["leading"]
     assert one.queue()["paused"] is False
