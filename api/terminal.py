@@ -27,7 +27,7 @@ def spoken_to(out: TextIO, err: TextIO) -> Iterator[None]:
     for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=SPELLED)
-    with redirect_stdout(_Pipe(out)), redirect_stderr(_Pipe(err)):  # type: ignore[type-var]
+    with redirect_stdout(_Pipe(out)), redirect_stderr(_Pipe(err)):
         try:
             yield
         finally:
