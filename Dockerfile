@@ -8,7 +8,7 @@ ARG TORCH_BACKEND=
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy VIRTUAL_ENV=/opt/uncanny
 WORKDIR /source
 COPY pyproject.toml ./
-RUN uv venv /opt/uncanny && uv pip install --no-cache ${TORCH_BACKEND:+--torch-backend=$TORCH_BACKEND} --extra service -r pyproject.toml
+RUN uv venv /opt/uncanny && uv pip install --no-cache ${TORCH_BACKEND:+--torch-backend=$TORCH_BACKEND} --extra service --extra s3 -r pyproject.toml
 COPY README.md LICENSE ./
 COPY service service
 COPY workers workers

@@ -16,6 +16,7 @@ from api import (
     errors,
     events,
     health,
+    ids,
     jobs,
     networks,
     queueing,
@@ -24,11 +25,13 @@ from api import (
     sweeps,
     tasks,
 )
+from api.accepting import acceptable
 from api.auth import ASKING, Limiter, current_caller
 from api.conditional import Conditional
 from api.deps import only_documented_parameters
 from api.feed import Feed
 from api.limits import BodyLimit
+from api.prefix import Prefix
 from api.routing import new_turns
 from api.security import SecurityHeaders
 from service.access import Access
@@ -39,8 +42,8 @@ from service.store import Database
 from service.submission import Service
 
 ROUTERS = [
-    jobs, sweeps, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks, artifacts,
-    access, health,
+    jobs, sweeps, ids, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks,
+    artifacts, access, health,
 ]  # fmt: skip
 STATEMENT_SECONDS = 60.0  # that the database may take for one statement of a request
 
@@ -57,7 +60,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=document.operation_id,
         docs_url=None,
         redoc_url=None,
-        dependencies=[Depends(current_caller), Depends(only_documented_parameters)],
+        redirect_slashes=False,  # such a redirect names the host, and `http` where a proxy speaks TLS
+        dependencies=[Depends(current_caller), Depends(only_documented_parameters), Depends(acceptable)],
     )
     app.state.settings = settings
     app.state.service = Service(
@@ -78,5 +82,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes
     )  # fmt: skip
     app.add_middleware(SecurityHeaders)
+    if settings.root_path:
+        app.add_middleware(Prefix, root_path=settings.root_path)
     document.install(app)
     return app

@@ -127,12 +127,12 @@ class Asking(Transport):
             raise UncannyError("a measure is that of the results of a filter")
         if filter:
             said = {**said, "filter": filter, **({"measure": measure} if measure else {})}
-            return self._request("POST", f"/v1/results:{verb}", json=said)
+            return self._request("POST", f"/v1/results:{verb}", json=said, repeatable=True)
         if training:
             tasks = self._request("GET", f"/v1/jobs/{training}")["tasks"]
             [task] = [one["id"] for one in tasks if "train" in one["roles"]]
         path = f"/v1/tasks/{task}:{verb}" if task else f"/v1/results/{job_id}:{verb}"
-        return self._request("POST", path, json=said or None)
+        return self._request("POST", path, json=said or None, repeatable=True)
 
     def export(
         self, path: str | Path, filter: str | None = None, *, format: Format | None = None, **more: Any

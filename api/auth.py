@@ -16,11 +16,13 @@ from api.binding import is_loopback
 from api.errors import Forbidden, TooManyRequests
 from service.access import Access, Caller
 from service.errors import InvalidQuery, Unauthenticated
+from service.insights import Insights
 from service.settings import Settings
+from service.store.identifying import Kind
 
 HEADER = "X-Uncanny-User"
 NAME = re.compile(r"[\w.@+-]{1,100}")
-PUBLIC = {"/healthz", "/readyz"}
+PUBLIC = {"/healthz", "/readyz", "/docs", "/"}  # as `/openapi.json` is: none shows anything of the store
 READING = {"GET", "HEAD"}
 ADMIN = {
     ("POST", "/v1/queue:pause"),
@@ -37,6 +39,7 @@ ADMIN = {
     ("DELETE", "/v1/users/{name}"),
 }
 """What only an admin may do. All else takes `read` to look and `submit` to change what is one's own."""
+IDS: dict[str, Kind] = {"job_id": "job", "sweep_id": "sweep", "task_id": "task", "token_id": "token"}
 FAILURES_PER_MINUTE = 60  # of one address with bad tokens
 ASKING = 8  # threads that find out who is asking: slow questions of others keep nobody outside
 
@@ -70,6 +73,8 @@ async def current_caller(request: Request, _documented: Any = Depends(_bearer)) 
             request.state.caller = await to_thread.run_sync(_allowed, request, credentials, path, limiter=asking)
         else:
             request.state.caller = _trusted(request, request.app.state.settings)
+            if request.path_params:
+                await to_thread.run_sync(_identify, request, request.state.caller, limiter=request.app.state.asking)
     caller: Caller = request.state.caller
     return caller
 
@@ -80,6 +85,7 @@ def _allowed(request: Request, credentials: HTTPAuthorizationCredentials | None,
     limiter: Limiter = request.app.state.limiter
     caller = _identified(request, credentials, access, limiter)
     limiter.count(settings.requests_per_minute, "caller", caller.name)
+    _identify(request, caller)
     needed = "admin" if (request.method, path) in ADMIN else "read" if _only_reads(request, caller) else "submit"
     if not caller.may(needed):
         raise Forbidden(f"this takes a token of scope {needed!r}, yours has {caller.scope!r}")
@@ -124,6 +130,15 @@ def _trusted(request: Request, settings: Settings) -> Caller:
     if not NAME.fullmatch(name):
         raise InvalidQuery(HEADER, f"{name!r:.120} cannot be a user's name: letters, digits and . _ @ + -, at most 100")
     return Caller(name)
+
+
+def _identify(request: Request, caller: Caller) -> None:
+    """Put the whole ids in the place of the prefixes in the path, for whoever reads it from here on."""
+    insights: Insights = request.app.state.insights
+    for name, kind in IDS.items():
+        if name in request.path_params:
+            user = None if caller.may("admin") else caller.name
+            request.path_params[name] = insights.identify(kind, request.path_params[name], user=user)
 
 
 def _place(origin: str) -> str | None:

@@ -1,4 +1,7 @@
-"""`uncanny`: the commands. Exit codes: 0 done, 1 failed, 2 bad usage, 3 nobody answers, 4 refused."""
+"""`uncanny`: the commands. Exit codes: 0 done, 1 failed, 2 bad usage, 3 nobody answers, 4 refused.
+
+A reader that closes the pipe early has seen enough: 0.
+"""
 
 import sys
 
@@ -19,6 +22,7 @@ from api.commands import (
 )
 from api.commands.options import EPILOG, BadUsage, print_json
 from api.demo import demo
+from api.terminal import plain, spoken_to
 from service.errors import InvalidSpec, UncannyError
 
 app = typer.Typer(
@@ -68,12 +72,17 @@ app.add_typer(access.token, name="token")
 
 
 def main() -> None:
+    with spoken_to(sys.stdout, sys.stderr):
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except UncannyError as error:
         if isinstance(error, ApiError) and "--json" in sys.argv:
             print_json(error.problem)
-        print(f"uncanny: {error}", file=sys.stderr)
+        print(f"uncanny: {plain(str(error))}", file=sys.stderr)
         sys.exit(exit_code(error))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("api", "service", "workers"):
@@ -81,9 +90,6 @@ def main() -> None:
         whole = "this needs more than the client: install uncanny-bench with its extra `service`"
         print(f"uncanny: {error.name} is not installed; {whole}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
 
 
 def exit_code(error: UncannyError) -> int:

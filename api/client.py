@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,16 +12,29 @@ import httpx
 from httpx_sse import SSEError, connect_sse
 
 from api.asking import Aggregate, Asking, Rows
-from api.transport import BUSY, ApiError, Json, OnProgress, Patience, Unreachable, check
+from api.transport import PASSING, ApiError, Json, OnProgress, Patience, Unanswered, Unreachable, check
 from service.errors import UncannyError
 
-__all__ = ["Aggregate", "ApiError", "Client", "Event", "Job", "Json", "OnProgress", "Rows", "Sweep", "Unreachable"]
+__all__ = [
+    "Aggregate",
+    "ApiError",
+    "Client",
+    "Event",
+    "Job",
+    "Json",
+    "OnProgress",
+    "Rows",
+    "Sweep",
+    "Unanswered",
+    "Unreachable",
+]
 
 ENDED = ("succeeded", "failed", "cancelled", "held")
 SWEEP_FIELDS = {"base", "grid", "include", "exclude"}
 LONG_POLL_SECONDS = 10
 CHECKPOINT_SECONDS = 400  # that the service may take to check weights, with those of others before
 CHUNK_BYTES = 1 << 20
+IDS_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Client(Asking):
     def dry_run(self, spec: Mapping[str, Any]) -> Json:
         """What a job or a sweep would mean: jobs, distinct tasks, which are known, device seconds, time, quota."""
         path = "/v1/sweeps" if SWEEP_FIELDS & set(spec) else "/v1/jobs"
-        return self._request("POST", path, params={"dry_run": True}, json=dict(spec))
+        return self._request("POST", path, params={"dry_run": True}, json=dict(spec), repeatable=True)
 
     def job(self, job_id: str, *, wait_seconds: float = 0) -> Json:
         return self._request("GET", f"/v1/jobs/{job_id}", params={"wait": wait_seconds})
@@ -86,6 +99,19 @@ class Client(Asking):
         """Run a job again that failed, is held or was cancelled, or those of a sweep that are in one of `states`."""
         return self._change(job_or_sweep_id, "retry", f"retry-failed?{urlencode({'states': ','.join(states)})}")
 
+    def short_ids(self, ids: Iterable[str]) -> dict[str, str]:
+        """For each id of a job or sweep its shortest beginning that no other has now; whole ids of an older service."""
+        whole = list(ids)
+        prefixes = dict(zip(whole, whole, strict=True))
+        for first in range(0, len(whole), IDS_AT_ONCE):
+            params = {"ids": ",".join(whole[first : first + IDS_AT_ONCE])}
+            try:
+                prefixes |= self._request("GET", "/v1/ids", params=params)["prefixes"]
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+        return prefixes
+
     def explain(self, job_id: str) -> Json:
         """Why a job is not running, and what comes before it."""
         return self._request("GET", f"/v1/jobs/{job_id}/explain")
@@ -111,11 +137,11 @@ class Client(Asking):
         """Change `priority` or `labels` of a job or sweep, whatever they were."""
         headers = {"If-Match": "*"}
         try:
-            return self._request("PATCH", f"/v1/jobs/{job_or_sweep_id}", json=changes, headers=headers, repeatable=True)
+            return self._request("PATCH", f"/v1/jobs/{job_or_sweep_id}", json=changes, headers=headers)
         except ApiError as error:
             if error.status != 404:
                 raise
-        return self._request("PATCH", f"/v1/sweeps/{job_or_sweep_id}", json=changes, headers=headers, repeatable=True)
+        return self._request("PATCH", f"/v1/sweeps/{job_or_sweep_id}", json=changes, headers=headers)
 
     def boost(self, job_or_sweep_id: str, *, boosted: bool = True) -> Json:
         """Let a job, or the live jobs of a sweep, go before all other users' work, or in turn again (admin)."""
@@ -123,12 +149,13 @@ class Client(Asking):
         return self._change(job_or_sweep_id, verb, verb)
 
     def _change(self, ident: str, of_job: str, of_sweep: str) -> Json:
+        """Done twice, these are done once, or refused with the state that the first left."""
         try:
-            return self._request("POST", f"/v1/jobs/{ident}:{of_job}")
+            return self._request("POST", f"/v1/jobs/{ident}:{of_job}", repeatable=True)
         except ApiError as error:
             if error.status != 404:
                 raise
-        return self._request("POST", f"/v1/sweeps/{ident}:{of_sweep}")
+        return self._request("POST", f"/v1/sweeps/{ident}:{of_sweep}", repeatable=True)
 
     def me(self) -> Json:
         """Who this client is to the service, and what its token may do."""
@@ -236,11 +263,11 @@ class Client(Asking):
                             yield Event(None if item.event == "progress" else last_id, item.event, item.json())
                 time.sleep(0.5)
             except (httpx.TransportError, SSEError, ApiError) as error:
-                if isinstance(error, ApiError) and error.status not in BUSY:
+                if isinstance(error, ApiError) and error.status not in PASSING:
                     raise
-                patience = patience or Patience(self.patience_seconds)
-                if patience.is_over:
-                    raise error if isinstance(error, ApiError) else self._unreachable(error) from None
+                patience = patience or self._patience()
+                if patience.is_over_for(error):
+                    raise error if isinstance(error, ApiError) else self._unanswered(error) from None
                 patience.pause(response)
 
 

@@ -182,6 +182,6 @@ def _say_what_next(url: str, sweep_id: str, stays_up: bool, home: Path | None, p
 
 
 def _until_interrupted(url: str) -> None:
-    err.print(f"\nThe service stays up at {url}. Ctrl-C stops it.", markup=False)
+    err.print(f"\nThe service stays up at {url}. Ctrl-C stops it.")
     with suppress(KeyboardInterrupt):
         signal.pause()

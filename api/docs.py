@@ -3,6 +3,7 @@
 import json
 from html import escape
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
@@ -35,7 +36,7 @@ def page(document: dict[str, Any], url: str) -> str:
         f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>",
         f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>",
         *(f"<p>{_text(part)}</p>" for part in info["description"].strip().split("\n\n")),
-        "<p>This page for programs: <a href='openapi.json'>openapi.json</a>, OpenAPI "
+        f"<p>This page for programs: <a href='{escape(urlsplit(url).path)}/openapi.json'>openapi.json</a>, OpenAPI "
         f"{escape(document['openapi'])}.</p>",
     ]
     for tag in document["tags"]:

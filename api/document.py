@@ -83,7 +83,12 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
         for method, operation in operations.items():
             operation["summary"] = _first_sentence(operation["description"])
             content = operation.get("requestBody", {}).get("content", {})
-            always = (422, *((413,) if content else ()), *((400, 415) if "application/json" in content else ()))
+            always = (
+                422,
+                *((409,) if "_id}" in path else ()),
+                *((413,) if content else ()),
+                *((400, 415) if "application/json" in content else ()),
+            )
             problems = {str(status): described for status, described in documented(*always).items()}
             operation["responses"] |= {str(status): problems[str(status)] for status in always}
             if method == "get" and path not in STREAMS:

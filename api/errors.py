@@ -12,13 +12,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from api.accepting import NotAcceptable
 from api.limits import BodyTooLarge, BodyTooSlow
 from api.preconditions import PreconditionRequired
+from api.prefix import public
 from api.strict import NotJson, NotSentAsJson, check_sent
 from api.turns import Busy
 from service.access import NotAllowed
 from service.checkpoints import NotChecked, TensorsDiffer
 from service.errors import (
+    AmbiguousId,
     ArtifactMissing,
     ArtifactRootFull,
     ArtifactRootUnusable,
@@ -33,6 +36,7 @@ from service.errors import (
     SchemaOutdated,
     Unauthenticated,
     UncannyError,
+    UnfitDatabase,
 )  # fmt: skip
 from service.specs.sweep import as_written, pointer_to, sentence_of
 
@@ -41,7 +45,7 @@ log = logging.getLogger("uncanny.api")
 PARAMETER = re.compile(r"{[^}]*}")
 PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_SECONDS = {503: 2, 429: 2, 507: 30}  # of what will pass by itself; a disk is not cleared in a moment
-ALWAYS = (401, 403, 429, 503)
+ALWAYS = (401, 403, 406, 429, 503)
 MAX_ERRORS, MAX_DETAIL = 50, 10_000  # of a problem: what is wrong with the rest is said once these are mended
 
 
@@ -60,6 +64,8 @@ STATUS: dict[type[UncannyError], int] = {
     InvalidQuery: 422,
     IdempotencyMismatch: 422,
     NotFound: 404,
+    AmbiguousId: 409,
+    NotAcceptable: 406,
     ArtifactMissing: 404,
     Conflict: 409,
     Changed: 412,
@@ -76,6 +82,7 @@ STATUS: dict[type[UncannyError], int] = {
     ArtifactRootUnusable: 503,
     ArtifactRootFull: 507,
     SchemaOutdated: 503,
+    UnfitDatabase: 503,
     NotChecked: 503,
 }
 
@@ -133,7 +140,7 @@ def problem(
     if len(errors) > MAX_ERRORS:
         detail = f"{len(errors):,} things are wrong, the first of them: {detail}"
     detail = detail if len(detail) <= MAX_DETAIL else detail[: MAX_DETAIL - 3] + "..."
-    body |= {"detail": detail, "instance": request.url.path}
+    body |= {"detail": detail, "instance": public(request, request.url.path)}
     if errors:
         body["errors"] = list(errors[:MAX_ERRORS])
     return JSONResponse(body, status, headers, PROBLEM_JSON)
@@ -195,7 +202,7 @@ def _http(request: Request, error: Exception) -> JSONResponse:
         return _uncanny(request, error.__cause__)
     detail = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
-        detail = f"there is no {request.url.path}; see /docs"
+        detail = f"there is no {public(request, request.url.path)}; see {public(request, '/docs')}"
     headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_allowed(request))

@@ -67,9 +67,9 @@ def _start(
     Refuses what is not there before the stream begins, and an id that no event has yet: what comes would be missed.
     """
     if sweep is not None:
-        insights.sweep(sweep)
+        sweep = insights.sweep(insights.identify("sweep", sweep))["id"]
     if job is not None:
-        insights.job(job)
+        job = insights.job(insights.identify("job", job))["id"]
     resumed = last_event_id if last_event_id is not None else after
     newest = insights.last_event()  # asked for in any case: where the database is away, that is said by a status
     if resumed is None:
@@ -84,7 +84,7 @@ def _start(
 @router.get(
     "",
     response_class=Response,
-    responses={200: {"content": {MEDIA_TYPE: {"itemSchema": EVENT}}}, **documented(404, 422)},
+    responses={200: {"content": {MEDIA_TYPE: {"itemSchema": EVENT}}}, **documented(404, 409, 422)},
 )
 async def follow_events(
     insights: Questions,

@@ -13,6 +13,7 @@ from api.errors import documented
 from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import linked
 from api.preconditions import Seen, tag
+from api.prefix import public
 from api.routing import StrictRoute
 from api.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
 from service.explaining import explain
@@ -48,7 +49,7 @@ def submit_job(
     reply = service.submit(
         body.job, user=user, priority=body.priority, labels=body.labels, idempotency=idempotency(key, request, body)
     )
-    return answer(reply, response)
+    return answer(reply, request, response)
 
 
 @router.get(
@@ -117,10 +118,10 @@ def unboost_job(job_id: str, service: Verbs, insights: Questions, user: User) ->
     return insights.job(job_id)
 
 
-def answer(reply: Reply, response: Response) -> dict[str, Any]:
+def answer(reply: Reply, request: Request, response: Response) -> dict[str, Any]:
     """A reply of the service as the response: the stored one, where it is a replay."""
     response.status_code = reply.status
-    response.headers["Location"] = reply.location
+    response.headers["Location"] = public(request, reply.location)
     if reply.replayed:
         response.headers["Idempotency-Replayed"] = "true"
     return reply.body

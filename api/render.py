@@ -1,23 +1,28 @@
 """Tables and progress bars for the terminal."""
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from api.terminal import plain
 from api.transport import Json, OnProgress
 
 WIDE = 160  # columns of a table where no terminal says how wide it is
+ID = re.compile("0[0-9a-f]{7}")
 SENTENCE = 40  # columns into which a sentence is broken at the least
-out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
-err = Console(stderr=True, highlight=False)
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # data is shown as it is
+out = Console(**PLAIN, width=None if sys.stdout.isatty() else WIDE)
+err = Console(**PLAIN, stderr=True)
+NAMES: Mapping[str, str] = {}  # ids that are shown whole
 COLOURS = {
     "succeeded": "green", "trusted": "green", "failed": "red", "invalid": "red", "held": "red", "suspect": "yellow",
     "running": "cyan", "cancelled": "dim", "queued": "dim",
@@ -26,37 +31,51 @@ COLOURS = {
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """No cell is broken but the last of a row, which may be a sentence."""
-    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    made = Table(
+        title=Text(plain(title), "table.title") if title else None,
+        title_justify="left",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
-        numeric = bool(rows) and all(row[i][:1] in "-0123456789–" for row in rows)
+        numeric = bool(rows) and all(row[i][:1] in "-0123456789–" and not ID.match(row[i]) for row in rows)
         lines = [line for cell in (column, *(row[i] for row in rows)) for line in cell.splitlines()]
         widest = max(map(cell_len, lines), default=0)
         least = min(widest, SENTENCE) if i == len(columns) - 1 else widest
-        made.add_column(column, justify="right" if numeric else "left", overflow="fold", min_width=least)
+        made.add_column(Text(plain(column)), justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in rows:
         made.add_row(*(coloured(cell) for cell in row))
     return made
 
 
-def show(made: Table) -> None:
-    """A table on stdout, as wide as it needs: a terminal that is narrower breaks its lines, not its cells."""
-    needs = Measurement.get(out, out.options.update(width=sys.maxsize), made).minimum
-    (out if needs <= out.width else Console(highlight=False, width=needs)).print(made)
+def show(made: Table, *narrower: Callable[[], Table]) -> None:
+    """A table on stdout: on a terminal the first of these that fits, else the last; elsewhere the widest.
+
+    A terminal that is narrower still breaks its lines, not its cells.
+    """
+    rest = iter(narrower if out.is_terminal else ())
+    while (needs := _width(made)) > out.width and (next_one := next(rest, None)) is not None:
+        made = next_one()
+    (out if needs <= out.width else Console(**PLAIN, width=needs)).print(made)
 
 
-def coloured(cell: str) -> str:
-    colour = COLOURS.get(cell)
-    return f"[{colour}]{escape(cell)}[/]" if colour else escape(cell)
+def _width(made: Table) -> int:
+    return Measurement.get(out, out.options.update(width=sys.maxsize), made).minimum
+
+
+def coloured(cell: str) -> Text:
+    return Text(plain(cell), COLOURS.get(cell, ""))
 
 
 def say(text: str) -> None:
     """A sentence as it is: no markup, and no line breaks that a copied command would carry along."""
-    out.print(text, markup=False, soft_wrap=True)
+    out.print(plain(text), soft_wrap=True)
 
 
 def tell(text: str) -> None:
     """The same to stderr, where `--json` wants stdout for itself."""
-    err.print(text, markup=False, soft_wrap=True)
+    err.print(plain(text), soft_wrap=True)
 
 
 def counted(n: int, noun: str) -> str:
@@ -83,34 +102,38 @@ def attack_name(attack: Json) -> str:
     return f"{attack['type']} {norm} {number(attack['eps'])}" if norm else str(attack["type"])
 
 
-def jobs_table(jobs: Sequence[Json]) -> Table:
+def jobs_table(jobs: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: bool = False) -> Table:
     rows = [
         [
-            job["id"], job["state"], f"{100 * job['progress']:.0f} %", job["spec"]["architecture"],
+            short.get(job["id"], job["id"]), job["state"],
+            f"{100 * job['progress']:.0f} %", job["spec"]["architecture"],
             job["spec"]["dataset"], number(job["spec"]["scale"]), attack_name(job["spec"]["attack"]), job["user"],
             job["reason"] or "",
         ]
         for job in jobs
     ]  # fmt: skip
-    return table(["job", "state", "done", "architecture", "dataset", "scale", "attack", "user", "reason"], rows)
+    columns = ["job", "state", "done", "architecture", "dataset", "scale", "attack", "user", "reason"]
+    return table(*without(("done", "dataset", "user") if narrow else (), columns, rows))
 
 
-def sweeps_table(sweeps: Sequence[Json]) -> Table:
+def sweeps_table(sweeps: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: bool = False) -> Table:
     rows = [
         [
-            sweep["id"], sweep["name"], sweep["state"], f"{100 * sweep['progress']:.0f} %",
+            short.get(sweep["id"], sweep["id"]), sweep["name"], sweep["state"], f"{100 * sweep['progress']:.0f} %",
             f"{sweep['jobs']['succeeded']}/{sweep['jobs']['total']}", str(sweep["jobs"]["failed"]),
             duration(sweep["eta_seconds"]), sweep["user"],
         ]
         for sweep in sweeps
     ]  # fmt: skip
-    return table(["sweep", "name", "state", "done", "succeeded", "failed", "left", "user"], rows)
+    columns = ["sweep", "name", "state", "done", "succeeded", "failed", "left", "user"]
+    return table(*without(("done", "left", "user") if narrow else (), columns, rows))
 
 
-def results_table(results: Sequence[Json]) -> Table:
+def results_table(results: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: bool = False) -> Table:
     rows = [
         [
-            row["job_id"], row["architecture"], row["dataset"], number(row["scale"]), attack_name(row["attack"]),
+            short.get(row["job_id"], row["job_id"]),
+            row["architecture"], row["dataset"], number(row["scale"]), attack_name(row["attack"]),
             percent(row["clean_accuracy"]), percent(row["robust_accuracy"]),
             percents(row["robust_accuracy_ci95_low"], row["robust_accuracy_ci95_high"]),
             number(row.get("log_relative_sharpness_median")), percent(row["zero_gradient_fraction"]),
@@ -119,7 +142,17 @@ def results_table(results: Sequence[Json]) -> Table:
         for row in results
     ]  # fmt: skip
     columns = ["job", "architecture", "dataset", "scale", "attack", "clean", "robust", "95 %", "log sharpness"]
-    return table([*columns, "zero gradient", "masked", "verdict"], rows)
+    columns += ["zero gradient", "masked", "verdict"]
+    left_out = ("dataset", "95 %", "log sharpness", "zero gradient", "masked") if narrow else ()
+    return table(*without(left_out, columns, rows))
+
+
+def without(
+    left_out: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """These columns and rows but for some columns."""
+    kept = [i for i, column in enumerate(columns) if column not in left_out]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def fields_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -139,17 +172,17 @@ def duration(seconds: float | None) -> str:
 def sweep_progress(name: str) -> Iterator[OnProgress]:
     """A progress bar on stderr for a sweep or a job; call what it gives with each status.
 
-    Where stderr is no terminal, a line at the beginning and for every tenth that is done.
+    Where stderr is no terminal, or a dumb one, a line at the beginning and for every tenth that is done.
     """
-    if not (err.is_terminal or err.is_jupyter):
+    if err.is_dumb_terminal or not (err.is_terminal or err.is_jupyter):
         yield _lines(name)
         return
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"), console=err, transient=True,
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", markup=False), console=err, transient=True,
     )  # fmt: skip
     with bar:
-        shown = bar.add_task(escape(name), total=1.0, left="")
+        shown = bar.add_task(plain(name), total=1.0, left="")
 
         def update(status: Json) -> None:
             bar.update(shown, completed=status["progress"], left=_left(status))

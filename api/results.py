@@ -6,6 +6,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
+from api.accepting import chosen
 from api.answers import Restored, Retracted, Trajectory
 from api.deps import CurrentCaller, Cursor, Limit, Questions, SaysTruth, User, Verbs
 from api.errors import documented
@@ -24,6 +25,7 @@ PARQUET = "application/vnd.apache.parquet"
 MEDIA: dict[str, Format] = {
     "application/json": "json", "text/csv": "csv", "application/x-ndjson": "ndjson", PARQUET: "parquet",
 }  # fmt: skip
+VARY = {"Vary": "Accept"}
 STREAMED: dict[str, Any] = {
     "text/csv": {"schema": {"type": "string"}},
     "application/x-ndjson": {"schema": {"type": "string"}},
@@ -58,20 +60,20 @@ def list_results(
     """Results of succeeded jobs, the newest first. JSON comes in pages; CSV, NDJSON and Parquet with all rows."""
     simple = filters_of(request, RESULTS)
     question = Question(simple, sort, cursor, limit, names_of(fields), filter, include_retracted)
-    match format or _accepted(request):
+    match format or MEDIA[chosen(request, list(MEDIA))]:
         case "json":
             page = insights.results(question)
-            headers = next_link(request, page["next_cursor"])
+            headers = VARY | next_link(request, page["next_cursor"])
             return Response(to_json(page), media_type="application/json", headers=headers)
         case "csv":
             lines = exporting.csv_lines(exporting.table(insights.database, question))
-            return StreamingResponse(lines, media_type="text/csv; charset=utf-8")
+            return StreamingResponse(lines, media_type="text/csv; charset=utf-8", headers=VARY)
         case "ndjson":
             rows = exporting.json_lines(insights.all_results(question))
-            return StreamingResponse(rows, media_type="application/x-ndjson")
+            return StreamingResponse(rows, media_type="application/x-ndjson", headers=VARY)
         case "parquet":
             pieces = exporting.parquet_bytes(exporting.table(insights.database, question))
-            named = {"Content-Disposition": 'attachment; filename="results.parquet"'}
+            named = VARY | {"Content-Disposition": 'attachment; filename="results.parquet"'}
             return StreamingResponse(pieces, media_type=PARQUET, headers=named)
 
 
@@ -111,9 +113,3 @@ def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, ca
 def restore_result(job_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Any:
     """Take back the retraction that hides a result, of all that it hides."""
     return retraction.restore(service, job_id, user=user, admin=caller.may("admin"))
-
-
-def _accepted(request: Request) -> Format:
-    """The first media type of the `Accept` header that we speak; JSON for all else."""
-    accepted = (part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(","))
-    return next((MEDIA[media] for media in accepted if media in MEDIA), "json")

@@ -222,6 +222,10 @@ class SweepPage(BaseModel):
     next_cursor: str | None
 
 
+class ShortIds(BaseModel):
+    prefixes: dict[str, str] = Field(description="By id.", examples=[{JOB_ID: JOB_ID[:13]}])
+
+
 class Change(BaseModel):
     """What can be changed of a job or sweep; what is left out stays. Labels are replaced as a whole."""
 

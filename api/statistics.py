@@ -10,6 +10,7 @@ from api.errors import documented
 from api.filters import Filter, documented_filters, filters_of
 from api.schemas import JOB_ID
 from service import aggregates, comparing, correlating, leaderboard
+from service.insights import Insights
 from service.query import names_of
 from service.questions import nodes_of
 from service.store.fields import RESULTS
@@ -66,14 +67,14 @@ def aggregate_results(
     )
 
 
-@router.get("/results:compare", response_model=Comparison, responses=documented(404, 422))
+@router.get("/results:compare", response_model=Comparison, responses=documented(404, 409, 422))
 def compare_results(insights: Questions, ids: Ids) -> Any:
     """Results side by side: the fields that differ, McNemar's exact test and a bootstrap interval for every two on
     the examples that all have, and the worst case per example where they are attacks on one network in one ball."""
-    return comparing.compare(insights.database, names_of(ids))
+    return comparing.compare(insights.database, _whole(insights, ids))
 
 
-@router.get("/results:trajectories", response_model=Trajectories, responses=documented(404, 422))
+@router.get("/results:trajectories", response_model=Trajectories, responses=documented(404, 409, 422))
 def get_trajectories(
     insights: Questions,
     ids: Ids,
@@ -82,7 +83,7 @@ def get_trajectories(
     ] = "",
 ) -> Any:
     """The curves of several results in one answer."""
-    return {"items": insights.trajectories(names_of(ids), names_of(parts))}
+    return {"items": insights.trajectories(_whole(insights, ids), names_of(parts))}
 
 
 @router.get(
@@ -142,3 +143,7 @@ def get_correlations(
     nodes = nodes_of(filter, filters_of(request, RESULTS))
     found = correlating.correlations(insights.database, nodes, measure, target=target, by=names_of(by), trusted=trusted)
     return {"measure": measure, "target": target, "items": found, "retracted": insights.hidden(nodes)}
+
+
+def _whole(insights: Insights, ids: str) -> list[str]:
+    return [insights.identify("job", ident) for ident in names_of(ids)]

@@ -55,7 +55,7 @@ def submit_sweep(
     if dry_run:
         response.status_code = 200
         return service.dry_run(body, user=user)
-    return answer(service.submit_sweep(body, user=user, idempotency=idempotency(key, request, body)), response)
+    return answer(service.submit_sweep(body, user=user, idempotency=idempotency(key, request, body)), request, response)
 
 
 @router.get("", response_model=SweepPage, responses=documented(422))
@@ -105,7 +105,7 @@ def extend_sweep(
 ) -> Any:
     """Add values to axes of a sweep's grid; only the cells that are new by it become jobs."""
     reply = service.extend(sweep_id, body.grid, user=user, idempotency=idempotency(key, request, body))
-    return answer(reply, response)
+    return answer(reply, request, response)
 
 
 @router.post("/{sweep_id}:cancel", response_model=Changed, responses=documented(404))

@@ -3,6 +3,9 @@
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,8 +20,17 @@ from service.settings import Settings
 
 Json = dict[str, Any]
 OnProgress = Callable[[Json], None]
-BUSY = (429, 503)
+REFUSED = 429  # nothing was done
+LOST = (502, 503, 504)  # of a proxy or a database that broke off: what was asked for may have been done
+PASSING = (REFUSED, *LOST)
+REPEATABLE = ("GET", "PUT", "PATCH", "DELETE")
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+PATIENCE_SECONDS = 60.0  # longer than a writer of the database waits for its turn, and an API takes to start again
 RESTARTS = 10  # of one download
+MAY_EXIST = (
+    "what was asked for may have been done all the same: look with `{program} jobs`, `{program} sweeps` or "
+    "`{program} token list` before you ask for it again"
+)
 
 
 class ApiError(UncannyError):
@@ -33,19 +45,26 @@ class Unreachable(UncannyError):
     """Nothing answers at the service's address."""
 
 
+class Unanswered(Unreachable):
+    """A request that changes something was sent, and no answer came: it may have been done."""
+
+
 class Transport:
     """Talks to a service: at `url`, else `UNCANNY_URL`, else the one that runs for this home.
 
-    What is safe to repeat is repeated with growing pauses while the service or its database is away, for up to
-    `patience_seconds`; submissions are made safe by an idempotency key. Raises `ApiError` and `Unreachable`.
+    What is safe to repeat is repeated with growing pauses, or those that the service asks for, for up to
+    `patience_seconds`; for up to `reach_seconds` where nothing listens there. Submissions are made safe by an
+    idempotency key. Raises `ApiError`, `Unreachable` and `Unanswered`.
     """
 
     def __init__(
-        self, url: str | None = None, token: str | None = None, *, user: str | None = None, patience_seconds: float = 20
-    ) -> None:
+        self, url: str | None = None, token: str | None = None, *, user: str | None = None,
+        patience_seconds: float = PATIENCE_SECONDS, reach_seconds: float | None = None,
+    ) -> None:  # fmt: skip
         settings = Settings()
         self.url = (url or service_url(settings)).rstrip("/")
         self.patience_seconds = patience_seconds
+        self.reach_seconds = patience_seconds if reach_seconds is None else reach_seconds
         self._program = settings.program
         headers = {"X-Uncanny-User": user} if user else {}
         if token or settings.token:
@@ -84,19 +103,23 @@ class Transport:
         content: Callable[[], Iterator[bytes]] | None = None, **more: Any,
     ) -> Json:  # fmt: skip
         """One request, repeated where that is safe: always if nothing was sent or done, else if `repeatable`."""
-        repeatable = method in ("GET", "PUT") if repeatable is None else repeatable
-        patience = Patience(self.patience_seconds)
+        repeatable = method in REPEATABLE if repeatable is None else repeatable
+        patience = self._patience()
+        lost = False  # a request that changes something was sent, and its answer did not come
         while True:
             response = None
             try:
                 response = self._http.request(method, path, content=content() if content else None, **more)
-                if response.status_code not in BUSY or patience.is_over:
-                    check(response)
+                lost |= method != "GET" and response.status_code in LOST
+                passes = response.status_code in (PASSING if repeatable else (REFUSED,))
+                if not passes or patience.is_over:
+                    check(response, self._may_exist if lost else "")
                     return answer_of(response)
             except httpx.TransportError as error:
-                safe = repeatable or isinstance(error, httpx.ConnectError)
-                if not safe or patience.is_over:
-                    raise self._unreachable(error) from None
+                sent = not isinstance(error, NOT_SENT)
+                lost |= method != "GET" and sent
+                if (sent and not repeatable) or patience.is_over_for(error):
+                    raise self._unanswered(error, lost) from None
             patience.pause(response)
 
     def _download(self, path: str, params: Mapping[str, Any], target: Path) -> None:
@@ -104,12 +127,12 @@ class Transport:
 
         It is tried anew after every connection that something came through, up to `RESTARTS` times.
         """
-        patience, restarts = Patience(self.patience_seconds), 0
+        patience, restarts = self._patience(), 0
         while True:
             response, written = None, 0
             try:
                 with self._http.stream("GET", path, params=params) as response:
-                    if response.status_code not in BUSY or patience.is_over:
+                    if response.status_code not in PASSING or patience.is_over:
                         check(response)
                         with target.open("wb") as file:
                             for piece in response.iter_bytes():
@@ -117,12 +140,24 @@ class Transport:
                         return
             except httpx.TransportError as error:
                 if written and restarts < RESTARTS:
-                    patience, restarts = Patience(self.patience_seconds), restarts + 1
-                if patience.is_over:
-                    raise self._unreachable(error) from None
+                    patience, restarts = self._patience(), restarts + 1
+                if patience.is_over_for(error):
+                    raise self._unanswered(error) from None
             patience.pause(response)
 
-    def _unreachable(self, error: Exception) -> Unreachable:
+    def _patience(self) -> "Patience":
+        return Patience(self.patience_seconds, self.reach_seconds)
+
+    @property
+    def _may_exist(self) -> str:
+        return MAY_EXIST.format(program=self._program)
+
+    def _unanswered(self, error: Exception, lost: bool = False) -> Unreachable:
+        """What is to be said of an answer that did not come; `lost`: to a request that may have changed something."""
+        if lost:
+            return Unanswered(f"no answer came from {self.url} ({error}): {self._may_exist}")
+        if not isinstance(error, NOT_SENT):
+            return Unreachable(f"{self.url} does not answer ({error}): ask again, or look at the service's log")
         return Unreachable(
             f"nothing answers at {self.url} ({error}): start it with `{self._program} serve`, or say where it is by "
             "--url or UNCANNY_URL"
@@ -132,22 +167,39 @@ class Transport:
 class Patience:
     """How long something is tried again: with growing pauses, or with those that the service asks for."""
 
-    def __init__(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
+    def __init__(self, seconds: float, reach_seconds: float | None = None) -> None:
+        """`reach_seconds` is for an address at which nothing listens."""
+        began = time.monotonic()
+        self._deadline = began + seconds
+        self._reach_deadline = began + (seconds if reach_seconds is None else min(seconds, reach_seconds))
         self._pause_seconds = 0.1
 
     @property
     def is_over(self) -> bool:
         return time.monotonic() > self._deadline
 
+    def is_over_for(self, error: Exception) -> bool:
+        """Whether to give up after this error."""
+        return self.is_over or (isinstance(error, NOT_SENT) and time.monotonic() > self._reach_deadline)
+
     def pause(self, response: httpx.Response | None = None) -> None:
-        """Wait, as `Retry-After` says where the answer was that the service is busy, and not beyond the end."""
+        """Wait, as `Retry-After` says where it does, and not beyond the end."""
         seconds = self._pause_seconds * random.uniform(0.5, 1.0)
-        asked = response.headers.get("Retry-After", "") if response is not None else ""
-        if asked.isdecimal():
-            seconds = min(float(asked), max(0.0, self._deadline - time.monotonic())) + seconds / 10
+        asked = _retry_after(response.headers.get("Retry-After", "")) if response is not None else None
+        if asked is not None:
+            seconds = min(asked, max(0.0, self._deadline - time.monotonic())) + seconds / 10
         self._pause_seconds = min(2 * self._pause_seconds, 2.0)
         time.sleep(seconds)
+
+
+def _retry_after(text: str) -> float | None:
+    """The seconds that a `Retry-After` asks for: a number, or a date (RFC 9110); None for what is neither."""
+    if text.strip().isdecimal():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # no date, or one without its zone
+        return None
 
 
 def answer_of(response: httpx.Response) -> Json:
@@ -163,7 +215,8 @@ def answer_of(response: httpx.Response) -> Json:
     return answer
 
 
-def check(response: httpx.Response) -> None:
+def check(response: httpx.Response, more: str = "") -> None:
+    """Raises `ApiError` for a refusal or a failure; `more` is added to what it says."""
     if response.is_success:
         return
     response.read()
@@ -171,4 +224,12 @@ def check(response: httpx.Response) -> None:
         problem = response.json()
     except ValueError:
         problem = {}
-    raise ApiError(response.status_code, problem if isinstance(problem, dict) else {})
+    problem = problem if isinstance(problem, dict) else {}
+    status = response.status_code
+    if "detail" not in problem and status in PASSING:
+        phrase = HTTPStatus(status).phrase
+        problem["detail"] = f"something between here and the service answers {status} {phrase}: is the service up?"
+    if more and status != HTTPStatus.UNPROCESSABLE_ENTITY:
+        said = problem.get("detail") or f"the service answered with status {status}"
+        problem["detail"] = f"{said}; {more}" if status in LOST else f"{said} (an earlier try got no answer: {more})"
+    raise ApiError(status, problem)

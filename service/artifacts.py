@@ -5,7 +5,6 @@ import hashlib
 import math
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from uuid import uuid4
 
 import fsspec
 
-from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable, InvalidSpec
+from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable, InvalidSpec, UnfitArtifactRoot
 from service.executor import ArtifactRef
 
 CHUNK_BYTES = 1 << 20
@@ -26,6 +25,7 @@ FULL_BYTES = 64 << 10  # a disk with less room than that is full
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 DIGEST = re.compile("[0-9a-f]{64}")
+READ_ONLY = ("http", "https", "github", "git", "data", "zip", "tar")
 MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")  # what file systems call it
 
 
@@ -43,7 +43,7 @@ class Artifacts:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._fs, self._base = fsspec.core.url_to_fs(root)
+        self._fs, self._base = _file_system(root)
         self._local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
 
     def _path(self, digest: str) -> str:
@@ -284,9 +284,28 @@ class Artifacts:
                 os.fsync(file.fileno())
             os.replace(path, target)
         else:  # also where it is there: what is published again is new to the collector of garbage
-            with path.open("rb") as source, self._fs.open(target, "wb") as sink:
-                shutil.copyfileobj(source, sink, CHUNK_BYTES)
+            self._fs.put_file(str(path), target)
         return digest, size
+
+
+def _file_system(root: str) -> tuple[Any, str]:
+    """The file system of the root, and the root on it. Raises `UnfitArtifactRoot`.
+
+    It remembers no listings: others write and delete there too.
+    """
+    scheme = root.partition("://")[0]
+    if scheme in READ_ONLY:
+        raise UnfitArtifactRoot(f"the artifact root {root} cannot be written: take a folder or s3://BUCKET/PATH")
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(root, use_listings_cache=False)
+    except ImportError as error:
+        extra = "uncanny-bench with its extra `s3`" if scheme in ("s3", "s3a") else f"what it needs ({error})"
+        raise UnfitArtifactRoot(f"the artifact root {root} needs more than is installed: install {extra}") from None
+    except ValueError as error:
+        raise UnfitArtifactRoot(
+            f"the artifact root {root} cannot be used ({error}): take a folder or s3://BUCKET/PATH"
+        ) from None
+    return found
 
 
 def _modified(info: Mapping[str, Any]) -> float | None:

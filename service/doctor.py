@@ -23,7 +23,7 @@ from sqlalchemy import Connection, func, select, text
 
 from service.artifacts import Artifacts
 from service.environment import reported
-from service.errors import ArtifactMissing, ArtifactRootUnusable, DatabaseAway, SchemaOutdated
+from service.errors import ArtifactMissing, ArtifactRootUnusable, DatabaseAway, SchemaOutdated, UnfitDatabase
 from service.jobs import TaskState
 from service.settings import Settings
 from service.store import Database, claiming
@@ -100,7 +100,12 @@ def _database(database: Database) -> Iterator[Check]:
     except DatabaseAway as error:
         yield Check("database", "fail", str(error), "start it, or correct UNCANNY_DATABASE_URL")
         return
+    except UnfitDatabase as error:
+        yield Check("database", "fail", str(error), "correct UNCANNY_DATABASE_URL, or make another database")
+        return
     said = f"{'SQLite ' if database.is_sqlite else ''}{named} at {where} answers in {seconds * 1000:.1f} ms"
+    if database.is_pooled():
+        said += " through a pooler: no statement is prepared, and news are looked for every 0.1 s"
     slow = seconds > SLOW_SECONDS
     yield Check("database", "warn" if slow else "ok", said, "put the services nearer to it" if slow else "")
     try:

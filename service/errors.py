@@ -27,6 +27,10 @@ class NotFound(UncannyError):
     """There is no such thing."""
 
 
+class AmbiguousId(UncannyError):
+    """The beginning of an id that several have."""
+
+
 class Unauthenticated(UncannyError):
     """Who is asking cannot be told."""
 
@@ -49,6 +53,10 @@ class IdempotencyMismatch(UncannyError):
 
 class DatabaseAway(UncannyError):
     """The database cannot be reached, or has no room left, right now; what was accepted before is safe."""
+
+
+class UnfitDatabase(UncannyError):
+    """The database, or the URL that names it, is none that Uncanny can work with."""
 
 
 class BackupFailed(UncannyError):
@@ -76,6 +84,10 @@ class ArtifactRootFull(ArtifactRootUnusable):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence, writing=True)
+
+
+class UnfitArtifactRoot(UncannyError):
+    """The artifact root is on a file system that is not known or not installed here, or that cannot be written."""
 
 
 class ArtifactMissing(UncannyError):

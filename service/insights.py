@@ -12,7 +12,7 @@ from service.errors import InvalidQuery, NotFound
 from service.questions import ALL_FIELDS, MAX_LIMIT, NEWEST_FIRST, Question
 from service.results import Results
 from service.specs import Task
-from service.store import claiming, history, meanings, reading
+from service.store import claiming, history, identifying, meanings, reading
 from service.store.fields import JOBS
 from service.store.keyset import decode_id, encode_id
 from service.store.tables import jobs
@@ -70,6 +70,17 @@ class Insights(Results):
             attempts = reading.attempts_of(connection, row.id)
             jobs = reading.jobs_of_task(connection, row.id, MAX_LIMIT)
         return views.task_view(row, TASK.validate_python(row.spec), attempts, jobs)
+
+    def identify(self, kind: identifying.Kind, given: str, *, user: str | None = None) -> str:
+        """The id of which `given` is all, or a prefix that no other has; raises `AmbiguousId`."""
+        if not identifying.is_prefix(given):
+            return given
+        with self.database.read() as connection:
+            return identifying.whole(connection, kind, given, user=user)
+
+    def short_ids(self, idents: Sequence[str]) -> dict[str, str]:
+        with self.database.read() as connection:
+            return identifying.shortest(connection, idents)
 
     def datasets(self) -> list[dict[str, Any]]:
         with self.database.read() as connection:

@@ -1,6 +1,7 @@
 """The only reader of the environment: settings, by `UNCANNY_...` variable or flag."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -17,6 +18,7 @@ class BadSettings(UncannyError):
 
 
 Kind = Literal["train", "measure", "attack", "control"]
+ROOT_PATH = re.compile(r"(?!/(v1|docs|healthz|readyz|openapi\.json)(/|$))(/[\w.~-]+)+", re.ASCII)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -66,6 +68,9 @@ class Settings(BaseSettings):
     )
     host: str = "127.0.0.1"
     port: int = Field(default=8765, ge=0, le=65535)
+    root_path: str = Field(
+        default="", description="The path under which a proxy shows the service, as in /uncanny; none when empty."
+    )
     auth: bool = Field(default=False, description="Ask every request for a token; needed to listen beyond loopback.")
     requests_per_minute: int = Field(
         default=6000, ge=0, description="Of one user, where tokens are asked for; 0 is no limit."
@@ -147,6 +152,16 @@ class Settings(BaseSettings):
     def _share_or_whole(cls, gpus: float) -> float | None:
         return whole_above_one(gpus)
 
+    @field_validator("root_path")
+    @classmethod
+    def _path(cls, path: str) -> str:
+        path = path.rstrip("/")
+        if path and not ROOT_PATH.fullmatch(path):
+            raise ValueError(
+                "a path such as /uncanny, of letters, digits and . _ ~ -, that is none of the service's own"
+            )
+        return path
+
     @field_validator("home", "data_dir", "database_password_file")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
@@ -172,6 +187,13 @@ class Settings(BaseSettings):
         for prefix in ("postgres://", "postgresql://"):
             if url.startswith(prefix):
                 url = "postgresql+psycopg://" + url.removeprefix(prefix)
+        scheme, separator, _ = url.partition("://")
+        if not separator or scheme not in ("sqlite", "postgresql+psycopg"):
+            named = f"it begins with {scheme}://" if separator else "it has no ://"
+            raise BadSettings(
+                f"UNCANNY_DATABASE_URL is of no database that Uncanny can use ({named}): write "
+                "postgresql://USER@HOST:PORT/NAME, or leave it empty for a file under home"
+            )
         return url if self.database_password_file is None else _with_password(url, self.database_password_file)
 
     @property
@@ -207,9 +229,11 @@ def _with_password(url: str, file: Path) -> str:
     """The URL with that file's first line as its user's password. Raises `BadSettings` where that cannot be."""
     try:
         password = file.read_text().partition("\n")[0].strip()
+        parts = urlsplit(url)
     except OSError as error:
         raise BadSettings(f"UNCANNY_DATABASE_PASSWORD_FILE cannot be read: {error}") from None
-    parts = urlsplit(url)
+    except ValueError:
+        raise BadSettings("UNCANNY_DATABASE_URL cannot be read: write postgresql://USER@HOST:PORT/NAME") from None
     user, at, host = parts.netloc.rpartition("@")
     if not at or ":" in user or not password:
         raise BadSettings("UNCANNY_DATABASE_PASSWORD_FILE needs a password in it, and a user alone in the database URL")

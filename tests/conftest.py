@@ -24,6 +24,8 @@ from workers.head import driver_environment, running
 
 os.environ.update(driver_environment(RUN, local=True))
 
+import fsspec
+import httpx
 import numpy as np
 import pytest
 from sqlalchemy import Table, create_engine, make_url, select, text
@@ -81,6 +83,32 @@ def ray_head() -> Iterator[int]:
 @pytest.fixture
 def artifacts(tmp_path: Path) -> Artifacts:
     return Artifacts(str(tmp_path / "artifacts"))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """The environment of clients of an S3 server on loopback, which has a bucket `lab`."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    httpx.put(f"{url}/lab").raise_for_status()
+    yield {
+        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "ada", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    server.stop()
+
+
+@pytest.fixture
+def s3_root(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty artifact root there, for this process and its children."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    return f"s3://lab/{uuid4().hex}"
 
 
 @pytest.fixture(scope="session")

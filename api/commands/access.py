@@ -83,8 +83,8 @@ def create_token(
             made = client.create_token(name, user=for_user, scope=scope, expires_in_days=days)
     if as_json:
         return print_json(made)
-    err.print(f"Token {made['prefix']} of {made['user']}, scope {made['scope']}; it is shown this once:", markup=False)
-    return out.print(made["secret"], markup=False, soft_wrap=True)
+    err.print(f"Token {made['prefix']} of {made['user']}, scope {made['scope']}; it is shown this once:")
+    return out.print(made["secret"], soft_wrap=True)
 
 
 @token.command("list", epilog=EPILOG)
@@ -108,7 +108,7 @@ def revoke_token(
         revoked = client.revoke_token(token_id)
     _show([revoked], TOKEN_COLUMNS, as_json, one=True)
     if children := revoked["revoked_children"]:
-        err.print(f"{counted(children, 'token')} made with it, or with these, revoked too", markup=False)
+        err.print(f"{counted(children, 'token')} made with it, or with these, revoked too")
 
 
 def _create_directly(

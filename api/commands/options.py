@@ -29,7 +29,7 @@ Filter = Annotated[str, typer.Option("--filter", help='As "architecture = resnet
 Retracted = Annotated[bool, typer.Option("--include-retracted", help="Take retracted results too.")]
 
 EPILOG = "Exit codes: 0 done; 1 failed jobs or an error; 2 bad usage; 3 no service answers; 4 the service refuses."
-PATIENCE_SECONDS = 2.0
+REACH_SECONDS = 2.0  # for an address at which nothing listens; what is there and busy gets the client's own patience
 
 
 class BadUsage(UncannyError):
@@ -46,7 +46,7 @@ def settings_of(**flags: Any) -> Settings:
 
 
 def client_of(home: Path | None, url: str | None) -> Client:
-    return Client(service_url(settings_of(home=home, url=url)), patience_seconds=PATIENCE_SECONDS)
+    return Client(service_url(settings_of(home=home, url=url)), reach_seconds=REACH_SECONDS)
 
 
 def program() -> str:

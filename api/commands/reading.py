@@ -3,13 +3,14 @@
 import csv
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from api.client import Json
+from api.client import Client, Json
 from api.commands.options import AsJson, Filter, Filters, Home, Retracted, Url, client_of, filters_of, print_json
 from api.render import fields_table, jobs_table, number, results_table, say, show, sweeps_table, table, tell
 from service.dotted import flat
@@ -31,17 +32,17 @@ def jobs(
     """List jobs; with a job's ID alone, show that one with its tasks."""
     with client_of(home, url) as client:
         if one := _ident(filters):
-            return _show_job(client.job(one), as_json)
+            return _show_job(client, client.job(one), as_json)
         found = client.jobs(filter, sort=sort, limit=_page(limit), **filters_of(filters))
         rows = _first(found, limit, "--limit shows more")
-    return print_json(rows) if as_json else _show(jobs_table(rows), rows, "jobs")
+        return print_json(rows) if as_json else _show(jobs_table, client, rows, "jobs")
 
 
 def sweeps(limit: Limit = 20, home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
     """List sweeps with their progress, the newest first."""
     with client_of(home, url) as client:
         rows = _first(client.sweeps(limit=_page(limit)), limit, "--limit shows more")
-    return print_json(rows) if as_json else _show(sweeps_table(rows), rows, "sweeps")
+        return print_json(rows) if as_json else _show(sweeps_table, client, rows, "sweeps")
 
 
 def results(
@@ -60,7 +61,7 @@ def results(
     with client_of(home, url) as client:
         if one := _ident(filters):
             result = client.result(one)
-            return print_json(result) if as_json else _show_result(result)
+            return print_json(result) if as_json else _show_result(client, result)
         found = client.results(
             filter, sort=sort, fields=fields, limit=_page(limit), include_retracted=include_retracted,
             **filters_of(filters),
@@ -68,22 +69,30 @@ def results(
         rows = _first(found, limit, "--limit shows more, `uncanny export FILE` writes all of them")
         if not as_json and (hidden := found.retracted):
             tell(f"{hidden:,} retracted results are hidden (--include-retracted shows them).")
+        if not (as_json or as_csv or fields):
+            return _show(results_table, client, rows, "results")
     if as_json:
         return print_json(rows)
+    flattened = [dict(flat(row)) for row in rows]
     if as_csv:
-        flattened = [dict(flat(row)) for row in rows]
         names = list(dict.fromkeys(name for row in flattened for name in row))
         writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")  # for `$(...)` of a shell
         writer.writeheader()
         return writer.writerows(flattened)
-    made = fields_table([dict(flat(row)) for row in rows]) if fields else results_table(rows)
-    return _show(made, rows, "results")
+    return show(fields_table(flattened)) if rows else _tell_nothing("results")
 
 
-def _show(made: Table, rows: list[Json], noun: str) -> None:
+def _show(made: Callable[..., Table], client: Client, rows: list[Json], noun: str) -> None:
+    """A table with whole ids where there is room for them, else with beginnings that only they have."""
+    if not rows:
+        return _tell_nothing(noun)
+    short = cache(lambda: client.short_ids(str(row.get("id") or row["job_id"]) for row in rows))
+    return show(made(rows), lambda: made(rows, short()), lambda: made(rows, short(), narrow=True))
+
+
+def _tell_nothing(noun: str) -> None:
     """That nothing matches is no row: it is said on stderr."""
-    hidden = " (--include-retracted shows retracted ones too)" if noun == "results" else ""
-    return show(made) if rows else tell(f"No {noun} match{hidden}.")
+    tell(f"No {noun} match{' (--include-retracted shows retracted ones too)' if noun == 'results' else ''}.")
 
 
 def _page(limit: int) -> int:
@@ -104,18 +113,21 @@ def _ident(filters: list[str] | None) -> str | None:
     return filters[0] if filters and len(filters) == 1 and "=" not in filters[0] else None
 
 
-def _show_result(result: Json) -> None:
+def _show_result(client: Client, result: Json) -> None:
     """Every number and reason; of the tasks that it rests on, `--json` has the rest."""
-    show(results_table([result]))
+    if result["retracted_at"]:
+        said = f" by {result['retracted_by']}: {result['retraction_reason']}"
+        say(f"RETRACTED {result['retracted_at']}{said}")
+    _show(results_table, client, [result], "results")
     say("")
     rows = [[name, number(value)] for name, value in flat({**result, "parts": None}) if value not in (None, "")]
     show(table(["field", "value"], rows))
 
 
-def _show_job(job: Json, as_json: bool) -> None:
+def _show_job(client: Client, job: Json, as_json: bool) -> None:
     if as_json:
         return print_json(job)
-    show(jobs_table([job]))
+    _show(jobs_table, client, [job], "jobs")
     say("")
     columns = ["task", "kind", "part", "state", "attempt", "reason"]
     tasks = [

@@ -40,7 +40,7 @@ def serve(
     settings = settings_of(home=home, host=host, port=port, auth=auth, insecure=insecure)
 
     def say(sentence: str) -> None:
-        err.print(sentence, markup=False, soft_wrap=True)
+        err.print(sentence, soft_wrap=True)
 
     supervisor = Supervisor(settings, say, verbose=verbose, when_needed=when_needed)
     stop, hurry = Told(), Told()
@@ -73,7 +73,7 @@ def api(home: Home = None, host: Host = None, port: Port = None, auth: Auth = No
     private.be_private()
     settings = settings_of(home=home, host=host, port=port, auth=auth, insecure=insecure)
     if closed := private.tighten(settings):
-        err.print(closed, markup=False, soft_wrap=True)
+        err.print(closed, soft_wrap=True)
     check_bind(settings)
     prepare_store(settings)
     server.serve(settings, listen(settings.host, settings.port))

@@ -15,7 +15,6 @@ from api.render import attack_name, counted, number, say, sweep_progress, tell
 FAILED = 1
 STDIN = Path("-")
 NAMED = 5  # of the cells of a sweep that failed
-FOLLOW_PATIENCE_SECONDS = 60.0  # who waits for hours is not sent away while the service starts again
 
 
 def submit(
@@ -35,7 +34,7 @@ def submit(
         if not as_json:
             _say_accepted(submitted, next_commands=not wait)
         if wait:
-            client.patience_seconds = FOLLOW_PATIENCE_SECONDS
+            client.reach_seconds = client.patience_seconds  # who waits for hours is not sent away by a restart
             return _wait(submitted, str(spec.get("name", file.name)), as_json)
     return print_json(submitted.accepted) if as_json else None
 
@@ -51,7 +50,7 @@ def watch(
     """Follow what happens, until the job or sweep has ended (exit code 1 if it failed) or Ctrl-C."""
     with client_of(home, url) as client:
         kind, status = _look(client, ident) if ident else ("", {"state": ""})
-        client.patience_seconds = FOLLOW_PATIENCE_SECONDS
+        client.reach_seconds = client.patience_seconds  # who waits for hours is not sent away by a restart
         target: dict[str, Any] = {kind: ident} if ident else {}
         last_id: int | None = None
         if status["state"] not in ENDED:

@@ -22,7 +22,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from pydantic_core import from_json
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -30,6 +30,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from service.errors import DatabaseAway, DatabaseFull, InvalidQuery, SchemaOutdated
 from service.store.listed import stored_json
+from service.store.pooling import Pooling, postgresql_url
 
 log = logging.getLogger("uncanny.database")
 
@@ -92,11 +93,17 @@ class Database:
         self.url = url
         self._statement_seconds = statement_seconds
         self.is_sqlite = url.startswith("sqlite")
-        named = make_url(url).database if self.is_sqlite else None
+        parsed, declared = postgresql_url(url)
+        named = parsed.database if self.is_sqlite else None
         self.path = Path(unquote(named)) if named else None
         """The file of a SQLite database; None in memory, and for PostgreSQL."""
-        self.engine = _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(url, statement_seconds)
+        self.engine = (
+            _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(parsed, statement_seconds)
+        )
         self._full = False  # so the last writer here found it
+        self._pooling = Pooling(declared)
+        if not self.is_sqlite:
+            self._pooling.install(self.engine)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -107,6 +114,13 @@ class Database:
                 self._limit(connection)
             yield connection
             connection.commit()  # at a rollback psycopg forgets which statements it has prepared
+
+    def is_pooled(self) -> bool:
+        """Whether PostgreSQL is behind a pooler: then no notices arrive. Raises `DatabaseAway`, `UnfitDatabase`."""
+        if not self.is_sqlite and self._pooling.found is None:
+            with self.read():
+                pass
+        return bool(self._pooling.found)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -190,9 +204,9 @@ def _alembic() -> Config:
     return config
 
 
-def _postgresql_engine(url: str, statement_seconds: float | None) -> Engine:
+def _postgresql_engine(url: URL, statement_seconds: float | None) -> Engine:
     patience = {
-        "connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": SILENT_SECONDS * 1000,
+        "client_encoding": "utf8", "connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": SILENT_SECONDS * 1000,
         "keepalives_idle": SILENT_SECONDS // 2, "keepalives_interval": SILENT_SECONDS // 4, "keepalives_count": 2,
     }  # fmt: skip
     engine = create_engine(

@@ -1,6 +1,7 @@
 """Waiting until somebody writes to the database, so that what is new is seen in milliseconds and not at the next look.
 
-PostgreSQL tells those who listen. SQLite counts the commits of others, which is a look into shared memory.
+PostgreSQL tells those who listen, unless a pooler is between. SQLite counts the commits of others, which is a look
+into shared memory.
 """
 
 import sqlite3
@@ -9,8 +10,8 @@ from typing import Protocol
 
 import psycopg
 from psycopg.sql import SQL, Identifier
-from sqlalchemy import URL
 
+from service.errors import DatabaseAway
 from service.store.database import CONNECT_SECONDS, WRITTEN, Database
 
 LISTEN = SQL("LISTEN {}").format(Identifier(WRITTEN))
@@ -28,7 +29,7 @@ class Waking(Protocol):
 
 def waking(database: Database) -> Waking:
     if not database.is_sqlite:
-        return _Listening(database.engine.url)
+        return _Listening(database)
     path = database.engine.url.database
     return _Counting(path) if path else _Sleeping()
 
@@ -69,20 +70,26 @@ class _Counting:
 
 
 class _Listening:
-    def __init__(self, url: URL) -> None:
-        self._url = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    """Behind a pooler, which loses notices, this only sleeps."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._url = database.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._connection: psycopg.Connection | None = None
 
     def wait(self, timeout_seconds: float) -> None:
         try:
+            if self._database.is_pooled():
+                return time.sleep(timeout_seconds)
             if self._connection is None:
                 self._connection = psycopg.connect(self._url, autocommit=True, connect_timeout=CONNECT_SECONDS)
                 self._connection.execute(LISTEN)
             for _ in self._connection.notifies(timeout=timeout_seconds, stop_after=1):
                 pass
-        except psycopg.Error:  # it is away, too
+        except (psycopg.Error, DatabaseAway):  # it is away, too
             self.close()
             time.sleep(timeout_seconds)
+        return None
 
     def close(self) -> None:
         if self._connection is not None:

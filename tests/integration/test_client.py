@@ -6,6 +6,8 @@ import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +17,13 @@ import pytest
 from scipy.stats import binomtest
 
 from api import asking, client, transport
-from api.client import ApiError, Client, Unreachable
+from api.client import ApiError, Client, Unanswered, Unreachable
+from api.commands.options import REACH_SECONDS
+from api.errors import RETRY_AFTER_SECONDS
+from api.supervisor import LONGEST_PAUSE_SECONDS
 from service import checkpoints
 from service.errors import UncannyError
+from service.store.database import BUSY_SECONDS
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 CLASSES = (client.Client, client.Job, client.Sweep, asking.Asking, asking.Rows, asking.Aggregate)
@@ -225,6 +231,12 @@ class Scripted(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self.do_GET()
 
+    def do_PATCH(self) -> None:
+        self.do_GET()
+
+    def do_DELETE(self) -> None:
+        self.do_GET()
+
     def answer(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
@@ -319,6 +331,77 @@ def test_it_comes_back_when_the_service_says(scripted: Any, clock: Clock) -> Non
     assert sum(clock.slept) == pytest.approx(5, abs=0.5), "no longer than its patience"
 
 
+def proxy(status: int, **headers: str) -> Callable[[Scripted], None]:
+    """An answer of something that stands before the service."""
+    return lambda handler: handler.answer(status, b"<html>Bad Gateway</html>", Content_Type="text/html", **headers)
+
+
+SAFE = {
+    "GET": lambda client: client.ready(),
+    "submit": lambda client: client.submit(JOB),
+    "sweep": lambda client: client.sweep(name="x", base=JOB),
+    "extend": lambda client: client.extend("x", {"scale": [1]}),
+    "dry run": lambda client: client.dry_run(JOB),
+    "PUT": lambda client: client.put_user("ada"),
+    "PATCH": lambda client: client.change("x", priority=1),
+    "DELETE": lambda client: client.disable_user("ada"),
+    "cancel": lambda client: client.cancel("x"),
+    "retry": lambda client: client.retry("x"),
+    "pause": lambda client: client.pause(),
+    "retract": lambda client: client.retract("x", "why"),
+}
+
+
+@pytest.mark.parametrize("how", SAFE)
+def test_what_is_safe_is_repeated_when_its_answer_is_lost(scripted: Any, clock: Clock, how: str) -> None:
+    lost = (Scripted.hang_up, proxy(502), proxy(503), proxy(504), busy("2"), proxy(429, Retry_After="1"))
+    client = scripted(*lost, says(b'{"id": "1"}'))
+    SAFE[how](client)
+    assert len(client.asked) == len(lost) + 1
+    keys = {headers["Idempotency-Key"] for _, _, headers in client.asked}
+    assert len(keys) == 1
+    assert (None in keys) == (how not in ("submit", "sweep", "extend"))
+
+
+@pytest.mark.parametrize("lost", [Scripted.hang_up, proxy(502), proxy(503), proxy(504)])
+def test_what_is_not_safe_is_asked_once_and_said_to_be_done_perhaps(scripted: Any, clock: Clock, lost: Any) -> None:
+    client = scripted(lost, says(b"{}", 201))
+    with pytest.raises((Unanswered, ApiError), match=r"may have been done .*uncanny token list") as failed:
+        client.create_token("laptop")
+    assert "uncanny serve" not in str(failed.value)
+    assert len(client.asked) == 1
+    scripted(proxy(429), says(b"{}", 201)).create_token("laptop")
+
+
+def test_work_whose_answer_never_came_may_exist(scripted: Any, clock: Clock) -> None:
+    for script, kind in ((Scripted.hang_up, Unanswered), (proxy(502), ApiError)):
+        client = scripted(script, patience_seconds=5)
+        with pytest.raises(kind, match="`uncanny jobs`, `uncanny sweeps`") as failed:
+            client.submit(JOB)
+        assert "uncanny serve" not in str(failed.value)
+        assert len(client.asked) > 3
+    client = scripted(Scripted.hang_up, says(b'{"detail": "job x is cancelled"}', 409))
+    with pytest.raises(ApiError, match=r"is cancelled \(an earlier try got no answer"):
+        client.cancel("x")
+    client = scripted(Scripted.hang_up, patience_seconds=1)
+    with pytest.raises(Unreachable, match="does not answer") as failed:
+        client.ready()
+    assert "serve" not in str(failed.value)
+
+
+def test_a_time_to_come_back_may_be_a_date(scripted: Any, clock: Clock) -> None:
+    then = datetime.now(UTC) + timedelta(seconds=7)
+    client = scripted(proxy(503, Retry_After=format_datetime(then, usegmt=True)), says(b"{}"))
+    client.ready()
+    assert clock.slept[0] == pytest.approx(6.5, abs=1)
+
+
+def test_patience_is_longer_than_the_services_own_waits() -> None:
+    with Client("http://127.0.0.1:1") as client:
+        assert client.patience_seconds > BUSY_SECONDS + LONGEST_PAUSE_SECONDS + RETRY_AFTER_SECONDS
+    assert client.patience_seconds > REACH_SECONDS
+
+
 def test_a_long_export_that_breaks_is_started_again(scripted: Any, clock: Clock, tmp_path: Path) -> None:
     def late(handler: Scripted) -> None:
         clock.now += 1000  # longer than any patience
@@ -398,6 +481,7 @@ def test_every_method_of_the_client_is_called_on_a_real_server(
     job = one.submit(JOB, seed=221)
     job.wait()
     assert one.result(job.id)["job_id"] == job.id
+    assert job.id.startswith(one.short_ids([job.id])[job.id])
     assert next(one.events(job=job.id, follow=False)).data["job_id"] == job.id
     assert one.cluster()["leading"]
     assert one.queue()["paused"] is False

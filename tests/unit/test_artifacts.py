@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,14 +15,16 @@ import pytest
 
 from service import artifacts
 from service.artifacts import Artifacts
-from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable
+from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable, UnfitArtifactRoot
 
 BYTES = b"flat minima" * 1000
 DIGEST = hashlib.sha256(BYTES).hexdigest()
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_root"))
     return str(tmp_path / "artifacts") if request.param == "folder" else f"memory://{uuid4().hex}"
 
 
@@ -33,6 +36,42 @@ def test_what_is_written_is_found_by_its_digest(root: str) -> None:
         assert path.read_bytes() == BYTES
     with Artifacts(root).open(DIGEST) as file:
         assert file.read() == BYTES
+
+
+def test_what_another_process_writes_and_deletes_is_seen(root: str) -> None:
+    ours, theirs = Artifacts(root), Artifacts(root)
+    assert list(ours.stored()) == []
+    assert not ours.exists(DIGEST)
+    theirs.write_chunks("checkpoint", [BYTES])
+    assert ours.exists(DIGEST)
+    assert ours.size(DIGEST) == len(BYTES)
+    [stored] = ours.stored()
+    assert (stored.digest, stored.size_bytes) == (DIGEST, len(BYTES))
+    assert not ours.discard(DIGEST, stored.modified_at)
+    assert theirs.discard(DIGEST, stored.modified_at + 1)
+    assert not ours.exists(DIGEST)
+    assert list(ours.stored()) == []
+
+
+@pytest.mark.parametrize(
+    ("root", "sentence"),
+    [
+        ("nowhere://lab/x", "Protocol not known: nowhere"),
+        ("gs://lab/x", "gcsfs"),
+        ("https://lab.example/x", "cannot be written"),
+    ],
+)
+def test_another_scheme_is_one_sentence(root: str, sentence: str) -> None:
+    with pytest.raises(UnfitArtifactRoot, match=sentence) as refused:
+        Artifacts(root)
+    assert "\n" not in str(refused.value)
+
+
+def test_s3_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(UnfitArtifactRoot, match="uncanny-bench with its extra `s3`"):
+        Artifacts("s3://lab/artifacts")
 
 
 def test_opening_never_writes(tmp_path: Path) -> None:

