@@ -191,7 +191,7 @@ def _answer(
         sentences = "; ".join(f"{pointer}: {sentence}" for pointer, sentence in problems(error))
         return Failed(task, attempt, "configuration", f"this worker cannot read the task's spec: {sentences}"), False
     except tasks.CheckpointMissing as error:
-        return Failed(task, attempt, "missing_checkpoint", str(error)), False
+        return Failed(task, attempt, "missing_checkpoint", str(error), missing=error.digest), False
     except (ScienceError, ArtifactMissing) as error:
         return Failed(task, attempt, "configuration", str(error)), False
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -250,8 +250,8 @@ def reopen(connection: Connection, now: float, actor: str, again: Mapping[str, T
 def _lost_trainings(connection: Connection, which: ColumnElement[bool]) -> list[str]:
     """Digests of the succeeded trainings whose checkpoints those of these tasks that failed have not found.
 
-    Each failed task's last attempt says so, and of which checkpoint; one that had begun before the training succeeded
-    speaks of bytes that have been replaced since.
+    The last attempt of each failed task has their digest; one that had begun before the training succeeded is about
+    bytes that have been replaced since.
     """
     parent = tasks.alias("parent")
     query = (
@@ -263,7 +263,7 @@ def _lost_trainings(connection: Connection, which: ColumnElement[bool]) -> list[
         .join(parent, parent.c.id == task_edges.c.parent_id)
         .join(trainings, trainings.c.task_id == parent.c.id)
         .where(which, tasks.c.state == TaskState.FAILED, attempts.c.end == MISSING_CHECKPOINT)
-        .where(attempts.c.message.contains(trainings.c.checkpoint_digest))
+        .where(attempts.c.missing_digest == trainings.c.checkpoint_digest)
         .where(parent.c.state == TaskState.SUCCEEDED, parent.c.finished_at <= attempts.c.started_at)
     )
     return list(connection.scalars(query))
