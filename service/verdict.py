@@ -68,8 +68,8 @@ class Evidence:
     """All that a verdict rests on: an attack of type `attack` at `scale` on a network of k `classes`.
 
     `at_one` is the same attack at s = 1; None where that was on other weights. `controls` is None where the panel does
-    not hold: an attack without a ball, a head whose bias was not scaled, or other weights. `twin`, robust bits `[m]` of the first m samples, is this attack with the margin
-    loss at s = 1; None where it was not run.
+    not hold: an attack without a ball, a head whose bias was not scaled, or other weights. `twin`, robust bits `[m]` of
+    the first m samples, is this attack with the margin loss at s = 1; None where it was not run.
     """
 
     attack: str

@@ -1,6 +1,7 @@
 """Conditions on a task's state that partial indices stand for, and what current attempts say.
 
-The conditions are written into statements instead of bound to them: only so does SQLite know that an index holds all of them.
+The conditions are written into statements instead of bound to them: only so does SQLite know that an index holds all of
+them.
 """
 
 from sqlalchemy import and_, func, literal, literal_column

@@ -321,8 +321,7 @@ def retry_jobs(
 
     A task that is held for a person to look at goes on waiting for that unless `states` has `held`.
     A training whose checkpoint these tasks have not found, or found damaged, runs again too, and what is to use it
-    waits. What had succeeded on the lost weights stays as it is: each attempt's provenance names the weights that it
-    used (`weights_sha256`), and on a CPU the new ones are the same bits.
+    waits. If it gives the same weights, what had succeeded on them is still needed; if not, see `trained_again`.
     """
     values = {"state": JobState.QUEUED, "reason": None, "finished_at": None}
     statement = update(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states))

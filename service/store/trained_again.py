@@ -4,7 +4,7 @@ The old task keeps its numbers, its checkpoint's digest, what was computed on it
 new task takes its digest, with the attempts since, and so does one in place of each child that a live job needs.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ COLUMNS: Mapping[str, Sequence[Column[Any]]] = {
     "attack": (jobs.c.attack_task_id, jobs.c.baseline_task_id),
     "control": (jobs.c.control_task_id,),
 }
-UNTOUCHED = {
+UNTOUCHED: Mapping[str, Any] = {
     "attempt": 0, "errors": 0, "suspect_losses": 0, "not_before": 0.0, "holder": None, "lease_expires_at": None,
     "cancel_requested": False, "worker": None, "progress": 0.0, "detail": {}, "resume_digest": None,
     "resume_bytes": None, "started_at": None, "finished_at": None, "reason": None, "retracted_at": None,
@@ -176,7 +176,7 @@ def _need_instead(connection: Connection, live: Sequence[str], instead: Mapping[
             connection.execute(moved.values({column: bindparam("new")}), pairs)
 
 
-def _end_children(connection: Connection, now: float, actor: str, parent: str) -> Collection[str]:
+def _end_children(connection: Connection, now: float, actor: str, parent: str) -> list[str]:
     """No job needs what has not ended on the old weights; what runs is taken back at no cost."""
     children = tasks.c.id.in_(select(task_edges.c.child_id).where(task_edges.c.parent_id == parent))
     open_states = (TaskState.BLOCKED, TaskState.QUEUED, TaskState.RUNNING, TaskState.HELD)

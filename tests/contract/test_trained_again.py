@@ -1,27 +1,27 @@
-"""A checkpoint is lost, and its training gives other weights when it runs again: two networks, and nothing mixes them."""
+"""A checkpoint is lost, and its training gives other weights when it runs again: two networks, which nothing mixes."""
 
 import csv
 import importlib
 import io
 from collections import Counter, defaultdict
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from service import aggregates, exporting, retraction
 from service.artifacts import Artifacts
 from service.executor import Bits, Failed, Grant, Succeeded
 from service.insights import Insights, Question
-from service.jobs import LIVE_JOB
-from service.store import Database, tables
+from service.jobs import LIVE_JOB, RETRIABLE
+from service.store import Database, recording, tables, trained_again
 from service.store.result_tables import results
+from service.upgrading import judge_again
 
 if TYPE_CHECKING:
     from conftest import Lab
@@ -310,8 +310,6 @@ def test_a_verdict_uses_no_evidence_of_other_weights(lab: Any, part: str, verdic
         theirs = tables.attempts.c.task_id == getattr(lab.job(job), f"{part}_task_id")
         connection.execute(update(tables.attempts).where(theirs).values(provenance={"weights_sha256": "b" * 64}))
         connection.execute(update(tables.jobs).values(verdict_version=3))
-    from service.upgrading import judge_again
-
     assert judge_again(lab.database).changed == 1
     row = lab.job(job)
     assert (row.verdict, row.masked_fraction, row.verdict_checks["masked"] == "not_checked") == (
@@ -351,62 +349,102 @@ def test_attempts_of_before_have_what_was_missing_in_their_message(lab: Any) -> 
     assert [row.missing_digest for row in lab.rows(tables.attempts) if row.missing_digest] == [made]
 
 
-WORDS = (
-    "submit", "grant", "grant", "succeed", "succeed", "lose", "lose", "lose source", "retry", "retry", "cancel",
-    "expire", "finish",
-)  # fmt: skip
-STEPS = st.lists(st.tuples(st.sampled_from(WORDS), st.integers(0, 5), st.integers(0, 2)), min_size=5, max_size=40)
+WORDS = ("submit", "train", "work", "hold", "late", "lose", "lose", "retry", "retry", "cancel", "expire")
+LOST = (("train", 0, 0), ("work", 1, 0), ("lose", 0, 0), ("retry", 0, 0))
+STEPS = st.lists(st.tuples(st.sampled_from(WORDS), st.integers(0, 3), st.integers(0, 2)), min_size=10, max_size=30)
 KINDS = ({}, {"scale": 5}, OTHER, {"attack": {"type": "transfer", "attack": PGD, "source": OTHER}, "scale": 5})
 
 
-@pytest.mark.timeout(300)
-def test_no_succeeded_job_mixes_weights(kept: Any, artifacts: Artifacts, lab_type: "type[Lab]") -> None:
-    """After any interleaving of losses and retries, with answers that come late, on three sets of weights."""
+def interleaved(lab: Any, examples: int, **how: Any) -> Counter[str]:
+    """Losses, retries and late answers in any order, on three sets of weights: what the examples came to."""
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), **how)
     @given(steps=STEPS)
     def holds(steps: list[tuple[str, int, int]]) -> None:
-        database: Database = kept.emptied("sqlite")
-        lab = lab_type(database, artifacts)
+        with lab.database.write() as connection:
+            for table in reversed(tables.metadata.sorted_tables):
+                connection.execute(delete(table))
         interleave(lab, steps)
         seen["other weights"] += len(lab.rows(tables.events, kind="task.other_weights"))
         seen["jobs"] += one_network_each(lab)
         lab.check()
 
     holds()
-    assert seen["other weights"] >= 5, seen
-    assert seen["jobs"] >= 20, seen
+    return seen
+
+
+def test_no_succeeded_job_mixes_weights(lab: Any) -> None:
+    seen = interleaved(lab, 5, derandomize=True)
+    assert seen["other weights"] >= 3, seen
+    assert seen["jobs"] >= 8, seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_none_does_so_at_length(lab: Any) -> None:
+    seen = interleaved(lab, 150)
+    assert seen["other weights"] >= 50, seen
+
+
+MUTANTS = {
+    "it is one task all the same": (trained_again, "other_weights", lambda *_: {}),
+    "children stay": (trained_again, "_copy_children", lambda *_: {}),
+    "what runs goes on": (trained_again, "_end_children", lambda *_: []),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_it_is_found_that(
+    name: str, database: Database, artifacts: Artifacts, lab_type: "type[Lab]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, function, instead = MUTANTS[name]
+    monkeypatch.setattr(module, function, instead)
+    monkeypatch.setattr(recording, "other_weights", trained_again.other_weights)
+    with pytest.raises(AssertionError):
+        interleaved(lab_type(database, artifacts), 100, derandomize=True, phases=[Phase.generate])
 
 
 def interleave(lab: Any, steps: list[tuple[str, int, int]]) -> None:
-    held: list[Grant] = []
+    held: list[Grant] = []  # what runs, or did until it was taken back
     jobs = [lab.submit()]
-    for word, n, weights in steps:
-        pick = SimpleNamespace(job=jobs[n % len(jobs)], grants=held[n % len(held) :][:1] if held else [])
-        state = lab.job(pick.job).state
+
+    def succeed(grants: list[Grant], weights: int) -> None:
+        lab.record(*(Succeeded(one.task_id, one.attempt, lab.outcome(one, f"weights {weights}")) for one in grants))
+
+    for word, n, weights in (*LOST, *steps):
+        job_id = jobs[n % len(jobs)]
+        job = lab.job(job_id)
         match word:
             case "submit":
-                jobs.append(lab.submit(user=f"user{n % 2}", **KINDS[n % len(KINDS)]))
-            case "grant":
-                held += lab.grant()[: 1 + n]
-            case "succeed":
-                for grant in pick.grants:
-                    lab.record(
-                        Succeeded(grant.task_id, grant.attempt, lab.outcome(grant, weights=f"weights {weights}"))
-                    )
-            case "lose" | "lose source":
-                of = "source" if word == "lose source" else "checkpoint"
-                lose(lab, *[grant for grant in held[-4:] if grant.spec.get(of)][: 1 + n], of=of)
-            case "retry" if state in ("failed", "cancelled", "held"):
-                lab.service.retry_job(pick.job, user=lab.job(pick.job).user)
-            case "cancel" if state in LIVE_JOB and n == 0:
-                lab.service.cancel_job(pick.job, user=lab.job(pick.job).user)
-            case "expire" if n == 0:
+                jobs.append(lab.submit(user=f"user{n % 2}", **KINDS[n]))
+            case "train":
+                succeed(lab.grant("train"), weights)
+            case "work":
+                grants = lab.grant()
+                succeed(grants[: 2 * n], weights)
+                held += grants[2 * n :]
+            case "hold":
+                held += lab.grant()
+            case "late":
+                succeed(held[n::2], weights)
+            case "lose":
+                of = "source" if n == 3 else "checkpoint"
+                held += lab.grant("attack", "measure", "control")
+                lose(lab, *[grant for grant in held if grant.spec.get(of)][-1 - n :: 2], of=of)
+            case "retry" if job.state in RETRIABLE:
+                lab.service.retry_job(job_id, user=job.user)
+            case "cancel" if job.state in LIVE_JOB and n == 0:
+                lab.service.cancel_job(job_id, user=job.user)
+            case "expire":
                 lab.expire()
-            case "finish" if n == 0:
-                finish(lab, f"weights {weights}")
+    lab.expire()
+    for job in lab.rows(tables.jobs):
+        if job.state in RETRIABLE:
+            lab.service.retry_job(job.id, user=job.user)
     finish(lab)
+    assert lab.job_states() == {"succeeded": len(jobs)}
 
 
 def one_network_each(lab: Any) -> int:
