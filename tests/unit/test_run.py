@@ -485,10 +485,11 @@ def test_a_lost_checkpoint_is_made_again_when_a_job_that_needs_it_is_retried(
     assert left.checkpoint_digest in failed.reason
     assert {row.missing_digest for row in lab.rows(attempts, end="missing_checkpoint")} == {left.checkpoint_digest}
     if others:
-        monkeypatch.setattr(tasks, "build", lambda architecture, data, seed: build(architecture, data, seed + 1))
+        as_before = tasks.build
+        monkeypatch.setattr(tasks, "build", lambda name, data, seed: as_before(name, data, seed + 1))
     assert "retry the job" in failed.reason
     lab.service.retry_job(second, user="ann")
-    assert ended(second).state == "succeeded"
+    assert ended(second).state == "succeeded", lab.job(second).reason
     assert lab.job(first).state == "succeeded"
     assert lab.rows(trainings, task_id=left.task_id)[0].checkpoint_digest == left.checkpoint_digest
     [made] = lab.rows(trainings, task_id=lab.job(second).train_task_id)
