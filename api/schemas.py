@@ -367,6 +367,18 @@ class Flag(BaseModel):
     results: int = Field(description="Its repeats: attack seeds, replicates.", examples=[1])
 
 
+class TrainedAgain(BaseModel):
+    """The weights of a network that the result rests on were lost, and its training gave others when it ran again.
+
+    The result stands for the lost ones, which cannot be looked at any more; new jobs use the others.
+    """
+
+    flag: Literal["trained_again"]
+    task_id: str = Field(description="The training.", examples=[JOB_ID])
+    weights_sha256: str = Field(description="What was lost.", examples=[DIGEST])
+    trained_again_as: str = Field(examples=[DIGEST])
+
+
 class NamedAttack(BaseModel):
     """An attack that a worst case is over."""
 
@@ -420,7 +432,10 @@ class Result(BaseModel):
     log_relative_sharpness_median: float | None = Field(default=None, examples=[-34.1])
     threat_model: str | None = Field(description="The attack's ball; null without one.", examples=["linf 8/255"])
     adversary: Literal["white_box", "black_box", "transfer", "noise"]
-    flags: list[Flag] = Field(description="What other results say against this one; its verdict stays.", examples=[[]])
+    flags: list[Flag | TrainedAgain] = Field(
+        description="What was found since: what other results say against it, lost weights. Its verdict stays.",
+        examples=[[]],
+    )
     worst_case: WorstCase | None = Field(description="Of the network, over all attacks of the threat model.")
     parts: dict[str, Any] = Field(description="All numbers of each task it rests on, with their provenance.")
 

@@ -156,7 +156,7 @@ class Succeeded:
 class Failed:
     """The task's own code gave up. A `configuration` error would come again, an `error` may not.
 
-    A `missing_checkpoint`, whose digest the message names, comes again until its training has run again.
+    A `missing_checkpoint` comes again until the training that made `missing`, a digest of weights, has run again.
     """
 
     task_id: str
@@ -164,6 +164,7 @@ class Failed:
     kind: Literal["configuration", "missing_checkpoint", "error"]
     message: str
     traceback: str = ""
+    missing: str | None = None
 
 
 @dataclass(frozen=True)

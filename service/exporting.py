@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
+from service import flags
 from service.dotted import FAMILIES, flat
-from service.flags import names_of
 from service.observations import INTERVALS, accuracy_interval
 from service.questions import ALL_FIELDS, Question
 from service.results import check_fields, order_of, other_names, rows_of
@@ -197,20 +197,22 @@ class _Columns:
     def __call__(
         self, connection: Connection, question: Question, order: Order, names: Sequence[str], rows: int
     ) -> tuple[list[list[Any]], str | None]:
-        wanted = [results.c.not_monotone, *(RESULTS.known[name].column for name in self._own)]
+        flagged = [results.c[name] for name in flags.FLAGS]
+        wanted = [*flagged, *(RESULTS.known[name].column for name in self._own)]
         found = store.columns(
             connection, question.nodes, order, question.after(order), rows + 1, wanted, retracted=question.retracted
         )
         found, cursor = question.cut(order, found)
         if not found:
             return [[] for _ in names], cursor
-        cell_ids, flagged, *by_column = zip(*found, strict=True)  # and after ours what they are sorted by
+        cell_ids, *by_column = zip(*found, strict=True)  # and after ours what they are sorted by
+        raised, by_column = by_column[: len(flagged)], by_column[len(flagged) :]
         columns = dict(zip(self._own, map(list, by_column), strict=False))
         self._look_up(connection, set(cell_ids))
         if self._shared:
             shared = zip(*map(self._cells.__getitem__, cell_ids), strict=True)
             columns |= dict(zip(self._shared, map(list, shared), strict=True))
-        columns[FLAGS] = [";".join(names_of(of)) for of in flagged]
+        columns[FLAGS] = [";".join(flags.names_of(*of)) for of in zip(*raised, strict=True)]
         for name in self._intervals:
             accuracy, bound = INTERVALS[name]
             pairs = zip(columns[accuracy], columns[SAMPLES], strict=True)

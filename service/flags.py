@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 NOT_MONOTONE = "not_monotone"
-FLAGS = (NOT_MONOTONE,)
+TRAINED_AGAIN = "trained_again"
+FLAGS = (NOT_MONOTONE, TRAINED_AGAIN)  # columns of `results`
 STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
 OF_TRAINING = ("recipe", "versions")  # of a cell; what is the same of a network however it came to be is compared
 Flag = dict[str, Any]
@@ -59,9 +60,9 @@ def not_monotone(mine: Any, others: Sequence[Any], specs: Specs) -> list[Flag]:
     return flags
 
 
-def names_of(not_monotone: bool) -> list[str]:
-    """The names of a result's flags."""
-    return [NOT_MONOTONE] if not_monotone else []
+def names_of(*raised: bool) -> list[str]:
+    """The names of a result's flags, of which each of `FLAGS` is raised or not."""
+    return [name for name, of in zip(FLAGS, raised, strict=True) if of]
 
 
 def compared(spec: Mapping[str, Any]) -> dict[str, Any]:

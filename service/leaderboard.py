@@ -15,7 +15,7 @@ from sqlalchemy import Row
 
 from service.dotted import or_rather
 from service.errors import InvalidQuery
-from service.flags import names_of
+from service.flags import FLAGS, names_of
 from service.observations import accuracy_interval, interval
 from service.query import Comparison, Node, Value
 from service.specs.attacks import PRESETS
@@ -45,7 +45,7 @@ class Network:
         self.by_attack[json.dumps(cell["attack"], sort_keys=True)].append(row.robust_accuracy)
         self.clean += [] if row.clean_accuracy is None else [row.clean_accuracy]
         self.results += row.results
-        self.flags |= set(names_of(row.flagged > 0))
+        self.flags |= set(names_of(*(getattr(row, name) > 0 for name in FLAGS)))
 
     @property
     def robust_accuracy(self) -> float:

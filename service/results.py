@@ -18,7 +18,7 @@ from service.store import reading
 from service.store import results as store
 from service.store.database import Database
 from service.store.fields import RESULTS, stored_numbers, unknown
-from service.store.flagging import flags_of
+from service.store.flagging import flags_of, trained_again
 from service.store.keyset import Order
 from service.store.result_tables import results
 from service.worst_case import worst_case_of
@@ -85,7 +85,7 @@ class Results:
             row = found(connection, job_id)
             further = store.further_measures(connection, [row])[job_id]
             specs = store.cell_specs(connection, [row.cell_id])
-            flags = flags_of(connection, Place(row.weights_sha256, row.cell_id))
+            flags = flags_of(connection, Place(row.weights_sha256, row.cell_id)) + trained_again(connection, job_id)
             worst_case = worst_case_of(connection, row.weights_sha256, specs[row.cell_id])
             parts: dict[str, Any] = {}
             for task in reading.tasks_of_job(connection, job_id):

@@ -12,9 +12,10 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 3
+VERSION = 4
 """2: masked means right at s = 1 and broken there. 3: masked is a share of the images that the twin ran on, null for
-attacks without a gradient; not_converged looks at the attack itself; nothing_correct, non_finite, not_checked."""
+attacks without a gradient; not_converged looks at the attack itself; nothing_correct, non_finite, not_checked.
+4: evidence of other weights than the attack's is left out."""
 CHALLENGERS = ("fgsm", "noise", "margin", "square")
 CHECKS = (
     "zero_gradient", "masked", "outside_ball", *(f"weaker_than:{name}" for name in CHALLENGERS), "not_converged",
@@ -68,16 +69,16 @@ class Controls:
 class Evidence:
     """All that a verdict rests on: an attack of type `attack` at `scale` on a network of k `classes`.
 
-    `at_one` is the same attack at s = 1. `controls` is None where the panel does not hold: an attack without a ball, or
-    a head whose bias was not scaled. `twin`, robust bits `[m]` of the first m samples, is this attack with the margin
-    loss at s = 1; None where it was not run.
+    `at_one` is the same attack at s = 1; None where that was on other weights. `controls` is None where the panel does
+    not hold: an attack without a ball, a head whose bias was not scaled, or other weights. `twin`, robust bits `[m]` of
+    the first m samples, is this attack with the margin loss at s = 1; None where it was not run.
     """
 
     attack: str
     scale: float
     classes: int
     at_scale: AttackBits
-    at_one: AttackBits
+    at_one: AttackBits | None
     controls: Controls | None = None
     twin: BitArray | None = None
 
@@ -87,7 +88,8 @@ class Verdict:
     """One of `VERDICTS`, the reasons for it, each check's outcome and its counts, and the fractions of section 3.
 
     `counts` has `[found, of how many]` for each check that counts images. `masked_fraction` is of the `masked_n` images
-    that the margin twin ran on, of all where there is none, and null for attacks without a gradient.
+    that the margin twin ran on, of all where there is none, and null for attacks without a gradient. Without the same
+    attack at s = 1 there is neither it nor `reverse_fraction`.
     """
 
     verdict: str
@@ -97,7 +99,7 @@ class Verdict:
     masked_fraction: float | None
     masked_fraction_of_correct: float | None
     masked_n: int | None
-    reverse_fraction: float
+    reverse_fraction: float | None
     version: int = field(default=VERSION)
 
 
@@ -123,8 +125,9 @@ def judge(evidence: Evidence) -> Verdict:
     """The verdict on an attack, as bad as its worst finding."""
     at_scale, at_one = evidence.at_scale, evidence.at_one
     masked, masked_correct, masked_n = _masked(evidence)
-    reverse = int((at_scale.clean_correct & ~at_scale.robust & at_one.robust).sum())
-
+    reverse = None
+    if at_one is not None:
+        reverse = int((at_scale.clean_correct & ~at_scale.robust & at_one.robust).sum()) / at_scale.robust.size
     findings = _correctness(evidence) | _blindness(evidence, masked, masked_n)
     if at_scale.outside is not None:
         findings["outside_ball"] = _any("outside_ball", at_scale.outside, at_scale.robust.size)
@@ -132,7 +135,7 @@ def judge(evidence: Evidence) -> Verdict:
         findings |= _panel(evidence, evidence.controls)
     reasons = dict.fromkeys(finding.reason for finding in findings.values() if finding.level)
     worst = max(finding.level for finding in findings.values())
-    clean = "trusted" if evidence.controls is not None else "not_checked"
+    clean = "not_checked" if evidence.controls is None or at_one is None else "trusted"
     return Verdict(
         clean if worst is Level.PASSED else worst.name.lower(),
         tuple(reasons),
@@ -141,7 +144,7 @@ def judge(evidence: Evidence) -> Verdict:
         None if masked is None else masked / masked_n,
         masked / masked_correct if masked is not None and masked_correct else None,
         None if masked is None else masked_n,
-        reverse / at_scale.robust.size,
+        reverse,
     )
 
 
@@ -163,10 +166,10 @@ def _masked(evidence: Evidence) -> tuple[int | None, int, int]:
     Masked: clean-correct and robust at s, and broken at s = 1 by this attack or by its margin twin. Both are counted
     over the images that the twin ran on.
     """
-    if evidence.attack in WITHOUT_GRADIENT:
-        return None, 0, 0
-    n = evidence.at_scale.robust.size if evidence.twin is None else evidence.twin.size
     at_scale, at_one = evidence.at_scale, evidence.at_one
+    if evidence.attack in WITHOUT_GRADIENT or at_one is None:
+        return None, 0, 0
+    n = at_scale.robust.size if evidence.twin is None else evidence.twin.size
     broken = at_one.clean_correct[:n] & ~at_one.robust[:n]  # with the bias left alone, classes change with s
     if evidence.twin is not None:
         broken = broken | ~evidence.twin

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Row
 
 from service.environment import SetAside
-from service.flags import names_of
+from service.flags import FLAGS, names_of
 from service.jobs import JobState, TaskState
 from service.observations import ACCURACIES, BOUNDS, accuracy_interval
 from service.specs.canonical import canonical
@@ -130,13 +130,13 @@ def result_row(
         "weights_sha256": row.weights_sha256, **accuracy_intervals(row, row.spec["samples"]),
     }  # fmt: skip
     shown = {name: value for name, value in numbers.items() if whole or not _is_detail(name)}
-    threat = threat_model(row.spec["attack"])
+    threat, flags = threat_model(row.spec["attack"]), names_of(*(getattr(row, name) for name in FLAGS))
     return {
         "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,
         **{name: value for name, value in {**LATER, **row.spec}.items() if name != "measures"},
         "measures": [measure["type"] for measure in row.spec["measures"]],
         "measures_failed": {of["measure"]["type"]: of["failed"] for of in further if of["failed"] is not None},
-        "threat_model": threat.ball, "adversary": threat.adversary, **headline, "flags": names_of(row.not_monotone),
+        "threat_model": threat.ball, "adversary": threat.adversary, **headline, "flags": flags,
         **{name: value for name, value in shown.items() if name not in headline},
         "versions": cell["versions"], "spec_digest": row.spec_digest, "attack_digest": row.attack_digest,
         "created_at": iso(row.created_at), "finished_at": iso(row.finished_at), **retracted(row),

@@ -293,6 +293,7 @@ class Lab:
         self.database = database
         self.artifacts = artifacts
         self.service = Service(database, artifacts)
+        self._used: dict[tuple[str, int], dict[str, str]] = {}  # the weights that attempts were granted on
 
     def submit(self, user: str = "ann", priority: int = 0, **changed: Any) -> str:
         """Submit a job, the same one but for `changed`; returns its id."""
@@ -315,6 +316,15 @@ class Lab:
             queue.sort(key=lambda task: (task.kind != "train", task.sequence, task.task_id))
             ids = [task.task_id for task in queue]
             granted = claiming.grant(connection, now, holder, lease_seconds, ids)
+            made: dict[str, str] = {}
+            for one in granted.values():
+                named = {"weights_sha256": one.spec.get("checkpoint"), "source_weights_sha256": one.spec.get("source")}
+                for digest in set(filter(None, named.values())) - made.keys():
+                    checkpoint = claiming.checkpoint_of(connection, digest)[1]
+                    assert checkpoint is not None, "it was granted before its network was trained"
+                    made[digest] = checkpoint.digest
+                used = {name: made[digest] for name, digest in named.items() if digest}
+                self._used[one.task_id, one.attempt] = used
             return [granted[task_id] for task_id in ids]
 
     def record(
@@ -330,11 +340,16 @@ class Lab:
     def fail(self, grant: Grant, message: str = "it broke") -> None:
         self.record(Failed(grant.task_id, grant.attempt, "configuration", message))
 
-    def outcome(self, grant: Grant, **numbers: Any) -> Outcome:
-        """What a worker would leave of such a task: plausible numbers and bits, a checkpoint that exists."""
-        made: dict[str, Any] = {"provenance": {"torch": "2", "attempt": grant.attempt}}
+    def outcome(self, grant: Grant, weights: str = "weights", **numbers: Any) -> Outcome:
+        """What a worker would leave of such a task: plausible numbers and bits, a checkpoint that exists.
+
+        Provenance has the weights of the training when the attempt was granted.
+        """
+        used = self._used.get((grant.task_id, grant.attempt), {})
+        made: dict[str, Any] = {"provenance": {"torch": "2", "attempt": grant.attempt, **used}}
         if grant.spec["kind"] == "train":
-            ref = self.artifacts.write_chunks("checkpoint", [f"weights of {grant.digest}".encode()])
+            ref = self.artifacts.write_chunks("checkpoint", [f"{weights} of {grant.digest}".encode()])
+            made["provenance"]["weights_sha256"] = ref.digest
             return Outcome({"test_accuracy": 0.9, **numbers}, {"epochs": {"loss": [1.0]}}, artifacts=(ref,), **made)
         if grant.spec["kind"] == "measure":
             return Outcome({"log_relative_sharpness_median": -2.5, **numbers}, **made)

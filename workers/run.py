@@ -88,6 +88,7 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
         "task_version": task.version,
         "task_digest": grant.digest,
         "weights_sha256": weights.digest if weights else None,
+        "source_weights_sha256": _source_weights(task, bundle),
         "seed": training.seed,
         "attack_seed": getattr(task, "attack_seed", None),
         "dataset": training.dataset.name,
@@ -104,6 +105,11 @@ def _source(task: AttackTask, bundle: Bundle, context: Context) -> tasks.Subject
         return None
     spec, checkpoint = bundle.sources[task.source]
     return tasks.Subject(TrainTask.model_validate(spec), checkpoint, context)
+
+
+def _source_weights(task: Task, bundle: Bundle) -> str | None:
+    source = bundle.sources[task.source][1] if isinstance(task, AttackTask) and task.source else None
+    return source.digest if source else None
 
 
 def execute(bundle: Bundle, context: Context) -> Iterator[Message]:
@@ -212,7 +218,7 @@ def _answer(
         sentences = "; ".join(f"{pointer}: {sentence}" for pointer, sentence in problems(error))
         return Failed(task, attempt, "configuration", f"this worker cannot read the task's spec: {sentences}"), False
     except tasks.CheckpointMissing as error:
-        return Failed(task, attempt, "missing_checkpoint", str(error)), False
+        return Failed(task, attempt, "missing_checkpoint", str(error), missing=error.digest), False
     except (ScienceError, ArtifactMissing) as error:
         return Failed(task, attempt, "configuration", str(error)), False
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -57,6 +57,10 @@ COUNTED = frozenset({"n", "n_clean_correct", "n_non_finite"})  # by the attack, 
 class CheckpointMissing(ArtifactMissing):
     """The weights that a training left are not under the artifact root any more, or damaged: it must run again."""
 
+    def __init__(self, digest: str, why: ArtifactMissing) -> None:
+        super().__init__(f"{why}; retry the job, and its training runs again")
+        self.digest = digest
+
 
 class Subject:
     """The data set of a training and, once asked for, the network that it left; both from the cache where they are."""
@@ -90,7 +94,7 @@ class Subject:
             try:
                 path = stack.enter_context(stored(self.context, self.checkpoint.digest))
             except ArtifactMissing as error:
-                raise CheckpointMissing(f"{error}; retry the job, and its training runs again") from error
+                raise CheckpointMissing(self.checkpoint.digest, error) from error
             model = as_saved(model, path)
             load_weights(model, path)
         model.to(self.context.device).eval()

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sqlalchemy import BigInteger, Connection, and_, case, cast, exists, func, literal, select
+from sqlalchemy import BigInteger, Connection, and_, case, cast, exists, func, literal, or_, select
 from sqlalchemy.sql import ColumnElement
 
 from service.dotted import or_rather
 from service.errors import InvalidQuery
-from service.flags import FLAGS, NOT_MONOTONE
+from service.flags import FLAGS
 from service.jobs import JobState
 from service.query import LABEL, plain
 from service.specs.measures import MEASURES
@@ -120,6 +120,7 @@ PROVENANCE: dict[str, Kind] = {
         (
             "code_version", "code_revision", "code_digest", "python", "torch", "torchvision", "timm", "numpy", "ray",
             "cuda", "driver", "device", "hostname", "matmul_precision", "weights_sha256", "dataset_sha256",
+            "source_weights_sha256",
             "task_digest", "task_kind", "dataset", "precision", "cpu_capability",
         ),
         "text",
@@ -332,7 +333,7 @@ SPEC: dict[str, Field] = {
 
 def _flags() -> Field:
     def any_of(test: Test) -> Column:
-        return and_(results.c.not_monotone, test(literal(NOT_MONOTONE)))
+        return or_(*(and_(results.c[name], test(literal(name))) for name in FLAGS))
 
     return Field("list", literal(None), any_of=any_of, meaning=one_of(FLAGS))
 

@@ -5,14 +5,14 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, case, func, insert, literal, select, update
+from sqlalchemy import Connection, Row, Select, and_, case, func, insert, select, update
 
 from service.flags import apart_from_strength
 from service.store import flagging
 from service.store.listed import insert_rows, listed
 from service.store.result_tables import cells, number_names, results
+from service.store.states import WEIGHTS_USED
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
-from service.store.typed import json_text
 from service.threat_model import threat_model
 
 AT_ONCE = 1000
@@ -28,7 +28,6 @@ FROM_JOB = (
 FROM_ATTACK = ("clean_accuracy", "clean_loss", "robust_accuracy", "robust_loss", "zero_gradient_fraction")
 FROM_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
 PARTS = {kind: f"{kind}_task_id" for kind in ("train", "measure", "attack", "control")}
-WEIGHTS_USED = json_text(attempts.c.provenance, literal("weights_sha256"))
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
 
 

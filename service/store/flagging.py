@@ -5,10 +5,11 @@ from collections.abc import Collection
 from sqlalchemy import Connection, bindparam, func, select, update
 
 from service.dotted import flat
-from service.flags import Flag, Place, compared, found
+from service.flags import TRAINED_AGAIN, Flag, Place, compared, found
 from service.store import network_results
 from service.store.listed import listed, numbered
 from service.store.result_tables import cells, results
+from service.store.tables import job_tasks, trainings
 
 AT_ONCE = 200  # networks that are looked at together
 
@@ -19,6 +20,17 @@ def flags_of(connection: Connection, place: Place) -> list[Flag]:
     Retracted results say nothing, and nothing is said of a place where all are.
     """
     return _found(connection, {place.weights_sha256}, {place.cell_id}).get(place, [])
+
+
+def trained_again(connection: Connection, job_id: str) -> list[Flag]:
+    """The networks of this result, its own and a transfer's source, whose weights were lost and came back as others."""
+    columns = (trainings.c.task_id, trainings.c.checkpoint_digest, trainings.c.trained_again_as)
+    query = select(*columns).join(job_tasks, job_tasks.c.task_id == trainings.c.task_id)
+    rows = connection.execute(query.where(job_tasks.c.job_id == job_id, trainings.c.trained_again_as.is_not(None)))
+    return [
+        {"flag": TRAINED_AGAIN, "task_id": task_id, "weights_sha256": weights, "trained_again_as": others}
+        for task_id, weights, others in rows
+    ]
 
 
 def renew(connection: Connection, job_ids: Collection[str]) -> None:

@@ -9,7 +9,8 @@ from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
 from service.specs import catalog
 from service.store.listed import listed
-from service.store.tables import attack_results, control_results, datasets, jobs, outcome_bits
+from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED
+from service.store.tables import attack_results, attempts, control_results, datasets, jobs, outcome_bits, tasks
 from service.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, judge, unpack
 
 AT_ONCE = 200  # jobs whose bits are in memory together
@@ -62,19 +63,27 @@ class _Evidence:
             self._bits[row.task_id][row.name] = unpack(row.n, row.packed)
         self._numbers = _numbers(connection, attack_results, attacks) | _numbers(connection, control_results, controls)
         self._classes = _classes(connection, {row.dataset for row in rows})
+        self._weights = _weights(connection, attacks | controls)
 
     def verdict(self, row: Row[Any]) -> dict[str, Any]:
         # The panel ran at s = 1; elsewhere its bits hold only while no predicted class changes.
         holds = row.control_task_id is not None and (row.scale == 1 or row.spec["scale_bias"])
+        holds = holds and self._of_one_network(row.attack_task_id, row.control_task_id)
+        baseline = self._of_one_network(row.attack_task_id, row.baseline_task_id)
         verdict = judge(
             Evidence(
                 row.attack, row.scale, self._classes[row.dataset],
-                self._attack(row.attack_task_id), self._attack(row.baseline_task_id),
+                self._attack(row.attack_task_id), self._attack(row.baseline_task_id) if baseline else None,
                 self._controls(row.control_task_id) if holds else None,
                 self._twin(row.control_task_id, row.spec["attack"]) if holds else None,
             )
         )  # fmt: skip
         return {COLUMNS.get(name, name): value for name, value in asdict(verdict).items()}
+
+    def _of_one_network(self, attack: str, other: str) -> bool:
+        """Whether no attempt says that these two tasks were computed on different weights, or a transfer's on those."""
+        pairs = zip(self._weights.get(attack, ()), self._weights.get(other, ()), strict=False)
+        return all(mine == theirs or None in (mine, theirs) for mine, theirs in pairs)
 
     def _twin(self, task_id: str, attack: Mapping[str, Any]) -> BitArray | None:
         """The panel's PGD on the margin is that of plain PGD; another attack's is there if its panel ran it."""
@@ -100,6 +109,13 @@ class _Evidence:
 def _numbers(connection: Connection, table: Table, task_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     query = select(table.c.task_id, table.c.numbers).where(table.c.task_id.in_(listed(task_ids)))
     return {task_id: numbers for task_id, numbers in connection.execute(query)}
+
+
+def _weights(connection: Connection, task_ids: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
+    """The SHA-256 of the weights that each of these tasks used, and of a transfer's source, as far as it was noted."""
+    query = select(tasks.c.id, WEIGHTS_USED, SOURCE_USED).join(attempts, CURRENT)
+    rows = connection.execute(query.where(tasks.c.id.in_(listed(task_ids))))
+    return {task_id: (weights, source) for task_id, weights, source in rows}
 
 
 def _classes(connection: Connection, names: set[str]) -> dict[str, int]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
 
+from service.flags import FLAGS
 from service.store.listed import listed, numbered
 from service.store.result_tables import cells, results
 from service.store.tables import jobs, outcome_bits
@@ -36,13 +37,13 @@ def means(connection: Connection, networks: Collection[str | None], cell_ids: Co
 
 def asked(connection: Connection, where: Sequence[ColumnElement[Any]]) -> list[Row[Any]]:
     """The results that `where` chooses, a row per network and cell: `weights_sha256, cell_id, results`, and the means
-    of `robust_accuracy` and `clean_accuracy` over distinct computations; so many of the results are `flagged`."""
+    of `robust_accuracy` and `clean_accuracy` over distinct computations; so many of the results are flagged."""
     whose = (results.c.weights_sha256, results.c.cell_id)
     computed = (
         select(
             *whose, func.count().label("results"), func.max(results.c.robust_accuracy).label("robust_accuracy"),
             func.max(results.c.clean_accuracy).label("clean_accuracy"),
-            func.count(func.nullif(results.c.not_monotone, False)).label("flagged"),
+            *(func.count(func.nullif(results.c[flag], False)).label(flag) for flag in FLAGS),
         )
         .where(*where, results.c.weights_sha256.is_not(None), results.c.robust_accuracy.is_not(None))
         .group_by(*whose, results.c.attack_task_id)
@@ -52,7 +53,7 @@ def asked(connection: Connection, where: Sequence[ColumnElement[Any]]) -> list[R
     query: Select[Any] = select(
         of.weights_sha256, of.cell_id, func.sum(of.results).label("results"),
         func.avg(of.robust_accuracy).label("robust_accuracy"), func.avg(of.clean_accuracy).label("clean_accuracy"),
-        func.sum(of.flagged).label("flagged"),
+        *(func.sum(of[flag]).label(flag) for flag in FLAGS),
     )  # fmt: skip
     return list(connection.execute(query.group_by(of.weights_sha256, of.cell_id)))
 

@@ -40,9 +40,9 @@ def tasks_of_job(connection: Connection, job_id: str) -> Rows:
 
 
 def roles(job_row: Row[Any], task: Row[Any]) -> list[str]:
-    """Which parts this task plays in the job: at s = 1 the attack is its own baseline."""
+    """Which parts this task plays in the job: at s = 1 the attack is its own baseline; a transfer has a source."""
     found = [role for role, column in ROLES.items() if getattr(job_row, column.name) == task.id]
-    return found or ["measure"]
+    return found or ["source" if task.kind == "train" else "measure"]
 
 
 def progress_of_jobs(connection: Connection, job_ids: Sequence[str]) -> dict[str, float]:

@@ -5,8 +5,8 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any, assert_never
+from itertools import chain, takewhile
+from typing import Any, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, String, and_, bindparam, cast, delete, insert, select, update
 
@@ -27,6 +27,7 @@ from service.store.tables import (
     tasks,
     trainings,
 )  # fmt: skip
+from service.store.trained_again import Made, Replaced, other_weights
 
 RESULTS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
 THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
@@ -106,16 +107,28 @@ def _write_worker(connection: Connection, now: float, worker: str, reports: Sequ
         connection.execute(update(attempts).where(THIS_ATTEMPT).values(worker=worker, charged_until=now), rows)
 
 
+class _Done(NamedTuple):
+    """A task that has succeeded, and the attempt that its numbers are of."""
+
+    id: str
+    attempt: int
+    kind: str
+    generation: int
+
+
 def _write_successes(connection: Connection, now: float, actor: str, reports: Mapping[Key, Succeeded]) -> list[str]:
-    """Returns the tasks that have succeeded: those whose report was of their current attempt."""
+    """Returns the tasks that have succeeded, whose report was of their current attempt, and those that ended for it."""
     values = {"state": TaskState.SUCCEEDED, "reason": None, "finished_at": now, "progress": 1.0}
     nothing_left = {"holder": None, "lease_expires_at": None, "resume_digest": None, "resume_bytes": None}
     mine = update(tasks).where(_fence(reports.values())).values(**values, **nothing_left)
     columns = (tasks.c.id, tasks.c.attempt, tasks.c.kind, tasks.c.generation)
-    done = connection.execute(mine.returning(*columns)).all()
+    done = [_Done(*row) for row in connection.execute(mine.returning(*columns))]
     if not done:
         return []
-    outcomes = {row.id: reports[row.id, row.attempt].outcome for row in done}
+    left = [reports[row.id, row.attempt].outcome for row in done]
+    replaced = other_weights(connection, now, actor, _trained_again(done, left))
+    done = [row._replace(**_instead(replaced.get(row.id))) for row in done]
+    outcomes = {row.id: outcome for row, outcome in zip(done, left, strict=True)}
     provenance = [{"task": row.id, "attempt": row.attempt, "made": finite(outcomes[row.id].provenance)} for row in done]
     made = {"ended_at": now, "end": "succeeded", "provenance": bindparam("made")}
     connection.execute(update(attempts).where(THIS_ATTEMPT).values(made), provenance)
@@ -125,7 +138,22 @@ def _write_successes(connection: Connection, now: float, actor: str, reports: Ma
         filing.refresh(connection, again)
     happened = [Event("task.succeeded", task_id=row.id, attempt=row.attempt) for row in done]
     history.append(connection, now, actor, happened)
-    return list(outcomes)
+    return [*outcomes, *chain.from_iterable(one.ended for one in replaced.values())]
+
+
+def _trained_again(done: Sequence[_Done], outcomes: Sequence[Outcome]) -> list[Made]:
+    """The weights of those that are no first generation of a training."""
+    return [
+        Made(row.id, row.attempt, ref.digest)
+        for row, outcome in zip(done, outcomes, strict=True)
+        if row.kind == "train" and row.generation > 1
+        for ref in outcome.artifacts
+        if ref.kind == "checkpoint"
+    ]
+
+
+def _instead(replaced: Replaced | None) -> dict[str, Any]:
+    return {} if replaced is None else {"id": replaced.task_id, "attempt": replaced.attempt}
 
 
 def _attempt(connection: Connection, report: Message, **values: Any) -> None:
@@ -205,8 +233,10 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
     values["finished_at"] = None if state is TaskState.QUEUED else now
     if not _current(connection, message, state=state, reason=why, holder=None, lease_expires_at=None, **values):
         return False
-    traceback = message.traceback or None if isinstance(message, Failed) else None
-    _attempt(connection, message, ended_at=now, end=end, message=message.message, traceback=traceback)
+    more: dict[str, Any] = {}
+    if isinstance(message, Failed):
+        more = {"traceback": message.traceback or None, "missing_digest": message.missing}
+    _attempt(connection, message, ended_at=now, end=end, message=message.message, **more)
     data = {"end": end, "reason": why}
     happened = Event(f"task.{state}", task_id=message.task_id, attempt=message.attempt, data=data)
     history.append(connection, now, actor, [happened])

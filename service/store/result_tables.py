@@ -69,6 +69,8 @@ results = Table(
     Column("masked_n", Integer),
     # Other results of the network speak against it (`service/flags.py`).
     Column("not_monotone", Boolean, nullable=False, server_default=text("false")),
+    # Weights that it rests on were lost, and their training gave others when it ran again.
+    Column("trained_again", Boolean, nullable=False, server_default=text("false")),
     Column("verdict", String(20), nullable=False),
     Column("verdict_version", Integer),
     Column("created_at", Float(53), nullable=False),

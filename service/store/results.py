@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, select
 
+from service.flags import FLAGS
 from service.jobs import TaskState
 from service.query import Node
 from service.store.conditions import by_cell, condition
@@ -44,7 +45,7 @@ def _rows() -> Select[Any]:
         select(
             jobs,
             *measured,
-            *(results.c[name] for name in ("cell_id", "weights_sha256", "not_monotone", *RETRACTION)),
+            *(results.c[name] for name in ("cell_id", "weights_sha256", *FLAGS, *RETRACTION)),
             attack_results.c.numbers.label("attack_numbers"),
             measurements.c.numbers.label("measure_numbers"),
             func.coalesce(attack.c.former_digest, attack.c.digest).label("attack_digest"),

@@ -26,11 +26,12 @@ from service.jobs import LIVE_JOB, JobState
 from service.store.fields import Column
 from service.store.listed import listed
 from service.store.result_tables import results
-from service.store.tables import job_tasks, jobs, task_edges, tasks
+from service.store.tables import job_tasks, jobs, task_edges, tasks, trainings
 
 MARK = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
 NO_MARK: dict[str, None] = dict.fromkeys(MARK)
 FURTHER = (tasks.c.kind == "measure") & (tasks.c.spec["measure", "type"].as_string() != "closed_forms")
+GIVEN_UP = "retracted:"  # before a task's id, in place of a digest that the task has given up
 LET_GO = (JobState.FAILED, JobState.CANCELLED)  # jobs that lose nothing with a task
 
 
@@ -76,7 +77,7 @@ def restore(connection: Connection, attack_ids: Sequence[str]) -> list[str]:
 
 def give_digests_up(connection: Connection, task_ids: Sequence[str]) -> None:
     """From now on no job joins these tasks."""
-    connection.execute(update(tasks).where(tasks.c.id.in_(listed(task_ids))).values(_new_digest()))
+    connection.execute(update(tasks).where(tasks.c.id.in_(listed(task_ids))).values(new_digest()))
 
 
 def resting_on(connection: Connection, task_ids: Sequence[str]) -> list[str]:
@@ -93,7 +94,7 @@ def retract_tasks(connection: Connection, now: float, user: str, reason: str, ta
     values = {"retracted_at": now, "retracted_by": user, "retraction_reason": reason, "retracted_with": tasks.c.id}
     unmarked = (tasks.c.id.in_(listed(task_ids)), tasks.c.retracted_at.is_(None))
     marked = list(
-        connection.scalars(update(tasks).where(*unmarked).values(values | _new_digest()).returning(tasks.c.id))
+        connection.scalars(update(tasks).where(*unmarked).values(values | new_digest()).returning(tasks.c.id))
     )
     return sorted([*marked, *_mark_children(connection, _children_of(marked))])
 
@@ -121,14 +122,16 @@ def restore_tasks(connection: Connection, roots: Sequence[str]) -> tuple[list[st
 def give_digests_back(connection: Connection, task_ids: Sequence[str]) -> list[str]:
     """Let restored tasks be what new jobs join; returns those that cannot be, as a newer generation is.
 
-    That is one of their own, or one of a training that they were computed on: jobs never mix two.
+    That is one of their own, or one of a training that they were computed on: jobs never mix two. Nor can a training be
+    whose weights were lost and came back as others.
     """
     parent = tasks.alias("parent")
     on_newer = exists().where(
         task_edges.c.child_id == tasks.c.id, parent.c.id == task_edges.c.parent_id, parent.c.former_digest.is_not(None)
     )
+    lost = exists().where(trainings.c.task_id == tasks.c.id, trainings.c.trained_again_as.is_not(None))
     which = (tasks.c.id.in_(listed(task_ids)), tasks.c.former_digest.is_not(None))
-    query = select(tasks.c.id, tasks.c.former_digest).where(*which, ~on_newer).order_by(tasks.c.generation)
+    query = select(tasks.c.id, tasks.c.former_digest).where(*which, ~on_newer, ~lost).order_by(tasks.c.generation)
     for of_kind in (tasks.c.kind == "train", tasks.c.kind != "train"):
         newest = {digest: task_id for task_id, digest in connection.execute(query.where(of_kind))}
         taken = set(connection.scalars(select(tasks.c.digest).where(tasks.c.digest.in_(listed(newest)))))
@@ -204,7 +207,7 @@ def _mark_children(connection: Connection, which: Column) -> list[str]:
     parent = tasks.alias("parent")
     edge = (task_edges.c.child_id == tasks.c.id) & (parent.c.id == task_edges.c.parent_id)
     marked = select(parent.c.id).where(edge, parent.c.retracted_at.is_not(None)).correlate(tasks)
-    values = _first_mark(marked, parent) | _new_digest()
+    values = _first_mark(marked, parent) | new_digest()
     statement = update(tasks).where(which, tasks.c.retracted_at.is_(None), marked.exists()).values(values)
     return list(connection.scalars(statement.returning(tasks.c.id)))
 
@@ -228,8 +231,9 @@ def _first_mark(marked: Select[Any], of: Any) -> dict[str, Any]:
     return {name: first.with_only_columns(of.c[name]).scalar_subquery() for name in MARK}
 
 
-def _new_digest() -> dict[str, Any]:
+def new_digest() -> dict[str, Any]:
+    """The values by which a task gives its digest up, so that a new task can have it."""
     return {
         "former_digest": func.coalesce(tasks.c.former_digest, tasks.c.digest),
-        "digest": literal("retracted:", String) + tasks.c.id,
+        "digest": literal(GIVEN_UP, String) + tasks.c.id,
     }

@@ -250,8 +250,8 @@ def reopen(connection: Connection, now: float, actor: str, again: Mapping[str, T
 def _lost_trainings(connection: Connection, which: ColumnElement[bool]) -> list[str]:
     """Digests of the succeeded trainings whose checkpoints those of these tasks that failed have not found.
 
-    Each failed task's last attempt says so, and of which checkpoint; one that had begun before the training succeeded
-    speaks of bytes that have been replaced since.
+    The last attempt of each failed task has their digest; one that had begun before the training succeeded is about
+    bytes that have been replaced since.
     """
     parent = tasks.alias("parent")
     query = (
@@ -263,7 +263,7 @@ def _lost_trainings(connection: Connection, which: ColumnElement[bool]) -> list[
         .join(parent, parent.c.id == task_edges.c.parent_id)
         .join(trainings, trainings.c.task_id == parent.c.id)
         .where(which, tasks.c.state == TaskState.FAILED, attempts.c.end == MISSING_CHECKPOINT)
-        .where(attempts.c.message.contains(trainings.c.checkpoint_digest))
+        .where(attempts.c.missing_digest == trainings.c.checkpoint_digest)
         .where(parent.c.state == TaskState.SUCCEEDED, parent.c.finished_at <= attempts.c.started_at)
     )
     return list(connection.scalars(query))
@@ -321,8 +321,7 @@ def retry_jobs(
 
     A task that is held for a person to look at goes on waiting for that unless `states` has `held`.
     A training whose checkpoint these tasks have not found, or found damaged, runs again too, and what is to use it
-    waits. What had succeeded on the lost weights stays as it is: each attempt's provenance names the weights that it
-    used (`weights_sha256`), and on a CPU the new ones are the same bits.
+    waits. If it gives the same weights, what had succeeded on them is still needed; if not, see `trained_again`.
     """
     values = {"state": JobState.QUEUED, "reason": None, "finished_at": None}
     statement = update(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states))

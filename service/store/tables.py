@@ -139,7 +139,8 @@ tasks = Table(
     Column("retracted_by", String(200)),
     Column("retraction_reason", Text),
     Column("retracted_with", String(36)),
-    # Its digest until it was retracted: `digest` is another since, so that the next job that needs it makes a new task.
+    # Its digest until it was retracted or its weights were replaced: `digest` is another since, so that the next job
+    # that needs it makes a new task.
     Column("former_digest", String(64)),
     Index("ix_tasks_former", "former_digest", postgresql_where=FORMER, sqlite_where=FORMER),
     Index("ix_tasks_retracted", "retracted_with", postgresql_where=FORMER, sqlite_where=FORMER),
@@ -182,6 +183,7 @@ attempts = Table(
     Column("end", String(40)),  # succeeded, failed, or the reason of a loss
     Column("message", Text),
     Column("traceback", Text),
+    Column("missing_digest", String(64)),  # of the weights that it has not found
     Column("provenance", Json),
     # Its place: which bundle it is in, the devices that bundle takes, and until when its sponsor was charged for it.
     Column("bundle", String(200)),
@@ -255,6 +257,8 @@ trainings = Table(
     Column("task_id", ForeignKey("tasks.id"), primary_key=True),
     Column("checkpoint_digest", String(64), nullable=False),
     Column("checkpoint_bytes", BigInteger, nullable=False),
+    # The weights that the same training gave when it ran again, after these were lost (`store/trained_again.py`).
+    Column("trained_again_as", String(64)),
     Column("test_accuracy", Float(53)),
     Column("test_loss", Float(53)),
     Column("train_loss", Float(53)),

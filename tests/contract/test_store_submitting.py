@@ -266,8 +266,8 @@ def not_found(lab: Any, *grants: Any, made_on: str | None = None) -> None:
     for grant in grants:
         [train] = lab.rows(tasks, digest=made_on or lab.task(grant.task_id).train_digest)
         [left] = lab.rows(tables.trainings, task_id=train.id)
-        why = f"artifact {left.checkpoint_digest} is not under the root"
-        lab.record(Failed(grant.task_id, grant.attempt, "missing_checkpoint", why))
+        missing = left.checkpoint_digest
+        lab.record(Failed(grant.task_id, grant.attempt, "missing_checkpoint", "not under the root", missing=missing))
 
 
 class TestLostCheckpoint:

@@ -46,8 +46,8 @@ def finish(lab: Any, broken: Broken, weights: Callable[[Spec], str] | None = Non
                 robust = bits(broken(grant.spec), grant.spec["samples"])
                 outcome.bits["robust"] = Bits(robust.size, np.packbits(robust).tobytes())
                 outcome.numbers.update({"robust_accuracy": float(robust.mean()), "clean_accuracy": 1.0, **numbers})
-                if weights is not None:
-                    outcome.provenance["weights_sha256"] = weights(grant.spec)
+            if weights is not None and grant.spec["kind"] != "train":
+                outcome.provenance["weights_sha256"] = weights(grant.spec)
             lab.record(Succeeded(grant.task_id, grant.attempt, outcome))
 
 
