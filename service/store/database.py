@@ -97,13 +97,13 @@ class Database:
         named = parsed.database if self.is_sqlite else None
         self.path = Path(unquote(named)) if named else None
         """The file of a SQLite database; None in memory, and for PostgreSQL."""
+        self._pooling = Pooling(declared)
         self.engine = (
-            _sqlite_engine(url, self.path) if self.is_sqlite else _postgresql_engine(parsed, statement_seconds)
+            _sqlite_engine(url, self.path)
+            if self.is_sqlite
+            else _postgresql_engine(parsed, statement_seconds, self._pooling)
         )
         self._full = False  # so the last writer here found it
-        self._pooling = Pooling(declared)
-        if not self.is_sqlite:
-            self._pooling.install(self.engine)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -204,7 +204,7 @@ def _alembic() -> Config:
     return config
 
 
-def _postgresql_engine(url: URL, statement_seconds: float | None) -> Engine:
+def _postgresql_engine(url: URL, statement_seconds: float | None, pooling: Pooling) -> Engine:
     patience = {
         "client_encoding": "utf8", "connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": SILENT_SECONDS * 1000,
         "keepalives_idle": SILENT_SECONDS // 2, "keepalives_interval": SILENT_SECONDS // 4, "keepalives_count": 2,
@@ -222,6 +222,8 @@ def _postgresql_engine(url: URL, statement_seconds: float | None) -> Engine:
             return ping(dbapi_connection)
         finally:
             dbapi_connection.silent_seconds = usual
+
+    pooling.install(engine)  # first: it looks before there is a connection, and says how one is made
 
     @event.listens_for(engine, "do_connect")
     def _connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
