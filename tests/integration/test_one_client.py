@@ -359,6 +359,7 @@ class TestReaders:
         reader.give([(1000, b"y")])
         assert list(reader.taken()) == [(1000, b"y")]
 
+    @pytest.mark.slow
     def test_one_that_stops_reading_is_dropped(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("api.connections.READER_SECONDS", 0.5)
         monkeypatch.setattr("api.feed.POLL_SECONDS", 0.01)
