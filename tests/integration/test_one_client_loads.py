@@ -98,7 +98,7 @@ def tell(record_property: Callable[[str, object], None], capsys: pytest.CaptureF
 def test_idle_readers_of_events(api: Api, count: int, tell: Callable[..., None]) -> None:
     """A submission takes at most twice its time without them."""
     api.post_seconds()
-    alone, before = api.post_seconds(), api.megabytes
+    alone, before = min(api.post_seconds() for _ in range(3)), api.megabytes
     with ExitStack() as stack:
         for _ in range(count):
             reader = stack.enter_context(api.connect(b"GET /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"))
