@@ -19,7 +19,7 @@ from service.insights import Insights
 from service.store.history import PAGE
 
 POLL_SECONDS = 0.3
-BREATHS, LONGEST_PAUSE_SECONDS = 4, 2.0  # between two looks: so many times as long as giving out took
+BREATHS, LONGEST_PAUSE_SECONDS = 9, 2.0  # between two looks: so many times as long as giving out took
 RENEW_SECONDS = 5.0  # so often it is asked whether the callers' tokens are still good
 MOST_READERS = 2000
 MOST_PENDING = 64  # looks of which a reader may be behind, before it reads from the database again

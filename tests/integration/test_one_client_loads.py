@@ -98,12 +98,12 @@ def tell(record_property: Callable[[str, object], None], capsys: pytest.CaptureF
 def test_idle_readers_of_events(api: Api, count: int, tell: Callable[..., None]) -> None:
     """A submission takes at most twice its time without them."""
     api.post_seconds()
-    alone, before = api.post_seconds(), api.megabytes
+    alone, before = min(api.post_seconds() for _ in range(3)), api.megabytes
     with ExitStack() as stack:
         for _ in range(count):
             reader = stack.enter_context(api.connect(b"GET /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"))
             assert reader.recv(1000)
-        beside = api.post_seconds()
+        beside = min(api.post_seconds() for _ in range(3))  # others use this machine too
         tell(readers=count, alone_ms=alone * 1e3, beside_ms=beside * 1e3, megabytes=api.megabytes - before)
         assert beside < 2 * alone
 
