@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from service import decisions, environment, placing, replanning, resources, scheduling, sponsoring
 from service.environment import Environment
-from service.executor import Bundle, Capacity, Executor, Grant
+from service.executor import Bundle, Capacity, Executor, Grant, Needs
 from service.scheduling import Account, Cluster, Decision
 from service.settings import Settings
 from service.store import Database, claiming, deciding, users
@@ -102,7 +102,7 @@ class Claims:
         nodes = ((bundle.id, self.environment.node_of(key)) for key, bundle in running.items())
         return {bundle_id: node for bundle_id, node in nodes if node is not None}
 
-    def _needs(self, running: Running) -> Iterable[resources.Needs]:
+    def _needs(self, running: Running) -> Iterable[Needs]:
         return {bundle.id: bundle.needs for bundle in running.values()}.values()
 
     def _room(self, capacity: Capacity, way: placing.Way, running: Running, ended: int) -> Cluster:
