@@ -22,6 +22,7 @@ from service.executor import ArtifactRef
 
 CHUNK_BYTES = 1 << 20
 FULL_BYTES = 64 << 10  # a disk with less room than that is full
+MARK = ".root"  # the file with what a folder is known by
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -39,10 +40,15 @@ class Stored:
 
 
 class Artifacts:
-    """The artifact root. Opening it never writes; a digest either names all of its bytes or nothing."""
+    """The artifact root. Opening it never writes; a digest either names all of its bytes or nothing.
 
-    def __init__(self, root: str) -> None:
+    With a `mark`, a folder is used only while it has that one: else it is another, such as the place where the disk of
+    the right one is not mounted, and what was written there nobody else would find.
+    """
+
+    def __init__(self, root: str, mark: str = "") -> None:
         self.root = root
+        self._mark = mark
         self._fs, self._base = _file_system(root)
         self._local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
 
@@ -78,6 +84,7 @@ class Artifacts:
 
     @contextmanager
     def _new_file(self) -> Iterator[Path]:
+        self._require_mark()
         with self._writing():
             scratch = tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch(), ignore_cleanup_errors=True)
         with scratch as folder:
@@ -174,9 +181,42 @@ class Artifacts:
                 "what waits for it goes on by itself"
             ) from error
 
+    def mark(self) -> str:
+        """What this folder is known by, given to it when it is asked for the first time; empty for an object store.
+
+        Raises `ArtifactRootUnusable`.
+        """
+        if not self._local:
+            return ""
+        path = Path(self._base) / MARK
+        with self._reading(), suppress(FileNotFoundError):
+            return path.read_text()
+        with self._writing(), tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch()) as folder:
+            part = Path(folder) / "mark"
+            part.write_text(uuid4().hex)
+            part.chmod(stat.S_IMODE(os.stat(self._base).st_mode) & 0o666)
+            with suppress(FileExistsError):
+                os.link(part, path)
+            return path.read_text()
+
+    def _require_mark(self) -> None:
+        if not self._local or not self._mark:
+            return
+        try:
+            with self._reading():
+                same = (Path(self._base) / MARK).read_text() == self._mark
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise ArtifactRootUnusable(
+                f"the artifact root {self.root} is not the dispatcher's here: mount its disk; "
+                "what waits for it goes on by itself"
+            )
+
     def require_root(self) -> None:
         """For who misses bytes that were there: raises `ArtifactRootUnusable` where all of the root is missing."""
-        if not self._local:
+        self._require_mark()
+        if not self._local or self._mark:
             return
         try:
             with self._reading():

@@ -6,19 +6,34 @@ Ray reads its environment when it is imported: whoever imports this has set `wor
 import logging
 import socket
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from service.environment import LONGEST_WAIT_SECONDS
 from service.settings import Settings
 from workers.head import WORKER_ENVIRONMENT
+from workers.revision import code_digest
 
 log = logging.getLogger("uncanny.pool")
 
 KNOCK_SECONDS = 5.0
+RETRY_SECONDS = 5.0  # what is not there, or not fit, is looked at again after this
+PROBE_SECONDS = 60.0
 PREEMPTED = 3  # NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
+
+
+class OtherCode(RuntimeError):
+    """A worker's sources are not the dispatcher's, so what it would compute is not what was asked for."""
+
+
+class NoWorker(RuntimeError):
+    """A node is there and starts no worker."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,51 @@ def nodes() -> Nodes:
     usable = [node for node in listed if node["Alive"] and node["Resources"].get("CPU")]
     resources = {node["NodeID"]: _amounts(node["Resources"]) for node in usable if node["NodeID"] not in draining}
     return Nodes(resources, set(dead), draining | {name for name, reason in dead.items() if reason == PREEMPTED})
+
+
+class NodeChecks:
+    """Which nodes are fit: each is asked once for the code that it has, one that was not fit again after a while."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._fit: set[str] = set()
+        self._unfit: dict[str, tuple[Exception, int, float]] = {}  # why, how often in a row, when to ask again
+
+    def forget(self) -> None:
+        """Ask all nodes again: one of them has failed in a way that its first answer did not show."""
+        self._fit = set()
+
+    def unfit(self, names: Iterable[str]) -> dict[str, Exception]:
+        """Those of the nodes that are to get no work, with the reason."""
+        for name in names:
+            _, times, again_at = self._unfit.get(name, (None, 0, 0.0))
+            if name in self._fit or self._clock() < again_at:
+                continue
+            if error := _check(name):
+                wait_seconds = min(RETRY_SECONDS * 2.0**times, LONGEST_WAIT_SECONDS)
+                self._unfit[name] = error, times + 1, self._clock() + wait_seconds
+                log.error("no work for a node: %s", error)
+            else:
+                self._unfit.pop(name, None)
+                self._fit.add(name)
+        return {name: self._unfit[name][0] for name in names if name in self._unfit}
+
+
+def _check(name: str) -> Exception | None:
+    """What keeps the node from running tasks as this dispatcher means them; None where nothing does."""
+    there = NodeAffinitySchedulingStrategy(name, soft=False)
+    probe = ray.remote(num_cpus=0, max_retries=0)(code_digest).options(scheduling_strategy=there).remote()
+    try:
+        digest = ray.get(probe, timeout=PROBE_SECONDS)
+    except GetTimeoutError:
+        ray.cancel(probe, force=True)
+        advice = "mend it, or take it out of the cluster"
+        return NoWorker(f"node {name} starts no worker within {PROBE_SECONDS:g} s: {advice}")
+    except RayError as error:
+        return NoWorker(f"node {name} cannot say what code it has ({str(error).strip().splitlines()[-1]}): mend it")
+    if digest != code_digest():
+        return OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
+    return None
 
 
 def _amounts(resources: dict[str, float]) -> dict[str, float]:

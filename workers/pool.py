@@ -4,13 +4,12 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import (
-    GetTimeoutError,
     LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
@@ -20,14 +19,13 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from service.environment import LONGEST_WAIT_SECONDS
+from service.artifacts import Artifacts
+from service.errors import ArtifactRootUnusable
 from service.executor import Bundle, Capacity, Failed, Fault, Message, Needs, Reason, Started
 from service.ledger import Ledger
 from service.settings import Settings
-from workers.cluster import connect, nodes
-from workers.revision import code_digest
+from workers.cluster import RETRY_SECONDS, NodeChecks, connect, nodes
 from workers.worker import WorkerSettings, run_bundle
 
 log = logging.getLogger("uncanny.pool")
@@ -37,17 +35,7 @@ Body = Callable[[Bundle, WorkerSettings], Iterator[list[Message]]]
 LOOK_SECONDS = 0.1  # how often a waiting poll looks for bundles that do not stop
 TALK_SECONDS = 0.2  # for which a poll goes on listening to bundles that always have something to say
 WATCH_SECONDS = 1.0  # how often the size of the cluster is asked for
-RETRY_SECONDS = 5.0
-PROBE_SECONDS = 60.0
 SETTLE_SECONDS = 4.0  # in which the cluster finds out that a node is gone which took its workers down
-
-
-class OtherCode(RuntimeError):
-    """A worker's sources are not the dispatcher's, so what it would compute is not what was asked for."""
-
-
-class NoWorker(RuntimeError):
-    """A node is there and starts no worker."""
 
 
 @dataclass
@@ -100,6 +88,7 @@ class RayExecutor:
             return
         try:
             avoid = bundle.avoid | self._capacity.unfit.keys()
+            self._mark_root()
             task = self._task.options(name=f"bundle {bundle.id}", **_options(bundle.needs, avoid))
             generator = task.remote(bundle, self._worker_settings)
         except (ValueError, TypeError) as error:  # it does not take these needs, and will not the next time
@@ -107,6 +96,15 @@ class RayExecutor:
             self._lost += [Failed(grant.task_id, grant.attempt, "configuration", why) for grant in bundle.grants]
             return
         self._bundles[bundle.id] = _Running(ledger, generator)
+
+    def _mark_root(self) -> None:
+        """Workers use the artifact root that this process sees, and no folder that only has its name."""
+        try:
+            mark = Artifacts(self._settings.artifacts).mark()
+        except ArtifactRootUnusable as error:  # they find out by themselves
+            log.warning("%s", error)
+        else:
+            self._worker_settings = replace(self._worker_settings, root_mark=mark)
 
     def poll(self, timeout_seconds: float) -> list[Message]:
         deadline = time.monotonic() + timeout_seconds
@@ -283,51 +281,6 @@ class RayExecutor:
         cpus, gpus = (sum(node.get(kind, 0.0) for node in fit.values()) for kind in ("CPU", "GPU"))
         reasons = {name: str(why) for name, why in unfit.items()}
         return Capacity(True, cpus, gpus, nodes=tuple(fit.values()), names=tuple(fit), unfit=reasons)
-
-
-class NodeChecks:
-    """Which nodes are fit: each is asked once for the code that it has, one that was not fit again after a while."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._fit: set[str] = set()
-        self._unfit: dict[str, tuple[Exception, int, float]] = {}  # why, how often in a row, when to ask again
-
-    def forget(self) -> None:
-        """Ask all nodes again: one of them has failed in a way that its first answer did not show."""
-        self._fit = set()
-
-    def unfit(self, names: Iterable[str]) -> dict[str, Exception]:
-        """Those of the nodes that are to get no work, with the reason."""
-        for name in names:
-            _, times, again_at = self._unfit.get(name, (None, 0, 0.0))
-            if name in self._fit or self._clock() < again_at:
-                continue
-            if error := _check(name):
-                wait_seconds = min(RETRY_SECONDS * 2.0**times, LONGEST_WAIT_SECONDS)
-                self._unfit[name] = error, times + 1, self._clock() + wait_seconds
-                log.error("no work for a node: %s", error)
-            else:
-                self._unfit.pop(name, None)
-                self._fit.add(name)
-        return {name: self._unfit[name][0] for name in names if name in self._unfit}
-
-
-def _check(name: str) -> Exception | None:
-    """What keeps the node from running tasks as this dispatcher means them; None where nothing does."""
-    there = NodeAffinitySchedulingStrategy(name, soft=False)
-    probe = ray.remote(num_cpus=0, max_retries=0)(code_digest).options(scheduling_strategy=there).remote()
-    try:
-        digest = ray.get(probe, timeout=PROBE_SECONDS)
-    except GetTimeoutError:
-        ray.cancel(probe, force=True)
-        advice = "mend it, or take it out of the cluster"
-        return NoWorker(f"node {name} starts no worker within {PROBE_SECONDS:g} s: {advice}")
-    except RayError as error:
-        return NoWorker(f"node {name} cannot say what code it has ({str(error).strip().splitlines()[-1]}): mend it")
-    if digest != code_digest():
-        return OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
-    return None
 
 
 def _options(needs: Needs, avoid: Collection[str] = ()) -> dict[str, Any]:

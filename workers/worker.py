@@ -28,6 +28,7 @@ class WorkerSettings:
     artifact_root: str
     data_dir: Path
     epoch_state_seconds: float
+    root_mark: str = ""  # by which the artifact root is known to be the dispatcher's
     cache_bytes: int = 4 << 30
     idle_seconds: float = 300.0
 
@@ -77,7 +78,7 @@ def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: 
         torch.cuda.set_device(device)
         # A tenant of a shared GPU that takes more than its share runs out of memory, and not its neighbours.
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    artifacts = Artifacts(settings.artifact_root)
+    artifacts = Artifacts(settings.artifact_root, settings.root_mark)
     cache = _Warm.take(settings)
     return Context(artifacts, settings.data_dir, device, share, settings.epoch_state_seconds, cache, node)
 

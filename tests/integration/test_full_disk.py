@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from service.artifacts import Artifacts
-from service.executor import Bundle, Grant, Lost, Message, Succeeded
+from service.executor import Bundle, Fault, Grant, Lost, Message, Succeeded
 from service.plan import plan_job
 from service.specs import DatasetRef, JobSpec
 from workers import run
@@ -72,9 +72,13 @@ def test_a_service_whose_disk_is_full(start_server: Callable[..., Any], disk: Pa
             assert refused.headers["retry-after"]
             upload = server.http.put(f"/v1/artifacts/{DIGEST}", content=BYTES)
             assert "there is no room under the artifact root" in sentence(upload, 507)
+            assert int(upload.headers["retry-after"]) > 2
+            assert "the database's disk is full" in sentence(server.http.get("/readyz"), 503)
+            assert server.http.get("/healthz").status_code == 200
             # What was accepted before is there to be read.
             assert server.http.get(f"/v1/sweeps/{done['id']}").json()["state"] == "succeeded"
             assert len(server.http.get("/v1/results").json()["items"]) == done["jobs"]["succeeded"]
+        assert server.http.get("/readyz").status_code == 200
         assert server.client.submit({**JOB, "seed": 2}).wait()["state"] == "succeeded"
         assert server.http.put(f"/v1/artifacts/{DIGEST}", content=BYTES).status_code == 201
         assert server.http.get(f"/v1/artifacts/{DIGEST}").content == BYTES
@@ -103,7 +107,7 @@ def test_an_upload_that_does_not_fit(start_server: Callable[..., Any], tmp_path:
 
 
 def test_a_training_that_finds_no_room_is_lost_at_no_cost(disk: Path, tmp_path: Path) -> None:
-    """`disk_full` costs a task nothing (dispatcher/test_ends.py); and it succeeds once there is room."""
+    """`disk_full` costs a task nothing (dispatcher/test_environment.py); and it succeeds once there is room."""
     plan = plan_job(JobSpec.model_validate({**JOB, "recipe": {"epochs": 1}}), DatasetRef(name="digits"))
     root = disk / "artifacts"
     root.mkdir()
@@ -117,6 +121,7 @@ def test_a_training_that_finds_no_room_is_lost_at_no_cost(disk: Path, tmp_path: 
         lost = train(1)
         assert isinstance(lost, Lost), lost
         assert lost.reason == "disk_full"
+        assert lost.fault == Fault("artifact_root", str(root), "", writing=True)
         assert f"there is no room under the artifact root {root}" in lost.message
     assert [path for path in root.rglob("*") if path.is_file()] == []
     assert isinstance(train(2), Succeeded)

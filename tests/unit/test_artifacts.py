@@ -4,9 +4,11 @@ import errno
 import hashlib
 import os
 import resource
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -195,6 +197,51 @@ class TestUnusable:
             store.require_root()
         store.write_chunks("checkpoint", [BYTES])
         store.require_root()
+
+
+class TestMark:
+    """A folder that only has the name of the root, as where its disk is not mounted, is not written to."""
+
+    def test_a_root_keeps_its_mark(self, root: str) -> None:
+        marks = [Artifacts(root).mark() for _ in range(3)]
+        assert len(set(marks)) == 1
+        assert bool(marks[0]) == root.startswith("/"), "an object store is the same from everywhere"
+        assert Artifacts(root, marks[0]).write_chunks("checkpoint", [BYTES]).digest == DIGEST
+        assert [stored.digest for stored in Artifacts(root).stored()] == [DIGEST]
+
+    def test_many_that_ask_at_once_get_the_same(self, tmp_path: Path) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            marks = set(pool.map(lambda _: Artifacts(str(tmp_path / "artifacts")).mark(), range(32)))
+        assert len(marks) == 1
+
+    @pytest.mark.parametrize("other", ["absent", "empty", "of another lab"])
+    def test_another_folder_is_neither_written_to_nor_taken_for_the_root(self, tmp_path: Path, other: str) -> None:
+        mark = Artifacts(str(tmp_path / "artifacts")).mark()
+        away = tmp_path / "away"
+        if other != "absent":
+            away.mkdir()
+        if other == "of another lab":
+            Artifacts(str(away)).mark()
+            Artifacts(str(away)).write_chunks("arrays", [b"theirs"])
+        before = sorted(tmp_path.rglob("*"))
+        worker = Artifacts(str(away), mark)
+        with pytest.raises(ArtifactRootUnusable, match="is not the dispatcher's here: mount its disk"):
+            worker.write_chunks("checkpoint", [BYTES])
+        with pytest.raises(ArtifactRootUnusable, match="mount its disk"):
+            worker.require_root()
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_a_root_that_was_emptied_by_hand_is_still_the_root(self, tmp_path: Path) -> None:
+        """Then it is the bytes that are missing, and a retry makes them again."""
+        store = Artifacts(str(tmp_path / "artifacts"))
+        worker = Artifacts(store.root, store.mark())
+        shutil.rmtree(Path(store._path(store.write_chunks("checkpoint", [BYTES]).digest)).parent)
+        worker.require_root()
+
+    def test_one_that_takes_no_bytes_gets_none(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ArtifactRootUnusable, match="nothing can be read"):
+            Artifacts(str(tmp_path / "file" / "root")).mark()
 
 
 def test_several_may_write_the_same_bytes_at_once(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ class TestCode:
         ray_has(node(one, CPU=4), node(two, CPU=4))
         there = {one: "0" * 64, two: "0" * 64}
         now = 100.0
-        executor._checks = pool.NodeChecks(lambda: now)
+        executor._checks = cluster.NodeChecks(lambda: now)
         asked: list[str] = []
 
         class Probe:
@@ -204,10 +204,10 @@ class TestCode:
 
         monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda _: Probe())
         monkeypatch.setattr(pool.ray, "get", lambda answer, timeout: answer)
-        with pytest.raises(pool.OtherCode, match=r"node a{56} has other code than this dispatcher"):
+        with pytest.raises(cluster.OtherCode, match=r"node a{56} has other code than this dispatcher"):
             executor._look()
-        there[one] = pool.code_digest()
-        now += pool.RETRY_SECONDS
+        there[one] = cluster.code_digest()
+        now += cluster.RETRY_SECONDS
         executor._capacity = capacity = executor._look()
         assert (capacity.ready, capacity.cpus, capacity.names) == (True, 4.0, (one,))
         assert list(capacity.unfit) == [two]
@@ -215,8 +215,8 @@ class TestCode:
         assert asked == [one, two, one, two]
         executor._look()
         assert asked == [one, two, one, two], "each node once; one that is not fit after a while again"
-        there[two] = pool.code_digest()
-        now += 2 * pool.RETRY_SECONDS
+        there[two] = cluster.code_digest()
+        now += 2 * cluster.RETRY_SECONDS
         assert executor._look() == pool.Capacity(True, 8.0, 0.0, ({"CPU": 4}, {"CPU": 4}), (one, two))
         assert asked[4:] == [two]
         executor._checks.forget()
@@ -237,12 +237,12 @@ class TestCode:
                 return "probe"
 
         def wait_in_vain(answer: str, timeout: float) -> None:
-            raise pool.GetTimeoutError
+            raise cluster.GetTimeoutError
 
         monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda _: Probe())
         monkeypatch.setattr(pool.ray, "get", wait_in_vain)
         monkeypatch.setattr(pool.ray, "cancel", lambda probe, force: cancelled.append(probe))
-        with pytest.raises(pool.NoWorker, match=r"node a{56} starts no worker within 60 s"):
+        with pytest.raises(cluster.NoWorker, match=r"node a{56} starts no worker within 60 s"):
             executor._look()
         assert cancelled == ["probe"]
 
