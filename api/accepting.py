@@ -12,7 +12,7 @@ class NotAcceptable(UncannyError):
     """The client accepts none of the media types that there are."""
 
 
-def acceptable(request: Request) -> None:
+async def acceptable(request: Request) -> None:
     """Raises `NotAcceptable` where the document has an answer to this request, and none that the client accepts."""
     route = request.scope.get("route")
     operations: dict[str, Any] = request.app.openapi()["paths"].get(getattr(route, "path_format", ""), {})

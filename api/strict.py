@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -15,6 +16,7 @@ LARGE_BYTES = 64 << 10  # a body that is not read on the event loop
 READING = CapacityLimiter(2)  # the threads for those
 MAX_FIELDS = 1000  # of an object
 MAX_NAME = 1000  # characters of a field's name
+MAX_DEPTH = 1000
 MAX_VALUES, MAX_SWEEP_VALUES = 20_000, 1_500_000  # of a body as a whole
 SENT_AS = "the body must be JSON in UTF-8, sent with `Content-Type: application/json`"
 
@@ -55,7 +57,15 @@ class StrictRequest(Request):
 def _check_values(body: bytes, most: int) -> None:
     """Before anything is made of them: a body of some megabytes can have more values than fit in memory."""
     if (values := sum(body.count(mark) for mark in (b",", b"[", b"{"))) > most:
+        if _is_deep(body[:LARGE_BYTES]):
+            raise NotJson([("", "the body is nested too deep")])
         raise InvalidSpec([("", f"the body has {values:,} values or more, at most {most:,} are taken")])
+
+
+def _is_deep(body: bytes) -> bool:
+    """Whether brackets stand within each other as no reader takes them; brackets in texts count too."""
+    depths = accumulate(1 if byte in b"[{" else -1 for byte in body if byte in b"[]{}")
+    return max(depths, default=0) > MAX_DEPTH
 
 
 class _Constant(str):

@@ -59,7 +59,7 @@ RAW: dict[str, tuple[bytes, str, int]] = {
     "a key twice": (body()[:-1] + b', "scale": 1, "scale": 5}', "", NOT_JSON),
     "a key twice within": (body(attack='{"type": "pgd", "eps": 0.1, "eps": 0.2}'), "", NOT_JSON),
     "a key twice among many": (
-        body(labels="{" + ", ".join(f'"{i % 100_000}": "1"' for i in range(100_001)) + "}"),
+        body(labels="{" + ", ".join(f'"{i % 900}": "1"' for i in range(901)) + "}"),
         "",
         NOT_JSON,
     ),
