@@ -69,6 +69,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 QUARANTINED = pytest.StashKey[int]()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of two processes of pytest-xdist each has collected all tests; who speaks to the user has collected none."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["quarantined"] = session.config.stash.get(QUARANTINED, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[QUARANTINED] = getattr(node, "workeroutput", {}).get("quarantined", 0)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     terminalreporter.write_line(f"{config.stash.get(QUARANTINED, 0)} quarantined")
 
