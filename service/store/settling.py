@@ -157,7 +157,7 @@ def release(connection: Connection, now: float, actor: str, job_ids: Sequence[st
 def release_tasks(connection: Connection, now: float, actor: str, which: Select[Any]) -> None:
     """The same of tasks that some job needs no more; `which` is a query of their ids."""
     theirs = and_(tasks.c.id.in_(which), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}))
-    unneeded = and_(theirs, ~_of_live_jobs(select(1)).exists())
+    unneeded = and_(theirs, ~of_live_jobs(select(1)).exists())
     running = tasks.c.state == TaskState.RUNNING
     connection.execute(update(tasks).where(unneeded, running).values(cancel_requested=True))
     values = {"state": TaskState.CANCELLED, "reason": UNWANTED, "finished_at": now}
@@ -200,13 +200,13 @@ def rank_anew(
         "due": since - by_rank.c.priority * AGEING_SECONDS - head_start - boost,
     }  # fmt: skip
     unranked = and_(which, tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}), ~tasks.c.paused)
-    wanted = _of_live_jobs(select(1), unpaused=True).exists()
-    connection.execute(update(tasks).where(unranked, ~wanted, _of_live_jobs(select(1)).exists()).values(paused=True))
+    wanted = of_live_jobs(select(1), unpaused=True).exists()
+    connection.execute(update(tasks).where(unranked, ~wanted, of_live_jobs(select(1)).exists()).values(paused=True))
     best = and_(tasks.c.id == by_rank.c.task_id, by_rank.c.place == 1)
     connection.execute(update(tasks).where(best).values(rank))
 
 
-def _of_live_jobs(query: Select[Any], *, unpaused: bool = False) -> Select[Any]:
+def of_live_jobs(query: Select[Any], *, unpaused: bool = False) -> Select[Any]:
     """The query, of the live jobs that need the task at hand."""
     needing = jobs.join(job_tasks, job_tasks.c.job_id == jobs.c.id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
     here = query.select_from(needing).where(job_tasks.c.task_id == tasks.c.id, jobs.c.state.in_(LIVE_JOB))

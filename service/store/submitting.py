@@ -29,7 +29,16 @@ from service.specs import JobSpec, digest
 from service.store import counters, history
 from service.store.history import Event
 from service.store.listed import insert_rows, json_object, listed
-from service.store.settling import MISSING_CHECKPOINT, rank_anew, release, release_tasks, settle, settle_jobs
+from service.store.settling import (
+    MISSING_CHECKPOINT,
+    UNWANTED,
+    of_live_jobs,
+    rank_anew,
+    release,
+    release_tasks,
+    settle,
+    settle_jobs,
+)
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks, trainings
 
 BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
@@ -270,7 +279,8 @@ def _lost_trainings(connection: Connection, which: ColumnElement[bool]) -> list[
 
 
 def _let_wait(connection: Connection, now: float, actor: str, reopened: Sequence[str]) -> list[str]:
-    """What is queued, or runs, on the checkpoints of these reopened trainings waits for the new ones.
+    """What is queued, or runs, on the checkpoints of these reopened trainings waits for the new ones, or ends where no
+    live job needs it.
 
     What runs is taken back at no cost: it would fail where the old one is not in its worker's memory. Returns all tasks
     that this is about.
@@ -278,14 +288,18 @@ def _let_wait(connection: Connection, now: float, actor: str, reopened: Sequence
     if not reopened:
         return []
     children = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(reopened)))
-    under_way = tasks.c.state.in_((TaskState.QUEUED, TaskState.RUNNING))
-    theirs = and_(tasks.c.id.in_(children), under_way, ~tasks.c.cancel_requested)
-    values = {"state": TaskState.BLOCKED, "holder": None, "lease_expires_at": None}
+    theirs = and_(tasks.c.id.in_(children), tasks.c.state.in_((TaskState.QUEUED, TaskState.RUNNING)))
+    needed = of_live_jobs(select(1)).exists()
+    values = {
+        "state": case((needed, str(TaskState.BLOCKED)), else_=str(TaskState.CANCELLED)),
+        "reason": case((needed, None), else_=UNWANTED), "finished_at": case((needed, None), else_=now),
+        "holder": None, "lease_expires_at": None,
+    }  # fmt: skip
     waiting = list(connection.scalars(update(tasks).where(theirs).values(values).returning(tasks.c.id)))
     running = and_(attempts.c.task_id.in_(listed(waiting)), attempts.c.ended_at.is_(None))
     taken_back = {"ended_at": now, "end": "given_back", "message": "its network is trained again"}
     connection.execute(update(attempts).where(running).values(taken_back))
-    history.append_for_tasks(connection, now, actor, "task.blocked", listed(waiting))
+    history.append_for_tasks(connection, now, actor, None, listed(waiting), json_object(reason=tasks.c.reason))
     return [*reopened, *waiting]
 
 

@@ -567,7 +567,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "a request is done as often as it is sent": (Service._once, "stored is not None", "False"),
     "cancelled for all who need it": (
         settling.release,
-        "unneeded = and_(theirs, ~_of_live_jobs(select(1)).exists())",
+        "unneeded = and_(theirs, ~of_live_jobs(select(1)).exists())",
         "unneeded = theirs",
     ),
     "a lost node is held against the task": (recording._stopped, "message.reason in COSTLY", "message.reason"),
