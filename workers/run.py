@@ -142,10 +142,18 @@ def batches(bundle: Bundle, context: Context) -> Iterator[list[Message]]:
                 return
     finally:
         stopped.set()  # seen by a thread that has not begun yet, which may not even be alive
-        while producer.is_alive():
+        _end(producer, begun)
+
+
+def _end(producer: threading.Thread, begun: threading.Event) -> None:
+    """Wait for the thread to end, also if this one is interrupted meanwhile: nobody else would stop it."""
+    while producer.is_alive():
+        try:
             if begun.is_set():
                 interrupt(producer)
             producer.join(INTERRUPT_AGAIN_SECONDS)
+        except KeyboardInterrupt:
+            continue
 
 
 class DeviceBroken(RuntimeError):
@@ -185,7 +193,7 @@ def _produce(
                 put(Lost(grant.task_id, grant.attempt, "given_back", f"not started: {unfit}"))
                 continue
             put(Started(grant.task_id, grant.attempt, worker, context.node))
-            answer, device_broken = _answer(grant, bundle, context, put)
+            answer, device_broken = _answer(grant, bundle, context, put, stopped)
             put(answer)
             if device_broken:
                 unfit = "the worker's GPU gave up before"
@@ -198,7 +206,7 @@ def _produce(
 
 
 def _answer(
-    grant: Grant, bundle: Bundle, context: Context, put: Callable[[Message], None]
+    grant: Grant, bundle: Bundle, context: Context, put: Callable[[Message], None], stopped: threading.Event
 ) -> tuple[Succeeded | Failed | Lost, bool]:
     """How the grant ended, and whether the device is broken from now on."""
     task, attempt = grant.task_id, grant.attempt
@@ -206,6 +214,8 @@ def _answer(
 
     def report(progress: Progress) -> None:
         nonlocal reported_at
+        if stopped.is_set():  # an interrupt may be lost in a destructor
+            raise KeyboardInterrupt
         if progress.resume is not None or time.monotonic() - reported_at >= PROGRESS_SECONDS:
             reported_at = time.monotonic()
             put(progress)
