@@ -1,6 +1,7 @@
 """What the pool makes of a cluster, of Ray's errors and of a GPU's memory, told to it as Ray and CUDA tell it."""
 
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -157,7 +158,9 @@ class TestLosses:
 
         monkeypatch.setattr(run, "run", runs_out)
         context = Context(Artifacts(str(tmp_path)), tmp_path, torch.device(device), device_share=share)
-        answer, broken = run._answer(Grant("t", 1, "d", {}), Bundle("b", (), {}), context, lambda _: None)
+        answer, broken = run._answer(
+            Grant("t", 1, "d", {}), Bundle("b", (), {}), context, lambda _: None, threading.Event()
+        )
         assert isinstance(answer, Lost)
         assert (answer.reason, broken) == (reason, False)
 
