@@ -16,6 +16,8 @@ COPY api api
 RUN uv pip install --no-cache --no-deps .
 
 FROM python:3.11-slim-bookworm
+# torch.compile calls g++ on the worker.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 uncanny \
     && useradd --uid 10001 --gid uncanny --create-home uncanny \
     && install -d -o uncanny -g uncanny /artifacts /data /home/uncanny/spool

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -45,10 +46,21 @@ class Claims:
     clock: Callable[[], float]
     _handed_over: set[str] = field(default_factory=set)  # the bundles that ran after the last claim
     _passed_on_at: float = -math.inf
+    _had_gpus: bool = False
+
+    def capacity(self) -> Capacity:
+        """That of the executor, which forgets what the cluster had before."""
+        found = self.executor.capacity()
+        self._had_gpus |= found.gpus > 0
+        return replace(found, had_gpus=self._had_gpus)
+
+    def take_over(self, status: Mapping[str, Any]) -> None:
+        """Go on with what an earlier dispatcher knew of the cluster, as its status says; a local Ray never changes."""
+        self._had_gpus |= bool(self.settings.ray_address and status.get("capacity", {}).get("had_gpus"))
 
     def claim(self, epoch: int | None, running: Running) -> list[Bundle] | None:
         """The bundles to hand over next to those that run; None where the leadership of that epoch is over."""
-        capacity = self.executor.capacity()
+        capacity = self.capacity()
         ids = {bundle.id for bundle in running.values()}
         ended, self._handed_over = len(self._handed_over - ids), ids
         cluster = resources.cluster(self.settings, capacity, self._needs(running), ended)
@@ -81,7 +93,7 @@ class Claims:
         """What is to be given back: a bundle that waits in the executor would go to a node that was set aside since, or
         never to one that is back.
         """
-        capacity = self.executor.capacity()
+        capacity = self.capacity()
         self.environment.heed(capacity)
         if not capacity.ready:
             return []

@@ -147,7 +147,8 @@ class Dispatcher:
             before = claiming.leader(connection)
             if not self.leading and before is not None:
                 self._environment.take_over(environment.reported(before.status), now)
-            status = {"capacity": vars(self.executor.capacity()), "bundles": self._bundles}
+                self._claims.take_over(before.status)
+            status = {"capacity": vars(self._claims.capacity()), "bundles": self._bundles}
             status["set_aside"] = self._environment.told(now)
             epoch = claiming.lead(connection, now, self.name, self._epoch, lease, status)
             if epoch is not None:

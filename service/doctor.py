@@ -37,6 +37,7 @@ SKEW_SECONDS = 2.0  # leases go by the database's clock, but times in logs and p
 OLD_SECONDS = 3600.0
 LOW_BYTES, LEAST_BYTES = 5 << 30, 512 << 20
 PINGS = 5
+USUAL_FREE = 0.9  # of a GPU's memory, when nobody uses it
 
 
 @dataclass(frozen=True)
@@ -248,16 +249,20 @@ def cluster_checks(settings: Settings, report: Report) -> Iterator[Check]:
         advice = "start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH; until then keep its ports private"
         yield Check("ray token", "warn", "whoever reaches Ray's ports can run code", advice)
     for node in nodes:
-        yield from _node(report, node)
+        yield from _node(settings, report, node)
 
 
-def _node(report: Report, node: Report) -> Iterator[Check]:
+def _node(settings: Settings, report: Report, node: Report) -> Iterator[Check]:
     name = f"node {node['name']}"
     if "error" in node:
         yield Check(name, "fail", node["error"], "look at its log under /tmp/ray, or take it out of the cluster")
         return
     yield _same_code(name, report, node)
     yield _gpus(name, node)
+    yield from _devices(settings, name, node)
+    if node["compiler"] is None:
+        advice = "install g++ there, or ask for no recipe with `compile: true`"
+        yield Check(f"{name} compiler", "warn", "no C++ compiler: `compile: true` fails there", advice)
     yield _skewed(f"{name} clock", "this machine", "it", node["skew_seconds"])
     if node["artifacts"]:
         advice = "the artifact root must be the same place on every node: a shared folder, or an fsspec URL"
@@ -289,6 +294,26 @@ def _gpus(name: str, node: Report) -> Check:
     if counted < len(seen):
         return Check(named, "warn", said, f"start Ray there with --num-gpus={len(seen)}")
     return Check(named, "ok", said)
+
+
+def _devices(settings: Settings, name: str, node: Report) -> Iterator[Check]:
+    """Of each GPU: whether it computes, who may use it, and how much of its memory others have."""
+    shared = 0 < settings.gpus_per_task < 1 or any(0 < (of.gpus or 0) < 1 for of in settings.resources.values())
+    for index, device in enumerate(node["devices"]):
+        named, mode = f"{name} gpu {index}", node["compute_modes"].get(device["uuid"], "Default")
+        said = f"{device['name']}, {device['capability']}, {device['free_bytes'] / (1 << 30):.1f} GiB free"
+        if device["trouble"]:
+            built = f"this torch is built for {', '.join(node['built_for']) or 'CPUs alone'}"
+            advice = "install a driver and a torch that fit it, or have it tested; until then it gets no tasks"
+            yield Check(named, "fail", f"{said}: {device['trouble']} ({built})", advice)
+        elif mode == "Prohibited" or (mode != "Default" and shared):
+            advice = "let several processes use it: `nvidia-smi --compute-mode=DEFAULT`"
+            yield Check(named, "fail", f"{said}: its compute mode is {mode}", advice)
+        elif device["free_bytes"] < USUAL_FREE * device["total_bytes"]:
+            advice = "end what else runs there, or start Ray with fewer GPUs"
+            yield Check(named, "warn", f"{said} of {device['total_bytes'] / (1 << 30):.1f}: others use it", advice)
+        else:
+            yield Check(named, "ok", f"{said}: it computes")
 
 
 def _data(name: str, data: dict[str, dict[str, Any]]) -> Iterator[Check]:

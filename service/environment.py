@@ -2,6 +2,7 @@
 
 A fault is its owner's, never the task's. Its owner gets no work for `FIRST_WAIT_SECONDS`, then one bundle to try it
 with: if that is lost too, the wait doubles, up to `LONGEST_WAIT_SECONDS`; if it succeeds, the owner is back.
+A device is set aside by the worker that found its fault, which keeps it busy: the other devices of its node go on.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from service.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Own
 
 FIRST_WAIT_SECONDS = 30.0
 LONGEST_WAIT_SECONDS = 600.0
+DEVICE_WAIT_SECONDS = 300.0  # for which a worker that cannot use its GPU keeps others from it
 QUICK_SECONDS = 10.0  # an attempt that ends within this of its start has hardly begun
 QUICK_LOSSES = 2  # tasks that a node may lose so, one after the other, where other nodes are left
 SHARED = {"artifact_root", "data_folder"}  # owners that nodes may have in common: tried on one of them at a time
@@ -48,7 +50,8 @@ class SetAside:
         return owner in SHARED and (owner, name, dataset) == (self.owner, self.name, self.dataset)
 
     def concerns(self, node: str, dataset: str) -> bool:
-        return self.node in ("", node) and self.dataset in ("", dataset)
+        """Whether it keeps tasks on that data set from that node. A device keeps none: nothing can be placed on it."""
+        return self.owner != "device" and self.node in ("", node) and self.dataset in ("", dataset)
 
     def as_data(self) -> dict[str, Any]:
         """What an event says of it."""
@@ -100,6 +103,7 @@ class Environment:
         self._changed_at: dict[Place, float] = {}  # when it last failed: older attempts say nothing about it
         self._trials: dict[str, frozenset[Place]] = {}  # by bundle
         self._taken_up: dict[Key, tuple[str, float]] = {}  # where, and when
+        self._devices: dict[Key, str] = {}  # on which device, as a fault names it
         self._hosts: dict[str, str] = {}  # by node
         self._quick: dict[str, dict[str, str]] = {}  # by node, the tasks it lost in a row, each with how
         self._unfit: dict[str, SetAside] = {}  # by node
@@ -140,6 +144,8 @@ class Environment:
             case Started():
                 self._taken_up.setdefault(key, (message.node, now))
                 self._hosts[message.node] = message.worker.partition(" ")[0]
+                if message.ready:
+                    self._devices[key] = device_named(message.worker)
                 return
             case Progress():
                 if message.fraction > 0 and key in self._taken_up:
@@ -147,9 +153,12 @@ class Environment:
                 return
             case _:
                 node, at = self._taken_up.pop(key, ("", now))
+                device = self._devices.pop(key, "")
         if isinstance(message, Succeeded):
             self.ended.append((message.task_id, None))
             self._proved(node, at, dataset, wrote=bool(message.outcome.artifacts))
+            for place in [place for place in self._aside if place[:3] == ("device", device, node)]:
+                self._return(place)
         elif isinstance(message, Lost) and message.fault is not None:
             self._set_aside(message.fault, message.message, tried=bundle.id in self._trials)
         elif isinstance(message, (Failed, Lost)) and is_quick(message, now - at):
@@ -189,10 +198,12 @@ class Environment:
     def _set_aside(self, fault: Fault, reason: str, *, tried: bool) -> None:
         place: Place = (fault.owner, fault.name, fault.node, fault.dataset)
         now, before = self._clock(), self._aside.get(place)
+        tried = tried or (before is not None and before.owner == "device" and now >= before.retry_at)
         if before is not None and not tried:
             return  # it ran beside the one that was told first
         losses = before.losses + 1 if before else 1
         wait_seconds = min(FIRST_WAIT_SECONDS * 2.0 ** (losses - 1), LONGEST_WAIT_SECONDS)
+        wait_seconds = DEVICE_WAIT_SECONDS if fault.owner == "device" else wait_seconds
         since = before.since if before else now
         one = SetAside(*place, reason, since, now + wait_seconds, losses, fault.writing)
         self._aside[place], self._changed_at[place] = one, now
@@ -226,6 +237,16 @@ class Environment:
             why = f"{len(lost)} tasks in a row ended within {QUICK_SECONDS:g} s of their start"
             fault = Fault("node", self._hosts.get(node, node), node)
             self._set_aside(fault, f"{why}, the last: {message.message}", tried=tried)
+
+
+def device_named(worker: str) -> str:
+    """The device of a worker that says where it is, as the fault of a device names it.
+
+    >>> device_named("gpu7 pid 4711 cuda:1")
+    'cuda:1 of gpu7'
+    """
+    host, _, device = worker.partition(" ")
+    return f"{device.rpartition(' ')[2]} of {host}"
 
 
 def is_quick(message: Failed | Lost, seconds: float) -> bool:

@@ -188,7 +188,7 @@ class Capacity:
     `nodes` are what each has of every resource, as Ray names them (`CPU`, `GPU`, `memory` in bytes,
     `accelerator_type:...`), and `names` what the executor calls them, in the same order; where there are none, all is
     one node with memory without end, whose name is empty. `unfit` nodes are not among them: no bundle goes there, for
-    the reason given by name.
+    the reason given by name. `had_gpus`: there are GPUs, or were before, and what takes one waits until they are back.
     """
 
     ready: bool
@@ -197,6 +197,7 @@ class Capacity:
     nodes: tuple[Mapping[str, float], ...] = ()
     names: tuple[str, ...] = ()
     unfit: Mapping[str, str] = field(default_factory=dict)
+    had_gpus: bool = False
 
 
 class Executor(Protocol):

@@ -78,6 +78,7 @@ class _Look:
     places: float = 0.0
     in_use: float = 0.0
     kept: SetAside | None = None
+    no_gpu: str = ""  # why tasks that take a GPU wait for one, where the cluster has none any more
 
 
 def _without_room(database: Database) -> str | None:
@@ -110,11 +111,12 @@ def _look(
     elif not capacity.ready:
         stop = "the cluster is not ready yet"
     too_large = resources.too_large(settings, capacity) if capacity.ready else {}
+    no_gpu = _no_gpu(capacity, reported(leader.status), now) if leader else ""
     shares = resources.cluster(settings, capacity, ()).share_by_kind
     cluster = Cluster(WINDOW, shares)  # in turn, whether there is room or not
     kept = hindrance(reported(leader.status), names_of(capacity), dataset) if leader and stop is None else None
     if not queued:
-        return _Look(now, stop, cluster, too_large, {}, {}, 0, kept=kept)
+        return _Look(now, stop, cluster, too_large, {}, {}, 0, kept=kept, no_gpu=no_gpu)
     window = claiming.waiting(connection, now, WINDOW)
     names = {task.sponsor for task in window} | {task.sponsor for task in queued}
     accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
@@ -124,7 +126,15 @@ def _look(
         before |= dict.fromkeys(decision.task_ids, len(before))
     in_use = sum(users.devices_in_use(connection).values())
     places = claiming.places(connection)
-    return _Look(now, stop, cluster, too_large, accounts, before, len(window), places, in_use, kept)
+    return _Look(now, stop, cluster, too_large, accounts, before, len(window), places, in_use, kept, no_gpu)
+
+
+def _no_gpu(capacity: Capacity, aside: Sequence[SetAside], now: float) -> str:
+    if capacity.gpus > 0 or not capacity.had_gpus:
+        return ""
+    devices = [one.sentence(now) for one in aside if one.owner == "device"]
+    why = devices[0] if devices else "no node that has one is there"
+    return f", but the cluster has no GPU now, and it waits for one: {why} (UNCANNY_GPUS_PER_TASK=0 uses CPUs)"
 
 
 def _task_line(connection: Connection, look: _Look, task: Row[Any], tasks: Sequence[Row[Any]]) -> dict[str, Any]:
@@ -175,6 +185,8 @@ def _queued(look: _Look, task: Row[Any]) -> tuple[str, int | None]:
 
 def _nowhere(look: _Look, task: Row[Any]) -> str:
     takes = look.too_large.get(task.kind)
+    if takes and look.no_gpu:
+        return look.no_gpu
     return f", but no node of the cluster is large enough for it: it takes {takes} (UNCANNY_RESOURCES)" if takes else ""
 
 

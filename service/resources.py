@@ -17,11 +17,12 @@ def needs_of(settings: Settings, kind: Kind, capacity: Capacity) -> Needs:
     """What a bundle of this kind takes.
 
     GPUs that are asked for by kind are asked for even where the cluster has none yet, so that an autoscaler sees it;
-    `gpus_per_task` counts where there are some. A cluster of fewer CPUs than one task asks for gives what it has.
+    `gpus_per_task` counts where there are some, or were: a node that restarts is waited for. A cluster of fewer CPUs
+    than one task asks for gives what it has.
     """
     own = settings.resources.get(kind)
     cpus = min(settings.cpus_per_task, capacity.cpus) if capacity.cpus else settings.cpus_per_task
-    needs = Needs(cpus, settings.gpus_per_task if capacity.gpus else 0.0)
+    needs = Needs(cpus, settings.gpus_per_task if capacity.gpus or capacity.had_gpus else 0.0)
     if own is None:
         return needs
     needs = replace(needs, memory_bytes=own.memory_bytes, accelerator=own.accelerator, custom=own.custom)

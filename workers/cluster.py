@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from service.environment import LONGEST_WAIT_SECONDS
 from service.settings import Settings
 from workers.head import WORKER_ENVIRONMENT
-from workers.revision import code_digest
+from workers.revision import identity
 
 log = logging.getLogger("uncanny.pool")
 
@@ -88,17 +88,21 @@ class NodeChecks:
 def _check(name: str) -> Exception | None:
     """What keeps the node from running tasks as this dispatcher means them; None where nothing does."""
     there = NodeAffinitySchedulingStrategy(name, soft=False)
-    probe = ray.remote(num_cpus=0, max_retries=0)(code_digest).options(scheduling_strategy=there).remote()
+    probe = ray.remote(num_cpus=0, max_retries=0)(identity).options(scheduling_strategy=there).remote()
     try:
-        digest = ray.get(probe, timeout=PROBE_SECONDS)
+        theirs = ray.get(probe, timeout=PROBE_SECONDS)
     except GetTimeoutError:
         ray.cancel(probe, force=True)
         advice = "mend it, or take it out of the cluster"
         return NoWorker(f"node {name} starts no worker within {PROBE_SECONDS:g} s: {advice}")
     except RayError as error:
         return NoWorker(f"node {name} cannot say what code it has ({str(error).strip().splitlines()[-1]}): mend it")
-    if digest != code_digest():
+    ours = identity()
+    if theirs["code"] != ours["code"]:
         return OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
+    if other := [library for library in ours if theirs[library] != ours[library]]:
+        has, wanted = (", ".join(f"{library} {of[library]}" for library in other) for of in (theirs, ours))
+        log.warning("numbers of node %s may differ in their last digits: it has %s, not %s", name, has, wanted)
     return None
 
 

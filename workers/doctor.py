@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from workers.revision import code_digest, installed
 
 START_SECONDS = 60.0
 NODE_SECONDS = 120.0
+SMI_SECONDS = 20.0
 WAIT_SECONDS = 0.1
 DISTRIBUTIONS = ("uncanny-bench", "ray", "torch", "torchvision", "timm")
 
@@ -78,6 +80,7 @@ def examine(artifact_root: str, data_dir: str, marker: str) -> dict[str, Any]:
     """What a node says of itself; `marker` is the digest of an artifact that was just written elsewhere."""
     import torch
 
+    from workers.devices import compiler, described
     from workers.provenance import driver
 
     local = artifact_root if "://" not in artifact_root else tempfile.gettempdir()
@@ -85,11 +88,35 @@ def examine(artifact_root: str, data_dir: str, marker: str) -> dict[str, Any]:
         "code_digest": code_digest(),
         "versions": versions(),
         "torch_gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "devices": [described(torch.device("cuda", i)) for i in range(torch.cuda.device_count())],
+        "built_for": torch.cuda.get_arch_list(),
+        "compute_modes": compute_modes(),
+        "compiler": compiler(),
         "driver": driver(),
         "artifacts": _trouble(Artifacts(artifact_root), marker),
         "free_bytes": shutil.disk_usage(_existing(Path(local))).free,
         "data": {name: _compare(files) for name, files in public_files(Path(data_dir)).items()},
     }
+
+
+def compute_modes() -> dict[str, str]:
+    """Who may use each GPU, by its UUID, as the driver says: `Default` is several processes at once."""
+    ask = ["nvidia-smi", "--query-gpu=uuid,compute_mode", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return modes_in(said)
+
+
+def modes_in(said: str) -> dict[str, str]:
+    """Read the lines that `nvidia-smi` prints.
+
+    >>> modes_in("GPU-1b2c, Default\\nGPU-77aa, Exclusive_Process\\n")
+    {'1b2c': 'Default', '77aa': 'Exclusive_Process'}
+    """
+    lines = [line.partition(",") for line in said.splitlines() if "," in line]
+    return {uuid.strip().removeprefix("GPU-"): mode.strip() for uuid, _, mode in lines}
 
 
 def public_files(data_dir: Path) -> dict[str, dict[Path, str]]:
@@ -140,7 +167,8 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
                 "name": node["NodeManagerHostname"], "cpus": resources["CPU"], "gpus": resources.get("GPU", 0.0)
             }  # fmt: skip
             try:
-                asked = ask(examine).options(scheduling_strategy=there)
+                once = ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its contexts on the GPUs go with it
+                asked = once(examine).options(scheduling_strategy=there)
                 found = asked.remote(settings.artifacts, str(settings.data), marker)
                 report.update(**ray.get(found, timeout=NODE_SECONDS))
                 before = time.time()

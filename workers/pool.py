@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from service.artifacts import Artifacts
 from service.errors import ArtifactRootUnusable
-from service.executor import Bundle, Capacity, Failed, Fault, Message, Needs, Reason, Started
+from service.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Needs, Reason, Started
 from service.ledger import Ledger
 from service.settings import Settings
 from workers.cluster import RETRY_SECONDS, NodeChecks, connect, nodes
@@ -47,6 +47,8 @@ class _Running:
     node: str = ""  # where it runs, once it says so
     host: str = ""  # whose worker prepares itself; empty once it is ready
     crash: str = ""  # its worker is gone; `act_at` says when it is told whether the node is gone too
+    needs: Needs = field(default_factory=Needs)
+    holds: bool = False  # all is answered, and its worker keeps a device busy that cannot run tasks
 
     @property
     def waitable(self) -> Any:
@@ -78,7 +80,10 @@ class RayExecutor:
         self._thread.start()
 
     def capacity(self) -> Capacity:
-        return NOT_READY if self._closed else self._capacity
+        """What the cluster has, without the devices that are kept busy because they cannot run tasks."""
+        if self._closed:
+            return NOT_READY
+        return without(self._capacity, [(one.node, one.needs) for one in self._bundles.values() if one.holds])
 
     def submit(self, bundle: Bundle) -> None:
         ledger = Ledger(bundle)
@@ -95,7 +100,7 @@ class RayExecutor:
             why = f"Ray does not take what this asks for (UNCANNY_RESOURCES): {error}"
             self._lost += [Failed(grant.task_id, grant.attempt, "configuration", why) for grant in bundle.grants]
             return
-        self._bundles[bundle.id] = _Running(ledger, generator)
+        self._bundles[bundle.id] = _Running(ledger, generator, needs=bundle.needs)
 
     def _mark_root(self) -> None:
         """Workers use the artifact root that this process sees, and no folder that only has its name."""
@@ -198,6 +203,8 @@ class RayExecutor:
         for message in known:
             if isinstance(message, Started):
                 running.node, running.host = message.node, "" if message.ready else message.worker.split()[0]
+            if isinstance(message, Lost) and message.fault is not None and message.fault.owner == "device":
+                running.node, running.host, running.holds = message.fault.node, "", True
         if running.ledger.unwanted:
             self._stop(running)
         return known
@@ -281,6 +288,19 @@ class RayExecutor:
         cpus, gpus = (sum(node.get(kind, 0.0) for node in fit.values()) for kind in ("CPU", "GPU"))
         reasons = {name: str(why) for name, why in unfit.items()}
         return Capacity(True, cpus, gpus, nodes=tuple(fit.values()), names=tuple(fit), unfit=reasons)
+
+
+def without(capacity: Capacity, held: Collection[tuple[str, Needs]]) -> Capacity:
+    """The capacity that is left when bundles with these needs hold devices of these nodes."""
+    if not held:
+        return capacity
+    nodes = dict(zip(capacity.names, map(dict, capacity.nodes), strict=True))
+    cpus, gpus = capacity.cpus, capacity.gpus
+    for name, needs in held:
+        if node := nodes.get(name):
+            cpus, gpus = cpus - needs.cpus, gpus - needs.gpus
+            node["CPU"], node["GPU"] = node.get("CPU", 0.0) - needs.cpus, node.get("GPU", 0.0) - needs.gpus
+    return replace(capacity, cpus=cpus, gpus=gpus, nodes=tuple(nodes.values()))
 
 
 def _options(needs: Needs, avoid: Collection[str] = ()) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTION = "uncanny-bench"
+NUMERIC = ("torch", "torchvision", "timm", "numpy")  # libraries whose version shows in the digits of numbers
 
 
 @cache
@@ -30,6 +31,15 @@ def code_digest() -> str:
         digest.update(path.relative_to(ROOT).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def identity() -> dict[str, str | None]:
+    """What two machines have in common that compute the same: `code`, the digest, and the version of each library.
+
+    A library's build is left out: a GPU's and a CPU's are of one version.
+    """
+    versions = {name: installed(name) for name in NUMERIC}
+    return {"code": code_digest(), **{name: of and of.partition("+")[0] for name, of in versions.items()}}
 
 
 @cache

@@ -1,6 +1,7 @@
 """run(grant) -> Outcome: one match on the kind of task; and execute(bundle), its grants one after the other."""
 
 import errno
+import gc
 import itertools
 import logging
 import os
@@ -33,7 +34,7 @@ from service.executor import (
 from service.interrupt import interrupt
 from service.specs import AttackTask, ControlTask, MeasureTask, Task, TrainTask, problems
 from service.specs.versions import version_of_spec
-from workers import provenance, tasks
+from workers import devices, provenance, tasks
 from workers.context import Context
 from workers.science.errors import DataFolderUnusable, ScienceError
 from workers.science.seeding import deterministic
@@ -47,6 +48,7 @@ LISTEN_SECONDS = 0.02  # an interrupt of the listening thread is heard that ofte
 OTHERS_BYTES = 1 << 30  # of a GPU's memory that others have before it counts as shared; a driver takes some itself
 GATHER_SECONDS = 0.005  # messages that come so close together travel together
 INTERRUPT_AGAIN_SECONDS = 1.0  # an interrupt that lands in a destructor is lost
+OF_MEMORY: set[Reason] = {"out_of_memory", "out_of_shared_memory"}
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 
 
@@ -209,17 +211,33 @@ def _answer(
     grant: Grant, bundle: Bundle, context: Context, put: Callable[[Message], None], stopped: threading.Event
 ) -> tuple[Succeeded | Failed | Lost, bool]:
     """How the grant ended, and whether the device is broken from now on."""
-    task, attempt = grant.task_id, grant.attempt
+    resume = grant.resume
     reported_at = -PROGRESS_SECONDS
 
     def report(progress: Progress) -> None:
-        nonlocal reported_at
+        nonlocal reported_at, resume
         if stopped.is_set():  # an interrupt may be lost in a destructor
             raise KeyboardInterrupt
         if progress.resume is not None or time.monotonic() - reported_at >= PROGRESS_SECONDS:
             reported_at = time.monotonic()
+            resume = progress.resume or resume
             put(progress)
 
+    answer, broken = _try(grant, bundle, context, report)
+    if isinstance(answer, Lost) and answer.reason in OF_MEMORY and not broken:
+        # Once more in place: it may have been what this process keeps at hand, or what a neighbour held for a moment.
+        _empty(context)
+        log.warning("%s is tried once more with an empty cache: %s", grant, answer.message)
+        answer, broken = _try(replace(grant, resume=resume), bundle, context, report)
+        _empty(context)
+    return answer, broken
+
+
+def _try(
+    grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progress], None]
+) -> tuple[Succeeded | Failed | Lost, bool]:
+    """How one run of it ended, and whether the device is broken. On return the task's tensors are not held any more."""
+    task, attempt = grant.task_id, grant.attempt
     try:
         return Succeeded(task, attempt, run(grant, bundle, context, report)), False
     except (ArtifactRootUnusable, DataFolderUnusable, ImportError) as error:
@@ -231,20 +249,22 @@ def _answer(
         return Failed(task, attempt, "missing_checkpoint", str(error), missing=error.digest), False
     except (ScienceError, ArtifactMissing) as error:
         return Failed(task, attempt, "configuration", str(error)), False
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
-        lost = Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}")
     except Exception as error:  # noqa: BLE001 - whatever else goes wrong in a task is that task's, and is told
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return _of_the_environment(grant, bundle, context, error), False
-        what = f"{type(error).__name__}: {error}"
-        broken = isinstance(error, torch.AcceleratorError)
-        return Failed(task, attempt, "error", what, traceback.format_exc()), broken
+        if devices.trouble_of(error) == "memory":
+            reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
+            return Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}"), False
+        failed = Failed(task, attempt, "error", f"{type(error).__name__}: {error}", traceback.format_exc())
     # Out here the exception, whose frames hold the task's tensors, is gone.
+    return failed, not devices.computes(context.device)
+
+
+def _empty(context: Context) -> None:
+    """Give back all memory that this process keeps at hand."""
     context.cache.clear()
-    if context.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return lost, False
+    gc.collect()
+    devices.release(context.device)
 
 
 def _of_the_environment(grant: Grant, bundle: Bundle, context: Context, error: Exception) -> Lost:

@@ -22,6 +22,7 @@ from service.specs.attacks import parameters as attack_parameters
 from service.specs.recipes import Imported
 from service.specs.recipes import parameters as recipe_parameters
 from workers.context import Context
+from workers.devices import compiler
 from workers.provenance import conditions
 from workers.science import architectures
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, prepare
@@ -105,6 +106,11 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
     """Train, saving epoch states on the way; a lost or foreign epoch state costs time, not the training."""
     if isinstance(task.recipe, Imported):
         return _imported(task, task.recipe, data, context)
+    if task.recipe.compile and compiler() is None:
+        raise ScienceError(
+            "compile: true needs a C++ compiler, and this worker's machine has none: install g++ there and retry the "
+            "job, or submit it with compile: false"
+        )
     note: dict[str, Any] = {}
     saved_at = time.monotonic()
 

@@ -5,14 +5,18 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.environment import DEVICE_WAIT_SECONDS
 from service.executor import Bundle, Fault, Lost, Message, Started
 
 if TYPE_CHECKING:
+    import torch
+
     from workers.context import Cache, Context
 
 LISTEN_SECONDS = 0.05  # an interrupt is heard that often
@@ -31,6 +35,7 @@ class WorkerSettings:
     root_mark: str = ""  # by which the artifact root is known to be the dispatcher's
     cache_bytes: int = 4 << 30
     idle_seconds: float = 300.0
+    gpu_idle_seconds: float = 10.0  # on a GPU, which Ray may have given to another process
 
 
 def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Message]]:
@@ -54,7 +59,10 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
         context = _prepared(bundle, settings, device, node)
     except Exception as error:  # noqa: BLE001 - whatever it is, no task has begun yet
         yield unprepared(bundle, device, node, error)
+        if device.startswith("cuda"):
+            time.sleep(DEVICE_WAIT_SECONDS)  # the lease is held: Ray gives a device that is free to the next bundle
         raise SystemExit(1) from None  # what is half imported stays so in this process
+    from workers.devices import release
     from workers.run import DeviceBroken, batches
 
     try:
@@ -62,7 +70,8 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
     except DeviceBroken:
         raise SystemExit(1) from None
     finally:
-        _Warm.leave(settings.idle_seconds)
+        _Warm.leave(settings.idle_seconds if context.device.type == "cpu" else settings.gpu_idle_seconds)
+        release(context.device)  # Ray gives the GPU to another process next, which needs its memory
 
 
 def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: str) -> "Context":
@@ -70,16 +79,16 @@ def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: 
 
     from service.artifacts import Artifacts
     from workers.context import Context
+    from workers.devices import bound_memory, cache_bytes
 
     torch.set_num_threads(max(1, int(bundle.needs.cpus)))
     device = torch.device(device_name)
     share = bundle.needs.gpus if device.type == "cuda" else bundle.needs.cpus
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # A tenant of a shared GPU that takes more than its share runs out of memory, and not its neighbours.
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        bound_memory(device, share)
+    cache = _Warm.take(device, cache_bytes(device, share, settings.cache_bytes))
     artifacts = Artifacts(settings.artifact_root, settings.root_mark)
-    cache = _Warm.take(settings)
     return Context(artifacts, settings.data_dir, device, share, settings.epoch_state_seconds, cache, node)
 
 
@@ -130,19 +139,28 @@ def device_of(gpu_ids: list[int] | list[str], visible: str | None) -> str:
 
 
 class _Warm:
-    """What this process keeps between bundles; dropped when no bundle has come for a while."""
+    """What this process keeps between bundles, on one device; dropped when no bundle has come for a while."""
 
     cache: "Cache | None" = None
+    device: "torch.device | None" = None
     timer: threading.Timer | None = None
 
     @classmethod
-    def take(cls, settings: WorkerSettings) -> "Cache":
+    def take(cls, device: "torch.device", capacity_bytes: int) -> "Cache":
+        """The cache of that device. Raises `DeviceUnfit` where the process comes to a GPU that does not compute."""
         from workers.context import Cache
+        from workers.devices import probe
 
         if cls.timer is not None:
             cls.timer.cancel()
-        if cls.cache is None or cls.cache.capacity_bytes != settings.cache_bytes:
-            cls.cache = Cache(settings.cache_bytes)
+        if cls.device != device:
+            cls.drop()
+            cls.cache = cls.device = None
+            if device.type == "cuda":
+                probe(device)
+            cls.device = device
+        if cls.cache is None or cls.cache.capacity_bytes != capacity_bytes:
+            cls.cache = Cache(capacity_bytes)
         return cls.cache
 
     @classmethod
@@ -153,9 +171,9 @@ class _Warm:
 
     @classmethod
     def drop(cls) -> None:
-        import torch
+        from workers.devices import release
 
         if cls.cache is not None:
             cls.cache.clear()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
+        if cls.device is not None:
+            release(cls.device)

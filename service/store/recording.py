@@ -34,6 +34,8 @@ THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number ==
 Key = tuple[str, int]
 COSTLY = {"worker_died", "out_of_memory", "stalled"}  # losses that may be the task's own doing
 PATIENT = {"out_of_shared_memory"}  # those that would come again at once
+OF_MEMORY = {"out_of_memory", "out_of_shared_memory"}
+MAX_PATIENT_LOSSES = 3  # in a row, with a whole GPU: then the memory is too little for the task itself
 LONGEST_WAIT_SECONDS = 600.0
 
 
@@ -219,10 +221,10 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
         else:
             values["not_before"] = now + patience.wait_seconds(values["errors"])
     else:
-        end = message.reason
-        if message.reason in PATIENT:
+        end = "out_of_memory" if _fits_on_no_gpu(connection, message) else message.reason
+        if end in PATIENT:
             values["not_before"] = now + patience.wait_seconds(1 + _in_a_row(connection, message))
-        if message.reason in COSTLY:
+        if end in COSTLY:
             losses = values["suspect_losses"] = task.suspect_losses + 1
             if losses >= patience.max_suspect_losses:
                 state = TaskState.HELD
@@ -241,6 +243,17 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
     happened = Event(f"task.{state}", task_id=message.task_id, attempt=message.attempt, data=data)
     history.append(connection, now, actor, [happened])
     return True
+
+
+def _fits_on_no_gpu(connection: Connection, message: Lost) -> bool:
+    """Whether it ran out of memory so often in a row with a whole GPU that no neighbour is to blame any more."""
+    if message.reason not in PATIENT:
+        return False
+    until = (attempts.c.task_id == message.task_id) & (attempts.c.number <= message.attempt)
+    last = select(attempts.c.end, attempts.c.device_share).where(until).order_by(attempts.c.number.desc())
+    this, *before = connection.execute(last.limit(MAX_PATIENT_LOSSES)).all()
+    whole = [row for row in (this, *before) if (row.device_share or 0.0) >= 1]
+    return len(whole) == MAX_PATIENT_LOSSES and all(row.end in OF_MEMORY for row in before)
 
 
 def _in_a_row(connection: Connection, message: Lost) -> int:

@@ -10,9 +10,15 @@ from service.doctor import LEAST_BYTES, LOW_BYTES, Check, cluster_checks, room_c
 from service.settings import Settings
 
 VERSIONS = {"python": "3.11.9", "ray": "2.55.0", "torch": "2.11.0"}
+DEVICE = {
+    "name": "H100", "uuid": "1b2c", "capability": "sm_90", "total_bytes": 80 << 30, "free_bytes": 79 << 30,
+    "trouble": "",
+}  # fmt: skip
 NODE = {
     "name": "gpu1", "cpus": 16.0, "gpus": 2.0, "code_digest": "a", "versions": VERSIONS, "skew_seconds": 0.0,
-    "torch_gpus": ["H100", "H100"], "driver": "NVRM 570", "artifacts": "", "free_bytes": 1 << 40,
+    "torch_gpus": ["H100", "H100"], "devices": [DEVICE, {**DEVICE, "uuid": "77aa"}], "built_for": ["sm_80", "sm_90"],
+    "compute_modes": {"1b2c": "Default", "77aa": "Default"}, "compiler": "/usr/bin/g++", "driver": "NVRM 570",
+    "artifacts": "", "free_bytes": 1 << 40,
     "data": {"cifar10": {"state": "whole", "files": []}, "svhn": {"state": "absent", "files": []}},
 }  # fmt: skip
 REPORT = {"token": True, "seconds": 1.0, "code_digest": "a", "versions": VERSIONS, "nodes": [NODE]}
@@ -36,6 +42,10 @@ def test_a_sound_cluster_has_nothing_to_be_said_against_it() -> None:
         ({"gpus": 0.0, "torch_gpus": []}, "gpus", "ok", "none: tasks run on its CPUs"),
         ({"torch_gpus": []}, "gpus", "fail", "Ray has 2, torch sees 0"),
         ({"gpus": 1.0}, "gpus", "warn", "Ray has 1, torch sees 2"),
+        ({"devices": [{**DEVICE, "trouble": "no kernel image"}]}, "gpu 0", "fail", "built for sm_80, sm_90"),
+        ({"devices": [DEVICE], "compute_modes": {"1b2c": "Prohibited"}}, "gpu 0", "fail", "compute mode is Prohibited"),
+        ({"devices": [{**DEVICE, "free_bytes": 50 << 30}]}, "gpu 0", "warn", "50.0 GiB free of 80.0: others use it"),
+        ({"compiler": None}, "compiler", "warn", "`compile: true` fails there"),
         ({"code_digest": "b"}, "", "fail", "its code is not this machine's"),
         ({"versions": {**VERSIONS, "torch": "2.12.0"}}, "", "warn", "torch 2.12.0"),
         ({"error": "NodeDiedError"}, "", "fail", "NodeDiedError"),
@@ -51,6 +61,14 @@ def test_what_is_wrong_with_a_node_is_named(change: dict[str, Any], name: str, s
     check = checks(report)[f"node gpu1 {name}".strip()]
     assert (check.state, said in check.said) == (state, True), check
     assert bool(check.advice) == (state != "ok")
+
+
+@pytest.mark.parametrize(("share", "state"), [(1.0, "ok"), (0.5, "fail")])
+def test_a_gpu_for_one_process_is_not_for_tasks_that_share_it(share: float, state: str) -> None:
+    report = deepcopy(REPORT)
+    report["nodes"][0]["compute_modes"] = {"77aa": "Exclusive_Process"}  # type: ignore[index]
+    found = cluster_checks(Settings(ray_address="head:6379", gpus_per_task=share), report)
+    assert {check.name: check.state for check in found}["node gpu1 gpu 1"] == state
 
 
 def test_a_cluster_that_is_not_there_or_open_or_empty() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from service import placing
 from service.environment import (
+    DEVICE_WAIT_SECONDS,
     FIRST_WAIT_SECONDS,
     LONGEST_WAIT_SECONDS,
     QUICK_LOSSES,
@@ -37,6 +38,7 @@ BOTH = ("n1", "n2")
 ROOT = Fault("artifact_root", "/srv/artifacts", "n1", writing=True)
 DATA = Fault("data_folder", "/srv/data", "n1", dataset="cifar10")
 NODE = Fault("node", "gpu1", "n1")
+DEVICE = Fault("device", "cuda:1 of gpu1", "n1")
 
 
 class World:
@@ -92,6 +94,22 @@ def test_the_owner_waits_twice_as_long_each_time_and_is_back_after_a_success() -
     world.succeeds(world.takes_up(tried=True))
     assert world.avoids() == set()
     assert [what for what, _ in world.environment.news] == ["set_aside"] * 8 + ["returned"]
+
+
+def test_a_device_keeps_nobody_from_its_node_for_its_finder_keeps_it_busy() -> None:
+    world = World()
+    for losses in (1, 2, 3):
+        world.loses(world.takes_up(), DEVICE)
+        world.loses(world.takes_up(), DEVICE)  # the other half of it, found at the same time
+        [one] = world.environment.aside
+        assert (one.losses, one.retry_at - world.now, world.avoids()) == (losses, DEVICE_WAIT_SECONDS, set())
+        world.now += DEVICE_WAIT_SECONDS
+    for device, left in (("cuda:0", 1), ("cuda:1", 0)):
+        bundle = world.takes_up()
+        world.hears(bundle, Started(bundle.grants[0].task_id, 1, f"gpu1 pid 7 {device}", "n1"))
+        world.succeeds(bundle)
+        assert len(world.environment.aside) == left, "only what ran on it shows that it is well"
+    assert [what for what, _ in world.environment.news] == ["set_aside"] * 3 + ["returned"]
 
 
 def test_those_that_ran_beside_the_first_loss_say_nothing_more() -> None:

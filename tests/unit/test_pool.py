@@ -159,10 +159,34 @@ class TestLosses:
         monkeypatch.setattr(run, "run", runs_out)
         context = Context(Artifacts(str(tmp_path)), tmp_path, torch.device(device), device_share=share)
         answer, broken = run._answer(
-            Grant("t", 1, "d", {}), Bundle("b", (), {}), context, lambda _: None, threading.Event()
+            Grant("t", 1, "d", {"kind": "attack"}), Bundle("b", (), {}), context, lambda _: None, threading.Event()
         )
         assert isinstance(answer, Lost)
         assert (answer.reason, broken) == (reason, False)
+
+
+class TestHeldDevices:
+    """A worker that cannot use its GPU keeps it, so that the next bundle goes to another."""
+
+    def test_what_is_held_is_no_capacity(self, executor: pool.RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+        nodes = ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0})
+        executor._capacity = pool.Capacity(True, 16.0, 4.0, nodes, ("n1", "n2"))
+        bundle = Bundle("b", (Grant("a", 1, "d", {}),), {}, needs=Needs(1.0, 1.0))
+        fault = Fault("device", "cuda:1 of gpu7", "n2")
+        said = [Lost("a", 1, "environment", "no kernel image is available", fault)]
+        executor._bundles["b"] = pool._Running(pool.Ledger(bundle), iter(["its answer"]), needs=bundle.needs)
+        monkeypatch.setattr(pool.ray, "get", lambda _: said)
+        assert executor.capacity().gpus == 4.0
+        assert executor._read("b") == said
+        left = executor.capacity()
+        assert (left.cpus, left.gpus) == (15.0, 3.0)
+        assert left.nodes == ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 7.0, "GPU": 1.0})
+        assert executor._end("b", "worker_died", "its worker ended") == []
+        assert executor.capacity().gpus == 4.0
+
+    def test_one_whose_node_is_gone_takes_nothing_from_the_others(self) -> None:
+        capacity = pool.Capacity(True, 8.0, 2.0, ({"CPU": 8.0, "GPU": 2.0},), ("n1",))
+        assert pool.without(capacity, [("n9", Needs(1.0, 1.0))]) == capacity
 
 
 class TestNeeds:
@@ -192,7 +216,8 @@ class TestCode:
     ) -> None:
         one, two = "a" * 56, "b" * 56
         ray_has(node(one, CPU=4), node(two, CPU=4))
-        there = {one: "0" * 64, two: "0" * 64}
+        other = {**cluster.identity(), "code": "0" * 64}
+        there = {one: other, two: other}
         now = 100.0
         executor._checks = cluster.NodeChecks(lambda: now)
         asked: list[str] = []
@@ -202,14 +227,14 @@ class TestCode:
                 asked.append(scheduling_strategy.node_id)
                 return self
 
-            def remote(self) -> str:
+            def remote(self) -> dict[str, str | None]:
                 return there[asked[-1]]
 
         monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda _: Probe())
         monkeypatch.setattr(pool.ray, "get", lambda answer, timeout: answer)
         with pytest.raises(cluster.OtherCode, match=r"node a{56} has other code than this dispatcher"):
             executor._look()
-        there[one] = cluster.code_digest()
+        there[one] = cluster.identity()
         now += cluster.RETRY_SECONDS
         executor._capacity = capacity = executor._look()
         assert (capacity.ready, capacity.cpus, capacity.names) == (True, 4.0, (one,))
@@ -218,7 +243,7 @@ class TestCode:
         assert asked == [one, two, one, two]
         executor._look()
         assert asked == [one, two, one, two], "each node once; one that is not fit after a while again"
-        there[two] = cluster.code_digest()
+        there[two] = cluster.identity()
         now += 2 * cluster.RETRY_SECONDS
         assert executor._look() == pool.Capacity(True, 8.0, 0.0, ({"CPU": 4}, {"CPU": 4}), (one, two))
         assert asked[4:] == [two]

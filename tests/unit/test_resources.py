@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from service.executor import Capacity, Grant, Needs
-from service.resources import cluster, needs_of, of_bundle
+from service.resources import cluster, needs_of, of_bundle, too_large
 from service.scheduling import Account, Waiting, choose
 from service.settings import Settings
 
@@ -37,6 +37,14 @@ class TestNeeds:
         how = settings(gpus_per_task=0.5)
         assert needs_of(how, "train", capacity({"CPU": 8})).gpus == 0
         assert needs_of(how, "train", capacity({"CPU": 8, "GPU": 1})).gpus == 0.5
+
+    def test_gpus_that_are_away_are_waited_for(self) -> None:
+        """A GPU node that restarts does not send the queue to the CPUs of the others."""
+        away = replace(capacity({"CPU": 8}), had_gpus=True)
+        assert needs_of(settings(), "attack", away).gpus == 1
+        assert needs_of(settings(gpus_per_task=0.0), "attack", away).gpus == 0
+        assert cluster(settings(lookahead=0), away, ()).free_slots == 0
+        assert set(too_large(settings(), away)) == {"train", "measure", "attack", "control"}
 
     def test_gpus_of_a_kind_are_asked_for_before_there_are_any(self) -> None:
         """Else no autoscaler would ever add the first one."""

@@ -553,9 +553,51 @@ def test_running_out_of_memory_loses_the_attempt_and_frees_the_cache(
     assert len(context.cache) == 0
 
 
+def test_memory_that_is_there_again_costs_no_attempt(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN finds no engine where its workspace does not fit; without what the process keeps at hand it does."""
+    plan, computed, kept = plan_job(job(), DatasetRef(name="digits")), tasks.run_measure, []
+
+    def greedy(*args: Any, **options: Any) -> Outcome:
+        kept.append(len(context.cache))
+        if len(kept) == 1:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return computed(*args, **options)
+
+    context.cache.get("something else", lambda: ("large", 1 << 20))
+    monkeypatch.setattr(tasks, "run_measure", greedy)
+    messages = execute(plan.train, grant(plan.closed_forms), checkpoint=trained[0])
+    assert outcome(messages, "t").numbers
+    assert kept[1] < kept[0], "the cache was emptied before"
+
+
+def test_a_training_that_is_tried_again_in_place_goes_on_where_it_was(
+    execute: Execute, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, trained, resumed = plan_job(job(), DatasetRef(name="digits")), tasks.run_training, []
+
+    def greedy(task: Any, granted: Grant, data: Any, at: Context, report: Any) -> Outcome:
+        resumed.append(granted.resume)
+
+        def tell(progress: Progress) -> None:
+            report(progress)
+            if len(resumed) == 1 and progress.resume is not None:
+                raise MemoryError
+
+        return trained(task, granted, data, at, tell)
+
+    monkeypatch.setattr(tasks, "run_training", greedy)
+    messages = execute(plan.train, grant(plan.train))
+    assert isinstance(answer(messages), Succeeded)
+    saved = next(one.resume for one in messages if isinstance(one, Progress) and one.resume is not None)
+    assert resumed == [None, saved]
+
+
 def test_after_an_error_of_the_device_the_rest_is_given_back(
     trained: tuple[ArtifactRef, list[Message]], context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run.devices, "computes", lambda device: False)
     plan = plan_job(job(), DatasetRef(name="digits"))
 
     def broken(*_args: object, **_options: object) -> Outcome:

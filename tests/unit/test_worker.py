@@ -9,11 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from service.executor import Bundle, Fault, Grant, Lost
 from service.interrupt import interrupt
+from workers import devices
 from workers.context import Cache
-from workers.worker import WorkerSettings, _Warm, device_of, import_undisturbed, unprepared
+from workers.worker import _Warm, device_of, import_undisturbed, unprepared
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -33,11 +37,10 @@ def test_torch_counts_the_visible_devices_and_ray_names_them(
 
 
 def test_what_a_worker_keeps_is_dropped_when_no_bundle_comes() -> None:
-    settings = WorkerSettings("artifacts", Path("data"), 5.0, cache_bytes=1000)
-    cache = _Warm.take(settings)
+    cache = _Warm.take(CPU, 1000)
     cache.get("network", lambda: ("weights", 10))
     _Warm.leave(idle_seconds=60.0)
-    assert _Warm.take(settings) is cache
+    assert _Warm.take(CPU, 1000) is cache
     assert len(cache) == 1
     _Warm.leave(idle_seconds=0.02)
     deadline = time.monotonic() + 10
@@ -50,9 +53,46 @@ def test_another_size_of_cache_is_another_cache() -> None:
     sizes = (1000, 2000)
     caches: list[Cache] = []
     for size in sizes:
-        caches.append(_Warm.take(WorkerSettings("artifacts", Path("data"), 5.0, cache_bytes=size)))
+        caches.append(_Warm.take(CPU, size))
         _Warm.leave(idle_seconds=0.0)
     assert [cache.capacity_bytes for cache in caches] == [*sizes]
+
+
+class TestMoves:
+    """From one GPU to another: what was kept on the first is dropped, and the second is tried before it gets work."""
+
+    @pytest.fixture
+    def seen(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        seen: list[str] = []
+        monkeypatch.setattr(devices, "release", lambda device: seen.append(f"released {device}"))
+        monkeypatch.setattr(devices, "probe", lambda device: seen.append(f"probed {device}"))
+        monkeypatch.setattr(_Warm, "cache", None)
+        monkeypatch.setattr(_Warm, "device", None)
+        return seen
+
+    def test_it_leaves_nothing_on_the_first(self, seen: list[str]) -> None:
+        cache = _Warm.take(torch.device("cuda:0"), 1000)
+        cache.get("network", lambda: ("weights", 10))
+        assert _Warm.take(torch.device("cuda:0"), 1000) is cache
+        assert seen == ["probed cuda:0"], "once"
+        other = _Warm.take(torch.device("cuda:1"), 1000)
+        assert (len(cache), len(other)) == (0, 0)
+        assert seen == ["probed cuda:0", "released cuda:0", "probed cuda:1"]
+
+    def test_one_that_does_not_compute_is_tried_again(self, seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        def unfit(device: torch.device) -> None:
+            seen.append("unfit")
+            raise devices.DeviceUnfit("no kernel image is available")
+
+        monkeypatch.setattr(devices, "probe", unfit)
+        for _ in range(2):
+            with pytest.raises(devices.DeviceUnfit):
+                _Warm.take(torch.device("cuda:0"), 1000)
+        assert seen == ["unfit", "unfit"]
+
+    def test_a_cpu_is_not_tried(self, seen: list[str]) -> None:
+        _Warm.take(CPU, 1000)
+        assert seen == []
 
 
 INTERRUPTED = """

@@ -156,7 +156,7 @@ class TestLosses:
         ("reason", "held_against"),
         [
             ("worker_died", 1), ("out_of_memory", 1), ("stalled", 1), ("node_died", 0), ("preempted", 0),
-            ("executor_lost", 0), ("given_back", 0), ("out_of_shared_memory", 0), ("disk_full", 0),
+            ("executor_lost", 0), ("given_back", 0), ("disk_full", 0),
         ],
     )  # fmt: skip
     def test_what_each_costs(self, lab: Any, scripted: Scripted, reason: Any, held_against: int) -> None:
@@ -202,10 +202,11 @@ class TestLosses:
         assert [row.device_share for row in lab.rows(attempts, task_id=first.task_id)] == [0.5, 1.0], "and pays for it"
 
     def test_who_finds_no_memory_waits_longer_each_time(self, lab: Any, scripted: Scripted) -> None:
+        scripted.room = Capacity(True, 8.0, 1.0)
         lab.submit()
-        one = dispatcher(lab, scripted, backoff_seconds=10.0)
+        one = dispatcher(lab, scripted, gpus_per_task=0.5, backoff_seconds=10.0)
         waits = []
-        for attempt, reason in enumerate([SHARED_MEMORY] * 9 + ["node_died", SHARED_MEMORY], 1):
+        for attempt, reason in enumerate([SHARED_MEMORY] * 3 + ["node_died", SHARED_MEMORY], 1):
             one.tick()
             [row] = lab.rows(tasks, kind="train")
             scripted.said = [Lost(row.id, attempt, reason, "no room")]
@@ -213,9 +214,27 @@ class TestLosses:
             one.tick()
             waits.append(lab.task(row.id).not_before - before)
             passes(max(0.0, waits[-1]) + 1)
-        doubled = [min(10.0 * 2**n, 600.0) for n in range(9)]
+        doubled = [10.0, 20.0, 40.0]
         assert all(0.7 * most < wait < 1.3 * most for wait, most in zip(waits, doubled, strict=False)), waits
-        assert waits[10] < 14, "a loss of another kind begins the count anew"
+        assert waits[4] < 14, "a loss of another kind begins the count anew"
+
+    def test_who_finds_no_memory_on_three_whole_gpus_has_too_little_on_any(self, lab: Any, scripted: Scripted) -> None:
+        scripted.room = Capacity(True, 8.0, 1.0)
+        lab.submit()
+        one = dispatcher(lab, scripted, gpus_per_task=0.5, backoff_seconds=0.0, max_suspect_losses=2)
+        for attempt in range(1, 6):
+            one.tick()
+            [row] = lab.rows(tasks, kind="train")
+            assert (row.state, row.attempt) == ("running", attempt)
+            scripted.said = [Lost(row.id, attempt, SHARED_MEMORY, "cuda:0 ran out of memory")]
+            one.tick()
+        rows = lab.rows(attempts, task_id=row.id)
+        assert [(row.device_share, row.end) for row in sorted(rows, key=lambda row: row.number)] == [
+            (0.5, SHARED_MEMORY), (1.0, SHARED_MEMORY), (1.0, SHARED_MEMORY), (1.0, "out_of_memory"),
+            (1.0, "out_of_memory"),
+        ]  # fmt: skip
+        held = lab.task(row.id)
+        assert (held.state, held.suspect_losses) == ("held", 2)
 
 
 class TestStalled:

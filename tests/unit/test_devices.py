@@ -1,0 +1,134 @@
+"""What errors say about a device, how much of its memory a worker takes, and whether it computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from workers import devices
+from workers.devices import DeviceUnfit, memory_fraction, trouble_of
+
+CPU = torch.device("cpu")
+GIGABYTE = 1 << 30
+
+# As they are raised by torch 2.15 and the libraries under it.
+OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"),
+    torch.OutOfMemoryError("Allocation was preemptively rejected because it would exceed per_process_memory_fraction"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"
+    ),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("FIND was unable to find an engine to execute this computation"),
+    RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+    RuntimeError("[cudnn_frontend] Error: No valid execution plans built."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    RuntimeError("CUDA ran out of memory outside PyTorch's allocator."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+]
+OF_THE_DEVICE = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+    torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: unspecified launch failure"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+]
+OF_THE_TASK = [
+    RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
+    RuntimeError("avg_pool3d_backward_cuda does not have a deterministic implementation"),
+    ValueError("out of memory of mine"),
+    KeyError("CUDA error"),
+]
+
+
+@pytest.mark.parametrize("error", OF_MEMORY, ids=lambda error: str(error)[:40])
+def test_memory_that_ran_out_has_many_names(error: Exception) -> None:
+    assert trouble_of(error) == "memory"
+
+
+@pytest.mark.parametrize("error", OF_THE_DEVICE, ids=lambda error: str(error)[:40])
+def test_an_error_of_the_device(error: Exception) -> None:
+    assert trouble_of(error) == "device"
+
+
+@pytest.mark.parametrize("error", OF_THE_TASK, ids=lambda error: str(error)[:40])
+def test_an_error_of_the_task(error: Exception) -> None:
+    assert trouble_of(error) == "other"
+
+
+def test_what_this_machine_says_when_its_memory_is_too_small() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50)
+    assert trouble_of(raised.value) == "memory"
+
+
+class TestProbe:
+    def test_a_device_that_computes_passes(self) -> None:
+        devices.probe(CPU)
+        assert devices.computes(CPU)
+
+    def test_one_that_computes_something_else_does_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right, calls = devices._small_step, []
+
+        def wrong_first(device: torch.device) -> torch.Tensor:
+            calls.append(device)
+            return right(device) + (1.0 if len(calls) == 1 else 0.0)
+
+        monkeypatch.setattr(devices, "_small_step", wrong_first)
+        with pytest.raises(DeviceUnfit, match="wrongly"):
+            devices.probe(CPU)
+
+    def test_one_without_a_kernel_says_what_the_driver_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_kernel(_: torch.device) -> torch.Tensor:
+            raise torch.AcceleratorError("CUDA error: no kernel image is available\nCUDA kernel errors might be")
+
+        monkeypatch.setattr(devices, "_small_step", no_kernel)
+        with pytest.raises(
+            DeviceUnfit, match=r"cuda:3 cannot run a small convolution: .*no kernel image is available$"
+        ):
+            devices.probe(torch.device("cuda:3"))
+        assert not devices.computes(torch.device("cuda:3"))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_gpu_that_is_not_there_is_unfit(self) -> None:
+        assert not devices.computes(torch.device("cuda:0"))
+
+
+class TestMemory:
+    def test_shares_leave_room_for_the_contexts_of_all(self) -> None:
+        total = 24 * GIGABYTE
+        for share in (0.5, 0.25, 0.125):
+            tenants = round(1 / share)
+            allocated = memory_fraction(share, total) * total
+            assert tenants * (allocated + devices.CONTEXT_BYTES) <= total
+        assert memory_fraction(1.0, total) == memory_fraction(2.0, total) == 1.0
+
+    def test_a_share_that_is_hardly_a_context_still_gets_some(self) -> None:
+        assert memory_fraction(0.05, 8 * GIGABYTE) == 0.025
+
+    def test_what_is_kept_is_a_part_of_the_share(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(devices, "_total_bytes", lambda _: 24 * GIGABYTE)
+        gpu = torch.device("cuda:0")
+        assert devices.cache_bytes(gpu, 1.0, 4 * GIGABYTE) == 4 * GIGABYTE
+        assert devices.cache_bytes(gpu, 0.25, 4 * GIGABYTE) < 0.25 * 0.25 * 24 * GIGABYTE
+        assert devices.cache_bytes(CPU, 1.0, 4 * GIGABYTE) == 4 * GIGABYTE
+
+
+def test_the_compiler_is_the_one_that_is_named_or_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert devices.compiler() is None
+    for name in ("clang++", "mine"):
+        (tmp_path / name).touch(0o755)
+    assert devices.compiler() == str(tmp_path / "clang++")
+    monkeypatch.setenv("CXX", "mine")
+    assert devices.compiler() == str(tmp_path / "mine")

@@ -1,0 +1,168 @@
+"""The device of a worker: whether it computes, what an error says about it, and its memory."""
+
+import os
+import shutil
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from service.errors import UncannyError
+from workers.science.seeding import deterministic
+
+Trouble = Literal["memory", "device", "other"]
+"""What an error is about: memory that ran out, a device whose state is unknown now, or something else."""
+
+# As the libraries under torch say it; each stands in a message of its C++ sources. cuDNN finds no engine, and cuBLAS
+# makes no handle, where their workspace does not fit into what is left of the memory.
+OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "ran out of memory",
+    "unable to find an engine to execute this computation",
+    "unable to find a valid cudnn algorithm",
+    "no valid execution plans built",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "device_allocation_failed",
+    "cusolver_status_alloc_failed",
+    "cusolver_status_not_initialized",
+    "cufft_alloc_failed",
+    "cusparse_status_insufficient_resources",
+)
+OF_DEVICE = ("cuda error", "cudnn error", "cublas error", "cusolver error", "cudnn_status", "cublas_status", "nvml")
+
+CONTEXT_BYTES = 600 << 20  # of a GPU's memory, for the context and the libraries of one process
+CACHE_SHARE = 0.25  # of a GPU's memory that a worker may use, for networks and data that it keeps at hand
+PROBE_SIZE = 16
+
+
+class DeviceUnfit(UncannyError):
+    """A device does not compute what every task needs."""
+
+
+def trouble_of(error: BaseException) -> Trouble:
+    """What an exception of a task says about its device, by its type and its words.
+
+    >>> trouble_of(RuntimeError("GET was unable to find an engine to execute this computation"))
+    'memory'
+    >>> trouble_of(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    'device'
+    >>> trouble_of(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
+    'other'
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "memory"
+    if not isinstance(error, RuntimeError):
+        return "other"
+    words = str(error).lower()
+    if any(of in words for of in OF_MEMORY):
+        return "memory"
+    of_device = isinstance(error, torch.AcceleratorError) or any(of in words for of in OF_DEVICE)
+    return "device" if of_device else "other"
+
+
+def probe(device: torch.device) -> None:
+    """Compute a small product, a convolution and their gradients as tasks do, and compare them with the CPU's.
+
+    Raises `DeviceUnfit` where the device cannot: it has another architecture than torch was built for, its driver is
+    too old, it has fallen off the bus, or an earlier error has left it broken in this process.
+    """
+    try:
+        with deterministic(device):
+            found = _small_step(device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise DeviceUnfit(f"{_named(device)} cannot run a small convolution: {_first_line(error)}") from error
+    expected = _small_step(torch.device("cpu"))
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise DeviceUnfit(f"{_named(device)} computes a small convolution wrongly: set it aside and have it tested")
+
+
+def computes(device: torch.device) -> bool:
+    """Whether the device still computes in this process, after an error that may have broken it."""
+    try:
+        probe(device)
+    except DeviceUnfit:
+        return False
+    return True
+
+
+def described(device: torch.device) -> dict[str, Any]:
+    """What a GPU is and how it is: `name`, `uuid`, `capability`, `total_bytes`, `free_bytes`, and what is wrong with it
+    in `trouble`, which is empty where it computes.
+    """
+    of = torch.cuda.get_device_properties(device)
+    about = {"name": of.name, "uuid": str(of.uuid), "capability": f"sm_{of.major}{of.minor}"}
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        probe(device)
+        trouble = ""
+    except (RuntimeError, DeviceUnfit) as error:
+        free, total, trouble = 0, of.total_memory, str(error)
+    return {**about, "total_bytes": total, "free_bytes": free, "trouble": trouble}
+
+
+def compiler() -> str | None:
+    """The C++ compiler that `torch.compile` would call on this machine; None where there is none."""
+    return next((path for name in (os.environ.get("CXX", ""), "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def bound_memory(device: torch.device, share: float) -> None:
+    """Keep this process to its share of a GPU, with room in it for its context, which torch does not count.
+
+    A tenant that takes more than its share runs out of memory, and not its neighbours.
+    """
+    torch.cuda.set_per_process_memory_fraction(memory_fraction(share, _total_bytes(device)), device)
+
+
+def memory_fraction(share: float, total_bytes: int) -> float:
+    """The part of a GPU's memory that torch may allocate in a process that has this share of the GPU.
+
+    >>> memory_fraction(1.0, 80 << 30), round(memory_fraction(0.5, 80 << 30), 4)
+    (1.0, 0.4927)
+    """
+    if share >= 1:
+        return 1.0
+    return max(share / 2, share - CONTEXT_BYTES / total_bytes)
+
+
+def cache_bytes(device: torch.device, share: float, most_bytes: int) -> int:
+    """How much a worker keeps on its device between tasks: a part of what it may use there, at most `most_bytes`."""
+    if device.type != "cuda":
+        return most_bytes
+    total = _total_bytes(device)
+    return min(most_bytes, int(CACHE_SHARE * memory_fraction(share, total) * total))
+
+
+def release(device: torch.device) -> None:
+    """Give memory of a GPU back that no tensor uses any more, so that other processes can have it."""
+    if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
+def _total_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _small_step(device: torch.device) -> torch.Tensor:
+    """The output of a small network and the gradient of its input, as one tensor on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, PROBE_SIZE, PROBE_SIZE, generator=generator)
+    kernel = torch.rand(4, 3, 3, 3, generator=generator)
+    head = torch.rand(4, 5, generator=generator)
+    x = images.to(device).requires_grad_()
+    features = nn.functional.conv2d(x, kernel.to(device), padding=1).relu().mean(dim=(2, 3))
+    out = features @ head.to(device)
+    (slope,) = torch.autograd.grad(out.logsumexp(1).sum(), x)
+    return torch.cat([out.detach().flatten(), slope.flatten()]).cpu()
+
+
+def _named(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else str(device)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
