@@ -190,6 +190,9 @@ def test_questions_to_all_results(server: Any, tmp_path: Path) -> None:
     [board] = asked("leaderboard", *chosen, "--any-verdict", "--json")
     assert len(board["rows"]) == 1
     assert "mlp" in asked("leaderboard", *chosen, "--any-verdict", "--scale", "all")
+    [worst] = asked("worst-cases", *chosen, "--json")
+    assert worst["attack_count"] == len(worst["attacks"]) == 1
+    assert worst["weights_sha256"][:12] in asked("worst-cases", *chosen)
     ids = [row["job_id"] for row in rows]
     assert asked("compare", *ids, "--json")["examples"] == 20
     assert "Robust against all of them: 50.0 %" in asked("compare", *ids)
