@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import JOB_EXAMPLE, JOB_ID
+from api.schemas import JOB_EXAMPLE, JOB_ID, NetworkWorstCase
 
 Curves = dict[str, dict[str, Any]]  # by part and name; a curve has a list of numbers for each of its columns
 CURVES: Any = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
@@ -235,6 +235,11 @@ class Board(BaseModel):
     preset: str | None = Field(examples=["pgd_linf"])
     version: int = Field(description="The latest of the attacks' versions; each stands beside its attack.")
     rows: list[Rank]
+
+
+class WorstCases(BaseModel):
+    items: list[NetworkWorstCase]
+    retracted: int = Field(description="How many results the filters choose that are retracted; they do not count.")
 
 
 class Leaderboard(BaseModel):

@@ -78,6 +78,12 @@ class Asking(Transport):
         )["items"]
         return items
 
+    def worst_cases(self, filter: str | None = None, **filters: Any) -> list[Json]:
+        """`robust_accuracy_worst_case` of each network in each threat model, with the attacks that it is over."""
+        params = {**filters, **({"filter": filter} if filter else {})}
+        items: list[Json] = self._request("GET", "/v1/worst-cases", params=params)["items"]
+        return items
+
     def correlations(
         self, measure: str, filter: str | None = None, *, target: str = "robust_accuracy", by: Names = "",
         trusted: bool = True, **filters: Any,

@@ -54,6 +54,7 @@ for command in (
     reading.results,
     asking.aggregate,
     asking.leaderboard,
+    asking.worst_cases,
     asking.compare,
     asking.correlations,
     exporting.report,

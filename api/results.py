@@ -1,5 +1,6 @@
 """Results: rows as JSON pages; as CSV, NDJSON or Parquet in one stream; one result whole; curves."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -15,6 +16,7 @@ from api.paging import next_link
 from api.routing import StrictRoute
 from api.schemas import Restorations, Result, ResultPage, Retraction, Retractions
 from service import exporting, retraction
+from service.insights import Insights
 from service.query import names_of
 from service.questions import NEWEST_FIRST, Question, nodes_of
 from service.store.fields import RESULTS
@@ -31,13 +33,21 @@ STREAMED: dict[str, Any] = {
     "application/x-ndjson": {"schema": {"type": "string"}},
     PARQUET: {"schema": {"type": "string", "format": "binary"}},
 }
+HIDDEN = "X-Uncanny-Retracted"
+SAYS_HIDDEN: dict[str, Any] = {
+    HIDDEN: {
+        "description": "Of rows in one stream: how many results of the filter are hidden because they are retracted, "
+        "counted up to 1,000; not there with `include_retracted`.",
+        "schema": {"type": "integer"},
+    }
+}
 WithRetracted = Annotated[bool, SaysTruth, Query(description="Show retracted results too.")]
 
 
 @router.get(
     "",
     response_model=None,
-    responses={200: {"model": ResultPage, "content": STREAMED}, **documented(422)},
+    responses={200: {"model": ResultPage, "content": STREAMED, "headers": SAYS_HIDDEN}, **documented(422)},
     openapi_extra=documented_filters(RESULTS),
 )
 def list_results(
@@ -60,21 +70,31 @@ def list_results(
     """Results of succeeded jobs, the newest first. JSON comes in pages; CSV, NDJSON and Parquet with all rows."""
     simple = filters_of(request, RESULTS)
     question = Question(simple, sort, cursor, limit, names_of(fields), filter, include_retracted)
-    match format or MEDIA[chosen(request, list(MEDIA))]:
-        case "json":
-            page = insights.results(question)
-            headers = VARY | next_link(request, page["next_cursor"])
-            return Response(to_json(page), media_type="application/json", headers=headers)
+    wanted = format or MEDIA[chosen(request, list(MEDIA))]
+    if wanted == "json":
+        page = insights.results(question)
+        return Response(
+            to_json(page), media_type="application/json", headers=VARY | next_link(request, page["next_cursor"])
+        )
+    return _stream(wanted, insights, question)
+
+
+def _stream(wanted: Literal["csv", "ndjson", "parquet"], insights: Insights, question: Question) -> Response:
+    """All rows as they are read. What is hidden is said in a header, for the body has nothing but rows."""
+    rows: Iterator[str] | Iterator[bytes]
+    match wanted:
         case "csv":
-            lines = exporting.csv_lines(exporting.table(insights.database, question))
-            return StreamingResponse(lines, media_type="text/csv; charset=utf-8", headers=VARY)
+            rows, media = exporting.csv_lines(exporting.table(insights.database, question)), "text/csv; charset=utf-8"
         case "ndjson":
-            rows = exporting.json_lines(insights.all_results(question))
-            return StreamingResponse(rows, media_type="application/x-ndjson", headers=VARY)
+            rows, media = exporting.json_lines(insights.all_results(question)), "application/x-ndjson"
         case "parquet":
-            pieces = exporting.parquet_bytes(exporting.table(insights.database, question))
-            named = VARY | {"Content-Disposition": 'attachment; filename="results.parquet"'}
-            return StreamingResponse(pieces, media_type=PARQUET, headers=named)
+            rows, media = exporting.parquet_bytes(exporting.table(insights.database, question)), PARQUET
+    headers = dict(VARY)
+    if wanted == "parquet":
+        headers["Content-Disposition"] = 'attachment; filename="results.parquet"'
+    if not question.retracted:
+        headers[HIDDEN] = str(insights.hidden(question.nodes))
+    return StreamingResponse(rows, media_type=media, headers=headers)
 
 
 @router.post(":retract", response_model=Retracted, responses=documented(422))

@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 
-from api.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories
+from api.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories, WorstCases
 from api.deps import Questions, SaysNumber, SaysTruth
 from api.errors import documented
 from api.filters import Filter, documented_filters, filters_of
 from api.schemas import JOB_ID
-from service import aggregates, comparing, correlating, leaderboard
+from service import aggregates, comparing, correlating, leaderboard, worst_case
 from service.insights import Insights
 from service.query import names_of
 from service.questions import nodes_of
@@ -113,6 +113,17 @@ def get_leaderboard(
     wanted = None if scale == "all" else float(scale)
     boards = leaderboard.leaderboard(insights.database, nodes, attack=attack, scale=wanted, trusted=trusted)
     return {"items": boards, "retracted": insights.hidden(nodes)}
+
+
+@router.get(
+    "/worst-cases", response_model=WorstCases, responses=documented(422), openapi_extra=documented_filters(RESULTS)
+)
+def get_worst_cases(request: Request, insights: Questions, filter: Filter = None) -> Any:
+    """The share of images that every stored attack of a threat model left right, by network and threat model.
+
+    Filters choose networks by their results; each worst case names the attacks that it is over, whatever was asked."""
+    nodes = nodes_of(filter, filters_of(request, RESULTS))
+    return {"items": worst_case.of_networks(insights.database, nodes), "retracted": insights.hidden(nodes)}
 
 
 @router.get(

@@ -147,6 +147,12 @@ def _attack(
     return PlannedTask(digest(spec), checkpoint, spec)
 
 
+def with_arrays(attack: PlannedTask) -> PlannedTask:
+    """The same attack, whose numbers are the same, with the trajectory of every example kept."""
+    spec = attack.spec.model_copy(update={"arrays": True})
+    return PlannedTask(digest(spec), attack.train_digest, spec)
+
+
 @lru_cache(maxsize=REMEMBERED)
 def _control(checkpoint: str, attack: AnyAttack, samples: int, order: Order) -> PlannedTask | None:
     """The panel in the attack's ball: with its own steps if it is PGD, else with ten of a quarter of eps.

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, select
@@ -9,11 +10,12 @@ from sqlalchemy import Connection, Row, select
 from service.errors import InvalidSpec
 from service.jobs import TaskState
 from service.networks import Trained, named
-from service.plan import JobPlan, PlannedTask, plan_job
+from service.plan import JobPlan, PlannedTask, plan_job, with_arrays
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import Transfer
 from service.specs.fitting import Images, misfits
 from service.specs.recipes import Imported
+from service.store import submitting
 from service.store.tables import datasets
 
 OWN = "npz:"  # in front of the names of a lab's own data sets
@@ -30,7 +32,7 @@ def plans_of(
     """What the jobs need. Raises `InvalidSpec`; `located` says where in the request a job is that cannot be had so.
 
     Two jobs that are the same once the `samples` that one of them leaves out are known, or the training whose weights
-    one of them names, have one plan.
+    one of them names, have one plan. An attack that is there with its arrays is not computed again without.
     """
     own: dict[str, Row[Any]] = {}
     weights = _Weights(connection, own)
@@ -45,7 +47,7 @@ def plans_of(
                 plans[whole] = plan_job(whole, _reference(job.dataset, row), imported)
         except InvalidSpec as error:
             raise error if located is None else located(job, error) from None
-    return list(plans.values())
+    return _with_arrays_that_are_there(connection, list(plans.values()))
 
 
 def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
@@ -68,6 +70,33 @@ def standing(digest: str, known: Known) -> str:
     if state in REOPENED:
         return "to_compute"
     return "known" if state is TaskState.SUCCEEDED else "under_way"
+
+
+def _with_arrays_that_are_there(connection: Connection, plans: Sequence[JobPlan]) -> list[JobPlan]:
+    """The plans, where an attack is only there with its arrays, or asked for with them too, with that one: its numbers
+    are the same.
+
+    One that was retracted is computed again: the same with arrays is as wrong.
+    """
+    asked = {task.digest: task for plan in plans for task in (plan.attack, plan.baseline)}
+    known = submitting.known_tasks(connection, asked)
+    lacking = [task for own, task in asked.items() if standing(own, known) == "to_compute"]
+    others = {task.digest: with_arrays(task) for task in lacking}
+    known = submitting.known_tasks(connection, [other.digest for other in others.values()])
+    there = asked.keys() | {own for own in known if standing(own, known) != "to_compute"}
+    others = {own: other for own, other in others.items() if other.digest in there - {own}}
+    if not others:
+        return list(plans)
+    for own in submitting.retracted_digests(connection, others):
+        del others[own]
+    return [
+        replace(
+            plan,
+            attack=others.get(plan.attack.digest, plan.attack),
+            baseline=others.get(plan.baseline.digest, plan.baseline),
+        )
+        for plan in plans
+    ]
 
 
 class _Weights:

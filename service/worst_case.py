@@ -2,24 +2,29 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, Row
 
+from service.errors import InvalidQuery
+from service.query import Node
 from service.specs.attacks import PRESETS
 from service.specs.versions import version_of_attack
 from service.store import network_results
 from service.store import results as store
-from service.threat_model import threat_model
+from service.store.database import Database
+from service.threat_model import of_adversaries, threat_model
 from service.verdict import wilson
 
 NO_EVIDENCE = ("outside_ball", "non_finite", "eps_zero", "train_mode", "random_forward")
 """Reasons of verdicts by which an image that an attack broke may be right everywhere in the ball. A blind or a weak
 attack is none of them: it breaks too few, which the others make up for."""
 SUPERSEDED = "superseded"
+MAX_PLACES = 10_000  # that one answer has
 Cell = Mapping[str, Any]  # the spec of one
 
 
@@ -118,6 +123,27 @@ def worst_cases(connection: Connection, places: Collection[Place]) -> Iterator[t
         yield from ((place, worst) for place, worst in found.items() if worst.attacks)
 
 
+def of_networks(database: Database, nodes: Sequence[Node]) -> list[dict[str, Any]]:
+    """The worst case of each network that `nodes` choose by their results, in each threat model of those results.
+
+    Whatever chose a network, its worst case is over all stored attacks of the threat model. Raises `InvalidQuery`, also
+    for more than `MAX_PLACES`.
+    """
+    places: dict[Place, Cell] = {}
+    with database.read() as connection:
+        rows = network_results.asked(connection, store.selected(connection, [*nodes, *of_adversaries()]))
+        specs = store.cell_specs(connection, {row.cell_id for row in rows})
+        for row in rows:
+            place = place_of(row.weights_sha256, specs[row.cell_id])
+            if place is not None:
+                places.setdefault(place, specs[row.cell_id])
+        if len(places) > MAX_PLACES:
+            raise InvalidQuery("filter", f"that chooses {len(places):,} worst cases, at most {MAX_PLACES:,}: filter")
+        found = [_item(place, places[place], worst) for place, worst in worst_cases(connection, places.keys())]
+    key = itemgetter("dataset", "threat_model", "samples", "robust_accuracy_worst_case", "weights_sha256", "scale")
+    return sorted(found, key=key)
+
+
 def worst_case_of(connection: Connection, network: str | None, cell: Cell) -> dict[str, Any] | None:
     """Of one result's network in its threat model, as JSON; None where there is none."""
     place = place_of(network, cell)
@@ -136,6 +162,16 @@ def preset_of(attack: Mapping[str, Any]) -> str | None:
 def presets() -> dict[str, dict[str, Any]]:
     """The spec of each preset, as it is stored."""
     return {name: attack.model_dump(mode="json") for name, attack in PRESETS.items()}
+
+
+def _item(place: Place, cell: Cell, worst: WorstCase) -> dict[str, Any]:
+    found = worst.as_json()
+    return {
+        "weights_sha256": place.network, "architecture": cell["architecture"], "recipe": cell["recipe"],
+        "train_version": cell["versions"]["train"], "dataset": place.dataset, "threat_model": place.threat_model,
+        "samples": place.samples, **({} if place.order is None else {"order": place.order}), "scale": place.scale,
+        "robust_accuracy_worst_case": found.pop("robust_accuracy"), "attack_count": len(worst.attacks), **found,
+    }  # fmt: skip
 
 
 def _add(worst: WorstCase, row: Row[Any], cell: Cell) -> None:

@@ -92,6 +92,26 @@ def leaderboard(
     return None
 
 
+def worst_cases(
+    filters: Filters = None,
+    filter: Filter = "",
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """The worst case of each network over all stored attacks of a threat model, which are named."""
+    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    with client_of(home, url) as client:
+        rows = client.worst_cases(**asked)
+    if as_json:
+        return print_json(rows)
+    if not rows:
+        return tell("No results match.")
+    columns = ["network", "architecture", "recipe", "dataset", "threat model", "scale", "worst case", "95 %", "attacks"]
+    show(table(columns, [_worst_case(row) for row in rows]))
+    return None
+
+
 def compare(
     jobs: Annotated[list[str], typer.Argument(metavar="JOB JOB ...", help="Ids of two or more results.")],
     home: Home = None,
@@ -213,6 +233,15 @@ def _place(row: Json, differing: list[str]) -> list[str]:
         str(row["rank"]), row["architecture"], ", ".join(shown), number(row["scale"]), str(row["networks"]),
         str(row["results"]), percent(row["robust_accuracy_worst_case"]), interval, _attacks(row),
         percent(row["robust_accuracy"]), percent(row["clean_accuracy"]), ", ".join(row["flags"]),
+    ]  # fmt: skip
+
+
+def _worst_case(row: Json) -> list[str]:
+    attacks = ", ".join(attack["preset"] or attack["attack"]["type"] for attack in row["attacks"])
+    return [
+        row["weights_sha256"][:12], row["architecture"], row["recipe"]["name"], row["dataset"], row["threat_model"],
+        number(row["scale"]), percent(row["robust_accuracy_worst_case"]), percents(row["ci95_low"], row["ci95_high"]),
+        f"{row['attack_count']}: {attacks}",
     ]  # fmt: skip
 
 

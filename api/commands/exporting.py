@@ -19,7 +19,7 @@ from api.commands.options import (
     filters_of,
     print_json,
 )
-from api.render import say
+from api.render import say, tell
 from api.report import report as report_of
 
 FAILED = 1
@@ -76,6 +76,8 @@ def export(
     asked = {"sort": sort, "fields": fields, "include_retracted": include_retracted, **filters_of(filters)}
     with client_of(home, url) as client:
         path = client.export(file, filter, **asked)
+        if not as_json and (hidden := client.results(filter, **asked).retracted):
+            tell(f"{hidden:,} retracted results are left out (--include-retracted takes them along).")
     size_bytes = path.stat().st_size
     return print_json({"file": str(path), "size_bytes": size_bytes}) if as_json else say(f"{path}: {size_bytes} bytes")
 

@@ -72,6 +72,12 @@ def known_tasks(connection: Connection, digests: Iterable[str]) -> dict[str, tup
     return {digest: (task_id, TaskState(state)) for digest, task_id, state in connection.execute(query)}
 
 
+def retracted_digests(connection: Connection, digests: Iterable[str]) -> list[str]:
+    """Those of these digests of which a task was retracted."""
+    former = tasks.c.former_digest
+    return list(connection.scalars(select(former).where(former.in_(listed(digests))).distinct()))
+
+
 def insert_jobs(
     connection: Connection,
     now: float,

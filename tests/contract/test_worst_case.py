@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sqlalchemy import event, update
 
-from service import comparing, leaderboard, retraction
+from service import comparing, leaderboard, retraction, worst_case
 from service.errors import InvalidQuery
 from service.executor import Bits, Succeeded
 from service.insights import Insights, Question
@@ -89,6 +89,46 @@ def test_every_attack_of_the_threat_model_counts_at_every_scale(lab: Any, insigh
     assert {name: worst["robust_accuracy"] for name, worst in alone.items() if worst} == {
         "eps": (N - 1) / N, "norm": (N - 1) / N, "seed": (N - 2) / N, "samples": 46 / 48, "bias": (N - 1) / N,
     }  # fmt: skip
+
+
+def test_every_network_and_ball_is_listed_with_its_attacks(lab: Any, insights: Insights) -> None:
+    inside = [lab.submit(attack=attack, samples=N) for attack in (BALL, OTHER_BALL, "pgd_l2", "cw")]
+    lab.submit(attack=BALL, samples=N, scale=5, scale_bias=False)
+    lab.submit(attack=BALL, samples=N, seed=1)
+    finish(lab, by_attack)
+    rows = worst_case.of_networks(lab.database, [])
+    first, other = (lab.rows(results, seed=seed)[0].weights_sha256 for seed in (0, 1))
+    found = {
+        (row["weights_sha256"], row["threat_model"], row["scale"]): (
+            row["robust_accuracy_worst_case"],
+            row["attack_count"],
+        )
+        for row in rows
+    }
+    assert found == {
+        (first, "linf 0.15", 1.0): ((N - 3) / N, 2), (first, "linf 0.15", 5.0): ((N - 1) / N, 1),
+        (first, "l2 0.025", 1.0): ((N - 1) / N, 1), (other, "linf 0.15", 1.0): ((N - 2) / N, 1),
+    }  # fmt: skip
+    of_result = insights.result(inside[0])["worst_case"]
+    of_network = next(row for row in rows if row["attack_count"] == 2)
+    assert {name: of_network[name] for name in of_result.keys() - {"robust_accuracy"}} == {
+        name: of_result[name] for name in of_result.keys() - {"robust_accuracy"}
+    }
+    [alone] = worst_case.of_networks(lab.database, nodes_of("attack = square"))
+    assert alone == of_network, "what chose the network does not choose its attacks"
+    retraction.retract(lab.service, inside[1], "a bug", user="ann", admin=True)
+    assert worst_case.of_networks(lab.database, nodes_of("attack = square")) == []
+
+
+def test_too_many_worst_cases_are_refused(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worst_case, "MAX_PLACES", 1)
+    lab.submit(attack=BALL, samples=N)
+    finish(lab, by_attack)
+    assert len(worst_case.of_networks(lab.database, [])) == 1
+    lab.submit(attack="pgd_l2", samples=N)
+    finish(lab, by_attack)
+    with pytest.raises(InvalidQuery, match="chooses 2 worst cases, at most 1"):
+        worst_case.of_networks(lab.database, [])
 
 
 def test_the_threat_model_is_a_field(lab: Any, insights: Insights) -> None:

@@ -357,6 +357,23 @@ def test_results_as_csv_and_ndjson(server: Any) -> None:
     assert empty.splitlines() == ["scale"]
 
 
+@pytest.mark.parametrize("format", ["csv", "ndjson", "parquet"])
+def test_an_export_says_how_many_retracted_results_it_leaves_out(server: Any, format: str) -> None:
+    sweep = server.sweep(f"hidden {format}", scale=[1, 2, 3], seed=["csv", "ndjson", "parquet"].index(format) + 340)
+    params = {"sweep": sweep["id"], "format": format, "fields": "job_id"}
+
+    def hidden(**more: Any) -> str | None:
+        answer = server.http.get("/v1/results", params={**params, **more})
+        assert answer.status_code == 200, answer.text
+        count: str | None = answer.headers.get("x-uncanny-retracted")
+        return count
+
+    assert hidden() == "0"
+    [first] = server.client.results(sweep=sweep["id"], scale=2, fields="job_id")
+    server.client.retract(first["job_id"], "the attack was wrong")
+    assert (hidden(), hidden(scale=1), hidden(include_retracted=True)) == ("1", "0", None)
+
+
 @pytest.mark.parametrize(
     ("path", "parameter", "listed"),
     [

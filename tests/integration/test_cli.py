@@ -190,6 +190,9 @@ def test_questions_to_all_results(server: Any, tmp_path: Path) -> None:
     [board] = asked("leaderboard", *chosen, "--any-verdict", "--json")
     assert len(board["rows"]) == 1
     assert "mlp" in asked("leaderboard", *chosen, "--any-verdict", "--scale", "all")
+    [worst] = asked("worst-cases", *chosen, "--json")
+    assert worst["attack_count"] == len(worst["attacks"]) == 1
+    assert worst["weights_sha256"][:12] in asked("worst-cases", *chosen)
     ids = [row["job_id"] for row in rows]
     assert asked("compare", *ids, "--json")["examples"] == 20
     assert "Robust against all of them: 50.0 %" in asked("compare", *ids)
@@ -201,6 +204,8 @@ def test_questions_to_all_results(server: Any, tmp_path: Path) -> None:
     assert len((tmp_path / "asked.csv").read_text().splitlines()) == 3
     assert asked("retract", ids[0], "--reason", "to see it go", "--json")["retracted"] == [ids[0]]
     assert len(asked("results", *chosen, "--json")) == 1
+    left_out = uncanny("export", tmp_path / "asked.csv", *chosen, url=server.url).stderr
+    assert "1 retracted results are left out" in left_out
     assert ids[0] in asked("retract", ids[0], "--undo")
     for wrong in (("retract", ids[0]), ("retract", "--reason", "x"), ("export", tmp_path / "asked.xlsx")):
         sentence(uncanny(*wrong, url=server.url), 2)

@@ -107,6 +107,8 @@ def test_statistics(server: Any, seeds: Any) -> None:
     assert [row["results"] for row in server.client.aggregate(**chosen, allow_mixed=True)] == [6]
     [board] = server.client.leaderboard(**chosen, trusted=False)
     assert [(row["architecture"], row["seeds"], row["robust_accuracy"]) for row in board["rows"]] == [("mlp", 3, 0.5)]
+    worst = server.client.worst_cases(**chosen)
+    assert [row["robust_accuracy_worst_case"] for row in worst] == [0.5] * 3
     [correlation] = server.client.correlations("log_relative_sharpness_median", **chosen, trusted=False)
     assert correlation["n"] == 3
     ids = [row["job_id"] for row in seeds.results("seed = 211", sort="scale")]

@@ -58,6 +58,7 @@ NEEDED = {
     ("GET", "/v1/sweeps/{sweep_id}"): READ,
     ("GET", "/v1/tasks/{task_id}"): READ,
     ("GET", "/v1/tokens"): READ,
+    ("GET", "/v1/worst-cases"): READ,
     ("DELETE", "/v1/tokens/{token_id}"): SUBMIT,
     ("PATCH", "/v1/jobs/{job_id}"): SUBMIT,
     ("PATCH", "/v1/sweeps/{sweep_id}"): SUBMIT,

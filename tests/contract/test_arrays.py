@@ -1,0 +1,66 @@
+"""Arrays are kept beside a number and make it no other number: what is there with them is not computed without."""
+
+from typing import Any
+
+from service import retraction
+from service.insights import Insights
+from service.store import tables
+
+
+def attacks(lab: Any) -> list[tuple[float, bool, str]]:
+    """Scale, whether with arrays, and state of every attack task."""
+    rows = lab.rows(tables.tasks, kind="attack")
+    return sorted((row.spec["scale"], row.spec["arrays"], str(row.state)) for row in rows)
+
+
+def test_a_job_without_arrays_joins_the_attack_that_has_them(lab: Any) -> None:
+    kept = lab.submit(scale=5, arrays=True)
+    under_way = lab.submit(scale=5, user="bob")
+    lab.finish()
+    plain = lab.submit(scale=5, user="eve")
+    assert lab.job_states() == {"succeeded": 3}, "the last one needed nothing computed"
+    assert attacks(lab) == [(1.0, True, "succeeded"), (5.0, True, "succeeded")]
+    assert len({lab.job(job_id).attack_task_id for job_id in (kept, under_way, plain)}) == 1
+    assert [lab.job(job_id).spec["arrays"] for job_id in (kept, plain)] == [True, False]
+    assert Insights(lab.database).result(plain)["robust_accuracy"] == 1.0
+
+
+def test_a_job_with_arrays_computes_what_is_there_without_them(lab: Any) -> None:
+    lab.submit(scale=5)
+    lab.finish()
+    lab.submit(scale=5, arrays=True)
+    lab.finish()
+    assert attacks(lab) == [(scale, arrays, "succeeded") for scale in (1.0, 5.0) for arrays in (False, True)]
+    lab.submit(scale=5, user="bob")
+    assert len(lab.rows(tables.attack_results)) == 4, "where both are there, the plain one is joined"
+    assert lab.job_states() == {"succeeded": 3}
+
+
+def test_a_sweep_that_asks_for_both_computes_one(lab: Any) -> None:
+    body = lab.submit_sweep({"scale": [1, 5], "arrays": [False, True]})
+    assert body["tasks"]["attack"] == 2
+    lab.finish()
+    assert lab.job_states() == {"succeeded": 4}
+    assert attacks(lab) == [(1.0, True, "succeeded"), (5.0, True, "succeeded")]
+
+
+def test_what_failed_with_arrays_is_computed_without(lab: Any) -> None:
+    lab.submit(arrays=True)
+    lab.succeed(*lab.grant("train"))
+    for grant in lab.grant("attack"):
+        lab.fail(grant)
+    lab.submit(user="bob")
+    lab.finish()
+    assert attacks(lab) == [(1.0, False, "succeeded"), (1.0, True, "failed")]
+
+
+def test_what_was_retracted_without_arrays_is_computed_again(lab: Any) -> None:
+    plain = lab.submit()
+    lab.finish()
+    kept = lab.submit(arrays=True)
+    lab.finish()
+    retraction.retract_task(lab.service, lab.job(plain).attack_task_id, "wrong", user="ann", admin=True)
+    again = lab.submit(user="bob")
+    assert lab.job(again).attack_task_id not in (lab.job(plain).attack_task_id, lab.job(kept).attack_task_id)
+    lab.finish()
+    assert lab.job(again).state == "succeeded"
