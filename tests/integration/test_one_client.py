@@ -30,7 +30,7 @@ from api.turns import Turns
 from service.access import Caller
 from service.errors import DatabaseAway
 from service.insights import Insights
-from service.store import Database, database
+from service.store import Database, database, reading
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 JSON = {"Content-Type": "application/json"}
@@ -343,6 +343,24 @@ class TestThreads:
         assert statuses[429] == len(refused) > 0
         assert all(answer.headers["Retry-After"].isdigit() for answer in refused)
         assert "of yours" in refused[0].json()["detail"]
+
+    def test_a_question_that_takes_too_long_is_answered_with_what_to_do(
+        self, start_server: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        usual = reading.jobs_page
+
+        def slowly(connection: Any, *arguments: Any) -> Any:
+            connection.exec_driver_sql(
+                "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+            ).all()
+            return usual(connection, *arguments)
+
+        monkeypatch.setattr("service.store.reading.jobs_page", slowly)
+        with start_server(home, dispatching=False, statement_seconds=0.3) as server:
+            answer = server.http.get("/v1/jobs")
+        assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")
+        assert answer.headers["Retry-After"].isdigit()
+        assert "narrow the filter" in answer.json()["detail"]
 
     def test_exports_whose_readers_take_nothing_hold_no_turn(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each piece of an export is made in a turn of its own, when the one before has been taken."""
