@@ -45,13 +45,12 @@ ROUTERS = [
     jobs, sweeps, ids, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks,
     artifacts, access, health,
 ]  # fmt: skip
-STATEMENT_SECONDS = 60.0  # that the database may take for one statement of a request
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application on the store and the artifact root of these settings. Making it touches neither."""
     settings = settings or Settings()
-    database = Database(settings.database, statement_seconds=STATEMENT_SECONDS)
+    database = Database(settings.database, statement_seconds=settings.statement_seconds)
     app = FastAPI(
         title="Uncanny",
         version=metadata.version("uncanny-bench"),

@@ -13,7 +13,8 @@ from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
 from api.binding import is_loopback
-from api.errors import Forbidden, TooManyRequests
+from api.errors import Forbidden
+from api.turns import TooManyRequests
 from service.access import Access, Caller
 from service.errors import InvalidQuery, Unauthenticated
 from service.insights import Insights

@@ -17,7 +17,7 @@ from api.limits import BodyTooLarge, BodyTooSlow
 from api.preconditions import PreconditionRequired
 from api.prefix import public
 from api.strict import NotJson, NotSentAsJson, check_sent
-from api.turns import Busy
+from api.turns import Busy, TooManyRequests
 from service.access import NotAllowed
 from service.checkpoints import NotChecked, TensorsDiffer
 from service.errors import (
@@ -51,10 +51,6 @@ MAX_ERRORS, MAX_DETAIL = 50, 10_000  # of a problem: what is wrong with the rest
 
 class Forbidden(UncannyError):
     """The request may not be served as it came."""
-
-
-class TooManyRequests(UncannyError):
-    """The caller asks faster than one caller may."""
 
 
 STATUS: dict[type[UncannyError], int] = {

@@ -8,10 +8,11 @@ from pydantic import BaseModel, Field
 from api.deps import Cursor, Limit, Verbs
 from api.errors import documented
 from api.paging import linked
+from api.routing import StrictRoute
 from api.schemas import DIGEST, JOB_EXAMPLE, JOB_ID
 from service.networks import trained
 
-router = APIRouter(prefix="/v1/networks", tags=["checkpoints"])
+router = APIRouter(route_class=StrictRoute, prefix="/v1/networks", tags=["checkpoints"])
 TEXT = r"^[^\x00]*$"
 Only = Annotated[str | None, Query(description="Only networks of this one.", pattern=TEXT)]
 

@@ -8,6 +8,7 @@ from api.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajec
 from api.deps import Questions, SaysNumber, SaysTruth
 from api.errors import documented
 from api.filters import Filter, documented_filters, filters_of
+from api.routing import StrictRoute
 from api.schemas import JOB_ID
 from service import aggregates, comparing, correlating, leaderboard, worst_case
 from service.insights import Insights
@@ -16,7 +17,7 @@ from service.questions import nodes_of
 from service.store.fields import RESULTS
 from service.unit import Unit
 
-router = APIRouter(prefix="/v1", tags=["statistics"])
+router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["statistics"])
 Retracted = Annotated[bool, SaysTruth, Query(description="Count retracted results too.")]
 OWN = ("attack", "scale")  # parameters of the leaderboard itself
 Trusted = Annotated[

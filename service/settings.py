@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     requests_per_minute: int = Field(
         default=6000, ge=0, description="Of one user, where tokens are asked for; 0 is no limit."
     )
+    statement_seconds: float = Field(
+        default=60.0, gt=0, description="That the database may take for one statement of a request: 503 then."
+    )
     insecure: bool = Field(default=False, description="Listen beyond this machine without asking who is there.")
     url: str = Field(default="", description="Where clients find the service; the one of this home when empty.")
     token: str = Field(default="", description="What clients say who they are with.")

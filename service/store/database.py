@@ -47,6 +47,7 @@ AWAY = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
 FULL = "53100"  # of these codes, that of a disk without room
 LEAST_BYTES = 1 << 20  # that a SQLite file's disk has to have left: less is taken by its write-ahead log at any time
 ROOM_ROWS = 200  # that do not fit into what a few pages may have left
+STEPS = 1_000_000  # of SQLite between two looks at the clock: some hundredths of a second
 SILENT_SECONDS = 20  # after which a server on the network that does not answer is taken for gone
 
 TAKE_TURNS = text(
@@ -86,7 +87,8 @@ class _Impatient(psycopg.Connection[Any]):
 class Database:
     """A store's database by SQLAlchemy URL. Opening it never writes; `sqlite://` is the small real one in memory.
 
-    With `statement_seconds`, PostgreSQL gives up statements that take longer; so does who asks, if it says nothing.
+    With `statement_seconds`, statements that take longer are given up, with `DatabaseAway`; those of PostgreSQL also
+    where it says nothing.
     """
 
     def __init__(self, url: str, *, statement_seconds: float | None = None) -> None:
@@ -99,7 +101,7 @@ class Database:
         """The file of a SQLite database; None in memory, and for PostgreSQL."""
         self._pooling = Pooling(declared)
         self.engine = (
-            _sqlite_engine(url, self.path)
+            _sqlite_engine(url, self.path, statement_seconds)
             if self.is_sqlite
             else _postgresql_engine(parsed, statement_seconds, self._pooling)
         )
@@ -236,7 +238,7 @@ def _postgresql_engine(url: URL, statement_seconds: float | None, pooling: Pooli
     return engine
 
 
-def _sqlite_engine(url: str, path: Path | None) -> Engine:
+def _sqlite_engine(url: str, path: Path | None, statement_seconds: float | None) -> Engine:
     engine = create_engine(
         make_url(url).set(database=str(path) if path else None),  # as it is: a URL object is not parsed again
         json_serializer=stored_json,
@@ -253,6 +255,9 @@ def _sqlite_engine(url: str, path: Path | None) -> Engine:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
+    if statement_seconds is not None:
+        _limit_sqlite(engine, statement_seconds)
+
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         # A deferred transaction that reads first and then writes fails at once with "database is locked".
@@ -260,6 +265,22 @@ def _sqlite_engine(url: str, path: Path | None) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine
+
+
+def _limit_sqlite(engine: Engine, seconds: float) -> None:
+    """Interrupt statements that take longer; the rows of one are counted in, as they are found when they are taken."""
+    deadline = "uncanny_deadline"
+
+    @event.listens_for(engine, "connect")
+    def _watch(connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+        def is_late() -> bool:
+            return bool(time.monotonic() > entry.info.get(deadline, math.inf))
+
+        connection.set_progress_handler(is_late, STEPS)
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def _begin(connection: Connection, *_: Any) -> None:
+        connection.info[deadline] = time.monotonic() + seconds
 
 
 def _use_wal(cursor: DBAPICursor) -> None:
@@ -306,6 +327,9 @@ def _away(error: Exception) -> DatabaseAway:
     said = str(origin).strip().splitlines()[0]
     if getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(origin, "sqlstate", None) == FULL:
         return DatabaseFull(f"the database's disk is full ({said}): make room; nothing was written")
-    if "statement timeout" in said:
-        return DatabaseAway(f"this takes the database too long ({said}): ask for less of it, or when it has less to do")
+    if "statement timeout" in said or getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
+        return DatabaseAway(
+            f"this takes the database too long ({said}): narrow the filter, ask for fewer rows or fields, or ask when "
+            "the database has less to do"
+        )
     return DatabaseAway(f"the database does not answer ({said}): it will be tried again")

@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,6 +278,45 @@ class TestSchema:
         with database.read() as connection:
             assert history.last_id(connection) == 1
         database.close()
+
+
+COUNTS_FOR_MINUTES = """
+WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 2000000000)
+SELECT {} FROM numbers
+"""
+
+
+class TestPatience:
+    """What a request may take of the database, of either kind."""
+
+    @pytest.fixture
+    def impatient(self, database_url: str) -> Iterator[Database]:
+        made = Database(database_url, statement_seconds=0.3)
+        yield made
+        made.close()
+
+    @pytest.mark.parametrize("transaction", ["read", "write"])
+    @pytest.mark.parametrize("what", ["count(*)", "max(n)"])
+    def test_a_statement_that_takes_too_long_is_given_up(
+        self, impatient: Database, transaction: str, what: str
+    ) -> None:
+        began = time.monotonic()
+        with (
+            pytest.raises(DatabaseAway, match=r"too long .* narrow the filter"),
+            getattr(impatient, transaction)() as connection,
+        ):
+            connection.exec_driver_sql(COUNTS_FOR_MINUTES.format(what)).scalar_one()
+        assert time.monotonic() - began < 5
+        with impatient.write() as connection:
+            append(connection)
+        with impatient.read() as connection:
+            assert history.last_id(connection) == 1
+
+    def test_each_statement_has_its_own_time(self, impatient: Database) -> None:
+        with impatient.read() as connection:
+            deadline = time.monotonic() + 0.5
+            while time.monotonic() < deadline:
+                assert connection.exec_driver_sql(COUNTS_FOR_MINUTES.format("n") + "LIMIT 30000").all()
 
 
 class TestAway:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 
 from api.app import create_app
 from api.binding import listen
@@ -29,12 +30,13 @@ PANEL = ("fgsm", "noise", "margin", "square", "pgd", "more_steps")
 
 @dataclass(frozen=True)
 class RunningServer:
-    """`url`, the home of its store, and a client for it."""
+    """`url`, the home of its store, a client for it, and the application itself."""
 
     url: str
     settings: Settings
     client: Client
     http: httpx.Client
+    app: FastAPI
 
     def sweep(self, name: str, *, seed: int = 0, **grid: list[Any]) -> dict[str, Any]:
         """A small sweep that is done, as GET shows it."""
@@ -100,7 +102,7 @@ def running_server(home: Path, *, dispatching: bool = True, **options: Any) -> I
     try:
         with Client(url, user="ada") as client, httpx.Client(base_url=url, timeout=20) as http:
             client.ready()
-            yield RunningServer(url, settings, client, http)
+            yield RunningServer(url, settings, client, http, app)
     finally:
         app.state.stopping = True
         web.should_exit = True

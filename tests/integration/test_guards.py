@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.feed import POLL_SECONDS, RENEW_SECONDS
+from api.routing import OF_MANY
 from service.access import Access, Caller
 from service.errors import Conflict, NotFound, Unauthenticated
 from service.insights import Insights
@@ -174,6 +175,16 @@ def test_the_table_has_every_route_and_no_other(lab: Guarded) -> None:
     assert documented <= routes
     named = {name.split("}")[0] for _, path in CHANGING for name in path.split("{")[1:]}
     assert named <= OWNED | NOBODYS, "a route changes something of which this test does not know whose it is"
+
+
+def test_every_question_about_many_rows_takes_a_turn(lab: Guarded) -> None:
+    documented = {
+        path: {parameter["name"] for parameter in operations["get"].get("parameters", [])}
+        for path, operations in lab.app.openapi()["paths"].items()
+        if "get" in operations
+    }
+    many = {path for path, names in documented.items() if names & {"filter", "cursor"}}
+    assert many <= OF_MANY <= documented.keys()
 
 
 @pytest.mark.parametrize(("method", "path"), GUARDED)

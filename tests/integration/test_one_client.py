@@ -9,10 +9,13 @@ import signal
 import socket
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from importlib import import_module
 from pathlib import Path
+from threading import Event, Semaphore
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,16 +25,18 @@ import pytest
 
 from api import feed
 from api.feed import Reader
+from api.routing import new_turns
 from api.turns import Turns
 from service.access import Caller
 from service.errors import DatabaseAway
 from service.insights import Insights
-from service.store import Database, database
+from service.store import Database, database, reading
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 JSON = {"Content-Type": "application/json"}
 HEALTHZ = "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 IDS = re.compile(rb"^id: ([0-9]+)$", re.MULTILINE)
+MANY = httpx.Limits(max_connections=100)
 EVENTS = b"GET /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
@@ -277,7 +282,7 @@ class TestThreads:
         self, start_server: Any, home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Fifty took all threads while SQLite's writer was busy."""
-        turns = {name: Turns(name, 8, 30, 0.5) for name in ("writers", "registrations", "uploads")}
+        turns = new_turns() | {"writers": Turns("writers", 8, 30, 0.5)}
         monkeypatch.setattr("api.app.new_turns", lambda: turns)
         with start_server(home, dispatching=False) as server, ThreadPoolExecutor(50) as pool:
             http = httpx.Client(base_url=server.url, timeout=30, limits=httpx.Limits(max_connections=50))
@@ -295,6 +300,84 @@ class TestThreads:
             found = [post.result() for post in posts]
         assert sorted(answer.status_code for answer in found) == [201] * 8 + [503] * 42
         assert all(answer.headers["Retry-After"].isdigit() for answer in found if answer.status_code == 503)
+
+    @pytest.mark.parametrize(
+        ("path", "slow"),
+        [
+            ("/v1/results:aggregate?by=scale", "service.aggregates.aggregate"),
+            ("/v1/results?format=csv", "service.store.results.columns"),
+            ("/v1/results?format=ndjson", "service.store.results.keys"),
+            ("/v1/jobs?filter=scale+%3D+5", "service.store.reading.jobs_page"),
+        ],
+    )
+    def test_questions_that_take_long_stop_nobody(
+        self, own: Any, path: str, slow: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Forty took all threads. One user has not all turns either, and a stream waits for those of its pieces."""
+        until(lambda: not any(turns._here for turns in own.app.state.turns.values()))
+        monkeypatch.setitem(own.app.state.turns, "questions", Turns("questions", 3, 12, 0.5, share=2))
+        module, _, name = slow.rpartition(".")
+        usual, go_on, begun = getattr(import_module(module), name), Event(), Semaphore(0)
+
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            begun.release()
+            assert go_on.wait(20)
+            return usual(*arguments, **options)
+
+        with ThreadPoolExecutor(50) as pool, httpx.Client(base_url=own.url, timeout=20, limits=MANY) as http:
+            monkeypatch.setattr(slow, slowly)
+            hers = [pool.submit(http.get, path, headers={"X-Uncanny-User": "ada"}) for _ in range(50)]
+            try:
+                assert begun.acquire(timeout=10)
+                assert begun.acquire(timeout=10)
+                answers(own)
+                assert http.get("/readyz").status_code == 200
+                his = pool.submit(http.get, path, headers={"X-Uncanny-User": "bob"})
+                assert begun.acquire(timeout=10), "there is a turn that she may not have"
+            finally:
+                go_on.set()
+            statuses = Counter(one.result().status_code for one in hers)
+            assert his.result().status_code == 200
+        assert begun._value < 50
+        refused = [one.result() for one in hers if one.result().status_code != 200]
+        assert statuses[429] == len(refused) > 0
+        assert all(answer.headers["Retry-After"].isdigit() for answer in refused)
+        assert "of yours" in refused[0].json()["detail"]
+
+    def test_a_question_that_takes_too_long_is_answered_with_what_to_do(
+        self, start_server: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        usual = reading.jobs_page
+
+        def slowly(connection: Any, *arguments: Any) -> Any:
+            connection.exec_driver_sql(
+                "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+            ).all()
+            return usual(connection, *arguments)
+
+        monkeypatch.setattr("service.store.reading.jobs_page", slowly)
+        with start_server(home, dispatching=False, statement_seconds=0.3) as server:
+            answer = server.http.get("/v1/jobs")
+        assert (answer.status_code, answer.headers["Content-Type"]) == (503, "application/problem+json")
+        assert answer.headers["Retry-After"].isdigit()
+        assert "narrow the filter" in answer.json()["detail"]
+
+    def test_exports_whose_readers_take_nothing_hold_no_turn(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each piece of an export is made in a turn of its own, when the one before has been taken."""
+        monkeypatch.setitem(own.app.state.turns, "questions", Turns("questions", 2, 50, 5.0))
+
+        def endless(_: Any) -> Iterator[str]:
+            while True:
+                yield "x" * 1_000_000
+
+        monkeypatch.setattr("service.exporting.csv_lines", endless)
+        ask = b"GET /v1/results?format=csv HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        stopped = [connect(own, ask, receive_bytes=4096) for _ in range(20)]
+        for reader in stopped:
+            assert b"200 OK" in reader.recv(1000)
+        assert own.http.get("/v1/jobs", timeout=4).status_code == 200
+        for reader in stopped:
+            reader.close()
 
 
 class TestReaders:
