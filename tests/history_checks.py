@@ -1,16 +1,38 @@
 """What a history of the store must never show, as pure functions of its rows. Each yields a sentence for a violation.
 
-Rows are anything with the columns of `service/store/tables.py` as attributes.
+Rows are anything with the columns of `service/store/tables.py` as attributes. `violations` has them from a store.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from sqlalchemy import Table, select
+
+from service.store import Database, tables
+
 JOB_ENDS = {"job.succeeded", "job.failed", "job.cancelled"}
 TASK_ENDS = {"task.succeeded", "task.failed", "task.cancelled"}
 WAITS = {"task.queued", "task.blocked"}
+NUMBERS = (tables.trainings, tables.measurements, tables.attack_results, tables.control_results)
+
+
+def violations(database: Database, accepted: Collection[str]) -> Iterator[str]:
+    """All that any store must not show once its jobs have ended; `accepted` has the ids of those that were promised."""
+
+    def rows(table: Table) -> list[Any]:
+        return list(connection.execute(select(table).order_by(*table.primary_key)))
+
+    with database.read() as connection:
+        events, attempts, tasks, edges = map(rows, (tables.events, tables.attempts, tables.tasks, tables.task_edges))
+        numbers = Counter(task_id for table in NUMBERS for task_id in connection.scalars(select(table.c.task_id)))
+    yield from gaps(events)
+    yield from ends_of_jobs(events, accepted)
+    yield from overlaps(attempts)
+    yield from recorded(tasks, attempts, numbers)
+    yield from after_the_end(events)
+    yield from before_parents(events, edges)
 
 
 def gaps(events: Sequence[Any]) -> Iterator[str]:

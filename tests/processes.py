@@ -1,9 +1,14 @@
-"""A lab as processes of this one: nodes of Ray, dispatchers, the API and PostgreSQL, each to be taken away."""
+"""A lab as processes of this one: nodes of Ray, dispatchers, the API and PostgreSQL, each to be taken away.
 
+Also `uncanny serve`, which starts its processes by itself.
+"""
+
+import json
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,11 +48,16 @@ class Lab:
     """`processes` by what they are: `head`, `node 1`, ..., `api`, and the dispatchers by their names."""
 
     home: Path
-    server: "PostgresServer"
+    server: "PostgresServer | None"  # none: SQLite
     database: Database
     environment: dict[str, str]
     listening: socket.socket
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+
+    @property
+    def postgresql(self) -> "PostgresServer":
+        assert self.server is not None
+        return self.server
 
     def start(self, name: str, *command: str, **environment: str) -> None:
         with (self.home / f"{name}.log").open("ab") as log:
@@ -142,13 +152,17 @@ def busy(process: psutil.Process, seconds: float = 0.5) -> bool:
 
 
 @contextmanager
-def running_lab(server: "PostgresServer", home: Path, *, lease_seconds: float, **settings: str) -> Iterator[Lab]:
-    """Two nodes of two CPUs and a head without, the API, and the dispatchers `d1`, which leads, and `d2`."""
+def running_lab(server: "PostgresServer | None", home: Path, *, lease_seconds: float, **settings: str) -> Iterator[Lab]:
+    """Two nodes of two CPUs and a head without, the API, and the dispatchers `d1`, which leads, and `d2`.
+
+    The store is a SQLite file where there is no `server`.
+    """
     temporary = Path(tempfile.mkdtemp(prefix="uncanny-ray-", dir="/tmp"))
     token = home / "token"
     token.write_text(secrets.token_hex(32))
-    url = make_url(server.get_uri("postgres"))
-    database = Database(url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False))
+    url = make_url(server.get_uri("postgres") if server else f"sqlite:///{home / 'uncanny.db'}")
+    driver = "postgresql+psycopg" if server else "sqlite"
+    database = Database(url.set(drivername=driver).render_as_string(hide_password=False))
     database.upgrade()
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
     port = free_port()
@@ -177,3 +191,69 @@ def running_lab(server: "PostgresServer", home: Path, *, lease_seconds: float, *
         lab.listening.close()
         database.close()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+SERVE = [sys.executable, "-m", "api.cli", "serve", "--json"]
+
+
+def serve_with(dispatcher: str, *, ray: bool = False) -> list[str]:
+    """The same supervisor with another dispatcher: an expression for its command, which knows the real `command`."""
+    script = (
+        "import sys; from api import supervisor; from api.cli import main\n"
+        "made = supervisor.Supervisor.__init__\n"
+        "def other(self, *args, **options):\n"
+        "    made(self, *args, **options)\n"
+        "    command = self.parts[1].command\n"
+        f"    self.parts[1].command = {dispatcher}\n"
+        f"    {'' if ray else 'del self.parts[2:]'}\n"
+        "supervisor.Supervisor.__init__ = other\n"
+        "sys.argv[1:1] = ['serve', '--json']; main()"
+    )
+    return [sys.executable, "-c", script]
+
+
+# A dispatcher that does nothing, where Ray would only cost time; it leaves an orphan behind.
+IDLE = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new_session=True); time.sleep(1000)"
+WITHOUT_RAY = serve_with(f"[sys.executable, '-c', {IDLE!r}]")
+
+
+@contextmanager
+def serving(
+    home: Path, command: list[str], *options: str, **settings: str
+) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """The process and its URL, once it says that it accepts jobs; whatever happens, nothing of it is left."""
+    arguments = [*command, "--home", str(home), "--port", "0", *options]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **settings}
+    )
+    family: list[psutil.Process] = []
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        yield process, json.loads(line)["url"]
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        process.communicate(timeout=60)
+        for member in family:
+            if member.is_running():
+                member.kill()
+
+
+def half(process: "subprocess.Popen[str]", module: str) -> psutil.Process | None:
+    """The living child that runs this module."""
+    children = psutil.Process(process.pid).children()
+    return next((c for c in children if module in command_of(c) and c.status() != psutil.STATUS_ZOMBIE), None)
+
+
+def another(process: "subprocess.Popen[str]", module: str, than: psutil.Process) -> bool:
+    """Whether a child other than that one runs this module."""
+    found = half(process, module)
+    return found is not None and found.pid != than.pid
+
+
+def gone(family: list[psutil.Process]) -> bool:
+    return not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family)

@@ -3,8 +3,9 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,44 +84,66 @@ def start_server() -> Callable[..., AbstractContextManager[RunningServer]]:
     return running_server
 
 
+@pytest.fixture(scope="session")
+def start_dispatcher() -> Callable[..., AbstractContextManager[None]]:
+    """For tests with an API process of their own: `with start_dispatcher(settings)`."""
+    return running_dispatcher
+
+
 @contextmanager
-def running_server(home: Path, *, dispatching: bool = True, **options: Any) -> Iterator[RunningServer]:
+def running_dispatcher(settings: Settings, hold: threading.Event | None = None) -> Iterator[None]:
+    """A dispatcher in a thread. Trainings end once `hold` is set, where one is given."""
+    database = Database(settings.database)
+    executor = InProcessExecutor(partial(made_up, hold=hold), cpus=2, grace_seconds=1)
+    dispatcher = Dispatcher(database, Artifacts(settings.artifacts), executor, settings, "dispatcher-of-tests")
+    stop = threading.Event()
+    thread = threading.Thread(target=dispatcher.run, args=(stop,), name="dispatcher")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        database.close()
+
+
+@contextmanager
+def running_server(
+    home: Path, *, dispatching: bool = True, hold: threading.Event | None = None, **options: Any
+) -> Iterator[RunningServer]:
     settings = Settings(home=home, port=0, **options)
     database = Database(settings.database)
     database.upgrade()
+    database.close()
     app = create_app(settings)
     listening = listen("127.0.0.1", 0)
     web = Server(app, grace_seconds=1)
-    stop = threading.Event()
-    executor = InProcessExecutor(made_up, cpus=2, grace_seconds=1)
-    dispatcher = Dispatcher(database, Artifacts(settings.artifacts), executor, settings, "dispatcher-of-tests")
-    threads = [threading.Thread(target=web.run, kwargs={"sockets": [listening]}, name="api")]
-    threads += [threading.Thread(target=dispatcher.run, args=(stop,), name="dispatcher")] if dispatching else []
-    for thread in threads:
-        thread.start()
+    thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]}, name="api")
+    thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     try:
-        with Client(url, user="ada") as client, httpx.Client(base_url=url, timeout=20) as http:
+        with (
+            running_dispatcher(settings, hold) if dispatching else nullcontext(),
+            Client(url, user="ada") as client,
+            httpx.Client(base_url=url, timeout=20) as http,
+        ):
             client.ready()
             yield RunningServer(url, settings, client, http, app)
     finally:
         app.state.stopping = True
         web.should_exit = True
-        stop.set()
-        for thread in threads:
-            thread.join()
-        database.close()
+        thread.join()
 
 
-def made_up(bundle: Bundle) -> Iterator[Message]:
-    """Run a bundle without computing anything: the same numbers for the same spec."""
+def made_up(bundle: Bundle, hold: threading.Event | None = None) -> Iterator[Message]:
+    """Run a bundle without computing anything: the same numbers for the same spec. A training waits for `hold`."""
     for grant in bundle.grants:
         yield Started(grant.task_id, grant.attempt, "made up")
         yield Progress(grant.task_id, grant.attempt, 0.5, {"done": 1, "total": 2})
         if grant.spec["kind"] == "train" and grant.spec["seed"] == DIVERGES:
             yield Failed(grant.task_id, grant.attempt, "configuration", "training diverged in epoch 1: the loss is nan")
             continue
-        while grant.spec["kind"] == "train" and grant.spec["seed"] == SLOW:
+        while grant.spec["kind"] == "train" and (grant.spec["seed"] == SLOW or (hold and not hold.is_set())):
             time.sleep(0.01)
         yield Succeeded(grant.task_id, grant.attempt, outcome_of(grant))
 

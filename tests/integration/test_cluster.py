@@ -103,14 +103,14 @@ def test_outcomes_outlive_the_database_and_the_dispatcher(lab: Lab) -> None:
         job = client.submit({**LONG, "seed": 3, "recipe": {"epochs": 150}})
         until(lambda: lab.worker_of(3))
         leader = lab.leader
-        lab.server.stop()
+        lab.postgresql.stop()
         spool = lab.home / "spool"
         answer = httpx.get(f"{client.url}/v1/jobs/{job.id}", timeout=60)
         assert (answer.status_code, "Retry-After" in answer.headers) == (503, True), answer.text
         until(lambda: spool.is_dir() and any(b"Succeeded" in one.read_bytes() for one in spool.glob("*.messages")))
         assert [lab.processes[name].poll() for name in ("api", "d1", "d2")] == [None] * 3, "nobody gives up"
         lab.kill(leader)
-        lab.server.ensure_postgres_running()
+        lab.postgresql.ensure_postgres_running()
         lab.start_dispatcher(leader)
         until(lambda: lab.settled(job.id))
     row = lab.training(3)

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from processes import command_of
+from processes import SERVE, WITHOUT_RAY, another, gone, half, serving
 
 from api import home as homes
 from api.client import Client
@@ -25,28 +25,6 @@ from service.settings import Settings
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20, "recipe": {"epochs": 1}}
-SERVE = [sys.executable, "-m", "api.cli", "serve", "--json"]
-
-
-def serve_with(dispatcher: str, *, ray: bool = False) -> list[str]:
-    """The same supervisor with another dispatcher: an expression for its command, which knows the real `command`."""
-    script = (
-        "import sys; from api import supervisor; from api.cli import main\n"
-        "made = supervisor.Supervisor.__init__\n"
-        "def other(self, *args, **options):\n"
-        "    made(self, *args, **options)\n"
-        "    command = self.parts[1].command\n"
-        f"    self.parts[1].command = {dispatcher}\n"
-        f"    {'' if ray else 'del self.parts[2:]'}\n"
-        "supervisor.Supervisor.__init__ = other\n"
-        "sys.argv[1:1] = ['serve', '--json']; main()"
-    )
-    return [sys.executable, "-c", script]
-
-
-# A dispatcher that does nothing, where Ray would only cost time; it leaves an orphan behind.
-IDLE = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new_session=True); time.sleep(1000)"
-WITHOUT_RAY = serve_with(f"[sys.executable, '-c', {IDLE!r}]")
 
 
 @pytest.fixture(autouse=True)
@@ -54,27 +32,6 @@ def no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("RAY_", "UNCANNY_")):
             monkeypatch.delenv(name)
-
-
-@contextmanager
-def serving(home: Path, command: list[str], *options: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """The process and its URL, once it says that it accepts jobs; whatever happens, nothing of it is left."""
-    arguments = [*command, "--home", str(home), "--port", "0", *options]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    family: list[psutil.Process] = []
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        yield process, json.loads(line)["url"]
-    finally:
-        if process.poll() is None:
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-        process.communicate(timeout=60)
-        for member in family:
-            if member.is_running():
-                member.kill()
 
 
 def until(what: Callable[[], Any], seconds: float = 30) -> Any:
@@ -88,22 +45,6 @@ def until(what: Callable[[], Any], seconds: float = 30) -> Any:
             pass
         time.sleep(0.05)
     raise AssertionError("it did not happen in time")
-
-
-def half(process: "subprocess.Popen[str]", module: str) -> psutil.Process | None:
-    """The living child that runs this module."""
-    children = psutil.Process(process.pid).children()
-    return next((c for c in children if module in command_of(c) and c.status() != psutil.STATUS_ZOMBIE), None)
-
-
-def another(process: "subprocess.Popen[str]", module: str, than: psutil.Process) -> bool:
-    """Whether a child other than that one runs this module."""
-    found = half(process, module)
-    return found is not None and found.pid != than.pid
-
-
-def gone(family: list[psutil.Process]) -> bool:
-    return not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family)
 
 
 def test_the_api_is_started_again_and_requests_wait_meanwhile(tmp_path: Path) -> None:
