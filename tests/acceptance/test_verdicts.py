@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.verdict import AttackBits, Controls, Verdict, judge
+from service.verdict import AttackBits, Controls, Evidence, Verdict, judge
 from workers.science.attacks import ATTACKS, AttackOutput
 from workers.science.controls import ControlReport, Geometry, run_controls
 from workers.science.datasets import to_unit
@@ -33,11 +33,13 @@ HONEST = (
 def verdict(
     model: nn.Module, net: Any, geometry: Geometry, s: float = 1.0, attack: str = "pgd", **params: Any
 ) -> Verdict:
-    """What the service says about `attack` on `model` with its head scaled by s."""
+    """What the service says about `attack`, a PGD from the image, on `model` with its head scaled by s."""
     at_one = attacked(model, net, geometry, 1.0, attack, params)
     at_scale = at_one if s == 1 else attacked(model, net, geometry, s, attack, params)
     panel = run_controls(model, net.x, net.y, net.index, geometry)
-    return judge(s, stored(at_scale), stored(at_one), as_controls(panel))
+    controls = as_controls(panel)
+    twin = controls.robust["margin"]  # which is the attack itself with the margin loss
+    return judge(Evidence("pgd", s, 10, stored(at_scale), stored(at_one), controls, twin))
 
 
 def attacked(

@@ -566,11 +566,11 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "the count of attempts begins anew": (submitting.reopen, "errors=0,", "errors=0, attempt=0,"),
     "a request is done as often as it is sent": (Service._once, "stored is not None", "False"),
     "cancelled for all who need it": (
-        settling.release,
+        settling.release_tasks,
         "unneeded = and_(theirs, ~of_live_jobs(select(1)).exists())",
         "unneeded = theirs",
     ),
-    "a lost node is held against the task": (recording._stopped, "message.reason in COSTLY", "message.reason"),
+    "a lost node is held against the task": (recording._stopped, "end in COSTLY", "end"),
     "children do not wait": (submitting._first_state, "is not TaskState.SUCCEEDED", "is None"),
 }
 

@@ -20,7 +20,6 @@ from service.specs.measures import MEASURES
 from service.specs.recipes import RECIPES
 from workers import run
 from workers.context import Context
-from workers.science.attacks import WITH_TRAJECTORY
 
 NETWORKS = {  # with a recipe that gets four of five digits right within a minute
     "vit_tiny": {"epochs": 8, "train_samples": 512, "batch_size": 32, "lr": 0.01},
@@ -110,9 +109,7 @@ def test_attacks_with_their_trajectory_bounds_and_controls(
     found = done(context, plan, plan.attack, trained[architecture])
     assert_finite([found.numbers, found.curves])
     assert 0 <= float(found.numbers["robust_accuracy"] or 0) <= float(found.numbers["clean_accuracy"] or 0)
-    plain = asked.get("precision", "float32") == "float32" and asked.get("judge", "final") == "final"
-    bounded = asked["type"] in WITH_TRAJECTORY and asked["type"] != "apgd" and plain  # which starts elsewhere
-    assert any(name.startswith("bound_violated_") for name in found.numbers) == bounded
+    assert any(name.startswith("bound_violated_") for name in found.numbers)
     if attack in ("pgd cross_entropy", "pgd l2"):
         assert plan.control is not None
         assert_finite(done(context, plan, plan.control, trained[architecture]).numbers)
