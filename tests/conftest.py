@@ -29,6 +29,7 @@ import fsspec
 import httpx
 import numpy as np
 import pytest
+from hypothesis import settings
 from sqlalchemy import Connection, Table, create_engine, make_url, select, text
 
 from service.artifacts import Artifacts
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LARGE_BYTES = 1 << 20
+settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None, database=None)
+settings.load_profile("ci")
 
 
 ASKED_FOR = ("slow", "gpu", "quarantine")  # left out, unless `-m` speaks of it
@@ -66,6 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
     kept = set(items) - set(left_out)
     items[:] = [item for item in items if item in kept]
+    # Two workers take a file each, in this order: a long file at the end would leave one of them without work.
+    items.sort(key=lambda item: "integration" not in item.path.parts)
 
 
 QUARANTINED = pytest.StashKey[int]()
