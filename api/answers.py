@@ -55,6 +55,10 @@ class Catalog(BaseModel):
     datasets: dict[str, dict[str, Any]]
     registered_datasets: list[dict[str, Any]] = Field(description="As in `GET /v1/datasets`.")
     recipes: dict[str, dict[str, Any]]
+    recipe_presets: dict[str, dict[str, Any]] = Field(
+        description="By a name that stands for a whole recipe, what differs from the recipe's defaults.",
+        examples=[{"adversarial_literature": {"name": "adversarial", "weight_decay": 5e-4}}],
+    )
     attacks: dict[str, dict[str, Any]]
     attack_presets: dict[str, dict[str, Any]] = Field(examples=[{"pgd_linf": JOB_EXAMPLE["attack"]}])
     measures: dict[str, dict[str, Any]]

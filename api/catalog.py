@@ -14,6 +14,7 @@ from service.specs import JobSpec, Sweep, catalog, fields
 from service.specs.attacks import ATTACKS, PRESETS
 from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES
 from service.specs.recipes import KNOWN
+from service.specs.recipes import PRESETS as RECIPE_PRESETS
 
 router = APIRouter(prefix="/v1", tags=["catalog"])
 
@@ -26,6 +27,7 @@ def get_catalog(insights: Questions) -> Any:
         "datasets": {name: asdict(info) for name, info in catalog.DATASETS.items()},
         "registered_datasets": insights.datasets(),
         "recipes": {name: _described(model) for name, model in KNOWN.items()},
+        "recipe_presets": {name: fields(recipe) for name, recipe in RECIPE_PRESETS.items()},
         "attacks": {name: _described(model) for name, model in ATTACKS.items()},
         "attack_presets": {name: fields(attack) for name, attack in PRESETS.items()},
         "measures": {name: _described(model) for name, model in MEASURES.items()},

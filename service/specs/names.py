@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from service.specs import catalog
 from service.specs.base import shorten
-from service.specs.recipes import KNOWN, AnyRecipe
+from service.specs.recipes import KNOWN, PRESETS, AnyRecipe
 
 
 def known(what: str, name: Any, names: Collection[str], *hints: str) -> None:
@@ -22,7 +22,9 @@ def _architecture(value: Any) -> Any:
 
 
 def _recipe(value: Any) -> Any:
-    value = {"name": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        known("recipe", value, [*KNOWN, *PRESETS])
+        return PRESETS.get(value, {"name": value})
     if isinstance(value, dict):
         value = {"name": "standard", **value}
         known("recipe", value["name"], KNOWN)

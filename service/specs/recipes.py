@@ -56,8 +56,7 @@ class Margin(Recipe):
 class AdversarialSteps(Recipe):
     """PGD-linf in the training loop.
 
-    The defaults are the paper's. The literature trains with `weight_decay` 5e-4 and keeps the best epoch (Rice et al.
-    2020), which here is `{"weight_decay": 5e-4, "keep": "best", "held_out": 1000}`.
+    The defaults are the paper's; `PRESETS` has the literature's.
     """
 
     eps: Annotated[Number, AfterValidator(of_images), Field(ge=0, le=1)] = 8 / 255
@@ -139,6 +138,15 @@ RECIPES: dict[str, type[Recipe]] = {
     "relative_flatness": RelativeFlatness,
 }
 """Those that train."""
+
+OF_LITERATURE: dict[str, Any] = {"weight_decay": 5e-4, "keep": "best", "held_out": 1000}
+
+PRESETS: dict[str, Recipe] = {
+    "adversarial_literature": Adversarial(**OF_LITERATURE),
+    "trades_literature": Trades(**OF_LITERATURE),
+}
+"""Names for whole recipes: the weight decay that Rice et al. (2020) and Pang et al. (2021) train CIFAR with, and the
+epoch most robust on 1,000 held-out training images (Rice et al.)."""
 
 KNOWN: dict[str, type[Spec]] = {**RECIPES, "imported": Imported}
 

@@ -615,6 +615,9 @@ def test_the_catalogue(server: Any) -> None:
     assert {"digits", "cifar10", "synthetic"} <= set(found["datasets"])
     assert "standard" in found["recipes"]
     assert {"pgd_l2", "pgd_linf"} <= set(found["attack_presets"])
+    assert found["recipe_presets"]["trades_literature"] == {
+        "name": "trades", "weight_decay": 5e-4, "keep": "best", "held_out": 1000,
+    }  # fmt: skip
     assert found["attacks"]["pgd"]["parameters"]["steps"]["minimum"] == 1
     assert "closed_forms" in found["measures"]
     assert "relative_sharpness" in found["always_measured"]

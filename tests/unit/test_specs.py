@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from api.schemas import JobSubmission
 from service.errors import InvalidQuery
 from service.query import Comparison, Value
-from service.specs import AttackTask, ControlTask, JobSpec, MeasureTask, TrainTask, problems
+from service.specs import AttackTask, ControlTask, JobSpec, MeasureTask, TrainTask, digest, problems
 from service.specs.attacks import ATTACKS, PRESETS, Apgd, Fgsm, Pgd, Source, Transfer
 from service.specs.base import number
 from service.specs.catalog import ARCHITECTURES, DATASETS
@@ -38,6 +38,18 @@ def test_presets_are_names_of_attacks() -> None:
     assert JobSpec.model_validate(JOB).attack == Pgd(norm="linf", eps=8 / 255, step_size=2 / 255, steps=10)
     for name, attack in PRESETS.items():
         assert JobSpec.model_validate({**JOB, "attack": name}).attack == attack
+
+
+@pytest.mark.parametrize("name", ["adversarial", "trades"])
+def test_the_literatures_recipes_have_names(name: str) -> None:
+    spelled_out = {"name": name, "weight_decay": 5e-4, "keep": "best", "held_out": 1000}
+    by_name, by_parameters = (
+        JobSpec.model_validate({**JOB, "recipe": recipe}) for recipe in (f"{name}_literature", spelled_out)
+    )
+    assert digest(by_name) == digest(by_parameters)
+    assert by_name.recipe.name == name
+    with pytest.raises(ValidationError, match="known are: adversarial, adversarial_literature"):
+        JobSpec.model_validate({**JOB, "recipe": "adversarial_litrature"})
 
 
 @pytest.mark.parametrize("written", ["8/255", " 8 / 255 ", "0.03137254901960784", 8 / 255])
