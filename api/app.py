@@ -72,7 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.limiter = Limiter()
     app.state.asking = CapacityLimiter(ASKING)
     app.state.turns = new_turns()
-    app.state.open_by = Counter[str]()
+    app.state.open_by, app.state.held_by = Counter[str](), Counter[str]()
     app.state.insights = Insights(database)
     app.state.feed = Feed(app.state.insights, app.state.access, lambda: getattr(app.state, "stopping", False))
     for module in ROUTERS:
@@ -81,7 +81,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     app.add_middleware(Conditional)
     app.add_middleware(
-        BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes
+        BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes,
+        held_by=app.state.held_by,
     )  # fmt: skip
     app.add_middleware(Shares, open_by=app.state.open_by)
     app.add_middleware(SecurityHeaders)

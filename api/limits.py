@@ -38,10 +38,12 @@ class BodyLimit:
     `TooManyRequests` raised. Artifacts count in no memory: they are written to disk as they come.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, held_by: Counter[str] | None = None
+    ) -> None:
         self.app, self.max_body_bytes, self.max_upload_bytes = app, max_body_bytes, max_upload_bytes
         self.held_bytes = 0
-        self.held_by = Counter[str]()
+        self.held_by = Counter[str]() if held_by is None else held_by  # of users that have a share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
