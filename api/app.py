@@ -1,5 +1,6 @@
 """The HTTP application: routes on the service's verbs and questions."""
 
+from collections import Counter
 from importlib import metadata
 
 from anyio import CapacityLimiter
@@ -34,6 +35,7 @@ from api.limits import BodyLimit
 from api.prefix import Prefix
 from api.routing import new_turns
 from api.security import SecurityHeaders
+from api.shares import Shares
 from service.access import Access
 from service.artifacts import Artifacts
 from service.insights import Insights
@@ -70,6 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.limiter = Limiter()
     app.state.asking = CapacityLimiter(ASKING)
     app.state.turns = new_turns()
+    app.state.open_by, app.state.held_by = Counter[str](), Counter[str]()
     app.state.insights = Insights(database)
     app.state.feed = Feed(app.state.insights, app.state.access, lambda: getattr(app.state, "stopping", False))
     for module in ROUTERS:
@@ -78,8 +81,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     app.add_middleware(Conditional)
     app.add_middleware(
-        BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes
+        BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes,
+        held_by=app.state.held_by,
     )  # fmt: skip
+    app.add_middleware(Shares, open_by=app.state.open_by)
     app.add_middleware(SecurityHeaders)
     if settings.root_path:
         app.add_middleware(Prefix, root_path=settings.root_path)

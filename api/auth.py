@@ -12,6 +12,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
+from api import shares
 from api.binding import is_loopback
 from api.errors import Forbidden
 from api.turns import TooManyRequests
@@ -71,13 +72,16 @@ async def current_caller(request: Request, _documented: Any = Depends(_bearer)) 
         credentials = await _bearer(request)
         if request.app.state.settings.auth:
             asking: CapacityLimiter = request.app.state.asking
-            request.state.caller = await to_thread.run_sync(_allowed, request, credentials, path, limiter=asking)
+            caller = await to_thread.run_sync(_allowed, request, credentials, path, limiter=asking)
+            shares.count(
+                request.scope, request.app.state.open_by, caller.name, request.app.state.settings.max_open_requests
+            )
+            request.state.caller = caller
         else:
             request.state.caller = _trusted(request, request.app.state.settings)
             if request.path_params:
                 await to_thread.run_sync(_identify, request, request.state.caller, limiter=request.app.state.asking)
-    caller: Caller = request.state.caller
-    return caller
+    return request.state.caller  # type: ignore[no-any-return]
 
 
 def _allowed(request: Request, credentials: HTTPAuthorizationCredentials | None, path: str) -> Caller:

@@ -41,7 +41,7 @@ IDS_AT_ONCE = 100
 class Event:
     """A state change (`id` is set, `kind` as in `task.succeeded`), or a `progress` report without an id.
 
-    A `gap` comes first where events are not kept any more: `data` has the ids `from` and `to` of those.
+    A `gap` comes in the place of events that are not kept any more: `data` has the ids `from` and `to` of those.
     """
 
     id: int | None

@@ -100,8 +100,8 @@ async def follow_events(
     starts behind, without data. With `follow=false` the last is `event: end`: where it is missing, the stream was
     broken off. Comments keep a silent stream open. What changes of users and tokens is told to admins, and to who
     changed it. The stream ends within seconds when the caller's token is revoked or has expired. Old events may have
-    been dropped (`UNCANNY_EVENT_DAYS`): where some are missing that belong here, `event: gap` says so first, with the
-    ids `from` and `to` of what is gone.
+    been dropped (`UNCANNY_EVENT_DAYS`): where some are missing that belong here, `event: gap` says so in their place,
+    with the ids `from` and `to` of what is gone; also to who reads so slowly that they go meanwhile.
     """
     of = start.of
     past = _Past(insights, users, caller, start)
@@ -127,12 +127,15 @@ class _Past:
 
     def started(self) -> bytes:
         """What a stream begins with: the id that it starts behind, and the gap where events were dropped."""
-        begin = format_sse_event(id=str(self.last_id))
-        if self._start.first <= self.last_id + 1:
-            return begin
-        gap = {"from": self.last_id + 1, "to": self._start.first - 1}
-        self.last_id = self._start.first - 1
-        return begin + format_sse_event(data_str=json.dumps(gap), event=GAP, id=str(self.last_id))
+        return format_sse_event(id=str(self.last_id)) + self._gap(self._start.first)
+
+    def _gap(self, first: int) -> bytes:
+        """What says that events between the last one and the `first` that is kept were dropped; else nothing."""
+        if first <= self.last_id + 1:
+            return b""
+        gap = {"from": self.last_id + 1, "to": first - 1}
+        self.last_id = first - 1
+        return format_sse_event(data_str=json.dumps(gap), event=GAP, id=str(self.last_id))
 
     async def pages(self) -> AsyncIterator[bytes]:
         """Raises `DatabaseAway`, and `Unauthenticated` where the caller's token is good no more."""
@@ -141,7 +144,9 @@ class _Past:
                 self._caller = await to_thread.run_sync(self._users.renewed, self._caller, limiter=CATCHING_UP)
                 self._renewed_at = time.monotonic()
             look = partial(self._insights.events, self.last_id, **self._of)
-            happened, self.running = await to_thread.run_sync(look, limiter=CATCHING_UP)
+            first, happened, self.running = await to_thread.run_sync(look, limiter=CATCHING_UP)
+            if gap := self._gap(first):
+                yield gap
             if not happened:
                 return
             self.last_id = happened[-1]["id"]

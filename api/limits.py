@@ -1,15 +1,18 @@
 """How large the body of a request may be, and how slow its sender. It is counted as it is asked for, not before."""
 
 import asyncio
+from collections import Counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.turns import Busy
+from api.shares import user_of
+from api.turns import Busy, TooManyRequests
 from service.errors import UncannyError
 
 BODY_BYTES = 1 << 20  # of all bodies but sweeps and artifacts
 SMALL_BYTES = 64 << 10  # of a body that is always heard
 HELD_BYTES = 128 << 20  # of all bodies that are being read, beyond what is small of each
+ONE_USERS_PART = 2  # of these, one user's bodies may have the half
 BODY_SECONDS = 20.0  # that a sender may keep a server waiting, and
 SLOWEST_BYTES_PER_SECOND = 50_000  # so much longer as it has sent
 SWEEPS, ARTIFACTS = "/v1/sweeps", "/v1/artifacts/"
@@ -31,13 +34,16 @@ class BodyTooSlow(UncannyError):
 class BodyLimit:
     """ASGI middleware: bounds each body, and the memory of all that are being read, as their bytes are asked for.
 
-    Whoever reads a body gets `BodyTooLarge`, `BodyTooSlow` or `Busy` raised. Artifacts count in no memory: they are
-    written to disk as they come.
+    Whoever reads a body gets `BodyTooLarge`, `BodyTooSlow`, `Busy` or, where the same user's bodies are the reason,
+    `TooManyRequests` raised. Artifacts count in no memory: they are written to disk as they come.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, held_by: Counter[str] | None = None
+    ) -> None:
         self.app, self.max_body_bytes, self.max_upload_bytes = app, max_body_bytes, max_upload_bytes
         self.held_bytes = 0
+        self.held_by = Counter[str]() if held_by is None else held_by  # of users that have a share
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,7 +52,7 @@ class BodyLimit:
         try:
             await self.app(scope, body.receive, send)
         finally:
-            self.held_bytes -= body.held_bytes
+            body.release()
         return None
 
     def most(self, path: str) -> int:
@@ -60,13 +66,14 @@ class BodyLimit:
 
 class _Body:
     def __init__(self, limit: BodyLimit, scope: Scope, receive: Receive) -> None:
-        self._limit, self._receive = limit, receive
+        self._limit, self._scope, self._receive = limit, scope, receive
         self._most = limit.most(scope["path"])
         self._streamed = scope["path"].startswith(ARTIFACTS)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         self._declared = int(declared) if declared.isdigit() else 0
         self._waited_seconds = 0.0
         self._seen, self._ended = 0, False
+        self._user: str | None = None
         self.held_bytes = 0
 
     async def receive(self) -> Message:
@@ -97,7 +104,24 @@ class _Body:
 
     def _hold(self) -> None:
         more = max(0, self._seen - SMALL_BYTES) - self.held_bytes
-        if more and self._limit.held_bytes + more > HELD_BYTES:
+        if not more:
+            return
+        self._user = user_of(self._scope)  # of all that is read of a body
+        if self._user is not None and self._limit.held_by[self._user] + more > HELD_BYTES // ONE_USERS_PART:
+            raise TooManyRequests(
+                f"many large bodies of {self._user} are being read: nothing was done; try again when some have been"
+            )
+        if self._limit.held_bytes + more > HELD_BYTES:
             raise Busy("many large bodies are being read: nothing was done; try again in a moment")
         self.held_bytes += more
         self._limit.held_bytes += more
+        if self._user is not None:
+            self._limit.held_by[self._user] += more
+
+    def release(self) -> None:
+        """Nothing of this body is held any more."""
+        self._limit.held_bytes -= self.held_bytes
+        if self._user is not None:
+            self._limit.held_by[self._user] -= self.held_bytes
+            if not self._limit.held_by[self._user]:
+                del self._limit.held_by[self._user]

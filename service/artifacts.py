@@ -103,7 +103,7 @@ class Artifacts:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except InvalidSpec:
+        except (InvalidSpec, ArtifactRootUnusable):
             raise
         except Exception as error:  # an object store has errors of its own
             if self._local and not isinstance(error, OSError):
@@ -156,8 +156,6 @@ class Artifacts:
             path = Path(source) if self._local else Path(folder) / "bytes"
             try:
                 with self._reading():
-                    if not self._fs.exists(source):
-                        raise ArtifactMissing(absent)
                     if not self._local:
                         self._fs.get_file(source, str(path))
                     found = _sha256(path)[0]
@@ -171,7 +169,7 @@ class Artifacts:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (ArtifactMissing, FileNotFoundError):
+        except (ArtifactMissing, ArtifactRootUnusable, FileNotFoundError):
             raise
         except Exception as error:
             if self._local and not isinstance(error, OSError):
@@ -229,48 +227,86 @@ class Artifacts:
                 "what waits for it goes on by itself"
             )
 
-    def open(self, digest: str) -> BinaryIO:
-        """The bytes as a file. Raises `ArtifactMissing`."""
-        file: BinaryIO = self._fs.open(self._present(digest), "rb")
-        return file
+    @contextmanager
+    def open(self, digest: str) -> Iterator[BinaryIO]:
+        """The bytes as a file, for who only reads it in the context.
+
+        Raises `ArtifactMissing`, and `ArtifactRootUnusable` where they cannot be read, also later on.
+        """
+        source = self._path(digest)
+        with self._present(digest), self._fs.open(source, "rb") as file:
+            yield file
 
     def size(self, digest: str) -> int:
-        """How many bytes there are. Raises `ArtifactMissing`."""
-        return int(self._fs.size(self._present(digest)))
-
-    def _present(self, digest: str) -> str:
+        """How many bytes there are. Raises `ArtifactMissing`, `ArtifactRootUnusable`."""
         source = self._path(digest)
-        if not self._fs.exists(source):
-            raise ArtifactMissing(f"artifact {digest} is not under {self.root}")
-        return source
+        with self._present(digest):
+            return int(self._fs.info(source)["size"])
+
+    @contextmanager
+    def _present(self, digest: str) -> Iterator[None]:
+        """Read in this context what must be there."""
+        try:
+            with self._reading():
+                yield
+        except FileNotFoundError as error:
+            raise ArtifactMissing(f"artifact {digest} is not under {self.root}") from error
 
     def exists(self, digest: str) -> bool:
-        return bool(self._fs.exists(self._path(digest)))
+        """Whether these bytes are there. Raises `ArtifactRootUnusable` where nobody can tell."""
+        source = self._path(digest)
+        try:
+            with self._reading():
+                self._fs.info(source)
+        except FileNotFoundError:
+            return False
+        return True
 
     def delete(self, digest: str) -> None:
+        """Delete these bytes, if they are there. Raises `ArtifactRootUnusable`."""
+        source = self._path(digest)
         if self.exists(digest):
-            self._fs.rm_file(self._path(digest))
+            with self._writing(), suppress(FileNotFoundError):  # another one was faster
+                self._fs.rm_file(source)
 
     def stored(self) -> Iterator["Stored"]:
-        """All that is there, referred to or not; not those whose age the file system does not tell."""
+        """All that is there, referred to or not; not those whose age the file system does not tell.
+
+        Raises `ArtifactRootUnusable` where nobody can tell.
+        """
         if self._local:
-            for file in Path(self._base).glob("??/*"):
-                with suppress(FileNotFoundError):  # deleted since it was listed
-                    if DIGEST.fullmatch(file.name):
-                        yield Stored(file.name, (found := file.lstat()).st_size, found.st_mtime)
+            try:
+                with self._reading():
+                    folders = [name for name in os.listdir(self._base) if len(name) == 2]
+            except FileNotFoundError:
+                return
+            for folder in folders:
+                yield from self._stored_in(Path(self._base) / folder)
             return
-        for path, info in self._fs.find(self._base, detail=True).items():
+        with self._reading():
+            listed = self._fs.find(self._base, detail=True)
+        for path, info in listed.items():
             digest, at = path.rpartition("/")[2], _modified(info)
             if DIGEST.fullmatch(digest) and at is not None:
                 yield Stored(digest, int(info["size"]), at)
+
+    def _stored_in(self, folder: Path) -> Iterator["Stored"]:
+        with suppress(FileNotFoundError), self._reading():
+            for file in folder.iterdir():
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    if DIGEST.fullmatch(file.name):
+                        yield Stored(file.name, (found := file.lstat()).st_size, found.st_mtime)
 
     def discard(self, digest: str, older_than: float) -> bool:
         """Delete these bytes unless they were published, or published again, at or after that time; true if deleted.
 
         In a folder they are renamed first and then looked at, so none that were just published get lost. An object
-        store has no such rename: they are looked at once more right before.
+        store has no such rename: they are looked at once more right before. Raises `ArtifactRootUnusable`.
         """
-        path = self._path(digest)
+        with self._writing():
+            return self._discarded(self._path(digest), older_than)
+
+    def _discarded(self, path: str, older_than: float) -> bool:
         if not self._local:
             self._fs.invalidate_cache(path)
             try:

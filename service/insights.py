@@ -116,22 +116,26 @@ class Insights(Results):
         It is `after + 1` where no event between the two was dropped that may have been one of those.
         """
         with self.database.read() as connection:
-            first = history.first(connection)
-            of = (reading.sweep(connection, sweep_id) if sweep_id else None) or (
-                reading.job(connection, job_id) if job_id else None
-            )
-        if first is None or first.id <= after + 1 or (of is not None and of.created_at >= first.at):
+            return self._first_event(connection, after, sweep_id, job_id)
+
+    def _first_event(self, connection: Connection, after: int, sweep_id: str | None, job_id: str | None) -> int:
+        first = history.first(connection)
+        if first is None or first.id <= after + 1:
             return after + 1
-        return int(first.id)
+        of = (reading.sweep(connection, sweep_id) if sweep_id else None) or (
+            reading.job(connection, job_id) if job_id else None
+        )
+        return after + 1 if of is not None and of.created_at >= first.at else int(first.id)
 
     def events(
         self, after: int, *, sweep_id: str | None = None, job_id: str | None = None
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """`(events later than that id, the progress of what runs)`, of everything or of one sweep or job."""
+    ) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+        """`(first_event, events later than that id, the progress of what runs)`, of everything or of a sweep or job."""
         with self.database.read() as connection:
+            first = self._first_event(connection, after, sweep_id, job_id)
             happened = history.after(connection, after, sweep_id=sweep_id, job_id=job_id)
             running = reading.running_tasks(connection, sweep_id=sweep_id, job_id=job_id)
-        return [views.event_view(event) for event in happened], [views.running_view(task) for task in running]
+        return first, [views.event_view(event) for event in happened], [views.running_view(task) for task in running]
 
     def news(
         self, after: int, *, sweep_ids: Collection[str], job_ids: Collection[str], known: Mapping[str, set[str]]

@@ -75,6 +75,11 @@ class Settings(BaseSettings):
     requests_per_minute: int = Field(
         default=6000, ge=0, description="Of one user, where tokens are asked for; 0 is no limit."
     )
+    max_open_requests: int = Field(
+        default=256,
+        ge=0,
+        description="Of one user at once, streams among them, where tokens are asked for; 0: no limit.",
+    )
     statement_seconds: float = Field(
         default=60.0, gt=0, description="That the database may take for one statement of a request: 503 then."
     )

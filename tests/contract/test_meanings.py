@@ -1,5 +1,6 @@
 """A typing error is no empty answer: values of closed lists, names, times and cursors are what they say or refused."""
 
+import asyncio
 import csv
 import io
 import itertools
@@ -17,7 +18,10 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from api.app import create_app
+from api.events import Start, _followed, _Past
+from api.feed import MOST_PENDING, Feed, Reader
 from service import exporting, networks, times
+from service.access import Access, Caller
 from service.errors import InvalidQuery
 from service.insights import Insights, Question
 from service.settings import Settings
@@ -310,6 +314,36 @@ def test_an_event_that_is_not_there_yet(lab: Any, http: TestClient) -> None:
         assert name in answer.text
     answer = http.get("/v1/events", params={"after": newest, "follow": False})
     assert ids_of(answer.text) == [("", None), ("end", {"last_id": newest})]
+
+
+def test_who_is_behind_when_events_are_dropped_is_told_of_the_gap(lab: Any) -> None:
+    """In the middle of a stream: its reader took nothing for so long that what waited for it was given up."""
+    ann, insights, access = Caller("ann"), Insights(lab.database), Access(lab.database)
+    newest = insights.last_event()
+    start = Start(newest, newest + 1, {"sweep_id": None, "job_id": None})
+    reader, all_of_it = Reader(ann, since=newest), list[Any]()
+
+    async def told() -> list[bytes]:
+        stream = _followed(_Past(insights, access, ann, start), reader, Feed(insights, access, lambda: False))
+        begin = await anext(stream)
+        for seed in range(MOST_PENDING + 1):
+            lab.submit(seed=100 + seed)
+            reader.give([])
+        all_of_it.extend(lab.rows(tables.events))
+        kept = all_of_it[-2].id
+        with lab.database.write() as connection:
+            connection.execute(tables.events.delete().where(tables.events.c.id < kept))
+        came = [begin, await anext(stream), await anext(stream)]
+        await stream.aclose()
+        return came
+
+    begin, gap, rest = asyncio.run(told())
+    kept = lab.rows(tables.events)[0].id
+    assert begin == f"id: {newest}\n\n".encode()
+    assert ids_of(gap.decode()) == [("gap", {"from": newest + 1, "to": kept - 1})]
+    assert [one["id"] for _, one in ids_of(rest.decode())] == [kept, kept + 1]
+    with lab.database.write() as connection:  # what is left is to have no gap: the lab looks at all of it
+        connection.execute(tables.events.insert(), [dict(row._mapping) for row in all_of_it if row.id < kept])
 
 
 def test_events_that_were_dropped_are_told_as_a_gap(lab: Any, http: TestClient) -> None:

@@ -253,15 +253,15 @@ def test_events_and_progress(service: Service, insights: Insights, executor: Scr
     executor.report = (0.25, {"epoch": 3})
     finish(0)
     finish(0)
-    happened, running = insights.events(0, sweep_id=sweep_id)
+    _, happened, running = insights.events(0, sweep_id=sweep_id)
     assert happened[0]["kind"] == "sweep.submitted"
     assert {"job.submitted", "task.queued", "task.blocked", "task.running"} <= {event["kind"] for event in happened}
     assert other not in {event["job_id"] for event in happened}
     assert [(task["progress"], task["detail"]) for task in running] == [(0.25, {"epoch": 3})]
-    later, _ = insights.events(happened[3]["id"], sweep_id=sweep_id)
+    _, later, _ = insights.events(happened[3]["id"], sweep_id=sweep_id)
     assert [event["id"] for event in later] == [event["id"] for event in happened[4:]]
     assert insights.last_event() >= happened[-1]["id"]
-    assert len(insights.events(0, job_id=other)[1]) == 1
+    assert len(insights.events(0, job_id=other)[2]) == 1
 
 
 def test_queue_and_cluster(service: Service, insights: Insights, finish: Any) -> None:

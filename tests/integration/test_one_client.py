@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from threading import Event, Semaphore
@@ -529,3 +530,79 @@ class TestFrozenPostgresql:
         made, _ = frozen
         with pytest.raises(DatabaseAway, match="too long"), getattr(made, kind)() as connection:
             connection.exec_driver_sql("SELECT pg_sleep(20)")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A server that asks for tokens, and secrets of two users by name."""
+
+    server: Any
+    secrets: dict[str, str]
+
+    def ask(self, who: str, method: str, path: str, **more: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.secrets[who]}"} | more.pop("headers", {})
+        answer: httpx.Response = self.server.http.request(method, path, headers=headers, **more)
+        return answer
+
+    def connect(self, who: str, head: str, body: bytes = b"") -> socket.socket:
+        head = f"{head} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {self.secrets[who]}\r\n"
+        if body:
+            head += "Content-Type: application/json\r\nContent-Length: 9000000\r\n"
+        return connect(self.server, f"{head}\r\n".encode() + body)
+
+
+@pytest.fixture(scope="module")
+def shared(start_server: Any, sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    home = tmp_path_factory.mktemp("home")
+    shutil.copyfile(sqlite_template, home / "uncanny.db")
+    with start_server(home, dispatching=False, auth=True, max_open_requests=3) as server:
+        access, secrets = server.app.state.access, {}
+        for name in ("ada", "bob"):
+            access.put_user(name, {"role": "researcher"}, actor="root")
+            made = access.create_token(name, "test", "submit", None, by=Caller("root"))
+            secrets[name] = made["secret"]
+        yield Shared(server, secrets)
+
+
+class TestShares:
+    """What one user has open leaves room for another one, where tokens are asked for."""
+
+    @pytest.mark.parametrize("what", ["streams", "uploads", "waits"])
+    def test_of_open_requests(self, shared: Shared, what: str) -> None:
+        job = shared.ask("ada", "POST", "/v1/jobs", json={**JOB, "seed": 1}).json()["id"]
+        head, body = {
+            "streams": ("GET /v1/events", b""),
+            "waits": (f"GET /v1/jobs/{job}?wait=4", b""),
+            "uploads": (f"PUT /v1/artifacts/{'0' * 64}", b"x"),
+        }[what]
+        hers = [shared.connect("ada", head, body) for _ in range(3)]
+        try:
+            until(lambda: shared.server.app.state.open_by["ada"] == 3)
+            refused = shared.ask("ada", "GET", "/v1/queue")
+            assert (refused.status_code, refused.headers["Retry-After"].isdigit()) == (429, True)
+            assert "3 requests of ada are open" in refused.json()["detail"]
+            assert shared.ask("bob", "GET", "/v1/queue").status_code == 200
+            assert shared.ask("bob", "POST", "/v1/jobs", json={**JOB, "seed": 2}).status_code == 201
+            hers.pop().close()
+            until(lambda: shared.ask("ada", "GET", "/v1/queue").status_code == 200)
+        finally:
+            for connection in hers:
+                connection.close()
+        until(lambda: not shared.server.app.state.open_by)
+
+    def test_of_large_bodies(self, shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.limits.HELD_BYTES", 2_000_000)
+
+        def sweep(who: str) -> httpx.Response:
+            return shared.ask(who, "POST", "/v1/sweeps", content=b" " * 600_000, headers=JSON)
+
+        half = shared.connect("ada", "POST /v1/sweeps", b" " * 900_000)
+        try:
+            until(lambda: shared.server.app.state.held_by["ada"] > 800_000)
+            refused = sweep("ada")
+            assert (refused.status_code, refused.headers["Retry-After"].isdigit()) == (429, True)
+            assert "large bodies of ada" in refused.json()["detail"]
+            assert sweep("bob").status_code == 400
+        finally:
+            half.close()
+        until(lambda: sweep("ada").status_code == 400)

@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -87,8 +87,14 @@ def test_what_is_not_there(root: str) -> None:
     store = Artifacts(root)
     with pytest.raises(ArtifactMissing, match="is not under"), store.local(DIGEST):
         pass
+    with pytest.raises(ArtifactMissing, match="is not under"), store.open(DIGEST):
+        pass
     with pytest.raises(ArtifactMissing, match="is not under"):
-        store.open(DIGEST)
+        store.size(DIGEST)
+    assert not store.exists(DIGEST)
+    store.delete(DIGEST)
+    assert not store.discard(DIGEST, 0.0)
+    assert list(store.stored()) == []
 
 
 @pytest.mark.parametrize("wrong", ["", "..", "../../etc/passwd", DIGEST.upper(), DIGEST + "\n", DIGEST[:-1]])
@@ -123,6 +129,24 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space left"):
         store.write("checkpoint", half)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def read(store: Artifacts) -> None:
+    with store.open(DIGEST) as file:
+        file.read()
+
+
+def fetch(store: Artifacts) -> None:
+    with store.local(DIGEST):
+        pass
+
+
+OPERATIONS: dict[str, Callable[[Artifacts], object]] = {
+    "open": read, "local": fetch, "size": lambda store: store.size(DIGEST),
+    "exists": lambda store: store.exists(DIGEST), "delete": lambda store: store.delete(DIGEST),
+    "stored": lambda store: list(store.stored()), "discard": lambda store: store.discard(DIGEST, 1e12),
+    "write": lambda store: store.write_chunks("checkpoint", [BYTES]),
+}  # fmt: skip
 
 
 class TestUnusable:
@@ -187,6 +211,47 @@ class TestUnusable:
         monkeypatch.setattr(store._fs, "open", away)
         with pytest.raises(ArtifactRootUnusable, match="EndpointConnectionError"):
             store.write_chunks("checkpoint", [BYTES])
+
+    @pytest.mark.parametrize("what", OPERATIONS)
+    def test_whatever_is_asked_of_a_folder_that_cannot_be_entered(self, tmp_path: Path, what: str) -> None:
+        """Its own links lead to each other, which also an administrator cannot follow."""
+        store = Artifacts(str(tmp_path / "artifacts"))
+        store.write_chunks("checkpoint", [BYTES])
+        shutil.rmtree(tmp_path / "artifacts")
+        (tmp_path / "artifacts").symlink_to(tmp_path / "artifacts")
+        with pytest.raises(ArtifactRootUnusable, match=f"under the artifact root {tmp_path}/artifacts .*mount it"):
+            OPERATIONS[what](store)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another account")
+    @pytest.mark.parametrize("what", OPERATIONS)
+    def test_whatever_is_asked_of_a_folder_of_another_account(self, tmp_path: Path, what: str) -> None:
+        store = Artifacts(str(tmp_path / "artifacts"))
+        store.write_chunks("checkpoint", [BYTES])
+        tmp_path.chmod(0o700)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(ArtifactRootUnusable, match="Permission denied"):
+                OPERATIONS[what](store)
+        finally:
+            os.seteuid(0)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("what", OPERATIONS)
+    @pytest.mark.parametrize("trouble", ["nothing listens", "not allowed"])
+    def test_whatever_is_asked_of_a_bucket(
+        self, s3_root: str, what: str, trouble: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The errors of boto and its libraries are not ours."""
+        if trouble == "nothing listens":
+            monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+            monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        else:
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                monkeypatch.delenv(name, raising=False)
+            monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            monkeypatch.setenv("HOME", "/nonexistent")
+        with pytest.raises(ArtifactRootUnusable, match=f"under the artifact root {s3_root} "):
+            OPERATIONS[what](Artifacts(s3_root))
 
     @pytest.mark.parametrize("state", ["is not there", "is empty"])
     def test_all_of_it_missing(self, tmp_path: Path, state: str) -> None:
