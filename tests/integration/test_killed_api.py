@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from service.settings import Settings
 from service.store import Database, tables
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 20}
-CLIENTS, SECONDS, KILL_SECONDS, PATIENCE_SECONDS = 100, 60.0, 5.0, 120.0
+CLIENTS, KILL_SECONDS, PATIENCE_SECONDS = 100, 5.0, 120.0
+SECONDS, KILLS = 60.0, 8  # a busy machine takes longer, because the API must answer before it is killed
 
 
 def start_api(settings: Settings, listening: socket.socket) -> "subprocess.Popen[bytes]":
@@ -38,13 +39,17 @@ def start_api(settings: Settings, listening: socket.socket) -> "subprocess.Popen
         )  # fmt: skip
 
 
-def keep_killing(settings: Settings, listening: socket.socket, url: str) -> int:
-    """Kill the API 5 s after it answers, and start it again, for a minute; the last one lives. Returns the kills."""
+def keep_killing(settings: Settings, listening: socket.socket, url: str, clients: list[Future[float]]) -> int:
+    """Kill the API 5 s after it answers, and start it again, for a minute; the last one lives. Returns the kills.
+
+    It ends where a client has ended before its time.
+    """
     began, kills = time.monotonic(), 0
     while True:
         process = start_api(settings, listening)
         until(lambda: answers(url))
-        if time.monotonic() - began > SECONDS:
+        over = time.monotonic() - began > SECONDS and kills >= KILLS
+        if over or any(client.done() for client in clients):
             return kills
         time.sleep(KILL_SECONDS)
         process.kill()
@@ -62,7 +67,7 @@ def answers(url: str) -> bool:
 def submit(url: str, number: int, stop: threading.Event, ids: dict[str, list[str]]) -> float:
     """Submit job after job; every third is asked for twice under its key. Returns the longest wait in seconds."""
     chance, longest, count = random.Random(number), 0.0, 0
-    with Client(url, user=f"user {number}", patience_seconds=PATIENCE_SECONDS) as client:
+    with Client(url, user=f"user-{number}", patience_seconds=PATIENCE_SECONDS) as client:
         while True:
             key = f"{number}-{count}"
             body = {**JOB, "seed": count, "labels": {"key": key}}
@@ -78,7 +83,7 @@ def submit(url: str, number: int, stop: threading.Event, ids: dict[str, list[str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_each_key_is_one_job_and_is_answered(
     database_url: str, tmp_path: Path, start_dispatcher: Callable[..., Any], lab_type: Any, artifacts: Any
 ) -> None:
@@ -87,25 +92,26 @@ def test_each_key_is_one_job_and_is_answered(
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     ids: dict[str, list[str]] = defaultdict(list)
     database = Database(database_url)
-    with listening, start_dispatcher(settings), ThreadPoolExecutor(CLIENTS) as pool:
+    with listening, ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(submit, url, number, stop, ids) for number in range(CLIENTS)]
         try:
-            kills = keep_killing(settings, listening, url)
+            kills = keep_killing(settings, listening, url, clients)
         finally:
             stop.set()
         longest = max(client.result() for client in clients)
 
-        def jobs() -> list[Any]:
-            with database.read() as connection:
-                return list(connection.execute(select(tables.jobs.c.id, tables.jobs.c.labels, tables.jobs.c.state)))
+    def jobs() -> list[Any]:
+        with database.read() as connection:
+            return list(connection.execute(select(tables.jobs.c.id, tables.jobs.c.labels, tables.jobs.c.state)))
 
-        until(lambda: {job.state for job in jobs()} == {"succeeded"})
+    with start_dispatcher(settings):  # not before: its thread would share this process with 100 clients
+        until(lambda: {job.state for job in jobs()} == {"succeeded"}, PATIENCE_SECONDS)
     stored: dict[str, list[str]] = defaultdict(list)
     for job in jobs():
         stored[job.labels["key"]].append(job.id)
     lost, doubled = ids.keys() - stored.keys(), [key for key, of_key in stored.items() if len(of_key) > 1]
     print(f"\n{kills} kills, {len(ids)} keys, {len(lost)} lost, {len(doubled)} doubled; longest wait {longest:.1f} s")
-    assert kills >= 5
+    assert kills >= KILLS
     assert Counter(map(len, stored.values())) == {1: len(ids)}
     assert {key: {job_id} for key, [job_id] in stored.items()} == {key: set(answered) for key, answered in ids.items()}
     assert not list(violations(database, [job_id for [job_id] in stored.values()]))
