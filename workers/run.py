@@ -47,6 +47,7 @@ LISTEN_SECONDS = 0.02  # an interrupt of the listening thread is heard that ofte
 OTHERS_BYTES = 1 << 30  # of a GPU's memory that others have before it counts as shared; a driver takes some itself
 GATHER_SECONDS = 0.005  # messages that come so close together travel together
 INTERRUPT_AGAIN_SECONDS = 1.0  # an interrupt that lands in a destructor is lost
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 
 
@@ -192,7 +193,7 @@ def _produce(
             if unfit:
                 put(Lost(grant.task_id, grant.attempt, "given_back", f"not started: {unfit}"))
                 continue
-            put(Started(grant.task_id, grant.attempt, worker, context.node))
+            put(Started(grant.task_id, grant.attempt, worker, context.node, pid=os.getpid()))
             answer, device_broken = _answer(grant, bundle, context, put, stopped)
             put(answer)
             if device_broken:
@@ -231,20 +232,34 @@ def _answer(
         return Failed(task, attempt, "missing_checkpoint", str(error), missing=error.digest), False
     except (ScienceError, ArtifactMissing) as error:
         return Failed(task, attempt, "configuration", str(error)), False
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
-        lost = Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}")
     except Exception as error:  # noqa: BLE001 - whatever else goes wrong in a task is that task's, and is told
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return _of_the_environment(grant, bundle, context, error), False
-        what = f"{type(error).__name__}: {error}"
-        broken = isinstance(error, torch.AcceleratorError)
-        return Failed(task, attempt, "error", what, traceback.format_exc()), broken
+        if not ran_out_of_memory(error):
+            what = f"{type(error).__name__}: {error}"
+            broken = isinstance(error, torch.AcceleratorError)
+            return Failed(task, attempt, "error", what, traceback.format_exc()), broken
+        reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
+        lost = Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}")
     # Out here the exception, whose frames hold the task's tensors, is gone.
     context.cache.clear()
     if context.device.type == "cuda":
         torch.cuda.empty_cache()
     return lost, False
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory, on the device or in the process. Torch has no type of error for main memory.
+
+    >>> ran_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."))
+    True
+    >>> ran_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory")), ran_out_of_memory(RuntimeError("a bug"))
+    (True, False)
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    by_words = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return by_words or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _of_the_environment(grant: Grant, bundle: Bundle, context: Context, error: Exception) -> Lost:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from processes import command_of
+from processes import command_of, serve_with
 
 from api import home as homes
 from api.client import Client
@@ -26,22 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20, "recipe": {"epochs": 1}}
 SERVE = [sys.executable, "-m", "api.cli", "serve", "--json"]
-
-
-def serve_with(dispatcher: str, *, ray: bool = False) -> list[str]:
-    """The same supervisor with another dispatcher: an expression for its command, which knows the real `command`."""
-    script = (
-        "import sys; from api import supervisor; from api.cli import main\n"
-        "made = supervisor.Supervisor.__init__\n"
-        "def other(self, *args, **options):\n"
-        "    made(self, *args, **options)\n"
-        "    command = self.parts[1].command\n"
-        f"    self.parts[1].command = {dispatcher}\n"
-        f"    {'' if ray else 'del self.parts[2:]'}\n"
-        "supervisor.Supervisor.__init__ = other\n"
-        "sys.argv[1:1] = ['serve', '--json']; main()"
-    )
-    return [sys.executable, "-c", script]
 
 
 # A dispatcher that does nothing, where Ray would only cost time; it leaves an orphan behind.
