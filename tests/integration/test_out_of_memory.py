@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PATIENCE_SECONDS = 240.0
 MOST_LOSSES = 2
 ROOM_BYTES = 256 << 20  # beyond what a worker has that did something small
-NODE_BYTES = 6 << 30
+NODE_BYTES = 4 << 30
 GROUPS = Path("/sys/fs/cgroup/memory")
 SMALL = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 16, "recipe": {"epochs": 2}}
 # All images in one batch: of each layer's features alone it keeps hundreds of megabytes.
