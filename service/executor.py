@@ -121,7 +121,8 @@ class Outcome:
 class Started:
     """The worker took the task up. `worker` names it: host, pid, device; `node` is the executor's name of its node.
 
-    A worker that is not `ready` still prepares itself, and has not begun with the task.
+    A worker that is not `ready` still prepares itself, and has not begun with the task. `pid` is that of its process,
+    0 where it has none of its own.
     """
 
     task_id: str
@@ -129,6 +130,7 @@ class Started:
     worker: str
     node: str = ""
     ready: bool = True
+    pid: int = 0
 
 
 @dataclass(frozen=True)

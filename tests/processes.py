@@ -66,13 +66,14 @@ class Lab:
                 start_new_session=True, preexec_fn=die_with_parent, pass_fds=[self.listening.fileno()],
             )  # fmt: skip
 
-    def start_node(self, name: str, *options: str, **environment: str) -> None:
+    def start_node(self, name: str, *options: str, within: tuple[str, ...] = (), **environment: str) -> None:
+        """`within` is a command that runs the one behind it."""
         ray = str(Path(sys.executable).with_name("ray"))
         common = ("--block", "--node-ip-address=127.0.0.1", f"--object-store-memory={STORE_BYTES}")
         log = self.home / f"{name}.log"
         log.touch()
         before = log.read_bytes().count(STARTED)
-        self.start(name, ray, "start", *common, *options, **environment)
+        self.start(name, *within, ray, "start", *common, *options, **environment)
         # One after the other: nodes that start at once on one machine may choose the same socket, and die of it.
         until(lambda: log.read_bytes().count(STARTED) > before)
 
@@ -81,8 +82,9 @@ class Lab:
         sessions = f"--temp-dir={self.environment['RAY_TMPDIR']}"
         self.start_node("head", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", sessions)
 
-    def start_worker(self, name: str, **environment: str) -> None:
-        self.start_node(name, f"--address={self.environment['RAY_ADDRESS']}", "--num-cpus=2", **environment)
+    def start_worker(self, name: str, within: tuple[str, ...] = (), **environment: str) -> None:
+        address = f"--address={self.environment['RAY_ADDRESS']}"
+        self.start_node(name, address, "--num-cpus=2", within=within, **environment)
 
     def start_dispatcher(self, name: str) -> None:
         self.start(name, sys.executable, "-m", "workers.dispatch", "--name", name)
@@ -140,6 +142,22 @@ def command_of(process: psutil.Process) -> str:
         return ""
 
 
+def serve_with(dispatcher: str, *, ray: bool = False) -> list[str]:
+    """The same supervisor with another dispatcher: an expression for its command, which knows the real `command`."""
+    script = (
+        "import sys; from api import supervisor; from api.cli import main\n"
+        "made = supervisor.Supervisor.__init__\n"
+        "def other(self, *args, **options):\n"
+        "    made(self, *args, **options)\n"
+        "    command = self.parts[1].command\n"
+        f"    self.parts[1].command = {dispatcher}\n"
+        f"    {'' if ray else 'del self.parts[2:]'}\n"
+        "supervisor.Supervisor.__init__ = other\n"
+        "sys.argv[1:1] = ['serve', '--json']; main()"
+    )
+    return [sys.executable, "-c", script]
+
+
 def busy(process: psutil.Process, seconds: float = 0.5) -> bool:
     """Whether it computes something. (Ray's titles of its processes do not tell reliably.)"""
     try:
@@ -194,22 +212,6 @@ def running_lab(server: "PostgresServer | None", home: Path, *, lease_seconds: f
 
 
 SERVE = [sys.executable, "-m", "api.cli", "serve", "--json"]
-
-
-def serve_with(dispatcher: str, *, ray: bool = False) -> list[str]:
-    """The same supervisor with another dispatcher: an expression for its command, which knows the real `command`."""
-    script = (
-        "import sys; from api import supervisor; from api.cli import main\n"
-        "made = supervisor.Supervisor.__init__\n"
-        "def other(self, *args, **options):\n"
-        "    made(self, *args, **options)\n"
-        "    command = self.parts[1].command\n"
-        f"    self.parts[1].command = {dispatcher}\n"
-        f"    {'' if ray else 'del self.parts[2:]'}\n"
-        "supervisor.Supervisor.__init__ = other\n"
-        "sys.argv[1:1] = ['serve', '--json']; main()"
-    )
-    return [sys.executable, "-c", script]
 
 
 # A dispatcher that does nothing, where Ray would only cost time; it leaves an orphan behind.

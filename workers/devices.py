@@ -1,5 +1,6 @@
 """The device of a worker: whether it computes, what an error says about it, and its memory."""
 
+import errno
 import os
 import shutil
 from typing import Any, Literal
@@ -18,6 +19,7 @@ Trouble = Literal["memory", "device", "other"]
 OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
+    "std::bad_alloc",
     "not enough memory",
     "ran out of memory",
     "unable to find an engine to execute this computation",
@@ -53,7 +55,8 @@ def trouble_of(error: BaseException) -> Trouble:
     >>> trouble_of(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
     'other'
     """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    out_of_main_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if out_of_main_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "memory"
     if not isinstance(error, RuntimeError):
         return "other"

@@ -19,6 +19,7 @@ from ray.exceptions import (
     TaskCancelledError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.artifacts import Artifacts
 from service.errors import ArtifactRootUnusable
@@ -26,7 +27,7 @@ from service.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Nee
 from service.ledger import Ledger
 from service.settings import Settings
 from workers.cluster import RETRY_SECONDS, NodeChecks, connect, nodes
-from workers.worker import WorkerSettings, run_bundle
+from workers.worker import WorkerSettings, end_frozen, run_bundle
 
 log = logging.getLogger("uncanny.pool")
 
@@ -44,7 +45,9 @@ class _Running:
     generator: Any
     act_at: float | None = None  # when a bundle that is being stopped is killed, and then given up
     killed: bool = False
+    ended: bool = False  # its process was told to be ended from outside
     node: str = ""  # where it runs, once it says so
+    pid: int = 0  # of its worker there
     host: str = ""  # whose worker prepares itself; empty once it is ready
     crash: str = ""  # its worker is gone; `act_at` says when it is told whether the node is gone too
     needs: Needs = field(default_factory=Needs)
@@ -202,7 +205,8 @@ class RayExecutor:
         known = [message for message in batch if running.ledger.accept(message)]
         for message in known:
             if isinstance(message, Started):
-                running.node, running.host = message.node, "" if message.ready else message.worker.split()[0]
+                running.node, running.pid = message.node, message.pid
+                running.host = "" if message.ready else message.worker.split()[0]
             if isinstance(message, Lost) and message.fault is not None and message.fault.owner == "device":
                 running.node, running.host, running.holds = message.fault.node, "", True
         if running.ledger.unwanted:
@@ -238,12 +242,16 @@ class RayExecutor:
                 self._lost += self._end(
                     bundle_id, self._loss_of(running.node) if gone else "worker_died", running.crash
                 )
-            elif running.killed:
+            elif running.ended or (running.killed and not running.pid):
                 self._lost += self._end(bundle_id, "given_back", "its worker could not be stopped in time")
+            elif running.killed:
+                _end_on_its_node(running.node, running.pid)
+                running.ended, running.act_at = True, now + self._grace_seconds / 2
             else:
                 log.warning("bundle %s does not stop: killing its worker", bundle_id)
                 ray.cancel(running.generator, force=True)
-                running.killed, running.act_at = True, now + self._grace_seconds
+                running.killed = True
+                running.act_at = now + self._grace_seconds / (2 if running.pid else 1)
 
     def _loss_of(self, node: str) -> Reason:
         return "preempted" if node in self._preempted else "node_died"
@@ -301,6 +309,16 @@ def without(capacity: Capacity, held: Collection[tuple[str, Needs]]) -> Capacity
             cpus, gpus = cpus - needs.cpus, gpus - needs.gpus
             node["CPU"], node["GPU"] = node.get("CPU", 0.0) - needs.cpus, node.get("GPU", 0.0) - needs.gpus
     return replace(capacity, cpus=cpus, gpus=gpus, nodes=tuple(nodes.values()))
+
+
+def _end_on_its_node(node: str, pid: int) -> None:
+    """End a worker that does not even end itself: Ray asks the process, and one that is frozen does not hear it.
+
+    It would keep its CPUs for good. A task on its node does it, and nobody waits for that task.
+    """
+    log.warning("worker process %d does not end itself: it is ended if it is frozen", pid)
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(num_cpus=0, max_retries=0)(end_frozen).options(scheduling_strategy=there).remote(pid)
 
 
 def _options(needs: Needs, avoid: Collection[str] = ()) -> dict[str, Any]:

@@ -194,7 +194,7 @@ def _produce(
             if unfit:
                 put(Lost(grant.task_id, grant.attempt, "given_back", f"not started: {unfit}"))
                 continue
-            put(Started(grant.task_id, grant.attempt, worker, context.node))
+            put(Started(grant.task_id, grant.attempt, worker, context.node, pid=os.getpid()))
             answer, device_broken = _answer(grant, bundle, context, put, stopped)
             put(answer)
             if device_broken:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from service.environment import DEVICE_WAIT_SECONDS
 from service.executor import Bundle, Fault, Lost, Message, Started
 
@@ -51,7 +53,7 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
     if "torch" not in sys.modules:
         first = bundle.grants[0]
         worker = f"{socket.gethostname()} pid {os.getpid()}, starting"
-        yield [Started(first.task_id, first.attempt, worker, node, ready=False)]
+        yield [Started(first.task_id, first.attempt, worker, node, ready=False, pid=os.getpid())]
     device = "node"
     try:
         import_undisturbed("workers.run")
@@ -100,6 +102,22 @@ def unprepared(bundle: Bundle, device: str, node: str, error: Exception) -> list
     first, *others = bundle.grants
     lost = Lost(first.task_id, first.attempt, "environment", why, fault)
     return [lost, *(Lost(one.task_id, one.attempt, "given_back", f"not started: {why}") for one in others)]
+
+
+def end_frozen(pid: int) -> bool:
+    """Kill the process if it is a worker of this one's node, and stopped; whether it was.
+
+    One that is not stopped ends itself when Ray tells it to, or has begun with something else meanwhile.
+    """
+    try:
+        process = psutil.Process(pid)
+        frozen = process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        if process.ppid() != os.getppid() or not frozen:
+            return False
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 def import_undisturbed(name: str) -> None:

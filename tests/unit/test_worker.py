@@ -1,5 +1,6 @@
 """What a worker process finds out and keeps, without a Ray to run in."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from processes import until
 
 from service.executor import Bundle, Fault, Grant, Lost
 from service.interrupt import interrupt
@@ -188,3 +191,31 @@ def test_who_starts_another_thread_is_not_interrupted_meanwhile() -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert ran >= started - 1
+
+
+SIBLING = "import sys; from workers.worker import end_frozen; print(end_frozen(int(sys.argv[1])))"
+
+
+def test_a_worker_that_is_frozen_is_ended_by_one_of_its_node_and_no_other_process_is() -> None:
+    """Workers of a node are children of one process, here this one."""
+
+    def is_ended(pid: int) -> bool:
+        """What a sibling of this process's children says."""
+        command = [sys.executable, "-c", SIBLING, str(pid)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+
+    with subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        child = psutil.Process(int(worker.stdout.readline()))
+        child.suspend()
+        try:
+            assert not is_ended(child.pid), "it is none of the node's workers"
+            assert not is_ended(worker.pid), "it is not frozen"
+            worker.send_signal(signal.SIGSTOP)
+            until(lambda: psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED)
+            assert is_ended(worker.pid)
+            assert worker.wait(30) == -signal.SIGKILL
+            assert not is_ended(worker.pid), "it is gone"
+        finally:
+            child.kill()
+            worker.kill()
