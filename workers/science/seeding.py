@@ -46,9 +46,11 @@ def uniform_per_example(
 
     Row i depends on (seed, index[i], restart, stream) only: not on the batch, its order or its device.
     """
-    bits = _raw(seed, index, restart, stream, math.prod(shape))
-    unit = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)  # 24 bits: exact in float32
-    return torch.from_numpy(unit).reshape(-1, *shape)
+    size = math.prod(shape)
+    out = np.empty((len(index), size), np.float32)
+    for row, bits in zip(out, _streams(seed, index, restart, stream), strict=True):
+        row[:] = bits.random_raw(size) >> np.uint64(40)  # 24 bits: exact in float32
+    return torch.from_numpy(np.multiply(out, np.float32(2.0**-24), out=out)).reshape(-1, *shape)
 
 
 def normal_per_example(
@@ -60,19 +62,26 @@ def normal_per_example(
     """
     size = math.prod(shape)
     half = (size + 1) // 2
-    bits = _raw(seed, index, restart, stream, 2 * half)
-    unit = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0
-    radius, angle = np.sqrt(-2 * np.log(unit[:, :half])), 2 * np.pi * unit[:, half:]
-    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size]
-    return torch.from_numpy(normal.astype(np.float32)).reshape(-1, *shape)
+    out = np.empty((len(index), size), np.float32)
+    for row, bits in zip(out, _streams(seed, index, restart, stream), strict=True):
+        unit = ((bits.random_raw(2 * half) >> np.uint64(11)) + 0.5) * 2.0**-53  # never 0
+        radius, angle = np.sqrt(-2 * np.log(unit[:half])), 2 * np.pi * unit[half:]
+        row[:half] = radius * np.cos(angle)
+        row[half:] = (radius * np.sin(angle))[: size - half]
+    return torch.from_numpy(out).reshape(-1, *shape)
 
 
-def _raw(seed: int, index: Tensor | Sequence[int], restart: int, stream: str, size: int) -> NDArray[np.uint64]:
-    rows = index.tolist() if isinstance(index, Tensor) else [int(i) for i in index]
-    out = np.empty((len(rows), size), np.uint64)
-    for row, i in enumerate(rows):
-        out[row] = example_bits(seed, i, restart, stream).random_raw(size)
-    return out
+def _streams(seed: int, index: Tensor | Sequence[int], restart: int, stream: str) -> Iterator[np.random.Philox]:
+    """`example_bits` of each example in turn: one object that is moved, because a new one takes as long as its numbers.
+
+    Example by example the numbers stay in the processor's cache.
+    """
+    bits = example_bits(seed, 0, restart, stream)
+    state: Any = bits.state
+    for i in index.tolist() if isinstance(index, Tensor) else index:
+        state["state"]["counter"][1] = i
+        bits.state = state
+        yield bits
 
 
 def generator(seed: int, device: torch.device | str = "cpu", stream: str = STREAM) -> torch.Generator:
