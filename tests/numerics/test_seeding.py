@@ -85,18 +85,24 @@ def test_example_generator_draws_integers_per_example() -> None:
 
 
 def test_deterministic_sets_the_flags_and_puts_them_back() -> None:
-    before = torch.backends.cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled()
-    inside = []
+    def flags() -> tuple[str, bool, bool]:
+        return (
+            torch.backends.cudnn.conv.fp32_precision,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    before, inside = flags(), []
 
     def fail() -> None:
         with seeding.deterministic("cpu"):
-            inside.append((torch.backends.cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled()))
+            inside.append(flags())
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert inside == [("ieee", True)]
-    assert before == (torch.backends.cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled())
+    assert inside == [("ieee", True, False)]
+    assert flags() == before == (before[0], False, True)
     with seeding.deterministic("cpu", tf32=True):
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 

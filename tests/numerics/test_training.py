@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from workers.science import seeding
 from workers.science.architectures import build
 from workers.science.attacks import ATTACKS
 from workers.science.augmentation import Augmentation, augment, default_augmentation
@@ -127,6 +128,26 @@ def test_equal_seeds_are_bit_equal_and_others_are_not(synthetic: ImageData) -> N
         train(models[-1], synthetic, epochs=1, seed=seed, augmentation=Augmentation(2, flip=True))
     assert equal(models[0], models[1])
     assert not equal(models[0], models[2])
+
+
+@pytest.mark.parametrize("recipe", ["standard", "trades"])
+def test_no_number_is_made_of_uninitialised_memory(
+    recipe: str, synthetic: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same training where torch fills such memory with NaN, as it does by default in deterministic mode."""
+    filled: list[bool] = []
+    models = [build("simple_cnn", synthetic.shape, 4, 0) for _ in range(2)]
+    how: dict[str, Any] = {"recipe": recipe, "recipe_params": {"steps": 1} if recipe == "trades" else {}}
+    for model in models:
+        model.register_forward_pre_hook(lambda *_: filled.append(torch.utils.deterministic.fill_uninitialized_memory))
+    train(models[0], synthetic, **how, epochs=1, train_samples=256)
+    assert set(filled) == {False}
+    filled.clear()
+    set_flags = seeding._set_flags
+    monkeypatch.setattr(seeding, "_set_flags", lambda flags: set_flags(flags._replace(fill=True)))
+    train(models[1], synthetic, **how, epochs=1, train_samples=256)
+    assert set(filled) == {True}
+    assert equal(*models)
 
 
 def test_standard_is_torch_sgd_with_a_cosine_schedule(digits: ImageData) -> None:
@@ -381,6 +402,17 @@ def test_crop_and_flip_are_among_the_possible_ones() -> None:
         kinds.add(found[0])
     assert len(kinds) > 30
     assert {flip for _, _, flip in kinds} == {False, True}
+
+
+def test_crops_flips_and_angles_are_drawn_on_the_cpu_wherever_the_images_are() -> None:
+    """The images of the second draw are nowhere: the numbers of another device would be none of this generator's."""
+    x, how = torch.zeros(16, 3, 8, 8, dtype=torch.uint8), Augmentation(2, flip=True, rotation_degrees=15)
+    here, there = generator(1), generator(1)
+    augment(x, how, here)
+    away = augment(x.to("meta"), how, there)
+    assert away.device.type == "meta"
+    assert torch.equal(here.get_state(), there.get_state())
+    assert not torch.equal(here.get_state(), generator(1).get_state())
 
 
 def test_rotation_turns_about_the_centre() -> None:
