@@ -23,6 +23,7 @@ STREAM = "start"
 """The default use of an example's numbers. Another use takes another name, and gets unrelated numbers."""
 
 _cudnn: Any = torch.backends.cudnn  # its stubs leave out `conv`
+_memory: Any = torch.utils.deterministic  # and these `fill_uninitialized_memory`
 _KEY = 0x556E63616E6E79  # the second half of Philox's key: separates these numbers from anyone else's Philox(seed)
 
 
@@ -134,6 +135,18 @@ def deterministic(device: torch.device | str = "cpu", *, tf32: bool = False) -> 
                 _inside.clear()
 
 
+def flags() -> dict[str, bool | str]:
+    """The flags that change numbers, by name, as they are now: for the provenance, inside what made the number."""
+    now = _flags()
+    return {
+        "deterministic_algorithms": now.algorithms,
+        "cudnn_deterministic": now.cudnn,
+        "cudnn_benchmark": now.benchmark,
+        "matmul_precision": now.matmul,
+        "convolution_precision": now.convolution,
+    }
+
+
 class _Flags(NamedTuple):
     algorithms: bool
     warn_only: bool
@@ -152,7 +165,7 @@ def _flags() -> _Flags:
     return _Flags(
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        _memory.fill_uninitialized_memory,
         _cudnn.deterministic,
         _cudnn.benchmark,
         torch.backends.cuda.matmul.fp32_precision,
@@ -166,7 +179,7 @@ def _set_flags(flags: _Flags) -> None:
     else:  # the same without importing the compiler, which takes 5 s and is loaded by who compiles
         mode = "default" if not flags.algorithms else "warn" if flags.warn_only else "error"
         torch.set_deterministic_debug_mode(mode)
-    torch.utils.deterministic.fill_uninitialized_memory = flags.fill
+    _memory.fill_uninitialized_memory = flags.fill
     _cudnn.deterministic = flags.cudnn
     _cudnn.benchmark = flags.benchmark
     torch.backends.cuda.matmul.fp32_precision = flags.matmul

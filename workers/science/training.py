@@ -24,7 +24,7 @@ from workers.science.errors import Diverged, NonFinite, ScienceError, WrongState
 from workers.science.evaluation import CleanReport, evaluate_clean
 from workers.science.recipes import RECIPES
 from workers.science.recipes.common import BatchNoise
-from workers.science.seeding import deterministic, moved
+from workers.science.seeding import deterministic, flags, moved
 from workers.science.seeding import generator as seeded_generator
 from workers.science.weights import load_state, load_weights, save_state, save_weights, weights_to_bytes
 
@@ -69,7 +69,7 @@ class TrainReport:
 
     `train_samples` images went into each epoch, `dropped_samples` more would have made a last batch of one image.
     `kept_epoch` is the one whose weights the network has. `seconds` are those of all epochs, those before a resume
-    included.
+    included. `flags` are those of the steps (`seeding.flags`): test numbers are measured without TF32.
     """
 
     epochs: tuple[EpochReport, ...]
@@ -80,6 +80,7 @@ class TrainReport:
     clean_loss: float
     top5_accuracy: float | None
     seconds: float
+    flags: Mapping[str, bool | str]
 
     @property
     def kept(self) -> EpochReport:
@@ -183,6 +184,7 @@ def train(
         reports = _restore(resume, settings, model, optimizer, generator, best)
 
     with deterministic(device, tf32=precision == "tf32"):
+        flags_of_steps = flags()
         for epoch in range(len(reports), epochs):
             epoch_lr = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2 if schedule == "cosine" else lr
             for group in optimizer.param_groups:
@@ -223,6 +225,7 @@ def train(
         clean_loss=clean.loss,
         top5_accuracy=clean.top5_accuracy,
         seconds=sum(report.seconds for report in reports),
+        flags=flags_of_steps,
     )
 
 
