@@ -256,6 +256,27 @@ def test_compiled_it_is_the_same_training(digits: ImageData, tmp_path: Path, mon
     assert not any(module.training for module in compiled.modules())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_training_with_a_smaller_last_batch_is_resumed_bit_equal(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resumed one compiles anew, as a new process does."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    how: dict[str, Any] = {"epochs": 3, "train_samples": 150, "batch_size": 64, "compile": True, "seed": 1}
+    states: list[Any] = []
+    whole, resumed = (build("mlp", digits.shape, 10, 0) for _ in range(2))
+    torch._dynamo.reset()
+    train(whole, digits, **how, on_epoch=lambda _report, state: states.append(state()))
+    torch._dynamo.reset()
+    train(resumed, digits, **how, resume=states[0])
+    assert equal(whole, resumed)
+    counted = torch._dynamo.utils.counters["frames"]
+    assert counted["ok"] == counted["total"] > 0  # nothing fell back
+
+
 def test_tf32_is_for_the_training_and_not_for_what_is_reported_of_it(digits: ImageData) -> None:
     model, seen = build("mlp", digits.shape, 10, 0), []
 

@@ -145,7 +145,9 @@ def train(
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    forward: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
+    # By its shape alone: otherwise a batch's code, and its last bits, would depend on the batches that came before it,
+    # and a resumed training would differ. A smaller last batch is compiled by itself.
+    forward: nn.Module = torch.compile(model, dynamic=False) if compile else model  # type: ignore[assignment]
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     generator = seeded_generator(seed, stream="training")
     chosen, apart = (torch.from_numpy(of) for of in training_indices(len(data.train_y), train_samples, held_out))
