@@ -125,7 +125,10 @@ class Settings(BaseSettings):
         '"attack": {"gpus": 0.25, "accelerator": "A100"}}.',
     )
     epoch_state_seconds: float = Field(
-        default=5.0, ge=0, description="Least time between two epoch checkpoints of a training."
+        default=5.0,
+        ge=0,
+        description="Least time between two epoch checkpoints of a training, which take 2 % of its time at most; "
+        "0: one after every epoch.",
     )
     gc_every_seconds: float = Field(
         default=0.0, ge=0, description="How often the leading dispatcher collects garbage; 0: only `uncanny gc` does."

@@ -27,6 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         "driver": driver(),
         "device": device_name(device),
+        **gpu(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the vector instructions that a CPU's sums use
         "hostname": socket.gethostname(),
@@ -34,13 +35,33 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def determinism() -> dict[str, Any]:
-    """The flags that change numbers, as they are now."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """What of this process may change the last bits of a training: one entry for each machine that it ran on."""
     return {
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "matmul_precision": torch.backends.cuda.matmul.fp32_precision,
+        "hostname": socket.gethostname(),
+        "device": device_name(device),
+        "gpu_uuid": gpu(device)["gpu_uuid"],
+        "threads": torch.get_num_threads(),
+        "torch": installed("torch"),
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+    }
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Which GPU it is, and how large: null on a CPU."""
+    if device.type != "cuda":
+        return dict.fromkeys(("gpu_uuid", "gpu_memory_bytes", "gpu_capability", "gpu_sm_count"))
+    return of_properties(torch.cuda.get_device_properties(device))
+
+
+def of_properties(properties: Any) -> dict[str, Any]:
+    """`gpu`, from what CUDA says of a device; the UUID as `nvidia-smi -L` spells it."""
+    return {
+        "gpu_uuid": f"GPU-{properties.uuid}",
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_sm_count": properties.multi_processor_count,
     }
 
 
@@ -70,14 +91,16 @@ class Meter:
     """Seconds and memory from here to `read()`.
 
     `device_seconds` is wall time times the share of the device; the peak of a GPU is this task's, that of host
-    memory is the process's since it started.
+    memory is the process's since it started. `device_free_bytes` is what of a GPU's memory was free for all at first.
     """
 
     def __init__(self, device: torch.device, device_share: float) -> None:
         self.device, self.device_share = device, device_share
         self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._free_bytes: int | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            self._free_bytes = torch.cuda.mem_get_info(device)[0]
 
     def read(self) -> dict[str, Any]:
         if self.device.type == "cuda":
@@ -87,6 +110,8 @@ class Meter:
             "wall_seconds": wall,
             "cpu_seconds": time.process_time() - self._cpu,
             "device_seconds": wall * self.device_share,
+            "device_share": self.device_share,
+            "device_free_bytes": self._free_bytes,
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_memory_bytes": (
                 torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None

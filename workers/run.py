@@ -37,7 +37,7 @@ from service.specs.versions import version_of_spec
 from workers import devices, provenance, tasks
 from workers.context import Context
 from workers.science.errors import DataFolderUnusable, ScienceError
-from workers.science.seeding import deterministic
+from workers.science.seeding import deterministic, flags
 from workers.science.summaries import merged
 
 log = logging.getLogger("uncanny.worker")
@@ -83,7 +83,7 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
                 outcome = tasks.run_control(task, subject, on_progress)
             case _:
                 assert_never(task)
-        determinism = provenance.determinism()
+        determinism = flags()
     weights = next((ref for ref in outcome.artifacts if ref.kind == "checkpoint"), bundle.checkpoint)
     made_from = {
         "task_kind": task.kind,
@@ -98,7 +98,8 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
         "dataset_files_sha256": [training.dataset.train_sha256, training.dataset.test_sha256],
     }
     made_by = provenance.environment(context.device)
-    return replace(outcome, provenance=merged(made_by, made_from, determinism, outcome.provenance, meter.read()))
+    conditions = {**determinism, **outcome.provenance}  # a training sets flags of its own
+    return replace(outcome, provenance=merged(made_by, made_from, conditions, meter.read()))
 
 
 def _source(task: AttackTask, bundle: Bundle, context: Context) -> tasks.Subject | None:

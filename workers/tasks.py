@@ -23,7 +23,7 @@ from service.specs.recipes import Imported
 from service.specs.recipes import parameters as recipe_parameters
 from workers.context import Context
 from workers.devices import compiler
-from workers.provenance import conditions
+from workers.provenance import conditions, machine
 from workers.science import architectures
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, prepare
 from workers.science.augmentation import Augmentation
@@ -51,6 +51,7 @@ from workers.science.weights import load_state, load_weights, save_state, save_w
 Report = Callable[[Progress], None]
 OnProgress = Callable[[int, int], None]
 MEASURE_BATCH = 256
+EPOCH_STATES_SHARE = 0.02
 NUMERICS = ("precision", "channels_last", "fold_batch_norm")
 COUNTED = frozenset({"n", "n_clean_correct", "n_non_finite"})  # by the attack, of the same images
 
@@ -106,13 +107,12 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
     """Train, saving epoch states on the way; a lost or foreign epoch state costs time, not the training."""
     if isinstance(task.recipe, Imported):
         return _imported(task, task.recipe, data, context)
-    if task.recipe.compile and compiler() is None:
-        raise ScienceError(
-            "compile: true needs a C++ compiler, and this worker's machine has none: install g++ there and retry the "
-            "job, or submit it with compile: false"
-        )
+    if task.recipe.compile:
+        _require_compiler()
+    recipe = task.recipe
     note: dict[str, Any] = {}
-    saved_at = time.monotonic()
+    here = {**machine(context.device), "after_epoch": 0}
+    states = EpochStates(context, [here])
 
     def tell(fraction: float, detail: dict[str, Any], resume: ArtifactRef | None = None) -> None:
         report(Progress(grant.task_id, grant.attempt, fraction, {**detail, **note}, resume))
@@ -121,43 +121,89 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
         tell((step.epoch - 1 + step.step / step.steps) / step.epochs, vars(step))
 
     def on_epoch(epoch: EpochReport, state: Callable[[], State]) -> None:
-        nonlocal saved_at
-        resume = None
-        if epoch.epoch < epoch.epochs and time.monotonic() - saved_at >= context.epoch_state_seconds:
-            resume = context.artifacts.write("epoch_state", lambda path: save_state(path, state()))
-            saved_at = time.monotonic()
+        resume = states.save(state) if epoch.epoch < epoch.epochs else None
         tell(epoch.epoch / epoch.epochs, vars(epoch), resume)
 
-    def attempt(resume: State | None) -> tuple[nn.Module, TrainReport]:
-        recipe, model = trained, build(task.architecture, data, task.seed)
-        augmentation = Augmentation(recipe.crop_padding or 0, bool(recipe.flip), recipe.rotation_degrees or 0.0)
-        done = train(
-            model, data, seed=task.seed, device=context.device, resume=resume, on_epoch=on_epoch, on_step=on_step,
-            recipe=recipe.name, recipe_params=recipe_parameters(recipe), augmentation=augmentation,
-            epochs=recipe.epochs, batch_size=recipe.batch_size, train_samples=recipe.train_samples,
-            keep=getattr(recipe, "keep", "last"), held_out=getattr(recipe, "held_out", 0),
-            lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, schedule=recipe.schedule,
-            precision=recipe.precision, channels_last=recipe.channels_last, compile=recipe.compile,
-        )  # fmt: skip
-        return model, done
-
-    trained = task.recipe
     state = None
     if grant.resume is not None:
         try:
             with stored(context, grant.resume.digest) as path:
                 state = load_state(path)
             note["resumed_after_epoch"] = len(state.get("reports", ()))
+            states.machines = _machines_of(state, here)
         except (ArtifactMissing, ScienceError) as error:
             note["started_anew"] = str(error)
     try:
-        model, done = attempt(state)
+        model, done = _trained(task, data, context, state, on_epoch, on_step)
     except WrongState as error:
-        note = {"started_anew": str(error)}
-        model, done = attempt(None)
+        note, states.machines = {"started_anew": str(error)}, [here]
+        model, done = _trained(task, data, context, None, on_epoch, on_step)
     checkpoint = context.artifacts.write("checkpoint", lambda path: save_weights(path, model))
     numbers, curves = _training_numbers(done, model)
-    return Outcome(numbers, curves, artifacts=(checkpoint,), provenance=conditions(model, trained.precision))
+    made: dict[str, Any] = {**conditions(model, recipe.precision), **done.flags, "machines": states.machines}
+    return Outcome(numbers, curves, artifacts=(checkpoint,), provenance=made)
+
+
+def _trained(
+    task: TrainTask, data: ImageData, context: Context, resume: State | None,
+    on_epoch: Callable[[EpochReport, Callable[[], State]], None], on_step: Callable[[StepReport], None],
+) -> tuple[nn.Module, TrainReport]:  # fmt: skip
+    """The network that the recipe makes, from the start or from the state `resume`. Errors as `train`."""
+    recipe, model = task.recipe, build(task.architecture, data, task.seed)
+    assert not isinstance(recipe, Imported)
+    augmentation = Augmentation(recipe.crop_padding or 0, bool(recipe.flip), recipe.rotation_degrees or 0.0)
+    done = train(
+        model, data, seed=task.seed, device=context.device, resume=resume, on_epoch=on_epoch, on_step=on_step,
+        recipe=recipe.name, recipe_params=recipe_parameters(recipe), augmentation=augmentation,
+        epochs=recipe.epochs, batch_size=recipe.batch_size, train_samples=recipe.train_samples,
+        keep=getattr(recipe, "keep", "last"), held_out=getattr(recipe, "held_out", 0),
+        lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, schedule=recipe.schedule,
+        precision=recipe.precision, channels_last=recipe.channels_last, compile=recipe.compile,
+    )  # fmt: skip
+    return model, done
+
+
+class EpochStates:
+    """The states that a training leaves on the way, each with the `machines` that it has run on so far.
+
+    One is saved no sooner than `context.epoch_state_seconds` after the one before, and only while saving has taken no
+    more than `EPOCH_STATES_SHARE` of the time. With 0 seconds, one is saved after every epoch.
+    """
+
+    def __init__(
+        self, context: Context, machines: list[dict[str, Any]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.context, self.machines, self._clock = context, machines, clock
+        self._started = self._saved = clock()
+        self._spent = 0.0
+
+    def save(self, state: Callable[[], State]) -> ArtifactRef | None:
+        """Save it, if it is time."""
+        now, every = self._clock(), self.context.epoch_state_seconds
+        too_dear = self._spent > EPOCH_STATES_SHARE * (now - self._started)
+        if every > 0 and (too_dear or now - self._saved < every):
+            return None
+        whole = {**state(), "machines": self.machines}
+        saved = self.context.artifacts.write("epoch_state", lambda path: save_state(path, whole))
+        self._saved = self._clock()
+        self._spent += self._saved - now
+        return saved
+
+
+def _machines_of(state: State, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """The machines that the training has run on so far, and this one, which goes on; one that goes on is named once."""
+    before = list(state.get("machines", ()))
+    if before and {**before[-1], "after_epoch": 0} == here:
+        return before
+    return [*before, {**here, "after_epoch": len(state.get("reports", ()))}]
+
+
+def _require_compiler() -> None:
+    if compiler() is None:
+        raise ScienceError(
+            "compile: true needs a C++ compiler, and this worker's machine has none: install g++ there and retry the "
+            "job, or submit it with compile: false"
+        )
 
 
 def _imported(task: TrainTask, recipe: Imported, data: ImageData, context: Context) -> Outcome:

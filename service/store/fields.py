@@ -119,7 +119,8 @@ PROVENANCE: dict[str, Kind] = {
     **dict.fromkeys(
         (
             "code_version", "code_revision", "code_digest", "python", "torch", "torchvision", "timm", "numpy", "ray",
-            "cuda", "driver", "device", "hostname", "matmul_precision", "weights_sha256", "dataset_sha256",
+            "cuda", "driver", "device", "gpu_uuid", "gpu_capability", "hostname", "matmul_precision",
+            "convolution_precision", "weights_sha256", "dataset_sha256",
             "source_weights_sha256",
             "task_digest", "task_kind", "dataset", "precision", "cpu_capability",
         ),
@@ -131,7 +132,8 @@ PROVENANCE: dict[str, Kind] = {
     **dict.fromkeys(
         (
             "cudnn", "threads", "task_version", "wall_seconds", "cpu_seconds", "device_seconds",
-            "peak_host_memory_bytes", "peak_device_memory_bytes", "seed", "attack_seed", "pid",
+            "peak_host_memory_bytes", "peak_device_memory_bytes", "device_share", "device_free_bytes",
+            "gpu_memory_bytes", "gpu_sm_count", "seed", "attack_seed", "pid",
         ),
         "number",
     ),

@@ -14,6 +14,7 @@ from workers.science.attacks import ATTACKS
 from workers.science.attacks.pgd import pgd
 from workers.science.bounds import (
     BOUNDS,
+    LIPSCHITZ,
     Anchor,
     bound_numbers,
     bounds,
@@ -305,3 +306,19 @@ def test_what_has_no_bound() -> None:
     assert lipschitz_upper(attention) is None
     circular = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(4, 2))
     assert lipschitz_upper(circular.eval()) is None
+
+
+@pytest.mark.parametrize("gram_bytes", [1, 5000, 1 << 26])
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 4, 3), nn.Conv2d(4, 8, (1, 5), groups=2)])
+def test_frequencies_of_a_convolution_may_be_taken_together(
+    layer: nn.Conv2d, gram_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one frequency after the other."""
+    monkeypatch.setattr("workers.science.bounds.GRAM_BYTES", gram_bytes)
+    grid = [1 if size == 1 else max(16, 8 * size) for size in layer.kernel_size]
+    missed = math.prod(math.cos(math.pi * (size - 1) / 2 / n) for size, n in zip(layer.kernel_size, grid, strict=True))
+    largest = 0.0
+    for kernel in layer.weight.detach().double().chunk(layer.groups):
+        for matrix in torch.fft.rfft2(kernel, s=grid).permute(2, 3, 0, 1).flatten(0, 1):
+            largest = max(largest, float(torch.linalg.svdvals(matrix)[0]))
+    assert LIPSCHITZ["Conv2d"](layer) == pytest.approx(largest / missed, rel=1e-12)

@@ -52,6 +52,30 @@ def test_golden_numbers() -> None:
     assert uniform_per_example(0, [1], 2, (2,)).tolist() == [[(v >> 40) / 2**24 for v in GOLDEN_RAW]]
 
 
+def by_a_generator_each(draw: str, seed: int, index: list[int], restart: int, size: int, stream: str) -> torch.Tensor:
+    """The formula of before: a bit generator per example, and the arithmetic on all examples at once."""
+    half = (size + 1) // 2
+    count = size if draw == "uniform" else 2 * half
+    bits = np.stack([seeding.example_bits(seed, i, restart, stream).random_raw(count) for i in index])
+    if draw == "uniform":
+        return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
+    unit = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(unit[:, :half])), 2 * np.pi * unit[:, half:]
+    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size]
+    return torch.from_numpy(normal.astype(np.float32))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 192, 3072])
+@pytest.mark.parametrize("draw", ["uniform", "normal"])
+def test_one_generator_that_is_moved_draws_what_one_per_example_drew(draw: str, size: int) -> None:
+    index = [0, 3, 49_999, 2**40, 3]
+    for seed, restart, stream in ((0, 0, "start"), (2**63 - 1, 7, "recipe")):
+        new = {"uniform": uniform_per_example, "normal": normal_per_example}[draw]
+        assert torch.equal(
+            new(seed, index, restart, (size,), stream), by_a_generator_each(draw, seed, index, restart, size, stream)
+        )
+
+
 GOLDEN_RAW = [15_773_348_394_662_272_833, 12_548_639_256_956_580_589]
 
 
@@ -61,18 +85,24 @@ def test_example_generator_draws_integers_per_example() -> None:
 
 
 def test_deterministic_sets_the_flags_and_puts_them_back() -> None:
-    before = torch.backends.cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled()
-    inside = []
+    def flags() -> tuple[str, bool, bool]:
+        return (
+            torch.backends.cudnn.conv.fp32_precision,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+
+    before, inside = flags(), []
 
     def fail() -> None:
         with seeding.deterministic("cpu"):
-            inside.append((torch.backends.cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled()))
+            inside.append(flags())
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert inside == [("ieee", True)]
-    assert before == (torch.backends.cudnn.conv.fp32_precision, torch.are_deterministic_algorithms_enabled())
+    assert inside == [("ieee", True, False)]
+    assert flags() == before == (before[0], False, True)
     with seeding.deterministic("cpu", tf32=True):
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from workers.science import seeding
 from workers.science.architectures import build
 from workers.science.attacks import ATTACKS
 from workers.science.augmentation import Augmentation, augment, default_augmentation
@@ -129,6 +130,26 @@ def test_equal_seeds_are_bit_equal_and_others_are_not(synthetic: ImageData) -> N
     assert not equal(models[0], models[2])
 
 
+@pytest.mark.parametrize("recipe", ["standard", "trades"])
+def test_no_number_is_made_of_uninitialised_memory(
+    recipe: str, synthetic: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same training where torch fills such memory with NaN, as it does by default in deterministic mode."""
+    filled: list[bool] = []
+    models = [build("simple_cnn", synthetic.shape, 4, 0) for _ in range(2)]
+    how: dict[str, Any] = {"recipe": recipe, "recipe_params": {"steps": 1} if recipe == "trades" else {}}
+    for model in models:
+        model.register_forward_pre_hook(lambda *_: filled.append(torch.utils.deterministic.fill_uninitialized_memory))
+    train(models[0], synthetic, **how, epochs=1, train_samples=256)
+    assert set(filled) == {False}
+    filled.clear()
+    set_flags = seeding._set_flags
+    monkeypatch.setattr(seeding, "_set_flags", lambda flags: set_flags(flags._replace(fill=True)))
+    train(models[1], synthetic, **how, epochs=1, train_samples=256)
+    assert set(filled) == {True}
+    assert equal(*models)
+
+
 def test_standard_is_torch_sgd_with_a_cosine_schedule(digits: ImageData) -> None:
     """The loop by hand, with torch's own scheduler, on one batch per epoch (so that the order does not matter much)."""
     model, by_hand = (build("mlp", digits.shape, 10, 2).double() for _ in range(2))
@@ -233,6 +254,27 @@ def test_compiled_it_is_the_same_training(digits: ImageData, tmp_path: Path, mon
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-5)
     assert not any(module.training for module in compiled.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_training_with_a_smaller_last_batch_is_resumed_bit_equal(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resumed one compiles anew, as a new process does."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    how: dict[str, Any] = {"epochs": 3, "train_samples": 150, "batch_size": 64, "compile": True, "seed": 1}
+    states: list[Any] = []
+    whole, resumed = (build("mlp", digits.shape, 10, 0) for _ in range(2))
+    torch._dynamo.reset()
+    train(whole, digits, **how, on_epoch=lambda _report, state: states.append(state()))
+    torch._dynamo.reset()
+    train(resumed, digits, **how, resume=states[0])
+    assert equal(whole, resumed)
+    counted = torch._dynamo.utils.counters["frames"]
+    assert counted["ok"] == counted["total"] > 0  # nothing fell back
 
 
 def test_tf32_is_for_the_training_and_not_for_what_is_reported_of_it(digits: ImageData) -> None:
@@ -381,6 +423,17 @@ def test_crop_and_flip_are_among_the_possible_ones() -> None:
         kinds.add(found[0])
     assert len(kinds) > 30
     assert {flip for _, _, flip in kinds} == {False, True}
+
+
+def test_crops_flips_and_angles_are_drawn_on_the_cpu_wherever_the_images_are() -> None:
+    """The images of the second draw are nowhere: the numbers of another device would be none of this generator's."""
+    x, how = torch.zeros(16, 3, 8, 8, dtype=torch.uint8), Augmentation(2, flip=True, rotation_degrees=15)
+    here, there = generator(1), generator(1)
+    augment(x, how, here)
+    away = augment(x.to("meta"), how, there)
+    assert away.device.type == "meta"
+    assert torch.equal(here.get_state(), there.get_state())
+    assert not torch.equal(here.get_state(), generator(1).get_state())
 
 
 def test_rotation_turns_about_the_centre() -> None:

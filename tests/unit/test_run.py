@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from service.store.fields import PROVENANCE
 from service.store.tables import attempts, trainings
 from workers import run, tasks
 from workers.context import Cache, Context
+from workers.provenance import gpu, of_properties
 from workers.science.architectures import build
 from workers.science.datasets import DATASETS
 from workers.science.errors import Diverged
@@ -145,6 +147,74 @@ def test_a_resumed_training_ends_in_the_same_weights(
     told = [m.detail for m in again if isinstance(m, Progress)]
     assert all(detail["resumed_after_epoch"] == 1 for detail in told)
     assert min(detail["epoch"] for detail in told) == 2
+
+
+def test_the_provenance_of_a_training_has_the_flags_of_its_steps(execute: Execute) -> None:
+    """TF32 is for the steps alone, which the flags around the task do not show."""
+    for precision, matmul in (("tf32", "tf32"), ("float32", "ieee")):
+        train = plan_job(job(recipe={"epochs": 1, "precision": precision}), DatasetRef(name="digits")).train
+        made = outcome(execute(train, grant(train))).provenance
+        assert (made["precision"], made["matmul_precision"], made["convolution_precision"]) == (
+            precision,
+            matmul,
+            matmul,
+        )
+
+
+def test_a_resumed_training_names_all_its_machines(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = plan_job(job(), DatasetRef(name="digits")).train
+    here = socket.gethostname()
+
+    def resumed(hostname: str, after: list[Message]) -> tuple[list[tuple[str, int]], list[Message]]:
+        """What a host that goes on from the last state of `after` says of the machines."""
+        state = [m.resume for m in after if isinstance(m, Progress) and m.resume][-1]
+        monkeypatch.setattr(socket, "gethostname", lambda: hostname)
+        again = execute(train, grant(train, resume=state))
+        return [(of["hostname"], of["after_epoch"]) for of in outcome(again).provenance["machines"]], again
+
+    messages = [m for m in trained[1] if not (isinstance(m, Progress) and m.detail["epoch"] > 1)]  # lost after epoch 1
+    assert [(of["hostname"], of["after_epoch"]) for of in outcome(trained[1]).provenance["machines"]] == [(here, 0)]
+    assert resumed(here, messages)[0] == [(here, 0)]
+    machines, messages = resumed("elsewhere", messages)
+    assert machines == [(here, 0), ("elsewhere", 1)]
+    assert resumed(here, messages)[0] == [(here, 0), ("elsewhere", 1), (here, 2)]
+
+
+def test_epoch_states_take_a_fiftieth_of_the_time(context: Context) -> None:
+    """Epochs of 10 s, and a store that takes 3 s for a state."""
+    now = 100.0
+    states = tasks.EpochStates(replace(context, epoch_state_seconds=5), [], lambda: now)
+
+    def slow() -> dict[str, Any]:
+        nonlocal now
+        now += 3
+        return {}
+
+    saved = []
+    for epoch in range(1, 51):
+        now += 10
+        if states.save(slow):
+            saved.append(epoch)
+    assert saved == [1, 15, 30, 45]  # after 10 s, then once 150, 300 and 450 s have gone by
+    eager = tasks.EpochStates(context, [], lambda: now)
+    assert all(eager.save(slow) for _ in range(3))  # 0 seconds: after every epoch
+
+
+def test_what_is_noted_of_a_gpu() -> None:
+    properties = SimpleNamespace(
+        uuid="5e24eac9-0b6d-5ae8-b0ae-7ad7a9a1a6a1",
+        total_memory=85 * 10**9,
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+    )
+    assert of_properties(properties) == {
+        "gpu_uuid": "GPU-5e24eac9-0b6d-5ae8-b0ae-7ad7a9a1a6a1", "gpu_memory_bytes": 85 * 10**9,
+        "gpu_capability": "9.0", "gpu_sm_count": 132,
+    }  # fmt: skip
+    assert gpu(torch.device("cpu")) == dict.fromkeys(of_properties(properties))
 
 
 @pytest.mark.parametrize("kind", ["missing", "damaged", "foreign", "unfit"])

@@ -1,4 +1,7 @@
-"""Augmentation on the device: random crop, flip and rotation of a whole batch of bytes (SCIENCE.md section 4)."""
+"""Augmentation on the device: random crop, flip and rotation of a whole batch of bytes (SCIENCE.md section 4).
+
+What is drawn is drawn on the CPU, so that equal seeds give equal crops on every device.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, pad
+
+from workers.science.seeding import moved
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ def default_augmentation(dataset: str) -> Augmentation:
 
 
 def augment(x: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """`x [n, C, H, W]` uint8 -> the same shape, dtype, device. Every image draws its own numbers from `generator`."""
+    """`x [n, C, H, W]` uint8 -> the same shape, dtype, device. Every image draws its own numbers from `generator`,
+    which is on the CPU.
+    """
     if how.crop_padding or how.flip:
         x = _crop_and_flip(x, how.crop_padding, how.flip, generator)
     if how.rotation_degrees:
@@ -45,11 +52,11 @@ def augment(x: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
 def _crop_and_flip(x: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
     n, channels, height, width = x.shape
     device = x.device
-    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator, device=device)
+    top, left = moved(torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator), device)
     rows = top + torch.arange(height, device=device)
     columns = left + torch.arange(width, device=device)
     if flip:
-        mirrored = torch.rand((n, 1), generator=generator, device=device) < 0.5
+        mirrored = moved(torch.rand((n, 1), generator=generator), device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     image = torch.arange(n, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[:, None, None]
@@ -58,9 +65,9 @@ def _crop_and_flip(x: Tensor, padding: int, flip: bool, generator: torch.Generat
 
 def _rotate(x: Tensor, degrees: float, generator: torch.Generator) -> Tensor:
     n, _, height, width = x.shape
-    angle = (torch.rand(n, generator=generator, device=x.device) * 2 - 1) * math.radians(degrees)
+    angle = (torch.rand(n, generator=generator) * 2 - 1) * math.radians(degrees)
     sin, cos, zero = angle.sin(), angle.cos(), torch.zeros_like(angle)
     # In affine_grid's coordinates both sides are 2 long, so an uneven image needs its aspect ratio.
     theta = torch.stack([cos, -sin * height / width, zero, sin * width / height, cos, zero], 1).reshape(n, 2, 3)
-    grid = affine_grid(theta, list(x.shape), align_corners=False)
+    grid = affine_grid(moved(theta, x.device), list(x.shape), align_corners=False)
     return grid_sample(x.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)

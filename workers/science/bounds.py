@@ -29,6 +29,8 @@ from workers.science.summaries import QUANTILES, finite, label_of, mean, merged,
 from workers.science.trajectory import Trajectory
 
 BOUNDS = ("relayed_relative_sharpness", "relayed_relative_flatness", "corrected_taylor", "certificate")
+GRAM_BYTES = 1 << 26
+"""Of the matrices of a convolution whose eigenvalues are computed together: those of all frequencies are gigabytes."""
 TINY = torch.finfo(torch.float64).tiny
 """Below it a float64 has fewer bits, and the increase and its bound are rounded apart."""
 
@@ -274,13 +276,14 @@ def _convolution(layer: nn.Conv2d) -> float:
         return math.inf
     grid = [1 if size == 1 else max(16, 8 * size) for size in layer.kernel_size]
     missed = math.prod(math.cos(math.pi * (size - 1) / 2 / n) for size, n in zip(layer.kernel_size, grid, strict=True))
-    largest = 0.0
+    largest: list[Tensor] = []
     for kernel in layer.weight.detach().double().chunk(layer.groups):
         matrices = torch.fft.rfft2(kernel, s=grid).permute(2, 3, 0, 1).flatten(0, 1)
-        for matrix in matrices:  # one by one: a batch of all would be gigabytes
-            gram = matrix @ matrix.mH if matrix.shape[0] <= matrix.shape[1] else matrix.mH @ matrix
-            largest = max(largest, float(torch.linalg.eigvalsh(gram)[-1]))
-    return math.sqrt(largest) / missed
+        together = max(1, GRAM_BYTES // (min(matrices.shape[1:]) ** 2 * matrices.element_size()))
+        for batch in matrices.split(together):
+            gram = batch @ batch.mH if batch.shape[1] <= batch.shape[2] else batch.mH @ batch
+            largest.append(torch.linalg.eigvalsh(gram).amax())
+    return math.sqrt(float(torch.stack(largest).max())) / missed
 
 
 def _overlap(layer: nn.MaxPool2d | nn.AvgPool2d) -> float:

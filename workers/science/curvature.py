@@ -47,12 +47,13 @@ def lanczos(matvec: MatVec, start: Tensor, *, iterations: int, tolerance: float)
     iterations = max(1, min(iterations, start.numel()))
     for done in range(1, iterations + 1):
         product = matvec(basis[-1])
-        alpha = float((product * basis[-1]).sum())
-        diagonal.append(alpha)
+        overlap = (product * basis[-1]).sum().double()
         for _ in range(2):  # twice is enough (Kahan)
             for vector in basis:
                 product = product - (product * vector).sum() * vector
-        beta = float(torch.linalg.vector_norm(product, dtype=torch.float64))
+        length = torch.linalg.vector_norm(product, dtype=torch.float64)
+        alpha, beta = torch.stack([overlap, length]).tolist()  # a GPU is waited for once a product
+        diagonal.append(alpha)
         tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
         for i, b in enumerate(below):
             tridiagonal[i, i + 1] = tridiagonal[i + 1, i] = b

@@ -2,7 +2,8 @@
 
 The random numbers of an example depend on (attack_seed, dataset index, restart, stream) only (SCIENCE.md section 1):
 Philox4x64 (Salmon et al. 2011), a counter-based generator, is keyed with the seed and started at a counter made of the
-other three. They are made on the CPU and then moved, so that a GPU attacks with the same numbers.
+other three. They are made on the CPU and then moved, so that a GPU attacks with the same numbers: the generators of a
+GPU give other numbers on another model of GPU.
 """
 
 import hashlib
@@ -16,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 STREAM = "start"
 """The default use of an example's numbers. Another use takes another name, and gets unrelated numbers."""
 
 _cudnn: Any = torch.backends.cudnn  # its stubs leave out `conv`
+_memory: Any = torch.utils.deterministic  # and these `fill_uninitialized_memory`
 _KEY = 0x556E63616E6E79  # the second half of Philox's key: separates these numbers from anyone else's Philox(seed)
 
 
@@ -46,9 +47,11 @@ def uniform_per_example(
 
     Row i depends on (seed, index[i], restart, stream) only: not on the batch, its order or its device.
     """
-    bits = _raw(seed, index, restart, stream, math.prod(shape))
-    unit = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)  # 24 bits: exact in float32
-    return torch.from_numpy(unit).reshape(-1, *shape)
+    size = math.prod(shape)
+    out = np.empty((len(index), size), np.float32)
+    for row, bits in zip(out, _streams(seed, index, restart, stream), strict=True):
+        row[:] = bits.random_raw(size) >> np.uint64(40)  # 24 bits: exact in float32
+    return torch.from_numpy(np.multiply(out, np.float32(2.0**-24), out=out)).reshape(-1, *shape)
 
 
 def normal_per_example(
@@ -60,25 +63,37 @@ def normal_per_example(
     """
     size = math.prod(shape)
     half = (size + 1) // 2
-    bits = _raw(seed, index, restart, stream, 2 * half)
-    unit = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # never 0
-    radius, angle = np.sqrt(-2 * np.log(unit[:, :half])), 2 * np.pi * unit[:, half:]
-    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :size]
-    return torch.from_numpy(normal.astype(np.float32)).reshape(-1, *shape)
+    out = np.empty((len(index), size), np.float32)
+    for row, bits in zip(out, _streams(seed, index, restart, stream), strict=True):
+        unit = ((bits.random_raw(2 * half) >> np.uint64(11)) + 0.5) * 2.0**-53  # never 0
+        radius, angle = np.sqrt(-2 * np.log(unit[:half])), 2 * np.pi * unit[half:]
+        row[:half] = radius * np.cos(angle)
+        row[half:] = (radius * np.sin(angle))[: size - half]
+    return torch.from_numpy(out).reshape(-1, *shape)
 
 
-def _raw(seed: int, index: Tensor | Sequence[int], restart: int, stream: str, size: int) -> NDArray[np.uint64]:
-    rows = index.tolist() if isinstance(index, Tensor) else [int(i) for i in index]
-    out = np.empty((len(rows), size), np.uint64)
-    for row, i in enumerate(rows):
-        out[row] = example_bits(seed, i, restart, stream).random_raw(size)
-    return out
+def _streams(seed: int, index: Tensor | Sequence[int], restart: int, stream: str) -> Iterator[np.random.Philox]:
+    """`example_bits` of each example in turn: one object that is moved, because a new one takes as long as its numbers.
+
+    Example by example the numbers stay in the processor's cache.
+    """
+    bits = example_bits(seed, 0, restart, stream)
+    state: Any = bits.state
+    for i in index.tolist() if isinstance(index, Tensor) else index:
+        state["state"]["counter"][1] = i
+        bits.state = state
+        yield bits
 
 
-def generator(seed: int, device: torch.device | str = "cpu", stream: str = STREAM) -> torch.Generator:
-    """A torch generator on the device. Another `stream` of the same seed gives unrelated numbers."""
+def generator(seed: int, stream: str = STREAM) -> torch.Generator:
+    """A torch generator on the CPU. Another `stream` of the same seed gives unrelated numbers."""
     digest = hashlib.sha256(f"{stream} {seed}".encode()).digest()
-    return torch.Generator(device=torch.device(device)).manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def moved(numbers: Tensor, device: torch.device) -> Tensor:
+    """`numbers`, made on the CPU, on `device`; a GPU is not waited for, so numbers are made while it works."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 @contextmanager
@@ -93,6 +108,10 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
 def deterministic(device: torch.device | str = "cpu", *, tf32: bool = False) -> Iterator[None]:
     """Inside, equal inputs give bit-equal outputs on one device, and float32 means float32 (TF32 only if asked for).
 
+    On a GPU, bit-equal holds for one model of GPU that nothing else uses: cuDNN silently takes another plan where the
+    memory for its workspace is not there, so on a share of a GPU two runs may differ by rounding.
+    Uninitialised memory is not filled with NaN, as torch would by default: no number is made of it, and filling it
+    takes time.
     An operation that has no deterministic form raises RuntimeError. The flags are the process's: they are put back
     when the last that is inside leaves, and two threads must not want different ones. On CUDA, enter before the first
     matrix product.
@@ -100,25 +119,38 @@ def deterministic(device: torch.device | str = "cpu", *, tf32: bool = False) -> 
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, and reads it once
     precision = "tf32" if tf32 else "ieee"
-    mine = _Flags(True, False, True, False, precision, precision)
+    mine = _Flags(True, False, False, True, False, precision, precision)
     with _inside_lock:
         if not _inside:
             _inside.append(_flags())  # as they were outside
         _inside.append(mine)
-        _set_flags(*mine)
+        _set_flags(mine)
     try:
         yield
     finally:
         with _inside_lock:
             _inside.pop(next(i for i, flags in enumerate(_inside) if flags is mine))
-            _set_flags(*_inside[-1])
+            _set_flags(_inside[-1])
             if len(_inside) == 1:
                 _inside.clear()
+
+
+def flags() -> dict[str, bool | str]:
+    """The flags that change numbers, by name, as they are now: for the provenance, inside what made the number."""
+    now = _flags()
+    return {
+        "deterministic_algorithms": now.algorithms,
+        "cudnn_deterministic": now.cudnn,
+        "cudnn_benchmark": now.benchmark,
+        "matmul_precision": now.matmul,
+        "convolution_precision": now.convolution,
+    }
 
 
 class _Flags(NamedTuple):
     algorithms: bool
     warn_only: bool
+    fill: bool
     cudnn: bool
     benchmark: bool
     matmul: str
@@ -133,6 +165,7 @@ def _flags() -> _Flags:
     return _Flags(
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        _memory.fill_uninitialized_memory,
         _cudnn.deterministic,
         _cudnn.benchmark,
         torch.backends.cuda.matmul.fp32_precision,
@@ -140,12 +173,14 @@ def _flags() -> _Flags:
     )
 
 
-def _set_flags(algorithms: bool, warn_only: bool, cudnn: bool, benchmark: bool, matmul: str, convolution: str) -> None:
+def _set_flags(flags: _Flags) -> None:
     if "torch._inductor.config" in sys.modules:
-        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)  # also of what torch.compile makes
+        torch.use_deterministic_algorithms(flags.algorithms, warn_only=flags.warn_only)  # also of what it makes
     else:  # the same without importing the compiler, which takes 5 s and is loaded by who compiles
-        torch.set_deterministic_debug_mode("default" if not algorithms else "warn" if warn_only else "error")
-    _cudnn.deterministic = cudnn
-    _cudnn.benchmark = benchmark
-    torch.backends.cuda.matmul.fp32_precision = matmul
-    _cudnn.conv.fp32_precision = convolution
+        mode = "default" if not flags.algorithms else "warn" if flags.warn_only else "error"
+        torch.set_deterministic_debug_mode(mode)
+    _memory.fill_uninitialized_memory = flags.fill
+    _cudnn.deterministic = flags.cudnn
+    _cudnn.benchmark = flags.benchmark
+    torch.backends.cuda.matmul.fp32_precision = flags.matmul
+    _cudnn.conv.fp32_precision = flags.convolution

@@ -30,7 +30,8 @@ def quantile(values: Tensor, q: float) -> float | None:
     n = values.numel()
     if n == 0:
         return None
-    return finite(float(values.flatten().kthvalue(rank(q, n)).values))
+    # On the CPU: older versions of torch have no deterministic form of it on a GPU.
+    return finite(float(values.flatten().cpu().kthvalue(rank(q, n)).values))
 
 
 def log_mean(log_values: Tensor) -> float | None:
@@ -55,6 +56,7 @@ def summary(values: Tensor, name: str, *, log: bool = False) -> dict[str, float 
     With `log=True` the values are logarithms: -inf is an exact zero, sorted first and counted in `name_n_zero`.
     """
     out: dict[str, float | int | None] = {}
+    values = values.cpu()  # once, instead of a wait for the GPU at every number
     for q in QUANTILES:
         out[f"{name}_{label_of(q)}"] = quantile(values, q)
     if log:

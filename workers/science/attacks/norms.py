@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.science.attacks.base import per_example
-from workers.science.seeding import normal_per_example, uniform_per_example
+from workers.science.seeding import moved, normal_per_example, uniform_per_example
 
 
 class Norm(Protocol):
@@ -32,7 +32,7 @@ class Norm(Protocol):
 class Linf:
     def random_start(self, like: Tensor, eps: float, *, seed: int, index: Tensor, restart: int) -> Tensor:
         """Uniform in the box."""
-        return eps * (2 * uniform_per_example(seed, index, restart, like.shape[1:]).to(like) - 1)
+        return eps * (2 * moved(uniform_per_example(seed, index, restart, like.shape[1:]), like.device).to(like) - 1)
 
     def normalize(self, gradient: Tensor) -> Tensor:
         return gradient.sign()
@@ -47,7 +47,9 @@ class Linf:
 class L2:
     def random_start(self, like: Tensor, eps: float, *, seed: int, index: Tensor, restart: int) -> Tensor:
         """Gaussian direction, radius `eps u^(1/n)`: uniform in the ball."""
-        direction = self.normalize(normal_per_example(seed, index, restart, like.shape[1:]).to(like))
+        direction = self.normalize(
+            moved(normal_per_example(seed, index, restart, like.shape[1:]), like.device).to(like)
+        )
         u = uniform_per_example(seed, index, restart, (1,), stream=RADIUS).to(like).squeeze(1)
         return direction * per_example(eps * u ** (1 / math.prod(like.shape[1:])), like)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from workers.science.seeding import normal_per_example, uniform_per_example
+from workers.science.seeding import moved, normal_per_example, uniform_per_example
 
 LossAndLogits = tuple[Tensor, Tensor]
 """The scalar that is minimised, and the logits `[n, k]` that training accuracy is counted on."""
@@ -24,6 +24,8 @@ All randomness comes from `noise`, the `BatchNoise` of the batch; `params` are n
 class BatchNoise:
     """The random numbers of a recipe for the images `index [n]` of a batch; each image's are of (seed, epoch, index).
 
+    `index` lies on the CPU, where the numbers are made: a GPU is not waited for.
+
     They are no part of the stream that order, crops and flips are drawn from: with equal seeds, every recipe sees the
     same batches.
     """
@@ -35,11 +37,13 @@ class BatchNoise:
 
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform in [0, 1), shape, dtype and device of `like [n, ...]`."""
-        return uniform_per_example(self.seed, self.index, self.epoch, like.shape[1:], self.stream).to(like)
+        numbers = uniform_per_example(self.seed, self.index, self.epoch, like.shape[1:], self.stream)
+        return moved(numbers, like.device).to(like)
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal, otherwise as `uniform`."""
-        return normal_per_example(self.seed, self.index, self.epoch, like.shape[1:], self.stream).to(like)
+        numbers = normal_per_example(self.seed, self.index, self.epoch, like.shape[1:], self.stream)
+        return moved(numbers, like.device).to(like)
 
 
 Backward = Callable[..., LossAndLogits]

@@ -45,14 +45,17 @@ class Head:
             raise WrongShape(f"a head needs a weight [k >= 2, m] and a bias [k], not {tuple(weight.shape)}")
         self.weight = weight.detach().double()
         self.bias = self.weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
-        if not (torch.isfinite(self.weight).all() and torch.isfinite(self.bias).all()):
-            raise NonFinite("the head's weights are NaN or infinite")
-        self.log_norm = float(self.weight.norm().log())
-        self.log_norm_centred = float((self.weight - self.weight.mean(0)).norm().log())
+        norms = torch.stack([self.weight.norm(), (self.weight - self.weight.mean(0)).norm()]).log()
         distances = torch.cdist(self.weight, self.weight, compute_mode="donot_use_mm_for_euclid_dist")
         self.squared_distances = distances.square()
         off_diagonal = ~torch.eye(len(weight), dtype=torch.bool, device=weight.device)
-        self.has_equal_rows = bool((self.squared_distances[off_diagonal] == 0).any())
+        equal_rows = ((self.squared_distances == 0) & off_diagonal).any()
+        finite = torch.isfinite(self.weight).all() & torch.isfinite(self.bias).all()
+        # Read at once: a GPU is waited for once.
+        self.log_norm, self.log_norm_centred, equal, usable = torch.stack([*norms, equal_rows, finite]).tolist()
+        self.has_equal_rows = bool(equal)
+        if not usable:
+            raise NonFinite("the head's weights are NaN or infinite")
 
     def logits(self, phi: Tensor) -> Tensor:
         """`W phi + b [n, k]` in float64, from `phi [n, m]`."""

@@ -37,10 +37,12 @@ def penultimate(
     head = linear_head(model)
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     report, done, total = on_progress or no_progress, 0, len(train_x) + len(test_x)
+    weight_norm = weight.double().norm()
+    norm, log_norm = torch.stack([weight_norm, weight_norm.log()]).tolist()
     numbers: Numbers = {
-        "weight_norm": float(weight.double().norm()),
-        "weight_norm_unscaled": float(weight.double().norm()) / scale,
-        "log_weight_norm": finite(float(weight.double().norm().log())),
+        "weight_norm": norm,
+        "weight_norm_unscaled": norm / scale,
+        "log_weight_norm": finite(log_norm),
     }
     for prefix, x, y in (("", test_x, test_y), ("train_", train_x, train_y)):
         if not len(x):
@@ -63,16 +65,17 @@ def penultimate(
         phi, mask, y = torch.cat(features)[kept], torch.cat(correct)[kept], y[kept]
         forms, everyone = closed_forms(phi, weight, bias), torch.ones_like(mask)
         quantities = {name: getattr(forms, name) for name in (*LOG_MEASURES, "log_softmax_trace", "log_rest")}
-        loss = forms.cross_entropy(y)
+        columns = [*quantities.values(), forms.log_feature_norm.exp(), forms.cross_entropy(y)]
+        *logs, norms, loss = torch.stack(columns).cpu()  # a GPU is waited for once
         for suffix, samples in (("", everyone), ("_clean_correct", mask)):
-            norm = forms.log_feature_norm[samples].exp()
+            chosen = samples.cpu()
             found: Numbers = merged(
-                {"n": int(samples.sum()), "feature_norm_min": quantile(norm, 0.0)},
-                {"feature_norm_q01": quantile(norm, 0.01)},
-                *(summary(values[samples], name, log=True) for name, values in quantities.items()),
-                summary(loss[samples], "loss"),
+                {"n": int(chosen.sum()), "feature_norm_min": quantile(norms[chosen], 0.0)},
+                {"feature_norm_q01": quantile(norms[chosen], 0.01)},
+                *(summary(of[chosen], name, log=True) for name, of in zip(quantities, logs, strict=True)),
+                summary(loss[chosen], "loss"),
             )
-            if samples.any():
+            if chosen.any():
                 value, lanczos = log_dataset_top_eigenvalue(phi[samples], weight, bias, seed=seed)
                 found["log_dataset_top_eigenvalue"] = value if math.isfinite(value) else None
                 found["log_dataset_top_eigenvalue_iterations"] = lanczos.iterations
