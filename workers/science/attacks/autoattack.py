@@ -2,6 +2,7 @@
 
 A re-implementation of `fra31/auto-attack` 0.1 (commit a392200), `version="standard"`, not the original code: the same
 members, budgets and order, with random numbers of its own for each example, and what `apgd`, `fab` and `square` name.
+It is compared with the authors' code image by image (`tests/numerics/test_autoattack_original.py`).
 """
 
 from collections.abc import Callable
