@@ -50,14 +50,35 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
 
 
 def show(made: Table, *narrower: Callable[[], Table]) -> None:
-    """A table on stdout: on a terminal the first of these that fits, else the last; elsewhere the widest.
+    """A table on stdout: on a terminal the first of these that fits, else the last of them, a line for each cell.
 
-    A terminal that is narrower still breaks its lines, not its cells.
+    Elsewhere it is the widest, whole.
     """
-    rest = iter(narrower if out.is_terminal else ())
-    while (needs := _width(made)) > out.width and (next_one := next(rest, None)) is not None:
+    if not out.is_terminal:
+        needs = _width(made)
+        return (out if needs <= out.width else Console(**PLAIN, width=needs)).print(made)
+    rest = iter(narrower)
+    while _width(made) > out.width:
+        next_one = next(rest, None)
+        if next_one is None:
+            return out.print(_upright(made))
         made = next_one()
-    (out if needs <= out.width else Console(**PLAIN, width=needs)).print(made)
+    return out.print(made)
+
+
+def _upright(made: Table) -> Table:
+    """The same with the names of its columns at the left, for each row anew; long cells are folded."""
+    turned = Table(title=made.title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    turned.add_column(style="bold", overflow="fold")
+    turned.add_column(overflow="fold")
+    names = [column.header for column in made.columns]
+    rows = list(zip(*(column.cells for column in made.columns), strict=True))
+    for place, row in enumerate(rows or [("",) * len(names)]):
+        if place:
+            turned.add_row("", "")
+        for name, cell in zip(names, row, strict=True):
+            turned.add_row(name, cell)
+    return turned
 
 
 def _width(made: Table) -> int:
@@ -155,9 +176,10 @@ def without(
     return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
-def fields_table(rows: Sequence[dict[str, Any]]) -> Table:
+def fields_table(rows: Sequence[dict[str, Any]], short: Mapping[str, str] = NAMES) -> Table:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    return table(columns, [[number(row.get(name)) for name in columns] for row in rows])
+    cells = [[number(row.get(name)) for name in columns] for row in rows]
+    return table(columns, [[short.get(cell, cell) for cell in row] for row in cells])
 
 
 def duration(seconds: float | None) -> str:

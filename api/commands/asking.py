@@ -121,13 +121,19 @@ def compare(
     """Results side by side: what differs, whether they break the same examples, and the worst case over all."""
     with client_of(home, url) as client:
         found = client.compare(*jobs)
+        short = client.short_ids(row["job_id"] for row in found["results"]) if not as_json else {}
     if as_json:
         return print_json(found)
     differing = [[name, *map(number, values)] for name, values in found["differing"].items()]
-    show(table(["differs", *(row["job_id"] for row in found["results"])], differing))
+    ids = [row["job_id"] for row in found["results"]]
+    show(
+        table(["differs", *ids], differing),
+        lambda: table(["differs", *(short.get(ident, ident) for ident in ids)], differing),
+    )
     say("")
     columns = ["a", "b", "only_a", "only_b", "difference", "difference_low", "difference_high", "p_value"]
-    show(fields_table([{name: pair[name] for name in columns} for pair in found["pairs"]]))
+    pairs = [{name: pair[name] for name in columns} for pair in found["pairs"]]
+    show(fields_table(pairs), lambda: fields_table(pairs, short))
     say("")
     if found["union"] is None:
         say(f"No worst case over all of them: {found['union_refused']}.")

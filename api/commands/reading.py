@@ -67,6 +67,7 @@ def results(
             **filters_of(filters),
         )  # fmt: skip
         rows = _first(found, limit, "--limit shows more, `uncanny export FILE` writes all of them")
+        short = _short(client, rows) if fields and not (as_json or as_csv) else {}
         if not as_json and (hidden := found.retracted):
             tell(f"{hidden:,} retracted results are hidden (--include-retracted shows them).")
         if not (as_json or as_csv or fields):
@@ -79,7 +80,7 @@ def results(
         writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")  # for `$(...)` of a shell
         writer.writeheader()
         return writer.writerows(flattened)
-    return show(fields_table(flattened)) if rows else _tell_nothing("results")
+    return show(fields_table(flattened), lambda: fields_table(flattened, short)) if rows else _tell_nothing("results")
 
 
 def _show(made: Callable[..., Table], client: Client, rows: list[Json], noun: str) -> None:
@@ -88,6 +89,12 @@ def _show(made: Callable[..., Table], client: Client, rows: list[Json], noun: st
         return _tell_nothing(noun)
     short = cache(lambda: client.short_ids(str(row.get("id") or row["job_id"]) for row in rows))
     return show(made(rows), lambda: made(rows, short()), lambda: made(rows, short(), narrow=True))
+
+
+def _short(client: Client, rows: Iterable[Json]) -> dict[str, str]:
+    """The beginnings of the ids that results have."""
+    ids = {str(row[name]) for row in rows for name in ("job_id", "sweep_id") if row.get(name)}
+    return client.short_ids(sorted(ids))
 
 
 def _tell_nothing(noun: str) -> None:
@@ -121,7 +128,11 @@ def _show_result(client: Client, result: Json) -> None:
     _show(results_table, client, [result], "results")
     say("")
     rows = [[name, number(value)] for name, value in flat({**result, "parts": None}) if value not in (None, "")]
-    show(table(["field", "value"], rows))
+    short = cache(lambda: _short(client, [result]))
+    show(
+        table(["field", "value"], rows),
+        lambda: table(["field", "value"], [[name, short().get(value, value)] for name, value in rows]),
+    )
 
 
 def _show_job(client: Client, job: Json, as_json: bool) -> None:

@@ -304,13 +304,15 @@ def _named(column: Column, meaning: Meaning) -> Field:
     return Field("text", column, meaning=meaning)
 
 
-# The short names stand for the dotted ones; a `sweep` is named by its id, the beginning of it, or its name.
+# The short names stand for the dotted ones; ids may be given by their beginning, a `sweep` also by its name.
 LABEL_OF_JOB, CHECK_OF_JOB = _text_of(jobs.c.labels), _check_of(jobs.c.verdict_checks)
+JOB_ID = meanings.beginning_of("job", jobs.c.id)
 VERDICT, REASON = one_of(VERDICTS), one_of(REASONS)
 JOB_SPEC = {name: _job_spec_field(name, kind) for name, kind in SPEC_KINDS.items()}
 JOBS = Fields(
     {
-        "id": Field("text", jobs.c.id), "state": _named(jobs.c.state, one_of(tuple(JobState))),
+        "id": _named(jobs.c.id, JOB_ID),
+        "state": _named(jobs.c.state, one_of(tuple(JobState))),
         "user": _named(jobs.c.user, meanings.user), "owner": _named(jobs.c.user, meanings.user),
         "sweep": _named(jobs.c.sweep_id, meanings.sweep), **JOB_SPEC,
         **{short: JOB_SPEC[name] for short, name in SHORT.items()}, "measures": _measures(jobs.c.id),
@@ -355,10 +357,12 @@ HEADLINE: dict[str, Field] = {
     **{name: Field("number", results.c[name], task=COMPUTED_BY.get(name)) for name in METRICS},
     "masked_n": Field("integer", results.c.masked_n), "verdict": _named(results.c.verdict, VERDICT),
 }  # fmt: skip
+TASK_DIGESTS = (tasks.c.digest, tasks.c.former_digest)
 ATTACK_DIGEST = select(DIGEST).where(tasks.c.id == results.c.attack_task_id).correlate(results)
 RESULTS = Fields(
     {
-        "job_id": Field("text", results.c.job_id), "user": _named(results.c.user, meanings.user),
+        "job_id": _named(results.c.job_id, JOB_ID),
+        "user": _named(results.c.user, meanings.user),
         "owner": _named(results.c.user, meanings.user), "sweep": _named(results.c.sweep_id, meanings.sweep),
         "sweep_id": _named(results.c.sweep_id, meanings.sweep), **SPEC,
         **{short: SPEC[name] for short, name in SHORT.items()},
@@ -368,7 +372,7 @@ RESULTS = Fields(
         "verdict_version": Field("integer", results.c.verdict_version),
         "weights_sha256": Field("text", results.c.weights_sha256),
         "spec_digest": _of_job("text", jobs.c.spec_digest), **VERSIONS,
-        "attack_digest": Field("text", ATTACK_DIGEST.scalar_subquery()),
+        "attack_digest": _named(ATTACK_DIGEST.scalar_subquery(), meanings.beginning_of("task", *TASK_DIGESTS)),
         "created_at": Field("time", results.c.created_at), "finished_at": Field("time", results.c.finished_at),
         "retracted_at": Field("time", results.c.retracted_at), "retracted_by": Field("text", results.c.retracted_by),
         "retraction_reason": Field("text", results.c.retraction_reason),

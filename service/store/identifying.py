@@ -42,7 +42,7 @@ def whole(connection: Connection, kind: Kind, given: str, *, user: str | None = 
         (noun, ident)
         for noun, column in PLACES[kind].items()
         for ident in connection.scalars(
-            select(column).where(_begins(column, prefix), mine).order_by(column).limit(SHOWN + 1)
+            select(column).where(begins(column, prefix), mine).order_by(column).limit(SHOWN + 1)
         )
     ]
     match found:
@@ -76,7 +76,7 @@ def _in_common(one: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _begins(column: Column[str], prefix: str) -> ColumnElement[bool]:
+def begins(column: Column[str], prefix: str) -> ColumnElement[bool]:
     """As a range, for the index on it. Its bounds are of hexadecimal digits, which every collation puts in order."""
     kept = prefix.rstrip("-f")
     if not kept:

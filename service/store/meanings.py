@@ -6,12 +6,13 @@ A value that no row can have would give an answer that looks right: no rows, or 
 import re
 from collections.abc import Callable, Collection, Iterable
 
-from sqlalchemy import Connection, select, union
+from sqlalchemy import Column, Connection, select, union
 
 from service.dotted import near, or_rather
 from service.errors import InvalidQuery
 from service.specs import catalog
 from service.specs.base import shorten
+from service.store import identifying
 from service.store.tables import datasets, jobs, sweeps, users
 
 Meaning = Callable[[Connection, str, str], Collection[str]]
@@ -20,7 +21,7 @@ Meaning = Callable[[Connection, str, str], Collection[str]]
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 PREFIX = re.compile("[0-9a-f-]{8,36}")  # of a sweep's id
 LOOKED_AT = 1000  # names that an unknown one is compared with, the newest
-MANY = 5  # sweeps that a prefix of several names
+MANY = 5  # ids that a prefix of several names
 
 
 def one_of(texts: Collection[str]) -> Meaning:
@@ -72,6 +73,25 @@ def sweep(connection: Connection, name: str, text: str) -> Collection[str]:
         meant = _rather(text, connection.scalars(newest))
         raise ValueError(f"there is no {name} with the id or the name {shorten(text)}{meant}")
     return ids
+
+
+def beginning_of(noun: str, *columns: Column[str]) -> Meaning:
+    """An id or a digest as it is, or the only one in these columns that begins so, by 8 characters or more."""
+
+    def whole(connection: Connection, name: str, text: str) -> Collection[str]:
+        if not identifying.is_prefix(text):
+            return (text,)
+        prefix = text.lower()
+        begin = union(*(select(column).where(identifying.begins(column, prefix)) for column in columns))
+        ids = sorted(connection.scalars(begin.limit(MANY + 1)))
+        if not ids:
+            raise ValueError(f"there is no {noun} whose {name} begins with {shorten(text)}")
+        if len(ids) > 1:
+            listed = ", ".join(ids[:MANY]) + (" and more" if len(ids) > MANY else "")
+            raise ValueError(f"the {name} of more than one {noun} begins with {shorten(text)}: {listed}")
+        return ids
+
+    return whole
 
 
 def checked(connection: Connection, meaning: Meaning, parameter: str, text: str) -> Collection[str]:

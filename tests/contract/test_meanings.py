@@ -144,6 +144,32 @@ def test_a_sweep_by_its_name_its_id_or_the_beginning_of_it(lab: Any, insights: I
     assert first in said
 
 
+@on_both
+def test_a_job_and_a_task_by_the_beginning_of_it(lab: Any, insights: Insights) -> None:
+    every = [row["job_id"] for row in insights.results(Question())["items"]]
+    assert len(every) == 9
+    short = insights.short_ids(every)
+    for ask, field, name in ((insights.jobs, "id", "id"), (insights.results, "job_id", "job_id")):
+        for ident in every:
+            for prefix in (short[ident], short[ident].upper(), ident[:-1], ident):
+                assert [row[name] for row in ask(Question(filter=f"{field} = {prefix}"))["items"]] == [ident]
+            assert len(ask(Question(filter=f"{field} != {short[ident]}"))["items"]) == 8
+        two = [short[ident] for ident in every[:2]]
+        assert len(ask(Question(filter=f"{field} in ({two[0]}, {two[1]})"))["items"]) == 2
+        assert len(ask(Question({field: two}))["items"]) == 2
+        shared = next(every[0][:n] for n in range(35, 0, -1) if every[1].startswith(every[0][:n]))
+        said = refused(ask, filter=f"{field} = {shared}").sentence
+        assert f"the {field} of more than one job begins with" in said
+        assert min(ident for ident in every if ident.startswith(shared)) in said
+        assert "there is no job whose" in refused(ask, filter=f"{field} = {'0' * 9}").sentence
+    digests = {row.digest for row in lab.rows(tables.tasks, kind="attack")}
+    for digest in digests:
+        assert insights.results(Question(filter=f"attack_digest = {digest[:12]}")) == insights.results(
+            Question(filter=f"attack_digest = {digest}")
+        )
+        assert insights.results(Question(filter=f"attack_digest = {digest[:12]}"))["items"]
+
+
 def test_a_sweep_of_more_jobs_than_a_statement_has_parameters(lab: Any, insights: Insights) -> None:
     rows = [
         {"id": f"{n:08x}-0000-7000-8000-000000000000", "name": "nightly", "user": "ann", "spec": {}, "priority": 0,

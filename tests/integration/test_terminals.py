@@ -11,9 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
+from typer.testing import CliRunner
 
 from api import render
+from api.cli import app as cli
 from api.client import ApiError
 from api.terminal import plain, spoken_to
 
@@ -47,6 +51,14 @@ def on_a_terminal(server: Any, *arguments: str, columns: int = 80, **environment
 def named(server: Any) -> list[dict[str, Any]]:
     """Finished sweeps of two jobs each, with names that a terminal might take for something else."""
     return [server.sweep(name, seed=900 + i, scale=[1, 5]) for i, name in enumerate(NAMES)]
+
+
+@pytest.fixture(scope="module")
+def listed(server: Any) -> dict[str, str]:
+    """The ids of two jobs of a finished sweep whose name is long; and one of everything that can be listed."""
+    sweep = server.sweep("a sweep of which the name is longer than a narrow terminal is wide", seed=990, scale=[1, 5])
+    job, other = (job["id"] for job in server.client.jobs(sweep=sweep["id"]))
+    return {"job": job, "other": other}
 
 
 @pytest.mark.slow
@@ -103,6 +115,42 @@ def test_ids_are_whole_on_a_line_of_80_columns_and_are_taken_as_they_are_shown(
             path = f"/v1/{noun}/{short}"
             answer = server.http.get(path).json()
             assert answer.get("id", answer.get("job_id")) in ids
+
+
+LISTING = (
+    "jobs", "jobs {job}", "jobs state=succeeded", "sweeps", "results", "results {job}", "results --fields *",
+    "results --fields job_id,sweep_id,weights_sha256", "aggregate --by architecture,attack.norm,scale",
+    "aggregate --by job_id --metrics robust_accuracy:best,worst", "leaderboard", "compare {job} {other}",
+    "correlations log_relative_sharpness_median --any-verdict", "queue", "user list", "token list",
+    "checkpoint list", "checkpoint list --trained", "data list",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+@pytest.mark.parametrize("command", LISTING)
+def test_no_line_of_a_table_is_longer_than_the_terminal_is_wide(
+    server: Any, listed: dict[str, str], command: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    made = Console(**render.PLAIN, file=shown, force_terminal=True, color_system=None, width=columns)
+    monkeypatch.setattr(render, "out", made)
+    tables: list[str] = []
+    usual = made.print
+
+    def noted(*of: Any, **more: Any) -> None:
+        with made.capture() as captured:
+            usual(*of, **more)
+        if isinstance(of[0], Table):  # sentences are left to the terminal: a command in one is to be copied
+            tables.append(captured.get())
+
+    monkeypatch.setattr(made, "print", noted)
+    done = CliRunner().invoke(cli, [*command.format(**listed).split(), "--url", server.url])
+    assert (done.exit_code, done.exception) == (0, None), done.output
+    lines = [line for table in tables for line in table.splitlines()]
+    assert lines, done.output
+    assert [line for line in lines if cell_len(line.rstrip()) > columns] == []
+    if columns == 40 and not command.startswith("aggregate"):
+        assert listed["job"] not in "".join("".join(lines).split()), "an id that is broken cannot be copied"
 
 
 def test_a_beginning_is_taken_by_routes(server: Any) -> None:
