@@ -201,11 +201,15 @@ class Faults:
 
     def break_connections(self, _: random.Random) -> Fault:
         yield 0.0
-        self.lab.postgresql.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        clients = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        self.lab.postgresql.psql(f"SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE {clients}")
 
     def lock_database(self, chance: random.Random) -> Fault:
-        with closing(sqlite3.connect(self.lab.home / "uncanny.db", isolation_level=None, timeout=60)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
+        with closing(sqlite3.connect(self.lab.home / "uncanny.db", isolation_level=None, timeout=0)) as connection:
+            while not connection.in_transaction:  # who has the lock may be frozen, and this thread has to wake it up
+                with suppress(sqlite3.OperationalError):
+                    connection.execute("BEGIN IMMEDIATE")
+                yield 0.01
             yield chance.uniform(0.2, 2.0)
             connection.execute("ROLLBACK")
 
