@@ -224,7 +224,7 @@ class Grouping:
         ranked = any(what == "median" or QUANTILE.fullmatch(what) for what in asked)
         spread = any(what in SPREADS for what in asked)
         of_all = ((group, group.metrics[name]) for group in groups.values())
-        return {id(group) for group, of in of_all if ranked or (spread and of.cancels)}
+        return {id(group) for group, of in of_all if ranked or of.leaves_range or (spread and of.cancels)}
 
     def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
         """Take the values of the networks in these cells, or in all, for the groups that lie in them."""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -265,3 +266,25 @@ def test_every_field_of_an_interval_is_of_an_accuracy_that_results_have() -> Non
 
     assert {accuracy for accuracy, _ in INTERVALS.values()} <= {*OVER_SAMPLES} & RESULTS.known.keys()
     assert not INTERVALS.keys() & RESULTS.known.keys()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+@pytest.mark.parametrize("size", [1e-320, 1e-170, 1e200, 5e307])
+def test_tiny_and_huge_numbers_have_a_mean_and_a_spread(lab: Any, size: float) -> None:
+    """Their squares are 0 or infinite in sums of SQL, and PostgreSQL fails there."""
+    submit_three(lab)
+    finish(lab, ROBUST)
+    name = "log_relative_sharpness_median"
+    with lab.database.write() as connection:
+        for seed in range(3):
+            values = {name: size * (seed + 1)}
+            connection.execute(update(results).where(results.c.seed == seed).values(values))
+    [found] = asked(lab, metrics=aggregates.metrics_of(f"{name}:mean,std,ci95,median"))
+    said = found[name]
+    assert (said["mean"], said["median"]) == (pytest.approx(2 * size, rel=1e-3, abs=0), 2 * size)
+    assert said["std"] == pytest.approx(size, rel=1e-3, abs=0)
+    half = float(stats.t.ppf(0.975, 2)) * size / math.sqrt(3)
+    bounds = None if not math.isfinite(2 * size + half) else pytest.approx(2 * size + half, rel=1e-3, abs=0)
+    assert said["ci95_high"] == bounds
+    [alone] = asked(lab, metrics=aggregates.metrics_of(f"{name}:mean"))
+    assert alone[name]["mean"] == said["mean"]

@@ -1,6 +1,7 @@
 """What is counted, against plain Python: a network once, by the mean over its attack seeds, of what each task left."""
 
 import math
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -128,6 +129,55 @@ def test_a_mean_of_equal_numbers_has_no_spread() -> None:
         of.add(1, 0.1, 0.1 * 0.1, 0.1, 0.1)
     assert (of.std, of.mean, of.cancels) == (0.0, 0.1, False)
     assert interval(3, of.mean, of.std) == (0.1, 0.1)
+
+
+SIZES = st.builds(lambda sign, size, exponent: sign * size * 10.0**exponent, st.sampled_from([-1, 1]),
+                  st.floats(1, 9.99), st.integers(-300, 299))  # fmt: skip
+ALIKE = st.builds(lambda size, exponent: size * 10.0**exponent, st.floats(1, 9.99), st.just(0))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(SIZES, min_size=2, max_size=12) | st.builds(
+    lambda sizes, exponent: [size * 10.0**exponent for size in sizes],
+    st.lists(ALIKE, min_size=2, max_size=12), st.integers(-300, 299),
+))  # fmt: skip
+def test_mean_and_deviation_are_those_of_fractions_whatever_the_size(values: list[float]) -> None:
+    """`statistics` computes both in whole fractions."""
+    ordered = np.sort(values)
+    of = Moments()
+    of.add(len(values), None, None, float(ordered[0]), float(ordered[-1]))
+    of.take(ordered)
+    largest = max(map(abs, values))
+    assert of.mean == pytest.approx(statistics.mean(values), rel=1e-12, abs=largest * 1e-14)
+    assert of.std == pytest.approx(statistics.stdev(values), rel=1e-9, abs=0)
+    assert of.std is None or (of.std > 0) == (ordered[0] != ordered[-1])
+    low, high = interval(of.n, of.mean, of.std)
+    assert low is not None
+    assert high is not None
+    assert math.isfinite(low)
+    assert math.isfinite(high)
+    zeros = np.zeros(len(values), np.int64)
+    _, mean = averaged(zeros, zeros, zeros, np.arange(len(values)), np.array(values))
+    assert mean[0] == pytest.approx(statistics.mean(values), rel=1e-12, abs=largest * 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("values", "mean", "std"),
+    [
+        ([1e-170, 2e-170, 3e-170], 2e-170, 1e-170),
+        ([1e200, 2e200, 3e200], 2e200, 1e200),
+        ([1.2e308, 1.3e308, 1.4e308], 1.3e308, 1e307),
+        ([-1.7e308, 1.7e308], 0.0, None),
+    ],
+)
+def test_sums_of_what_leaves_the_range_are_not_believed(values: list[float], mean: float, std: float | None) -> None:
+    of = Moments()
+    of.add(len(values), 0.0, 0.0, values[0], values[-1])
+    assert of.leaves_range
+    assert of.cancels
+    of.take(np.array(values))
+    assert of.mean == pytest.approx(mean, rel=1e-12)
+    assert of.std == (None if std is None else pytest.approx(std, rel=1e-9))
 
 
 @pytest.mark.parametrize(
