@@ -148,6 +148,10 @@ class Union(BaseModel):
 
     robust_accuracy: float
     broken_only_by: dict[str, int] = Field(description="Examples that no other of the attacks breaks, by job.")
+    left_out: dict[str, str] = Field(
+        description="Results that prove nothing, by job, and why: one of the reasons of verdicts, `superseded` by a "
+        "newer version of the attack, or `retracted`.", examples=[{}],
+    )  # fmt: skip
 
 
 class Compared(Standing):
