@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row
 
 from service.dotted import flat
 from service.errors import InvalidQuery
-from service.observations import OVER_SAMPLES, SHARE, Moments, Observations, accuracy_interval
+from service.observations import OVER_SAMPLES, Moments, Observations, accuracy_interval, range_of
 from service.observations import interval as interval
 from service.query import Node
 from service.store import aggregating
@@ -282,11 +282,11 @@ class Grouping:
 
         Networks that show no spread, or a single one, tell nothing of one: of an accuracy the distinct images do.
         """
-        of, share = group.metrics[name], SHARE.search(name) is not None
-        if self.unit == "network" and share and of.least == of.most:
+        of, within = group.metrics[name], range_of(name)
+        if self.unit == "network" and within is not None and of.least == of.most:
             low, high = accuracy_interval(of.mean, self._images(group)) if name in OVER_SAMPLES else (None, None)
             return low, high, None if low is None else "images"
-        low, high = interval(of.n, of.mean, of.std, share=share)
+        low, high = interval(of.n, of.mean, of.std, within=within)
         return low, high, None if low is None else UNITS[self.unit]
 
     def _images(self, group: Group) -> int:

@@ -18,7 +18,11 @@ from service.verdict import wilson
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
 Interval = tuple[float | None, float | None]
-SHARE = re.compile(r"(^|_)(accuracy|fraction|rate)($|_(?!drop))")
+SHARE = re.compile(
+    r"(^|_)(accuracy|fraction|rate|auroc|majority_share|converged)($|_(?!drop))|^valley_(?!n$)|^peak_at_start_"
+    r"|^bound_violated_"
+)
+DROP = re.compile(r"_accuracy_drop$")
 OVER_SAMPLES = ("clean_accuracy", "robust_accuracy", "robust_accuracy_any_iterate", "robust_top5_accuracy")
 """Shares of all samples of a job, which have an interval from the images."""
 ACCURACIES = ("clean_accuracy", "robust_accuracy")
@@ -220,11 +224,23 @@ class _Numbers(dict[Any, int]):
         return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
 
 
-def interval(n: int, mean: float | None, std: float | None, *, share: bool = False) -> Interval:
+def range_of(name: str) -> tuple[float, float] | None:
+    """The least and the most that a stored number can be; None where it has no bounds.
+
+    >>> range_of("detector_auroc"), range_of("pac_bayes_accuracy_drop"), range_of("robust_loss")
+    ((0.0, 1.0), (-1.0, 1.0), None)
+    """
+    if DROP.search(name) is not None:
+        return -1.0, 1.0
+    return (0.0, 1.0) if SHARE.search(name) is not None else None
+
+
+def interval(n: int, mean: float | None, std: float | None, *, within: tuple[float, float] | None = None) -> Interval:
     """The 95 % confidence interval of a mean by Student's t; null for fewer than two values, and where a bound is more
     than a float64 can be.
 
-    Of a share it is cut at 0 and 1, beyond which no mean of shares is: that takes nothing from its coverage.
+    It is cut at the least and the most that such a number can be (`within`), beyond which no mean of them is: that
+    takes nothing from its coverage.
     """
     if n < 2 or mean is None or std is None:
         return None, None
@@ -234,7 +250,7 @@ def interval(n: int, mean: float | None, std: float | None, *, share: bool = Fal
     low, high = mean - half, mean + half
     if not (math.isfinite(low) and math.isfinite(high)):
         return None, None
-    return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
+    return (low, high) if within is None else (max(low, within[0]), min(high, within[1]))
 
 
 def accuracy_interval(accuracy: float | None, images: int) -> Interval:
