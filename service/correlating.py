@@ -28,6 +28,7 @@ MAX_POINTS = 200_000
 MAX_PAIRS = 10_000_000  # of networks that are compared, each 2,000 times: seconds
 LEAST_PAIRS = 10_000  # what a small group costs, in time of pairs
 CONFOUNDED = "confounded by design: points of one network at several scales share the true robust accuracy"
+TWO_SCALINGS = "results whose bias was scaled and results whose bias was left are other networks: filter scale_bias"
 ASKED = ("measure", "target")
 SAME = ("dataset", "attack", "samples", "order")
 TRUSTED = (("verdict", "trusted"), ("verdict_version", str(VERSION)))
@@ -41,7 +42,8 @@ def correlations(
     tasks and `by`; where a number is one of a further measure, for each of its parameters and versions too.
 
     One point per trained network at s = 1, the mean of its repeats, and only those that today's rule trusts unless told
-    otherwise. The same over all scales stands apart, as what it is. Raises `InvalidQuery`.
+    otherwise. The same over all scales stands apart, as what it is; none where the bias was scaled with some of them
+    only. Raises `InvalidQuery`.
     """
     believed = [Comparison(name, "=", (Value(value),)) for name, value in TRUSTED] + of_adversaries() if trusted else []
     asked = [*nodes, *believed]
@@ -87,17 +89,20 @@ def _group(
 ) -> dict[str, Any]:
     same, values = key
     observed = Observations(len(ASKED))
-    places = [(specs[row.cell_id]["scale"], row.network) for row in rows]
+    scales = [specs[row.cell_id]["scale"] for row in rows]
+    biases = [scale == 1 or specs[row.cell_id]["scale_bias"] for scale, row in zip(scales, rows, strict=True)]
+    places = list(zip(scales, [row.network for row in rows], biases, strict=True))
     architecture = {row.network: specs[row.cell_id]["architecture"] for row in rows}
     columns = ((row.measure_task, row.measure, row.target_task, row.target) for row in rows)
     observed.add(places, [row.network for row in rows], [row.attack_seed for row in rows], *zip(*columns, strict=True))
     measured, targets = (observed.values(i, "network") for i in range(len(ASKED)))
     every = sorted(measured)  # equal points in an equal order are resampled alike
     x, y = (np.array([of[place][0] for place in every], np.float64) for of in (measured, targets))
-    at_one = np.array([scale == 1 for scale, _ in every], bool)
-    networks = [network for scale, network in every if scale == 1]
+    at_one = np.array([scale == 1 for scale, *_ in every], bool)
+    networks = [network for scale, network, _ in every if scale == 1]
     found = correlate(x[at_one], y[at_one], [architecture[network] for network in networks], networks)
-    over_scales = {"n": len(every), "tau": tau(x, y), "note": CONFOUNDED}
+    mixed = len({bias for scale, bias in zip(scales, biases, strict=True) if scale != 1}) > 1
+    over_scales = {"n": len(every), "tau": None if mixed else tau(x, y), "note": TWO_SCALINGS if mixed else CONFOUNDED}
     return {**same, **dict(zip(keys, values, strict=True)), **asdict(found), "over_scales": over_scales}
 
 

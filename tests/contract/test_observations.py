@@ -236,6 +236,21 @@ def test_correlations_count_networks_that_todays_rule_trusts(lab: Any) -> None:
     assert correlation()["n"] == 9
 
 
+def test_two_ways_to_scale_are_not_averaged_into_one_point(lab: Any) -> None:
+    """At s = 1 there is one network, at s = 5 there are two with the same weights."""
+    for scale, bias in ((1, True), (5, True), (5, False)):
+        submit_three(lab, scale=scale, scale_bias=bias)
+    finish(lab, ROBUST)
+    measure = "log_relative_sharpness_median"
+    [found] = correlating.correlations(lab.database, [], measure, trusted=False)
+    assert (found["n"], found["over_scales"]["n"], found["over_scales"]["tau"]) == (3, 9, None)
+    assert "filter scale_bias" in found["over_scales"]["note"]
+    for asked_for in ("scale_bias = true", "scale_bias = false or scale = 1"):
+        [found] = correlating.correlations(lab.database, nodes_of(asked_for), measure, trusted=False)
+        assert (found["n"], found["over_scales"]["n"]) == (3, 6)
+        assert found["over_scales"]["tau"] is not None
+
+
 @pytest.mark.parametrize("fields", [(), ("robust_accuracy_ci95_high",), ("*",)])
 def test_a_single_accuracy_carries_its_wilson_interval(lab: Any, fields: tuple[str, ...]) -> None:
     submit_three(lab)
