@@ -264,6 +264,10 @@ class Correlation(BaseModel):
     threat_model: str | None = Field(default=None, examples=["linf 8/255"])
     version: int = Field(examples=[1])
     measure_version: int = Field(examples=[1])
+    verdict_version: int | None = Field(
+        default=None, description="Of the rule that chose the results by their verdict, or counted a number.",
+        examples=[5],
+    )  # fmt: skip
     measure_spec: dict[str, Any] | None = Field(
         default=None,
         description="Of the further measure that `measure` is a number of: its parameters and version.",

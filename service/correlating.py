@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, Label, Row, Select, null, select
 
-from service.aggregates import keys_of
+from service.aggregates import is_judged, keys_of
 from service.correlation import MINIMUM, correlate, tau
 from service.errors import InvalidQuery
 from service.observations import Observations
-from service.query import Comparison, Node, Value
+from service.query import Comparison, Node, Value, fields_of
 from service.store import results as store
 from service.store.aggregating import NETWORK
 from service.store.database import Database
@@ -39,7 +39,8 @@ def correlations(
     by: Sequence[str] = (), trusted: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Kendall's tau-b of `measure` with `target`, for each data set, attack, samples, their order, versions of the
-    tasks and `by`; where a number is one of a further measure, for each of its parameters and versions too.
+    tasks and `by`; where a number is one of a further measure, for each of its parameters and versions too, and for
+    each version of the verdict where it chose the results or counted a number.
 
     One point per trained network at s = 1, the mean of its repeats, and only those that today's rule trusts unless told
     otherwise. The same over all scales stands apart, as what it is; none where the bias was scaled with some of them
@@ -50,6 +51,7 @@ def correlations(
     with database.read() as connection:
         keys = keys_of(connection, by)
         numbers = [_number(connection, name, of) for name, of in zip(ASKED, (measure, target), strict=True)]
+        judged = is_judged([*fields_of(asked), *by, measure, target])
         columns = [number.column.label(name) for number, name in zip(numbers, ASKED, strict=True)]
         tasks_of = [_task_of(number).label(f"{name}_task") for number, name in zip(numbers, ASKED, strict=True)]
         measured_by = [_measure_of(number).label(f"{name}_spec") for number, name in zip(numbers, ASKED, strict=True)]
@@ -62,7 +64,7 @@ def correlations(
         versions = {"version": spec["versions"]["attack"], "measure_version": spec["versions"]["measure"]}
         measures = {"measure_spec": _spec(row.measure_spec), "target_spec": _spec(row.target_spec)}
         same = {**{name: spec[name] for name in SAME}, "threat_model": threat_model(spec["attack"]).ball}
-        same |= versions | measures
+        same |= versions | measures | ({"verdict_version": row.judged_by} if judged else {})
         groups[json.dumps([same, list(row[len(row) - len(own) :])], sort_keys=True)].append(row)
     networks = [len({row.network for row in points}) for points in groups.values()]
     if sum(max(count**2, LEAST_PAIRS) for count in networks if count >= MINIMUM) > MAX_PAIRS:
@@ -74,7 +76,8 @@ def correlations(
 def _points(
     connection: Connection, nodes: Sequence[Node], columns: Sequence[Label[Any]], keys: Sequence[Column]
 ) -> list[Row[Any]]:
-    wanted = [results.c.cell_id, NETWORK.label("network"), results.c.attack_seed, *columns, *keys]
+    judged_by = results.c.verdict_version.label("judged_by")
+    wanted = [results.c.cell_id, NETWORK.label("network"), results.c.attack_seed, judged_by, *columns, *keys]
     where = store.selected(connection, nodes)
     known = [column.element.is_not(None) for column in columns]
     query: Select[Any] = select(*wanted).where(*where, *known).order_by(results.c.sequence).limit(MAX_POINTS + 1)

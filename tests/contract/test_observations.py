@@ -210,6 +210,32 @@ def test_what_two_rules_counted_is_not_averaged(lab: Any) -> None:
     assert asked(lab)[0]["robust_accuracy"]["count"] == 3  # no verdict changes what an attack left
 
 
+@pytest.mark.parametrize("text", ["verdict = trusted", "not (verdict = invalid or seed = 7)", "masked_fraction < 1"])
+def test_what_two_rules_chose_is_not_averaged_or_correlated(lab: Any, text: str) -> None:
+    submit_three(lab)
+    finish(lab, ROBUST)
+    with lab.database.write() as connection:
+        connection.execute(update(results).where(results.c.seed == 2).values(verdict_version=1))
+
+    def chosen(text: str, *by: str, **more: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = aggregates.aggregate(lab.database, nodes_of(text), by, CI95, **more)["items"]
+        return found
+
+    with pytest.raises(InvalidQuery, match="verdict_version"):
+        chosen(text)
+    with pytest.raises(InvalidQuery, match="verdict_version"):
+        asked(lab, "verdict")
+    assert [one["networks"] for one in chosen(text, "verdict_version")] == [1, 2]
+    assert [one["networks"] for one in chosen(text, allow_mixed=True)] == [3]
+    assert [one["networks"] for one in chosen(f"({text}) and verdict_version = {verdict.VERSION}")] == [2]
+    measure = "log_relative_sharpness_median"
+    apart = correlating.correlations(lab.database, nodes_of(text), measure, trusted=False)
+    assert [(one["verdict_version"], one["n"]) for one in apart] == [(1, 1), (verdict.VERSION, 2)]
+    [whole] = correlating.correlations(lab.database, [], measure, trusted=False)
+    assert whole["n"] == 3
+    assert "verdict_version" not in whole
+
+
 def test_correlations_count_networks_that_todays_rule_trusts(lab: Any) -> None:
     """Nine networks stay below the ten points that a tau needs, however many results each has."""
     robust = {seed: 0.05 * seed for seed in range(10)}
