@@ -152,6 +152,10 @@ class Union(BaseModel):
 
     robust_accuracy: float
     broken_only_by: dict[str, int] = Field(description="Examples that no other of the attacks breaks, by job.")
+    left_out: dict[str, str] = Field(
+        description="Results that prove nothing, by job, and why: one of the reasons of verdicts, `superseded` by a "
+        "newer version of the attack, or `retracted`.", examples=[{}],
+    )  # fmt: skip
 
 
 class Compared(Standing):
@@ -269,6 +273,10 @@ class Correlation(BaseModel):
     threat_model: str | None = Field(default=None, examples=["linf 8/255"])
     version: int = Field(examples=[1])
     measure_version: int = Field(examples=[1])
+    verdict_version: int | None = Field(
+        default=None, description="Of the rule that chose the results by their verdict, or counted a number.",
+        examples=[5],
+    )  # fmt: skip
     measure_spec: dict[str, Any] | None = Field(
         default=None,
         description="Of the further measure that `measure` is a number of: its parameters and version.",

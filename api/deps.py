@@ -14,7 +14,7 @@ from service.dotted import or_rather
 from service.errors import InvalidQuery
 from service.insights import MAX_LIMIT, Insights
 from service.settings import Settings
-from service.specs.base import number, truth
+from service.specs.base import number, truth, whole
 from service.submission import Idempotency, Service
 
 
@@ -66,7 +66,8 @@ Key = Annotated[
         description="Sent again with the same body, the request is not repeated: its stored answer comes back.",
     ),
 ]
-Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Rows of a page.", examples=[100])]
+SaysWhole = BeforeValidator(lambda value: whole(value) if isinstance(value, str) else value)
+Limit = Annotated[int, SaysWhole, Query(ge=1, le=MAX_LIMIT, description="Rows of a page.", examples=[100])]
 CURSOR_EXAMPLE = "_8R5S4AtWyI4MGQ5YmVlZGZmMTciLFtdLDQyXQ"
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before.", examples=[CURSOR_EXAMPLE])]
 SaysTruth = BeforeValidator(lambda value: truth(value) if isinstance(value, str) else value)

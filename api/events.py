@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from api.deps import CurrentCaller, EventFeed, Questions, SaysTruth, Users
+from api.deps import CurrentCaller, EventFeed, Questions, SaysTruth, SaysWhole, Users
 from api.errors import documented
 from api.feed import RENEW_SECONDS, Feed, Reader, event_piece, may_see, progress_piece
 from api.schemas import JOB_ID
@@ -58,9 +58,10 @@ def _start(
     ] = None,
     after: Annotated[
         int | None,
+        SaysWhole,
         Query(ge=0, le=LAST_ID, description="Start behind this event; as `Last-Event-ID`.", examples=[0]),
     ] = None,
-    last_event_id: Annotated[int | None, Header(ge=0, le=LAST_ID)] = None,
+    last_event_id: Annotated[int | None, SaysWhole, Header(ge=0, le=LAST_ID)] = None,
 ) -> Start:
     """Where the stream starts: where it broke off; else at the beginning of that sweep or job; else now.
 

@@ -29,9 +29,14 @@ class Network(BaseModel):
     test_accuracy: float | None = Field(description="On all test images.", examples=[0.97])
     size_bytes: int = Field(examples=[420_000])
     task_id: str = Field(description="The training.", examples=[JOB_ID])
-    task_digest: str = Field(examples=[DIGEST])
+    task_digest: str = Field(description="The one it had before another generation took it.", examples=[DIGEST])
     jobs: int = Field(examples=[12])
     created_at: str = Field(description="When the training ended.", examples=["2026-01-01T12:00:00.000Z"])
+    retracted_at: str | None = Field(
+        description="When its training was retracted; no job can name such a network.", examples=[None]
+    )
+    retracted_by: str | None = Field(examples=[None])
+    retraction_reason: str | None = Field(examples=[None])
 
 
 class NetworkPage(BaseModel):

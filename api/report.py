@@ -31,7 +31,7 @@ MEANING = {
     "weak_loss": "a better loss in the same ball breaks them: the attack is weak, nothing is masked",
     "weaker_than": "this control breaks what the attack does not",
     "not_converged": "PGD with four times the steps breaks what the attack does not",
-    "nothing_correct": "the network is right on no more images than chance is: there is nothing to attack",
+    "nothing_correct": "the network is right no more often than the most frequent label: there is nothing to attack",
     "non_finite": "a logit or a gradient is NaN or infinite; such an image is never robust",
     "outside_ball": "iterates leave the ball or the box",
     "eps_zero": "with eps = 0 the attack changes something",

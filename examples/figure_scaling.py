@@ -30,7 +30,7 @@ SHARES = {
     "clean_accuracy": ("clean accuracy", "tab:blue", "-."),
 }
 VERDICTS = {"trusted": "tab:green", "suspect": "gold", "invalid": "black", "not_checked": "tab:gray"}
-SPEC = ("attack", "attack_seed", "recipe", "seed", "samples", "scale_bias", "replicate", "versions")
+SPEC = ("attack", "attack_seed", "recipe", "seed", "samples", "order", "scale_bias", "replicate", "versions")
 Column = tuple[str, str, str]  # architecture, data set, attack
 
 

@@ -17,9 +17,9 @@ from sqlalchemy import Connection, Row
 
 from service.dotted import flat
 from service.errors import InvalidQuery
-from service.observations import OVER_SAMPLES, SHARE, Moments, Observations, accuracy_interval
+from service.observations import OVER_SAMPLES, Moments, Observations, accuracy_interval, range_of
 from service.observations import interval as interval
-from service.query import Node
+from service.query import Node, fields_of
 from service.store import aggregating
 from service.store import results as store
 from service.store.database import Database
@@ -38,7 +38,9 @@ MAX_BEST = 1000  # groups whose best or worst result is looked up
 LONG = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
 SUMS = ("n", "sum", "squares", "low", "high")
 SPREADS = ("std", "ci95")
+VERDICT_VERSION = "verdict_version"
 OF_VERDICT = ("masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction")
+"""Numbers that the rule of verdicts counts; so do the fields of the verdict itself."""
 Key = tuple[Any, ...]
 
 
@@ -101,7 +103,8 @@ def aggregate(
     """
     with database.read() as connection:
         keys = keys_of(connection, by)
-        question = Grouping(connection, store.selected(connection, nodes, retracted=retracted), keys, metrics, unit)
+        where = store.selected(connection, nodes, retracted=retracted)
+        question = Grouping(connection, where, keys, metrics, unit, judged=is_judged([*fields_of(nodes), *by]))
         groups = question.groups()
         mixed = question.mixed(groups)
         if mixed and not allow_mixed:
@@ -121,10 +124,10 @@ class Grouping:
 
     def __init__(
         self, connection: Connection, where: Sequence[Column], keys: Mapping[str, Field],
-        metrics: Mapping[str, Sequence[str]], unit: Unit = "network",
+        metrics: Mapping[str, Sequence[str]], unit: Unit = "network", *, judged: bool = False,
     ) -> None:  # fmt: skip
         self.connection, self.where, self.by, self.asked, self.unit = connection, where, list(keys), metrics, unit
-        self.keys = list(keys.values())
+        self.keys, self.judged = list(keys.values()), judged
         self.metrics = {name: _number(connection, name) for name in metrics}
         self.own = [key.column for key in self.keys if key.of_cell is None]
         self.of_cell: dict[int, Key] = {}
@@ -181,15 +184,15 @@ class Grouping:
 
     def _measured(self) -> dict[str, list[Any]]:
         """What differs within a group in how its numbers were made, with its values: the parameters and versions of
-        further measures, and the version of the verdict that counted what is masked."""
+        further measures, and the version of the verdict that counted what is masked, or chose the results."""
         differing: dict[str, dict[Any, None]] = {}
         for name, metric in self.metrics.items():
             found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
-            if name in OF_VERDICT:
+            if self.judged or name in OF_VERDICT:
                 for row in aggregating.verdict_versions(self.connection, self.where, self.own, metric.column):
                     cell_id, *own, version = tuple(row)
-                    found[self._key(cell_id, own)].append({"verdict_version": version})
-            elif metric.measure is not None:
+                    found[self._key(cell_id, own)].append({VERDICT_VERSION: version})
+            if metric.measure is not None:
                 for row in aggregating.measures(self.connection, self.where, self.own, metric.column, metric.measure):
                     cell_id, *own, measure, version = tuple(row)
                     spec = {**json.loads(measure), "version": version}
@@ -224,7 +227,7 @@ class Grouping:
         ranked = any(what == "median" or QUANTILE.fullmatch(what) for what in asked)
         spread = any(what in SPREADS for what in asked)
         of_all = ((group, group.metrics[name]) for group in groups.values())
-        return {id(group) for group, of in of_all if ranked or (spread and of.cancels)}
+        return {id(group) for group, of in of_all if ranked or of.leaves_range or (spread and of.cancels)}
 
     def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
         """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
@@ -282,11 +285,11 @@ class Grouping:
 
         Networks that show no spread, or a single one, tell nothing of one: of an accuracy the distinct images do.
         """
-        of, share = group.metrics[name], SHARE.search(name) is not None
-        if self.unit == "network" and share and of.least == of.most:
+        of, within = group.metrics[name], range_of(name)
+        if self.unit == "network" and within is not None and of.least == of.most:
             low, high = accuracy_interval(of.mean, self._images(group)) if name in OVER_SAMPLES else (None, None)
             return low, high, None if low is None else "images"
-        low, high = interval(of.n, of.mean, of.std, share=share)
+        low, high = interval(of.n, of.mean, of.std, within=within)
         return low, high, None if low is None else UNITS[self.unit]
 
     def _images(self, group: Group) -> int:
@@ -306,6 +309,11 @@ class Grouping:
             if field.of_cell is None
         ]
         return aggregating.first(self.connection, [*self.where, *of_group], self.metrics[name].column == value)
+
+
+def is_judged(names: Iterable[str]) -> bool:
+    """Whether one of these fields is what the rule of verdicts says of a result."""
+    return any(name in OF_VERDICT or (name.startswith("verdict") and name != VERDICT_VERSION) for name in names)
 
 
 def _distinct(specs: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:

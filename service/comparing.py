@@ -1,6 +1,6 @@
 """Two or more results side by side: in what they differ, and whether the examples that they break tell them apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -15,9 +15,11 @@ from service.store.filing import LATER
 from service.threat_model import threat_model
 from service.verdict import BitArray
 from service.views import retracted
+from service.worst_case import why_left_out
 
 MAX_COMPARED = 20
 RESAMPLES = 10_000
+RETRACTED = "retracted"
 SHOWN = ("architecture", "dataset", "scale", "seed", "samples", "clean_accuracy", "robust_accuracy", "verdict",
          "weights_sha256")  # fmt: skip
 
@@ -43,7 +45,7 @@ def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
         raise InvalidQuery("ids", "their images are in different orders: one place has other examples")
     bits = [robust[row.attack_task_id] for row in rows]
     n = min(of.size for of in bits)
-    union, why = _union(rows, [of[:n] for of in bits])
+    union, why = _union(rows, [cells[row.cell_id] for row in rows], [of[:n] for of in bits])
     return {
         "results": [
             {
@@ -91,17 +93,32 @@ def paired(a: BitArray, b: BitArray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _union(rows: Sequence[Any], bits: Sequence[BitArray]) -> tuple[dict[str, Any] | None, str | None]:
-    """The worst case per example over attacks on one network in one ball, or why there is none."""
+def _union(
+    rows: Sequence[Any], cells: Sequence[Mapping[str, Any]], bits: Sequence[BitArray]
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The worst case per example over attacks on one network in one ball, or why there is none.
+
+    A result that a network's worst case leaves out is left out here too: `left_out` names it and says why.
+    """
     if len({row.weights_sha256 or row.train_task_id for row in rows}) > 1:
         return None, "these are attacks on different networks"
     balls = dict.fromkeys(threat_model(row.spec["attack"]).ball for row in rows)
     if len(balls) > 1 or None in balls:
         named = ", ".join("no ball" if ball is None else ball for ball in balls)
         return None, f"a worst case is over one threat model, and these are attacks in {named}"
-    if len({row.scale for row in rows}) > 1 and not all(row.scale == 1 or row.spec["scale_bias"] for row in rows):
+    if len({1 if row.spec["scale_bias"] else row.scale for row in rows}) > 1:
         return None, "without the bias scaled too, a network predicts other classes at another scale"
-    worst = np.logical_and.reduce(bits)
-    alone = [int((~of & np.logical_and.reduce([*bits[:i], *bits[i + 1 :]])).sum()) for i, of in enumerate(bits)]
-    broken_only_by = {row.id: count for row, count in zip(rows, alone, strict=True)}
-    return {"robust_accuracy": float(worst.mean()), "broken_only_by": broken_only_by}, None
+    reasons = {
+        row.id: RETRACTED if row.retracted_at is not None else why_left_out(row.verdict_reasons, cell)
+        for row, cell in zip(rows, cells, strict=True)
+    }
+    left_out = {job_id: reason for job_id, reason in reasons.items() if reason is not None}
+    kept = {row.id: of for row, of in zip(rows, bits, strict=True) if row.id not in left_out}
+    if not kept:
+        return None, f"none of these proves anything: {', '.join(dict.fromkeys(left_out.values()))}"
+    alone = {
+        job_id: int((~of & np.logical_and.reduce([bits for other, bits in kept.items() if other != job_id])).sum())
+        for job_id, of in kept.items()
+    }
+    worst = float(np.logical_and.reduce(list(kept.values())).mean())
+    return {"robust_accuracy": worst, "broken_only_by": alone, "left_out": left_out}, None

@@ -164,4 +164,4 @@ def spread(shares: Sequence[float], n: int) -> tuple[float | None, float | None]
     """
     if min(shares) == max(shares):
         return accuracy_interval(shares[0], n)
-    return interval(len(shares), fmean(shares), stdev(shares), share=True)
+    return interval(len(shares), fmean(shares), stdev(shares), within=(0.0, 1.0))

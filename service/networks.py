@@ -17,6 +17,7 @@ from service.store import networks as store
 from service.store.keyset import decode_id, encode_id
 from service.store.meanings import Meaning, checked, one_of
 from service.times import iso
+from service.views import retracted
 
 RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(AnyRecipe)
 MEANINGS: Mapping[str, Meaning] = {
@@ -58,12 +59,16 @@ def named(
 
     `name` is that of a registered checkpoint, or the SHA-256 of weights. Weights whose training a new job would not
     join (another replicate is asked for, or today's code plans another task) are imported as they are.
-    Raises `ValueError` where there are none, where they are of another network, or of several.
+    Raises `ValueError` where there are none, where they are of another network or of several, and where every training
+    that made them is retracted.
     """
     made = store.by_weights(connection, name) if DIGEST.fullmatch(name) else []
     fitting = [row for row in made if _is_of(row.spec, architecture, dataset)]
     if fitting:
-        return _training_of(fitting, job, architecture, dataset, replicate)
+        standing = [row for row in fitting if row.retracted_at is None]
+        if not standing:
+            raise ValueError(_retracted(fitting[0]))
+        return _training_of(standing, job, architecture, dataset, replicate)
     if made and not is_registered(connection, name):
         of = " and ".join(
             dict.fromkeys(f"a {row.spec['architecture']} on {row.spec['dataset']['name']}" for row in made)
@@ -97,11 +102,21 @@ def _training_of(
 
 def _several(rows: Sequence[Row[Any]]) -> str:
     """Equal bits from several trainings, such as of two recipes that are one with these parameters."""
-    each = [f"{row.spec['recipe']['name']} with seed {row.spec['seed']} (task {row.digest[:12]})" for row in rows]
+    each = [
+        f"{row.spec['recipe']['name']} with seed {row.spec['seed']} (task {(row.former_digest or row.digest)[:12]})"
+        for row in rows
+    ]
     more = f" and {len(rows) - MOST} more" if len(rows) > MOST else ""
     return (
         f"{len(rows)} trainings made the weights {rows[0].checkpoint_digest}: {', '.join(each[:MOST])}{more}; name the "
         "recipe and seed of the one that is meant"
+    )
+
+
+def _retracted(row: Row[Any]) -> str:
+    return (
+        f"{row.retracted_by} retracted the training that made the weights {row.checkpoint_digest}: "
+        f"{row.retraction_reason}; a job that names its recipe and seed trains again"
     )
 
 
@@ -117,7 +132,8 @@ def _view(row: Row[Any], jobs: int) -> dict[str, Any]:
         "test_accuracy": row.test_accuracy,
         "size_bytes": row.checkpoint_bytes,
         "task_id": row.task_id,
-        "task_digest": row.digest,
+        "task_digest": row.former_digest or row.digest,
         "jobs": jobs,
         "created_at": iso(row.finished_at),
+        **retracted(row),
     }

@@ -18,7 +18,11 @@ from service.verdict import wilson
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
 Interval = tuple[float | None, float | None]
-SHARE = re.compile(r"(^|_)(accuracy|fraction|rate)($|_(?!drop))")
+SHARE = re.compile(
+    r"(^|_)(accuracy|fraction|rate|auroc|majority_share|converged)($|_(?!drop))|^valley_(?!n$)|^peak_at_start_"
+    r"|^bound_violated_"
+)
+DROP = re.compile(r"_accuracy_drop$")
 OVER_SAMPLES = ("clean_accuracy", "robust_accuracy", "robust_accuracy_any_iterate", "robust_top5_accuracy")
 """Shares of all samples of a job, which have an interval from the images."""
 ACCURACIES = ("clean_accuracy", "robust_accuracy")
@@ -27,11 +31,16 @@ INTERVALS = {f"{name}_{bound}": (name, i) for name in ACCURACIES for i, bound in
 """The fields of a result that are bounds of an accuracy's Wilson interval: which accuracy, and which bound."""
 EXACT = 1e-6  # relative error that the rounding of sums may leave in a variance
 EPSILON = float(np.finfo(np.float64).eps)
+SMALL, LARGE = 1e-140, 1e140
+"""Between these, the squares of values and the sums of a million of them are numbers that float64 has."""
 
 
 @dataclass
 class Moments:
-    """One metric in one group: sums over its results, and the `values` of its networks where those were read."""
+    """One metric in one group: sums over its results, and the `values` of its networks where those were read.
+
+    The sums leave out values above `LARGE`, and the squares those below `SMALL` too (sizes).
+    """
 
     n: int = 0
     sum: float = 0.0
@@ -49,20 +58,29 @@ class Moments:
 
     def take(self, values: Floats) -> None:
         """The values of the networks, which count from now on; `low` and `high` stay those of single results."""
-        self.values, self.n, self.sum = values, len(values), float(values.sum())
+        self.values, self.n = values, len(values)
+
+    @property
+    def leaves_range(self) -> bool:
+        """Whether the sums are none of these values: the largest of them is too large, or too small to be squared."""
+        largest = max(abs(self.low or 0.0), abs(self.high or 0.0))
+        return largest > LARGE or 0 < largest < SMALL
 
     @property
     def cancels(self) -> bool:
         """Whether the difference of the sums, a variance, would be mostly the rounding of them."""
         if self.n < 2 or self.low == self.high:
             return False
+        if self.leaves_range:
+            return True
         spread = self.squares - self.sum * self.sum / self.n
         return not spread * EXACT > 2 * self.n * EPSILON * self.squares
 
     @property
     def mean(self) -> float | None:
         if self.values is not None and self.n:
-            return float(np.clip(self.values.mean(), self.values[0], self.values[-1]))
+            scaled, exponent = _scaled(self.values)
+            return math.ldexp(float(np.clip(scaled.mean(), scaled[0], scaled[-1])), exponent)
         if not self.n or self.low is None or self.high is None:
             return None
         return float(min(max(self.sum / self.n, self.low), self.high))  # equal values have exactly that mean
@@ -77,13 +95,14 @@ class Moments:
 
     @property
     def std(self) -> float | None:
-        """Of a sample; null for fewer than two values."""
+        """Of a sample; null for fewer than two values, and where it is more than a float64 can be."""
         if self.n < 2:
             return None
         if self.least == self.most:
             return 0.0
         if self.values is not None:
-            return float(self.values.std(ddof=1))
+            scaled, exponent = _scaled(self.values)
+            return _finite(float((scaled - scaled[0]).std(ddof=1)), exponent)
         return math.sqrt(max(self.squares - self.sum * self.sum / self.n, 0.0) / (self.n - 1))
 
     def quantile(self, q: float) -> float | None:
@@ -119,9 +138,29 @@ def _means(labels: Sequence[Codes], values: Floats) -> tuple[list[Codes], Floats
     is_first[1:] = np.logical_or.reduce([label[1:] != label[:-1] for label in labels])
     first = np.flatnonzero(is_first)
     last = np.append(first[1:], values.size)
-    means = np.add.reduceat(values, first) / (last - first)
+    largest = np.maximum(np.abs(values[first]), np.abs(values[last - 1]))
+    exponents = np.frexp(largest)[1]
+    scaled = np.ldexp(values, -np.repeat(exponents, last - first))
+    means = np.ldexp(np.add.reduceat(scaled, first) / (last - first), exponents)
     # Equal values have exactly that mean, which a sum may miss by its rounding.
     return [label[first] for label in labels], np.clip(means, values[first], values[last - 1])
+
+
+def _scaled(values: Floats) -> tuple[Floats, int]:
+    """Ascending `values [n]` in units of the power of two above the largest size, and its exponent.
+
+    Sums and squares of these neither overflow nor vanish. Scaling by a power of two rounds nothing.
+    """
+    exponent = math.frexp(max(abs(float(values[0])), abs(float(values[-1]))))[1]
+    return np.ldexp(values, -exponent), exponent
+
+
+def _finite(value: float, exponent: int) -> float | None:
+    """`value` times 2 to the `exponent`, or null where that is more than a float64 can be."""
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return None
 
 
 class Observations:
@@ -185,10 +224,23 @@ class _Numbers(dict[Any, int]):
         return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
 
 
-def interval(n: int, mean: float | None, std: float | None, *, share: bool = False) -> Interval:
-    """The 95 % confidence interval of a mean by Student's t; null for fewer than two values.
+def range_of(name: str) -> tuple[float, float] | None:
+    """The least and the most that a stored number can be; None where it has no bounds.
 
-    Of a share it is cut at 0 and 1, beyond which no mean of shares is: that takes nothing from its coverage.
+    >>> range_of("detector_auroc"), range_of("pac_bayes_accuracy_drop"), range_of("robust_loss")
+    ((0.0, 1.0), (-1.0, 1.0), None)
+    """
+    if DROP.search(name) is not None:
+        return -1.0, 1.0
+    return (0.0, 1.0) if SHARE.search(name) is not None else None
+
+
+def interval(n: int, mean: float | None, std: float | None, *, within: tuple[float, float] | None = None) -> Interval:
+    """The 95 % confidence interval of a mean by Student's t; null for fewer than two values, and where a bound is more
+    than a float64 can be.
+
+    It is cut at the least and the most that such a number can be (`within`), beyond which no mean of them is: that
+    takes nothing from its coverage.
     """
     if n < 2 or mean is None or std is None:
         return None, None
@@ -196,7 +248,9 @@ def interval(n: int, mean: float | None, std: float | None, *, share: bool = Fal
 
     half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
     low, high = mean - half, mean + half
-    return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None, None
+    return (low, high) if within is None else (max(low, within[0]), min(high, within[1]))
 
 
 def accuracy_interval(accuracy: float | None, images: int) -> Interval:

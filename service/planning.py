@@ -163,8 +163,8 @@ def _sampled(job: JobSpec, row: Row[Any] | None) -> JobSpec:
     """The job with as many samples as its own data set has, where it says nothing of them; for images that it suits."""
     if row is None:
         return job
-    images = Images((row.channels, row.height, row.width), row.classes)
-    if found := misfits(job.architecture, job.attack, images):
+    images = Images((row.channels, row.height, row.width), row.classes, row.train_count)
+    if found := misfits(job.architecture, job.recipe, job.attack, images):
         raise InvalidSpec([("/" + "/".join(path), sentence) for path, sentence in found])
     if job.samples <= row.test_count:
         return job

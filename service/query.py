@@ -17,10 +17,10 @@ of `not x = 1` include those without x, the rows of `x != 1` do not.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, assert_never, cast
 
 from lark import Lark, Token, Transformer, v_args
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken, VisitError
@@ -104,6 +104,22 @@ class Or:
 
 
 Node = Comparison | Not | And | Or
+
+
+def fields_of(nodes: Iterable[Node]) -> set[str]:
+    """The names of all fields that these compare."""
+    names: set[str] = set()
+    for node in nodes:
+        match node:
+            case Comparison():
+                names.add(node.field)
+            case Not():
+                names |= fields_of([node.inner])
+            case And() | Or():
+                names |= fields_of(node.parts)
+            case _:
+                assert_never(node)
+    return names
 
 
 def parse(text: str) -> Node:

@@ -25,6 +25,7 @@ from service.store import results as store
 from service.store.fields import Column
 from service.store.history import Event
 from service.submission import Service
+from service.upgrading import judge_results
 
 MAX_AGAIN = 10_000  # jobs that one request may submit anew
 FURTHER_MEASURES = [name for name in MEASURES if name != "closed_forms"]
@@ -36,6 +37,7 @@ def retract(
 ) -> dict[str, Any]:
     """Retract a result, and with it all that show the same numbers because they rest on the same attack task.
 
+    What was compared with that attack at s = 1 is judged again without it.
     With `rerun` the same job is submitted as another replicate. Raises `NotFound`, `Conflict` where it is retracted,
     `NotAllowed` where others' results show these numbers and the user is no admin, `QuotaExceeded`: nothing is done.
     """
@@ -51,6 +53,7 @@ def retract(
             retracting.give_digests_up(connection, [row.attack_task_id])
         flagging.renew(connection, retracted)
         _tell(connection, now, user, "result.retracted", retracted, {"reason": reason})
+        _judge_without(connection, now, user, [row.attack_task_id])
         again = _submit(service, connection, now, _replicates(connection, [job_id]), user) if rerun else []
     return {"retracted": retracted, "resubmitted": again}
 
@@ -75,6 +78,7 @@ def retract_all(
         retracted = retracting.retract(connection, now, user, reason, attacks)
         flagging.renew(connection, retracted)
         _tell(connection, now, user, "result.retracted", retracted, {"reason": reason})
+        _judge_without(connection, now, user, attacks)
         again = _submit(service, connection, now, _replicates(connection, retracted), user) if rerun else []
     return {"retracted": retracted, "resubmitted": again}
 
@@ -189,7 +193,14 @@ def _restore(
     flagging.renew(connection, restored)
     _tell(connection, now, user, "result.restored", restored)
     _tell(connection, now, user, "result.measured", unmeasured)
+    _judge_without(connection, now, user, attack_ids)
     return {"restored": restored, "tasks": tasks, "superseded": superseded, "measured": unmeasured}
+
+
+def _judge_without(connection: Connection, now: float, user: str, attack_ids: Sequence[str]) -> None:
+    """Judge again what was compared with these attacks at s = 1: a retracted one is no evidence, a restored one is."""
+    if before := retracting.judged_by(connection, attack_ids):
+        judge_results(connection, now, user, before)
 
 
 def _task(connection: Connection, id_or_digest: str) -> Row[Any]:

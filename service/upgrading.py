@@ -4,6 +4,7 @@ Unfinished tasks of an older version are planned again by the dispatcher, when i
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sqlalchemy import Connection
@@ -44,14 +45,15 @@ def judge_again(database: Database) -> Upgraded:
             if not rows:
                 break
             before = {row.id: row.verdict for row in rows}
-            changed += _judge(connection, database.now(connection), before)
+            changed += judge_results(connection, database.now(connection), ACTOR, before)
             judged, after = judged + len(rows), rows[-1].sequence
     if judged:
         log.info("%d results were judged again by version %d of the rule, %d differently", judged, VERSION, changed)
     return Upgraded(judged, changed)
 
 
-def _judge(connection: Connection, now: float, before: dict[str, str]) -> int:
+def judge_results(connection: Connection, now: float, actor: str, before: Mapping[str, str]) -> int:
+    """Judge these jobs again, whose verdicts were `before`; an event names each change. Returns how many changed."""
     found = judging.verdicts(connection, list(before))
     judging.write_verdicts(connection, found)
     filing.file_verdicts(connection, list(before))
@@ -63,7 +65,7 @@ def _judge(connection: Connection, now: float, before: dict[str, str]) -> int:
         for row in found
         if row["verdict"] != before[row["id"]]
     ]  # fmt: skip
-    history.append(connection, now, ACTOR, events)
+    history.append(connection, now, actor, events)
     return len(events)
 
 

@@ -12,10 +12,10 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 4
+VERSION = 5
 """2: masked means right at s = 1 and broken there. 3: masked is a share of the images that the twin ran on, null for
 attacks without a gradient; not_converged looks at the attack itself; nothing_correct, non_finite, not_checked.
-4: evidence of other weights than the attack's is left out."""
+4: evidence of other weights than the attack's is left out. 5: chance is the share of the most frequent label."""
 CHALLENGERS = ("fgsm", "noise", "margin", "square")
 CHECKS = (
     "zero_gradient", "masked", "outside_ball", *(f"weaker_than:{name}" for name in CHALLENGERS), "not_converged",
@@ -67,8 +67,9 @@ class Controls:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that a verdict rests on: an attack of type `attack` at `scale` on a network of k `classes`.
+    """All that a verdict rests on: an attack of type `attack` at `scale` on a network, and what is right by `chance`.
 
+    `chance` is the share of the most frequent label among the images attacked (`chance_of`).
     `at_one` is the same attack at s = 1; None where that was on other weights. `controls` is None where the panel does
     not hold: an attack without a ball, a head whose bias was not scaled, or other weights. `twin`, robust bits `[m]` of
     the first m samples, is this attack with the margin loss at s = 1; None where it was not run.
@@ -76,7 +77,7 @@ class Evidence:
 
     attack: str
     scale: float
-    classes: int
+    chance: float
     at_scale: AttackBits
     at_one: AttackBits | None
     controls: Controls | None = None
@@ -148,6 +149,17 @@ def judge(evidence: Evidence) -> Verdict:
     )
 
 
+def chance_of(majority_share: float | None, classes: int) -> float:
+    """The share of images that the best constant answer gets right: that of their most frequent label.
+
+    An attack of an earlier version left no such share; then the labels are taken to be equally frequent.
+
+    >>> chance_of(0.9, 2), chance_of(None, 2)
+    (0.9, 0.5)
+    """
+    return 1 / classes if majority_share is None else majority_share
+
+
 def wilson(count: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """The Wilson score interval of a share, `count` of `n` > 0; 95 % unless `z` says otherwise (Wilson 1927).
 
@@ -180,7 +192,7 @@ def _masked(evidence: Evidence) -> tuple[int | None, int, int]:
 def _correctness(evidence: Evidence) -> Findings:
     """Whether there was anything to attack, and whether all of it was a number."""
     n, correct = evidence.at_scale.clean_correct.size, int(evidence.at_scale.clean_correct.sum())
-    by_chance = correct == 0 or wilson(correct, n)[0] <= 1 / evidence.classes
+    by_chance = correct == 0 or wilson(correct, n)[0] <= evidence.chance
     level = Level.INVALID if by_chance else Level.PASSED
     findings = {"nothing_correct": Finding(level, "nothing_correct", correct, n)}
     if evidence.at_scale.non_finite is not None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
@@ -109,6 +109,13 @@ def is_current(cell: Cell) -> bool:
     return bool(cell["versions"]["attack"] == version_of_attack(cell["attack"]))
 
 
+def why_left_out(verdict_reasons: Iterable[str] | None, cell: Cell) -> str | None:
+    """The reason for which a result proves nothing in a worst case; None where it counts."""
+    if not is_current(cell):
+        return SUPERSEDED
+    return next((reason for reason in verdict_reasons or () if reason in NO_EVIDENCE), None)
+
+
 def worst_cases(connection: Connection, places: Collection[Place]) -> Iterator[tuple[Place, WorstCase]]:
     """The worst case of each of these, some networks at a time; none where no attack of this version says anything."""
     wanted = set(places)
@@ -175,11 +182,8 @@ def _item(place: Place, cell: Cell, worst: WorstCase) -> dict[str, Any]:
 
 
 def _add(worst: WorstCase, row: Row[Any], cell: Cell) -> None:
-    unfit = [reason for reason in row.verdict_reasons or () if reason in NO_EVIDENCE]
-    if not is_current(cell):
-        unfit = [SUPERSEDED]
-    if unfit:
-        worst.left_out[unfit[0]] += 1
+    if unfit := why_left_out(row.verdict_reasons, cell):
+        worst.left_out[unfit] += 1
         return
     bits = int.from_bytes(row.packed)
     name = json.dumps(cell["attack"], sort_keys=True)

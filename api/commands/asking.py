@@ -139,6 +139,8 @@ def compare(
         say(f"No worst case over all of them: {found['union_refused']}.")
     else:
         say(f"Robust against all of them: {percent(found['union']['robust_accuracy'])}.")
+        for job_id, reason in found["union"]["left_out"].items():
+            say(f"Left out, because it proves nothing: {job_id} ({reason}).")
     return None
 
 

@@ -9,7 +9,9 @@ from api.commands.options import EPILOG, AsJson, BadUsage, Home, Url, client_of,
 from api.render import say, show, table
 
 checkpoint = typer.Typer(help="Weights: made elsewhere, or by trainings.", no_args_is_help=True, epilog=EPILOG)
-TRAINED = ["weights_sha256", "architecture", "dataset", "recipe", "seed", "replicate", "test_accuracy", "jobs"]
+TRAINED = [
+    "weights_sha256", "architecture", "dataset", "recipe", "seed", "replicate", "test_accuracy", "jobs", "retracted_by"
+]  # fmt: skip
 PerChannel = Annotated[list[float] | None, typer.Option(help="One number a channel; give the option once for each.")]
 
 
@@ -85,4 +87,6 @@ def list_all(
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return ""
     return str(value["name"] if isinstance(value, dict) else value)

@@ -1,10 +1,10 @@
 """The attacks that a job can ask for, with their parameters and bounds, and the paper's presets (SCIENCE.md 5)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from service.specs.base import Number, Scale, Spec, Truth, Whole, of_images
+from service.specs.base import Number, Scale, Spec, Truth, Whole, of_images, without_effect
 from service.specs.names import Architecture, NamedRecipe
 
 Norm = Literal["linf", "l2"]
@@ -70,6 +70,12 @@ class Apgd(InBall):
     targeted: Truth = False
     targets: Annotated[Whole, Field(ge=1, le=1000)] = 9
 
+    @model_validator(mode="after")
+    def _targets_of_a_targeted_attack(self) -> Self:
+        if not self.targeted:
+            without_effect(self, "targets")
+        return self
+
 
 class Square(InBall):
     """The square attack (Andriushchenko et al. 2020): random search, no gradients."""
@@ -107,6 +113,12 @@ class Noise(InBall):
     eps: Eps = 8 / 255
     points: Annotated[Whole, Field(ge=2, le=1000)] = 10
     draws: Annotated[Whole, Field(ge=1, le=100)] = 1
+
+    @model_validator(mode="after")
+    def _ball_of_uniform_noise(self) -> Self:
+        if self.kind == "gaussian":
+            without_effect(self, "norm", "eps")
+        return self
 
 
 SourceAttack = Annotated[Pgd | Fgsm | Apgd, Field(discriminator="type")]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from service.specs import catalog
 from service.specs.attacks import PRESETS, AnyAttack, Apgd, AutoAttack, Fgsm, Pgd, Transfer
+from service.specs.recipes import AnyRecipe, Imported
 
 Problem = tuple[tuple[str, ...], str]
 """Where in a job, and a sentence."""
@@ -13,21 +14,27 @@ Problem = tuple[tuple[str, ...], str]
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a data set: `shape` (C, H, W), and how many classes they have."""
+    """The images of a data set: `shape` (C, H, W), how many classes they have, and how many are to `train` on."""
 
     shape: tuple[int, int, int]
     classes: int
+    train: int
 
 
-def misfits(architecture: str, attack: AnyAttack, images: Images | None) -> list[Problem]:
-    """Why `attack` on a network of this architecture cannot be computed, if so; of own `images` None asks nothing."""
-    found = list(_of_network(("architecture",), architecture, images))
+def misfits(architecture: str, recipe: AnyRecipe, attack: AnyAttack, images: Images | None) -> list[Problem]:
+    """Why `attack` on a network of this architecture and recipe cannot be computed, if so; of own `images` None asks
+    nothing."""
+    found = [
+        *_of_network(("architecture",), architecture, images),
+        *_of_training(("recipe",), recipe, images),
+    ]
     path: tuple[str, ...] = ("attack",)
     attacked, climbed = attack, architecture
     if isinstance(attack, Transfer):
         if attack.source is not None:
             climbed = attack.source.architecture
             found += _of_network(("attack", "source", "architecture"), climbed, images)
+            found += _of_training(("attack", "source", "recipe"), attack.source.recipe, images)
         path, attacked = ("attack", "attack"), attack.attack
     if getattr(attacked, "fold_batch_norm", False) and not catalog.ARCHITECTURES[climbed].batch_norm:
         found.append(((*path, "fold_batch_norm"), f"{climbed} has no batch norm to fold"))
@@ -52,6 +59,23 @@ def _of_network(path: tuple[str, ...], name: str, images: Images | None) -> Iter
     elif height % multiple or width % multiple:
         sentence = f"{name} takes images whose sides are multiples of {multiple}, these are {height}x{width}"
         yield path, f"{sentence}: choose another network, or pad the images"
+
+
+def _of_training(path: tuple[str, ...], recipe: AnyRecipe | None, images: Images | None) -> Iterator[Problem]:
+    """A batch needs two images, and none is both trained on and held out."""
+    if images is None or recipe is None or isinstance(recipe, Imported):
+        return
+    wanted, held_out = recipe.train_samples, getattr(recipe, "held_out", 0)
+    if wanted is not None and wanted + held_out > images.train:
+        apart = f" and {held_out:,} held out" if held_out else ""
+        yield (
+            (*path, "train_samples"),
+            f"{wanted:,} images to train on{apart} were asked for, of {images.train:,} training images",
+        )
+    elif wanted is None and images.train - held_out < 2:
+        left = max(images.train - held_out, 0)
+        where = (*path, "held_out") if held_out else path
+        yield where, f"{left} of {images.train:,} training images are left to train on, and a batch needs two"
 
 
 def _of_attack(path: tuple[str, ...], attack: AnyAttack, images: Images) -> Iterator[Problem]:

@@ -130,7 +130,8 @@ class JobSpec(Spec):
     def _suits_its_images(self) -> Self:
         """Of a lab's own data set, planning knows shape and classes."""
         known = catalog.DATASETS.get(self.dataset)
-        found = misfits(self.architecture, self.attack, Images(known.shape, known.classes) if known else None)
+        images = Images(known.shape, known.classes, known.train) if known else None
+        found = misfits(self.architecture, self.recipe, self.attack, images)
         if found:
             errors = [InitErrorDetails(type=across(said), loc=path, input=self.attack) for path, said in found]
             raise ValidationError.from_exception_data("JobSpec", errors)

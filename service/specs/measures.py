@@ -1,10 +1,10 @@
 """The sharpness measures that a job can ask for (SCIENCE.md sections 2 and 9)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from service.specs.base import Number, Spec, Whole
+from service.specs.base import Number, Spec, Whole, without_effect
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
 Count = Annotated[Whole, Field(ge=1, le=100_000)]
@@ -32,6 +32,19 @@ class OnImages(Spec):
     images: Count = 1024
 
 
+class InGroups(OnImages):
+    """A measure that averages over groups of `m` images."""
+
+    m: Count = 128
+
+    @model_validator(mode="after")
+    def _one_group(self) -> Self:
+        """Whatever more than all images there are in a group, there is one."""
+        if self.m >= self.images:
+            without_effect(self, m=max(self.images, type(self).model_fields["m"].default))
+        return self
+
+
 class HessianTraceNetwork(OnImages):
     """Hutchinson's trace of the whole network's Hessian, and each layer's share of it."""
 
@@ -47,21 +60,19 @@ class TopEigenvalueNetwork(OnImages):
     tolerance: Positive = 1e-4
 
 
-class SamSharpness(OnImages):
+class SamSharpness(InGroups):
     """Loss increase at the worst nearby weights, to first order (Foret et al. 2021)."""
 
     type: Literal["sam_sharpness"] = "sam_sharpness"
     rho: Positive = 0.05
-    m: Count = 128
 
 
-class AsamSharpness(OnImages):
+class AsamSharpness(InGroups):
     """The same in weights relative to their size (Kwon et al. 2021)."""
 
     type: Literal["asam_sharpness"] = "asam_sharpness"
     rho: Positive = 0.5
     eta: Annotated[Number, Field(ge=0, le=1e6)] = 0.01
-    m: Count = 128
 
 
 class AdaptiveAverage(OnImages):
@@ -72,13 +83,12 @@ class AdaptiveAverage(OnImages):
     draws: Count = 10
 
 
-class AdaptiveWorst(OnImages):
+class AdaptiveWorst(InGroups):
     """Worst loss increase in a relative weight box, plain and with normalised logits (Andriushchenko et al. 2023)."""
 
     type: Literal["adaptive_worst"] = "adaptive_worst"
     rho: Positive = 0.002
     steps: Count = 20
-    m: Count = 128
 
 
 class FisherRao(OnImages):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from service.specs.base import Number, Spec, Truth, Whole, of_images
+from service.specs.base import Number, Spec, Truth, Whole, of_images, without_effect
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
 Share = Annotated[Number, Field(gt=0, lt=1)]
@@ -32,6 +32,13 @@ class Recipe(Spec):
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     channels_last: Truth = False
     compile: Truth = False
+
+    @model_validator(mode="after")
+    def _schedule_of_one_epoch(self) -> Self:
+        """The cosine schedule begins at `lr`."""
+        if self.epochs == 1:
+            without_effect(self, "schedule")
+        return self
 
 
 class Standard(Recipe):
@@ -69,6 +76,13 @@ class AdversarialSteps(Recipe):
         default=0,
         description="With `keep: best`, so many training images are not trained on: the last of the fixed permutation.",
     )
+
+    @model_validator(mode="after")
+    def _steps_in_no_ball(self) -> Self:
+        """With eps 0 each step ends at the image."""
+        if self.eps == 0:
+            without_effect(self, "step_size", "steps")
+        return self
 
     @model_validator(mode="after")
     def _best_of_held_out_images(self) -> Self:

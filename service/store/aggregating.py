@@ -5,8 +5,9 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from sqlalchemy import Connection, Float, Integer, Row, Select, Text, bindparam, cast, func, select
+from sqlalchemy import Connection, Float, Integer, Row, Select, Text, bindparam, case, cast, func, select
 
+from service.observations import LARGE, SMALL
 from service.store.fields import Column
 from service.store.listed import elements
 from service.store.result_tables import cells, results
@@ -29,8 +30,8 @@ def moments(
         part.label(f"{name}_{i}")
         for i, metric in enumerate(metrics)
         for name, part in (
-            ("n", func.count(metric)), ("sum", func.sum(_real(metric))),
-            ("squares", func.sum(_real(metric) * _real(metric))),
+            ("n", func.count(metric)), ("sum", func.sum(_in_range(_real(metric)))),
+            ("squares", func.sum(_square(_real(metric)))),
             ("low", func.min(metric)), ("high", func.max(metric)),
         )
     ]  # fmt: skip
@@ -47,6 +48,17 @@ def moments(
 def _real(metric: Column) -> Column:
     """Sums and squares of integers leave their range on one database, and are decimals on the other."""
     return cast(metric, Float(53)) if isinstance(metric.type, Integer) else metric
+
+
+def _in_range(metric: Column) -> Column:
+    """0 for what is too large to be summed: PostgreSQL fails where a sum overflows. See `Moments.leaves_range`."""
+    return case((metric.between(-LARGE, LARGE), metric), else_=0.0)
+
+
+def _square(metric: Column) -> Column:
+    """0 for what is too large, or too small, to be squared: PostgreSQL fails there."""
+    can_be = metric.between(-LARGE, LARGE) & ~metric.between(-SMALL, SMALL)
+    return case((can_be, metric * metric), else_=0.0)
 
 
 def measures(

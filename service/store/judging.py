@@ -9,9 +9,10 @@ from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
 from service.specs import catalog
 from service.store.listed import listed
+from service.store.retracting import retracted_attacks
 from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED
 from service.store.tables import attack_results, attempts, control_results, datasets, jobs, outcome_bits, tasks
-from service.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, judge, unpack
+from service.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, chance_of, judge, unpack
 
 AT_ONCE = 200  # jobs whose bits are in memory together
 COLUMNS = {name: f"verdict_{name}" for name in ("reasons", "checks", "counts", "version")}
@@ -64,15 +65,21 @@ class _Evidence:
         self._numbers = _numbers(connection, attack_results, attacks) | _numbers(connection, control_results, controls)
         self._classes = _classes(connection, {row.dataset for row in rows})
         self._weights = _weights(connection, attacks | controls)
+        self._retracted = retracted_attacks(connection, sorted({row.baseline_task_id for row in rows}))
 
     def verdict(self, row: Row[Any]) -> dict[str, Any]:
         # The panel ran at s = 1; elsewhere its bits hold only while no predicted class changes.
         holds = row.control_task_id is not None and (row.scale == 1 or row.spec["scale_bias"])
         holds = holds and self._of_one_network(row.attack_task_id, row.control_task_id)
         baseline = self._of_one_network(row.attack_task_id, row.baseline_task_id)
+        # A retracted attack is hidden itself, and proves nothing about others.
+        baseline = baseline and (
+            row.baseline_task_id not in self._retracted or row.attack_task_id == row.baseline_task_id
+        )
+        majority_share = self._numbers[row.attack_task_id].get("majority_share")
         verdict = judge(
             Evidence(
-                row.attack, row.scale, self._classes[row.dataset],
+                row.attack, row.scale, chance_of(majority_share, self._classes[row.dataset]),
                 self._attack(row.attack_task_id), self._attack(row.baseline_task_id) if baseline else None,
                 self._controls(row.control_task_id) if holds else None,
                 self._twin(row.control_task_id, row.spec["attack"]) if holds else None,

@@ -17,6 +17,7 @@ FIELDS: Mapping[str, ColumnElement[str] | Column[str]] = {
     "recipe": RECIPE,
 }
 """What networks can be asked for by."""
+MARKS = (tasks.c.retracted_at, tasks.c.retracted_by, tasks.c.retraction_reason)
 
 
 def page(connection: Connection, filters: Mapping[str, str], after: str | None, limit: int) -> list[Row[Any]]:
@@ -41,6 +42,6 @@ def job_counts(connection: Connection, task_ids: list[str]) -> dict[str, int]:
 
 def _made_here() -> Select[Any]:
     """Trainings whose weights are there; imported weights were made elsewhere."""
-    columns = (tasks.c.digest, tasks.c.spec, tasks.c.finished_at, *trainings.columns)
+    columns = (tasks.c.digest, tasks.c.former_digest, tasks.c.spec, tasks.c.finished_at, *MARKS, *trainings.columns)
     joined = select(*columns).join(tasks, tasks.c.id == trainings.c.task_id)
     return joined.where(tasks.c.state == TaskState.SUCCEEDED, RECIPE != "imported")

@@ -183,6 +183,20 @@ def waiting_for(connection: Connection, attack_id: str) -> list[str]:
     return list(connection.scalars(select(jobs.c.id).where(*live)))
 
 
+def judged_by(connection: Connection, attack_ids: Sequence[str]) -> dict[str, str]:
+    """The verdicts, by job, that rest on these attacks at s = 1 and are of another attack."""
+    rests = (jobs.c.id.in_(_jobs_of(attack_ids)), jobs.c.baseline_task_id.in_(listed(attack_ids)))
+    query = select(jobs.c.id, jobs.c.verdict).where(*rests, jobs.c.attack_task_id.not_in(listed(attack_ids)))
+    rows = connection.execute(query.where(jobs.c.verdict.is_not(None)).order_by(jobs.c.sequence))
+    return {job_id: verdict for job_id, verdict in rows}
+
+
+def retracted_attacks(connection: Connection, attack_ids: Sequence[str]) -> set[str]:
+    """Those of these attack tasks whose numbers were retracted by themselves, and not with a task."""
+    alone = (results.c.retracted_at.is_not(None), results.c.retracted_with.is_(None))
+    return set(connection.scalars(select(results.c.attack_task_id).where(_showing(attack_ids), *alone).distinct()))
+
+
 def users_of(connection: Connection, task_ids: Sequence[str]) -> list[str]:
     """Whose jobs need these tasks and have a result, or are to have one."""
     needing = select(jobs.c.user).where(jobs.c.id.in_(_jobs_of(task_ids)), jobs.c.state.not_in(LET_GO))

@@ -12,7 +12,7 @@ from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
 from service.specs.base import NUMBER
 from service.specs.fitting import Images, misfits
 from service.specs.measures import MEASURES, ClosedForms
-from service.specs.recipes import RECIPES, parameters
+from service.specs.recipes import RECIPES, Standard, parameters
 from workers.science.__main__ import NUMBER as SHELL_NUMBER
 from workers.science.__main__ import PRESETS as SHELL_PRESETS
 from workers.science.architectures import ARCHITECTURES as NETWORKS
@@ -78,12 +78,12 @@ def test_the_least_size_of_images_is_the_one_that_runs(name: str) -> None:
                 runs(height, width)
         with pytest.raises(WrongShape):
             build(name, (1, height, width), 3, 0)
-        assert misfits(name, Fgsm(norm="linf", eps=0.1), Images((1, height, width), 3))
+        assert misfits(name, Standard(), Fgsm(norm="linf", eps=0.1), Images((1, height, width), 3, 100))
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused() -> None:
     """The network would run and never see the last rows."""
-    [(path, sentence)] = misfits("vit_tiny", Fgsm(norm="linf", eps=0.1), Images((3, 8, 30), 10))
+    [(path, sentence)] = misfits("vit_tiny", Standard(), Fgsm(norm="linf", eps=0.1), Images((3, 8, 30), 10, 100))
     assert path == ("architecture",)
     assert "multiples of 4, these are 8x30" in sentence
     with pytest.raises(WrongShape, match="multiples of 4"):
@@ -100,7 +100,7 @@ def test_batch_norm_is_folded_where_there_is_some(name: str) -> None:
     folded = prepare(model, fold_batch_norm=True, probe=probe)
     left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert left < norms or norms == 0
-    refused = misfits(name, Fgsm(norm="linf", eps=0.1, fold_batch_norm=True), None)
+    refused = misfits(name, Standard(), Fgsm(norm="linf", eps=0.1, fold_batch_norm=True), None)
     assert [path for path, _ in refused] == [("attack", "fold_batch_norm")] * (norms == 0)
 
 

@@ -328,6 +328,20 @@ def ids_of(text: str) -> list[tuple[str, Any]]:
     return [(part.get("event", ""), json.loads(part.get("data", "null"))) for part in parts if part]
 
 
+def test_whole_numbers_of_a_query_are_digits(http: TestClient) -> None:
+    """As in specs and filters: Python's `int` and pydantic would take most of these."""
+    pages = [(f"/v1/{noun}", "limit", {}) for noun in ("results", "jobs", "sweeps", "networks")]
+    for path, name, more in (*pages, ("/v1/events", "after", {"follow": "false"})):
+        for text in ("1_0", "+5", "5.0", "5e0", "٥", " 5", "5 ", "05", "", "9" * 5000):
+            answer = http.get(path, params={name: text, **more})
+            assert answer.status_code == 422, (path, text, answer.text)
+            assert name in answer.text
+            assert len(answer.text) < 1000
+        assert http.get(path, params={name: "5", **more}).status_code == 200
+    assert http.get("/v1/events?follow=false", headers={"Last-Event-ID": "1_0"}).status_code == 422
+    assert "greater than or equal to 1" in http.get("/v1/results?limit=-1").text
+
+
 def test_an_event_that_is_not_there_yet(lab: Any, http: TestClient) -> None:
     newest = max(row.id for row in lab.rows(tables.events))
     for asked, name in (

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import insert, update
 
-from service import networks
+from service import networks, retraction
 from service.errors import InvalidQuery, InvalidSpec
 from service.executor import Grant, Succeeded
 from service.plan import plan_job
@@ -201,6 +201,49 @@ class TestTrainedByDigest:
             connection.execute(update(tables.tasks).where(tables.tasks.c.id == row.id).values(values[changed]))
         spec = lab.task(lab.job(lab.submit(checkpoint=weights)).train_task_id).spec
         assert spec["recipe"]["weights_sha256"] == weights
+
+
+class TestRetracted:
+    def retract(self, lab: "Lab", job: str) -> None:
+        training = lab.job(job).train_task_id
+        retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=True)
+
+    @pytest.mark.parametrize("replicate", [0, 3])
+    def test_retracted_weights_do_not_come_back_by_their_digest(self, lab: "Lab", replicate: int) -> None:
+        job = lab.submit()
+        lab.finish()
+        [weights] = [item["weights_sha256"] for item in page(lab)["items"]]
+        self.retract(lab, job)
+        said = f"/recipe: ann retracted the training that made the weights {weights}: the wrong split"
+        with pytest.raises(InvalidSpec, match=said):
+            lab.submit(checkpoint=weights, replicate=replicate)
+        by = {"type": "fgsm", "norm": "linf", "eps": 0.1}
+        source = {"architecture": "mlp", "recipe": {"name": "imported", "checkpoint": weights}}
+        with pytest.raises(InvalidSpec, match="/attack: ann retracted the training"):
+            lab.submit(seed=4, attack={"type": "transfer", "attack": by, "source": source})
+        retraction.restore_task(lab.service, lab.job(job).train_task_id, user="ann", admin=True)
+        assert lab.job(lab.submit(checkpoint=weights)).train_task_id == lab.job(job).train_task_id
+
+    def test_a_newer_generation_with_the_same_weights_is_joined(self, lab: "Lab") -> None:
+        job = lab.submit()
+        lab.finish()
+        [weights] = [item["weights_sha256"] for item in page(lab)["items"]]
+        self.retract(lab, job)
+        again = lab.submit()
+        lab.finish()
+        assert lab.job(lab.submit(checkpoint=weights)).train_task_id == lab.job(again).train_task_id
+
+    def test_the_list_says_who_retracted_which_and_shows_no_made_up_digest(self, lab: "Lab") -> None:
+        job = lab.submit()
+        lab.submit(seed=1)
+        lab.finish()
+        stands, before = page(lab)["items"]
+        self.retract(lab, job)
+        same, marked = page(lab)["items"]
+        assert same == stands
+        assert (marked["retracted_by"], marked["retraction_reason"]) == ("ann", "the wrong split")
+        assert marked["retracted_at"].endswith("Z")
+        assert marked["task_digest"] == before["task_digest"]
 
 
 class TestRegistered:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -209,6 +210,32 @@ def test_what_two_rules_counted_is_not_averaged(lab: Any) -> None:
     assert asked(lab)[0]["robust_accuracy"]["count"] == 3  # no verdict changes what an attack left
 
 
+@pytest.mark.parametrize("text", ["verdict = trusted", "not (verdict = invalid or seed = 7)", "masked_fraction < 1"])
+def test_what_two_rules_chose_is_not_averaged_or_correlated(lab: Any, text: str) -> None:
+    submit_three(lab)
+    finish(lab, ROBUST)
+    with lab.database.write() as connection:
+        connection.execute(update(results).where(results.c.seed == 2).values(verdict_version=1))
+
+    def chosen(text: str, *by: str, **more: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = aggregates.aggregate(lab.database, nodes_of(text), by, CI95, **more)["items"]
+        return found
+
+    with pytest.raises(InvalidQuery, match="verdict_version"):
+        chosen(text)
+    with pytest.raises(InvalidQuery, match="verdict_version"):
+        asked(lab, "verdict")
+    assert [one["networks"] for one in chosen(text, "verdict_version")] == [1, 2]
+    assert [one["networks"] for one in chosen(text, allow_mixed=True)] == [3]
+    assert [one["networks"] for one in chosen(f"({text}) and verdict_version = {verdict.VERSION}")] == [2]
+    measure = "log_relative_sharpness_median"
+    apart = correlating.correlations(lab.database, nodes_of(text), measure, trusted=False)
+    assert [(one["verdict_version"], one["n"]) for one in apart] == [(1, 1), (verdict.VERSION, 2)]
+    [whole] = correlating.correlations(lab.database, [], measure, trusted=False)
+    assert whole["n"] == 3
+    assert "verdict_version" not in whole
+
+
 def test_correlations_count_networks_that_todays_rule_trusts(lab: Any) -> None:
     """Nine networks stay below the ten points that a tau needs, however many results each has."""
     robust = {seed: 0.05 * seed for seed in range(10)}
@@ -233,6 +260,21 @@ def test_correlations_count_networks_that_todays_rule_trusts(lab: Any) -> None:
         connection.execute(update(results).values(verdict="trusted"))
         connection.execute(update(results).where(results.c.seed == 9).values(verdict_version=verdict.VERSION - 1))
     assert correlation()["n"] == 9
+
+
+def test_two_ways_to_scale_are_not_averaged_into_one_point(lab: Any) -> None:
+    """At s = 1 there is one network, at s = 5 there are two with the same weights."""
+    for scale, bias in ((1, True), (5, True), (5, False)):
+        submit_three(lab, scale=scale, scale_bias=bias)
+    finish(lab, ROBUST)
+    measure = "log_relative_sharpness_median"
+    [found] = correlating.correlations(lab.database, [], measure, trusted=False)
+    assert (found["n"], found["over_scales"]["n"], found["over_scales"]["tau"]) == (3, 9, None)
+    assert "filter scale_bias" in found["over_scales"]["note"]
+    for asked_for in ("scale_bias = true", "scale_bias = false or scale = 1"):
+        [found] = correlating.correlations(lab.database, nodes_of(asked_for), measure, trusted=False)
+        assert (found["n"], found["over_scales"]["n"]) == (3, 6)
+        assert found["over_scales"]["tau"] is not None
 
 
 @pytest.mark.parametrize("fields", [(), ("robust_accuracy_ci95_high",), ("*",)])
@@ -265,3 +307,25 @@ def test_every_field_of_an_interval_is_of_an_accuracy_that_results_have() -> Non
 
     assert {accuracy for accuracy, _ in INTERVALS.values()} <= {*OVER_SAMPLES} & RESULTS.known.keys()
     assert not INTERVALS.keys() & RESULTS.known.keys()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+@pytest.mark.parametrize("size", [1e-320, 1e-170, 1e200, 5e307])
+def test_tiny_and_huge_numbers_have_a_mean_and_a_spread(lab: Any, size: float) -> None:
+    """Their squares are 0 or infinite in sums of SQL, and PostgreSQL fails there."""
+    submit_three(lab)
+    finish(lab, ROBUST)
+    name = "log_relative_sharpness_median"
+    with lab.database.write() as connection:
+        for seed in range(3):
+            values = {name: size * (seed + 1)}
+            connection.execute(update(results).where(results.c.seed == seed).values(values))
+    [found] = asked(lab, metrics=aggregates.metrics_of(f"{name}:mean,std,ci95,median"))
+    said = found[name]
+    assert (said["mean"], said["median"]) == (pytest.approx(2 * size, rel=1e-3, abs=0), 2 * size)
+    assert said["std"] == pytest.approx(size, rel=1e-3, abs=0)
+    half = float(stats.t.ppf(0.975, 2)) * size / math.sqrt(3)
+    bounds = None if not math.isfinite(2 * size + half) else pytest.approx(2 * size + half, rel=1e-3, abs=0)
+    assert said["ci95_high"] == bounds
+    [alone] = asked(lab, metrics=aggregates.metrics_of(f"{name}:mean"))
+    assert alone[name]["mean"] == said["mean"]

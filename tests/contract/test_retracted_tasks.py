@@ -326,3 +326,41 @@ def test_the_bytes_of_what_is_retracted_stay(lab: Any) -> None:
 def test_a_filter_that_says_nothing_restores_nothing(lab: Any, text: str | None) -> None:
     with pytest.raises(InvalidQuery, match="it is empty"):
         retraction.restore_all(lab.service, nodes_of(text), user="root")
+
+
+@pytest.mark.parametrize("by", ["job", "filter"])
+def test_verdicts_do_not_rest_on_a_retracted_attack_at_one(lab: Any, by: str) -> None:
+    """It hides the attack at s = 1 only; the other scales lose what they were compared with, until it is back."""
+    at_one, at_five, other = lab.submit(), lab.submit(scale=5), lab.submit(scale=5, attack=WEAK)
+    answer(lab, 0.25)
+    insights = Insights(lab.database)
+    before = insights.result(at_five)
+    assert (before["verdict"], before["masked_fraction"], before["verdict_checks"]["masked"]) == (
+        "trusted", 0.0, "passed",
+    )  # fmt: skip
+    untouched = insights.result(other)
+    nodes = nodes_of("scale = 1")
+    if by == "job":
+        retraction.retract(lab.service, at_one, "a bug", user="ann", admin=True)
+    else:
+        retraction.retract_all(lab.service, nodes, "a bug", user="ann")
+    without = insights.result(at_five)
+    assert (without["verdict"], without["masked_fraction"], without["verdict_checks"]["masked"]) == (
+        "not_checked", None, "not_checked",
+    )  # fmt: skip
+    assert shown(lab, filter="verdict = trusted") == {other: 0.25}
+    later = lab.submit(scale=7)
+    answer(lab, 0.25)
+    assert insights.result(later)["verdict"] == "not_checked"
+    if by == "job":
+        retraction.restore(lab.service, at_one, user="ann", admin=True)
+    else:
+        retraction.restore_all(lab.service, nodes, user="ann")
+    again = insights.result(at_five)
+    assert {name for name in again if again[name] != before[name]} == {"worst_case"}  # the later job's, too
+    assert insights.result(other) == untouched
+    assert insights.result(later)["verdict"] == "trusted"
+    events = [event for event in lab.rows(tables.events, kind="result.judged") if event.job_id == at_five]
+    assert [(event.actor, event.data["before"], event.data["verdict"]) for event in events] == [
+        ("ann", "trusted", "not_checked"), ("ann", "not_checked", "trusted"),
+    ]  # fmt: skip

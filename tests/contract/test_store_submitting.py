@@ -480,6 +480,11 @@ class TestOwnDatasets:
                 {"attack": {"type": "transfer", "attack": PGD, "source": {"architecture": "vgg11_bn"}}},
                 "/attack/source/architecture: vgg11_bn takes images of at least 32x32 pixels, these are 4x4",
             ),
+            ({"recipe": {"train_samples": 99}}, "/recipe/train_samples: 99 images to train on were asked for, of"),
+            (
+                {"recipe": {"name": "trades", "keep": "best", "held_out": 99}},
+                "/recipe/held_out: 0 of",
+            ),
         ],
     )  # fmt: skip
     def test_what_its_images_or_classes_do_not_allow(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from service import upgrading
+from service.executor import Succeeded
 from service.store import tables
 from service.store.result_tables import results
 from service.upgrading import Upgraded
@@ -37,6 +38,27 @@ def test_stored_bits_are_judged_by_the_new_rule(judged_before: Any) -> None:
     events = lab.rows(tables.events, kind="result.judged")
     assert [event.data for event in events] == [{"version": VERSION, "before": "suspect", "verdict": "trusted"}] * 2
     assert {event.actor for event in events} == {"upgrade"}
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(None, "trusted"), (0.5, "trusted"), (1.0, "invalid")])
+def test_chance_is_the_share_of_the_most_frequent_label_where_the_attack_left_it(
+    lab: Any, share: float | None, verdict: str
+) -> None:
+    """All 16 images are right. An attack of before has left no share: its ten classes are taken to be equally many."""
+    lab.submit()
+    while grants := lab.grant():
+        for grant in grants:
+            more = {"majority_share": share} if grant.spec["kind"] == "attack" and share is not None else {}
+            lab.record(Succeeded(grant.task_id, grant.attempt, lab.outcome(grant, **more)))
+    assert [row.verdict for row in lab.rows(results)] == [verdict]
+    with lab.database.write() as connection:
+        for table in (tables.jobs, results):
+            connection.execute(table.update().values(verdict="trusted", verdict_version=4))
+    assert upgrading.upgrade(lab.database) == Upgraded(judged=1, changed=int(verdict != "trusted"))
+    (row,) = lab.rows(results)
+    assert (row.verdict, row.verdict_version) == (verdict, VERSION)
+    (job,) = lab.rows(tables.jobs)
+    assert list(job.verdict_reasons) == ([] if verdict == "trusted" else ["nothing_correct"])
 
 
 def test_the_second_time_there_is_nothing_to_do(judged_before: Any) -> None:

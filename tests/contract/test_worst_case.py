@@ -295,7 +295,11 @@ def test_a_union_is_of_one_network_in_one_ball(lab: Any) -> None:
     )
     finish(lab, by_attack)
     found = comparing.compare(lab.database, [one, scaled, square])
-    assert found["union"] == {"robust_accuracy": (N - 4) / N, "broken_only_by": {one: 1, scaled: 1, square: 1}}
+    assert found["union"] == {
+        "robust_accuracy": (N - 4) / N,
+        "broken_only_by": {one: 1, scaled: 1, square: 1},
+        "left_out": {},
+    }
     assert [row["threat_model"] for row in found["results"]] == ["linf 0.15"] * 3
     for wrong, said in ((cw, "linf 0.15, no ball"), (l2, "linf 0.15, l2 0.025"), (other, "different networks")):
         refused = comparing.compare(lab.database, [one, wrong])
@@ -303,6 +307,35 @@ def test_a_union_is_of_one_network_in_one_ball(lab: Any) -> None:
         assert said in refused["union_refused"]
         assert len(refused["pairs"]) == 1  # of the same images, whatever the attack
     assert "no ball" in comparing.compare(lab.database, [cw, lab_again(lab, cw)])["union_refused"]
+
+
+def test_a_union_leaves_out_what_a_worst_case_does_and_names_it(
+    lab: Any, insights: Insights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attack that leaves the ball breaks what is robust in it; so may one of an older version."""
+    first = lab.submit(attack=BALL, samples=N)
+    finish(lab, lambda _: {0})
+    outside = lab.submit(attack={**BALL, "steps": 20}, samples=N)
+    finish(lab, lambda _: {1}, outside_ball=1)
+    wrong, square = lab.submit(attack={**BALL, "steps": 30}, samples=N), lab.submit(attack=OTHER_BALL, samples=N)
+    finish(lab, lambda _: {2})
+    monkeypatch.setattr(versions, "VERSIONS", {"attack/square": 2})
+    retraction.retract(lab.service, wrong, "a bug", user="ann", admin=True)
+    union = comparing.compare(lab.database, [first, outside, wrong, square])["union"]
+    assert union["robust_accuracy"] == insights.result(first)["worst_case"]["robust_accuracy"] == (N - 1) / N
+    assert union["left_out"] == {outside: "outside_ball", wrong: "retracted", square: "superseded"}
+    assert union["broken_only_by"] == {first: 1}
+    none = comparing.compare(lab.database, [outside, square])
+    assert (none["union"], none["union_refused"]) == (
+        None, "none of these proves anything: outside_ball, superseded"
+    )  # fmt: skip
+
+
+def test_a_union_is_not_over_two_ways_to_scale(lab: Any) -> None:
+    """With the bias left alone a network at s = 5 predicts other classes than at s = 1, and than with it scaled."""
+    both, weights = (lab.submit(attack=BALL, samples=N, scale=5, scale_bias=bias) for bias in (True, False))
+    finish(lab, by_attack)
+    assert "without the bias scaled" in comparing.compare(lab.database, [both, weights])["union_refused"]
 
 
 def lab_again(lab: Any, job_id: str) -> str:

@@ -84,13 +84,16 @@ def test_the_figures_are_drawn_from_results(server: Any, shell: dict[str, str], 
         assert draw(shell, script).returncode == 2
 
 
-def test_a_figure_mixes_no_results_of_different_recipes(server: Any, shell: dict[str, str], tmp_path: Path) -> None:
-    sweep = server.sweep("mixed", scale=[1, 5], **{"recipe.epochs": [3, 4]})
+@pytest.mark.parametrize(("field", "values"), [("recipe.epochs", [3, 4]), ("order", ["permutation", "file"])])
+def test_a_figure_mixes_no_results_of_different_specs(
+    server: Any, shell: dict[str, str], tmp_path: Path, field: str, values: list[Any]
+) -> None:
+    sweep = server.sweep(f"mixed {field}", scale=[1, 5], **{field: values})
     picture = tmp_path / "mixed.png"
     done = draw(shell, "figure_scaling.py", str(picture), f"sweep={sweep['id']}")
     assert done.returncode == 1
-    assert "recipe.epochs (" in done.stderr
+    assert f"{field} (" in done.stderr
     assert "Traceback" not in done.stderr
     assert not picture.exists()
-    chosen = draw(shell, "figure_scaling.py", str(picture), f"sweep={sweep['id']}", "recipe.epochs=3")
+    chosen = draw(shell, "figure_scaling.py", str(picture), f"sweep={sweep['id']}", f"{field}={values[0]}")
     assert chosen.returncode == 0, chosen.stderr

@@ -95,6 +95,20 @@ class TestAttack:
         assert torch.equal(report.bits["robust"], ~output.broken)
         assert torch.equal(report.bits["robust_any_iterate"], ~output.broken_any_iterate)
 
+    def test_the_share_of_the_most_frequent_label_is_what_the_best_constant_answer_gets_right(
+        self, digits_net: Any
+    ) -> None:
+        """On skewed labels that is far above 1/10: a network that always says 3 is as robust as it is right."""
+        model = nn.Sequential(nn.Flatten(), nn.Linear(digits_net.x[0].numel(), 10)).eval()
+        with torch.no_grad():
+            model[1].weight.zero_()
+            model[1].bias.copy_(torch.nn.functional.one_hot(torch.tensor(3), 10).float())
+        y = torch.where(torch.arange(100) % 10 == 0, 0, 3)
+        report = evaluate_attack(
+            model, digits_net.x[:100], y, digits_net.index[:100], attack="pgd", params=PARAMS, batch_size=64
+        )
+        assert report.numbers["majority_share"] == report.numbers["robust_accuracy"] == 0.9
+
     def test_eps_zero_is_clean(self, digits_net: Any) -> None:
         numbers = evaluate(digits_net, params={**PARAMS, "eps": 0.0}).numbers
         assert numbers["robust_accuracy"] == numbers["clean_accuracy"]

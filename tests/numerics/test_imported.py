@@ -3,17 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from service.verdict import AttackBits, Evidence, chance_of, judge
 from workers.science import imported
 from workers.science.architectures import build
 from workers.science.errors import Misshapen, NegativeVariance, NonFinite, WrongAccuracy, WrongShape, WrongTensors
 from workers.science.heads import features_and_logits
 from workers.science.imported import Normalised, as_saved, fit, is_at_chance, require_accuracy
 from workers.science.naming import match
+from workers.science.summaries import majority_share
 from workers.science.weights import load_weights, save_weights
 
 SHAPE = (3, 16, 16)
@@ -269,6 +272,17 @@ def test_another_clean_accuracy_than_was_expected(
 def test_chance_is_the_best_constant_answer(right: int, labels: list[int], at_chance: bool) -> None:
     y = torch.arange(len(labels)).repeat_interleave(torch.tensor(labels))
     assert is_at_chance(torch.arange(len(y)) < right, y) is at_chance
+
+
+@pytest.mark.parametrize("labels", [[50] * 10, [450, 50], [904, 96], [3, 1], [1], [7]])
+def test_the_verdict_on_an_attack_has_the_same_rule_of_chance(labels: list[int]) -> None:
+    """The science may not import the service's rule, so each right number of images is judged by both."""
+    y = torch.arange(len(labels)).repeat_interleave(torch.tensor(labels))
+    for right in range(len(y) + 1):
+        correct = torch.arange(len(y)) < right
+        bits = AttackBits(correct.numpy(), np.zeros(len(y), bool))
+        verdict = judge(Evidence("pgd", 1.0, chance_of(majority_share(y), len(labels)), bits, bits))
+        assert ("nothing_correct" in verdict.reasons) is is_at_chance(correct, y)
 
 
 def test_two_names_that_become_one(original: nn.Module, tmp_path: Path) -> None:

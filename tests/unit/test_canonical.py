@@ -284,3 +284,43 @@ def test_a_spec_and_its_stored_json_have_the_same_digest() -> None:
         for planned in plan_job(job, DatasetRef(name="digits")).tasks.values():
             stored = json.loads(planned.spec_json)
             assert digest(type(planned.spec).model_validate(stored)) == planned.digest
+
+
+WITHOUT_EFFECT: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+    (ATTACKS["noise"], {}, {"norm": "l2"}),
+    (ATTACKS["noise"], {"draws": 3}, {"draws": 3, "eps": 0.3}),
+    (ATTACKS["apgd"], {"norm": "linf", "eps": 0.1}, {"norm": "linf", "eps": 0.1, "targets": 3}),
+    (RECIPES["sam"], {"epochs": 1}, {"epochs": 1, "schedule": "constant"}),
+    (RECIPES["adversarial"], {"eps": 0}, {"eps": 0, "steps": 3, "step_size": 0.5}),
+    (RECIPES["trades"], {"eps": 0, "start_std": 0.1}, {"eps": 0, "start_std": 0.1, "steps": 3}),
+    (MEASURES["sam_sharpness"], {"images": 64}, {"images": 64, "m": 64}),
+    (MEASURES["asam_sharpness"], {"images": 64}, {"images": 64, "m": 5000}),
+    (MEASURES["adaptive_worst"], {"images": 500, "m": 500}, {"images": 500, "m": 501}),
+]
+WITH_EFFECT: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+    (ATTACKS["noise"], {"kind": "uniform"}, {"kind": "uniform", "norm": "l2"}),
+    (
+        ATTACKS["apgd"],
+        {"norm": "linf", "eps": 0.1, "targeted": True},
+        {"norm": "linf", "eps": 0.1, "targeted": True, "targets": 3},
+    ),
+    (RECIPES["sam"], {"epochs": 2}, {"epochs": 2, "schedule": "constant"}),
+    (RECIPES["trades"], {"eps": 0}, {"eps": 0, "start_std": 0.1}),
+    (RECIPES["adversarial"], {"eps": 0.1}, {"eps": 0.1, "steps": 3}),
+    (MEASURES["sam_sharpness"], {"images": 65}, {"images": 65, "m": 64}),
+]
+
+
+@pytest.mark.parametrize(("kind", "one", "other"), WITHOUT_EFFECT)
+def test_an_option_without_effect_changes_no_digest(kind: Any, one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Nor does it once the spec was stored and is read again."""
+    specs = [kind(**one), kind(**other)]
+    assert specs[0] == specs[1]
+    assert digest(specs[0]) == digest(specs[1]) == digest(kind.model_validate_json(specs[1].model_dump_json()))
+
+
+@pytest.mark.parametrize(("kind", "one", "other"), WITH_EFFECT)
+def test_the_same_option_changes_it_where_it_has_an_effect(
+    kind: Any, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert digest(kind(**one)) != digest(kind(**other))

@@ -1,6 +1,7 @@
 """What is counted, against plain Python: a network once, by the mean over its attack seeds, of what each task left."""
 
 import math
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from service.observations import SHARE, Moments, Observations, accuracy_interval, averaged, interval
+from service.observations import Moments, Observations, accuracy_interval, averaged, interval, range_of
 from service.verdict import wilson
 
 Row = tuple[str, str, int, str, float]  # group, network, attack seed, task, value
@@ -77,17 +78,17 @@ def test_a_missing_value_is_no_observation_of_a_network_that_counts() -> None:
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
 def test_an_interval_of_shares_is_students_within_0_and_1(shares: list[float]) -> None:
     mean, std = float(np.mean(shares)), float(np.std(shares, ddof=1))
-    low, high = interval(len(shares), mean, std, share=True)
+    low, high = interval(len(shares), mean, std, within=(0.0, 1.0))
     half = stats.t.ppf(0.975, len(shares) - 1) * stats.sem(shares)
     assert (low, high) == pytest.approx((max(0.0, mean - half), min(1.0, mean + half)), abs=1e-9)
-    assert interval(1, mean, None, share=True) == (None, None)
+    assert interval(1, mean, None, within=(0.0, 1.0)) == (None, None)
 
 
 def test_two_seeds_of_the_issue() -> None:
     """.175 to 1.445 is what Student's t says of these."""
     low, high = interval(2, 0.81, 0.05 * math.sqrt(2))
     assert (low, high) == pytest.approx((0.175, 1.445), abs=1e-3)
-    assert interval(2, 0.81, 0.05 * math.sqrt(2), share=True) == (low, 1.0)
+    assert interval(2, 0.81, 0.05 * math.sqrt(2), within=(0.0, 1.0)) == (low, 1.0)
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 10), (10, 10), (1, 1000), (57, 100), (500, 1000)])
@@ -104,7 +105,7 @@ def test_sums_are_believed_only_where_they_do_not_cancel(middle: float, offsets:
     values = np.sort(middle + np.array(offsets))
     of = Moments()
     of.add(len(values), float(values.sum()), float((values**2).sum()), float(values[0]), float(values[-1]))
-    std = float(np.std(values, ddof=1))
+    std = statistics.stdev(values.tolist())  # numpy rounds the mean of equal numbers
     if not of.cancels:
         assert of.std == pytest.approx(std, rel=1e-6)
     of.take(values)
@@ -130,13 +131,71 @@ def test_a_mean_of_equal_numbers_has_no_spread() -> None:
     assert interval(3, of.mean, of.std) == (0.1, 0.1)
 
 
+SIZES = st.builds(lambda sign, size, exponent: sign * size * 10.0**exponent, st.sampled_from([-1, 1]),
+                  st.floats(1, 9.99), st.integers(-300, 299))  # fmt: skip
+ALIKE = st.builds(lambda size, exponent: size * 10.0**exponent, st.floats(1, 9.99), st.just(0))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(SIZES, min_size=2, max_size=12) | st.builds(
+    lambda sizes, exponent: [size * 10.0**exponent for size in sizes],
+    st.lists(ALIKE, min_size=2, max_size=12), st.integers(-300, 299),
+))  # fmt: skip
+def test_mean_and_deviation_are_those_of_fractions_whatever_the_size(values: list[float]) -> None:
+    """`statistics` computes both in whole fractions."""
+    ordered = np.sort(values)
+    of = Moments()
+    of.add(len(values), None, None, float(ordered[0]), float(ordered[-1]))
+    of.take(ordered)
+    largest = max(map(abs, values))
+    assert of.mean == pytest.approx(statistics.mean(values), rel=1e-12, abs=largest * 1e-14)
+    assert of.std == pytest.approx(statistics.stdev(values), rel=1e-9, abs=0)
+    assert of.std is None or (of.std > 0) == (ordered[0] != ordered[-1])
+    low, high = interval(of.n, of.mean, of.std)
+    assert low is not None
+    assert high is not None
+    assert math.isfinite(low)
+    assert math.isfinite(high)
+    zeros = np.zeros(len(values), np.int64)
+    _, mean = averaged(zeros, zeros, zeros, np.arange(len(values)), np.array(values))
+    assert mean[0] == pytest.approx(statistics.mean(values), rel=1e-12, abs=largest * 1e-14)
+
+
 @pytest.mark.parametrize(
-    ("name", "is_one"),
+    ("values", "mean", "std"),
     [
-        ("robust_accuracy", True), ("robust_accuracy_of_correct", True), ("masked_fraction", True),
-        ("zero_gradient_fraction_of_all", True), ("flip_rate", True), ("detector_accuracy", True),
-        ("robust_loss", False), ("pac_bayes_accuracy_drop", False), ("log_hessian_trace_median", False),
+        ([1e-170, 2e-170, 3e-170], 2e-170, 1e-170),
+        ([1e200, 2e200, 3e200], 2e200, 1e200),
+        ([1.2e308, 1.3e308, 1.4e308], 1.3e308, 1e307),
+        ([-1.7e308, 1.7e308], 0.0, None),
     ],
+)
+def test_sums_of_what_leaves_the_range_are_not_believed(values: list[float], mean: float, std: float | None) -> None:
+    of = Moments()
+    of.add(len(values), 0.0, 0.0, values[0], values[-1])
+    assert of.leaves_range
+    assert of.cancels
+    of.take(np.array(values))
+    assert of.mean == pytest.approx(mean, rel=1e-12)
+    assert of.std == (None if std is None else pytest.approx(std, rel=1e-9))
+
+
+SHARES = (
+    "robust_accuracy", "robust_accuracy_of_correct", "masked_fraction", "zero_gradient_fraction_of_all", "flip_rate",
+    "detector_accuracy", "detector_auroc", "detector_adaptive_auroc", "majority_share", "clean_accuracy_at_chance",
+    "trajectory_flip_rate_any_iterate", "basin_censored_fraction_e01", "valley_relative_sharpness",
+    "valley_loose_softmax_trace", "peak_at_start_relative_sharpness", "bound_violated_linear",
+    "bound_violated_examples_linear", "top_eigenvalue_network_converged",
 )  # fmt: skip
-def test_which_numbers_are_shares(name: str, is_one: bool) -> None:
-    assert (SHARE.search(name) is not None) == is_one
+WITHOUT_BOUNDS = (
+    "robust_loss", "log_hessian_trace_median", "valley_n", "basin_n", "hessian_trace_penultimate_share",
+    "basin_width_e01_median", "bound_linear_median", "sam_sharpness",
+)  # fmt: skip
+
+
+def test_which_numbers_have_bounds() -> None:
+    """The share of a trace is none of them: other layers may have a negative trace."""
+    assert {name: range_of(name) for name in SHARES} == dict.fromkeys(SHARES, (0.0, 1.0))
+    assert {name: range_of(name) for name in WITHOUT_BOUNDS} == dict.fromkeys(WITHOUT_BOUNDS)
+    assert range_of("pac_bayes_accuracy_drop") == (-1.0, 1.0)
+    assert interval(2, 0.81, 0.05 * math.sqrt(2), within=(-1.0, 1.0))[1] == 1.0

@@ -20,7 +20,7 @@ from service.specs.base import number
 from service.specs.catalog import ARCHITECTURES, DATASETS
 from service.specs.fitting import Images, misfits
 from service.specs.measures import MEASURES
-from service.specs.recipes import RECIPES
+from service.specs.recipes import RECIPES, Standard
 from service.store.conditions import literal_of
 
 JOB: dict[str, Any] = {"architecture": "resnet18", "dataset": "cifar10", "attack": "pgd_linf"}
@@ -322,6 +322,32 @@ L2 = {**PGD, "norm": "l2", "eps": 1, "step_size": 1}
             "/attack/targets",
             "10 targets, but an image has 9 wrong classes",
         ),
+        (
+            {"recipe": {"name": "standard", "train_samples": 1298}},
+            "/recipe/train_samples",
+            "1,298 images to train on were asked for, of 1,297 training images",
+        ),
+        (
+            {"recipe": {"name": "trades", "keep": "best", "held_out": 298, "train_samples": 1000}},
+            "/recipe/train_samples",
+            "1,000 images to train on and 298 held out were asked for, of 1,297 training images",
+        ),
+        (
+            {"recipe": {"name": "adversarial", "keep": "best", "held_out": 1296}},
+            "/recipe/held_out",
+            "1 of 1,297 training images are left to train on, and a batch needs two",
+        ),
+        (
+            {
+                "attack": {
+                    "type": "transfer",
+                    "attack": PGD,
+                    "source": {"architecture": "mlp", "recipe": {"name": "sam", "train_samples": 2000}},
+                },
+            },
+            "/attack/source/recipe/train_samples",
+            "2,000 images to train on were asked for",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(changed: dict[str, Any], pointer: str, said: str) -> None:
@@ -332,6 +358,12 @@ def test_what_does_not_go_together_is_refused(changed: dict[str, Any], pointer: 
 
 def test_what_just_goes_together_is_accepted() -> None:
     job = {"architecture": "mlp", "dataset": "digits", "attack": {**L2, "eps": 8, "step_size": "8.0"}}
+    for recipe in (
+        {"train_samples": 1297},
+        {"name": "trades", "keep": "best", "held_out": 297, "train_samples": 1000},
+        {"name": "adversarial", "keep": "best", "held_out": 1295},
+    ):
+        assert JobSpec.model_validate({**job, "recipe": recipe})
     assert JobSpec.model_validate(job)
     attack = {**PGD, "fold_batch_norm": True}
     made_on_another = {"type": "transfer", "attack": attack, "source": {"architecture": "resnet18"}}
@@ -351,7 +383,7 @@ def test_attacks_need_as_many_classes_as_their_loss_looks_at(preset: str, attack
     if isinstance(chosen, Pgd | Fgsm | Apgd):
         chosen = Transfer(attack=chosen, **attack) if attack else chosen
     for classes in range(2, 6):
-        found = misfits("mlp", chosen, Images((3, 8, 8), classes))
+        found = misfits("mlp", Standard(), chosen, Images((3, 8, 8), classes, 100))
         assert bool(found) == (classes < least), (classes, found)
         if found:
             [(path, sentence)] = found

@@ -52,12 +52,12 @@ def panel(robust: int, n: int = N, counts: dict[str, int] | None = None, **other
 
 def judge(
     scale: float, at_scale: AttackBits, at_one: AttackBits, controls: Controls | None, *, name: str = "pgd",
-    classes: int = 10, twin: BitArray | None = None,
+    chance: float = 0.1, twin: BitArray | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on PGD, whose margin twin is the panel's, unless another attack or twin is named."""
     panel_twin = controls.robust["margin"] if controls is not None and name == "pgd" else None
     twin = panel_twin if twin is None else twin
-    return judge_evidence(Evidence(name, scale, classes, at_scale, at_one, controls, twin))
+    return judge_evidence(Evidence(name, scale, chance, at_scale, at_one, controls, twin))
 
 
 def at_one(robust: int, *, controls: Controls | None, n: int = N) -> Verdict:
@@ -126,7 +126,7 @@ def test_the_margin_twin_counts_as_breaking_at_one() -> None:
 @pytest.mark.parametrize("n", [256, 1000, 10_000])
 def test_what_is_masked_entirely_is_masked_entirely_however_many_images_there_are(n: int) -> None:
     """The twin breaks all of its 256 images: 1.0, and not 256 / n."""
-    verdict = judge(10.0, attack(n, n), attack(n, n), panel(256, 256, margin=0), classes=10)
+    verdict = judge(10.0, attack(n, n), attack(n, n), panel(256, 256, margin=0))
     assert (verdict.masked_fraction, verdict.masked_n, verdict.counts["masked"]) == (1.0, 256, [256, 256])
     assert verdict.verdict == "invalid"
     assert "masked" in verdict.reasons
@@ -226,19 +226,19 @@ def test_a_panel_that_has_not_converged_says_nothing_of_an_attack_that_has() -> 
     assert judge(1.0, attack(521), attack(521), panel_of_few_steps, name="fgsm").checks["not_converged"] == "suspect"
 
 
-@pytest.mark.parametrize(("correct", "classes"), [(0, 10), (107, 10), (118, 10), (500, 2)])
-def test_a_network_that_is_right_by_chance_has_nothing_to_attack(correct: int, classes: int) -> None:
+@pytest.mark.parametrize(("correct", "chance"), [(0, 0.1), (107, 0.1), (118, 0.1), (500, 0.5), (904, 0.904)])
+def test_a_network_that_is_right_by_chance_has_nothing_to_attack(correct: int, chance: float) -> None:
     """10.7 % of ten classes (a normalisation in grey levels) was trusted. The Wilson interval decides."""
     bits = attack(0, correct=correct)
-    verdict = judge(1.0, bits, bits, panel(0), classes=classes)
+    verdict = judge(1.0, bits, bits, panel(0), chance=chance)
     assert (verdict.verdict, verdict.reasons) == ("invalid", ("nothing_correct",))
     assert verdict.counts["nothing_correct"] == [correct, N]
 
 
-@pytest.mark.parametrize(("correct", "classes"), [(121, 10), (950, 10), (540, 2)])
-def test_a_network_that_is_right_above_chance(correct: int, classes: int) -> None:
+@pytest.mark.parametrize(("correct", "chance"), [(121, 0.1), (950, 0.1), (540, 0.5), (930, 0.904)])
+def test_a_network_that_is_right_above_chance(correct: int, chance: float) -> None:
     bits = attack(0, correct=correct)
-    assert judge(1.0, bits, bits, panel(0), classes=classes).verdict == "trusted"
+    assert judge(1.0, bits, bits, panel(0), chance=chance).verdict == "trusted"
 
 
 def test_values_that_are_no_numbers_are_never_robust() -> None:

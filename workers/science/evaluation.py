@@ -16,7 +16,7 @@ from workers.science.cross_entropy import log_odds, loss_increase, softplus
 from workers.science.datasets import to_unit
 from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.summaries import mean, merged, summary
+from workers.science.summaries import majority_share, mean, merged, summary
 
 Numbers = dict[str, float | int | None]
 TOP = 5
@@ -64,7 +64,8 @@ class AttackReport:
     attack takes gradients), non_finite. All on the CPU. `returned` is None where the network has no linear head.
 
     A non-finite example is neither clean-correct nor robust, `n_non_finite` counts them, and losses, top-5 hits and
-    sizes are over the others; accuracies are over all `n`.
+    sizes are over the others; accuracies are over all `n`, and so is `majority_share`, the share of the most frequent
+    label: a network that is right no more often may always give the same answer.
     """
 
     numbers: Numbers
@@ -149,7 +150,8 @@ def evaluate_attack(
     if bool(seen["non_finite"].all()):
         raise NonFinite.of("a logit, a loss or a gradient", seen["non_finite"])
     calls: Numbers = {"gradient_calls": gradient_calls, "forward_calls": forward_calls}
-    numbers = merged(_numbers(seen, norm=output.norm, eps=output.eps), calls)
+    more: Numbers = {"majority_share": majority_share(y), **calls}
+    numbers = merged(_numbers(seen, norm=output.norm, eps=output.eps), more)
     return AttackReport(numbers, {name: seen[name] for name in BITS if name in seen}, _returned(seen, y))
 
 

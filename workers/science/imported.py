@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workers.science.errors import NegativeVariance, WrongAccuracy, WrongShape, listed
 from workers.science.naming import COUNTERS, match
+from workers.science.summaries import majority_share
 from workers.science.weights import check_weights
 
 MEAN, STD = "normalise.mean", "normalise.std"
@@ -125,13 +126,12 @@ def require_accuracy(measured: float, images: int, expected: float | None, toler
 def is_at_chance(correct: Tensor, y: Tensor) -> bool:
     """Whether `correct [n]` is not above what the best constant answer to the labels `y [n]` gets right.
 
-    Above is: with the lower end of its Wilson 95 % interval (Wilson 1927).
+    Above is: with the lower end of its Wilson 95 % interval (Wilson 1927). An attack's verdict has the same rule.
     """
     n, share = len(y), float(correct.double().mean())
-    chance = float(y.cpu().bincount().max()) / n
     z = 1.959963984540054
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return (middle - half) / (1 + z**2 / n) <= chance
+    return (middle - half) / (1 + z**2 / n) <= majority_share(y)
 
 
 @contextmanager

@@ -45,6 +45,15 @@ def mean(values: Tensor) -> float | None:
     return finite(float(values.double().mean())) if values.numel() else None
 
 
+def majority_share(y: Tensor) -> float:
+    """The share of the most frequent label among `y [n]`, n > 0: what the best constant answer gets right.
+
+    >>> majority_share(torch.tensor([0, 2, 2, 1]))
+    0.5
+    """
+    return float(y.cpu().bincount().max()) / len(y)
+
+
 def finite(value: float) -> float | None:
     """The number, or null where JSON has none: NaN and infinities never leave the science."""
     return value if math.isfinite(value) else None
