@@ -35,7 +35,7 @@ from api.prefix import Prefix
 from api.routing import new_turns
 from api.security import SecurityHeaders
 from service.access import Access
-from service.artifacts import Artifacts
+from service.artifact_root import of_database
 from service.insights import Insights
 from service.settings import Settings
 from service.store import Database
@@ -64,7 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.service = Service(
-        database, Artifacts(settings.artifacts), settings.limits, max_sweep_jobs=settings.max_sweep_jobs
+        database, of_database(database, settings.artifacts), settings.limits, max_sweep_jobs=settings.max_sweep_jobs
     )
     app.state.access = Access(database)
     app.state.limiter = Limiter()
