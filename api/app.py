@@ -37,7 +37,7 @@ from api.routing import new_turns
 from api.security import SecurityHeaders
 from api.shares import Shares
 from service.access import Access
-from service.artifacts import Artifacts
+from service.artifact_root import of_database
 from service.insights import Insights
 from service.settings import Settings
 from service.store import Database
@@ -66,7 +66,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.service = Service(
-        database, Artifacts(settings.artifacts), settings.limits, max_sweep_jobs=settings.max_sweep_jobs
+        database, of_database(database, settings.artifacts), settings.limits, max_sweep_jobs=settings.max_sweep_jobs
     )
     app.state.access = Access(database)
     app.state.limiter = Limiter()

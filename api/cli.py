@@ -67,6 +67,7 @@ for operation in (operating.doctor, operating.gc):
     app.command(epilog=operating.EPILOG)(operation)
 app.add_typer(storing.data, name="data")
 app.add_typer(storing.db, name="db")
+app.add_typer(storing.artifacts, name="artifacts")
 app.add_typer(checkpoints.checkpoint, name="checkpoint")
 app.add_typer(access.user, name="user")
 app.add_typer(access.token, name="token")

@@ -5,8 +5,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from api.answers import Alive, Cluster, Ready
-from api.deps import Questions
+from api.deps import ArtifactRoot, Questions
 from api.errors import documented
+from service import artifact_root
 
 router = APIRouter(tags=["health"])
 
@@ -18,11 +19,15 @@ async def healthz() -> Any:
 
 
 @router.get("/readyz", response_model=Ready, responses=documented())
-def readyz(request: Request, insights: Questions) -> Any:
-    """The database answers, has the right schema and room left. Jobs are accepted also while no dispatcher leads."""
+def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> Any:
+    """The database answers and has the right schema, and room left; the artifact root is there.
+
+    Jobs are accepted also while no dispatcher leads.
+    """
     insights.database.check_schema()
     cluster = insights.cluster()
     insights.database.check_room()  # it writes only where the last write found no room: a probe waits for no writer
+    artifact_root.check(insights.database, artifacts.root)
     version = request.app.version
     return {"status": "ready", "version": version, "dispatcher_leads": cluster["leading"]}
 

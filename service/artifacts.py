@@ -23,6 +23,10 @@ from service.executor import ArtifactRef
 CHUNK_BYTES = 1 << 20
 FULL_BYTES = 64 << 10  # a disk with less room than that is full
 MARK = ".root"  # the file with what a folder is known by
+MOUNT = (
+    "mount its disk or put it back; if you have moved or restored it, accept it with `uncanny artifacts adopt`; "
+    "what waits for it goes on by itself"
+)
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -42,15 +46,20 @@ class Stored:
 class Artifacts:
     """The artifact root. Opening it never writes; a digest either names all of its bytes or nothing.
 
-    With a `mark`, a folder is used only while it has that one: else it is another, such as the place where the disk of
-    the right one is not mounted, and what was written there nobody else would find.
+    With a `mark`, or something to ask for it, a folder is used only while it has that one: else it is another, such as
+    the place where the disk of the right one is not mounted, and what was written there nobody else would find.
     """
 
-    def __init__(self, root: str, mark: str = "") -> None:
+    def __init__(self, root: str, mark: str | Callable[[], str] = "") -> None:
         self.root = root
         self._mark = mark
         self._fs, self._base = _file_system(root)
         self._local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether another folder could have its name; an object store is the same from everywhere."""
+        return self._local
 
     def _path(self, digest: str) -> str:
         if not DIGEST.fullmatch(digest):
@@ -84,7 +93,7 @@ class Artifacts:
 
     @contextmanager
     def _new_file(self) -> Iterator[Path]:
-        self._require_mark()
+        self.require_mark()
         with self._writing():
             scratch = tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch(), ignore_cleanup_errors=True)
         with scratch as folder:
@@ -151,6 +160,7 @@ class Artifacts:
         `ArtifactRootUnusable` where they cannot be read.
         """
         source = self._path(digest)
+        self.require_mark()
         absent = f"artifact {digest} is not under {self.root}; was it deleted, or is this another root?"
         with tempfile.TemporaryDirectory(prefix="uncanny-") as folder:
             path = Path(source) if self._local else Path(folder) / "bytes"
@@ -197,35 +207,36 @@ class Artifacts:
                 os.link(part, path)
             return path.read_text()
 
-    def _require_mark(self) -> None:
-        if not self._local or not self._mark:
+    def require_mark(self) -> None:
+        """Raises `ArtifactRootUnusable` where this is another folder than the one with the mark."""
+        if not self._local or not (mark := self._mark if isinstance(self._mark, str) else self._mark()):
             return
+        state = "has another mark"
         try:
             with self._reading():
-                same = (Path(self._base) / MARK).read_text() == self._mark
+                if (Path(self._base) / MARK).read_text() == mark:
+                    return
         except FileNotFoundError:
-            same = False
-        if not same:
-            raise ArtifactRootUnusable(
-                f"the artifact root {self.root} is not the dispatcher's here: mount its disk; "
-                "what waits for it goes on by itself"
-            )
+            state = f"has no {MARK}" if os.path.isdir(self._base) else "is not there"
+        raise ArtifactRootUnusable(f"{self.root} is not the artifact root of this database ({state}): {MOUNT}")
 
     def require_root(self) -> None:
         """For who misses bytes that were there: raises `ArtifactRootUnusable` where all of the root is missing."""
-        self._require_mark()
+        self.require_mark()
         if not self._local or self._mark:
             return
         try:
             with self._reading():
-                state = "" if any(len(name) == 2 for name in os.listdir(self._base)) else "is empty"
+                state = "" if any(len(name) == 2 or name == MARK for name in os.listdir(self._base)) else "is empty"
         except FileNotFoundError:
             state = "is not there"
         if state:
-            raise ArtifactRootUnusable(
-                f"the artifact root {self.root} {state}: mount its disk, or put back what was in it; "
-                "what waits for it goes on by itself"
-            )
+            raise ArtifactRootUnusable(f"the artifact root {self.root} {state}: {MOUNT}")
+
+    def require_folder(self) -> None:
+        """Raises `ArtifactRootUnusable` where there is no such folder."""
+        if self._local and not os.path.isdir(self._base):
+            raise ArtifactRootUnusable(f"there is no folder {self.root}: mount its disk, or make it")
 
     @contextmanager
     def open(self, digest: str) -> Iterator[BinaryIO]:
@@ -246,6 +257,7 @@ class Artifacts:
     @contextmanager
     def _present(self, digest: str) -> Iterator[None]:
         """Read in this context what must be there."""
+        self.require_mark()
         try:
             with self._reading():
                 yield
@@ -254,6 +266,7 @@ class Artifacts:
 
     def exists(self, digest: str) -> bool:
         """Whether these bytes are there. Raises `ArtifactRootUnusable` where nobody can tell."""
+        self.require_mark()
         source = self._path(digest)
         try:
             with self._reading():

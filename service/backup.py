@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, select, union, update
+from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, select, update
 
+from service.artifact_root import check, missing, named_digests
 from service.artifacts import Artifacts
-from service.errors import BackupFailed, Conflict
-from service.housekeeping import NAMES_BYTES
+from service.errors import ArtifactRootUnusable, BackupFailed, Conflict
 from service.store import Database, claiming
-from service.store.tables import leases, metadata
+from service.store.tables import artifact_roots, leases, metadata
 
 FORMAT = "uncanny backup 1"
 SUFFIX = ".backup.gz"
@@ -38,13 +38,17 @@ LEVEL = 5  # of compression: half the time of the best, and nearly as small
 
 @dataclass(frozen=True)
 class Report:
-    """What is in the backup, rows by table; after a restore, which digests have no bytes under the artifact root."""
+    """What is in the backup, rows by table; after a restore, which digests have no bytes under the artifact root.
+
+    `is_root`: after a restore, whether the artifact root is the one that the backup knows.
+    """
 
     path: str
     schema: str
     made_at: float
     rows: dict[str, int]
     missing_artifacts: tuple[str, ...] = ()
+    is_root: bool = True
 
 
 def backup(database: Database, path: Path) -> Report:
@@ -91,7 +95,8 @@ def restore(database: Database, artifacts: Artifacts, path: Path, *, replace: bo
         leader = claiming.leader(connection)
         if leader is not None and leader.expires_at > database.now(connection):
             raise Conflict(f"the dispatcher {leader.holder} is at work on this database: stop the service first")
-        filled = [table.name for table in metadata.sorted_tables if _any(connection, table)]
+        others = (table for table in metadata.sorted_tables if table is not artifact_roots)  # made at the first start
+        filled = [table.name for table in others if _any(connection, table)]
         if filled and not replace:
             raise Conflict(f"the database is not empty ({', '.join(filled)}): --replace deletes what it has")
         for table in reversed(metadata.sorted_tables):
@@ -99,10 +104,16 @@ def restore(database: Database, artifacts: Artifacts, path: Path, *, replace: bo
         _fill(connection, path)
         # Whoever led when the backup was made leads no more.
         connection.execute(update(leases).values(epoch=leases.c.epoch + 1, expires_at=0.0))
-    with database.read() as connection:
-        named = set(connection.scalars(union(*(select(column).where(column.is_not(None)) for column in NAMES_BYTES))))
-    missing = sorted(digest for digest in named if not artifacts.exists(digest))
-    return Report(report.path, report.schema, report.made_at, report.rows, tuple(missing))
+    absent = missing(named_digests(database), artifacts)
+    return Report(report.path, report.schema, report.made_at, report.rows, absent, _is_of(database, artifacts))
+
+
+def _is_of(database: Database, artifacts: Artifacts) -> bool:
+    try:
+        check(database, artifacts.root)
+    except ArtifactRootUnusable:
+        return False
+    return True
 
 
 def _any(connection: Connection, table: Table) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, func, select, text
 
+from service import artifact_root
 from service.artifacts import Artifacts
 from service.environment import reported
 from service.errors import ArtifactMissing, ArtifactRootUnusable, DatabaseAway, SchemaOutdated, UnfitDatabase
@@ -63,8 +64,11 @@ def examine(settings: Settings, look: Callable[[Settings], Report] | None = None
         if any(check.name == "schema" and check.state == "ok" for check in reached):
             yield _clock(database)
             yield from _dispatcher(database)
+            artifacts = artifact_root.as_known(database, settings.artifacts)
             yield from _registered(database, artifacts)
-        yield _artifact_root(artifacts)
+            yield _artifact_root(artifacts, lambda: artifact_root.check(database, settings.artifacts))
+        else:
+            yield _artifact_root(artifacts, lambda: None)
         yield from _room(settings)
         yield from cluster_checks(settings, (look or look_at_cluster)(settings))
     finally:
@@ -195,10 +199,12 @@ def _registered(database: Database, artifacts: Artifacts) -> Iterator[Check]:
             yield Check(f"data {row.name}", "ok", "its files are artifacts with the right SHA-256")
 
 
-def _artifact_root(artifacts: Artifacts) -> Check:
+def _artifact_root(artifacts: Artifacts, check: Callable[[], None]) -> Check:
+    """`check` raises where the folder is not the artifact root; then nothing is written there."""
     content = secrets.token_bytes(64)
     started = time.monotonic()
     try:
+        check()
         ref = artifacts.write_chunks("doctor", [content])
         with artifacts.open(ref.digest) as file:
             same = file.read() == content
@@ -208,7 +214,7 @@ def _artifact_root(artifacts: Artifacts) -> Check:
                 "artifacts", "fail", f"{artifacts.root} does not give back what is written", "use another root"
             )
     except Exception as error:  # noqa: BLE001 - a file system or an object store may say anything
-        advice = "make it writable for this user, or set UNCANNY_ARTIFACT_ROOT"
+        advice = "mount it, make it writable for this user, or set UNCANNY_ARTIFACT_ROOT"
         return Check("artifacts", "fail", f"{artifacts.root}: {error}", advice)
     milliseconds = (time.monotonic() - started) * 1000
     return Check("artifacts", "ok", f"{artifacts.root}: written, read, renamed and deleted in {milliseconds:.1f} ms")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from sqlalchemy import Column, ColumnElement, Connection, and_, delete, func, or_, select, union, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, select, union, update
 
 from service import private
 from service.artifacts import Artifacts, Stored
@@ -36,17 +36,12 @@ from service.jobs import ENDED_TASK, TaskState
 from service.settings import Settings
 from service.store import Database
 from service.store.listed import listed
+from service.store.tables import NAMES_BYTES, events, tasks
 from service.store.tables import artifacts as rows
-from service.store.tables import checkpoints, datasets, events, tasks, trainings
 
 log = logging.getLogger("uncanny.housekeeping")
 BATCH = 500
 EVENT_BATCH = 10_000
-# Where a row names bytes under the artifact root.
-NAMES_BYTES: tuple[Column[Any], ...] = (
-    rows.c.digest, tasks.c.resume_digest, trainings.c.checkpoint_digest, checkpoints.c.weights_sha256,
-    datasets.c.train_sha256, datasets.c.test_sha256,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,11 @@ class Report:
 def collect(
     database: Database, artifacts: Artifacts, policy: Policy, *, home: Path | None = None, dry_run: bool = False
 ) -> Report:
-    """Let go what the policy lets go. Raises `DatabaseAway` and what the file system says; may be run again then."""
+    """Let go what the policy lets go. Raises `DatabaseAway` and what the file system says; may be run again then.
+
+    Nothing goes where the folder is not the artifact root: raises `ArtifactRootUnusable`.
+    """
+    artifacts.require_mark()
     report = Report(dry_run)
     with database.read() as connection:
         now = database.now(connection)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from service.errors import DatabaseAway
+from service.artifact_root import of_database
+from service.errors import ArtifactRootUnusable, DatabaseAway
 from service.settings import Settings
 from service.store import filing, history, judging
 from service.store.database import Database
@@ -72,7 +73,8 @@ def judge_results(connection: Connection, now: float, actor: str, before: Mappin
 def prepare_store(settings: Settings) -> None:
     """The embedded database brings itself up to date; a shared one is only looked at.
 
-    Raises `SchemaOutdated`. One that is away may come back later, and is only warned of.
+    It takes the artifact root that is there as its own if it knows none yet. Raises `SchemaOutdated`. What is away may
+    come back later, and is only warned of.
     """
     database = Database(settings.database)
     try:
@@ -80,7 +82,8 @@ def prepare_store(settings: Settings) -> None:
             upgrade(database)
         else:
             database.check_schema()
-    except DatabaseAway as error:
+        of_database(database, settings.artifacts).require_mark()
+    except (DatabaseAway, ArtifactRootUnusable) as error:
         log.warning("%s", error)
     finally:
         database.close()

@@ -13,7 +13,7 @@ import time
 from types import FrameType
 
 from service import private
-from service.artifacts import Artifacts
+from service.artifact_root import RootMark, of_database
 from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway, SchemaOutdated
 from service.housekeeping import keep_house
@@ -81,13 +81,13 @@ def _dispatch(settings: Settings, name: str, stop: threading.Event) -> int:
     except SchemaOutdated as error:
         log.error("%s", error)
         return 3
-    executor = RayExecutor(settings)
+    executor = RayExecutor(settings, root_mark=RootMark(database, settings.artifacts))
     try:
         while not executor.capacity().ready and not stop.is_set():
             stop.wait(WAIT_SECONDS)
         _stop_on_signals(stop)  # again: Ray has put a handler of its own before ours
         log.info("dispatcher %s starts", name)
-        artifacts = Artifacts(settings.artifacts)
+        artifacts = of_database(database, settings.artifacts)
         dispatcher = Dispatcher(database, artifacts, executor, settings, name)
         keeping = (database, artifacts, settings, lambda: dispatcher.leading, stop)
         threading.Thread(target=keep_house, args=keeping, name="housekeeping", daemon=True).start()

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from service.artifacts import Artifacts
+from service.errors import ArtifactRootUnusable, UncannyError
 from service.settings import Settings
+from service.store import Database, roots
 from workers.head import running, use_driver_environment
 from workers.revision import code_digest, installed
 
@@ -76,8 +79,11 @@ def _examine(settings: Settings, patience_seconds: float) -> dict[str, Any]:
     }
 
 
-def examine(artifact_root: str, data_dir: str, marker: str) -> dict[str, Any]:
-    """What a node says of itself; `marker` is the digest of an artifact that was just written elsewhere."""
+def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[str, Any]:
+    """What a node says of itself; `marker` is the digest of an artifact that was just written elsewhere.
+
+    `mark` is what the artifact root is known by, empty where nobody knows it yet.
+    """
     import torch
 
     from workers.devices import compiler, described
@@ -93,7 +99,7 @@ def examine(artifact_root: str, data_dir: str, marker: str) -> dict[str, Any]:
         "compute_modes": compute_modes(),
         "compiler": compiler(),
         "driver": driver(),
-        "artifacts": _trouble(Artifacts(artifact_root), marker),
+        "artifacts": _trouble(Artifacts(artifact_root, mark), marker),
         "free_bytes": shutil.disk_usage(_existing(Path(local))).free,
         "data": {name: _compare(files) for name, files in public_files(Path(data_dir)).items()},
     }
@@ -152,8 +158,10 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    artifacts = Artifacts(settings.artifacts)
-    marker = artifacts.write_chunks("doctor", [secrets.token_bytes(64)]).digest
+    mark, marker = _mark(settings), ""
+    artifacts = Artifacts(settings.artifacts, mark)
+    with suppress(ArtifactRootUnusable):  # which is said without the cluster too; each node still says what it sees
+        marker = artifacts.write_chunks("doctor", [secrets.token_bytes(64)]).digest
     reports = []
     try:
         listed: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -169,7 +177,7 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
             try:
                 once = ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its contexts on the GPUs go with it
                 asked = once(examine).options(scheduling_strategy=there)
-                found = asked.remote(settings.artifacts, str(settings.data), marker)
+                found = asked.remote(settings.artifacts, mark, str(settings.data), marker)
                 report.update(**ray.get(found, timeout=NODE_SECONDS))
                 before = time.time()
                 theirs = ray.get(ask(clock).options(scheduling_strategy=there).remote(), timeout=NODE_SECONDS)
@@ -179,13 +187,28 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
                 report["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
             reports.append(report)
     finally:
-        artifacts.delete(marker)
+        if marker:
+            artifacts.delete(marker)
     return reports
+
+
+def _mark(settings: Settings) -> str:
+    """What the database knows the artifact root by; empty where it does not say."""
+    database = Database(settings.database)
+    try:
+        database.check_schema()
+        with database.read() as connection:
+            return roots.mark(connection) or ""
+    except UncannyError:  # which is said without the cluster too
+        return ""
+    finally:
+        database.close()
 
 
 def _trouble(artifacts: Artifacts, marker: str) -> str:
     """What keeps this node from sharing the artifact root; empty where nothing does."""
     try:
+        artifacts.require_mark()
         with artifacts.local(marker):
             pass
         own = artifacts.write_chunks("doctor", [secrets.token_bytes(64)]).digest

@@ -21,8 +21,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from service.artifacts import Artifacts
-from service.errors import ArtifactRootUnusable
+from service.errors import ArtifactRootUnusable, DatabaseAway
 from service.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Needs, Reason, Started
 from service.ledger import Ledger
 from service.settings import Settings
@@ -63,11 +62,16 @@ class RayExecutor:
     """Runs each bundle as one Ray task, whose generator streams its messages. Ray itself never retries.
 
     Ray is connected to in a thread; until then `capacity().ready` is false. Its other methods are for one thread, the
-    dispatcher's. `body` is what runs on the worker.
+    dispatcher's. `body` is what runs on the worker. `root_mark` says what workers know the artifact root by, and raises
+    what keeps it from saying so; empty is whatever has its name.
     """
 
-    def __init__(self, settings: Settings, *, body: Body = run_bundle, grace_seconds: float = 3.0) -> None:
+    def __init__(
+        self, settings: Settings, *,
+        body: Body = run_bundle, grace_seconds: float = 3.0, root_mark: Callable[[], str] = lambda: "",
+    ) -> None:  # fmt: skip
         self._settings = settings
+        self._root_mark = root_mark
         self._grace_seconds = grace_seconds
         self._worker_settings = WorkerSettings(settings.artifacts, settings.data, settings.epoch_state_seconds)
         self._task = ray.remote(max_calls=0, max_retries=0, num_returns="streaming")(body)
@@ -96,23 +100,21 @@ class RayExecutor:
             return
         try:
             avoid = bundle.avoid | self._capacity.unfit.keys()
-            self._mark_root()
+            worker_settings = replace(self._worker_settings, root_mark=self._root_mark())
             task = self._task.options(name=f"bundle {bundle.id}", **_options(bundle.needs, avoid))
-            generator = task.remote(bundle, self._worker_settings)
+            generator = task.remote(bundle, worker_settings)
         except (ValueError, TypeError) as error:  # it does not take these needs, and will not the next time
             why = f"Ray does not take what this asks for (UNCANNY_RESOURCES): {error}"
             self._lost += [Failed(grant.task_id, grant.attempt, "configuration", why) for grant in bundle.grants]
             return
+        except ArtifactRootUnusable as error:  # the database knows no root yet, and this one cannot be it
+            fault = Fault("artifact_root", self._settings.artifacts, "")
+            self._lost += ledger.end("environment", str(error), fault)
+            return
+        except DatabaseAway as error:
+            self._lost += ledger.end("given_back", str(error))
+            return
         self._bundles[bundle.id] = _Running(ledger, generator, needs=bundle.needs)
-
-    def _mark_root(self) -> None:
-        """Workers use the artifact root that this process sees, and no folder that only has its name."""
-        try:
-            mark = Artifacts(self._settings.artifacts).mark()
-        except ArtifactRootUnusable as error:  # they find out by themselves
-            log.warning("%s", error)
-        else:
-            self._worker_settings = replace(self._worker_settings, root_mark=mark)
 
     def poll(self, timeout_seconds: float) -> list[Message]:
         deadline = time.monotonic() + timeout_seconds

@@ -44,7 +44,7 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Delete bytes that nothing refers to, useless epoch states, old events, leftovers. Safe while the service runs."""
-    from service.artifacts import Artifacts
+    from service.artifact_root import of_database
     from service.housekeeping import Policy, collect
     from service.store import Database
 
@@ -52,7 +52,7 @@ def gc(
     database = Database(settings.database)
     database.check_schema()
     report = collect(
-        database, Artifacts(settings.artifacts), Policy.of(settings), home=settings.home, dry_run=dry_run
+        database, of_database(database, settings.artifacts), Policy.of(settings), home=settings.home, dry_run=dry_run
     )  # fmt: skip
     database.close()
     if as_json:

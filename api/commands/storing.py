@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DB_EPILOG = "Exit codes: 0 done; 1 an error; 2 bad usage."
 STATUS_EPILOG = "Exit codes: 0 the schema is this version's; 1 it is not, or an error; 2 bad usage."
 data = typer.Typer(help="Data sets of your own.", no_args_is_help=True, epilog=EPILOG)
+artifacts = typer.Typer(help="The artifact root.", no_args_is_help=True, epilog=DB_EPILOG)
 db = typer.Typer(help="The database: its schema, backup and restore.", no_args_is_help=True, epilog=DB_EPILOG)
 
 
@@ -53,6 +54,19 @@ def list_data(home: Home = None, url: Url = None, as_json: AsJson = False) -> No
         return print_json(rows)
     columns = ["name", "channels", "height", "width", "classes", "train_count", "test_count", "created_by"]
     return show(table(columns, [[str(row[name]) for name in columns] for row in rows]))
+
+
+@artifacts.command("adopt", epilog=DB_EPILOG)
+def adopt(home: Home = None, as_json: AsJson = False) -> None:
+    """Accept the folder of UNCANNY_ARTIFACT_ROOT as the artifact root, where an operator has moved or restored it."""
+    from service.artifact_root import adopt as accept
+
+    with closing(_database(home)) as database:
+        made = accept(database, settings_of(home=home).artifacts)
+    if as_json:
+        return print_json(asdict(made))
+    say(f"{made.root} is the artifact root from now on: {len(made.missing)} of {made.named} artifacts are not in it")
+    return None
 
 
 @db.command("upgrade", epilog=DB_EPILOG)
@@ -121,17 +135,22 @@ def restore(
     from service.artifacts import Artifacts
     from service.backup import restore as put_back
 
-    artifacts = Artifacts(settings_of(home=home).artifacts)
+    root = Artifacts(settings_of(home=home).artifacts)
     with closing(_database(home)) as database, err.status("reading the backup"):
-        made = put_back(database, artifacts, source, replace=replace)
+        made = put_back(database, root, source, replace=replace)
     if as_json:
         return print_json(asdict(made))
     then = datetime.fromtimestamp(made.made_at, UTC)
     say(f"{sum(made.rows.values()):,} rows are back, as they were at {then:%F %T} UTC.")
     if made.missing_artifacts:
-        say(f"{len(made.missing_artifacts)} artifacts are not under {artifacts.root}, so copy them there:")
+        say(f"{len(made.missing_artifacts)} artifacts are not under {root.root}, so copy them there:")
         for digest in made.missing_artifacts:
             say(f"  {digest}")
+    if not made.is_root:
+        say(
+            f"{root.root} is not the artifact root of the backup: put that one there, with its `.root`, or accept "
+            "this one with `uncanny artifacts adopt`."
+        )
     return None
 
 

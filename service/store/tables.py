@@ -3,6 +3,8 @@
 Ids are UUIDv7 as text; times are seconds since 1970 (UTC) by the database's clock.
 """
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -324,6 +326,14 @@ artifacts = Table(
     Index("ix_artifacts_task", "task_id"),
 )
 
+# By what the artifact root is known: one row, from its first use on.
+artifact_roots = Table(
+    "artifact_roots",
+    metadata,
+    Column("mark", String(200), primary_key=True),
+    Column("adopted_at", Float(53), nullable=False),
+)
+
 events = Table(
     "events",
     metadata,
@@ -451,3 +461,9 @@ counters = Table(
     Column("name", String(40), primary_key=True),
     Column("value", BigInteger, nullable=False),
 )
+
+# Where a row names bytes under the artifact root.
+NAMES_BYTES: tuple[Column[Any], ...] = (
+    artifacts.c.digest, tasks.c.resume_digest, trainings.c.checkpoint_digest, checkpoints.c.weights_sha256,
+    datasets.c.train_sha256, datasets.c.test_sha256,
+)  # fmt: skip

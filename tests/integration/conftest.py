@@ -18,6 +18,7 @@ from api.app import create_app
 from api.binding import listen
 from api.client import ENDED, Client
 from api.server import Server
+from service.artifact_root import of_database
 from service.artifacts import Artifacts
 from service.dispatcher import Dispatcher
 from service.inprocess import InProcessExecutor
@@ -110,6 +111,7 @@ def running_server(
     settings = Settings(home=home, port=0, **options)
     database = Database(settings.database)
     database.upgrade()
+    of_database(database, settings.artifacts).require_mark()
     database.close()
     app = create_app(settings)
     listening = listen("127.0.0.1", 0)

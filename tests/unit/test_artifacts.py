@@ -290,7 +290,9 @@ class TestMark:
             Artifacts(str(away)).write_chunks("arrays", [b"theirs"])
         before = sorted(tmp_path.rglob("*"))
         worker = Artifacts(str(away), mark)
-        with pytest.raises(ArtifactRootUnusable, match="is not the dispatcher's here: mount its disk"):
+        with pytest.raises(
+            ArtifactRootUnusable, match=r"is not the artifact root of this database \(.*\): mount its disk"
+        ):
             worker.write_chunks("checkpoint", [BYTES])
         with pytest.raises(ArtifactRootUnusable, match="mount its disk"):
             worker.require_root()
