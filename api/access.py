@@ -9,7 +9,6 @@ from api.auth import NAME
 from api.deps import CurrentCaller, Users
 from api.errors import documented
 from api.routing import StrictRoute
-from service.specs.base import Whole
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["access"])
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$")]
@@ -27,7 +26,9 @@ class UserChange(BaseModel):
     weight: (
         Annotated[float, Field(strict=True, gt=0, le=1000, description="Share of the cluster beside others.")] | None
     ) = None
-    max_queued_jobs: Annotated[Whole, Field(ge=0, le=MOST, description="Unfinished jobs at once.")] | None = None
+    max_queued_jobs: (
+        Annotated[int, Field(strict=True, ge=0, le=MOST, description="Unfinished jobs at once.")] | None
+    ) = None
     max_gpus: (
         Annotated[
             float,

@@ -22,11 +22,17 @@ MAX_UNFOLDED = 100_000  # values that aliases stand for, together
 class _Json(SafeConstructor):
     """Only what JSON has: a date is the text that was written, and so is a number of YAML 1.1 only (1_0, 0b1)."""
 
-    def timestamp_as_text(self, node: ScalarNode) -> str:
+    def as_text(self, node: ScalarNode) -> str:
         return str(node.value)
 
     def whole(self, node: ScalarNode) -> int | str:
-        return str(node.value) if re.search("_|^[-+]?0b", node.value) else int(self.construct_yaml_int(node))
+        if re.search("_|^[-+]?0b", node.value):
+            return str(node.value)
+        try:
+            return int(self.construct_yaml_int(node))
+        except ValueError:  # Python's int() takes no more digits
+            sentence = f"a number has {len(node.value):,} digits, and no field takes so many"
+            raise ConstructorError(None, None, sentence, node.start_mark) from None
 
     def decimal(self, node: ScalarNode) -> float | str:
         if "_" in node.value:
@@ -94,13 +100,16 @@ def _inside(node: Node) -> Iterable[Node]:
     return ()
 
 
-_Json.add_constructor("tag:yaml.org,2002:timestamp", _Json.timestamp_as_text)
+for tag in ("timestamp", "value", "merge"):  # a date, `=`, and `<<` where it is no key
+    _Json.add_constructor(f"tag:yaml.org,2002:{tag}", _Json.as_text)
 _Json.add_constructor("tag:yaml.org,2002:int", _Json.whole)
 _Json.add_constructor("tag:yaml.org,2002:float", _Json.decimal)
 
 
 def read(text: str) -> Any:
-    """The one document of `text` as plain JSON values: `010` is 10, `1e-3` a number, `no` and a date are texts.
+    """The one document of `text` as plain JSON values: `010` is 10, `1e-3` a number, `no`, `=` and a date are texts.
+
+    Beyond YAML 1.2, the key `<<` takes the fields of a mapping that the mapping around it does not have.
 
     Raises `ValueError` with the line, or with where in the document it is: for what is neither, a key that is there
     twice, a second document, a tag, aliases that unfold to too much, NaN, infinity, half a character, and keys that are

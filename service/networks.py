@@ -22,6 +22,7 @@ from service.views import retracted
 RECIPE: TypeAdapter[AnyRecipe] = TypeAdapter(AnyRecipe)
 MEANINGS: Mapping[str, Meaning] = {
     "architecture": one_of(ARCHITECTURES), "dataset": meanings.dataset, "recipe": one_of(RECIPES),
+    "weights_sha256": meanings.digest,
 }  # fmt: skip
 MOST = 5  # that a refusal lists
 
@@ -38,15 +39,15 @@ class Trained:
 def trained(database: Database, filters: Mapping[str, str], cursor: str | None, limit: int) -> dict[str, Any]:
     """A page of the networks that trainings made, the newest first; `filters` by the names of `store.FIELDS`.
 
-    Raises `InvalidQuery` for what is no cursor, and for an unknown architecture, data set or recipe.
+    Raises `InvalidQuery` for what is no cursor and no SHA-256, and for an unknown architecture, data set or recipe.
     """
     question = ["networks", sorted(filters.items())]
     after = None if cursor is None else decode_id(question, cursor)
     with database.read() as connection:
-        for name, value in filters.items():
-            if name in MEANINGS:
-                checked(connection, MEANINGS[name], name, value)
-        rows = store.page(connection, filters, after, limit + 1)
+        stored = {
+            name: one for name, value in filters.items() for one in checked(connection, MEANINGS[name], name, value)
+        }
+        rows = store.page(connection, stored, after, limit + 1)
         jobs = store.job_counts(connection, [row.task_id for row in rows[:limit]])
     items = [_view(row, jobs.get(row.task_id, 0)) for row in rows[:limit]]
     return {"items": items, "next_cursor": encode_id(question, rows[limit - 1].task_id) if len(rows) > limit else None}

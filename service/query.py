@@ -7,9 +7,9 @@ it means is up to its field: a text, a number or a fraction, true or false, a ti
 contains the value; upper and lower case differ.
 
 A date alone is that day in UTC, and a time the millisecond that is shown: `= 2026-01-31` is within the day, `<=` up to
-its end, `>` behind it. Of fields that can be some texts only, such as verdicts and states, `=`, `!=`, `in` and `not in`
-take no others. `sweep` takes an id, 8 or more of its first characters, or a name, which stands for all sweeps that
-have it.
+its end, `>` behind it. Fields that can be some texts only, such as verdicts, states, threat models, users, ids and
+digests, take no others, `~` no text that none of them contains, and they have no order. `sweep` takes an id, 8 or more
+of its first characters, or a name, which stands for all sweeps that have it.
 
 A comparison with a missing value is never true, not with `!=` and `not in` either; `not` turns that around: the rows
 of `not x = 1` include those without x, the rows of `x != 1` do not.

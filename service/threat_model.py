@@ -33,7 +33,7 @@ class ThreatModel:
         >>> ThreatModel("white_box", "linf", 8 / 255).ball
         'linf 8/255'
         """
-        return None if self.norm is None or self.eps is None else f"{self.norm} {_radius(self.eps)}"
+        return None if self.norm is None or self.eps is None else ball_of(self.norm, self.eps)
 
 
 def threat_model(attack: Mapping[str, Any]) -> ThreatModel:
@@ -48,6 +48,11 @@ def threat_model(attack: Mapping[str, Any]) -> ThreatModel:
 def of_adversaries() -> list[Node]:
     """The filters that leave attacks in a ball: what a ranking of networks asks for."""
     return [Comparison("threat_model", "is not null"), Comparison("adversary", "!=", (Value("noise"),))]
+
+
+def ball_of(norm: str, eps: float) -> str:
+    """One text for one ball, as `linf 8/255`."""
+    return f"{norm} {_radius(eps)}"
 
 
 def _radius(eps: float) -> str:

@@ -95,6 +95,13 @@ def _number(value: Any) -> Any:
     return 0.0 if isinstance(value, float) and value == 0 else value
 
 
+def _whole(value: Any) -> Any:
+    """A number that is whole, however it is written, as an integer: 1.0, "1" and "2/2" are 1, 2.5 and true are none."""
+    if isinstance(value, str):
+        value = number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def of_images(value: float) -> float:
     """A distance by which a pixel may move: more than 1 was meant in units of 0 to 255."""
     if value > 1:
@@ -141,7 +148,7 @@ Labels = Annotated[
     AfterValidator(_few_bytes),
 ]
 
-Whole = Annotated[int, Strict()]  # true is no number, and neither is 2.5
+Whole = Annotated[int, Strict(), BeforeValidator(_whole, json_schema_input_type=int | str)]
 Truth = Annotated[bool, Strict()]  # neither 1 nor "yes"
 
 Order = Literal["permutation", "file"]

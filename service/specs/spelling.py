@@ -38,7 +38,7 @@ def meaning(axis: str, value: Any) -> Hashable:
     match value:
         case bool():
             return bool, value
-        case str() if parameters().get(axis) == "number":
+        case str() if parameters().get(axis) in ("number", "integer"):
             return _number(value)
         case dict():
             return frozenset((name, meaning(f"{axis}.{name}", inner)) for name, inner in value.items())

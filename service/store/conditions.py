@@ -131,11 +131,7 @@ def compared(connection: Connection, comparison: Comparison, field: Field) -> Co
     """One comparison; null where the field is, except of `is null`."""
     operator: str = comparison.operator
     kind = field.kind
-    if operator not in OPERATORS[kind] | NULL:
-        allowed = ", ".join(sorted(OPERATORS[kind]))
-        advice = f"; use `not ({comparison.field} in (...))`" if kind == "list" and operator in ("!=", "not in") else ""
-        sentence = f"{comparison.field} is a {kind}, which can be asked for by {allowed}, not by {operator}{advice}"
-        raise InvalidQuery(comparison.parameter, sentence, comparison.position)
+    _check_operator(comparison, field)
     if kind == "time" and operator not in NULL:
         return _at(operator, field.column, [_span(comparison, value) for value in comparison.values])
     if field.meaning is not None and operator in EQUAL:
@@ -143,6 +139,8 @@ def compared(connection: Connection, comparison: Comparison, field: Field) -> Co
         operator = (ONE if len(values) == 1 else MANY).get(operator, operator)
     else:
         values = [literal_of(kind, comparison, value) for value in comparison.values]
+        if field.meaning is not None and operator == "~":
+            _check_part(connection, comparison, field.meaning)
     if field.any_of is not None:
         if operator in NULL:
             some = field.any_of(lambda _: true())
@@ -151,13 +149,34 @@ def compared(connection: Connection, comparison: Comparison, field: Field) -> Co
     return _scalar(operator, field.column, values, kind)
 
 
+def _check_operator(comparison: Comparison, field: Field) -> None:
+    """Raises `InvalidQuery`. Values of closed lists, names and ids have no order that anybody could mean."""
+    operator, kind = comparison.operator, field.kind
+    operators = OPERATORS[kind] if field.meaning is None else OPERATORS[kind] - ORDER.keys()
+    if operator in operators | NULL:
+        return
+    what = f"a {kind}" if operator not in ORDER or kind != "text" else "a text without an order"
+    advice = f"; use `not ({comparison.field} in (...))`" if kind == "list" and operator in ("!=", "not in") else ""
+    allowed = ", ".join(sorted(operators))
+    sentence = f"{comparison.field} is {what}, which can be asked for by {allowed}, not by {operator}{advice}"
+    raise InvalidQuery(comparison.parameter, sentence, comparison.position)
+
+
+def _check_part(connection: Connection, comparison: Comparison, meaning: Meaning) -> None:
+    [value] = comparison.values
+    try:
+        meaning.check_part(connection, comparison.field, value.text)
+    except ValueError as error:
+        raise InvalidQuery(comparison.parameter, str(error), value.position) from None
+
+
 def _meant(connection: Connection, comparison: Comparison, meaning: Meaning) -> list[str]:
     """The stored values that those of a comparison stand for. Raises `InvalidQuery` for an unknown one."""
     values: dict[str, None] = {}
     for value in dict.fromkeys(comparison.values):
         text = literal_of("text", comparison, value)
         try:
-            values |= dict.fromkeys(meaning(connection, comparison.field, text))
+            values |= dict.fromkeys(meaning.whole(connection, comparison.field, text))
         except ValueError as error:
             raise InvalidQuery(comparison.parameter, str(error), value.position) from None
     return list(values)

@@ -46,7 +46,7 @@ class Field:
     `of_cell` is the same of the row's cell, where it is the same for all of its seeds; `any_of`, of a list, whether
     any element passes a test; `task`, of a number, the id of the task that computed it, where that is not the attack,
     and `measure` the id of that task where it is a measure that the job asked for beyond the closed forms. `meaning`,
-    of a text, is what a value stands for where only some are known.
+    of texts, is what a value stands for where only some can be.
     """
 
     kind: Kind
@@ -111,6 +111,10 @@ def _kinds(types: Mapping[str, str]) -> dict[str, Kind]:
 SPEC_KINDS = _kinds(parameters())
 SPEC_MEANINGS: dict[str, Meaning] = {
     "dataset": meanings.dataset, **{name: one_of(texts) for name, texts in closed_lists().items()},
+    **{
+        f"{outer}recipe.{name}": meaning for outer in ("", "attack.source.")
+        for name, meaning in (("checkpoint", meanings.checkpoint), ("weights_sha256", meanings.digest))
+    },
 }  # fmt: skip
 FURTHER_MEASURES = tuple(name for name in MEASURES if name != "closed_forms")
 SHORT = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
@@ -139,7 +143,21 @@ PROVENANCE: dict[str, Kind] = {
     ),
     "dataset_files_sha256": "list",
 }  # fmt: skip
-PROVENANCE_MEANINGS: dict[str, Meaning] = {"dataset": meanings.dataset, "task_kind": one_of(TASK_KINDS)}
+PRECISIONS = dict.fromkeys(closed_lists()["recipe.precision"] + closed_lists()["attack.precision"])
+DIGESTS = (
+    "code_digest",
+    "task_digest",
+    "weights_sha256",
+    "source_weights_sha256",
+    "dataset_sha256",
+    "dataset_files_sha256",
+)
+PROVENANCE_MEANINGS: dict[str, Meaning] = {
+    "dataset": meanings.dataset,
+    "task_kind": one_of(TASK_KINDS),
+    "precision": one_of(PRECISIONS),
+    **dict.fromkeys(DIGESTS, meanings.digest),
+}
 
 
 def _json(column: Any, path: tuple[str, ...], kind: Kind) -> Column:
@@ -243,7 +261,8 @@ def _provenance(key: str) -> Field | None:
     made = (tasks.c.id == results.c.attack_task_id) & (attempts.c.task_id == tasks.c.id)
     query = select(value).where(made, attempts.c.number == tasks.c.attempt).correlate(results)
     column = query.scalar_subquery()
-    return _list(column) if kind == "list" else Field(kind, column, meaning=PROVENANCE_MEANINGS.get(key))
+    meaning = PROVENANCE_MEANINGS.get(key)
+    return _list(column, meaning) if kind == "list" else Field(kind, column, meaning=meaning)
 
 
 def _number(name: str) -> Field:
@@ -285,7 +304,8 @@ def _of_measure(name: str) -> Field | None:
         (job_tasks.c.job_id == results.c.job_id) & (tasks.c.id == job_tasks.c.task_id) & (tasks.c.kind == "measure")
     )
     query = select(value).where(theirs, of_type).order_by(tasks.c.retracted_at.is_not(None), DIGEST.desc()).limit(1)
-    return Field(found, query.correlate(results).scalar_subquery())
+    meaning = one_of((kind,)) if parameter == "type" else None
+    return Field(found, query.correlate(results).scalar_subquery(), meaning=meaning)
 
 
 def _measure_kinds() -> dict[str, dict[str, Kind]]:
@@ -306,7 +326,7 @@ def _named(column: Column, meaning: Meaning) -> Field:
 
 # The short names stand for the dotted ones; ids may be given by their beginning, a `sweep` also by its name.
 LABEL_OF_JOB, CHECK_OF_JOB = _text_of(jobs.c.labels), _check_of(jobs.c.verdict_checks)
-JOB_ID = meanings.beginning_of("job", jobs.c.id)
+JOB_ID = meanings.id_of("job", jobs.c.id)
 VERDICT, REASON = one_of(VERDICTS), one_of(REASONS)
 JOB_SPEC = {name: _job_spec_field(name, kind) for name, kind in SPEC_KINDS.items()}
 JOBS = Fields(
@@ -318,7 +338,7 @@ JOBS = Fields(
         **{short: JOB_SPEC[name] for short, name in SHORT.items()}, "measures": _measures(jobs.c.id),
         "priority": Field("integer", jobs.c.priority), "reason": Field("text", jobs.c.reason),
         "verdict": _named(jobs.c.verdict, VERDICT), "verdict_reasons": _list(jobs.c.verdict_reasons, REASON),
-        "spec_digest": Field("text", jobs.c.spec_digest),
+        "spec_digest": _named(jobs.c.spec_digest, meanings.digest),
         "created_at": Field("time", jobs.c.created_at), "finished_at": Field("time", jobs.c.finished_at),
     },
     {"labels": LABEL_OF_JOB, "verdict_checks": CHECK_OF_JOB},
@@ -343,7 +363,7 @@ def _flags() -> Field:
 
 
 THREAT_MODEL = {
-    "threat_model": _of_cell("text", cells.c.threat_model),
+    "threat_model": _of_cell("text", cells.c.threat_model, meanings.threat_model),
     "adversary": _of_cell(
         "text", case(dict(ADVERSARIES), value=cells.c.attack), one_of(dict.fromkeys(ADVERSARIES.values()))
     ),
@@ -370,11 +390,12 @@ RESULTS = Fields(
         "flags": _flags(),
         "verdict_reasons": _list(_of_job("list", jobs.c.verdict_reasons).column, REASON),
         "verdict_version": Field("integer", results.c.verdict_version),
-        "weights_sha256": Field("text", results.c.weights_sha256),
-        "spec_digest": _of_job("text", jobs.c.spec_digest), **VERSIONS,
-        "attack_digest": _named(ATTACK_DIGEST.scalar_subquery(), meanings.beginning_of("task", *TASK_DIGESTS)),
+        "weights_sha256": _named(results.c.weights_sha256, meanings.digest),
+        "spec_digest": _named(_of_job("text", jobs.c.spec_digest).column, meanings.digest), **VERSIONS,
+        "attack_digest": _named(ATTACK_DIGEST.scalar_subquery(), meanings.digest_of_task(*TASK_DIGESTS)),
         "created_at": Field("time", results.c.created_at), "finished_at": Field("time", results.c.finished_at),
-        "retracted_at": Field("time", results.c.retracted_at), "retracted_by": Field("text", results.c.retracted_by),
+        "retracted_at": Field("time", results.c.retracted_at),
+        "retracted_by": _named(results.c.retracted_by, meanings.retracted_by),
         "retraction_reason": Field("text", results.c.retraction_reason),
     },
     {

@@ -1,62 +1,130 @@
-"""Values of closed lists, and names of rows: what a text stands for in `=`, `!=`, `in`, `not in`, if it is known.
+"""Values of closed lists, names of rows, ids and digests: what a text stands for in a comparison, if it can be one.
 
 A value that no row can have would give an answer that looks right: no rows, or with `not` all of them.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 
-from sqlalchemy import Column, Connection, select, union
+from sqlalchemy import Column, ColumnElement, Connection, select, union
 
 from service.dotted import near, or_rather
 from service.errors import InvalidQuery
 from service.specs import catalog
-from service.specs.base import shorten
+from service.specs.base import number, shorten
+from service.specs.parameters import closed_lists
 from service.store import identifying
-from service.store.tables import datasets, jobs, sweeps, users
+from service.store.result_tables import cells, results
+from service.store.tables import checkpoints, datasets, jobs, sweeps, users
+from service.store.typed import contains
+from service.threat_model import ball_of
 
-Meaning = Callable[[Connection, str, str], Collection[str]]
-"""The stored values that a text of the field of that name stands for. Raises `ValueError` where it is unknown."""
+
+@dataclass(frozen=True)
+class Meaning:
+    """Of a field with texts of certain kinds only. Both take its name and a text, and raise `ValueError`.
+
+    `whole`: the stored values that the text stands for. `check_part`: that a value of the field can contain the text.
+    """
+
+    whole: Callable[[Connection, str, str], Collection[str]]
+    check_part: Callable[[Connection, str, str], None]
+
 
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 PREFIX = re.compile("[0-9a-f-]{8,36}")  # of a sweep's id
+ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+DIGEST = re.compile("[0-9a-f]{64}")
+AN_ID = "01a22e44-9123-71d6-aad1-a6e470f2988b"  # as an example
+NORMS = closed_lists()["attack.norm"]
 LOOKED_AT = 1000  # names that an unknown one is compared with, the newest
 MANY = 5  # ids that a prefix of several names
 
 
-def one_of(texts: Collection[str]) -> Meaning:
+def one_of(texts: Iterable[str]) -> Meaning:
     """The meaning of texts that stand for themselves, where only these are known."""
     known = tuple(texts)
+    return among(lambda _: known)
 
-    def itself(_: Connection, name: str, text: str) -> Collection[str]:
-        if text not in known:
-            raise ValueError(f"unknown {name} {shorten(text)}{or_rather(text[:100], known)}")
+
+def among(known: Callable[[Connection], Collection[str]]) -> Meaning:
+    """The same, where the store says which are known."""
+
+    def itself(connection: Connection, name: str, text: str) -> Collection[str]:
+        texts = tuple(known(connection))
+        if text not in texts:
+            raise ValueError(f"unknown {name} {shorten(text)}{or_rather(text[:100], texts)}")
         return (text,)
 
-    return itself
+    def check_part(connection: Connection, name: str, text: str) -> None:
+        texts = tuple(known(connection))
+        if not any(text in one for one in texts):
+            raise ValueError(f"no {name} contains {shorten(text)}{or_rather(text[:100], texts)}")
+
+    return Meaning(itself, check_part)
 
 
-def dataset(connection: Connection, name: str, text: str) -> Collection[str]:
-    """A known data set, or a registered one as `npz:NAME`."""
-    if text in catalog.DATASETS:
-        return (text,)
-    registered = [f"npz:{own}" for own in connection.scalars(select(datasets.c.name).order_by(datasets.c.name))]
-    return one_of((*catalog.DATASETS, *registered))(connection, name, text)
+def _datasets(connection: Connection) -> Collection[str]:
+    """The known data sets, and the registered ones as `npz:NAME`."""
+    registered = connection.scalars(select(datasets.c.name).order_by(datasets.c.name))
+    return (*catalog.DATASETS, *(f"npz:{name}" for name in registered))
 
 
-def user(connection: Connection, name: str, text: str) -> Collection[str]:
-    """Who has submitted a job or a sweep, or is registered."""
-    named = (select(users.c.name), select(jobs.c.user), select(sweeps.c.user))
-    queries = (query.where(query.selected_columns[0] == text).limit(1) for query in named)
-    if any(connection.execute(query).first() for query in queries):
-        return (text,)
-    newest = select(jobs.c.user).order_by(jobs.c.sequence.desc()).limit(LOOKED_AT).subquery()
-    registered = select(users.c.name).limit(LOOKED_AT).subquery()
-    others = connection.scalars(union(select(newest.c.user), select(registered.c.name)))
-    raise ValueError(f"unknown {name} {shorten(text)}: nobody of this name has submitted a job{_rather(text, others)}")
+def _balls(connection: Connection) -> list[str]:
+    """The threat models of all results."""
+    query = select(cells.c.threat_model).where(cells.c.threat_model.is_not(None)).distinct()
+    return list(connection.scalars(query.order_by(cells.c.threat_model)))
 
 
-def sweep(connection: Connection, name: str, text: str) -> Collection[str]:
+def _ball(connection: Connection, name: str, text: str) -> Collection[str]:
+    """A norm and an eps, however the eps is spelled. Where there is none at all, any is none that could be meant."""
+    norm, _, eps = text.partition(" ")
+    there = _balls(connection)
+    known = f" (known are: {', '.join(there) or 'none'})"
+    try:
+        ball = ball_of(norm, number(eps)) if norm in NORMS and number(eps) > 0 else None
+    except ValueError:
+        ball = None
+    if ball is None:
+        raise ValueError(f"{shorten(text)} is no {name} such as 'linf 8/255' or 'l2 0.5'{known}")
+    if there and ball not in there:
+        raise ValueError(f"no result has the {name} {shorten(ball)}{known}")
+    return (ball,)
+
+
+def _part_of_a_ball(connection: Connection, name: str, text: str) -> None:
+    if there := _balls(connection):
+        among(lambda _: there).check_part(connection, name, text)
+
+
+def _people(*columns: Column[str]) -> Meaning:
+    """Who is named in one of these columns, or has submitted a job or a sweep, or is registered."""
+    named = (users.c.name, jobs.c.user, sweeps.c.user, *columns)
+
+    def there_is(connection: Connection, test: Callable[[Column[str]], ColumnElement[bool]]) -> bool:
+        queries = (select(column).where(test(column)).limit(1) for column in named)
+        return any(connection.execute(query).first() for query in queries)
+
+    def rather(connection: Connection, text: str) -> str:
+        newest = select(jobs.c.user).order_by(jobs.c.sequence.desc()).limit(LOOKED_AT).subquery()
+        registered = select(users.c.name).limit(LOOKED_AT).subquery()
+        return _rather(text, connection.scalars(union(select(newest.c.user), select(registered.c.name))))
+
+    def itself(connection: Connection, name: str, text: str) -> Collection[str]:
+        if there_is(connection, lambda column: column == text):
+            return (text,)
+        meant = rather(connection, text)
+        raise ValueError(f"unknown {name} {shorten(text)}: nobody of this name has submitted a job{meant}")
+
+    def check_part(connection: Connection, name: str, text: str) -> None:
+        if not there_is(connection, lambda column: contains(column, text)):
+            raise ValueError(f"the name of no {name} contains {shorten(text)}{rather(connection, text)}")
+
+    return Meaning(itself, check_part)
+
+
+def _sweep(connection: Connection, name: str, text: str) -> Collection[str]:
     """The ids of the sweep with this id, else of all with this name, else of the one whose id begins like this."""
     exact = select(sweeps.c.id).where((sweeps.c.id == text) | (sweeps.c.name == text)).order_by(sweeps.c.id)
     ids = list(connection.scalars(exact))
@@ -75,14 +143,15 @@ def sweep(connection: Connection, name: str, text: str) -> Collection[str]:
     return ids
 
 
-def beginning_of(noun: str, *columns: Column[str]) -> Meaning:
-    """An id or a digest as it is, or the only one in these columns that begins so, by 8 characters or more."""
+def _beginning_of(noun: str, shape: re.Pattern[str], what: str, *columns: Column[str]) -> Meaning:
+    """Texts of this shape, or the only one in these columns that begins so, by 8 characters or more."""
 
     def whole(connection: Connection, name: str, text: str) -> Collection[str]:
-        if not identifying.is_prefix(text):
-            return (text,)
-        prefix = text.lower()
-        begin = union(*(select(column).where(identifying.begins(column, prefix)) for column in columns))
+        if shape.fullmatch(small := text.lower()):
+            return (small,)
+        if not identifying.is_prefix(small):
+            raise ValueError(f"{shorten(text)} is no {name}, which is {what}, nor its first 8 characters or more")
+        begin = union(*(select(column).where(identifying.begins(column, small)) for column in columns))
         ids = sorted(connection.scalars(begin.limit(MANY + 1)))
         if not ids:
             raise ValueError(f"there is no {noun} whose {name} begins with {shorten(text)}")
@@ -91,13 +160,50 @@ def beginning_of(noun: str, *columns: Column[str]) -> Meaning:
             raise ValueError(f"the {name} of more than one {noun} begins with {shorten(text)}: {listed}")
         return ids
 
-    return whole
+    return Meaning(whole, _part_of_shape(what))
+
+
+def id_of(noun: str, *columns: Column[str]) -> Meaning:
+    """An id, or its beginning where no other in these columns has it."""
+    return _beginning_of(noun, ID, f"an id such as {AN_ID}", *columns)
+
+
+def digest_of_task(*columns: Column[str]) -> Meaning:
+    """The digest of a task, or its beginning where no other in these columns has it."""
+    return _beginning_of("task", DIGEST, A_DIGEST, *columns)
+
+
+def _checkpoint(connection: Connection, name: str, text: str) -> Collection[str]:
+    """The name of a registered checkpoint, or the SHA-256 of weights."""
+    query = select(checkpoints.c.name).order_by(checkpoints.c.name)
+    return (
+        (text,) if DIGEST.fullmatch(text) else among(lambda one: list(one.scalars(query))).whole(connection, name, text)
+    )
+
+
+def _shaped(shape: re.Pattern[str], what: str) -> Meaning:
+    """Texts that stand for themselves in small letters, where all have this shape, of hexadecimal digits and `-`."""
+
+    def itself(_: Connection, name: str, text: str) -> Collection[str]:
+        if not shape.fullmatch(small := text.lower()):
+            raise ValueError(f"{shorten(text)} is no {name}, which is {what}")
+        return (small,)
+
+    return Meaning(itself, _part_of_shape(what))
+
+
+def _part_of_shape(what: str) -> Callable[[Connection, str, str], None]:
+    def check_part(_: Connection, name: str, text: str) -> None:
+        if not re.fullmatch("[0-9a-f-]*", text):
+            raise ValueError(f"{shorten(text)} is no part of a {name}, which is {what}")
+
+    return check_part
 
 
 def checked(connection: Connection, meaning: Meaning, parameter: str, text: str) -> Collection[str]:
     """What the value of a query parameter stands for. Raises `InvalidQuery`."""
     try:
-        return meaning(connection, parameter, storable(text))
+        return meaning.whole(connection, parameter, storable(text))
     except ValueError as error:
         raise InvalidQuery(parameter, str(error)) from None
 
@@ -112,3 +218,11 @@ def storable(text: str) -> str:
 def _rather(text: str, names: Iterable[str]) -> str:
     found = near(text[:100], dict.fromkeys(names))
     return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+A_DIGEST = "a SHA-256 of 64 hexadecimal digits (`~` takes a part of one)"
+dataset, user, retracted_by = among(_datasets), _people(), _people(results.c.retracted_by)
+threat_model = Meaning(_ball, _part_of_a_ball)
+sweep = Meaning(_sweep, _part_of_shape(f"compared by its id, such as {AN_ID}: name it whole with `=`"))
+digest = _shaped(DIGEST, A_DIGEST)
+checkpoint = Meaning(_checkpoint, lambda *_: None)

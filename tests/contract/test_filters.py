@@ -65,6 +65,7 @@ OPERATORS = {
     "text": ["=", "!=", "<", "<=", ">", ">=", "~", "in", "not in"], "boolean": ["=", "!=", "in", "not in"],
     "list": ["=", "in", "~"],
 }  # fmt: skip
+ORDER = ("<", "<=", ">", ">=")
 CLOSED: dict[str, list[str]] = {
     **{name: list(texts) for name, texts in closed_lists().items()},
     **{short: list(closed_lists()[name]) for short, name in SHORT.items()},
@@ -72,7 +73,14 @@ CLOSED: dict[str, list[str]] = {
     "user": ["ann", "Bob o'Hara"], "owner": ["ann", "Bob o'Hara"], "state": ["succeeded", "failed"],
     "verdict": list(VERDICTS), "verdict_reasons": ["masked", "zero_gradient"], "flags": ["not_monotone"],
     "measures": ["sam_sharpness", "fisher_rao", "lipschitz"], "verdict_checks.masked": list(OUTCOMES),
-    "verdict_checks.weaker_than:square": list(OUTCOMES),
+    "verdict_checks.weaker_than:square": list(OUTCOMES), "retracted_by": ["ann", "Bob o'Hara"],
+    "threat_model": ["linf 8/255", "l2 0.5"],
+    **{name: ["01a22e44-9123-71d6-aad1-a6e470f2988b"] for name in ("id", "job_id")},
+    **{
+        name: ["0" * 64, "a1" * 32]
+        for name in ("spec_digest", "attack_digest", "weights_sha256", *SPEC_KINDS)
+        if name.endswith((".checkpoint", "_digest", "weights_sha256"))
+    },
 }  # fmt: skip
 KINDS: dict[str, str] = {
     **{name: field.kind for name, field in RESULTS.known.items()}, "labels.for": "text", "labels.none": "text",
@@ -147,17 +155,17 @@ def rendered(node: Node, brackets: bool = True, bare: bool = False) -> str:
 def comparison(draw: st.DrawFn, kinds: dict[str, str]) -> Comparison:
     name = draw(st.sampled_from(sorted(kinds)))
     kind = kinds[name]
-    how = draw(
-        st.sampled_from(
-            [*OPERATORS.get(kind, [*OPERATORS["boolean"], *OPERATORS["text"][2:6]]), "is null", "is not null"]
-        )
-    )
+    named = name in CLOSED or name in ("sweep", "sweep_id")
+    allowed = OPERATORS.get(kind, [*OPERATORS["boolean"], *OPERATORS["text"][2:6]])
+    how = draw(st.sampled_from([*(one for one in allowed if not (named and one in ORDER)), "is null", "is not null"]))
     many = 0 if "null" in how else 3 if "in" in how else 1
     known = how in OPERATORS["boolean"]
-    if known and name in ("sweep", "sweep_id"):  # which stand for ids: `test_a_sweep_by_its_name`
+    if (known or how == "~") and name in ("sweep", "sweep_id"):  # which stand for ids: `test_a_sweep_by_its_name`
         how = "is null"
         many = 0
-    values = CLOSED.get(name, VALUES[kind]) if known else VALUES[kind]
+    values = VALUES[kind]
+    if name in CLOSED:
+        values = CLOSED[name] if known else [text[: 1 + len(text) // 2] for text in CLOSED[name]]
     values = draw(st.lists(st.sampled_from(values), min_size=min(many, 1), max_size=many))
     return Comparison(name, how, tuple(map(Value, values)))
 

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from sqlalchemy import update
 from api.app import create_app
 from api.events import Start, _followed, _Past
 from api.feed import MOST_PENDING, Feed, Reader
-from service import exporting, networks, times
+from service import exporting, leaderboard, networks, retraction, times
 from service.access import Access, Caller
 from service.errors import InvalidQuery
 from service.insights import Insights, Question
+from service.questions import nodes_of
 from service.settings import Settings
 from service.store import tables
 from service.store.result_tables import results
@@ -82,9 +84,45 @@ TYPING_ERRORS = [
     ("measures = closed_forms", 11, "unknown measures 'closed_forms'"),
     ("user = bbo", 7, "did you mean bob"),
     ("owner not in (ann, anne)", 19, "did you mean ann"),
+    ("verdict > trustd", 0, "which can be asked for by !=, =, in, not in, ~, not by >"),
+    ("architecture <= mlp", 0, "architecture is a text without an order"),
+    ("user >= ann", 0, "user is a text without an order"),
+    ("not verdict ~ suspct", 14, "no verdict contains 'suspct'; did you mean suspect?"),
+    ("architecture ~ ResNet", 15, "no architecture contains 'ResNet' (known are: simple_cnn, mlp, resnet18,"),
+    ("dataset ~ digts", 10, "did you mean digits"),
+    ("measures ~ sam_sharpnss", 11, "did you mean sam_sharpness"),
+    ("verdict_reasons ~ maskd", 18, "did you mean masked"),
+    ("user ~ bbo", 7, "the name of no user contains 'bbo'"),
+    ("sweep ~ my-name", 8, "name it whole with `=`"),
+    ("recipe.checkpoint = mine", 20, "unknown recipe.checkpoint 'mine'"),
+    ("recipe.weights_sha256 = mine", 24, "64 hexadecimal digits"),
+    ("spec_digest = foo", 14, "'foo' is no spec_digest, which is a SHA-256 of 64 hexadecimal digits"),
+    ("spec_digest ~ foo", 14, "'foo' is no part of a spec_digest"),
     ("sweep = my-nam", 8, "there is no sweep with the id or the name 'my-nam'; did you mean my-name?"),
 ]  # fmt: skip
+OF_JOBS = [
+    ("state > succeedd", 0, "state is a text without an order, which"),
+    ("state = faild", 8, "unknown state 'faild'; did you mean failed?"),
+    ("not state ~ faild", 12, "no state contains 'faild'; did you mean failed?"),
+    ("id = foo", 5, "'foo' is no id, which is an id such as 01a22e44-"),
+    ("id in (01a22e44-9123-71d6-aad1-a6e470f2988b, 1)", 45, "'1' is no id"),
+    ("id ~ job", 5, "'job' is no part of a id"),
+]
 OF_RESULTS = [
+    ("not flags ~ not_monoton3", 12, "did you mean not_monotone"),
+    ("retracted_by = nobody1", 15, "unknown retracted_by 'nobody1'"),
+    ("provenance.precision = float99", 23, "known are: float32, tf32, bf16"),
+    ("provenance.dataset_files_sha256 = foo", 34, "64 hexadecimal digits"),
+    ("measures.sam_sharpness.type = foo", 30, "known are: sam_sharpness"),
+    ("job_id = foo", 9, "'foo' is no job_id, which is an id such as 01a22e44-"),
+    ("weights_sha256 = foo", 17, "64 hexadecimal digits"),
+    ("attack_digest != foo", 17, "64 hexadecimal digits"),
+    ("threat_model = linf", 15, "'linf' is no threat_model such as 'linf 8/255' or 'l2 0.5' (known are: linf 8/255)"),
+    ("threat_model = 'linf 8/256'", 15, "no result has the threat_model 'linf 0.03125' (known are: linf 8/255)"),
+    ("threat_model = 'l3 8/255'", 15, "'l3 8/255' is no threat_model"),
+    ("threat_model = 'linf 0'", 15, "is no threat_model"),
+    ("threat_model = 'linf eight'", 15, "is no threat_model"),
+    ("threat_model ~ l3", 15, "no threat_model contains 'l3'"),
     ("adversary = whitebox", 12, "did you mean white_box"),
     ("flags = not_monoton", 8, "did you mean not_monotone"),
     ("provenance.task_kind = atack", 23, "did you mean attack"),
@@ -94,8 +132,7 @@ OF_RESULTS = [
 
 
 def test_an_unknown_value_is_refused_with_the_nearest(insights: Insights) -> None:
-    of_jobs = [("state = faild", 8, "unknown state 'faild'; did you mean failed?"), *TYPING_ERRORS]
-    for ask, texts in ((insights.jobs, of_jobs), (insights.results, [*TYPING_ERRORS, *OF_RESULTS])):
+    for ask, texts in ((insights.jobs, [*OF_JOBS, *TYPING_ERRORS]), (insights.results, [*TYPING_ERRORS, *OF_RESULTS])):
         for text, position, said in texts:
             error = refused(ask, filter=text)
             assert (error.parameter, error.position) == ("filter", position), text
@@ -107,7 +144,39 @@ def test_an_unknown_value_is_refused_with_the_nearest(insights: Insights) -> Non
 def test_a_text_that_is_contained_may_be_any(insights: Insights) -> None:
     for text in ("architecture ~ ml", "verdict ~ trust", "user ~ b", "attack.norm ~ lin and dataset ~ digi"):
         assert insights.jobs(Question(filter=text))["items"], text
-    assert insights.jobs(Question(filter="architecture ~ ResNet"))["items"] == []
+    for text in ("state ~ fail", "measures ~ lipsch", "spec_digest ~ 0123456789ab", "id ~ ffff-ffff"):
+        assert insights.jobs(Question(filter=text))["items"] == [], text
+
+
+def test_a_threat_model_however_its_eps_is_spelled(lab: Any, insights: Insights) -> None:
+    for text in ("linf 8/255", "linf 16/510", "linf 0.03137254901960784"):
+        assert len(insights.results(Question({"threat_model": [text]}))["items"]) == 9
+        assert len(insights.results(Question(filter="threat_model ~ linf and threat_model ~ 8/255"))["items"]) == 9
+    boards = partial(leaderboard.leaderboard, lab.database)
+    assert boards(nodes_of(None, {"threat_model": ["linf 8/255"]})) == boards([])
+    with pytest.raises(InvalidQuery, match="known are: linf 8/255"):
+        boards(nodes_of(None, {"threat_model": ["linf 8/256"]}))
+
+
+def test_without_results_any_threat_model_is_one(lab: Any) -> None:
+    insights = Insights(lab.database)
+    assert insights.results(Question({"threat_model": ["linf 8/256"]}))["items"] == []
+    assert "is no threat_model" in refused(insights.results, filter="threat_model = linf").sentence
+
+
+def test_a_digest_in_capitals(insights: Insights) -> None:
+    [row, *_] = insights.results(Question(fields=("job_id", "spec_digest", "weights_sha256")))["items"]
+    for name in row:
+        assert row in insights.results(Question({name: [row[name].upper()]}, fields=tuple(row)))["items"], name
+
+
+def test_who_retracted_without_a_job_is_known(lab: Any, insights: Insights) -> None:
+    [row, *_] = insights.results(Question())["items"]
+    retraction.retract(lab.service, row["job_id"], "wrong", user="carol", admin=True)
+    for text in ("retracted_by = carol", "retracted_by ~ caro"):
+        found = insights.results(Question(filter=text, retracted=True))["items"]
+        assert row["job_id"] in [one["job_id"] for one in found]
+        assert {one["retracted_by"] for one in found} == {"carol"}
 
 
 def test_a_known_value_that_no_row_has(insights: Insights) -> None:
@@ -291,6 +360,8 @@ def test_networks_of_what_there_is(lab: Any, insights: Insights) -> None:
     for name, value in (("architecture", "mpl"), ("dataset", "digit"), ("recipe", "standart"), ("recipe", "imported")):
         with pytest.raises(InvalidQuery, match=f"{name}: unknown {name}"):
             networks.trained(lab.database, {name: value}, None, 10)
+    with pytest.raises(InvalidQuery, match="64 hexadecimal digits"):
+        networks.trained(lab.database, {"weights_sha256": "foo"}, None, 10)
 
 
 @pytest.fixture
@@ -307,7 +378,8 @@ def test_over_rest(http: TestClient) -> None:
     for path, name in (
         ("/v1/jobs", "state"), ("/v1/jobs", "sweep"), ("/v1/results", "verdict"), ("/v1/results:aggregate", "dataset"),
         ("/v1/leaderboard", "architecture"), ("/v1/leaderboard", "attack"), ("/v1/networks", "recipe"),
-        ("/v1/sweeps", "user"), ("/v1/tokens", "user"),
+        ("/v1/sweeps", "user"), ("/v1/tokens", "user"), ("/v1/results", "threat_model"),
+        ("/v1/leaderboard", "threat_model"), ("/v1/results", "job_id"), ("/v1/jobs", "id"),
     ):  # fmt: skip
         for value in ("nothing of this", "a\x00", "x" * 5000):
             answer = http.get(path, params={name: value})

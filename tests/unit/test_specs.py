@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from api.schemas import JobSubmission
 from service.errors import InvalidQuery
 from service.query import Comparison, Value
-from service.specs import AttackTask, ControlTask, JobSpec, MeasureTask, TrainTask, digest, problems
+from service.specs import AttackTask, ControlTask, JobSpec, MeasureTask, TrainTask, canonical, digest, problems
 from service.specs.attacks import ATTACKS, PRESETS, Apgd, Fgsm, Pgd, Source, Transfer
 from service.specs.base import number
 from service.specs.catalog import ARCHITECTURES, DATASETS
@@ -135,7 +135,25 @@ def test_what_is_no_scale(wrong: Any) -> None:
     assert pointer == "/scale"
 
 
-@pytest.mark.parametrize("wrong", [True, 2.5, "10", 0, -1, 10_001, None, 10**400])
+WHOLE = [10, 10.0, "10", "10.0", " 10 ", "1e1", "20/2"]
+
+
+@pytest.mark.parametrize("written", WHOLE)
+def test_a_whole_number_however_it_is_written(written: Any) -> None:
+    """Each is the same job, with the same digest."""
+    body = {**JOB, "attack": {**PGD, "steps": written}, "recipe": {"name": "sam", "epochs": written}, "seed": written}
+    body |= {"samples": written, "measures": [{"type": "sam_sharpness", "images": written}], "replicate": written}
+    plain = json.loads(json.dumps(body).replace(json.dumps(written), "10"))
+    job = JobSpec.model_validate(body)
+    assert (canonical(job), job) == (canonical(JobSpec.model_validate(plain)), JobSpec.model_validate(plain))
+    assert '"seed":10' in canonical(job)
+    assert JobSubmission.model_validate({**body, "priority": written}).priority == 10
+
+
+NOT_WHOLE = [True, 2.5, "2.5", 0, "0", -1, "-1", 10_001, "10_001", None, 10**400, 1e300, "1" * 5000, [10], ""]
+
+
+@pytest.mark.parametrize("wrong", [*NOT_WHOLE, "1_0", "+10", "\u0661\u0660", "0x10", "ten", "010"])
 def test_what_is_no_number_of_steps(wrong: Any) -> None:
     [(pointer, _)] = refused(attack={**PGD, "steps": wrong})
     assert pointer == "/attack/steps"

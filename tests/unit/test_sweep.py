@@ -51,6 +51,18 @@ def test_include_stands_on_base_and_exclude_is_taken_from_the_grid() -> None:
     assert [(job.scale, job.seed) for job in found] == [(1, 0), (1, 1), (50, 7)]
 
 
+def test_a_whole_number_on_an_axis_is_one_however_it_is_written() -> None:
+    assert [job.seed for job in cells(grid={"seed": ["1", 1, 1.0, "2/2", 2]})] == [1, 2]
+    assert [job.samples for job in cells(grid={"samples": ["20"]})] == [20]
+    assert [job.seed for job in cells(grid={"seed": ["1", 2, 3.0]}, exclude=[{"seed": 1}, {"seed": "3"}])] == [2]
+    recipe = {"name": "sam", "epochs": 2}
+    left = cells(grid={"recipe": [recipe, "standard"]}, exclude=[{"recipe": {**recipe, "epochs": "2"}}])
+    assert [job.recipe.name for job in left] == ["standard"]
+    sweep = Sweep.model_validate({"name": "s", "base": BASE, "grid": {"seed": [1]}})
+    assert sweep.extended({"seed": ["1", "2"]}).grid == {"seed": [1, "2"]}
+    assert refused(grid={"seed": ["1_0"]})[0][0] == "/grid/seed/0"
+
+
 def test_an_empty_pattern_excludes_nothing() -> None:
     assert len(cells(grid={"scale": [1, 5]}, exclude=[{}])) == 2
 
@@ -210,7 +222,7 @@ def test_dotted_axes_are_compared_by_what_their_values_mean() -> None:
     ("axis", "values", "wrong"),
     [
         ("scale", [1, 5], True), ("scale", [1, 5], "one"), ("scale", [1, 5], [1]), ("scale_bias", [True, False], 1),
-        ("seed", [0, 1], "1"), ("seed", [0, 1], False), ("architecture", ["mlp"], "MLP"),
+        ("seed", [0, 1], "1_0"), ("seed", [0, 1], "1.5"), ("seed", [0, 1], False), ("architecture", ["mlp"], "MLP"),
         ("attack", ["pgd_linf"], {**PGD, "eps": "9/255"}), ("attack", ["pgd_linf"], {**PGD, "random_start": 0}),
         ("recipe", ["standard"], {"epochs": True}), ("measures", [["fisher_rao"]], ["sam_sharpness"]),
     ],
