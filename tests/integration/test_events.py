@@ -45,8 +45,8 @@ def test_a_list_that_breaks_off_is_taken_up_where_it_was(server: Any, monkeypatc
         page = next(pages, 1000)
         if page is None:
             raise DatabaseAway("it went away")
-        happened, running = events(self, after, **of)
-        return happened[:page], running
+        first, happened, running = events(self, after, **of)
+        return first, happened[:page], running
 
     events = Insights.events
     monkeypatch.setattr(Insights, "events", moody)
