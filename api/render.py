@@ -50,20 +50,20 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
 
 
 def show(made: Table, *narrower: Callable[[], Table]) -> None:
-    """A table on stdout: on a terminal the first of these that fits, else the last of them, a line for each cell.
+    """A table on stdout: on a terminal the first of these that fits, else the first narrower, a line for each cell.
 
     Elsewhere it is the widest, whole.
     """
     if not out.is_terminal:
         needs = _width(made)
         return (out if needs <= out.width else Console(**PLAIN, width=needs)).print(made)
-    rest = iter(narrower)
-    while _width(made) > out.width:
-        next_one = next(rest, None)
-        if next_one is None:
-            return out.print(_upright(made))
-        made = next_one()
-    return out.print(made)
+    tables = [made]
+    for one in narrower:
+        if _width(tables[-1]) <= out.width:
+            break
+        tables.append(one())
+    fits = _width(tables[-1]) <= out.width
+    return out.print(tables[-1] if fits else _upright(tables[min(1, len(tables) - 1)]))
 
 
 def _upright(made: Table) -> Table:
@@ -123,7 +123,7 @@ def attack_name(attack: Json) -> str:
     return f"{attack['type']} {norm} {number(attack['eps'])}" if norm else str(attack["type"])
 
 
-def jobs_table(jobs: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: bool = False) -> Table:
+def jobs_table(jobs: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
     rows = [
         [
             short.get(job["id"], job["id"]), job["state"],
@@ -134,10 +134,11 @@ def jobs_table(jobs: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: b
         for job in jobs
     ]  # fmt: skip
     columns = ["job", "state", "done", "architecture", "dataset", "scale", "attack", "user", "reason"]
-    return table(*without(("done", "dataset", "user") if narrow else (), columns, rows))
+    left_out = ((), ("done", "dataset", "user"), ("done", "dataset", "user", "scale", "attack"))[narrow]
+    return table(*without(left_out, columns, rows))
 
 
-def sweeps_table(sweeps: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: bool = False) -> Table:
+def sweeps_table(sweeps: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
     rows = [
         [
             short.get(sweep["id"], sweep["id"]), sweep["name"], sweep["state"], f"{100 * sweep['progress']:.0f} %",
@@ -147,10 +148,11 @@ def sweeps_table(sweeps: Sequence[Json], short: Mapping[str, str] = NAMES, narro
         for sweep in sweeps
     ]  # fmt: skip
     columns = ["sweep", "name", "state", "done", "succeeded", "failed", "left", "user"]
-    return table(*without(("done", "left", "user") if narrow else (), columns, rows))
+    left_out = ((), ("done", "left", "user"), ("done", "left", "user", "failed"))[narrow]
+    return table(*without(left_out, columns, rows))
 
 
-def results_table(results: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: bool = False) -> Table:
+def results_table(results: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
     rows = [
         [
             short.get(row["job_id"], row["job_id"]),
@@ -164,7 +166,8 @@ def results_table(results: Sequence[Json], short: Mapping[str, str] = NAMES, nar
     ]  # fmt: skip
     columns = ["job", "architecture", "dataset", "scale", "attack", "clean", "robust", "95 %", "log sharpness"]
     columns += ["zero gradient", "masked", "verdict"]
-    left_out = ("dataset", "95 %", "log sharpness", "zero gradient", "masked") if narrow else ()
+    less = ("dataset", "95 %", "log sharpness", "zero gradient", "masked")
+    left_out = ((), less, (*less, "clean", "attack"))[narrow]
     return table(*without(left_out, columns, rows))
 
 

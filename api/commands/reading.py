@@ -88,7 +88,8 @@ def _show(made: Callable[..., Table], client: Client, rows: list[Json], noun: st
     if not rows:
         return _tell_nothing(noun)
     short = cache(lambda: client.short_ids(str(row.get("id") or row["job_id"]) for row in rows))
-    return show(made(rows), lambda: made(rows, short()), lambda: made(rows, short(), narrow=True))
+    levels = (lambda: made(rows, short()), lambda: made(rows, short(), narrow=1), lambda: made(rows, short(), narrow=2))
+    return show(made(rows), *levels)
 
 
 def _short(client: Client, rows: Iterable[Json]) -> dict[str, str]:

@@ -363,6 +363,32 @@ class TestAway:
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
         roomy.close()
 
+    def test_a_postgresql_without_room_is_known_after_a_writer_found_none(self, postgresql_url: str) -> None:
+        """Of its disk nobody here knows: the server says so, to the writer, and to the small write that looks again."""
+        database = Database(postgresql_url)
+        refuse = "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION "
+        refuse += "'could not extend file' USING ERRCODE = 'disk_full'; END $$"
+        with database.write() as connection:
+            connection.exec_driver_sql(refuse)
+            for name in ("events", "counters"):
+                connection.exec_driver_sql(
+                    f"CREATE TRIGGER full_disk BEFORE INSERT ON {name} EXECUTE FUNCTION full_disk()"
+                )
+        try:
+            database.check_room()  # nobody found out yet
+            with pytest.raises(DatabaseFull, match="could not extend file"), database.write() as connection:
+                append(connection)
+            with pytest.raises(DatabaseFull, match="disk is full"):
+                database.check_room()
+        finally:
+            with database.write() as connection:
+                connection.exec_driver_sql("DROP FUNCTION full_disk CASCADE")
+        database.check_room(doubt=True)
+        with database.write() as connection:
+            append(connection)
+        database.check_room()
+        database.close()
+
     def test_a_server_that_is_stopped_and_started(self, start_postgresql: "Callable[[], PostgresServer]") -> None:
         server = start_postgresql()
         url = make_url(server.get_uri("postgres")).set(drivername="postgresql+psycopg")
