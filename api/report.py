@@ -77,7 +77,7 @@ class Report:
         lines += [
             "",
             "Means over `n` trained networks, with Student's 95 % interval; of their `results`, repeats of a network,",
-            "such as other attack seeds, are averaged first. An interval of images is Wilson's for the images attacked:",
+            "such as other attack seeds, are averaged first. An interval of images is Wilson's for the images:",
             "a single network, or several without a spread, tell nothing of other networks.",
             "",
             "Scaling the last layer changes no prediction:",
