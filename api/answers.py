@@ -257,6 +257,7 @@ class Leaderboard(BaseModel):
 
 class OverScales(BaseModel):
     n: int = Field(examples=[336])
+    results: int = Field(description="That these points are the means of.", examples=[336])
     tau: float | None = Field(examples=[-0.41])
     note: str = Field(examples=["confounded by design: points of one network at several scales share ..."])
 
@@ -284,6 +285,7 @@ class Correlation(BaseModel):
     )
     target_spec: dict[str, Any] | None = Field(default=None, description="The same of `target`.")
     n: int = Field(description="Trained networks at s = 1.", examples=[48])
+    results: int = Field(description="At s = 1, which are averaged within a network first.", examples=[144])
     architectures: int = Field(examples=[4])
     pooled: float | None = Field(examples=[-0.12])
     pooled_low: float | None = Field(examples=[-0.31])

@@ -70,9 +70,9 @@ def list_jobs(
 
 
 @router.get("/{job_id}", response_model=JobDetail, responses=documented(404))
-async def get_job(job_id: str, insights: Questions, response: Response, wait: Wait = 0) -> Any:
+async def get_job(job_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Any:
     """One job with its tasks. `ETag` is for `If-Match` too: it goes stale there with priority or labels only."""
-    return tag(await wait_for(lambda: insights.job(job_id), ENDED, wait), response)
+    return tag(await wait_for(request, lambda: insights.job(job_id), ENDED, wait), response)
 
 
 @router.patch("/{job_id}", response_model=JobDetail, responses=documented(404, 409, 412, 422, 428))
@@ -130,8 +130,10 @@ def answer(reply: Reply, request: Request, response: Response) -> dict[str, Any]
 _waiting: set[object] = set()
 
 
-async def wait_for(look: Callable[[], dict[str, Any]], ended: tuple[str, ...], seconds: float) -> dict[str, Any]:
-    """What `look` sees, looked at again until its state is one of `ended` or the time is up.
+async def wait_for(
+    request: Request, look: Callable[[], dict[str, Any]], ended: tuple[str, ...], seconds: float
+) -> dict[str, Any]:
+    """What `look` sees, looked at again until its state is one of `ended`, the time is up, or the client has left.
 
     Each waiting request asks the database again and again, so if many wait already the answer comes at once.
     """
@@ -143,6 +145,8 @@ async def wait_for(look: Callable[[], dict[str, Any]], ended: tuple[str, ...], s
     try:
         while seen["state"] not in ended and time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
+            if await request.is_disconnected():
+                break
             seen = await run_in_threadpool(look)
     finally:
         _waiting.remove(me)

@@ -22,7 +22,7 @@ METRICS = (
     "robust_accuracy:mean,ci95,count", "clean_accuracy:mean", "zero_gradient_fraction:mean", "masked_fraction:mean",
     "log_relative_sharpness_median:mean",
 )  # fmt: skip
-COLUMNS = ("architecture", "recipe", "scale", "n", "clean", "robust", "95 %", "zero gradient", "masked",
+COLUMNS = ("architecture", "recipe", "scale", "n", "results", "clean", "robust", "95 %", "zero gradient", "masked",
            "log sharpness", "verdict")  # fmt: skip
 UNGROUPED = "attack.source.recipe."  # no field to group by; the service refuses what then differs
 MEANING = {
@@ -76,9 +76,9 @@ class Report:
             lines += ["", f"## {title}", "", *_table(COLUMNS, map(_row, groups))]
         lines += [
             "",
-            "Means over `n` trained networks, with Student's 95 % interval; repeats of a network, such as other attack",
-            "seeds, are averaged first. An interval of images is Wilson's for the images attacked: a single network,",
-            "or several without a spread, tell nothing of other networks.",
+            "Means over `n` trained networks, with Student's 95 % interval; of their `results`, repeats of a network,",
+            "such as other attack seeds, are averaged first. An interval of images is Wilson's for the images:",
+            "a single network, or several without a spread, tell nothing of other networks.",
             "",
             "Scaling the last layer changes no prediction:",
         ]
@@ -160,6 +160,7 @@ def _row(group: Json) -> list[str]:
     means = [group[name]["mean"] for name in ("zero_gradient_fraction", "masked_fraction")]
     return [
         group["architecture"], ", ".join([group["recipe.name"], *recipe]), number(group["scale"]), str(robust["count"]),
+        str(group["results"]),
         percent(group["clean_accuracy"]["mean"]), percent(robust["mean"]),
         interval, *map(percent, means),
         number(group["log_relative_sharpness_median"]["mean"]),

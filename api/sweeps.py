@@ -68,12 +68,14 @@ def list_sweeps(
 
 
 @router.get("/{sweep_id}", response_model=SweepDetail, responses=documented(404))
-async def get_sweep(sweep_id: str, insights: Questions, response: Response, wait: Wait = 0) -> Any:
+async def get_sweep(
+    sweep_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0
+) -> Any:
     """One sweep: counts of its jobs and tasks, and the seconds that are left, once that can be said.
 
     `ETag` is for `If-Match` too: it goes stale there with priority or labels only.
     """
-    return tag(await wait_for(lambda: insights.sweep(sweep_id), ENDED, wait), response)
+    return tag(await wait_for(request, lambda: insights.sweep(sweep_id), ENDED, wait), response)
 
 
 @router.patch("/{sweep_id}", response_model=SweepDetail, responses=documented(404, 412, 422, 428))

@@ -106,7 +106,8 @@ def _group(
     found = correlate(x[at_one], y[at_one], [architecture[network] for network in networks], networks)
     mixed = len({bias for scale, bias in zip(scales, biases, strict=True) if scale != 1}) > 1
     over_scales = {"n": len(every), "tau": None if mixed else tau(x, y), "note": TWO_SCALINGS if mixed else CONFOUNDED}
-    return {**same, **dict(zip(keys, values, strict=True)), **asdict(found), "over_scales": over_scales}
+    counted = {"results": sum(scale == 1 for scale in scales), "over_scales": {**over_scales, "results": len(rows)}}
+    return {**same, **dict(zip(keys, values, strict=True)), **asdict(found), **counted}
 
 
 def _task_of(number: Field) -> Column:

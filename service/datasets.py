@@ -68,7 +68,7 @@ class _Array:
             file.read(1)  # at the end the archive compares its checksum
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Split:
     """Images, not read yet, and labels `[n]`."""
 
@@ -76,10 +76,13 @@ class _Split:
     x: _Array
     y: np.ndarray
 
+    brightest: int = 0  # pixel, once the digests were read
+
     def digests(self) -> Iterator[bytes]:
         """One of each image."""
         try:
             for images in self.x.entries():
+                self.brightest = max(self.brightest, int(images.max()))
                 yield from (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
         except Exception as error:  # noqa: BLE001 - a damaged archive can raise almost anything
             raise _unreadable(self.pointer, error) from None
@@ -104,6 +107,9 @@ def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: 
     if int(tested.y.max()) >= classes:
         raise _refusal("/test", f"test labels reach {int(tested.y.max())}, training labels only {classes - 1}")
     known = set(trained.digests())
+    if trained.brightest == 1:
+        sentence = "the training images hold only 0 and 1, and images are uint8 from 0 to 255: multiply both by 255"
+        raise _refusal("/train", sentence)
     in_both = sum(digest in known for digest in tested.digests())
     height, width, channels = shape if len(shape) == 3 else (*shape, 1)
     counts = (len(trained.y), len(tested.y))

@@ -100,7 +100,8 @@ def test_repeats_of_three_networks_are_three_observations(lab: Any) -> None:
     by_attack_seed = asked(lab, "attack_seed")
     assert [one["robust_accuracy"]["count"] for one in by_attack_seed] == [3, 3, 3]
     [again] = correlating.correlations(lab.database, [], "log_relative_sharpness_median", trusted=False)
-    assert again == correlated
+    assert (correlated["results"], again["results"], again["over_scales"]["results"]) == (3, 15, 15)
+    assert {**again, "results": 3, "over_scales": {**again["over_scales"], "results": 3}} == correlated
     assert (again["n"], again["over_scales"]["n"]) == (3, 3)
 
 

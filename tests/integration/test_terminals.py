@@ -58,7 +58,7 @@ def listed(server: Any) -> dict[str, str]:
     """The ids of two jobs of a finished sweep whose name is long; and one of everything that can be listed."""
     sweep = server.sweep("a sweep of which the name is longer than a narrow terminal is wide", seed=990, scale=[1, 5])
     job, other = (job["id"] for job in server.client.jobs(sweep=sweep["id"]))
-    return {"job": job, "other": other}
+    return {"job": job, "other": other, "sweep": sweep["id"]}
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_ids_are_whole_on_a_line_of_80_columns_and_are_taken_as_they_are_shown(
 
 LISTING = (
     "jobs", "jobs {job}", "jobs state=succeeded", "sweeps", "results", "results {job}", "results --fields *",
-    "results --fields job_id,sweep_id,weights_sha256", "aggregate --by architecture,attack.norm,scale",
+    "results --fields job_id,sweep_id,weights_sha256", "aggregate sweep={sweep} --by architecture,attack.norm,scale",
     "aggregate --by job_id --metrics robust_accuracy:best,worst", "leaderboard", "compare {job} {other}",
     "correlations log_relative_sharpness_median --any-verdict", "queue", "user list", "token list",
     "checkpoint list", "checkpoint list --trained", "data list",

@@ -213,3 +213,14 @@ def test_any_other_file(tmp_path: Path, test: Path, content: bytes) -> None:
     pointer, sentence = refused(path, test)
     assert pointer == "/train"
     assert any(said in sentence for said in ("not a readable npz", "needs the arrays", "must be"))
+
+
+def test_images_of_0_and_1_are_no_bytes(tmp_path: Path) -> None:
+    """They would be nearly black, which no training says."""
+    x = images(2)
+    x[0, 0] = 1
+    test = write(tmp_path / "test.npz", x[:1], labels(0))
+    pointer, said = refused(write(tmp_path / "train.npz", x, labels(0, 1)), test)
+    assert (pointer, "hold only 0 and 1" in said, "multiply both by 255" in said) == ("/train", True, True)
+    x[1, 1] = 2
+    inspect("mine", write(tmp_path / "other.npz", x, labels(0, 1)), test, "a" * 64, "b" * 64)

@@ -245,11 +245,12 @@ def test_specs_are_values() -> None:
 
 
 NUMBERS: dict[str, float | None] = {
-    "8/255": 8 / 255, "8.0/255": 8 / 255, " 8/255": 8 / 255, "0.25/255": 0.25 / 255, "8.5/255": 8.5 / 255,
-    "1e-3": 0.001, "1E+2": 100.0, "-0.0": 0.0, "0e-400": 0.0, "0.0/7": 0.0, "5e-324": 5e-324,
+    "8/255": 8 / 255, " 8/255": 8 / 255, "8 / 255": 8 / 255, "1/1020": 0.25 / 255, "-0/7": 0.0, "0/7": 0.0,
+    "8.0/255": None, "8/255.0": None, "0.25/255": None, ".5/.25": None, "8e0/255": None, "08/255": None, "1/0": None,
+    "1e-3": 0.001, "1E+2": 100.0, "-0.0": 0.0, "0e-400": 0.0, "5e-324": 5e-324,
     "1e-400": None, "-1e-400": None, "1/" + "9" * 400: None, "0." + "0" * 400 + "1": None, "1e400": None,
     "1_0": None, "\u0661": None, "\uff11": None, "0x10": None, "0b1": None, "inf": None, "-Infinity": None, "nan": None,
-    "+1": None, "010": None, ".5": 0.5, ".5/.25": 2.0, ".": None, "1.": None,
+    "+1": None, "010": None, ".5": 0.5, ".": None, "1.": None,
     "1e3/2": None, "8//255": None, "8/255\n": None, "8\xa0/255": None,
     "true": None, "yes": None, "on": None,
 }  # fmt: skip
@@ -261,7 +262,7 @@ def test_one_rule_says_which_texts_are_numbers(text: str) -> None:
     expected = NUMBERS[text]
     asked = Comparison("attack.eps", "=", (Value(text),))
     if expected is None:
-        with pytest.raises(ValueError, match=r"not a number|too small|float64"):
+        with pytest.raises(ValueError, match=r"not a number|too small|float64|divides by zero"):
             number(text)
         with pytest.raises(ValidationError):
             Fgsm(norm="l2", eps=text)  # type: ignore[arg-type]
