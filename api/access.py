@@ -128,13 +128,13 @@ def list_users(users: Users) -> Any:
     return {"items": users.users()}
 
 
-@router.put("/users/{name}", response_model=User, responses=documented(404, 422))
+@router.put("/users/{name}", response_model=User, responses=documented(404, 409, 422))
 def put_user(name: Name, body: UserChange, users: Users, caller: CurrentCaller) -> Any:
     """Make a user, or change role, weight and quotas of one; `disabled: false` lets one in again (admin)."""
     return users.put_user(name, body.model_dump(exclude_unset=True), actor=caller.name)
 
 
-@router.delete("/users/{name}", response_model=User, responses=documented(404, 422))
+@router.delete("/users/{name}", response_model=User, responses=documented(404, 409, 422))
 def disable_user(name: Name, users: Users, caller: CurrentCaller) -> Any:
     """Refuse all tokens of a user from now on; what they measured stays (admin)."""
     return users.put_user(name, {"disabled": True}, actor=caller.name)

@@ -87,6 +87,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Shares, open_by=app.state.open_by)
     app.add_middleware(SecurityHeaders)
     if settings.root_path:
-        app.add_middleware(Prefix, root_path=settings.root_path)
+        app.add_middleware(Prefix, root_path=settings.root_path, missing=SecurityHeaders(errors.missing))
     document.install(app)
     return app

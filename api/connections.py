@@ -68,6 +68,9 @@ class Connection(H11Protocol):
             self._reader_timer.cancel()
             self._reader_timer = None
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing here speaks another protocol: such a request is answered as if it had not asked, as HTTP allows."""
+
     def drop(self) -> None:
         self.crowd.idle.pop(self, None)
         self.transport.abort()

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from api.accepting import NotAcceptable
 from api.limits import BodyTooLarge, BodyTooSlow
@@ -189,6 +190,11 @@ def _field(item: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
     if where == "body":
         return {"pointer": pointer_to(*path), "detail": sentence}
     return {"parameter": ".".join(path), "detail": sentence}
+
+
+async def missing(scope: Scope, receive: Receive, send: Send) -> None:
+    """An ASGI application that has nothing."""
+    await _http(Request(scope), HTTPException(HTTPStatus.NOT_FOUND))(scope, receive, send)
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:

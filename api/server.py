@@ -30,6 +30,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=connections(),
+            ws="none",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=grace,

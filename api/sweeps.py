@@ -68,9 +68,7 @@ def list_sweeps(
 
 
 @router.get("/{sweep_id}", response_model=SweepDetail, responses=documented(404))
-async def get_sweep(
-    sweep_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0
-) -> Any:
+async def get_sweep(sweep_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Any:
     """One sweep: counts of its jobs and tasks, and the seconds that are left, once that can be said.
 
     `ETag` is for `If-Match` too: it goes stale there with priority or labels only.

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import Connection
+
 from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
 from service.store import Database, accounts, history, meanings
 from service.store.history import Event
@@ -75,7 +77,8 @@ class Access:
         """Make a user, or change role, weight and quotas (None: the default of the settings) of one.
 
         `disabled` says whether all tokens of a user are refused; where it is left out, that stays as it is. Raises
-        `NotFound` for a user who is to be let in again and is not there: a slip of the pen must make nobody.
+        `NotFound` for a user who is to be let in again and is not there: a slip of the pen must make nobody; `Conflict`
+        where nobody would be an admin any more.
         """
         disabled, changes = changes.get("disabled"), {name: of for name, of in changes.items() if name != "disabled"}
         with self.database.write() as connection:
@@ -83,6 +86,8 @@ class Access:
             row = accounts.user(connection, name)
             if disabled is not None:
                 self._user(row, name)
+            if disabled or changes.get("role", "admin") != "admin":
+                _check_admins(connection, name)
             happened = []
             if row is None or changes:
                 verb = "created" if row is None else "changed"
@@ -181,6 +186,15 @@ class Access:
         if row is None:
             raise NotFound(f"there is no user {name}: `uncanny user set {name}` makes one")
         return row
+
+
+def _check_admins(connection: Connection, name: str) -> None:
+    """Raises `Conflict` where this user is the only admin."""
+    admins = [row.name for row in accounts.users_by_name(connection) if row.role == "admin" and row.disabled_at is None]
+    if admins == [name]:
+        raise Conflict(
+            f"{name} is the last admin, and nobody could make another: `uncanny user set NAME --role admin` first"
+        )
 
 
 def _admitted(row: Any, now: float) -> Caller:

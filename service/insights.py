@@ -73,6 +73,7 @@ class Insights(Results):
 
     def identify(self, kind: identifying.Kind, given: str, *, user: str | None = None) -> str:
         """The id of which `given` is all, or a prefix that no other has; raises `AmbiguousId`."""
+        given = identifying.canonical(given)
         if not identifying.is_prefix(given):
             return given
         with self.database.read() as connection:

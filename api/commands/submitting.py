@@ -1,6 +1,7 @@
 """`submit` and `watch`."""
 
 import sys
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from api import written
 from api.client import ENDED, SWEEP_FIELDS, ApiError, Client, Event, Job, Json, Sweep
 from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json, print_line, program
+from api.commands.waiting import reasons_told
 from api.render import attack_name, counted, number, say, sweep_progress, tell
 
 FAILED = 1
@@ -54,13 +56,14 @@ def watch(
         target: dict[str, Any] = {kind: ident} if ident else {}
         last_id: int | None = None
         if status["state"] not in ENDED:
-            for event in client.events(**target):
-                _show_event(event, as_json)
-                last_id = event.id or last_id
-                if ident and event.kind.startswith("job."):
-                    _, status = _look(client, ident)
-                    if status["state"] in ENDED:
-                        break
+            with reasons_told(client.url, kind, status["id"]) if ident else nullcontext():
+                for event in client.events(**target):
+                    _show_event(event, as_json)
+                    last_id = event.id or last_id
+                    if ident and event.kind.startswith("job."):
+                        _, status = _look(client, ident)
+                        if status["state"] in ENDED:
+                            break
         if ident:  # what has happened since, or all of it
             for event in client.events(**target, after=last_id, follow=False):
                 _show_event(event, as_json)
@@ -132,7 +135,8 @@ def _say_accepted(submitted: Job | Sweep, *, next_commands: bool = True) -> None
 
 def _wait(submitted: Job | Sweep, name: str, as_json: bool) -> None:
     try:
-        with sweep_progress(name) as progress:
+        noun = "sweep" if isinstance(submitted, Sweep) else "job"
+        with sweep_progress(name) as progress, reasons_told(submitted.client.url, noun, submitted.id):
             status = submitted.wait(progress)
     except KeyboardInterrupt:
         tell(f"Interrupted; the work goes on. Follow it: {program()} watch {submitted.id}")

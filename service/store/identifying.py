@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Literal
+from uuid import UUID
 
 from sqlalchemy import Column, ColumnElement, Connection, func, select, true
 
@@ -13,6 +14,8 @@ from service.store.tables import jobs, sweeps, tasks, tokens
 Kind = Literal["job", "sweep", "task", "token"]
 LEAST = 8  # characters of a prefix
 PREFIX = re.compile(f"[0-9a-f]{{{LEAST}}}[0-9a-f-]{{0,55}}")
+HEXADECIMAL = re.compile(f"[0-9a-f-]{{{LEAST},64}}")
+UNDASHED = re.compile("[0-9a-f]{32}")
 WHOLE = (36, 64)  # characters of an id, and of a digest
 SHOWN = 4  # candidates that a refusal names
 
@@ -25,6 +28,17 @@ PLACES: dict[Kind, dict[str, Column[str]]] = {
 }
 
 
+def canonical(given: str) -> str:
+    """An id, a digest or a prefix of one in small letters without blanks around; anything else as it is."""
+    small = given.strip().lower()
+    return small if HEXADECIMAL.fullmatch(small) else given
+
+
+def dashed(given: str) -> str:
+    """An id with its dashes where only these are missing; anything else as it is."""
+    return str(UUID(given)) if UNDASHED.fullmatch(given) else given
+
+
 def is_prefix(given: str) -> bool:
     return len(given) not in WHOLE and PREFIX.fullmatch(given.lower()) is not None
 
@@ -32,11 +46,13 @@ def is_prefix(given: str) -> bool:
 def whole(connection: Connection, kind: Kind, given: str, *, user: str | None = None) -> str:
     """The id that begins so; what begins none, or that of another kind, comes back as it is.
 
+    Capitals, blanks around and missing dashes of a whole id change nothing.
+
     `user`: whose tokens are looked at, all of them without. Raises `AmbiguousId` with the candidates.
     """
+    given = prefix = canonical(given)
     if not is_prefix(given):
         return given
-    prefix = given.lower()
     mine = tokens.c.user == user if kind == "token" and user is not None else true()
     found = [
         (noun, ident)
@@ -49,7 +65,7 @@ def whole(connection: Connection, kind: Kind, given: str, *, user: str | None = 
         case [(noun, ident)]:
             return ident if kind in ("task", "token") or noun == kind else given
         case []:
-            return given
+            return dashed(given)
     named = ", ".join(f"{noun} {ident}" for noun, ident in found[:SHOWN])
     more = ", ..." if len(found) > SHOWN else ""
     raise AmbiguousId(f"more than one id begins with {given}: {named}{more}; give more of it")

@@ -14,7 +14,7 @@ from service.errors import InvalidQuery
 from service.specs import catalog
 from service.specs.base import number, shorten
 from service.specs.parameters import closed_lists
-from service.store import identifying
+from service.store.identifying import begins, canonical, dashed, is_prefix
 from service.store.result_tables import cells, results
 from service.store.tables import checkpoints, datasets, jobs, sweeps, users
 from service.store.typed import contains
@@ -130,8 +130,8 @@ def _sweep(connection: Connection, name: str, text: str) -> Collection[str]:
     ids = list(connection.scalars(exact))
     if text in ids:
         return (text,)
-    if not ids and PREFIX.fullmatch(text):
-        begins = select(sweeps.c.id).where(sweeps.c.id.startswith(text)).order_by(sweeps.c.id)
+    if not ids and PREFIX.fullmatch(small := dashed(canonical(text))):
+        begins = select(sweeps.c.id).where(sweeps.c.id.startswith(small)).order_by(sweeps.c.id)
         ids = list(connection.scalars(begins.limit(MANY + 1)))
         if len(ids) > 1:
             listed = ", ".join(ids[:MANY]) + (" and more" if len(ids) > MANY else "")
@@ -147,11 +147,11 @@ def _beginning_of(noun: str, shape: re.Pattern[str], what: str, *columns: Column
     """Texts of this shape, or the only one in these columns that begins so, by 8 characters or more."""
 
     def whole(connection: Connection, name: str, text: str) -> Collection[str]:
-        if shape.fullmatch(small := text.lower()):
+        if shape.fullmatch(small := dashed(canonical(text))):
             return (small,)
-        if not identifying.is_prefix(small):
+        if not is_prefix(small):
             raise ValueError(f"{shorten(text)} is no {name}, which is {what}, nor its first 8 characters or more")
-        begin = union(*(select(column).where(identifying.begins(column, small)) for column in columns))
+        begin = union(*(select(column).where(begins(column, small)) for column in columns))
         ids = sorted(connection.scalars(begin.limit(MANY + 1)))
         if not ids:
             raise ValueError(f"there is no {noun} whose {name} begins with {shorten(text)}")
@@ -185,7 +185,7 @@ def _shaped(shape: re.Pattern[str], what: str) -> Meaning:
     """Texts that stand for themselves in small letters, where all have this shape, of hexadecimal digits and `-`."""
 
     def itself(_: Connection, name: str, text: str) -> Collection[str]:
-        if not shape.fullmatch(small := text.lower()):
+        if not shape.fullmatch(small := dashed(canonical(text))):
             raise ValueError(f"{shorten(text)} is no {name}, which is {what}")
         return (small,)
 

@@ -9,7 +9,7 @@ from sqlalchemy import delete, insert, select
 
 from service.artifacts import Artifacts
 from service.errors import AmbiguousId
-from service.insights import Insights
+from service.insights import Insights, Question
 from service.store import Database, identifying
 from service.store.tables import jobs, sweeps, tasks
 
@@ -47,6 +47,20 @@ def test_what_only_one_begins_with_is_that_one(named: "Lab") -> None:
     assert insights.identify("job", "01a22d62") == IDS[3]
     assert insights.identify("job", "ffffffff") == IDS[4]
     assert insights.identify("job", "ffffffff-ffff-7fff-bfff-ffffffffff") == IDS[4]
+
+
+def test_an_id_in_capitals_without_dashes_or_with_blanks_around(named: "Lab") -> None:
+    insights = Insights(named.database)
+    for form in (str.upper, lambda ident: ident.replace("-", ""), lambda ident: f" {ident}\t", lambda ident: ident):
+        assert insights.identify("job", form(IDS[0])) == IDS[0]
+        assert insights.identify("sweep", form(IDS[2])) == IDS[2]
+        assert [row["id"] for row in insights.jobs(Question({"id": [form(IDS[0])]}))["items"]] == [IDS[0]]
+        assert insights.jobs(Question({"sweep": [form(IDS[2])]}))["items"] == []
+    [task] = named.rows(tasks, kind="attack")
+    for written in (task.id.upper(), task.id.replace("-", ""), f" {task.digest.upper()}"):
+        assert insights.task(insights.identify("task", written))["id"] == task.id
+    assert insights.identify("task", task.digest[:32]) == task.digest, "no id without its dashes"
+    assert insights.identify("job", " Foo ") == " Foo "
 
 
 def test_what_several_begin_with_is_refused_with_their_names(named: "Lab") -> None:

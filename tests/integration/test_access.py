@@ -237,6 +237,25 @@ def test_a_revoked_an_expired_and_a_disabled_token_are_refused_at_once(lab: Lab)
             assert bob.me()["name"] == "bob"
 
 
+def test_the_last_admin_stays_one(lab: Lab) -> None:
+    with lab.client("chief") as chief:
+        for refuses in (
+            lambda: chief.put_user("chief", role="reader"), lambda: chief.put_user("chief", disabled=True),
+            lambda: chief.disable_user("chief"),
+        ):  # fmt: skip
+            with pytest.raises(ApiError, match="chief is the last admin") as refused:
+                refuses()
+            assert refused.value.status == 409
+        chief.put_user("chief", role="admin", weight=1.0)
+        chief.put_user("deputy", role="admin")
+        chief.disable_user("deputy")
+        with pytest.raises(ApiError, match="chief is the last admin"):
+            chief.put_user("chief", role="researcher")
+        chief.put_user("deputy", disabled=False)
+        chief.put_user("deputy", role="reader")
+        assert chief.me()["role"] == "admin"
+
+
 def test_no_secret_is_stored_or_shown_again(lab: Lab) -> None:
     path = lab.server.settings.home / "uncanny.db"
     with sqlite3.connect(path) as database:

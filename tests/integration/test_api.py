@@ -767,6 +767,20 @@ def test_an_artifact_root_that_takes_no_bytes(
         assert response.headers["retry-after"] == str(wait)
 
 
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_another_protocol_is_answered_in_this_one(server: Any, caplog: pytest.LogCaptureFixture, protocol: str) -> None:
+    """As HTTP allows, and without a word in the log: who asks is no reason to install anything."""
+    headers = {
+        "Connection": "Upgrade",
+        "Upgrade": protocol,
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "a" * 24,
+    }
+    answer = server.http.get("/v1/me", headers=headers)
+    assert (answer.status_code, "name" in answer.json()) == (200, True)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
 def test_what_nobody_expected_is_a_problem_too(tmp_path: Path) -> None:
     with application(Settings(home=tmp_path)) as http:
         http.app.state.insights = None  # type: ignore[attr-defined]

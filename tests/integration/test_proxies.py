@@ -7,8 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
+from api.app import create_app
 from api.client import Client
 from service.settings import Settings
 
@@ -40,6 +42,25 @@ def test_every_address_that_is_given_has_the_prefix(behind: Any, asked: str) -> 
     assert len(seen) == len(set(seen)) >= 4
     missing = http.get(f"{asked}/v1/nothing").json()
     assert (missing["instance"], f"see {PREFIX}/docs" in missing["detail"]) == (f"{PREFIX}/v1/nothing", True)
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "", "/", "/docs"])
+def test_the_prefix_twice_is_nothing(behind: Any, path: str) -> None:
+    answer = behind.http.get(f"{PREFIX}{PREFIX}{path}")
+    assert answer.status_code == 404
+    assert answer.json()["instance"] == f"{PREFIX}{PREFIX}{path}"
+    assert f"see {PREFIX}/docs" in answer.json()["detail"]
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("asked", ["", PREFIX], ids=["stripped", "not stripped"])
+def test_what_nobody_expected_has_the_prefix(tmp_path: Path, asked: str) -> None:
+    app = create_app(Settings(home=tmp_path, root_path=PREFIX))
+    app.state.insights = None
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as http:
+        answer = http.get(f"{asked}/v1/jobs")
+    app.state.service.database.close()
+    assert (answer.status_code, answer.json()["instance"]) == (500, f"{PREFIX}/v1/jobs")
 
 
 @pytest.mark.parametrize("path", ["", "/", "/docs"])
