@@ -572,7 +572,7 @@ class TestShares:
         job = shared.ask("ada", "POST", "/v1/jobs", json={**JOB, "seed": 1}).json()["id"]
         head, body = {
             "streams": ("GET /v1/events", b""),
-            "waits": (f"GET /v1/jobs/{job}?wait=10", b""),
+            "waits": (f"GET /v1/jobs/{job}?wait=30", b""),
             "uploads": (f"PUT /v1/artifacts/{'0' * 64}", b"x"),
         }[what]
         hers = [shared.connect("ada", head, body) for _ in range(3)]
