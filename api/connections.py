@@ -1,11 +1,20 @@
-"""One HTTP connection: how long its head may take, how long its reader may take nothing, and how many there may be."""
+"""One HTTP connection: how long its head may take, how long its reader may take nothing, and how many there may be.
+
+A body is parsed as it is asked for, a little at a time, and not at all once it is answered.
+"""
 
 import asyncio
 import logging
 import resource
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
+import h11
+from h11._connection import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = logging.getLogger("uncanny.api")
@@ -14,14 +23,88 @@ HEAD_SECONDS = 10.0  # for a request's line and headers
 READER_SECONDS = 30.0  # in which a reader must take something of what waits for it
 MOST_CONNECTIONS = 4096
 SPARE_DESCRIPTORS = 256  # for the database, files and libraries
+FREE_PIECES = 16  # of a body that are parsed before anybody asks for it: a small body is whole at once
+MORE_PIECES = 64  # that are parsed at a time, once it is asked for
+TURN_SECONDS = 0.01  # for parsing bodies, in one turn of the loop
+MANY_CHUNKS, LEAST_BYTES = 512, 64  # so many chunks may be smaller than so much, then their average may not
+TINY = f"the chunks of this body have less than {LEAST_BYTES} bytes on average: send larger ones, or a Content-Length"
+
+
+class Parser(h11.Connection):
+    """Takes of a body only as many pieces as it has been given leave for: `left`.
+
+    Each piece costs the event loop about as much as a small request, however small the piece is.
+    """
+
+    left = 0
+    starved = False  # it has stopped for want of leave
+    unread = False  # the answer has begun before the body was there: then the connection ends with the answer
+    _chunks = _bytes = 0
+
+    def next_event(self) -> Any:
+        self.starved = self.their_state is h11.SEND_BODY and self.left <= 0
+        if self.starved:
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.left, self._chunks, self._bytes = FREE_PIECES, 0, 0
+        elif isinstance(event, h11.Data):
+            self.left -= 1
+            self._chunks += event.chunk_start
+            self._bytes += len(event.data)
+            if self.is_tiny:
+                raise h11.RemoteProtocolError(TINY)
+        return event
+
+    @property
+    def is_tiny(self) -> bool:
+        return self._chunks > MANY_CHUNKS and self._bytes < LEAST_BYTES * self._chunks
+
+    def send(self, event: Any) -> bytes | None:
+        sent = super().send(event)
+        if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY:
+            self.unread = True
+            if sent is not None and not any(name == b"connection" for name, _ in event.headers):
+                sent = sent.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)
+        return sent
+
+
+class _Flow(FlowControl):
+    """Says when more of a body is wanted."""
+
+    def __init__(self, transport: asyncio.Transport, wanted: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self._wanted = wanted
+
+    def resume_reading(self) -> None:
+        super().resume_reading()
+        self._wanted()
 
 
 @dataclass(eq=False)
 class Crowd:
-    """The connections of one server: at most `most`; `idle` are those without a request, the longest idle first."""
+    """The connections of one server: at most `most`; `idle` are those without a request, the longest idle first.
+
+    `parsing` are those with bytes of a body that is asked for: they take turns, so that everything else gets its own.
+    """
 
     most: int = MOST_CONNECTIONS
     idle: dict["Connection", None] = field(default_factory=dict)
+    parsing: dict["Connection", None] = field(default_factory=dict)
+
+    def parse(self, connection: "Connection") -> None:
+        if not self.parsing:
+            connection.loop.call_soon(self._turn, connection.loop)
+        self.parsing[connection] = None
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        deadline = time.monotonic() + TURN_SECONDS
+        while self.parsing and time.monotonic() < deadline:
+            connection = next(iter(self.parsing))
+            del self.parsing[connection]
+            connection.parse()
+        if self.parsing:
+            loop.call_soon(self._turn, loop)
 
 
 class Connection(H11Protocol):
@@ -32,11 +115,18 @@ class Connection(H11Protocol):
     """
 
     crowd: Crowd
+    conn: Parser
     _head_timer: asyncio.TimerHandle | None = None
     _reader_timer: asyncio.TimerHandle | None = None
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        most = self.config.h11_max_incomplete_event_size
+        self.conn = Parser(h11.SERVER, DEFAULT_MAX_INCOMPLETE_EVENT_SIZE if most is None else most)
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(transport, self._want)
         transport.set_write_buffer_limits(high=0)  # else what the socket does not take gathers before anybody is told
         self._look()
         if len(self.connections) > self.crowd.most:
@@ -45,17 +135,41 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.crowd.idle.pop(self, None)
+        self.crowd.parsing.pop(self, None)
         for timer in (self._head_timer, self._reader_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.unread and self.cycle.response_complete:
+            return  # of a body that nobody wants any more
         super().data_received(data)
         self._look()
 
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.starved:
+            self.flow.pause_reading()
+
+    def parse(self) -> None:
+        """Parse some more of the body; if that is not enough, it is asked for again."""
+        self.conn.left = MORE_PIECES
+        self.handle_events()
+        self._look()
+
+    def _want(self) -> None:
+        if self.conn.starved and not (self.cycle.response_complete or self.transport.is_closing()):
+            self.crowd.parse(self)
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(TINY if self.conn.is_tiny else msg)
+
     def on_response_complete(self) -> None:
+        """After an answer that has left a body unread, what comes is thrown away until the client has the answer."""
         super().on_response_complete()
+        if self.conn.unread and not self.transport.is_closing():
+            self.transport.write_eof()
         self._look()
 
     def pause_writing(self) -> None:

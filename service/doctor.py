@@ -24,7 +24,14 @@ from sqlalchemy import Connection, func, select, text
 from service import artifact_root
 from service.artifacts import Artifacts
 from service.environment import reported
-from service.errors import ArtifactMissing, ArtifactRootUnusable, DatabaseAway, SchemaOutdated, UnfitDatabase
+from service.errors import (
+    ArtifactMissing,
+    ArtifactRootUnusable,
+    DatabaseAway,
+    DatabaseDamaged,
+    SchemaOutdated,
+    UnfitDatabase,
+)
 from service.jobs import TaskState
 from service.settings import Settings
 from service.store import Database, claiming
@@ -102,6 +109,9 @@ def _database(database: Database) -> Iterator[Check]:
             version = connection.execute(text(f"SELECT {'sqlite_version()' if database.is_sqlite else 'version()'}"))
             named = " ".join(str(version.scalar_one()).split()[:2])
             seconds = statistics.median(_timed(database, connection) for _ in range(PINGS))
+    except DatabaseDamaged as error:
+        yield Check("database", "fail", str(error), "mend its disk first, then restore a backup")
+        return
     except DatabaseAway as error:
         yield Check("database", "fail", str(error), "start it, or correct UNCANNY_DATABASE_URL")
         return

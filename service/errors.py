@@ -55,6 +55,10 @@ class DatabaseAway(UncannyError):
     """The database cannot be reached, or has no room left, right now; what was accepted before is safe."""
 
 
+class DatabaseDamaged(DatabaseAway):
+    """What the database has on its disk cannot be read any more."""
+
+
 class UnfitDatabase(UncannyError):
     """The database, or the URL that names it, is none that Uncanny can work with."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from service.artifact_root import of_database
-from service.errors import ArtifactRootUnusable, DatabaseAway
+from service.errors import ArtifactRootUnusable, DatabaseAway, DatabaseDamaged
 from service.settings import Settings
 from service.store import filing, history, judging
 from service.store.database import Database
@@ -73,8 +73,8 @@ def judge_results(connection: Connection, now: float, actor: str, before: Mappin
 def prepare_store(settings: Settings) -> None:
     """The embedded database brings itself up to date; a shared one is only looked at.
 
-    It takes the artifact root that is there as its own if it knows none yet. Raises `SchemaOutdated`. What is away may
-    come back later, and is only warned of.
+    It takes the artifact root that is there as its own if it knows none yet. Raises `SchemaOutdated`,
+    `DatabaseDamaged`. What is away may come back later, and is only warned of.
     """
     database = Database(settings.database)
     try:
@@ -83,6 +83,8 @@ def prepare_store(settings: Settings) -> None:
         else:
             database.check_schema()
         of_database(database, settings.artifacts).require_mark()
+    except DatabaseDamaged:
+        raise
     except (DatabaseAway, ArtifactRootUnusable) as error:
         log.warning("%s", error)
     finally:

@@ -24,11 +24,11 @@ from alembic.script import ScriptDirectory
 from pydantic_core import from_json
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
-from sqlalchemy.exc import DataError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import DatabaseError, DataError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
-from service.errors import DatabaseAway, DatabaseFull, InvalidQuery, SchemaOutdated
+from service.errors import DatabaseAway, DatabaseDamaged, DatabaseFull, InvalidQuery, SchemaOutdated
 from service.store.listed import stored_json
 from service.store.pooling import Pooling, postgresql_url
 
@@ -45,6 +45,8 @@ GRACE_SECONDS = 10  # for a server to say that a statement took too long
 # Of PostgreSQL's error codes: connections, a server that stands by, a turn lost, conflicts, no room, no turn, stopping.
 AWAY = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
 FULL = "53100"  # of these codes, that of a disk without room
+DAMAGED = ("XX001", "XX002")  # and those of pages and indexes that cannot be read
+DAMAGED_SQLITE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 LEAST_BYTES = 1 << 20  # that a SQLite file's disk has to have left: less is taken by its write-ahead log at any time
 ROOM_ROWS = 200  # that do not fit into what a few pages may have left
 STEPS = 1_000_000  # of SQLite between two looks at the clock: some hundredths of a second
@@ -300,20 +302,45 @@ def _use_wal(cursor: DBAPICursor) -> None:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError, InternalError) as error:
+    except DatabaseError as error:
+        if isinstance(error, DataError) and "NUL" in str(error.orig):
+            sentence = "a text in it contains a NUL character, which no database keeps"
+            raise InvalidQuery("request", sentence) from error
+        if _is_damaged(error.orig):
+            raise _damaged(error) from error
+        if not isinstance(error, (OperationalError, InternalError)):
+            raise
         if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR or not _is_away(error.orig):
             raise  # a mistake in a statement, such as a table that is not there
         raise _away(error) from error
-    except DataError as error:
-        if "NUL" not in str(error.orig):
+    except InterfaceError as error:
+        if not _is_away(error.orig):
             raise
-        raise InvalidQuery("request", "a text in it contains a NUL character, which no database keeps") from error
-    except psycopg.OperationalError as error:  # of a COPY, which is between us and the driver
-        if not _is_away(error):
+        raise _away(error) from error
+    except (psycopg.Error, sqlite3.Error) as error:  # of a COPY, or of a new connection: between us and the driver
+        if _is_damaged(error):
+            raise _damaged(error) from error
+        if not isinstance(error, (psycopg.OperationalError, sqlite3.OperationalError)) or not _is_away(error):
             raise
         raise _away(error) from error
     except PoolTimeout as error:
         raise DatabaseAway("all connections to the database are busy: it will be tried again") from error
+
+
+def _is_damaged(error: BaseException | None) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    return (code is not None and code & 0xFF in DAMAGED_SQLITE) or getattr(error, "sqlstate", None) in DAMAGED
+
+
+def _damaged(error: Exception) -> DatabaseDamaged:
+    return DatabaseDamaged(
+        f"the database is damaged ({_said(error)}): stop the service, keep a copy of the database, and restore a "
+        "backup into a new one (`uncanny db restore FILE`)"
+    )
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
 
 
 def _is_away(error: BaseException | None) -> bool:
@@ -324,7 +351,7 @@ def _is_away(error: BaseException | None) -> bool:
 
 def _away(error: Exception) -> DatabaseAway:
     origin = getattr(error, "orig", None) or error
-    said = str(origin).strip().splitlines()[0]
+    said = _said(error)
     if getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(origin, "sqlstate", None) == FULL:
         return DatabaseFull(f"the database's disk is full ({said}): make room; nothing was written")
     if "statement timeout" in said or getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:

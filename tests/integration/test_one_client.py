@@ -20,6 +20,7 @@ from threading import Event, Semaphore
 from typing import Any
 from urllib.parse import urlsplit
 
+import h11
 import httpx
 import psutil
 import pytest
@@ -93,6 +94,11 @@ def ended(connection: socket.socket) -> bytes:
     return came
 
 
+def _chunked(path: str) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
+    return f"{head}\r\n\r\n".encode()
+
+
 class TestBodies:
     def test_sixty_uploads_that_stall_stop_nobody(self, own: Any) -> None:
         """Each held a thread, and forty are all."""
@@ -119,6 +125,40 @@ class TestBodies:
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"only 3 bytes came in time" in answer
         until(lambda: not list(Path(own.settings.artifacts).glob(".writing-*")))
+
+    @pytest.mark.parametrize(("path", "status", "most"), [("/v1/nothing", 404, 16), ("/v1/sweeps", 400, 520)])
+    def test_tiny_chunks_are_parsed_no_further_than_they_are_wanted(
+        self, own: Any, monkeypatch: pytest.MonkeyPatch, path: str, status: int, most: int
+    ) -> None:
+        """Each costs the event loop as much as a large one, and there are 40,000 in one read."""
+        pieces = []
+        whole = h11.Connection.next_event
+
+        def counted(parser: h11.Connection) -> Any:
+            event = whole(parser)
+            if isinstance(event, h11.Data):
+                pieces.append(event)
+            return event
+
+        monkeypatch.setattr(h11.Connection, "next_event", counted)
+        with closing(connect(own, _chunked(path))) as connection:
+            with suppress(ConnectionError):  # the server may have ended it
+                connection.sendall(b"1\r\n \r\n" * 100_000)
+            answer = ended(connection)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        assert b"connection: close" in answer.lower()
+        assert len(pieces) <= most
+        if status == 400:
+            assert b"send larger ones, or a Content-Length" in answer
+
+    def test_a_body_in_chunks_of_a_usual_size_is_heard(self, own: Any) -> None:
+        body = json.dumps(JOB).encode().ljust(300_000)
+        chunks = b"".join(b"64\r\n%b\r\n" % body[start : start + 100] for start in range(0, len(body), 100))
+        with closing(connect(own, _chunked("/v1/jobs") + chunks + b"0\r\n\r\n" + HEALTHZ.encode())) as connection:
+            came = b""
+            while b'{"status":"ok"}' not in came:  # the connection goes on
+                came += connection.recv(65536)
+        assert came.startswith(b"HTTP/1.1 201 ")
 
     def test_only_sweeps_may_be_large(self, own: Any) -> None:
         def status(method: str, path: str, size: int) -> int:

@@ -170,3 +170,31 @@ def test_labels(api: Api, tmp_path: Path, tell: Callable[..., None]) -> None:
     assert size < 40
     many = {f"label{i}": "v" * 1000 for i in range(900)}
     assert api.http.post("/v1/sweeps", json={**sweep, "labels": many}).status_code == 422
+
+
+@pytest.mark.parametrize(("path", "size"), [("/v1/nothing", 1), ("/v1/sweeps", 1), ("/v1/sweeps", 70)])
+def test_tiny_chunks(api: Api, path: str, size: int, tell: Callable[..., None]) -> None:
+    """60 connections that send chunks as fast as they can, made again when they end."""
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunks = (f"{size:x}\r\n{' ' * size}\r\n" * (100_000 // (size + 6))).encode()
+    senders: list[socket.socket | None] = [None] * 60
+    seconds = []
+    with ExitStack() as stack:
+        stack.callback(lambda: [sender.close() for sender in senders if sender is not None])
+        for _ in range(40):
+            for index, sender in enumerate(senders):
+                if sender is None:
+                    sender = senders[index] = api.connect(head.encode())
+                    sender.setblocking(False)
+                try:
+                    sender.send(chunks)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    sender.close()
+                    senders[index] = None
+            began = time.perf_counter()
+            assert api.http.get("/healthz").status_code == 200
+            seconds.append(time.perf_counter() - began)
+    tell(size=size, median_seconds=statistics.median(seconds), slowest_seconds=max(seconds))
+    assert statistics.median(seconds) < 0.5
