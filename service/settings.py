@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -205,6 +205,11 @@ class Settings(BaseSettings):
                 f"UNCANNY_DATABASE_URL is of no database that Uncanny can use ({named}): write "
                 "postgresql://USER@HOST:PORT/NAME, or leave it empty for a file under home"
             )
+        if scheme == "sqlite" and _in_memory(url):
+            raise BadSettings(
+                "UNCANNY_DATABASE_URL is a database in memory, which ends with its process and which no other one "
+                "sees: write sqlite:////PATH, or leave it empty for a file under home"
+            )
         return url if self.database_password_file is None else _with_password(url, self.database_password_file)
 
     @property
@@ -234,6 +239,12 @@ def _written(value: Any) -> str:
     if isinstance(value, dict):
         return json.dumps({name: one.model_dump(exclude_unset=True) for name, one in value.items()})
     return str(value)
+
+
+def _in_memory(url: str) -> bool:
+    """Whether SQLite makes no file for it, in each of the forms that SQLAlchemy takes."""
+    path, _, query = url.partition("://")[2].partition("?")
+    return not path.strip("/") or ":memory:" in unquote(path) or "mode=memory" in unquote(f"{path}?{query}")
 
 
 def _with_password(url: str, file: Path) -> str:

@@ -3,6 +3,7 @@
 Through such a pooler a prepared statement is another one, or none, on the next backend, and `LISTEN` is forgotten.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,9 @@ from sqlalchemy.exc import ArgumentError
 from service.errors import UnfitDatabase
 
 POOLED = "pgbouncer"  # `?pgbouncer=true` in a URL: there is one, as other clients spell it too
+NEVER = re.compile(
+    r"invalid (\w+ value: |port number: |integer value )\""
+)  # libpq's words for an option; it has no code
 Connect = Callable[[], "psycopg.Connection[Any]"]
 
 
@@ -48,7 +52,9 @@ class Pooling:
                     return True
                 with connect() as second:
                     return changes_backends(first, second)
-        except psycopg.ProgrammingError as error:
+        except (psycopg.ProgrammingError, psycopg.OperationalError) as error:
+            if isinstance(error, psycopg.OperationalError) and not NEVER.search(str(error)):
+                raise
             raise UnfitDatabase(f"the database URL cannot be used: {str(error).strip()}") from None
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import make_url, text
 
 from service import doctor, upgrading
 from service.artifacts import Artifacts
-from service.errors import UnfitDatabase
+from service.errors import DatabaseAway, UnfitDatabase
 from service.settings import BadSettings, Settings
 from service.store import Database, history
 from service.store.history import Event
@@ -200,3 +200,18 @@ def test_a_server_that_is_away_is_looked_at_again(start_postgresql: "Callable[[]
         assert time.monotonic() - started >= 0.2
         server.ensure_postgres_running()
         assert database.is_pooled() is False
+
+
+@pytest.mark.parametrize(
+    "wrong", ["/x?sslmode=bogus", "/x?channel_binding=q", "/x?keepalives=zz", "/x?target_session_attrs=zz", "99999/x"]
+)
+def test_a_url_that_can_never_work_is_not_tried_again(wrong: str) -> None:
+    with closing(Database(f"postgresql+psycopg://127.0.0.1:1{wrong}")) as database:
+        with pytest.raises(UnfitDatabase, match=r"the database URL cannot be used: .*invalid"):
+            database.revision()
+
+
+def test_one_where_nobody_answers_is() -> None:
+    with closing(Database("postgresql+psycopg://127.0.0.1:1/x?sslmode=require")) as database:
+        with pytest.raises(DatabaseAway, match="it will be tried again"):
+            database.revision()

@@ -105,3 +105,20 @@ class TestPasswordFile:
         (tmp_path / "password").touch()
         with pytest.raises(BadSettings, match="a password in it"):
             _ = settings.database
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///%3Amemory%3A", "sqlite:///file::memory:?uri=true",
+        "sqlite:///file:lab?mode=memory&cache=shared&uri=true", "sqlite:///?cache=shared",
+    ],
+)  # fmt: skip
+def test_a_database_in_memory_is_refused(url: str) -> None:
+    """Each process of the service would have one of its own, and all would be lost."""
+    with pytest.raises(BadSettings, match="a database in memory"):
+        _ = Settings(database_url=url).database
+
+
+def test_a_file_whose_name_only_has_memory_in_it_is_none() -> None:
+    assert Settings(database_url="sqlite:////srv/memory/lab.db").database == "sqlite:////srv/memory/lab.db"
