@@ -8,6 +8,7 @@ found there.
 
 import json
 import os
+import re
 import secrets
 import shutil
 import statistics
@@ -46,6 +47,7 @@ OLD_SECONDS = 3600.0
 LOW_BYTES, LEAST_BYTES = 5 << 30, 512 << 20
 PINGS = 5
 USUAL_FREE = 0.9  # of a GPU's memory, when nobody uses it
+LEAST_DRIVERS = {"12": 525, "13": 580}  # by CUDA's major version: NVIDIA's table of minor version compatibility
 
 
 @dataclass(frozen=True)
@@ -301,27 +303,49 @@ def _same_code(name: str, report: Report, node: Report) -> Check:
 
 
 def _gpus(name: str, node: Report) -> Check:
-    named, seen, counted = f"{name} gpus", node["torch_gpus"], node["gpus"]
-    if not seen and not counted:
+    named, counted, trouble = f"{name} gpus", node["gpus"], node["torch_trouble"]
+    seen = [device["name"] for device in node["devices"]]
+    if not seen and not counted and not trouble:
         return Check(named, "ok", "none: tasks run on its CPUs")
-    said = f"Ray has {counted:g}, torch sees {len(seen)} ({', '.join(seen)}); {node['driver'] or 'no driver'}"
-    if counted > len(seen):
-        return Check(named, "fail", said, "install a driver and a torch that fit each other, or the container toolkit")
+    said = f"Ray has {counted:g}, torch sees {len(seen)} ({', '.join(seen)}); {_driver(node) or 'no driver'}"
+    if too_old := _too_old(node):
+        return Check(named, "fail", f"{said}: {too_old}", "install a newer driver, or a torch for an older CUDA")
+    if trouble or counted > len(seen):
+        advice = "install a driver and a torch that fit each other, or the container toolkit"
+        return Check(named, "fail", f"{said}: {trouble}" if trouble else said, advice)
     if counted < len(seen):
         return Check(named, "warn", said, f"start Ray there with --num-gpus={len(seen)}")
     return Check(named, "ok", said)
 
 
+def _driver(node: Report) -> str:
+    return next((f"driver {gpu['driver']}" for gpu in node["listed"]), node["driver"] or "")
+
+
+def _too_old(node: Report) -> str:
+    """How the node's driver is older than its torch needs; empty where it is not, or nobody knows."""
+    least = LEAST_DRIVERS.get(str(node["cuda"]).partition(".")[0])
+    version = re.search(r"\b(\d{3,})\.\d", _driver(node))
+    if least is None or version is None or int(version[1]) >= least:
+        return ""
+    return f"its torch is built with CUDA {node['cuda']}, which needs driver {least} or newer"
+
+
 def _devices(settings: Settings, name: str, node: Report) -> Iterator[Check]:
-    """Of each GPU: whether it computes, who may use it, and how much of its memory others have."""
+    """Of each GPU: whether it computes, who may use it, and how much of its memory others have.
+
+    Where torch can use none, each that it has no kernels for: another driver alone will not help there.
+    """
     shared = 0 < settings.gpus_per_task < 1 or any(0 < (of.gpus or 0) < 1 for of in settings.resources.values())
+    modes = {gpu["uuid"]: gpu["compute_mode"] for gpu in node["listed"]}
     for index, device in enumerate(node["devices"]):
-        named, mode = f"{name} gpu {index}", node["compute_modes"].get(device["uuid"], "Default")
-        said = f"{device['name']}, {device['capability']}, {device['free_bytes'] / (1 << 30):.1f} GiB free"
-        if device["trouble"]:
-            built = f"this torch is built for {', '.join(node['built_for']) or 'CPUs alone'}"
+        named, mode = f"{name} gpu {index}", modes.get(device["uuid"], "Default")
+        said = f"{_kind(device)}, {device['free_bytes'] / (1 << 30):.1f} GiB free"
+        if not device["fits"]:
+            yield _without_kernels(named, said, node)
+        elif device["trouble"]:
             advice = "install a driver and a torch that fit it, or have it tested; until then it gets no tasks"
-            yield Check(named, "fail", f"{said}: {device['trouble']} ({built})", advice)
+            yield Check(named, "fail", f"{said}: {device['trouble']}", advice)
         elif mode == "Prohibited" or (mode != "Default" and shared):
             advice = "let several processes use it: `nvidia-smi --compute-mode=DEFAULT`"
             yield Check(named, "fail", f"{said}: its compute mode is {mode}", advice)
@@ -330,6 +354,20 @@ def _devices(settings: Settings, name: str, node: Report) -> Iterator[Check]:
             yield Check(named, "warn", f"{said} of {device['total_bytes'] / (1 << 30):.1f}: others use it", advice)
         else:
             yield Check(named, "ok", f"{said}: it computes")
+    if not node["devices"]:
+        for index, listed in enumerate(node["listed"]):
+            if not listed["fits"]:
+                yield _without_kernels(f"{name} gpu {index}", _kind(listed), node)
+
+
+def _kind(gpu: Report) -> str:
+    return f"{gpu['name']}, compute capability {gpu['capability']}"
+
+
+def _without_kernels(named: str, said: str, node: Report) -> Check:
+    built = ", ".join(node["built_for"]) or "CPUs alone"
+    advice = "start Ray there without it, or install a torch that has kernels for it"
+    return Check(named, "fail", f"{said}: torch has no kernels for it, which is built for {built}", advice)
 
 
 def _data(name: str, data: dict[str, dict[str, Any]]) -> Iterator[Check]:

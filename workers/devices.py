@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -92,12 +93,45 @@ def computes(device: torch.device) -> bool:
     return True
 
 
+def has_kernels(capability: str, built_for: Iterable[str]) -> bool:
+    """Whether a torch that is built for these (`torch.cuda.get_arch_list()`) has kernels for a GPU of that capability.
+
+    `sm_` is machine code: for the same major capability, and a minor one that is not below it. `compute_` is code that
+    the driver compiles for any GPU that is not older.
+
+    >>> wheel = ["sm_75", "sm_80", "sm_90"]
+    >>> [has_kernels(gpu, wheel) for gpu in ("7.0", "7.5", "8.9", "9.0", "10.0")]
+    [False, True, True, True, False]
+    >>> has_kernels("10.0", [*wheel, "compute_90"])
+    True
+    """
+    major, minor = map(int, capability.split("."))
+    for kind, _, digits in (name.partition("_") for name in built_for):
+        code = divmod(int(digits.rstrip("af")), 10)
+        if (major, minor) >= code and (kind == "compute" or major == code[0]):
+            return True
+    return False
+
+
+def all_described() -> tuple[list[dict[str, Any]], str]:
+    """Every GPU that torch can use; and why it can use none of those that are there, as where their driver is too old:
+    empty where it can.
+    """
+    count = torch.cuda.device_count()  # which the driver's own library says, however old it is
+    try:
+        return [described(torch.device("cuda", index)) for index in range(count)], ""
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        return [], _first_line(error)
+
+
 def described(device: torch.device) -> dict[str, Any]:
-    """What a GPU is and how it is: `name`, `uuid`, `capability`, `total_bytes`, `free_bytes`, and what is wrong with it
-    in `trouble`, which is empty where it computes.
+    """What a GPU is and how it is: `name`, `uuid`, `capability`, whether torch `fits` it, `total_bytes`, `free_bytes`,
+    and what is wrong with it in `trouble`, which is empty where it computes.
     """
     of = torch.cuda.get_device_properties(device)
-    about = {"name": of.name, "uuid": str(of.uuid), "capability": f"sm_{of.major}{of.minor}"}
+    capability = f"{of.major}.{of.minor}"
+    fits = has_kernels(capability, torch.cuda.get_arch_list())
+    about = {"name": of.name, "uuid": str(of.uuid), "capability": capability, "fits": fits}
     try:
         free, total = torch.cuda.mem_get_info(device)
         probe(device)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -86,17 +87,20 @@ def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[s
     """
     import torch
 
-    from workers.devices import compiler, described
+    from workers.devices import all_described, compiler, has_kernels
     from workers.provenance import driver
 
+    devices, trouble = all_described()
+    built_for = torch.cuda.get_arch_list()
     local = artifact_root if "://" not in artifact_root else tempfile.gettempdir()
     return {
         "code_digest": code_digest(),
         "versions": versions(),
-        "torch_gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "devices": [described(torch.device("cuda", i)) for i in range(torch.cuda.device_count())],
-        "built_for": torch.cuda.get_arch_list(),
-        "compute_modes": compute_modes(),
+        "devices": devices,
+        "torch_trouble": trouble,
+        "listed": [{**gpu, "fits": has_kernels(gpu["capability"], built_for)} for gpu in known_to_the_driver()],
+        "built_for": built_for,
+        "cuda": torch.version.cuda,
         "compiler": compiler(),
         "driver": driver(),
         "artifacts": _trouble(Artifacts(artifact_root, mark), marker),
@@ -105,24 +109,28 @@ def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[s
     }
 
 
-def compute_modes() -> dict[str, str]:
-    """Who may use each GPU, by its UUID, as the driver says: `Default` is several processes at once."""
-    ask = ["nvidia-smi", "--query-gpu=uuid,compute_mode", "--format=csv,noheader"]
+def known_to_the_driver() -> list[dict[str, str]]:
+    """The GPUs that `nvidia-smi` lists, also those that torch cannot use: `uuid`, `name`, `capability`, `driver` and
+    `compute_mode`, which says who may use it (`Default` is several processes at once). Empty where there is none.
+    """
+    ask = ["nvidia-smi", "--query-gpu=uuid,name,compute_cap,driver_version,compute_mode", "--format=csv,noheader"]
     try:
         said = subprocess.run(ask, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return {}
-    return modes_in(said)
+        return []
+    return listed_in(said)
 
 
-def modes_in(said: str) -> dict[str, str]:
+def listed_in(said: str) -> list[dict[str, str]]:
     """Read the lines that `nvidia-smi` prints.
 
-    >>> modes_in("GPU-1b2c, Default\\nGPU-77aa, Exclusive_Process\\n")
-    {'1b2c': 'Default', '77aa': 'Exclusive_Process'}
+    >>> listed_in("GPU-1b2c, Tesla P100-PCIE-16GB, 6.0, 535.104.05, Exclusive_Process\\n")[0]["compute_mode"]
+    'Exclusive_Process'
     """
-    lines = [line.partition(",") for line in said.splitlines() if "," in line]
-    return {uuid.strip().removeprefix("GPU-"): mode.strip() for uuid, _, mode in lines}
+    names = ("uuid", "name", "capability", "driver", "compute_mode")
+    lines = [[part.strip() for part in line.removeprefix("GPU-").split(",")] for line in said.splitlines()]
+    whole = [line for line in lines if len(line) == len(names) and re.fullmatch(r"\d+\.\d+", line[2])]
+    return [dict(zip(names, line, strict=True)) for line in whole]
 
 
 def public_files(data_dir: Path) -> dict[str, dict[Path, str]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from workers import devices
-from workers.devices import DeviceUnfit, memory_fraction, trouble_of
+from workers.devices import DeviceUnfit, has_kernels, memory_fraction, trouble_of
 
 CPU = torch.device("cpu")
 GIGABYTE = 1 << 30
@@ -104,6 +104,35 @@ class TestProbe:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_a_gpu_that_is_not_there_is_unfit(self) -> None:
         assert not devices.computes(torch.device("cuda:0"))
+
+
+class TestKernels:
+    """What a build of torch is for, beside what torch itself warns of."""
+
+    def test_the_rule_is_torchs_own(self) -> None:
+        gpus = [75, 80, 86, 89, 90, 100, 103, 120, 121]  # those that torch calls by one name alone
+        for code in (75, 80, 86, 90, 100, 120):
+            ours = [has_kernels(f"{gpu // 10}.{gpu % 10}", [f"sm_{code}"]) for gpu in gpus]
+            assert ours == [torch.cuda._code_compatible_with_device(gpu, code) for gpu in gpus], code
+
+    def test_one_of_many_is_enough(self) -> None:
+        wheel = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+        assert [gpu for gpu in ("6.1", "7.0", "7.5", "8.9", "11.0", "12.1") if has_kernels(gpu, wheel)] == [
+            "7.5", "8.9", "12.1",
+        ]  # fmt: skip
+        assert has_kernels("9.0", ["sm_90a"])
+
+    def test_what_the_driver_compiles_is_for_all_later_ones(self) -> None:
+        assert [has_kernels(gpu, ["compute_80"]) for gpu in ("7.5", "8.0", "13.0")] == [False, True, True]
+        assert not has_kernels("8.0", [])
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_where_torch_can_use_no_gpu_it_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert devices.all_described() == ([], ""), "there is none"
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # NVML counts those that CUDA does not start on
+        described, trouble = devices.all_described()
+        assert described == []
+        assert trouble.startswith("RuntimeError: Found no NVIDIA driver"), trouble
 
 
 class TestMemory:

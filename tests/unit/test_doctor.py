@@ -8,16 +8,22 @@ import pytest
 
 from service.doctor import LEAST_BYTES, LOW_BYTES, Check, cluster_checks, room_check
 from service.settings import Settings
+from workers.doctor import listed_in
 
 VERSIONS = {"python": "3.11.9", "ray": "2.55.0", "torch": "2.11.0"}
 DEVICE = {
-    "name": "H100", "uuid": "1b2c", "capability": "sm_90", "total_bytes": 80 << 30, "free_bytes": 79 << 30,
+    "name": "H100", "uuid": "1b2c", "capability": "9.0", "fits": True, "total_bytes": 80 << 30, "free_bytes": 79 << 30,
     "trouble": "",
 }  # fmt: skip
+LISTED = {
+    "uuid": "1b2c", "name": "H100", "capability": "9.0", "driver": "580.65.06", "compute_mode": "Default", "fits": True,
+}  # fmt: skip
+KERNEL_MODULE = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 01:24:00 UTC 2025"
+OLD = {"devices": [], "torch_trouble": "RuntimeError: The NVIDIA driver on your system is too old"}
 NODE = {
     "name": "gpu1", "cpus": 16.0, "gpus": 2.0, "code_digest": "a", "versions": VERSIONS, "skew_seconds": 0.0,
-    "torch_gpus": ["H100", "H100"], "devices": [DEVICE, {**DEVICE, "uuid": "77aa"}], "built_for": ["sm_80", "sm_90"],
-    "compute_modes": {"1b2c": "Default", "77aa": "Default"}, "compiler": "/usr/bin/g++", "driver": "NVRM 570",
+    "devices": [DEVICE, {**DEVICE, "uuid": "77aa"}], "torch_trouble": "", "built_for": ["sm_80", "sm_90"],
+    "listed": [LISTED, {**LISTED, "uuid": "77aa"}], "cuda": "13.2", "compiler": "/usr/bin/g++", "driver": "NVRM",
     "artifacts": "", "free_bytes": 1 << 40,
     "data": {"cifar10": {"state": "whole", "files": []}, "svhn": {"state": "absent", "files": []}},
 }  # fmt: skip
@@ -39,11 +45,16 @@ def test_a_sound_cluster_has_nothing_to_be_said_against_it() -> None:
 @pytest.mark.parametrize(
     ("change", "name", "state", "said"),
     [
-        ({"gpus": 0.0, "torch_gpus": []}, "gpus", "ok", "none: tasks run on its CPUs"),
-        ({"torch_gpus": []}, "gpus", "fail", "Ray has 2, torch sees 0"),
+        ({"gpus": 0.0, "devices": []}, "gpus", "ok", "none: tasks run on its CPUs"),
+        ({"devices": []}, "gpus", "fail", "Ray has 2, torch sees 0"),
         ({"gpus": 1.0}, "gpus", "warn", "Ray has 1, torch sees 2"),
-        ({"devices": [{**DEVICE, "trouble": "no kernel image"}]}, "gpu 0", "fail", "built for sm_80, sm_90"),
-        ({"devices": [DEVICE], "compute_modes": {"1b2c": "Prohibited"}}, "gpu 0", "fail", "compute mode is Prohibited"),
+        (OLD, "gpus", "fail", "driver 580.65.06: RuntimeError: The NVIDIA driver"),
+        ({**OLD, "listed": [{**LISTED, "driver": "535.104.05"}]}, "gpus", "fail", "needs driver 580 or newer"),
+        ({**OLD, "listed": [], "driver": KERNEL_MODULE}, "gpus", "fail", "needs driver 580 or newer"),
+        ({**OLD, "listed": [{**LISTED, "fits": False}]}, "gpu 0", "fail", "H100, compute capability 9.0: torch has no"),
+        ({"devices": [{**DEVICE, "trouble": "no kernel image"}]}, "gpu 0", "fail", "free: no kernel image"),
+        ({"devices": [{**DEVICE, "trouble": "no", "fits": False}]}, "gpu 0", "fail", "is built for sm_80, sm_90"),
+        ({"listed": [{**LISTED, "compute_mode": "Prohibited"}]}, "gpu 0", "fail", "compute mode is Prohibited"),
         ({"devices": [{**DEVICE, "free_bytes": 50 << 30}]}, "gpu 0", "warn", "50.0 GiB free of 80.0: others use it"),
         ({"compiler": None}, "compiler", "warn", "`compile: true` fails there"),
         ({"code_digest": "b"}, "", "fail", "its code is not this machine's"),
@@ -66,7 +77,7 @@ def test_what_is_wrong_with_a_node_is_named(change: dict[str, Any], name: str, s
 @pytest.mark.parametrize(("share", "state"), [(1.0, "ok"), (0.5, "fail")])
 def test_a_gpu_for_one_process_is_not_for_tasks_that_share_it(share: float, state: str) -> None:
     report = deepcopy(REPORT)
-    report["nodes"][0]["compute_modes"] = {"77aa": "Exclusive_Process"}  # type: ignore[index]
+    report["nodes"][0]["listed"][1]["compute_mode"] = "Exclusive_Process"  # type: ignore[index]
     found = cluster_checks(Settings(ray_address="head:6379", gpus_per_task=share), report)
     assert {check.name: check.state for check in found}["node gpu1 gpu 1"] == state
 
@@ -84,3 +95,9 @@ def test_room_is_little_before_it_is_too_little() -> None:
 
 def test_settings_of_a_home_are_enough(tmp_path: Path) -> None:
     assert next(iter(cluster_checks(Settings(home=tmp_path), REPORT))).said.startswith("a local Ray: 1 node")
+
+
+def test_gpus_whose_capability_the_driver_does_not_know_are_left_out() -> None:
+    said = "GPU-1b2c, NVIDIA H100, 9.0, 580.65.06, Default\nGPU-77aa, NVIDIA H100, [N/A], 580.65.06, [N/A]\n\n"
+    assert [gpu["uuid"] for gpu in listed_in(said)] == ["1b2c"]
+    assert listed_in("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.") == []
