@@ -57,7 +57,7 @@ def number(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    """The whole number that a text says, in queries: digits, and none more than that number has.
+    """The whole number that a text says, in specs and queries: digits, and none more than that number has.
 
     Raises `ValueError` for anything else, such as `1_0`, `+5` and `5.0`.
     """
@@ -96,10 +96,8 @@ def _number(value: Any) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """A number that is whole, however it is written, as an integer: 1.0, "1" and "2/2" are 1, 2.5 and true are none."""
-    if isinstance(value, str):
-        value = number(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    """A whole number, or a text of its digits; 1.0 is none, so that a seed has one way to be written."""
+    return whole(value) if isinstance(value, str) else value
 
 
 def of_images(value: float) -> float:

@@ -9,10 +9,11 @@ from torch import nn
 
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
-from service.specs.base import NUMBER
+from service.specs.base import FRACTION, NUMBER
 from service.specs.fitting import Images, misfits
 from service.specs.measures import MEASURES, ClosedForms
 from service.specs.recipes import RECIPES, Standard, parameters
+from workers.science.__main__ import FRACTION as SHELL_FRACTION
 from workers.science.__main__ import NUMBER as SHELL_NUMBER
 from workers.science.__main__ import PRESETS as SHELL_PRESETS
 from workers.science.architectures import ARCHITECTURES as NETWORKS
@@ -170,7 +171,7 @@ def test_the_presets_are_those_of_the_paper() -> None:
 
 
 def test_the_shell_reads_the_same_numbers() -> None:
-    assert SHELL_NUMBER.pattern == NUMBER.pattern
+    assert (SHELL_NUMBER.pattern, SHELL_FRACTION.pattern) == (NUMBER.pattern, FRACTION.pattern)
 
 
 @pytest.mark.parametrize("name", SHELL_PRESETS)

@@ -135,10 +135,7 @@ def test_what_is_no_scale(wrong: Any) -> None:
     assert pointer == "/scale"
 
 
-WHOLE = [10, 10.0, "10", "10.0", " 10 ", "1e1", "20/2"]
-
-
-@pytest.mark.parametrize("written", WHOLE)
+@pytest.mark.parametrize("written", [10, "10"])
 def test_a_whole_number_however_it_is_written(written: Any) -> None:
     """Each is the same job, with the same digest."""
     body = {**JOB, "attack": {**PGD, "steps": written}, "recipe": {"name": "sam", "epochs": written}, "seed": written}
@@ -150,10 +147,11 @@ def test_a_whole_number_however_it_is_written(written: Any) -> None:
     assert JobSubmission.model_validate({**body, "priority": written}).priority == 10
 
 
+WITH_MORE = [10.0, "10.0", " 10 ", "1e1", "20/2"]
 NOT_WHOLE = [True, 2.5, "2.5", 0, "0", -1, "-1", 10_001, "10_001", None, 10**400, 1e300, "1" * 5000, [10], ""]
 
 
-@pytest.mark.parametrize("wrong", [*NOT_WHOLE, "1_0", "+10", "\u0661\u0660", "0x10", "ten", "010"])
+@pytest.mark.parametrize("wrong", [*NOT_WHOLE, "1_0", "+10", "\u0661\u0660", "0x10", "ten", "010", *WITH_MORE])
 def test_what_is_no_number_of_steps(wrong: Any) -> None:
     [(pointer, _)] = refused(attack={**PGD, "steps": wrong})
     assert pointer == "/attack/steps"

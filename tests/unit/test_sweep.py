@@ -52,15 +52,16 @@ def test_include_stands_on_base_and_exclude_is_taken_from_the_grid() -> None:
 
 
 def test_a_whole_number_on_an_axis_is_one_however_it_is_written() -> None:
-    assert [job.seed for job in cells(grid={"seed": ["1", 1, 1.0, "2/2", 2]})] == [1, 2]
+    assert [job.seed for job in cells(grid={"seed": ["1", 1, 2]})] == [1, 2]
     assert [job.samples for job in cells(grid={"samples": ["20"]})] == [20]
-    assert [job.seed for job in cells(grid={"seed": ["1", 2, 3.0]}, exclude=[{"seed": 1}, {"seed": "3"}])] == [2]
+    assert [job.seed for job in cells(grid={"seed": ["1", 2, 3]}, exclude=[{"seed": 1}, {"seed": "3"}])] == [2]
     recipe = {"name": "sam", "epochs": 2}
     left = cells(grid={"recipe": [recipe, "standard"]}, exclude=[{"recipe": {**recipe, "epochs": "2"}}])
     assert [job.recipe.name for job in left] == ["standard"]
     sweep = Sweep.model_validate({"name": "s", "base": BASE, "grid": {"seed": [1]}})
     assert sweep.extended({"seed": ["1", "2"]}).grid == {"seed": [1, "2"]}
-    assert refused(grid={"seed": ["1_0"]})[0][0] == "/grid/seed/0"
+    for wrong in ("1_0", "2/2", 1.0):
+        assert refused(grid={"seed": [wrong]})[0][0] == "/grid/seed/0"
 
 
 def test_an_empty_pattern_excludes_nothing() -> None:

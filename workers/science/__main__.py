@@ -39,7 +39,8 @@ from workers.science.weights import load_weights, save_weights
 Report = dict[str, Any]
 DEFAULT_SAMPLES = 1000
 DECIMAL = r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|\.[0-9]+)"
-NUMBER = re.compile(rf" *({DECIMAL})(?:([eE][+-]?[0-9]+)| */ *({DECIMAL}))? *")
+FRACTION = re.compile(r" *(-?(?:0|[1-9][0-9]*)) */ *(-?(?:0|[1-9][0-9]*)) *")
+NUMBER = re.compile(rf" *({DECIMAL})([eE][+-]?[0-9]+)? *")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pgd_l2": {"norm": "l2", "eps": 0.025, "step_size": 0.001, "steps": 25},
@@ -204,12 +205,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _number(text: str) -> float:
     """A decimal, or one over another, by the rule of `service/specs/base.py`, which is not there on such a machine."""
-    found = NUMBER.fullmatch(text)
+    decimal, fraction = NUMBER.fullmatch(text), FRACTION.fullmatch(text)
     try:
-        if found is None:
+        if fraction is not None:
+            top, value = fraction[1], float(Fraction(int(fraction[1]), int(fraction[2])))
+        elif decimal is not None:
+            top, value = decimal[1], float(decimal[1] + (decimal[2] or ""))
+        else:
             raise ValueError
-        top, exponent, bottom = found.groups()
-        value = float(top + (exponent or "")) if bottom is None else float(Fraction(top) / Fraction(bottom))
         if not math.isfinite(value) or (value == 0 and Fraction(top) != 0):
             raise ValueError
     except (ValueError, OverflowError, ZeroDivisionError):
