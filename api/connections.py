@@ -60,8 +60,8 @@ class Parser(h11.Connection):
     def is_tiny(self) -> bool:
         return self._chunks > MANY_CHUNKS and self._bytes < LEAST_BYTES * self._chunks
 
-    def send(self, event: Any) -> bytes | None:
-        sent = super().send(event)
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
+        sent: bytes | None = super().send(event)
         if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY:
             self.unread = True
             if sent is not None and not any(name == b"connection" for name, _ in event.headers):

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from api.accepting import NotAcceptable
@@ -148,6 +149,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(UncannyError, _uncanny)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _hung_up)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -223,6 +225,12 @@ def _allowed(request: Request) -> list[str]:
     said = max(matching, key=lambda path: len(PARAMETER.sub("", path)), default=None)
     methods = [method.upper() for method in documented_paths[said]] if said else ["GET"]
     return [*methods, "HEAD"] if "GET" in methods else methods
+
+
+def _hung_up(request: Request, error: Exception) -> JSONResponse:
+    """Nobody hears the answer, and nothing of ours has failed."""
+    log.debug("%s %s: the client hung up", request.method, request.url.path)
+    return problem(400, "the client hung up before the body was there", request)
 
 
 def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -6,6 +6,7 @@ which its children inherit: a new service of this home starts when the last of t
 
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,6 +87,14 @@ class Part:
         self.process, self.start_at = None, time.monotonic() + self.pause_seconds
         return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
+    def bound_log(self) -> None:
+        """Start its log again when that is large, under the running process; what was in it stays as `.log.1`."""
+        with suppress(OSError):  # of a full disk: later
+            if self.log is not None and self.log.stat().st_size > LOG_BYTES:
+                with private.opened(_earlier(self.log), "wb") as copy, self.log.open("rb") as log:
+                    shutil.copyfileobj(log, copy)
+                os.truncate(self.log, 0)
+
     def end(self) -> None:
         """Kill it; nothing where it does not run."""
         self.send(signal.SIGKILL)
@@ -156,6 +165,7 @@ class Supervisor:
             self._lock.close()
 
     def _look_after(self, part: Part) -> None:
+        part.bound_log()
         how = part.died()
         if how is not None:
             self._end_orphans()
@@ -268,5 +278,9 @@ def dispatcher_name(settings: Settings) -> str:
 
 def _open_log(path: Path) -> IO[bytes]:
     if path.exists() and path.stat().st_size > LOG_BYTES:
-        path.replace(path.with_suffix(".log.1"))
+        path.replace(_earlier(path))
     return private.opened(path, "ab")
+
+
+def _earlier(path: Path) -> Path:
+    return path.with_suffix(".log.1")

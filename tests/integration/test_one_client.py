@@ -160,6 +160,17 @@ class TestBodies:
                 came += connection.recv(65536)
         assert came.startswith(b"HTTP/1.1 201 ")
 
+    @pytest.mark.parametrize("path", ["POST /v1/jobs", "POST /v1/sweeps", f"PUT /v1/artifacts/{'0' * 64}"])
+    def test_who_hangs_up_in_the_middle_is_no_failure_of_ours(
+        self, own: Any, caplog: pytest.LogCaptureFixture, path: str
+    ) -> None:
+        head = f"{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{{"
+        with caplog.at_level("DEBUG", "uncanny.api"):
+            connect(own, head.encode()).close()
+            until(lambda: [record for record in caplog.records if path.split()[1] in record.getMessage()])
+            answers(own)
+        assert [record.getMessage() for record in caplog.records if record.levelno >= 40 or record.exc_info] == []
+
     def test_only_sweeps_may_be_large(self, own: Any) -> None:
         def status(method: str, path: str, size: int) -> int:
             content = b'{"name": "' + b"x" * size + b'"}'

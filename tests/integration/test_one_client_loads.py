@@ -175,7 +175,8 @@ def test_labels(api: Api, tmp_path: Path, tell: Callable[..., None]) -> None:
 @pytest.mark.parametrize(("path", "size"), [("/v1/nothing", 1), ("/v1/sweeps", 1), ("/v1/sweeps", 70)])
 def test_tiny_chunks(api: Api, path: str, size: int, tell: Callable[..., None]) -> None:
     """60 connections that send chunks as fast as they can, made again when they end."""
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += "Transfer-Encoding: chunked\r\n\r\n"
     chunks = (f"{size:x}\r\n{' ' * size}\r\n" * (100_000 // (size + 6))).encode()
     senders: list[socket.socket | None] = [None] * 60
     seconds = []
