@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from api.commands.options import EPILOG, AsJson, Home, Url, client_of, print_json, settings_of
+from api.commands.options import EPILOG, AsJson, Home, Url, client_of, print_json, settings_of, whole_number
 from api.render import counted, err, out, show, table
 
 user = typer.Typer(help="Users, their roles and quotas (for admins).", no_args_is_help=True, epilog=EPILOG)
@@ -23,7 +23,9 @@ def set_user(
     name: Name,
     role: Annotated[Role | None, typer.Option(help="What their tokens may do at most; researcher at first.")] = None,
     weight: Annotated[float | None, typer.Option(help="Share of the cluster beside others.")] = None,
-    max_queued_jobs: Annotated[int | None, typer.Option(help="Unfinished jobs at once.")] = None,
+    max_queued_jobs: Annotated[
+        int | None, typer.Option(metavar="N", parser=whole_number(0), help="Unfinished jobs at once.")
+    ] = None,
     max_gpus: Annotated[float | None, typer.Option(help="GPUs in use at once.")] = None,
     home: Home = None,
     url: Url = None,

@@ -9,7 +9,7 @@ import typer
 
 from api import written
 from api.client import Json
-from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json
+from api.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json, whole_number
 from api.render import counted, say, show, table
 
 Ident = Annotated[str, typer.Argument(metavar="ID", help="A job or a sweep.")]
@@ -87,7 +87,10 @@ def extend(
 
 def priority(
     ident: Ident,
-    value: Annotated[int, typer.Argument(metavar="N", min=-100, max=100, help="Higher goes first; 0 is usual.")],
+    value: Annotated[
+        int,
+        typer.Argument(metavar="N", parser=whole_number(-100, 100), help="-100 to 100. Higher goes first; 0 is usual."),
+    ],
     home: Home = None,
     url: Url = None,
     as_json: AsJson = False,

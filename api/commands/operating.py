@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from api.commands.options import AsJson, Home, print_json, settings_of
+from api.commands.options import AsJson, Home, print_json, settings_of, whole_number
 from api.render import err, out, say, show, table
 
 EPILOG = "Exit codes: 0 all is well (also with warnings); 1 a check failed, or an error; 2 bad usage."
@@ -35,7 +35,13 @@ def gc(
         float | None, typer.Option("--age", help="Seconds that unreferenced bytes stay [UNCANNY_GC_AGE_SECONDS].")
     ] = None,
     quota: Annotated[
-        int | None, typer.Option("--quota", help="Bytes under the artifact root [UNCANNY_ARTIFACT_QUOTA_BYTES].")
+        int | None,
+        typer.Option(
+            "--quota",
+            metavar="N",
+            parser=whole_number(0),
+            help="Bytes under the artifact root [UNCANNY_ARTIFACT_QUOTA_BYTES].",
+        ),
     ] = None,
     event_days: Annotated[
         float | None, typer.Option("--event-days", help="How long events are kept [UNCANNY_EVENT_DAYS].")

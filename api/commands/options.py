@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,39 @@ from api.client import Client
 from api.home import service_url
 from service.errors import UncannyError
 from service.settings import Settings
+from service.specs.base import whole
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str | int], int]:
+    """The parser of an option that is a whole number in this range: digits, and a leading `-` where `least` has one.
+
+    Of `1_0`, `+5` or ` 5`, which Python's `int` takes, it says that they are none.
+    """
+    allowed = f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
+
+    def parse(value: str | int) -> int:
+        try:
+            found = whole(value) if isinstance(value, str) else value  # typer hands defaults over too
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if found < least or (most is not None and found > most):
+            raise typer.BadParameter(f"{found:,} is not in the range: {allowed}")
+        return found
+
+    return parse
+
 
 Home = Annotated[Path | None, typer.Option("--home", help="Folder of database, artifacts, data, logs [UNCANNY_HOME].")]
 Host = Annotated[str | None, typer.Option("--host", help="Address to listen on [UNCANNY_HOST].")]
-Port = Annotated[int | None, typer.Option("--port", help="Port to listen on; 0 takes a free one [UNCANNY_PORT].")]
+Port = Annotated[
+    int | None,
+    typer.Option(
+        "--port",
+        metavar="N",
+        parser=whole_number(0, 65535),
+        help="Port to listen on; 0 takes a free one [UNCANNY_PORT].",
+    ),
+]
 Auth = Annotated[bool | None, typer.Option("--auth", help="Ask every request for a token [UNCANNY_AUTH].")]
 Insecure = Annotated[bool | None, typer.Option("--insecure", help="Listen beyond this machine without any login.")]
 Url = Annotated[str | None, typer.Option("--url", help="Where the service is [UNCANNY_URL].")]

@@ -11,12 +11,23 @@ import typer
 from rich.table import Table
 
 from api.client import Client, Json
-from api.commands.options import AsJson, Filter, Filters, Home, Retracted, Url, client_of, filters_of, print_json
+from api.commands.options import (
+    AsJson,
+    Filter,
+    Filters,
+    Home,
+    Retracted,
+    Url,
+    client_of,
+    filters_of,
+    print_json,
+    whole_number,
+)
 from api.render import fields_table, jobs_table, number, results_table, say, show, sweeps_table, table, tell
 from service.dotted import flat
 
 MAX_PAGE = 1000
-Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many rows.")]
+Limit = Annotated[int, typer.Option("--limit", "-n", metavar="N", parser=whole_number(1), help="At most so many rows.")]
 Sort = Annotated[str, typer.Option("--sort", help="A field; `-` in front for descending.")]
 
 
