@@ -163,7 +163,7 @@ def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
     wilson = binomtest(10, 20).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((wilson.low, wilson.high))
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|") and "lr 0" in line}
-    assert columns == {13}
+    assert columns == {14}
 
     done = uncanny("report", sweep, "--output", tmp_path / "report.md", url=server.url)
     assert done.returncode == 0
