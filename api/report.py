@@ -19,11 +19,11 @@ GROUP = ("dataset", "samples", "attack.type", "attack.norm", "attack.eps", "arch
 SPEC = ("dataset", "samples", "order", "architecture", "scale", "scale_bias", "attack", "recipe")
 MADE_BY = ("code_version", "code_revision", "code_dirty", "torch", "device")
 METRICS = (
-    "robust_accuracy:mean,ci95,count", "clean_accuracy:mean", "zero_gradient_fraction:mean", "masked_fraction:mean",
-    "log_relative_sharpness_median:mean",
+    "robust_accuracy:mean,ci95,count", "clean_accuracy:mean,ci95", "zero_gradient_fraction:mean",
+    "masked_fraction:mean", "log_relative_sharpness_median:mean",
 )  # fmt: skip
-COLUMNS = ("architecture", "recipe", "scale", "n", "results", "clean", "robust", "95 %", "zero gradient", "masked",
-           "log sharpness", "verdict")  # fmt: skip
+COLUMNS = ("architecture", "recipe", "scale", "n", "results", "clean", "clean 95 %", "robust", "95 %",
+           "zero gradient", "masked", "log sharpness", "verdict")  # fmt: skip
 UNGROUPED = "attack.source.recipe."  # no field to group by; the service refuses what then differs
 MEANING = {
     "zero_gradient": "the attack's first gradient is exactly zero on correctly classified images: it is blind",
@@ -153,19 +153,20 @@ def _title(group: Json) -> str:
 
 
 def _row(group: Json) -> list[str]:
-    robust, verdicts = group["robust_accuracy"], group["verdicts"]
-    interval = percents(robust["ci95_low"], robust["ci95_high"])
-    interval += " of images" if robust["ci95_of"] == "images" else ""
+    clean, robust, verdicts = group["clean_accuracy"], group["robust_accuracy"], group["verdicts"]
     recipe = [f"{name.removeprefix('recipe.')} {number(group[name])}" for name in group if _tells_recipes_apart(name)]
     means = [group[name]["mean"] for name in ("zero_gradient_fraction", "masked_fraction")]
     return [
         group["architecture"], ", ".join([group["recipe.name"], *recipe]), number(group["scale"]), str(robust["count"]),
         str(group["results"]),
-        percent(group["clean_accuracy"]["mean"]), percent(robust["mean"]),
-        interval, *map(percent, means),
+        percent(clean["mean"]), _interval(clean), percent(robust["mean"]), _interval(robust), *map(percent, means),
         number(group["log_relative_sharpness_median"]["mean"]),
         ", ".join(name if len(verdicts) == 1 else f"{n} {name}" for name, n in verdicts.items()),
     ]  # fmt: skip
+
+
+def _interval(share: Json) -> str:
+    return percents(share["ci95_low"], share["ci95_high"]) + (" of images" if share["ci95_of"] == "images" else "")
 
 
 def _tells_recipes_apart(name: str) -> bool:

@@ -429,7 +429,12 @@ class NetworkWorstCase(AllAttacks):
 
 
 class Result(BaseModel):
-    """One finished job: what was asked for, and what came out. Further numbers stand beside these by their names."""
+    """One finished job: what was asked for, and what came out. Further numbers stand beside these by their names.
+
+    Shares of images carry their Wilson 95 % interval as `NAME_ci95_low` and `NAME_ci95_high`, null where the number of
+    images is not known: robust_accuracy_any_iterate, robust_top5_accuracy, robust_accuracy_of_correct, flip_rate and
+    test_accuracy too.
+    """
 
     model_config = ConfigDict(extra="allow")
 

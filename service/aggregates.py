@@ -15,16 +15,17 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
+from service.distinct_images import DistinctImages
 from service.dotted import flat
 from service.errors import InvalidQuery
-from service.observations import OVER_SAMPLES, Moments, Observations, accuracy_interval, range_of
+from service.observations import SHARES, Moments, Observations, accuracy_interval, range_of
 from service.observations import interval as interval
 from service.query import Node, fields_of
 from service.store import aggregating
 from service.store import results as store
 from service.store.database import Database
 from service.store.fields import RESULTS, Column, Field
-from service.store.result_tables import cells, results
+from service.store.result_tables import results
 from service.times import iso
 from service.unit import UNITS, Unit
 
@@ -131,7 +132,7 @@ class Grouping:
         self.metrics = {name: _number(connection, name) for name in metrics}
         self.own = [key.column for key in self.keys if key.of_cell is None]
         self.of_cell: dict[int, Key] = {}
-        self._samples: dict[int, tuple[Any, ...]] = {}  # data set and samples by cell, where an interval needs them
+        self._images = DistinctImages(connection, where, self.own, self._key)
 
     def groups(self) -> dict[Key, Group]:
         """All groups with the sums of every metric."""
@@ -218,9 +219,8 @@ class Grouping:
             self._read(
                 groups, of_cells if few else None, {name: of for name, of in self.metrics.items() if needing[name]}
             )
-        if any("ci95" in of for name, of in self.asked.items() if name in OVER_SAMPLES):
-            ids = set().union(*(group.cells for group in groups.values()))
-            self._samples = aggregating.of_cells(self.connection, ids, [cells.c.dataset, cells.c.samples])
+        if any("ci95" in of for name, of in self.asked.items() if name in SHARES):
+            self._images.look_up(set().union(*(group.cells for group in groups.values())))
 
     def _needing(self, name: str, groups: Mapping[Key, Group]) -> set[int]:
         asked = self.asked[name]
@@ -272,7 +272,7 @@ class Grouping:
             case "max":
                 yield asked, of.most
             case "ci95":
-                yield from zip(("ci95_low", "ci95_high", "ci95_of"), self._interval(group, name), strict=True)
+                yield from zip(("ci95_low", "ci95_high", "ci95_of"), self._interval(key, group, name), strict=True)
             case "best" | "worst":
                 value = of.high if asked == "best" else of.low
                 yield asked, value
@@ -280,24 +280,18 @@ class Grouping:
             case _:
                 yield asked, of.quantile(0.5 if asked == "median" else int(asked[1:]) / 100)
 
-    def _interval(self, group: Group, name: str) -> tuple[float | None, float | None, str | None]:
-        """The 95 % interval of a metric's mean, and what it is of: the units, or the images of an accuracy.
+    def _interval(self, key: Key, group: Group, name: str) -> tuple[float | None, float | None, str | None]:
+        """The 95 % interval of a metric's mean, and what it is of: the units, or the images that it is a share of.
 
-        Networks that show no spread, or a single one, tell nothing of one: of an accuracy the distinct images do.
+        Networks that show no spread, or a single one, tell nothing of one: of such a share the distinct images do.
         """
         of, within = group.metrics[name], range_of(name)
         if self.unit == "network" and within is not None and of.least == of.most:
-            low, high = accuracy_interval(of.mean, self._images(group)) if name in OVER_SAMPLES else (None, None)
+            images = self._images.count(name, self.metrics[name].column, key, group.cells) if name in SHARES else None
+            low, high = accuracy_interval(of.mean, images)
             return low, high, None if low is None else "images"
         low, high = interval(of.n, of.mean, of.std, within=within)
         return low, high, None if low is None else UNITS[self.unit]
-
-    def _images(self, group: Group) -> int:
-        """How many distinct images a group was attacked on: of one data set all samples are the first so many."""
-        most: dict[str, int] = defaultdict(int)
-        for dataset, samples in (self._samples[cell_id] for cell_id in group.cells):
-            most[dataset] = max(most[dataset], samples)
-        return sum(most.values())
 
     def _holder(self, key: Key, group: Group, name: str, value: float | None) -> str | None:
         if value is None:

@@ -15,11 +15,12 @@ from sqlalchemy import Connection
 
 from service import flags
 from service.dotted import FAMILIES, flat
-from service.observations import INTERVALS, accuracy_interval
+from service.observations import INTERVALS, SHARES, Count, accuracy_interval
 from service.questions import ALL_FIELDS, Question
 from service.results import check_fields, order_of, other_names, rows_of
 from service.store import results as store
 from service.store.database import Database
+from service.store.dataset_sizes import test_samples
 from service.store.fields import HEADLINE, RESULTS, SPEC, THREAT_MODEL, Kind, stored_numbers
 from service.store.keyset import Order
 from service.store.result_tables import results
@@ -36,17 +37,23 @@ GROUP_ROWS = 100_000  # of a row group of Parquet
 GROUP_VALUES = 8_000_000  # of it: fewer rows where they are wide
 FLAGS = "flags"
 RARE = "attack.source.recipe."  # of transfers from a network that was trained otherwise
+COUNTED_BY: dict[Count, str] = {"samples": "samples", "test_samples": "dataset"}
+"""The column that tells of how many images a share is."""
+IN_COLUMNS = tuple(
+    field for field, (share, _) in INTERVALS.items() if share in HEADLINE and SHARES[share] in COUNTED_BY
+)
+"""The intervals whose shares and counts need no whole row."""
 COLUMNS = (
     "job_id", "sweep_id", "user", *(name for name in SPEC if not name.startswith(RARE)), *THREAT_MODEL, *HEADLINE,
-    *INTERVALS, FLAGS, "versions.train", "versions.measure", "versions.attack", "created_at", "finished_at",
+    *IN_COLUMNS, FLAGS, "versions.train", "versions.measure", "versions.attack", "created_at", "finished_at",
 )  # fmt: skip
 FURTHER = (
     *(name for name in SPEC if name.startswith(RARE)), "versions.control", "measures", "measures_failed",
     "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version", "weights_sha256", "spec_digest",
     "attack_digest", "retracted_at", "retracted_by", "retraction_reason", "labels", "provenance",
+    *(field for field in INTERVALS if field not in IN_COLUMNS),
 )  # fmt: skip
-SAMPLES = "samples"
-MADE_HERE = frozenset({FLAGS, *INTERVALS})  # columns that are no fields
+MADE_HERE = frozenset({FLAGS, *IN_COLUMNS})  # columns that are no fields
 WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # of which a table has room for the name
 
 
@@ -183,12 +190,13 @@ def _batches(
 class _Columns:
     """Columns straight from the index table; those of the cell from a lookup by its id, once for many rows.
 
-    The intervals of accuracies are computed from these.
+    The intervals of shares are computed from these.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._intervals = [name for name in names if name in INTERVALS]
-        from_these = dict.fromkeys(source for name in self._intervals for source in (INTERVALS[name][0], SAMPLES))
+        shares = dict.fromkeys(INTERVALS[name][0] for name in self._intervals)
+        from_these = dict.fromkeys(source for share in shares for source in (share, COUNTED_BY[SHARES[share]]))
         read = list(dict.fromkeys([*(name for name in names if name not in MADE_HERE), *from_these]))
         self._own = [name for name in read if RESULTS.known[name].of_cell is None]
         self._shared = [name for name in read if RESULTS.known[name].of_cell is not None]
@@ -214,9 +222,12 @@ class _Columns:
             columns |= dict(zip(self._shared, map(list, shared), strict=True))
         columns[FLAGS] = [";".join(flags.names_of(*of)) for of in zip(*raised, strict=True)]
         for name in self._intervals:
-            accuracy, bound = INTERVALS[name]
-            pairs = zip(columns[accuracy], columns[SAMPLES], strict=True)
-            columns[name] = [accuracy_interval(share, samples)[bound] for share, samples in pairs]
+            share, bound = INTERVALS[name]
+            counts = columns[COUNTED_BY[SHARES[share]]]
+            if SHARES[share] == "test_samples":
+                counts = list(map(test_samples(connection, set(counts)).get, counts))
+            pairs = zip(columns[share], counts, strict=True)
+            columns[name] = [accuracy_interval(value, images)[bound] for value, images in pairs]
         return [columns[name] for name in names], cursor
 
     def _look_up(self, connection: Connection, cell_ids: set[int]) -> None:

@@ -5,9 +5,10 @@ Attack seeds, replicates with the same weights and storage options are repeats o
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from functools import lru_cache
+from typing import Any, Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +19,28 @@ from service.verdict import wilson
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
 Interval = tuple[float | None, float | None]
+Count = Literal["samples", "n_clean_correct", "test_samples"]
 SHARE = re.compile(
     r"(^|_)(accuracy|fraction|rate|auroc|majority_share|converged)($|_(?!drop))|^valley_(?!n$)|^peak_at_start_"
     r"|^bound_violated_"
 )
 DROP = re.compile(r"_accuracy_drop$")
-OVER_SAMPLES = ("clean_accuracy", "robust_accuracy", "robust_accuracy_any_iterate", "robust_top5_accuracy")
-"""Shares of all samples of a job, which have an interval from the images."""
-ACCURACIES = ("clean_accuracy", "robust_accuracy")
+SHARES: dict[str, Count] = {
+    "clean_accuracy": "samples",
+    "robust_accuracy": "samples",
+    "robust_accuracy_any_iterate": "samples",
+    "robust_top5_accuracy": "samples",
+    "robust_accuracy_of_correct": "n_clean_correct",
+    "flip_rate": "n_clean_correct",
+    "test_accuracy": "test_samples",
+}
+"""Numbers of a result that are shares of images, and so have an interval from these, with the number of them.
+
+All `samples` of a job, those that the network gets right without an attack, or all test images of the data set.
+"""
 BOUNDS = ("ci95_low", "ci95_high")
-INTERVALS = {f"{name}_{bound}": (name, i) for name in ACCURACIES for i, bound in enumerate(BOUNDS)}
-"""The fields of a result that are bounds of an accuracy's Wilson interval: which accuracy, and which bound."""
+INTERVALS = {f"{name}_{bound}": (name, i) for name in SHARES for i, bound in enumerate(BOUNDS)}
+"""The fields of a result that are bounds of a share's Wilson interval: which share, and which bound."""
 EXACT = 1e-6  # relative error that the rounding of sums may leave in a variance
 EPSILON = float(np.finfo(np.float64).eps)
 SMALL, LARGE = 1e-140, 1e140
@@ -253,9 +265,19 @@ def interval(n: int, mean: float | None, std: float | None, *, within: tuple[flo
     return (low, high) if within is None else (max(low, within[0]), min(high, within[1]))
 
 
-def accuracy_interval(accuracy: float | None, images: int) -> Interval:
-    """The Wilson 95 % interval of one accuracy over so many distinct images (Wilson 1927)."""
-    return (None, None) if accuracy is None or images < 1 else wilson(accuracy * images, images)
+@lru_cache(maxsize=10_000)
+def accuracy_interval(accuracy: float | None, images: int | None) -> Interval:
+    """The Wilson 95 % interval of one accuracy over so many distinct images, if both are known (Wilson 1927)."""
+    return (None, None) if accuracy is None or not images else wilson(accuracy * images, images)
+
+
+def intervals_of(numbers: Mapping[str, float | None], counts: Mapping[Count, int | None]) -> dict[str, float | None]:
+    """The 95 % interval of each share among a result's numbers: `robust_accuracy_ci95_low`, ..."""
+    return {
+        field: accuracy_interval(numbers[name], counts[SHARES[name]])[bound]
+        for field, (name, bound) in INTERVALS.items()
+        if name in numbers
+    }
 
 
 def quantile(values: Sequence[float] | Floats, q: float) -> float | None:

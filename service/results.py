@@ -17,6 +17,7 @@ from service.questions import ALL_FIELDS, Question
 from service.store import reading
 from service.store import results as store
 from service.store.database import Database
+from service.store.dataset_sizes import test_samples
 from service.store.fields import RESULTS, stored_numbers, unknown
 from service.store.flagging import flags_of, trained_again
 from service.store.keyset import Order
@@ -106,7 +107,9 @@ class Results:
                 for role in reading.roles(row, task):
                     name = task.spec["measure"]["type"] if role == "measure" else role
                     parts[name if name not in parts else f"{name}:{views.digest_of(task)[:8]}"] = part
-        shown = views.result_row(row, further, specs[row.cell_id], whole=False)
+            sizes = test_samples(connection, [row.spec["dataset"]])
+        size = sizes.get(row.spec["dataset"])
+        shown = views.result_row(row, further, specs[row.cell_id], test_samples=size, whole=False)
         return {**shown, "flags": flags, "worst_case": worst_case, "parts": parts}
 
     def trajectory(self, job_id: str) -> dict[str, Any]:
@@ -150,7 +153,13 @@ def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str
     rows = store.rows_of(connection, job_ids)
     further = store.further_measures(connection, rows)
     specs = store.cell_specs(connection, {row.cell_id for row in rows})
-    shown = [views.result_row(row, further[row.id], specs[row.cell_id], whole=bool(fields)) for row in rows]
+    sizes = test_samples(connection, {row.spec["dataset"] for row in rows})
+    shown = [
+        views.result_row(
+            row, further[row.id], specs[row.cell_id], test_samples=sizes.get(row.spec["dataset"]), whole=bool(fields)
+        )
+        for row in rows
+    ]
     if not fields or ALL_FIELDS in fields:
         return shown
     return [chosen({**row, **other_names(row)}, fields) for row in shown]

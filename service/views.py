@@ -12,7 +12,7 @@ from sqlalchemy import Row
 from service.environment import SetAside
 from service.flags import FLAGS, names_of
 from service.jobs import JobState, TaskState
-from service.observations import ACCURACIES, BOUNDS, accuracy_interval
+from service.observations import Count, intervals_of
 from service.specs.canonical import canonical
 from service.specs.tasks import Task
 from service.store import reading
@@ -119,17 +119,26 @@ def eta_seconds(counts: Sequence[Row[Any]], seconds: Mapping[str, float], slots:
 
 
 def result_row(
-    row: Row[Any], further: Sequence[dict[str, Any]], cell: Mapping[str, Any], *, whole: bool
+    row: Row[Any], further: Sequence[dict[str, Any]], cell: Mapping[str, Any], *, test_samples: int | None, whole: bool
 ) -> dict[str, Any]:
-    """One result: what was asked for, the headline numbers, the verdict, each measure's summary, times, provenance."""
+    """One result: what was asked for, the headline numbers, the verdict, each measure's summary, times, provenance.
+
+    `test_samples` is how many test images the data set has.
+    """
     numbers: dict[str, Any] = {**(row.measure_numbers or {})}
     for more in (*(measure["numbers"] for measure in further), row.attack_numbers):
         numbers |= {name: value for name, value in more.items() if value is not None or name not in numbers}
     headline = {
         **{name: getattr(row, name) for name in (*METRICS, "masked_n", *VERDICT)},
-        "weights_sha256": row.weights_sha256, **accuracy_intervals(row, row.spec["samples"]),
+        "weights_sha256": row.weights_sha256,
     }  # fmt: skip
     shown = {name: value for name, value in numbers.items() if whole or not _is_detail(name)}
+    correct = (row.attack_numbers or {}).get("n_clean_correct")
+    counts: dict[Count, int | None] = {
+        "samples": row.spec["samples"],
+        "n_clean_correct": correct,
+        "test_samples": test_samples,
+    }
     threat, flags = threat_model(row.spec["attack"]), names_of(*(getattr(row, name) for name in FLAGS))
     return {
         "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,
@@ -138,19 +147,11 @@ def result_row(
         "measures_failed": {of["measure"]["type"]: of["failed"] for of in further if of["failed"] is not None},
         "threat_model": threat.ball, "adversary": threat.adversary, **headline, "flags": flags,
         **{name: value for name, value in shown.items() if name not in headline},
+        **intervals_of({**shown, **headline}, counts),
         "versions": cell["versions"], "spec_digest": row.spec_digest, "attack_digest": row.attack_digest,
         "created_at": iso(row.created_at), "finished_at": iso(row.finished_at), **retracted(row),
         "provenance": row.provenance,
     }  # fmt: skip
-
-
-def accuracy_intervals(row: Any, samples: int) -> dict[str, float | None]:
-    """The 95 % interval of each accuracy of a row, from its images: `robust_accuracy_ci95_low`, ..."""
-    return {
-        f"{name}_{bound}": value
-        for name in ACCURACIES
-        for bound, value in zip(BOUNDS, accuracy_interval(getattr(row, name), samples), strict=True)
-    }
 
 
 def retracted(row: Row[Any]) -> dict[str, Any]:

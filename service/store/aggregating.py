@@ -5,13 +5,14 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from sqlalchemy import Connection, Float, Integer, Row, Select, Text, bindparam, case, cast, func, select
+from sqlalchemy import Connection, Float, Integer, Row, Select, Text, bindparam, case, cast, func, literal, select
 
 from service.observations import LARGE, SMALL
 from service.store.fields import Column
 from service.store.listed import elements
 from service.store.result_tables import cells, results
-from service.store.tables import tasks
+from service.store.tables import attack_results, tasks
+from service.store.typed import json_number
 
 FETCHED = 10_000
 # Equal weights are one network, however often they were trained; a result without them is known by its training.
@@ -79,6 +80,19 @@ def verdict_versions(
     named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
     query: Select[Any] = select(results.c.cell_id, *named, results.c.verdict_version.label("verdict_version"))
     return iter(connection.execute(query.where(*where, metric.is_not(None)).distinct()))
+
+
+def clean_correct(
+    connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column
+) -> Iterator[Row[Any]]:
+    """Per cell and `keys`, of the results that have a metric: the most images that a network gets right without an
+    attack, and how many results do not tell it, as those of early versions."""
+    named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
+    correct = json_number(attack_results.c.numbers, literal("n_clean_correct"))
+    counted = func.max(cast(correct, Integer)).label("most"), (func.count() - func.count(correct)).label("untold")
+    query: Select[Any] = select(results.c.cell_id, *named, *counted)
+    query = query.select_from(results.join(attack_results, attack_results.c.task_id == results.c.attack_task_id))
+    return iter(connection.execute(query.where(*where, metric.is_not(None)).group_by(results.c.cell_id, *named)))
 
 
 def observations(

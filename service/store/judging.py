@@ -7,16 +7,15 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
-from service.specs import catalog
+from service.store.dataset_sizes import classes
 from service.store.listed import listed
 from service.store.retracting import retracted_attacks
 from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED
-from service.store.tables import attack_results, attempts, control_results, datasets, jobs, outcome_bits, tasks
+from service.store.tables import attack_results, attempts, control_results, jobs, outcome_bits, tasks
 from service.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, chance_of, judge, unpack
 
 AT_ONCE = 200  # jobs whose bits are in memory together
 COLUMNS = {name: f"verdict_{name}" for name in ("reasons", "checks", "counts", "version")}
-OWN_DATASET = "npz:"
 
 
 def verdicts(connection: Connection, job_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -63,7 +62,7 @@ class _Evidence:
         ):
             self._bits[row.task_id][row.name] = unpack(row.n, row.packed)
         self._numbers = _numbers(connection, attack_results, attacks) | _numbers(connection, control_results, controls)
-        self._classes = _classes(connection, {row.dataset for row in rows})
+        self._classes = classes(connection, {row.dataset for row in rows})
         self._weights = _weights(connection, attacks | controls)
         self._retracted = retracted_attacks(connection, sorted({row.baseline_task_id for row in rows}))
 
@@ -123,11 +122,3 @@ def _weights(connection: Connection, task_ids: Iterable[str]) -> dict[str, tuple
     query = select(tasks.c.id, WEIGHTS_USED, SOURCE_USED).join(attempts, CURRENT)
     rows = connection.execute(query.where(tasks.c.id.in_(listed(task_ids))))
     return {task_id: (weights, source) for task_id, weights, source in rows}
-
-
-def _classes(connection: Connection, names: set[str]) -> dict[str, int]:
-    """How many classes each data set has."""
-    own = [name.removeprefix(OWN_DATASET) for name in names if name not in catalog.DATASETS]
-    query = select(datasets.c.name, datasets.c.classes).where(datasets.c.name.in_(listed(own)))
-    registered = {OWN_DATASET + name: classes for name, classes in connection.execute(query)} if own else {}
-    return registered | {name: catalog.DATASETS[name].classes for name in names if name in catalog.DATASETS}

@@ -303,11 +303,12 @@ def test_one_result_whole_and_one_without_an_accuracy(lab: Any) -> None:
     assert result["robust_accuracy_ci95_low"] < result["robust_accuracy"] < result["robust_accuracy_ci95_high"]
 
 
-def test_every_field_of_an_interval_is_of_an_accuracy_that_results_have() -> None:
-    from service.observations import INTERVALS, OVER_SAMPLES
+def test_every_field_of_an_interval_is_of_a_share_and_no_field_itself() -> None:
+    from service.observations import INTERVALS, SHARES
 
-    assert {accuracy for accuracy, _ in INTERVALS.values()} <= {*OVER_SAMPLES} & RESULTS.known.keys()
+    assert {share for share, _ in INTERVALS.values()} == SHARES.keys()
     assert not INTERVALS.keys() & RESULTS.known.keys()
+    assert all(aggregates.range_of(share) == (0.0, 1.0) for share in SHARES)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)

@@ -156,12 +156,14 @@ def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
     one = next(line for line in text.splitlines() if "standard, lr 0.05" in line)
     mean, low, high = (found["groups"][0]["robust_accuracy"][name] for name in ("mean", "ci95_low", "ci95_high"))
     interval = f"{percent(low)} to {percent(high)} of images"  # three networks without a spread
-    assert f"| mlp | standard, lr 0.05 | 5 | 3 | 3 | 100.0 % | {percent(mean)} | {interval} |" in one
+    right = binomtest(20, 20).proportion_ci(method="wilson")
+    clean = f"100.0 % | {percent(right.low)} to 100.0 % of images"
+    assert f"| mlp | standard, lr 0.05 | 5 | 3 | 3 | {clean} | {percent(mean)} | {interval} |" in one
     assert "Means over `n` trained networks" in text
     wilson = binomtest(10, 20).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((wilson.low, wilson.high))
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|") and "lr 0" in line}
-    assert columns == {13}
+    assert columns == {14}
 
     done = uncanny("report", sweep, "--output", tmp_path / "report.md", url=server.url)
     assert done.returncode == 0
