@@ -1,0 +1,118 @@
+"""The Slurm job of the examples on real Ray nodes; `srun` and `scontrol` are stand-ins that know this machine alone."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from processes import Lab, running_lab, until
+
+from service.processes import free_port
+from service.store import Database
+from service.store.tables import attempts, leases
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "slurm" / "uncanny.sbatch"
+LONG = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 16, "recipe": {"epochs": 400}}
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+exec "$@" --node-ip-address=127.0.0.1
+"""
+SCONTROL = """#!/bin/bash
+[[ "$1 $2" == "show hostnames" ]] && printf '127.0.0.1\\n127.0.0.1\\n'
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on two CPUs of each node."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"PATH": path, "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "2"}
+
+
+def capacity(lab: Lab) -> dict[str, Any]:
+    found: dict[str, Any] = lab.rows(leases)[0].status["capacity"]
+    return found
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    home = tmp_path / "home"
+    home.mkdir()
+    with running_lab(None, home, lease_seconds=8.0) as lab:
+        yield lab
+
+
+def test_a_job_joins_a_head_and_its_tasks_are_preempted_at_its_end(lab: Lab, slurm: dict[str, str]) -> None:
+    for name in ("node 1", "node 2"):
+        lab.kill(name)
+    until(lambda: capacity(lab)["cpus"] == 0)
+    lab.start("slurm", "bash", str(SCRIPT), **slurm, SLURM_JOB_NUM_NODES="1")
+    until(lambda: capacity(lab)["cpus"] == 2)
+    with lab.client() as client:
+        job = client.submit({**LONG, "seed": 1})
+    until(lambda: lab.training(1).resume_digest)
+    lab.processes["slurm"].send_signal(signal.SIGTERM)
+    until(lambda: capacity(lab)["cpus"] == 0)
+    row = lab.training(1)
+    assert (row.state, row.attempt) == ("running", 1), "what runs goes on until Slurm ends it"
+    assert lab.processes["slurm"].poll() is None
+    lab.kill("slurm")
+    lab.start_worker("node 1")
+    until(lambda: lab.settled(job.id), 200)
+    row = lab.training(1)
+    assert (row.state, row.errors, row.suspect_losses) == ("succeeded", 0, 0)
+    assert [one.end for one in lab.rows(attempts, task_id=row.id)] == ["preempted", "succeeded"]
+    assert row.detail["resumed_after_epoch"] > 0
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Lab]:
+    """A database, a token, and nothing that runs."""
+    database = Database(f"sqlite:///{tmp_path / 'uncanny.db'}")
+    database.upgrade()
+    (tmp_path / "token").write_text(secrets.token_hex(32))
+    temporary = tempfile.mkdtemp(prefix="u-slurm-", dir="/tmp")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "UNCANNY_"))}
+    environment |= {
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_TMPDIR": temporary, "UNCANNY_HOME": str(tmp_path),
+        "UNCANNY_STOP_SECONDS": "5", "HEAD_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield Lab(tmp_path, None, database, environment, listening)
+    database.close()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def test_a_job_without_a_head_is_a_cluster_of_its_own(store: Lab, slurm: dict[str, str]) -> None:
+    nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "127.0.0.1"}
+    store.start("slurm", "bash", str(SCRIPT), **slurm, **nodes)
+    process = store.processes["slurm"]
+    family: list[psutil.Process] = []
+    try:
+        until(lambda: store.leader, 120)
+        until(lambda: capacity(store)["ready"] and capacity(store)["cpus"] == 4, 120)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (store.home / "slurm.log").read_text()
+        assert store.leader == "", "the dispatcher has left in peace"
+    finally:
+        for member in family or psutil.Process(process.pid).children(recursive=True):
+            if member.is_running():
+                member.kill()  # as Slurm does
+        process.kill()
+        process.wait()
