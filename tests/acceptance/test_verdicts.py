@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.verdict import AttackBits, Controls, Evidence, Verdict, judge
+from service.verdict import AttackBits, Controls, Evidence, Verdict, chance_of, judge
 from workers.science.attacks import ATTACKS, AttackOutput
 from workers.science.controls import ControlReport, Geometry, run_controls
 from workers.science.datasets import to_unit
@@ -39,7 +39,8 @@ def verdict(
     panel = run_controls(model, net.x, net.y, net.index, geometry)
     controls = as_controls(panel)
     twin = controls.robust["margin"]  # which is the attack itself with the margin loss
-    return judge(Evidence("pgd", s, 10, stored(at_scale), stored(at_one), controls, twin))
+    chance = chance_of(at_scale.numbers["majority_share"], 10)
+    return judge(Evidence("pgd", s, chance, stored(at_scale), stored(at_one), controls, twin))
 
 
 def attacked(
@@ -54,7 +55,8 @@ def stored(report: AttackReport) -> AttackBits:
     """As the store keeps it."""
     bits = {name: of.numpy() for name, of in report.bits.items()}
     outside = [report.numbers[name] or 0 for name in ("outside_ball", "outside_box")]
-    return AttackBits(bits["clean_correct"], bits["robust"], bits.get("zero_gradient"), int(sum(outside)))
+    outside_count, non_finite = int(sum(outside)), bits.get("non_finite")
+    return AttackBits(bits["clean_correct"], bits["robust"], bits.get("zero_gradient"), outside_count, non_finite)
 
 
 def as_controls(report: ControlReport) -> Controls:
