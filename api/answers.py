@@ -83,6 +83,9 @@ class Retracted(BaseModel):
         default=[], description="Jobs whose results are shown without the numbers of a further measure."
     )
     replanned: int = Field(default=0, description="Live jobs that get a new generation of these tasks.", examples=[2])
+    still_registered: list[str] = Field(
+        default=[], description="Names under which the retracted weights are registered, and stay usable."
+    )
 
 
 class Restored(BaseModel):

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Row
@@ -147,16 +146,17 @@ class Grouping:
         return groups
 
     def _take(self, rows: Sequence[Row[Any]], groups: dict[Key, Group]) -> None:
+        own, width = 1 + len(self.own), len(SUMS)
         for row in rows:
-            group = groups[self._key(row.cell_id, row[1 : 1 + len(self.own)])]
-            group.cells.add(row.cell_id)
-            group.rows += row.rows
-            group.repeats += row.repeats
-            group.networks += row.rows
-            for i, name in enumerate(self.metrics):
-                group.metrics[name].add(
-                    *(getattr(row, f"{part}_{i}") for part in ("n", "sum", "squares", "low", "high"))
-                )
+            cell_id, count, repeats = row[0], row[own], row[own + 1]
+            group = groups[self._key(cell_id, row[1:own])]
+            group.cells.add(cell_id)
+            group.rows += count
+            group.repeats += repeats
+            group.networks += count
+            for start, name in enumerate(self.metrics):
+                first = own + 2 + width * start
+                group.metrics[name].add(*row[first : first + width])
             if len(groups) > MAX_GROUPS:
                 raise InvalidQuery("by", f"that makes more than {MAX_GROUPS:,} groups: filter, or group by less")
 
@@ -167,7 +167,7 @@ class Grouping:
     def mixed(self, groups: Mapping[Key, Group]) -> dict[str, list[Any]]:
         """The fields, other than seeds and those grouped by, that differ within a group, with up to five values."""
         several = [sorted(group.cells) for group in groups.values() if len(group.cells) > 1]
-        specs = store.cell_specs(self.connection, set().union(*several))
+        specs = _without_common(store.cell_specs(self.connection, set().union(*several)))
         grouped = {LONG.get(name, name) for name in self.by}
         differing: dict[str, dict[Any, None]] = {}
         for cell_ids in several:
@@ -233,19 +233,26 @@ class Grouping:
         """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
         columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
         observed, start = Observations(len(columns)), 1 + len(self.own)
-        key_of = cache(lambda place: self._key(place[0], place[1:]))
+        of_place: dict[Any, int] = {}  # a group's number is hashed in a fraction of the time of its key
+        numbers: dict[Key, int] = {}
         with closing(aggregating.observations(self.connection, self.where, self.own, columns, of_cells)) as batches:
             for rows in batches:
-                observed.add([key_of(row[:start]) for row in rows], *list(zip(*rows, strict=True))[start:])
+                cell_ids, *every = zip(*rows, strict=True)
+                places = list(zip(cell_ids, *every[: start - 1], strict=True)) if self.own else cell_ids
+                for place in set(places) - of_place.keys():
+                    key = self._key(place[0], place[1:]) if self.own else self._key(place, ())
+                    of_place[place] = numbers.setdefault(key, len(numbers))
+                observed.add([of_place[place] for place in places], *every[start - 1 :])
+        keys = list(numbers)
         networks = observed.networks()
-        for key, count in networks.items():
-            groups[key].networks = count
+        for number, count in networks.items():
+            groups[keys[number]].networks = count
         if self.unit == "attack_seed" and (most := max(networks.values(), default=1)) > 1:
             sentence = f"attack seeds are counted within one network, and a group has {most:,}"
             raise InvalidQuery("unit", f"{sentence}: filter, or group by weights_sha256 too")
         for i, name in enumerate(metrics):
-            for key, values in observed.values(i, self.unit).items():
-                groups[key].metrics[name].take(values)
+            for number, values in observed.values(i, self.unit).items():
+                groups[keys[number]].metrics[name].take(values)
 
     def item(self, key: Key, group: Group) -> dict[str, Any]:
         named = {
@@ -308,6 +315,19 @@ class Grouping:
 def is_judged(names: Iterable[str]) -> bool:
     """Whether one of these fields is what the rule of verdicts says of a result."""
     return any(name in OF_VERDICT or (name.startswith("verdict") and name != VERDICT_VERSION) for name in names)
+
+
+def _without_common(specs: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The specs without the fields in which all are equal: no two of these need to be compared in them."""
+    if not specs:
+        return {}
+    first, *others = specs.values()
+    differing = {name for spec in others for name in spec.keys() ^ first.keys()}
+    for name in first.keys() - differing:
+        value = first[name]
+        if any(spec[name] != value for spec in others):
+            differing.add(name)
+    return {cell_id: {name: spec[name] for name in spec if name in differing} for cell_id, spec in specs.items()}
 
 
 def _distinct(specs: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:

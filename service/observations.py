@@ -41,6 +41,7 @@ All `samples` of a job, those that the network gets right without an attack, or 
 BOUNDS = ("ci95_low", "ci95_high")
 INTERVALS = {f"{name}_{bound}": (name, i) for name in SHARES for i, bound in enumerate(BOUNDS)}
 """The fields of a result that are bounds of a share's Wilson interval: which share, and which bound."""
+MOST_CODES = 2**62
 EXACT = 1e-6  # relative error that the rounding of sums may leave in a variance
 EPSILON = float(np.finfo(np.float64).eps)
 SMALL, LARGE = 1e-140, 1e140
@@ -140,14 +141,27 @@ def averaged(groups: Codes, networks: Codes, seeds: Codes, tasks: Codes, values:
     return labels[0][order], values[order]
 
 
+def _one_code(labels: Sequence[Codes]) -> Codes:
+    """A number for each row of `labels`, equal where the rows are: one is sorted in a fraction of the time of many."""
+    code, *others = labels
+    for label in others:
+        least, size = int(label.min()), int(label.max()) - int(label.min()) + 1
+        if (int(code.max()) + 1) * size > MOST_CODES:
+            code, label = (np.unique(part, return_inverse=True)[1] for part in (code, label))
+            least, size = 0, int(label.max()) + 1
+        code = code * size + (label - least)
+    return code
+
+
 def _means(labels: Sequence[Codes], values: Floats) -> tuple[list[Codes], Floats]:
     """The distinct rows of `labels`, and the mean of the values of each."""
     if not values.size:
         return list(labels), values
-    order = np.lexsort((values, *reversed(labels)))
-    labels, values = [label[order] for label in labels], values[order]
+    code = _one_code(labels)
+    order = np.lexsort((values, code))
+    labels, code, values = [label[order] for label in labels], code[order], values[order]
     is_first = np.ones(values.size, bool)
-    is_first[1:] = np.logical_or.reduce([label[1:] != label[:-1] for label in labels])
+    is_first[1:] = code[1:] != code[:-1]
     first = np.flatnonzero(is_first)
     last = np.append(first[1:], values.size)
     largest = np.maximum(np.abs(values[first]), np.abs(values[last - 1]))
@@ -195,9 +209,11 @@ class Observations:
 
     def networks(self) -> dict[Any, int]:
         """How many distinct networks each key has."""
-        groups = self._whole(0)
-        (of_networks, _), _ = _means([groups, self._whole(1)], np.zeros(groups.size))
-        found, counts = np.unique(of_networks, return_counts=True)
+        groups, networks = self._whole(0), self._whole(1)
+        if not groups.size:
+            return {}
+        _, first = np.unique(_one_code([groups, networks]), return_index=True)
+        found, counts = np.unique(groups[first], return_counts=True)
         return self._by_key(found, counts.tolist())
 
     def values(self, metric: int, unit: Unit) -> dict[Any, Floats]:

@@ -88,8 +88,10 @@ def retract_task(
 ) -> dict[str, Any]:
     """Retract a task with all that rests on it: tasks on its checkpoint, results that need one of them.
 
-    A result that needs a further measure stays, without its numbers. Live jobs are planned again and get a new
-    generation, as every job does from then on; with `rerun` those of the hidden results are submitted again.
+    Those that imported its weights by their digest are among them. Where these are registered under a name, that stays
+    usable, and `still_registered` names it. A result that needs a further measure stays, without its numbers. Live jobs
+    are planned again and get a new generation, as every job does from then on; with `rerun` those of the hidden results
+    are submitted again, but for those that name the weights.
     Raises `NotFound`, `Conflict` where it is retracted, `InvalidSpec` and `QuotaExceeded` as `retract_all`, and
     `NotAllowed` for who is no admin where others' jobs rest on it, or none of the user's: nothing is done.
     """
@@ -173,8 +175,11 @@ def _retract_tasks(
     replanned = replanning.replan(connection, now, user, marked)
     again: list[str] = []
     if rerun:
-        again = _submit(service, connection, now, _specs(connection, [*retracted, *unmeasured]), user)
-    numbers = {"tasks": marked, "unmeasured": unmeasured, "replanned": replanned}
+        gone = retracting.importing(connection, marked)  # the weights that these jobs name are retracted
+        again_of = [job_id for job_id in [*retracted, *unmeasured] if job_id not in gone]
+        again = _submit(service, connection, now, _specs(connection, again_of), user)
+    registered = retracting.registered_of(connection, task_ids)
+    numbers = {"tasks": marked, "unmeasured": unmeasured, "replanned": replanned, "still_registered": registered}
     return {"retracted": retracted, "resubmitted": again, **numbers}
 
 

@@ -213,6 +213,9 @@ def _say_done(done: Json) -> None:
         say(f"tasks: {len(done['tasks']):,}")
     if done.get("replanned"):
         say(f"{done['replanned']:,} jobs that had not ended get a new generation of these tasks.")
+    if done.get("still_registered"):
+        names = ", ".join(done["still_registered"])
+        say(f"The same weights are registered as {names}: what names them so stays, and is not hidden.")
     if done.get("superseded"):
         say(f"{len(done['superseded']):,} of the tasks are joined by no new job: there is a newer generation.")
 

@@ -1,10 +1,11 @@
 """Retractions: marks on results, by the attack task whose numbers they show, and on tasks with all that rests on them.
 
-What rests on a task: the tasks that are computed on its checkpoint, and the results that need any of these for a number
-or for their verdict. A further measure is no such need: a result loses that measure's numbers only.
+What rests on a task: the tasks that are computed on its checkpoint, also where another task imported its weights by
+their digest, and the results that need any of these for a number or for their verdict. A further measure is no such
+need: a result loses that measure's numbers only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -26,11 +27,13 @@ from service.jobs import LIVE_JOB, JobState
 from service.store.fields import Column
 from service.store.listed import listed
 from service.store.result_tables import results
-from service.store.tables import job_tasks, jobs, task_edges, tasks, trainings
+from service.store.tables import checkpoints, job_tasks, jobs, task_edges, tasks, trainings
 
 MARK = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
 NO_MARK: dict[str, None] = dict.fromkeys(MARK)
 FURTHER = (tasks.c.kind == "measure") & (tasks.c.spec["measure", "type"].as_string() != "closed_forms")
+IMPORTED = tasks.c.spec["recipe", "name"].as_string() == "imported"  # of a training: its weights were there
+WEIGHTS = tasks.c.spec["recipe", "weights_sha256"].as_string()
 GIVEN_UP = "retracted:"  # before a task's id, in place of a digest that the task has given up
 LET_GO = (JobState.FAILED, JobState.CANCELLED)  # jobs that lose nothing with a task
 
@@ -82,8 +85,45 @@ def give_digests_up(connection: Connection, task_ids: Sequence[str]) -> None:
 
 def resting_on(connection: Connection, task_ids: Sequence[str]) -> list[str]:
     """These tasks, and those that are computed on their checkpoints: only trainings have any, and no parents."""
-    children = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(task_ids)))
-    return sorted({*task_ids, *connection.scalars(children)})
+    parents = [*task_ids, *imports_of(connection, task_ids)]
+    children = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(parents)))
+    return sorted({*parents, *connection.scalars(children)})
+
+
+def imports_of(connection: Connection, task_ids: Sequence[str]) -> dict[str, str]:
+    """The tasks that are not retracted and import by their digest the weights of these trainings, with the training.
+
+    None where another training that stands made equal weights, and none of weights that are registered under a name:
+    what imports these may rest on the file that was uploaded.
+    """
+    if not (made := _made_by(connection, task_ids)):
+        return {}
+    others = select(trainings.c.checkpoint_digest).join(tasks, tasks.c.id == trainings.c.task_id)
+    others = others.where(trainings.c.checkpoint_digest.in_(listed(made)), tasks.c.retracted_at.is_(None))
+    standing = set(connection.scalars(others.where(tasks.c.id.not_in(listed(task_ids)), ~IMPORTED)))
+    spoiled = made.keys() - standing - {weights for _, weights in _registered(connection, made)}
+    imports = select(tasks.c.id, WEIGHTS).where(tasks.c.kind == "train", IMPORTED, tasks.c.retracted_at.is_(None))
+    found = connection.execute(imports.where(WEIGHTS.in_(listed(spoiled)))) if spoiled else ()
+    return {task_id: made[weights] for task_id, weights in found}
+
+
+def registered_of(connection: Connection, task_ids: Sequence[str]) -> list[str]:
+    """The names under which the weights of these trainings are registered."""
+    return sorted(name for name, _ in _registered(connection, _made_by(connection, task_ids)))
+
+
+def _made_by(connection: Connection, task_ids: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of the weights that these trainings made, with the training."""
+    query = select(trainings.c.checkpoint_digest, tasks.c.id).join(tasks, tasks.c.id == trainings.c.task_id)
+    query = query.where(tasks.c.id.in_(listed(task_ids)), ~IMPORTED).order_by(tasks.c.id)
+    return {weights: task_id for weights, task_id in connection.execute(query)}
+
+
+def _registered(connection: Connection, weights: Iterable[str]) -> list[tuple[str, str]]:
+    """The checkpoints that have these weights: `(name, SHA-256)`."""
+    query = select(checkpoints.c.name, checkpoints.c.weights_sha256)
+    rows = connection.execute(query.where(checkpoints.c.weights_sha256.in_(listed(weights))))
+    return [(name, sha256) for name, sha256 in rows]
 
 
 def retract_tasks(connection: Connection, now: float, user: str, reason: str, task_ids: Sequence[str]) -> list[str]:
@@ -96,7 +136,8 @@ def retract_tasks(connection: Connection, now: float, user: str, reason: str, ta
     marked = list(
         connection.scalars(update(tasks).where(*unmarked).values(values | new_digest()).returning(tasks.c.id))
     )
-    return sorted([*marked, *_mark_children(connection, _children_of(marked))])
+    imports = _mark_imports(connection, marked)
+    return sorted([*marked, *imports, *_mark_children(connection, _children_of([*marked, *imports]))])
 
 
 def hide_resting_on(connection: Connection, task_ids: Sequence[str]) -> list[str]:
@@ -117,6 +158,12 @@ def restore_tasks(connection: Connection, roots: Sequence[str]) -> tuple[list[st
     shown = list(connection.scalars(theirs.values(NO_MARK).returning(results.c.job_id)))
     hidden = _hide(connection, results.c.job_id.in_(listed(shown)))
     return sorted(set(cleared) - set(still)), sorted(set(shown) - set(hidden))
+
+
+def importing(connection: Connection, task_ids: Sequence[str]) -> set[str]:
+    """The jobs that need one of these tasks as the import of weights."""
+    needing = select(job_tasks.c.job_id).join(tasks, tasks.c.id == job_tasks.c.task_id)
+    return set(connection.scalars(needing.where(tasks.c.id.in_(listed(task_ids)), tasks.c.kind == "train", IMPORTED)))
 
 
 def give_digests_back(connection: Connection, task_ids: Sequence[str]) -> list[str]:
@@ -214,6 +261,16 @@ def _showing(attack_ids: Sequence[str]) -> Column:
 
 def _children_of(task_ids: Sequence[str]) -> Column:
     return tasks.c.id.in_(select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(task_ids))))
+
+
+def _mark_imports(connection: Connection, marked: Sequence[str]) -> list[str]:
+    """Mark the tasks that import the weights of these trainings, which are retracted, with the training."""
+    imports = imports_of(connection, marked)
+    training = tasks.alias("training")
+    for task_id, training_id in imports.items():
+        values = {name: select(training.c[name]).where(training.c.id == training_id).scalar_subquery() for name in MARK}
+        connection.execute(update(tasks).where(tasks.c.id == task_id).values(values | new_digest()))
+    return sorted(imports)
 
 
 def _mark_children(connection: Connection, which: Column) -> list[str]:

@@ -6,12 +6,14 @@ import pytest
 from sqlalchemy import insert, update
 
 from service import networks, retraction
+from service.access import NotAllowed
 from service.errors import InvalidQuery, InvalidSpec
 from service.executor import Grant, Succeeded
 from service.plan import plan_job
 from service.specs import DatasetRef, JobSpec, digest
 from service.specs.recipes import Imported
 from service.store import tables
+from service.store.result_tables import results
 
 if TYPE_CHECKING:
     from conftest import Lab
@@ -223,6 +225,83 @@ class TestRetracted:
             lab.submit(seed=4, attack={"type": "transfer", "attack": by, "source": source})
         retraction.restore_task(lab.service, lab.job(job).train_task_id, user="ann", admin=True)
         assert lab.job(lab.submit(checkpoint=weights)).train_task_id == lab.job(job).train_task_id
+
+    def test_what_imported_the_weights_before_is_hidden_with_the_training_and_comes_back(self, lab: "Lab") -> None:
+        job, other = lab.submit(), lab.submit(seed=7)
+        lab.finish()
+        weights = self.weights_of(lab, job)
+        imported = lab.submit(checkpoint=weights, replicate=5, user="bob")
+        moved = lab.submit(seed=7, attack=self.from_weights(weights), replicate=5)
+        lab.finish()
+        waiting = lab.submit(checkpoint=weights, replicate=5, scale=9, user="bob")
+        assert lab.job(imported).train_task_id not in (lab.job(job).train_task_id, lab.job(other).train_task_id)
+        training = lab.job(job).train_task_id
+        with pytest.raises(NotAllowed, match="jobs of bob rest on it"):
+            retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=False)
+        done = retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=True)
+        assert done["retracted"] == sorted([job, imported, moved])
+        assert done["still_registered"] == []
+        assert self.shown(lab) == {other}
+        assert lab.job(waiting).state == "cancelled"
+        assert f"ann retracted the training that made the weights {weights}" in lab.job(waiting).reason
+        [row] = lab.rows(results, job_id=imported)
+        assert (row.retracted_with, row.retracted_by, row.retraction_reason) == (training, "ann", "the wrong split")
+        lab.check()
+        back = retraction.restore_task(lab.service, training, user="ann", admin=True)
+        assert back["restored"] == sorted([job, imported, moved])
+        assert self.shown(lab) == {job, other, imported, moved}
+        assert not any(row.former_digest for row in lab.rows(tables.tasks))
+        assert lab.job(lab.submit(checkpoint=weights, replicate=5)).train_task_id == lab.job(imported).train_task_id
+
+    def test_what_is_registered_under_a_name_stays_and_is_said(self, lab: "Lab") -> None:
+        job = lab.submit()
+        lab.finish()
+        weights = self.weights_of(lab, job)
+        register(lab, "kept", weights_sha256=weights)
+        by_name = lab.submit(checkpoint="kept")
+        lab.finish()
+        done = retraction.retract_task(
+            lab.service, lab.job(job).train_task_id, "the wrong split", user="ann", admin=True
+        )
+        assert (done["retracted"], done["still_registered"]) == ([job], ["kept"])
+        assert self.shown(lab) == {by_name}
+        later = lab.job(lab.submit(checkpoint="kept", scale=9))
+        assert (later.state, later.train_task_id) == ("running", lab.job(by_name).train_task_id)
+
+    def test_imports_stand_as_long_as_a_training_of_these_weights_does(self, lab: "Lab") -> None:
+        jobs = [lab.submit(replicate=replicate) for replicate in (0, 2)]
+        grants = lab.grant("train")
+        lab.record(*(Succeeded(grant.task_id, grant.attempt, left(lab, grant, b"equal")) for grant in grants))
+        lab.finish()
+        imported = lab.submit(checkpoint=self.weights_of(lab, jobs[0]), replicate=5)
+        lab.finish()
+        self.retract(lab, jobs[0])
+        assert self.shown(lab) == {jobs[1], imported}
+        self.retract(lab, jobs[1])
+        assert self.shown(lab) == set()
+
+    def test_what_is_hidden_by_its_weights_is_not_submitted_again(self, lab: "Lab") -> None:
+        job = lab.submit()
+        lab.finish()
+        lab.submit(checkpoint=self.weights_of(lab, job), replicate=5)
+        lab.finish()
+        training = lab.job(job).train_task_id
+        done = retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=True, rerun=True)
+        assert len(done["retracted"]) == 2
+        [again] = done["resubmitted"]
+        assert lab.job(again).recipe == "standard"
+
+    def weights_of(self, lab: "Lab", job: str) -> str:
+        [row] = lab.rows(tables.trainings, task_id=lab.job(job).train_task_id)
+        return str(row.checkpoint_digest)
+
+    def from_weights(self, weights: str) -> dict[str, Any]:
+        """A transfer whose examples come from the network with these weights."""
+        source = {"architecture": "mlp", "recipe": {"name": "imported", "checkpoint": weights}, "replicate": 5}
+        return {"type": "transfer", "attack": {"type": "fgsm", "norm": "linf", "eps": 0.1}, "source": source}
+
+    def shown(self, lab: "Lab") -> set[str]:
+        return {row.job_id for row in lab.rows(results) if row.retracted_at is None}
 
     def test_a_newer_generation_with_the_same_weights_is_joined(self, lab: "Lab") -> None:
         job = lab.submit()
