@@ -45,6 +45,8 @@ ASK_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 10.0
 HEALTHY_SECONDS = 60.0  # who lived so long starts again at once
 LOG_BYTES = 20 << 20
+# Each thread of the C library allocates from an arena of its own, and each arena keeps the most that it ever needed.
+API_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 
 Say = Callable[[str], None]
 
@@ -132,7 +134,7 @@ class Supervisor:
         held = (self._lock.fileno(),)
         # API and dispatcher stop first and together, then the head.
         self.parts = [
-            Part("api", api, environment, logs["api"], (*held, self._socket.fileno())),
+            Part("api", api, {**API_ENVIRONMENT, **environment}, logs["api"], (*held, self._socket.fileno())),
             Part("dispatcher", dispatcher, environment, logs["dispatcher"], held),
         ]
         if not settings.ray_address:  # the head's guard is told, and ends what Ray would leave behind

@@ -13,7 +13,7 @@ from service.specs.recipes import AnyRecipe, Imported
 from service.specs.versions import version_of, version_of_attack
 
 PANEL_SAMPLES = 256  # SCIENCE.md section 8
-REMEMBERED = 4096  # tasks of each kind, some kilobytes each
+REMEMBERED = 256  # tasks of each kind, two kilobytes each: building one again takes a few hundredths of a millisecond
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Which tasks a job needs, and which of them jobs share."""
 
+import gc
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -158,3 +160,22 @@ def test_a_labs_own_images_are_known_by_their_bytes_not_by_their_name_alone() ->
         plan_job(job, DatasetRef(name="npz:mine", train_sha256=c * 64, test_sha256="b" * 64)) for c in "12"
     )
     assert not first.tasks.keys() & second.tasks.keys()
+
+
+def test_what_planning_remembers_is_bounded() -> None:
+    """Of jobs that share nothing, each thousand would stay with eight megabytes."""
+
+    def plan_many(first_seed: int) -> int:
+        for seed in range(first_seed, first_seed + 1000):
+            for task in plan(seed=seed).tasks.values():
+                assert task.spec_json
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = plan_many(1000)
+        assert plan_many(2000) - before < 1 << 20
+        assert before < 4 << 20
+    finally:
+        tracemalloc.stop()
