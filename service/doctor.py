@@ -346,9 +346,10 @@ def _devices(settings: Settings, name: str, node: Report) -> Iterator[Check]:
         elif device["trouble"]:
             advice = "install a driver and a torch that fit it, or have it tested; until then it gets no tasks"
             yield Check(named, "fail", f"{said}: {device['trouble']}", advice)
-        elif mode == "Prohibited" or (mode != "Default" and shared):
+        elif mode != "Default":  # a worker that is done keeps its context there for the next task
             advice = "let several processes use it: `nvidia-smi --compute-mode=DEFAULT`"
-            yield Check(named, "fail", f"{said}: its compute mode is {mode}", advice)
+            state: State = "fail" if shared or mode == "Prohibited" else "warn"
+            yield Check(named, state, f"{said}: its compute mode is {mode}", advice)
         elif device["free_bytes"] < USUAL_FREE * device["total_bytes"]:
             advice = "end what else runs there, or start Ray with fewer GPUs"
             yield Check(named, "warn", f"{said} of {device['total_bytes'] / (1 << 30):.1f}: others use it", advice)

@@ -74,8 +74,10 @@ def test_what_is_wrong_with_a_node_is_named(change: dict[str, Any], name: str, s
     assert bool(check.advice) == (state != "ok")
 
 
-@pytest.mark.parametrize(("share", "state"), [(1.0, "ok"), (0.5, "fail")])
-def test_a_gpu_for_one_process_is_not_for_tasks_that_share_it(share: float, state: str) -> None:
+@pytest.mark.parametrize(("share", "state"), [(1.0, "warn"), (0.5, "fail")])
+def test_a_gpu_for_one_process_is_not_for_tasks_that_share_it_and_hardly_for_workers_that_stay(
+    share: float, state: str
+) -> None:
     report = deepcopy(REPORT)
     report["nodes"][0]["listed"][1]["compute_mode"] = "Exclusive_Process"  # type: ignore[index]
     found = cluster_checks(Settings(ray_address="head:6379", gpus_per_task=share), report)
