@@ -12,10 +12,11 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 5
+VERSION = 6
 """2: masked means right at s = 1 and broken there. 3: masked is a share of the images that the twin ran on, null for
 attacks without a gradient; not_converged looks at the attack itself; nothing_correct, non_finite, not_checked.
-4: evidence of other weights than the attack's is left out. 5: chance is the share of the most frequent label."""
+4: evidence of other weights than the attack's is left out. 5: chance is the share of the most frequent label.
+6: not_converged compares with the attack at s = 1, as the panel ran there."""
 CHALLENGERS = ("fgsm", "noise", "margin", "square")
 CHECKS = (
     "zero_gradient", "masked", "outside_ball", *(f"weaker_than:{name}" for name in CHALLENGERS), "not_converged",
@@ -226,7 +227,9 @@ def _panel(evidence: Evidence, controls: Controls) -> Findings:
         reason = "weak_loss" if closed else f"weaker_than:{name}"
         findings[f"weaker_than:{name}"] = Finding(level, reason, weaker, m)
     if evidence.attack not in WITHOUT_GRADIENT:
-        newly = int((ours & ~controls.robust["more_steps"]).sum())
+        # The panel ran at s = 1, and so this attack is taken at s = 1 too: what the scale masks is no lack of steps.
+        at_one = ours if evidence.at_one is None else ours & evidence.at_one.robust[:m]
+        newly = int((at_one & ~controls.robust["more_steps"]).sum())
         level = Level.SUSPECT if newly > max(0.02 * m, 3) else Level.PASSED
         findings["not_converged"] = Finding(level, "not_converged", newly, m)
     counts = controls.numbers

@@ -226,6 +226,15 @@ def test_a_panel_that_has_not_converged_says_nothing_of_an_attack_that_has() -> 
     assert judge(1.0, attack(521), attack(521), panel_of_few_steps, name="fgsm").checks["not_converged"] == "suspect"
 
 
+def test_what_the_scale_masks_is_no_lack_of_steps() -> None:
+    """The panel's attack with more steps ran at s = 1: it is compared with this attack at s = 1."""
+    masked = judge(5.0, attack(540), attack(500), panel(500))
+    assert (masked.checks["not_converged"], masked.counts["not_converged"]) == ("passed", [0, N])
+    weak_at_one_too = judge(5.0, attack(540), attack(530), panel(500))
+    assert weak_at_one_too.counts["not_converged"] == [30, N]
+    assert weak_at_one_too.checks["not_converged"] == "suspect"
+
+
 @pytest.mark.parametrize(("correct", "chance"), [(0, 0.1), (107, 0.1), (118, 0.1), (500, 0.5), (904, 0.904)])
 def test_a_network_that_is_right_by_chance_has_nothing_to_attack(correct: int, chance: float) -> None:
     """10.7 % of ten classes (a normalisation in grey levels) was trusted. The Wilson interval decides."""
@@ -288,7 +297,7 @@ def test_a_verdict_is_as_bad_as_its_worst_finding_and_names_each_reason_once() -
         panel(0, counts={"eps_zero_changed": 3}),
     )
     assert verdict.verdict == "invalid"
-    assert verdict.reasons == ("zero_gradient", "masked", "weak_loss", "not_converged", "eps_zero")
+    assert verdict.reasons == ("zero_gradient", "masked", "weak_loss", "eps_zero")
 
 
 def test_nobody_clean_correct() -> None:
