@@ -4,16 +4,13 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from service.errors import UncannyError
 from workers.science.seeding import deterministic
-
-Trouble = Literal["memory", "device", "other"]
-"""What an error is about: memory that ran out, a device whose state is unknown now, or something else."""
 
 # As the libraries under torch say it; each stands in a message of its C++ sources. cuDNN finds no engine, and cuBLAS
 # makes no handle, where their workspace does not fit into what is left of the memory.
@@ -35,7 +32,6 @@ OF_MEMORY = (
     "cufft_alloc_failed",
     "cusparse_status_insufficient_resources",
 )
-OF_DEVICE = ("cuda error", "cudnn error", "cublas error", "cusolver error", "cudnn_status", "cublas_status", "nvml")
 
 CONTEXT_BYTES = 600 << 20  # of a GPU's memory, for the context and the libraries of one process
 CACHE_SHARE = 0.25  # of a GPU's memory that a worker may use, for networks and data that it keeps at hand
@@ -46,26 +42,20 @@ class DeviceUnfit(UncannyError):
     """A device does not compute what every task needs."""
 
 
-def trouble_of(error: BaseException) -> Trouble:
-    """What an exception of a task says about its device, by its type and its words.
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a task's exception says that memory of its device or of its machine ran out, by its type and message.
 
-    >>> trouble_of(RuntimeError("GET was unable to find an engine to execute this computation"))
-    'memory'
-    >>> trouble_of(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    'device'
-    >>> trouble_of(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
-    'other'
+    >>> ran_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
+    True
+    >>> ran_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    False
     """
-    out_of_main_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if out_of_main_memory or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "memory"
-    if not isinstance(error, RuntimeError):
-        return "other"
-    words = str(error).lower()
-    if any(of in words for of in OF_MEMORY):
-        return "memory"
-    of_device = isinstance(error, torch.AcceleratorError) or any(of in words for of in OF_DEVICE)
-    return "device" if of_device else "other"
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in message for words in OF_MEMORY)
 
 
 def probe(device: torch.device) -> None:

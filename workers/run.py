@@ -253,7 +253,7 @@ def _try(
     except Exception as error:  # noqa: BLE001 - whatever else goes wrong in a task is that task's, and is told
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return _of_the_environment(grant, bundle, context, error), False
-        if devices.trouble_of(error) == "memory":
+        if devices.ran_out_of_memory(error):
             reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
             return Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}"), False
         failed = Failed(task, attempt, "error", f"{type(error).__name__}: {error}", traceback.format_exc())
