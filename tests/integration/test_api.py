@@ -752,6 +752,27 @@ def test_a_full_disk_under_the_database_is_named_by_readyz(tmp_path: Path, monke
         assert http.get("/healthz").status_code == 200
 
 
+def test_a_full_postgresql_disk_that_only_the_dispatcher_has_met(tmp_path: Path, postgresql_url: str) -> None:
+    """PostgreSQL says that its disk is full when it writes: `/readyz` writes if no dispatcher leads."""
+    database = Database(postgresql_url)
+    with database.write() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION "
+            "'could not extend file' USING ERRCODE = 'disk_full'; END $$"
+        )
+        connection.exec_driver_sql("CREATE TRIGGER full_disk BEFORE INSERT ON counters EXECUTE FUNCTION full_disk()")
+    try:
+        with application(Settings(home=tmp_path, database_url=postgresql_url)) as http:
+            assert "could not extend file" in refused(http.get("/readyz"), 503)["detail"]
+            with database.write() as connection:
+                connection.exec_driver_sql("DROP FUNCTION full_disk CASCADE")
+            assert http.get("/readyz").status_code == 200
+    finally:
+        with database.write() as connection:
+            connection.exec_driver_sql("DROP FUNCTION IF EXISTS full_disk CASCADE")
+        database.close()
+
+
 @pytest.mark.parametrize(("number", "status", "wait"), [(errno.ENOSPC, 507, 30), (errno.EROFS, 503, 2)])
 def test_an_artifact_root_that_takes_no_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int, wait: int
