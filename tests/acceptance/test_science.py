@@ -19,7 +19,7 @@ from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.sharpness.detection import detection
 from workers.science.trajectory import Recorder, Trajectory, analyse
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a fixture trains a network
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCALES = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 50.0, 100.0)

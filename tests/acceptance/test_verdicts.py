@@ -16,7 +16,7 @@ from workers.science.datasets import to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
 from workers.science.heads import scale_head
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a fixture trains a network
 
 PGD_LINF = Geometry("linf", 8 / 255, 2 / 255, 10)
 PGD_L2 = Geometry("l2", 0.025, 0.001, 25)
