@@ -1,6 +1,7 @@
 """Results and tasks that were found to be wrong: hidden from then on with a reason, never deleted, computed again.
 
-A result is retracted with all that show the same numbers. A task is retracted with everything that rests on it, and
+A result is retracted with all that show the same numbers: those of one attack task, and of the one that differs from it
+only in whether it keeps `arrays`. A task is retracted with everything that rests on it, and
 jobs that need it from then on, or wait for it, get a new generation of it.
 """
 
@@ -35,7 +36,7 @@ RETRACT, RESTORE = "retract", "restore"
 def retract(
     service: Service, job_id: str, reason: str, *, user: str, rerun: bool = False, admin: bool
 ) -> dict[str, Any]:
-    """Retract a result, and with it all that show the same numbers because they rest on the same attack task.
+    """Retract a result, and with it all that show the same numbers.
 
     What was compared with that attack at s = 1 is judged again without it.
     With `rerun` the same job is submitted as another replicate. Raises `NotFound`, `Conflict` where it is retracted,
@@ -46,14 +47,15 @@ def retract(
         if row.retracted_at is not None:
             raise Conflict(f"the result of job {job_id} is retracted already: {row.retraction_reason}")
         now = service.database.now(connection)
-        retracted = retracting.retract(connection, now, user, reason, [row.attack_task_id])
+        attacks = retracting.with_equal_numbers(connection, [row.attack_task_id])
+        retracted = retracting.retract(connection, now, user, reason, attacks)
         if not admin:
-            _check_own(connection, [*retracted, *retracting.waiting_for(connection, row.attack_task_id)], user)
+            _check_own(connection, [*retracted, *retracting.waiting_for(connection, attacks)], user)
             # A later result of these numbers is hidden as it is filed, which only an admin may decide for others.
-            retracting.give_digests_up(connection, [row.attack_task_id])
+            retracting.give_digests_up(connection, attacks)
         flagging.renew(connection, retracted)
         _tell(connection, now, user, "result.retracted", retracted, {"reason": reason})
-        _judge_without(connection, now, user, [row.attack_task_id])
+        _judge_without(connection, now, user, attacks)
         again = _submit(service, connection, now, _replicates(connection, [job_id]), user) if rerun else []
     return {"retracted": retracted, "resubmitted": again}
 
@@ -73,7 +75,7 @@ def retract_all(
             _check_measure(measure)
             wrong = retracting.measures_of(connection, where, measure, retracted=False)
             return _retract_tasks(service, connection, wrong, reason, user, rerun)
-        attacks = retracting.attacks_of(connection, where)
+        attacks = retracting.with_equal_numbers(connection, retracting.attacks_of(connection, where))
         now = service.database.now(connection)
         retracted = retracting.retract(connection, now, user, reason, attacks)
         flagging.renew(connection, retracted)
@@ -99,9 +101,10 @@ def retract_task(
         row = _task(connection, id_or_digest)
         if row.retracted_at is not None:
             raise Conflict(f"{row.kind} {row.id} is retracted already: {row.retraction_reason}")
+        task_ids = retracting.with_equal_numbers(connection, [row.id])
         if not admin:
-            _check_users(connection, [row.id], user)
-        return _retract_tasks(service, connection, [row.id], reason, user, rerun)
+            _check_users(connection, task_ids, user)
+        return _retract_tasks(service, connection, task_ids, reason, user, rerun)
 
 
 def restore(service: Service, job_id: str, *, user: str, admin: bool) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def restore_task(service: Service, id_or_digest: str, *, user: str, admin: bool)
         if not admin:
             if row.retracted_by != user:
                 raise NotAllowed(f"{row.retracted_by} retracted {row.kind} {row.id}: ask an admin to restore it")
-            _check_users(connection, [row.id], user)
+            _check_users(connection, retracting.with_equal_numbers(connection, [row.id]), user)
         return _restore(service, connection, user, [], [row.id])
 
 
@@ -188,6 +191,8 @@ def _restore(
 ) -> dict[str, Any]:
     """Of results that were retracted by themselves, by their attacks, and of `roots` with all that rests on them."""
     now = service.database.now(connection)
+    attack_ids = retracting.with_equal_numbers(connection, attack_ids)
+    roots = retracting.with_equal_numbers(connection, roots)
     restored = retracting.restore(connection, attack_ids)
     tasks, shown = retracting.restore_tasks(connection, roots)
     superseded = retracting.give_digests_back(connection, [*tasks, *attack_ids])

@@ -5,6 +5,7 @@ their digest, and the results that need any of these for a number or for their v
 need: a result loses that measure's numbers only.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,6 +42,24 @@ LET_GO = (JobState.FAILED, JobState.CANCELLED)  # jobs that lose nothing with a 
 def attacks_of(connection: Connection, where: Sequence[Column]) -> list[str]:
     """The attack tasks of the results that `where` chooses."""
     return list(connection.scalars(select(results.c.attack_task_id).where(*where).distinct()))
+
+
+def with_equal_numbers(connection: Connection, task_ids: Sequence[str]) -> list[str]:
+    """These tasks, and beside each attack the one that differs from it only in whether it keeps `arrays`."""
+    attacks = (tasks.c.id.in_(listed(task_ids)), tasks.c.kind == "attack")
+    given = {task_id: spec for task_id, spec in connection.execute(select(tasks.c.id, tasks.c.spec).where(*attacks))}
+    if not given:
+        return list(task_ids)
+    trainings_of = select(task_edges.c.parent_id).where(task_edges.c.child_id.in_(listed(given)))
+    beside = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(trainings_of))
+    query = select(tasks.c.id, tasks.c.spec).where(tasks.c.id.in_(beside), tasks.c.kind == "attack")
+    wanted = {_numbers_of(spec | {"arrays": not spec["arrays"]}) for spec in given.values()}
+    equal = {task_id for task_id, spec in connection.execute(query) if _numbers_of(spec) in wanted}
+    return [*task_ids, *sorted(equal - set(task_ids))]
+
+
+def _numbers_of(spec: dict[str, Any]) -> str:
+    return json.dumps(spec, sort_keys=True)
 
 
 def measures_of(connection: Connection, where: Sequence[Column], kind: str, *, retracted: bool) -> list[str]:
@@ -224,10 +243,10 @@ def others_of(connection: Connection, job_ids: Sequence[str], user: str) -> list
     return sorted(connection.scalars(theirs.distinct()))
 
 
-def waiting_for(connection: Connection, attack_id: str) -> list[str]:
-    """The live jobs whose result will show the numbers of this attack task."""
-    live = (jobs.c.id.in_(_jobs_of([attack_id])), jobs.c.attack_task_id == attack_id, jobs.c.state.in_(LIVE_JOB))
-    return list(connection.scalars(select(jobs.c.id).where(*live)))
+def waiting_for(connection: Connection, attack_ids: Sequence[str]) -> list[str]:
+    """The live jobs whose result will show the numbers of one of these attack tasks."""
+    of_attacks = (jobs.c.id.in_(_jobs_of(attack_ids)), jobs.c.attack_task_id.in_(listed(attack_ids)))
+    return list(connection.scalars(select(jobs.c.id).where(*of_attacks, jobs.c.state.in_(LIVE_JOB))))
 
 
 def judged_by(connection: Connection, attack_ids: Sequence[str]) -> dict[str, str]:

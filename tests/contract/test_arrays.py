@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import pytest
+
 from service import retraction
+from service.access import NotAllowed
 from service.insights import Insights
-from service.store import tables
+from service.query import parse
+from service.store import result_tables, tables
 
 
 def attacks(lab: Any) -> list[tuple[float, bool, str]]:
@@ -52,6 +56,51 @@ def test_what_failed_with_arrays_is_computed_without(lab: Any) -> None:
     lab.submit(user="bob")
     lab.finish()
     assert attacks(lab) == [(1.0, False, "succeeded"), (1.0, True, "failed")]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("by", ["job", "task", "filter"])
+def test_what_is_wrong_is_wrong_with_arrays_and_without(lab: Any, first: bool, by: str) -> None:
+    """Retracted by one of the two, hidden with the other, and restored with it."""
+    pair = [lab.submit(scale=5, arrays=False)]
+    lab.finish()
+    pair.append(lab.submit(scale=5, arrays=True, user="bob"))
+    unharmed = lab.submit(scale=2, arrays=True)
+    lab.finish()
+    one, other = pair if first else reversed(pair)
+    attack_id = lab.job(one).attack_task_id
+    assert attack_id != lab.job(other).attack_task_id
+
+    def hidden() -> set[str]:
+        return {row.job_id for row in lab.rows(result_tables.results) if row.retracted_at is not None}
+
+    nodes = [parse(f"job_id = {one}")]
+    if by == "job":
+        retraction.retract(lab.service, one, "wrong", user="ann", admin=True)
+    elif by == "task":
+        retraction.retract_task(lab.service, attack_id, "wrong", user="ann", admin=True)
+    else:
+        retraction.retract_all(lab.service, nodes, "wrong", user="ann")
+    assert hidden() == set(pair)
+    assert unharmed not in hidden()
+    if by == "job":
+        retraction.restore(lab.service, other, user="ann", admin=True)
+    elif by == "task":
+        retraction.restore_task(lab.service, attack_id, user="ann", admin=True)
+    else:
+        retraction.restore_all(lab.service, nodes, user="ann")
+    assert hidden() == set()
+
+
+def test_who_is_no_admin_hides_no_results_of_others_with_arrays(lab: Any) -> None:
+    mine = lab.submit(scale=5, user="ann")
+    lab.finish()
+    lab.submit(scale=5, arrays=True, user="bob")
+    lab.finish()
+    with pytest.raises(NotAllowed, match="bob"):
+        retraction.retract(lab.service, mine, "wrong", user="ann", admin=False)
+    with pytest.raises(NotAllowed, match="bob"):
+        retraction.retract_task(lab.service, lab.job(mine).attack_task_id, "wrong", user="ann", admin=False)
 
 
 def test_what_was_retracted_without_arrays_is_computed_again(lab: Any) -> None:
