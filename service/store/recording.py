@@ -207,7 +207,7 @@ def _store_outcomes(connection: Connection, now: float, kind: str, outcomes: Map
 
 def _stopped(connection: Connection, now: float, actor: str, message: Failed | Lost, patience: Patience) -> bool:
     """An attempt ended without success: try again, or not."""
-    counters = select(tasks.c.errors, tasks.c.suspect_losses, tasks.c.cancel_requested)
+    counters = select(tasks.c.errors, tasks.c.suspect_losses, tasks.c.cancel_requested, tasks.c.kind, tasks.c.spec)
     task = connection.execute(counters.where(tasks.c.id == message.task_id)).one_or_none()
     if task is None:
         return False
@@ -227,8 +227,11 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
         if end in COSTLY:
             losses = values["suspect_losses"] = task.suspect_losses + 1
             if losses >= patience.max_suspect_losses:
-                state = TaskState.HELD
-                why = f"held for review: it lost its worker {losses} times, last: {message.message}"
+                why = f"it lost its worker {losses} times, last: {message.message}"
+                if _is_further_measure(task.kind, task.spec):  # its jobs have their results without its numbers
+                    state = TaskState.FAILED
+                else:
+                    state, why = TaskState.HELD, f"held for review: {why}"
             values["not_before"] = now + patience.wait_seconds(losses)
     if task.cancel_requested and state is not TaskState.FAILED:
         state, why = TaskState.CANCELLED, UNWANTED
@@ -243,6 +246,10 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
     happened = Event(f"task.{state}", task_id=message.task_id, attempt=message.attempt, data=data)
     history.append(connection, now, actor, [happened])
     return True
+
+
+def _is_further_measure(kind: str, spec: Mapping[str, Any]) -> bool:
+    return kind == "measure" and spec["measure"]["type"] != "closed_forms"
 
 
 def _fits_on_no_gpu(connection: Connection, message: Lost) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from service.executor import Failed
+from service.executor import Failed, Lost
 from service.questions import Question
 from service.results import Results
 
@@ -55,6 +55,24 @@ def test_asked_for_again_it_runs_again_and_its_number_is_there(lab: Any) -> None
     assert lab.job_states() == {"succeeded": 2}
     for job_id in (first, second):
         assert Results(lab.database).result(job_id)["measures_failed"] == {}
+
+
+def test_one_that_takes_its_workers_with_it_takes_no_result_with_it(lab: Any) -> None:
+    job_id = lab.submit(**MEASURES)
+    lab.succeed(*lab.grant("train"))
+    grants = lab.grant()
+    [broken] = [grant for grant in grants if named(grant) == "sam_sharpness"]
+    lab.succeed(*(grant for grant in grants if grant is not broken))
+    for loss in range(3):
+        [grant] = lab.grant() if loss else [broken]
+        lab.record(Lost(grant.task_id, grant.attempt, "out_of_memory", "SIGKILL"))
+    assert lab.job(job_id).state == "succeeded"
+    said = Results(lab.database).result(job_id)["measures_failed"]
+    assert said == {"sam_sharpness": "it lost its worker 3 times, last: SIGKILL"}
+    again = lab.submit(**MEASURES)
+    lab.finish()
+    assert lab.job(again).state == "succeeded"
+    assert Results(lab.database).result(job_id)["measures_failed"] == {}
 
 
 @pytest.mark.parametrize("kind", ["closed_forms", "attack", "control", "train"])
