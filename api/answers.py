@@ -225,7 +225,9 @@ class Rank(BaseModel):
         description="Stored results that prove nothing in this threat model, by the reason.",
         examples=[{"superseded": 1}],
     )
-    flags: list[str] = Field(description="Raised by any of the results.", examples=[["not_monotone"]])
+    flags: list[str] = Field(
+        description="Of any result that was asked for or counts in a worst case.", examples=[["not_monotone"]]
+    )
 
 
 class Board(BaseModel):

@@ -405,6 +405,7 @@ class AllAttacks(BaseModel):
     attacks: list[NamedAttack] = Field(description="The strongest first.")
     results: int = Field(examples=[4])
     left_out: dict[str, int] = Field(examples=[{"superseded": 1}])
+    flags: list[str] = Field(description="Of the results that count.", examples=[["not_monotone"]])
 
 
 class WorstCase(AllAttacks):

@@ -43,11 +43,11 @@ def correlations(
     each version of the verdict where it chose the results or counted a number.
 
     One point per trained network at s = 1, the mean of its repeats, and only those that today's rule trusts unless told
-    otherwise. The same over all scales stands apart, as what it is; none where the bias was scaled with some of them
-    only. Raises `InvalidQuery`.
+    otherwise; only of attacks in a ball. The same over all scales stands apart, as what it is; none where the bias was
+    scaled with some of them only. Raises `InvalidQuery`.
     """
-    believed = [Comparison(name, "=", (Value(value),)) for name, value in TRUSTED] + of_adversaries() if trusted else []
-    asked = [*nodes, *believed]
+    believed = [Comparison(name, "=", (Value(value),)) for name, value in TRUSTED] if trusted else []
+    asked = [*nodes, *of_adversaries(), *believed]
     with database.read() as connection:
         keys = keys_of(connection, by)
         numbers = [_number(connection, name, of) for name, of in zip(ASKED, (measure, target), strict=True)]

@@ -140,7 +140,7 @@ def _row(same: dict[str, Any], of: Sequence[Network]) -> dict[str, Any] | None:
         "robust_accuracy": fmean(network.robust_accuracy for network, _ in known),
         "clean_accuracy": fmean(clean) if clean else None, "attacks": _attacks([worst for _, worst in known]),
         "left_out": dict(sum((worst.left_out for _, worst in known), start=Counter[str]())),
-        "flags": sorted(set().union(*(network.flags for network, _ in known))),
+        "flags": sorted(set().union(*(network.flags | worst.flags for network, worst in known))),
     }  # fmt: skip
 
 

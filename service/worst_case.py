@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from service.errors import InvalidQuery
+from service.flags import FLAGS, names_of
 from service.query import Node
 from service.specs.attacks import PRESETS
 from service.specs.versions import version_of_attack
@@ -59,11 +60,12 @@ class Attack:
 
 @dataclass
 class WorstCase:
-    """Of `n` images. `left_out` counts the results that prove nothing, by the reason."""
+    """Of `n` images. `left_out` counts the results that prove nothing, by the reason; `flags` are those of the rest."""
 
     n: int
     attacks: dict[str, Attack] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    flags: set[str] = field(default_factory=set)
 
     @property
     def robust(self) -> int:
@@ -92,6 +94,7 @@ class WorstCase:
                 for attack in strongest
             ],
             "results": sum(attack.results for attack in strongest), "left_out": dict(self.left_out),
+            "flags": sorted(self.flags),
         }  # fmt: skip
 
 
@@ -185,6 +188,7 @@ def _add(worst: WorstCase, row: Row[Any], cell: Cell) -> None:
     if unfit := why_left_out(row.verdict_reasons, cell):
         worst.left_out[unfit] += 1
         return
+    worst.flags |= set(names_of(*(getattr(row, name) for name in FLAGS)))
     bits = int.from_bytes(row.packed)
     name = json.dumps(cell["attack"], sort_keys=True)
     attack = worst.attacks.get(name)

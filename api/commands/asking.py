@@ -108,6 +108,7 @@ def worst_cases(
     if not rows:
         return tell("No results match.")
     columns = ["network", "architecture", "recipe", "dataset", "threat model", "scale", "worst case", "95 %", "attacks"]
+    columns.append("flags")
     show(table(columns, [_worst_case(row) for row in rows]))
     return None
 
@@ -252,7 +253,7 @@ def _worst_case(row: Json) -> list[str]:
     return [
         row["weights_sha256"][:12], row["architecture"], row["recipe"]["name"], row["dataset"], row["threat_model"],
         number(row["scale"]), percent(row["robust_accuracy_worst_case"]), percents(row["ci95_low"], row["ci95_high"]),
-        f"{row['attack_count']}: {attacks}",
+        f"{row['attack_count']}: {attacks}", ", ".join(row["flags"]),
     ]  # fmt: skip
 
 

@@ -60,9 +60,11 @@ def asked(connection: Connection, where: Sequence[ColumnElement[Any]]) -> list[R
 
 def attacks_in_a_ball(connection: Connection, networks: Collection[str]) -> Iterator[Sequence[Row[Any]]]:
     """Every attack in a ball on these networks that is not retracted, each computation once, some networks at a time:
-    `job_id, weights_sha256, cell_id, robust_accuracy, verdict_reasons`, and the `packed` bits of its `n` examples."""
+    `job_id, weights_sha256, cell_id, robust_accuracy, verdict_reasons`, its flags, and the `packed` bits of its `n`
+    examples."""
     ordered = sorted(networks)
-    of = (results.c.job_id, results.c.weights_sha256, results.c.cell_id, results.c.robust_accuracy)
+    named = ("job_id", "weights_sha256", "cell_id", "robust_accuracy", *FLAGS)
+    of = [results.c[name] for name in named]
     for start in range(0, len(ordered), AT_ONCE):
         query: Select[Any] = (
             select(*of, jobs.c.verdict_reasons, outcome_bits.c.n, outcome_bits.c.packed)

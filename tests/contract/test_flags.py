@@ -11,7 +11,7 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import select, update
 
-from service import exporting, retraction
+from service import exporting, leaderboard, retraction, worst_case
 from service.executor import Succeeded
 from service.flags import not_monotone
 from service.insights import Insights, Question
@@ -111,6 +111,25 @@ def test_attack_seeds_are_averaged_before_a_flag_is_raised(lab: Any) -> None:
         {"flag": "not_monotone", "field": "attack.steps", "job_id": again, "value": 80, "robust_accuracy": 0.6,
          "results": 1}
     ]  # fmt: skip
+
+
+def test_a_flag_at_another_scale_is_seen_where_its_attack_counts(lab: Any) -> None:
+    """The board is of s = 1, and its worst cases are over the attacks at s = 5 too."""
+    plain = lab.submit(attack=STEPS, samples=300)
+    for steps in (10, 40):
+        lab.submit(attack={**STEPS, "steps": steps}, samples=300, scale=5)
+    while grants := lab.grant():
+        for grant in grants:
+            numbers = {}
+            if grant.spec["kind"] == "attack":
+                more = grant.spec["scale"] == 5 and grant.spec["attack"]["steps"] == 40
+                numbers = {"robust_accuracy": 0.6 if more else 0.5}
+            lab.record(Succeeded(grant.task_id, grant.attempt, lab.outcome(grant, **numbers)))
+    result = Insights(lab.database).result(plain)
+    assert (result["flags"], result["worst_case"]["flags"]) == ([], ["not_monotone"])
+    [board] = leaderboard.leaderboard(lab.database, [], trusted=False)
+    assert [row["flags"] for row in board["rows"]] == [["not_monotone"]]
+    assert [row["flags"] for row in worst_case.of_networks(lab.database, [])] == [["not_monotone"]]
 
 
 @pytest.mark.parametrize(("n", "rise", "flagged"), [(1000, 0.02, False), (1000, 0.021, True), (50, 0.06, False)])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sqlalchemy import event, update
 
-from service import comparing, leaderboard, retraction, worst_case
+from service import comparing, correlating, leaderboard, retraction, worst_case
 from service.errors import InvalidQuery
 from service.executor import Bits, Succeeded
 from service.insights import Insights, Question
@@ -378,3 +378,14 @@ def test_a_board_takes_a_statement_for_many_networks(lab: Any, monkeypatch: pyte
         taken.append(sum("outcome_bits" in statement for statement in statements))
     assert taken == [1, 2, 4]
     assert len(statements) < 16
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_correlations_are_of_attacks_in_a_ball(lab: Any, trusted: bool) -> None:
+    """Whatever their verdicts are: noise looks for nothing, and `cw` has no ball."""
+    noise = {"type": "noise", "norm": "linf", "eps": 0.1, "kind": "uniform"}
+    for attack in ("pgd_linf", noise, {"type": "cw"}):
+        lab.submit(attack=attack)
+    finish(lab, by_attack)
+    groups = correlating.correlations(lab.database, [], "test_accuracy", trusted=trusted)
+    assert [group["attack"]["type"] for group in groups] == ["pgd"]
