@@ -51,7 +51,10 @@ class NothingToReport(UncannyError):
 
 @dataclass(frozen=True)
 class Report:
-    """`groups` has the statistics, with the `verdicts` in each; the rest counts distinct computations."""
+    """`groups` has the statistics, with the `verdicts` in each; the rest counts distinct computations.
+
+    `most` has for each of the `reasons` that count images the largest share: `[images, of how many]`.
+    """
 
     asked: Json
     groups: list[Json]
@@ -60,6 +63,7 @@ class Report:
     computations: int
     retracted: int = 0
     flags: dict[str, int] = field(default_factory=dict)
+    most: dict[str, list[int]] = field(default_factory=dict)
 
     def as_json(self) -> Json:
         return dict(vars(self))
@@ -84,8 +88,12 @@ class Report:
         ]
         lines += ["where robust accuracy rises with the scale, the attack has gone blind, and the verdict says so."]
         if self.reasons:
-            found = [[f"`{reason}`", str(n), MEANING[reason.partition(":")[0]]] for reason, n in self.reasons.items()]
-            lines += ["", "## What the verdicts found", "", *_table(("reason", "computations", "meaning"), found)]
+            found = [
+                [f"`{reason}`", str(n), images(self.most.get(reason)) or "–", meaning(reason)]
+                for reason, n in self.reasons.items()
+            ]
+            columns = ("reason", "computations", "at most", "meaning")
+            lines += ["", "## What the verdicts found", "", *_table(columns, found)]
         if self.flags:
             found = [[f"`{flag}`", str(n), FLAGS[flag]] for flag, n in self.flags.items()]
             lines += [
@@ -103,7 +111,8 @@ class Report:
 
 def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
     """Of every result that matches, without the retracted ones. Raises `NothingToReport`, `ApiError`."""
-    fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", "flags", *(f"provenance.{name}" for name in MADE_BY)]
+    fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", "verdict_counts", "flags"]
+    fields += [f"provenance.{name}" for name in MADE_BY]
     found = client.results(filter, sort="created_at", fields=fields, limit=1000, **filters)
     rows = list({row["spec_digest"]: row for row in found}.values())
     if not rows:
@@ -126,7 +135,32 @@ def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
         len(rows),
         statistics.retracted,
         dict(Counter(flag for row in rows for flag in row["flags"]).most_common()),
+        _most(rows),
     )
+
+
+def meaning(reason: str) -> str:
+    """What a verdict's reason says, such as `masked` or `weaker_than:square`."""
+    return MEANING[reason.partition(":")[0]]
+
+
+def images(counts: Sequence[int] | None) -> str:
+    """`[40, 100]` as `40 of 100 images`; empty for a reason that counts none."""
+    return f"{counts[0]} of {counts[1]} images" if counts else ""
+
+
+def _most(rows: Sequence[Json]) -> dict[str, list[int]]:
+    most: dict[str, list[int]] = {}
+    for row in rows:
+        for reason in row["verdict_reasons"] or []:
+            counts = (row["verdict_counts"] or {}).get(reason)
+            if counts and counts[1] and counts[0] / counts[1] > _share(most.get(reason)):
+                most[reason] = counts
+    return most
+
+
+def _share(counts: Sequence[int] | None) -> float:
+    return counts[0] / counts[1] if counts else -1.0
 
 
 def _varying(specs: Sequence[Json]) -> list[str]:

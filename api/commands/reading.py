@@ -24,6 +24,7 @@ from api.commands.options import (
     whole_number,
 )
 from api.render import fields_table, jobs_table, number, results_table, say, show, sweeps_table, table, tell
+from api.report import images, meaning
 from service.dotted import flat
 
 MAX_PAGE = 1000
@@ -138,6 +139,9 @@ def _show_result(client: Client, result: Json) -> None:
         said = f" by {result['retracted_by']}: {result['retraction_reason']}"
         say(f"RETRACTED {result['retracted_at']}{said}")
     _show(results_table, client, [result], "results")
+    for reason in result["verdict_reasons"] or ():
+        counted = images((result["verdict_counts"] or {}).get(reason))
+        say(f"{reason}{counted and f', {counted}'}: {meaning(reason)}")
     say("")
     rows = [[name, number(value)] for name, value in flat({**result, "parts": None}) if value not in (None, "")]
     short = cache(lambda: _short(client, [result]))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sqlalchemy import event, update
 
+from api import report
 from service import comparing, correlating, leaderboard, retraction, worst_case
 from service.errors import InvalidQuery
 from service.executor import Bits, Succeeded
@@ -378,6 +379,24 @@ def test_a_board_takes_a_statement_for_many_networks(lab: Any, monkeypatch: pyte
         taken.append(sum("outcome_bits" in statement for statement in statements))
     assert taken == [1, 2, 4]
     assert len(statements) < 16
+
+
+def test_images_that_met_no_number_are_counted_and_said(lab: Any, insights: Insights) -> None:
+    """40 of 100, as the attack stored them: the result is invalid, with the share, and proves nothing."""
+    job_id = lab.submit(attack=BALL, samples=100)
+    while grants := lab.grant():
+        for grant in grants:
+            outcome = lab.outcome(grant)
+            if grant.spec["kind"] == "attack":
+                met = np.arange(100) < 40
+                outcome.bits["non_finite"] = Bits(100, np.packbits(met).tobytes())
+            lab.record(Succeeded(grant.task_id, grant.attempt, outcome))
+    result = insights.result(job_id)
+    assert (result["verdict"], result["verdict_reasons"]) == ("invalid", ["non_finite"])
+    assert result["verdict_counts"]["non_finite"] == [40, 100]
+    assert result["worst_case"] is None
+    assert report.images(result["verdict_counts"]["non_finite"]) == "40 of 100 images"
+    assert report.meaning("non_finite").startswith("a logit or a gradient is NaN")
 
 
 @pytest.mark.parametrize("trusted", [True, False])

@@ -148,6 +148,11 @@ def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
     reasons = Counter(reason for row in rows for reason in row["verdict_reasons"])
     assert found["reasons"] == dict(reasons)
     assert sum(n for group in found["groups"] for n in group["verdicts"].values()) == 18
+    assert found["most"] == {
+        reason: max(row["verdict_counts"][reason] for row in rows if reason in row["verdict_reasons"])
+        for reason in reasons
+        if any(reason in row["verdict_counts"] for row in rows)
+    }
 
     text = uncanny("report", sweep, url=server.url).stdout
     titles = [line for line in text.splitlines() if line.startswith("## digits")]
@@ -162,6 +167,8 @@ def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
     assert "Means over `n` trained networks" in text
     wilson = binomtest(10, 20).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((wilson.low, wilson.high))
+    for reason, (count, of) in found["most"].items():
+        assert f"| `{reason}` | {reasons[reason]} | {count} of {of} images | {report.meaning(reason)} |" in text
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|") and "lr 0" in line}
     assert columns == {14}
 
