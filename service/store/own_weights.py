@@ -59,7 +59,9 @@ def mixed_weights(connection: Connection, job_id: str, weights_sha256: str | Non
     of_job = select(job_tasks.c.task_id).where(job_tasks.c.job_id == job_id)
     measure = tasks.c.spec["measure", "type"].as_string()
     measures = select(tasks.c.id, measure, WEIGHTS_USED).join(attempts, CURRENT)
-    measures = measures.where(tasks.c.id.in_(of_job), tasks.c.kind == "measure", weights_sha256 != WEIGHTS_USED)
+    measures = measures.where(
+        tasks.c.id.in_(of_job), tasks.c.kind == "measure", literal(weights_sha256) != WEIGHTS_USED
+    )
     training = select(trainings.c.task_id, literal("train"), trainings.c.checkpoint_digest)
     training = training.join(results, results.c.train_task_id == trainings.c.task_id)
     training = training.where(results.c.job_id == job_id, trainings.c.checkpoint_digest != weights_sha256)
