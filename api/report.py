@@ -41,6 +41,7 @@ MEANING = {
 FLAGS = {
     "not_monotone": "more steps, restarts or a larger eps left more images robust: one of the two attacks is too weak",
     "trained_again": "its network's weights were lost, and the training gave others when it ran again",
+    "mixed_weights": "a measure or the training is of other weights than the attack: their numbers are left out",
 }
 Key = tuple[object, ...]
 

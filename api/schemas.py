@@ -379,6 +379,18 @@ class TrainedAgain(BaseModel):
     trained_again_as: str = Field(examples=[DIGEST])
 
 
+class MixedWeights(BaseModel):
+    """A measure or the training of the result has numbers of other weights than its attack: they are left out.
+
+    Earlier versions left such results where a training ran again and gave other weights.
+    """
+
+    flag: Literal["mixed_weights"]
+    task_id: str = Field(examples=[JOB_ID])
+    part: str = Field(description="`train`, or the type of the measure.", examples=["closed_forms"])
+    weights_sha256: str = Field(description="What that task used or made.", examples=[DIGEST])
+
+
 class NamedAttack(BaseModel):
     """An attack that a worst case is over."""
 
@@ -458,7 +470,7 @@ class Result(BaseModel):
     log_relative_sharpness_median: float | None = Field(default=None, examples=[-34.1])
     threat_model: str | None = Field(description="The attack's ball; null without one.", examples=["linf 8/255"])
     adversary: Literal["white_box", "black_box", "transfer", "noise"]
-    flags: list[Flag | TrainedAgain] = Field(
+    flags: list[Flag | TrainedAgain | MixedWeights] = Field(
         description="What was found since: what other results say against it, lost weights. Its verdict stays.",
         examples=[[]],
     )

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 NOT_MONOTONE = "not_monotone"
 TRAINED_AGAIN = "trained_again"
-FLAGS = (NOT_MONOTONE, TRAINED_AGAIN)  # columns of `results`
+MIXED_WEIGHTS = "mixed_weights"
+FLAGS = (NOT_MONOTONE, TRAINED_AGAIN, MIXED_WEIGHTS)  # columns of `results`
 STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
 OF_TRAINING = ("recipe", "versions")  # of a cell; what is the same of a network however it came to be is compared
 Flag = dict[str, Any]

@@ -21,6 +21,7 @@ from service.store.dataset_sizes import test_samples
 from service.store.fields import RESULTS, stored_numbers, unknown
 from service.store.flagging import flags_of, trained_again
 from service.store.keyset import Order
+from service.store.own_weights import mixed_weights
 from service.store.result_tables import results
 from service.worst_case import worst_case_of
 
@@ -87,6 +88,7 @@ class Results:
             further = store.further_measures(connection, [row])[job_id]
             specs = store.cell_specs(connection, [row.cell_id])
             flags = flags_of(connection, Place(row.weights_sha256, row.cell_id)) + trained_again(connection, job_id)
+            flags += mixed_weights(connection, job_id, row.weights_sha256)
             worst_case = worst_case_of(connection, row.weights_sha256, specs[row.cell_id])
             parts: dict[str, Any] = {}
             for task in reading.tasks_of_job(connection, job_id):

@@ -30,6 +30,7 @@ import httpx
 import numpy as np
 import pytest
 from hypothesis import settings
+from privileges import NEEDS
 from sqlalchemy import Connection, Table, create_engine, make_url, select, text
 
 from service.artifacts import Artifacts
@@ -88,6 +89,11 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", ())]
+    skipped = [str(why[-1] if isinstance(why, tuple) else why) for why in skipped]
+    if lacking := [reason for reason in skipped if NEEDS in reason]:
+        said = "SKIPPED AS ROOT" if os.geteuid() == 0 and os.environ.get("CI") else "skipped"
+        terminalreporter.write_line(f"{len(lacking)} {said}, {NEEDS} {lacking[0].partition(NEEDS)[2].strip()}")
     terminalreporter.write_line(f"{config.stash.get(QUARANTINED, 0)} quarantined")
 
 

@@ -258,7 +258,11 @@ def _try(
             return Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}"), False
         failed = Failed(task, attempt, "error", f"{type(error).__name__}: {error}", traceback.format_exc())
     # Out here the exception, whose frames hold the task's tensors, is gone.
-    return failed, not devices.computes(context.device)
+    if devices.computes(context.device):
+        return failed, False
+    # The device may have broken by itself, or by an access of the task's own: as where a worker dies, nobody can tell.
+    log.warning("%s does not compute any more after %s:\n%s", context.device, grant, failed.traceback)
+    return Lost(task, attempt, "worker_died", f"{context.device} gave up: {failed.message}"), True
 
 
 def _empty(context: Context) -> None:

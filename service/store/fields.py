@@ -21,6 +21,7 @@ from service.store import meanings
 from service.store.filing import LATER
 from service.store.listed import elements
 from service.store.meanings import Meaning, one_of
+from service.store.own_weights import FROM_MEASURE, FROM_TRAINING, left_out
 from service.store.result_tables import METRICS, cells, number_names, results
 from service.store.states import DIGEST
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
@@ -274,12 +275,13 @@ def _number(name: str) -> Field:
         .join(job_tasks, job_tasks.c.task_id == measurements.c.task_id)
         .join(tasks, tasks.c.id == measurements.c.task_id)
         .where(job_tasks.c.job_id == results.c.job_id, tasks.c.id != results.c.measure_task_id, measure.is_not(None))
-        .where(tasks.c.retracted_at.is_(None))
+        .where(tasks.c.retracted_at.is_(None), ~left_out(tasks.c.id))
         .order_by(DIGEST.desc())
         .limit(1)
     )
     of_attack = select(attack).where(attack_results.c.task_id == results.c.attack_task_id)
-    of_closed_forms = select(measure).where(measurements.c.task_id == results.c.measure_task_id)
+    closed_forms = results.c.measure_task_id
+    of_closed_forms = select(measure).where(measurements.c.task_id == closed_forms, ~left_out(closed_forms))
     whose = further.with_only_columns(tasks.c.id)
     from_attack, from_further, from_closed_forms, measured_by = (
         query.correlate(results).scalar_subquery() for query in (of_attack, further, of_closed_forms, whose)
@@ -368,10 +370,8 @@ THREAT_MODEL = {
         "text", case(dict(ADVERSARIES), value=cells.c.attack), one_of(dict.fromkeys(ADVERSARIES.values()))
     ),
 }
-OF_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
-OF_TRAINING = ("test_accuracy", "train_seconds")
 COMPUTED_BY = {
-    **dict.fromkeys(OF_MEASURE, results.c.measure_task_id), **dict.fromkeys(OF_TRAINING, results.c.train_task_id)
+    **dict.fromkeys(FROM_MEASURE, results.c.measure_task_id), **dict.fromkeys(FROM_TRAINING, results.c.train_task_id)
 }  # fmt: skip
 HEADLINE: dict[str, Field] = {
     **{name: Field("number", results.c[name], task=COMPUTED_BY.get(name)) for name in METRICS},

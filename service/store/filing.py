@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Row, Select, and_, case, func, insert, select
 from service.flags import apart_from_strength
 from service.store import flagging
 from service.store.listed import insert_rows, listed
+from service.store.own_weights import FROM_MEASURE, FROM_TRAINING, leave_out
 from service.store.result_tables import cells, number_names, results
 from service.store.states import WEIGHTS_USED
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
@@ -26,7 +27,6 @@ FROM_JOB = (
     "masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction", "verdict", "verdict_version",
 )  # fmt: skip
 FROM_ATTACK = ("clean_accuracy", "clean_loss", "robust_accuracy", "robust_loss", "zero_gradient_fraction")
-FROM_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
 PARTS = {kind: f"{kind}_task_id" for kind in ("train", "measure", "attack", "control")}
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
 
@@ -48,6 +48,7 @@ def file(connection: Connection, job_ids: Sequence[str]) -> None:
             same.setdefault(row.attack_task_id, filed[-1])
             networks.add(network)
         insert_rows(connection, results, filed)
+    leave_out(connection, job_ids)
     flagging.renew(connection, job_ids)
 
 
@@ -78,9 +79,12 @@ def refresh(connection: Connection, task_ids: Collection[str]) -> None:
     used = select(WEIGHTS_USED).where(made_by, attempts.c.number == tasks.c.attempt).scalar_subquery()
     # Other weights may be those of another result by now: statistics look closer where a network may be repeated.
     network = {"weights_sha256": func.coalesce(used, results.c.weights_sha256), "repeats_network": True}
+    network["mixed_weights"] = False  # looked at again below
     values = {**attack, **measure, **train, **network}
     connection.execute(update(results).where(results.c.job_id.in_(of_them)).values(values))
-    flagging.renew(connection, connection.scalars(of_them).all())
+    job_ids = connection.scalars(of_them).all()
+    leave_out(connection, job_ids)
+    flagging.renew(connection, job_ids)
 
 
 def cell_spec(spec: Mapping[str, Any], versions: Mapping[str, int | None]) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def _known_cells(connection: Connection, digests: Sequence[str]) -> dict[str, in
 
 def _row(row: Row[Any], cell_id: int, same: Mapping[str, Any] | None) -> dict[str, Any]:
     kept = ("sequence", "user", "sweep_id", "train_task_id", "measure_task_id", "attack_task_id", "created_at")
-    numbers = (*FROM_JOB, *FROM_ATTACK, *FROM_MEASURE, "test_accuracy", "train_seconds", "weights_sha256")
+    numbers = (*FROM_JOB, *FROM_ATTACK, *FROM_MEASURE, *FROM_TRAINING, "weights_sha256")
     return {
         "job_id": row.id, "cell_id": cell_id, "repeated": same is not None, "finished_at": row.finished_at,
         **{name: getattr(row, name) for name in (*kept, *numbers)}, **{name: row.spec[name] for name in OF_SPEC},

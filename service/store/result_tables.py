@@ -71,6 +71,8 @@ results = Table(
     Column("not_monotone", Boolean, nullable=False, server_default=text("false")),
     # Weights that it rests on were lost, and their training gave others when it ran again.
     Column("trained_again", Boolean, nullable=False, server_default=text("false")),
+    # A measure or its training used other weights than its attack; such numbers are left out (`store/own_weights.py`).
+    Column("mixed_weights", Boolean, nullable=False, server_default=text("false")),
     Column("verdict", String(20), nullable=False),
     Column("verdict_version", Integer),
     Column("created_at", Float(53), nullable=False),

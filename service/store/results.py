@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, select
+from sqlalchemy import Connection, Row, Select, case, func, select
 
 from service.flags import FLAGS
 from service.jobs import TaskState
@@ -15,8 +15,9 @@ from service.store.fields import RESULTS, Column
 from service.store.filing import LATER
 from service.store.keyset import Among, Order, Position
 from service.store.listed import listed, numbered
+from service.store.own_weights import left_out
 from service.store.result_tables import INDEXED, METRICS, cells, results
-from service.store.states import DIGEST
+from service.store.states import CURRENT, DIGEST, WEIGHTS_USED
 from service.store.tables import (
     artifacts,
     attack_results,
@@ -47,7 +48,7 @@ def _rows() -> Select[Any]:
             *measured,
             *(results.c[name] for name in ("cell_id", "weights_sha256", *FLAGS, *RETRACTION)),
             attack_results.c.numbers.label("attack_numbers"),
-            measurements.c.numbers.label("measure_numbers"),
+            case((~left_out(results.c.measure_task_id), measurements.c.numbers)).label("measure_numbers"),
             func.coalesce(attack.c.former_digest, attack.c.digest).label("attack_digest"),
             attempts.c.provenance,
         )
@@ -130,26 +131,31 @@ def cell_specs(connection: Connection, ids: Iterable[int]) -> dict[int, dict[str
 def further_measures(connection: Connection, job_rows: Sequence[Row[Any]]) -> dict[str, list[dict[str, Any]]]:
     """The measures beyond the closed forms: `job id -> [{"measure": its spec, "numbers": ..., "failed": why or None}]`.
 
-    One that failed or was retracted has no numbers.
+    One that failed or was retracted has no numbers, and neither has one that used other weights than the attack.
     """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    closed_forms = {row.id: row.measure_task_id for row in job_rows}
+    result = {row.id: row for row in job_rows}
     asked = [row.id for row in job_rows if row.spec["measures"]]
     retraction = (tasks.c.retracted_at, tasks.c.retraction_reason)
     of_task = (tasks.c.id, tasks.c.spec, tasks.c.state, tasks.c.reason, *retraction, measurements.c.numbers)
+    used = WEIGHTS_USED.label("used")
     query = (
-        select(job_tasks.c.job_id, *of_task)
+        select(job_tasks.c.job_id, *of_task, used)
         .join(tasks, tasks.c.id == job_tasks.c.task_id)
         .outerjoin(measurements, measurements.c.task_id == tasks.c.id)
+        .outerjoin(attempts, CURRENT)
         .where(job_tasks.c.job_id.in_(listed(asked)), tasks.c.kind == "measure")
         .order_by(DIGEST)
     )
     for row in connection.execute(query) if asked else ():
-        if row.id != closed_forms[row.job_id]:
+        of = result[row.job_id]
+        if row.id != of.measure_task_id:
             failed = row.reason if row.state == TaskState.FAILED else None
             numbers = row.numbers or {}
             if row.retracted_at is not None:
                 numbers, failed = {}, f"retracted: {row.retraction_reason}"
+            elif of.mixed_weights and row.used not in (None, of.weights_sha256):
+                numbers, failed = {}, f"it used other weights ({row.used}) than the attack"
             found[row.job_id].append({"measure": row.spec["measure"], "numbers": numbers, "failed": failed})
     return found
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,10 +100,11 @@ def test_attack_seeds_are_averaged_before_a_flag_is_raised(lab: Any) -> None:
     while grants := lab.grant():
         for grant in grants:
             outcome = lab.outcome(grant)
+            if grant.spec["kind"] == "train":
+                outcome = replace(outcome, artifacts=(lab.artifacts.write_chunks("checkpoint", [b"equal weights"]),))
             if grant.spec["kind"] == "attack":
                 attack = grant.spec["attack"]
                 outcome.numbers["robust_accuracy"] = left[attack["steps"], grant.spec["attack_seed"]]
-                outcome.provenance["weights_sha256"] = "a" * 64
             lab.record(Succeeded(grant.task_id, grant.attempt, outcome))
     flags = {job_id: insights.result(job_id)["flags"] for job_id in (weak, *strong, again)}
     assert [flag["job_id"] for flag in flags[weak]] == [again]

@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
 
-from service import aggregates, exporting, retraction
+from service import aggregates, comparing, correlating, exporting, leaderboard, retraction, worst_case
 from service.artifacts import Artifacts
 from service.executor import Bits, Failed, Grant, Succeeded
 from service.insights import Insights, Question
 from service.jobs import LIVE_JOB, RETRIABLE
-from service.store import Database, recording, submitting, tables, trained_again
+from service.questions import nodes_of
+from service.store import Database, filing, recording, submitting, tables, trained_again
 from service.store.result_tables import results
 from service.upgrading import judge_again
 
@@ -326,6 +327,162 @@ def test_a_verdict_uses_no_evidence_of_other_weights(lab: Any, part: str, verdic
         verdict, masked, masked is None
     )  # fmt: skip
     assert (row.reverse_fraction is None) == (masked is None)
+
+
+def answer_as(lab: Any, number: float, part: str, used: str | None) -> None:
+    """Succeed until nothing is queued: measures and attack of all that is queued say `number`, and of the tasks of that
+    part, an attempt notes other weights, if any."""
+    while grants := lab.grant():
+        for grant in grants:
+            kind = grant.spec["kind"]
+            name = grant.spec["measure"]["type"] if kind == "measure" else kind
+            numbers = {"sam_sharpness": "sam_sharpness_loss", "closed_forms": "log_relative_sharpness_median"}
+            numbers |= {"attack": "robust_accuracy", "train": "test_accuracy"}
+            outcome = lab.outcome(grant, **({numbers[name]: number} if name in numbers else {}))
+            if used is not None and name == part:
+                outcome.provenance["weights_sha256"] = used
+            lab.record(Succeeded(grant.task_id, grant.attempt, outcome))
+
+
+PARTS = {
+    "closed_forms": "log_relative_sharpness_median", "sam_sharpness": "sam_sharpness_loss", "train": "test_accuracy",
+}  # fmt: skip
+
+
+def left_out_of(lab: Any, job_id: str, part: str, used: str) -> None:
+    """The result shows no number of that part, anywhere, and says so; it shows all others."""
+    insights, number = Insights(lab.database), PARTS[part]
+    [row] = insights.results(Question(filter=f"job_id = {job_id}"))["items"]
+    assert (row["flags"], row["robust_accuracy"], row["verdict"]) == (["mixed_weights"], 0.25, "trusted")
+    shown = {name: row.get(name) for name in PARTS.values()}
+    assert shown == dict.fromkeys(PARTS.values(), 0.25) | {number: None}
+    assert row["measures_failed"].keys() == {"sam_sharpness"} & {part}
+    [flag] = insights.result(job_id)["flags"]
+    task = next(of["task_id"] for name, of in insights.result(job_id)["parts"].items() if name == part)
+    assert flag == {"flag": "mixed_weights", "task_id": task, "part": part, "weights_sha256": used}
+    assert insights.results(Question(filter=f"{number} is null"))["items"] == [row]
+    for name in PARTS.values():
+        group = aggregates.aggregate(lab.database, [], [], {name: ("count",)}, allow_mixed=True)["items"][0]
+        assert group[name]["count"] == (1 if name == number else 2)
+        points = correlating.correlations(lab.database, [], name, trusted=False)
+        assert [of["n"] for of in points] == [1 if name == number else 2], name
+    table = exporting.table(lab.database, Question(fields=("job_id", "flags", number)))
+    lines = {line["job_id"]: line for line in csv.DictReader(io.StringIO("".join(exporting.csv_lines(table))))}
+    assert (lines[job_id]["flags"], lines[job_id][number]) == ("mixed_weights", "")
+
+
+@pytest.mark.parametrize("part", ["closed_forms", "sam_sharpness"])
+def test_a_measure_of_other_weights_is_left_out(lab: Any, part: str) -> None:
+    """Whatever left it so, such as the store of an earlier version whose jobs had not ended."""
+    other = lab.submit(seed=1, measures=["sam_sharpness"])
+    answer_as(lab, 0.5, part, None)
+    job = lab.submit(measures=["sam_sharpness"])
+    answer_as(lab, 0.25, part, "b" * 64)
+    left_out_of(lab, job, part, "b" * 64)
+    assert Insights(lab.database).result(other)["flags"] == []
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_so_it_is_in_a_store_that_mixed_them_before(lab: Any, part: str) -> None:
+    """There, a training that ran again overwrote its weights and its numbers in place."""
+    other, job = lab.submit(seed=1, measures=["sam_sharpness"]), ""
+    answer_as(lab, 0.5, part, None)
+    job = lab.submit(measures=["sam_sharpness"])
+    answer_as(lab, 0.25, part, None)
+    before = {row.job_id: row for row in lab.rows(results)}
+    assert not any(row.mixed_weights for row in before.values())
+    task = Insights(lab.database).result(job)["parts"][part]["task_id"]
+    with lab.database.write() as connection:
+        used = update(tables.attempts).where(tables.attempts.c.task_id == task)
+        connection.execute(used.values(provenance={"weights_sha256": "b" * 64}))
+        if part == "train":
+            of_it = update(tables.trainings).where(tables.trainings.c.task_id == task)
+            connection.execute(of_it.values(checkpoint_digest="b" * 64))
+    migration = importlib.import_module("service.store.migrations.versions.0020_mixed_weights")
+    for _ in range(2):
+        with lab.database.write() as connection, Operations.context(MigrationContext.configure(connection)):
+            migration._fill()
+        left_out_of(lab, job, part, "b" * 64)
+    migrated = lab.rows(results)
+    assert [row for row in migrated if row.job_id == other] == [before[other]]
+    with lab.database.write() as connection:  # as where the task is computed again: once more with the others
+        filing.refresh(connection, [task])
+    assert {row.job_id: row.mixed_weights for row in lab.rows(results)} == {other: False, job: True}
+    left_out_of(lab, job, part, "b" * 64)
+
+
+def test_a_measure_that_runs_again_on_the_weights_of_its_attack_is_shown(lab: Any) -> None:
+    job = lab.submit(measures=["sam_sharpness"])
+    answer_as(lab, 0.25, "closed_forms", "b" * 64)
+    [task] = [row.task_id for row in lab.rows(tables.measurements) if row.log_relative_sharpness_median == 0.25]
+    with lab.database.write() as connection:
+        used = update(tables.attempts).where(tables.attempts.c.task_id == task)
+        connection.execute(used.values(provenance={"weights_sha256": made_by(lab, lab.job(job).train_task_id)}))
+        filing.refresh(connection, [task])
+    [row] = lab.rows(results)
+    assert (row.mixed_weights, row.log_relative_sharpness_median) == (False, 0.25)
+
+
+def test_nothing_that_is_asked_of_results_mixes_two_networks_of_one_spec(lab: Any) -> None:
+    """Ten specs, each of two networks: whatever is told of them is told of 20, each with its own numbers."""
+    n, specs = 32, 10
+
+    def work(weights: str, first: int) -> None:
+        """Of the network of seed i, the attack breaks the first `first + i` images, and that is its sharpness too."""
+        while grants := lab.grant():
+            done = []
+            for grant in grants:
+                kind, seed = grant.spec["kind"], grant.spec.get("seed", 0)
+                outcome = lab.outcome(grant, weights=weights)
+                if kind != "train":
+                    [train] = lab.rows(tables.tasks, digest=grant.spec["checkpoint"])
+                    seed = train.spec["seed"]
+                broken = first + seed
+                if kind == "measure":
+                    outcome.numbers["log_relative_sharpness_median"] = float(broken)
+                if kind == "attack":
+                    bits = Bits(n, np.packbits(np.arange(n) >= broken).tobytes())
+                    outcome.bits.update(robust=bits)
+                    outcome.numbers.update(clean_accuracy=1.0, robust_accuracy=1 - broken / n)
+                done.append(Succeeded(grant.task_id, grant.attempt, outcome))
+            lab.record(*done)
+
+    firsts = [lab.submit(samples=n, seed=seed) for seed in range(specs)]
+    work("weights", 1)
+    lost = [lab.submit(samples=n, seed=seed, scale=5) for seed in range(specs)]
+    lose(lab, *lab.grant())
+    for job in lost:
+        lab.service.retry_job(job, user="ann")
+    work("others", 16)
+    seconds = [lab.submit(samples=n, seed=seed, user="bob") for seed in range(specs)]
+    work("others", 16)
+    rows = {row.job_id: row for row in lab.rows(results)}
+    pairs = list(zip(firsts, seconds, strict=True))
+    assert [lab.job(a).spec_digest == lab.job(b).spec_digest for a, b in pairs] == [True] * specs
+    assert len({rows[job].weights_sha256 for job in (*firsts, *seconds)}) == 2 * specs
+    broken = {job: 1 + seed for seed, job in enumerate(firsts)} | {job: 16 + seed for seed, job in enumerate(seconds)}
+    shares = {rows[job].weights_sha256: 1 - of / n for job, of in broken.items()}
+
+    [board] = leaderboard.leaderboard(lab.database, [], trusted=False)
+    [line] = board["rows"]
+    assert (line["networks"], line["best"]) == (2 * specs, max(shares.values()))
+    assert line["robust_accuracy_worst_case"] == pytest.approx(sum(shares.values()) / len(shares))
+    assert line["flags"] == ["trained_again"]
+    worst = worst_case.of_networks(lab.database, [])
+    assert {of["weights_sha256"]: of["robust_accuracy_worst_case"] for of in worst} == shares
+    for job in broken:
+        assert Insights(lab.database).result(job)["worst_case"]["robust_accuracy"] == 1 - broken[job] / n
+
+    [ranks] = correlating.correlations(lab.database, [], "log_relative_sharpness_median", trusted=False)
+    assert (ranks["n"], ranks["pooled"], ranks["over_scales"]["n"]) == (2 * specs, pytest.approx(-1.0), 3 * specs)
+    group = aggregates.aggregate(lab.database, nodes_of("scale = 1"), [], {"robust_accuracy": ("count", "min", "max")})
+    found = group["items"][0]["robust_accuracy"]
+    assert (found["count"], found["min"], found["max"]) == (2 * specs, min(shares.values()), max(shares.values()))
+
+    compared = comparing.compare(lab.database, [firsts[0], seconds[0]])
+    assert compared["differing"] == {}
+    assert (compared["union"], compared["union_refused"]) == (None, "these are attacks on different networks")
+    assert (compared["pairs"][0]["only_a"], compared["pairs"][0]["only_b"]) == (15, 0)
 
 
 def test_a_retry_finds_what_is_missing_by_a_field(lab: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from privileges import lacking
 from processes import Lab, running_lab, until
 
 from service.artifacts import Artifacts
@@ -44,7 +45,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+        lacking("to mount a small disk", mounted.stderr.decode().strip())
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from accounts import reached_by_nobody
+from privileges import needs_root
 from processes import command_of, until
 
 from service.processes import free_port
@@ -81,7 +82,7 @@ def test_every_listener_is_on_loopback_and_no_agent_is_there_that_is_not_needed(
         assert "monitor" not in names.replace("--no-monitor", "").replace("--include-log-monitor", "")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="becoming another account takes root")
+@needs_root
 def test_another_account_reaches_nothing_of_it(head: Any) -> None:
     """Neither sockets, whose messages are unpickled, nor logs, where links could be planted; while it is at work."""
     home, port, _ = head

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import psutil
 import pytest
+from privileges import lacking
 from processes import Lab, command_of, running_lab, until
 
 from service.store.tables import attempts, tasks
@@ -93,9 +94,9 @@ def group() -> Iterator[Path]:
         group.mkdir()
         (group / "memory.limit_in_bytes").write_text(str(NODE_BYTES))
     except OSError as error:
-        pytest.skip(f"no control group for memory can be made here: {error}")
+        lacking("to make a control group for memory", error)
     if probe.returncode:
-        pytest.skip(f"no mount namespace can be made here: {probe.stderr.decode().strip()}")
+        lacking("to make a mount namespace", probe.stderr.decode().strip())
     yield group
     until(lambda: not (group / "cgroup.procs").read_text())
     group.rmdir()

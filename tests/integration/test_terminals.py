@@ -47,6 +47,15 @@ def on_a_terminal(server: Any, *arguments: str, columns: int = 80, **environment
     return process.wait(timeout=60), shown.decode().replace("\r\n", "\n")
 
 
+def here(server: Any, *arguments: str, encoding: str = "utf-8") -> str:
+    """What a command, run in this process, writes to an output of that encoding."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding, newline="")
+    with spoken_to(out, io.StringIO()):
+        cli([*arguments, "--url", server.url], standalone_mode=False)
+    out.seek(0)
+    return out.read()
+
+
 @pytest.fixture(scope="module")
 def named(server: Any) -> list[dict[str, Any]]:
     """Finished sweeps of two jobs each, with names that a terminal might take for something else."""
@@ -239,6 +248,30 @@ def test_a_dumb_terminal_gets_lines(server: Any, tmp_path: Any) -> None:
     assert "succeeded" in shown
 
 
+def test_a_command_in_ascii(server: Any, listed: dict[str, str]) -> None:
+    name = "Žofie 你好"
+    sweep = server.sweep(name, seed=991, scale=[1, 5])["id"]
+    assert name in here(server, "sweeps", "--limit", "1")
+    shown = here(server, "sweeps", "--limit", "1", encoding="ascii")
+    assert "\\u017dofie \\u4f60\\u597d" in shown
+    shown = here(server, "results", f"sweep={sweep}", encoding="ascii")
+    assert "50.0 %" in shown
+
+
+def test_a_dumb_terminal_gets_no_bar(server: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does in a process of its own, which the slow test of lines tries."""
+    (tmp_path / "job.json").write_text(json.dumps({**JOB, "seed": 952}))
+    shown = io.StringIO()
+    dumb = {"TERM": "dumb", "NO_COLOR": "1"}
+    made = Console(**render.PLAIN, file=shown, force_terminal=True, width=80, _environ=dumb)
+    assert made.is_dumb_terminal
+    monkeypatch.setattr(render, "err", made)
+    said = here(server, "submit", str(tmp_path / "job.json"), "--wait")
+    assert "succeeded" in said + shown.getvalue()
+    assert "job.json: 0 %" in shown.getvalue()
+    assert "\x1b" not in said + shown.getvalue()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["results"], ["results", "--csv"], ["results", "--json"], ["jobs"], ["--help"]])
 def test_a_reader_that_closes_the_pipe_early_ends_a_command_quietly(
@@ -281,3 +314,13 @@ def test_a_retracted_result_says_so_first(server: Any) -> None:
     assert first.endswith("by ada: the [/red] lamp was on")
     server.client.restore(job.id)
     assert "RETRACTED" not in ask(server, "results", job.id).stdout
+
+
+def test_the_first_line_of_a_result_says_that_it_is_retracted(server: Any) -> None:
+    job = server.client.submit(JOB, seed=953)
+    job.wait()
+    assert "RETRACTED" not in here(server, "results", job.id)
+    server.client.retract(job.id, "the [/red] lamp was on")
+    first = here(server, "results", job.id).splitlines()[0]
+    assert first.startswith("RETRACTED ")
+    assert first.endswith("by ada: the [/red] lamp was on")

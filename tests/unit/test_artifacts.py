@@ -14,6 +14,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from privileges import needs_root
 
 from service import artifacts
 from service.artifacts import Artifacts
@@ -222,7 +223,7 @@ class TestUnusable:
         with pytest.raises(ArtifactRootUnusable, match=f"under the artifact root {tmp_path}/artifacts .*mount it"):
             OPERATIONS[what](store)
 
-    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another account")
+    @needs_root
     @pytest.mark.parametrize("what", OPERATIONS)
     def test_whatever_is_asked_of_a_folder_of_another_account(self, tmp_path: Path, what: str) -> None:
         store = Artifacts(str(tmp_path / "artifacts"))

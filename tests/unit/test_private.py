@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from accounts import reached_by_nobody
+from privileges import needs_root
 
 from api import home
 from api.supervisor import _open_log
@@ -21,8 +22,6 @@ from service.settings import Settings
 from service.spool import Spool
 from service.store import Database
 from workers.head import SESSION_ROOM_BYTES, _sessions, driver_environment
-
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="becoming another account takes root")
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from dispatching import CLOCK, PATIENT, Scripted, dispatcher, passes, running, succeeds, tick_until_idle, wait_for
 
 from service.dispatcher import Dispatcher
@@ -23,6 +25,8 @@ from service.executor import (
 )
 from service.store import tables
 from service.store.tables import attempts, events, tasks
+from workers import run
+from workers.context import Context
 
 SHARED_MEMORY: Literal["out_of_shared_memory"] = "out_of_shared_memory"
 
@@ -178,6 +182,31 @@ class TestLosses:
             assert row.reason == "held for review: it lost its worker 3 times, last: so it was"
         else:
             assert (row.state, row.suspect_losses, row.attempt) == ("running", 0, 11)
+
+    def test_who_meets_devices_that_give_up_may_be_their_end(
+        self, lab: Any, scripted: Scripted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """As a worker answers whose device does not compute any more: a suspect loss each time, and never an error."""
+
+        def broken(*_args: object) -> Outcome:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(run, "run", broken)
+        monkeypatch.setattr(run.devices, "computes", lambda device: False)
+        lab.submit()
+        one = dispatcher(lab, scripted)
+        for attempt in range(1, PATIENT.max_suspect_losses + 1):
+            one.tick()
+            assert scripted.grants[-1].attempt == attempt
+            said: list[Message] = []
+            with pytest.raises(run.DeviceBroken):
+                said.extend(run.execute(scripted.bundles[-1], Context(lab.artifacts, tmp_path)))
+            scripted.said = said
+            one.tick()
+            [row] = lab.rows(tasks, kind="train")
+            assert (row.errors, row.suspect_losses) == (0, attempt)
+        assert row.state == "held"
+        assert "cpu gave up: AcceleratorError: an illegal memory access" in row.reason
 
     def test_who_kills_its_worker_waits_so_that_others_go_first(self, lab: Any, scripted: Scripted) -> None:
         lab.submit()
