@@ -93,7 +93,8 @@ def generator(seed: int, stream: str = STREAM) -> torch.Generator:
 
 def moved(numbers: Tensor, device: torch.device) -> Tensor:
     """`numbers`, made on the CPU, on `device`; a GPU is not waited for, so numbers are made while it works."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    numbers = numbers.pin_memory() if device.type == "cuda" else numbers
+    return numbers.to(device, non_blocking=True)
 
 
 @contextmanager
