@@ -129,6 +129,24 @@ def test_trained_twice_it_is_bit_equal(architecture: str, recipe: str) -> None:
     assert [epoch.loss for epoch in first.epochs] == [epoch.loss for epoch in second.epochs]
 
 
+NUMERICS: dict[str, dict[str, Any]] = {
+    "channels_last": {"channels_last": True},
+    "bf16": {"precision": "bf16"},
+    "both": {"precision": "bf16", "channels_last": True},
+}
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("recipe", ["standard", "adversarial", "sam"])
+@pytest.mark.parametrize("architecture", ["simple_cnn", "resnet18", "vit_tiny"])
+def test_trained_twice_with_other_numerics_it_is_bit_equal(architecture: str, recipe: str, numerics: str) -> None:
+    how: dict[str, Any] = {"recipe": recipe, "recipe_params": few_steps(recipe), "epochs": 2, "batch_size": 8}
+    how |= {"augmentation": Augmentation(4, flip=True), "lr": 0.01, **NUMERICS[numerics]}
+    (one, first), (other, second) = (learned(architecture, photographs(), **how) for _ in range(2))
+    assert equal(one, other)
+    assert [epoch.loss for epoch in first.epochs] == [epoch.loss for epoch in second.epochs]
+
+
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resumed_it_is_bit_equal(recipe: str, precision: str, tmp_path: Path) -> None:
@@ -155,6 +173,29 @@ def test_compiled_with_a_smaller_last_batch_it_is_the_same_training_and_resumes_
     assert equal(whole, resumed)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(whole.state_dict()[name], value, rtol=1e-2, atol=1e-3)
+
+
+@compiler
+@pytest.mark.parametrize(
+    "options",
+    [NUMERICS["both"], {"recipe": "adversarial", "recipe_params": {"steps": 2, "eps": 0.02, "step_size": 0.01}}],
+    ids=["bf16 channels_last", "adversarial"],
+)
+def test_compiled_with_other_options_it_learns_as_well_and_resumes_bit_equal(options: dict[str, Any]) -> None:
+    """Attacked in eval mode and trained in train mode, a network is compiled for both."""
+    how: dict[str, Any] = {"epochs": 4, "train_samples": 600, "batch_size": 64, **options}
+    states: list[Any] = []
+    _, plain = learned("simple_cnn", digits(), **how)
+    torch._dynamo.reset()
+    whole, compiled = learned(
+        "simple_cnn", digits(), **how, compile=True, on_epoch=lambda _report, state: states.append(state())
+    )
+    torch._dynamo.reset()  # as a new process would
+    resumed, _ = learned("simple_cnn", digits(), **how, compile=True, resume=states[0])
+    assert equal(whole, resumed)
+    assert compiled.epochs[0].loss == pytest.approx(plain.epochs[0].loss, rel=0.05)
+    assert compiled.clean_accuracy == pytest.approx(plain.clean_accuracy, abs=0.05)
+    assert plain.clean_accuracy > 0.8
 
 
 @pytest.mark.parametrize("options", [{"precision": "tf32"}, {"precision": "bf16"}, {"channels_last": True}])

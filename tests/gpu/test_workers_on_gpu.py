@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 from processes import until
+from safetensors.torch import load
 from torch import nn
 
 from service.artifacts import Artifacts
@@ -29,7 +31,7 @@ from service.specs import DatasetRef, JobSpec
 from workers import devices, run, tasks
 from workers.context import Context
 from workers.doctor import known_to_the_driver
-from workers.worker import WorkerSettings, _Warm
+from workers.worker import WorkerSettings, _Warm, run_bundle
 
 ON_CPU = os.environ.get("GPU_TESTS_DEVICE", "cuda") == "cpu"
 DEVICE = torch.device("cpu") if ON_CPU else torch.device("cuda", 0)
@@ -48,8 +50,8 @@ on_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPU
 _numbers = count(1)
 
 
-def planned(**recipe: Any) -> JobPlan:
-    spec = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "scale": 5, "samples": 40}
+def planned(architecture: str = "mlp", **recipe: Any) -> JobPlan:
+    spec = {"architecture": architecture, "dataset": "digits", "attack": "pgd_linf", "scale": 5, "samples": 40}
     return plan_job(JobSpec(**spec, recipe={"epochs": 2, **recipe}), DatasetRef(name="digits"))
 
 
@@ -316,6 +318,40 @@ def test_a_worker_that_nobody_needs_gives_its_memory_back(context: Context) -> N
         assert torch.cuda.memory_allocated(DEVICE) < ABOUT_NOTHING
 
 
+@pytest.mark.parametrize("wrong", [False, True], ids=["done", "failed"])
+@pytest.mark.usefixtures("limit")
+def test_after_a_bundle_the_gpu_has_its_memory_back(
+    context: Context, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    """Through `run_bundle`, with what Ray would have said."""
+    size = 8 * MEBIBYTE if ON_CPU else 1 << 30
+    greedy = takes(size)
+
+    def measured(*args: Any, **options: Any) -> Any:
+        made = greedy(*args, **options)
+        if wrong:
+            raise RuntimeError("a bug")
+        return made
+
+    plan, checkpoint = trained(context)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    monkeypatch.setattr(tasks, "run_measure", measured)
+    says = {"get_gpu_ids": lambda: [] if ON_CPU else [visible]}
+    says["get_runtime_context"] = lambda: SimpleNamespace(get_node_id=lambda: "node")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(**says))
+    artifacts = str(context.data_dir.parent / "artifacts")
+    settings = WorkerSettings(artifacts, context.data_dir, 0.0, idle_seconds=0.0, gpu_idle_seconds=0.0)
+    of = bundle(plan, plan.closed_forms.stored_spec, checkpoint=checkpoint)
+    [made] = answers([message for messages in run_bundle(of, settings) for message in messages])
+    assert isinstance(made, Failed if wrong else Succeeded), made
+    cache = _Warm.cache
+    assert cache is not None
+    until(lambda: len(cache) == 0)
+    if not ON_CPU:
+        assert torch.cuda.max_memory_allocated(DEVICE) >= size
+        until(lambda: torch.cuda.memory_reserved(DEVICE) < ABOUT_NOTHING)
+
+
 @only_on_a_gpu
 @on_two
 def test_a_process_that_moves_to_another_gpu_leaves_nothing_on_the_first(context: Context) -> None:
@@ -347,6 +383,7 @@ class Lab:
 
         settings = Settings(home=home, epoch_state_seconds=0, ray_address="", ray_port=port)
         self.executor = RayExecutor(settings, body=body)
+        self.artifacts = Artifacts(settings.artifacts)
         self.said: list[Message] = []
         self.until(lambda: self.executor.capacity().ready)
 
@@ -447,6 +484,35 @@ def test_two_workers_share_a_gpu_and_each_has_its_part_of_the_memory(lab: Lab) -
     lab.until(lambda: any(one.task_id == first.task_id and isinstance(one, Progress) for one in lab.said[seen:]))
     lab.executor.cancel(first.task_id, 1)
     lab.answers(under_way)
+
+
+def test_on_half_a_gpu_beside_a_neighbour_a_training_learns_what_it_learns_alone(lab: Lab) -> None:
+    """Up to rounding: cuDNN takes another plan where its workspace does not fit."""
+    plan, long = planned("simple_cnn", epochs=3), planned("simple_cnn", epochs=LONG)
+    neighbour = bundle(long, long.train.stored_spec, share=0.5)
+    lab.submit(neighbour)
+    beside_pid = lab.worker(neighbour).pid
+    outcomes = []
+    for share in (0.5, 1.0):
+        of = bundle(plan, plan.train.stored_spec, share=share)
+        lab.submit(of)
+        [made] = lab.answers(of)
+        assert isinstance(made, Succeeded), made
+        outcomes.append(made.outcome)
+        if share == 0.5:
+            assert made.outcome.provenance["pid"] != beside_pid
+            assert not [one for one in answers(lab.said) if one.task_id == neighbour.grants[0].task_id]
+            lab.executor.cancel(neighbour.grants[0].task_id, 1)
+            lab.answers(neighbour)
+    shared, alone = outcomes
+    assert shared.provenance["device_share"] == (1.0 if ON_CPU else 0.5)
+    assert alone.provenance["device_share"] == 1.0
+    weights = []
+    for outcome in outcomes:
+        with lab.artifacts.open(outcome.artifacts[0].digest) as file:
+            weights.append(load(file.read()))
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-2, atol=1e-3)
 
 
 def test_a_cancelled_training_leaves_its_worker_and_its_gpu_usable(lab: Lab) -> None:

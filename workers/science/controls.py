@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.science.attacks import ATTACKS
-from workers.science.attacks.base import look, misclassified
+from workers.science.attacks.base import index_of, look, misclassified
 from workers.science.errors import NonFinite
 from workers.science.evaluation import Numbers, unit_interval
 
@@ -110,7 +110,7 @@ def run_controls(
         left = found["robust_pgd"].nonzero().squeeze(1)
         if len(left):
             longer = {**walk, "steps": MORE_STEPS * geometry.steps}
-            output = ATTACKS["pgd"](model, x_0[left], y_0[left], index=index_0[left.to(index_0.device)], **longer)
+            output = ATTACKS["pgd"](model, x_0[left], y_0[left], index=index_of(left, index_0), **longer)
             found["robust_more_steps"][left] = ~output.broken
         _report(on_progress, (number + 1) * stages, len(parts) * stages)
         for name, values in found.items():

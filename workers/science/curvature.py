@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from workers.science.cross_entropy import at, log_odds, log_sigmoid
 from workers.science.errors import NonFinite
+from workers.science.seeding import moved
 
 MatVec = Callable[[Tensor], Tensor]
 Parameters = dict[str, Tensor]
@@ -232,11 +233,12 @@ def hessian_vector_product(
 
 def gaussian_like(parameters: Parameters, generator: torch.Generator) -> Parameters:
     """Standard normal numbers of the parameters' shapes, made on the CPU so that every device sees the same."""
-    return {name: torch.randn(p.shape, generator=generator).to(p) for name, p in parameters.items()}
+    return {name: moved(torch.randn(p.shape, generator=generator), p.device).to(p) for name, p in parameters.items()}
 
 
 def rademacher_like(parameters: Parameters, generator: torch.Generator) -> Parameters:
     """-1 or 1 with equal chance, in the parameters' shapes, made on the CPU."""
     return {
-        name: torch.randint(0, 2, p.shape, generator=generator).mul_(2).sub_(1).to(p) for name, p in parameters.items()
+        name: moved(torch.randint(0, 2, p.shape, generator=generator).mul_(2).sub_(1), p.device).to(p)
+        for name, p in parameters.items()
     }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workers.science.ahead import ahead_of
 from workers.science.attacks import ATTACKS, AttackOutput, Observer, OnProgress, prepare
 from workers.science.attacks.norms import geometry
 from workers.science.cross_entropy import log_odds, loss_increase, softplus
@@ -132,20 +133,23 @@ def evaluate_attack(
     parts = _batches(len(y), batch_size)
     batches: list[dict[str, Tensor]] = []
     gradient_calls = forward_calls = 0
-    for number, part in enumerate(parts):
-        x_0, y_0, index_0 = unit_interval(x[part], device), y[part].to(device), index[part]
-        output = ATTACKS[attack](
-            climbed,
-            x_0,
-            y_0,
-            index=index_0,
-            attack_seed=attack_seed,
-            observer=None if observer_factory is None else observer_factory(x_0, y_0, index_0),
-            on_progress=_of_all(on_progress, number, len(parts)),
-            **{"scale": scale, **params},
-        )
-        batches.append(_judge(model, x_0, y_0, output))
-        gradient_calls, forward_calls = gradient_calls + output.gradient_calls, forward_calls + output.forward_calls
+    of_batches = [index[part].tolist() for part in parts]
+    with ahead_of(of_batches, enabled=torch.device(device).type in DRAWS_AHEAD) as begin:
+        for number, part in enumerate(parts):
+            begin(number)
+            x_0, y_0, index_0 = unit_interval(x[part], device), y[part].to(device), index[part]
+            output = ATTACKS[attack](
+                climbed,
+                x_0,
+                y_0,
+                index=index_0,
+                attack_seed=attack_seed,
+                observer=None if observer_factory is None else observer_factory(x_0, y_0, index_0),
+                on_progress=_of_all(on_progress, number, len(parts)),
+                **{"scale": scale, **params},
+            )
+            batches.append(_judge(model, x_0, y_0, output))
+            gradient_calls, forward_calls = gradient_calls + output.gradient_calls, forward_calls + output.forward_calls
     seen = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     if bool(seen["non_finite"].all()):
         raise NonFinite.of("a logit, a loss or a gradient", seen["non_finite"])
@@ -155,6 +159,8 @@ def evaluate_attack(
     return AttackReport(numbers, {name: seen[name] for name in BITS if name in seen}, _returned(seen, y))
 
 
+DRAWS_AHEAD = ("cuda",)
+"""Devices beside which the next batch's random numbers are drawn: on a CPU that takes a core away."""
 BITS = ("clean_correct", "robust", "robust_any_iterate", "zero_gradient", "non_finite")
 PROBES = 8
 """Images that a prepared network is compared on."""

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workers.science.ahead import drawn
+
 STREAM = "start"
 """The default use of an example's numbers. Another use takes another name, and gets unrelated numbers."""
 
@@ -47,6 +49,10 @@ def uniform_per_example(
 
     Row i depends on (seed, index[i], restart, stream) only: not on the batch, its order or its device.
     """
+    return drawn(_uniform, _listed(index), seed, restart, tuple(shape), stream)
+
+
+def _uniform(index: list[int], seed: int, restart: int, shape: tuple[int, ...], stream: str) -> Tensor:
     size = math.prod(shape)
     out = np.empty((len(index), size), np.float32)
     for row, bits in zip(out, _streams(seed, index, restart, stream), strict=True):
@@ -61,6 +67,10 @@ def normal_per_example(
 
     Box and Muller (1958) in float64, on 53 bits each.
     """
+    return drawn(_normal, _listed(index), seed, restart, tuple(shape), stream)
+
+
+def _normal(index: list[int], seed: int, restart: int, shape: tuple[int, ...], stream: str) -> Tensor:
     size = math.prod(shape)
     half = (size + 1) // 2
     out = np.empty((len(index), size), np.float32)
@@ -72,14 +82,18 @@ def normal_per_example(
     return torch.from_numpy(out).reshape(-1, *shape)
 
 
-def _streams(seed: int, index: Tensor | Sequence[int], restart: int, stream: str) -> Iterator[np.random.Philox]:
+def _listed(index: Tensor | Sequence[int]) -> list[int]:
+    return index.tolist() if isinstance(index, Tensor) else list(index)
+
+
+def _streams(seed: int, index: list[int], restart: int, stream: str) -> Iterator[np.random.Philox]:
     """`example_bits` of each example in turn: one object that is moved, because a new one takes as long as its numbers.
 
     Example by example the numbers stay in the processor's cache.
     """
     bits = example_bits(seed, 0, restart, stream)
     state: Any = bits.state
-    for i in index.tolist() if isinstance(index, Tensor) else index:
+    for i in index:
         state["state"]["counter"][1] = i
         bits.state = state
         yield bits
@@ -93,7 +107,8 @@ def generator(seed: int, stream: str = STREAM) -> torch.Generator:
 
 def moved(numbers: Tensor, device: torch.device) -> Tensor:
     """`numbers`, made on the CPU, on `device`; a GPU is not waited for, so numbers are made while it works."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    numbers = numbers.pin_memory() if device.type == "cuda" else numbers
+    return numbers.to(device, non_blocking=True)
 
 
 @contextmanager

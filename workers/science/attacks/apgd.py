@@ -10,6 +10,7 @@ from workers.science.attacks.base import (
     OnProgress,
     Step,
     highest_wrong_classes,
+    index_of,
     look,
     misclassified,
     per_example,
@@ -60,7 +61,7 @@ def apgd(
         watcher, leave = (observer if run == 0 else None), observer is None or run > 0
         alive = found.robust() if run > 0 else torch.arange(len(x), device=x.device)
         x_0, y_0, target = x[alive], y[alive], classes[alive, run % classes.shape[1]]
-        noise = ball.random_start(x_0, 1.0, seed=attack_seed, index=index[alive.to(index.device)], restart=run)
+        noise = ball.random_start(x_0, 1.0, seed=attack_seed, index=index_of(alive, index), restart=run)
         x_t = (x_0 + noise * per_example(eps / ball.size(noise).clamp_min(1e-12), noise)).clamp(0, 1)
         memory, x_before = _Memory(x_t, steps, rho, 2 * eps), x_t
         for t in range(steps + 1):

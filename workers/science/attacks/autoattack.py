@@ -10,7 +10,16 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from workers.science.attacks.apgd import apgd
-from workers.science.attacks.base import AttackOutput, Found, Observer, OnProgress, look, misclassified, refuse_observer
+from workers.science.attacks.base import (
+    AttackOutput,
+    Found,
+    Observer,
+    OnProgress,
+    index_of,
+    look,
+    misclassified,
+    refuse_observer,
+)
 from workers.science.attacks.fab import fab
 from workers.science.attacks.norms import geometry
 from workers.science.attacks.square import square
@@ -59,7 +68,7 @@ def autoattack(
                 model,
                 x[alive],
                 y[alive],
-                index=index[alive.to(index.device)],
+                index=index_of(alive, index),
                 attack_seed=attack_seed,
                 on_progress=_share_of(on_progress, stage, len(members)),
                 norm=norm,

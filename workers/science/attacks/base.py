@@ -132,6 +132,14 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def index_of(alive: Tensor, index: Tensor) -> Tensor:
+    """The entries of `index [n]` for the examples `alive`, positions in rising order.
+
+    Where all are alive that is `index` itself, and a GPU is not waited for.
+    """
+    return index if len(alive) == len(index) else index[alive.to(index.device)]
+
+
 def refuse_observer(observer: Observer | None, attack: str) -> None:
     if observer is not None:
         raise ValueError(f"{attack} has no trajectory to record")

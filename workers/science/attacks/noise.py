@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from workers.science.attacks.base import AttackOutput, Found, Observer, OnProgress, look, misclassified
 from workers.science.attacks.norms import geometry
-from workers.science.seeding import normal_per_example
+from workers.science.seeding import moved, normal_per_example
 
 
 def noise(
@@ -39,8 +39,8 @@ def noise(
     for draw in range(draws):
         watcher = observer if draw == 0 else None
         if kind == "gaussian":
-            normal = normal_per_example(attack_seed, index, draw, x.shape[1:], stream="noise").to(x)
-            end = (0.5 + 0.25 * normal).clamp(0, 1)
+            normal = normal_per_example(attack_seed, index, draw, x.shape[1:], stream="noise")
+            end = (0.5 + 0.25 * moved(normal, x.device).to(x)).clamp(0, 1)
         else:
             start = geometry(norm).random_start(x, eps, seed=attack_seed, index=index, restart=draw)
             end = (x + start).clamp(0, 1)

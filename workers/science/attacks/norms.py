@@ -50,8 +50,8 @@ class L2:
         direction = self.normalize(
             moved(normal_per_example(seed, index, restart, like.shape[1:]), like.device).to(like)
         )
-        u = uniform_per_example(seed, index, restart, (1,), stream=RADIUS).to(like).squeeze(1)
-        return direction * per_example(eps * u ** (1 / math.prod(like.shape[1:])), like)
+        u = moved(uniform_per_example(seed, index, restart, (1,), stream=RADIUS), like.device).to(like)
+        return direction * per_example(eps * u.squeeze(1) ** (1 / math.prod(like.shape[1:])), like)
 
     def normalize(self, gradient: Tensor) -> Tensor:
         """Divided by the largest absolute entry first, so that the squares of tiny gradients do not underflow."""

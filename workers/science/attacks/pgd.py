@@ -12,6 +12,7 @@ from workers.science.attacks.base import (
     Observer,
     OnProgress,
     highest_wrong,
+    index_of,
     look,
     misclassified,
     take_gradient,
@@ -72,7 +73,7 @@ def pgd(
         x_0, y_0, target_0 = x[alive], y[alive], target[alive]
         x_t = x_0
         if random_start or restart > 0:
-            noise = ball.random_start(x_0, eps, seed=attack_seed, index=index[alive.to(index.device)], restart=restart)
+            noise = ball.random_start(x_0, eps, seed=attack_seed, index=index_of(alive, index), restart=restart)
             x_t = (x_0 + noise).clamp(0, 1)
         for t in range(steps):
             if not len(alive):

@@ -10,6 +10,7 @@ from workers.science.attacks.base import (
     Found,
     Observer,
     OnProgress,
+    index_of,
     look,
     misclassified,
     per_example,
@@ -17,7 +18,7 @@ from workers.science.attacks.base import (
 )
 from workers.science.attacks.losses import margin
 from workers.science.attacks.norms import geometry
-from workers.science.seeding import uniform_per_example
+from workers.science.seeding import moved, uniform_per_example
 
 CHUNK = 500
 """Queries whose random numbers are drawn at once."""
@@ -59,7 +60,7 @@ def square(
     x_0, y_0 = x[alive], y[alive]
     channels, height, width = x.shape[1:]
 
-    first = _uniform(attack_seed, index, alive, (channels * (height * width + 1) + 1,), "square start").to(x)
+    first = _uniform(attack_seed, index, alive, (channels * (height * width + 1) + 1,), "square start", x)
     x_best = _stripes(x_0, eps, first) if norm == "linf" else _tiles(x_0, eps, first)
     best = torch.full((len(alive),), -torch.inf, device=x.device, dtype=x.dtype)
     x_new, drawn = x_best, first
@@ -68,7 +69,7 @@ def square(
             break
         if query > 0:
             if (query - 1) % CHUNK == 0:
-                drawn = _uniform(attack_seed, index, alive, (CHUNK, 5 + channels), f"square {query}").to(x)
+                drawn = _uniform(attack_seed, index, alive, (CHUNK, 5 + channels), f"square {query}", x)
             x_new = propose(x_0, x_best, eps, _share(p_init, query - 1, queries), drawn[:, (query - 1) % CHUNK])
         logits = look(model, x_new)[1]
         found.met(logits, alive)
@@ -86,8 +87,8 @@ def square(
     return found.output(norm, eps)
 
 
-def _uniform(seed: int, index: Tensor, alive: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
-    return uniform_per_example(seed, index[alive.to(index.device)], 0, shape, stream=stream)
+def _uniform(seed: int, index: Tensor, alive: Tensor, shape: tuple[int, ...], stream: str, like: Tensor) -> Tensor:
+    return moved(uniform_per_example(seed, index_of(alive, index), 0, shape, stream=stream), like.device).to(like)
 
 
 def _share(p_init: float, query: int, queries: int) -> float:
@@ -114,7 +115,7 @@ def _stripes(x: Tensor, eps: float, u: Tensor) -> Tensor:
 def _corners(x: Tensor, side: int, u: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns `[n, side]` of a square in each image, at the place that `u [n, 2]` in [0, 1) says."""
     along = torch.arange(side, device=x.device)
-    room = torch.tensor([size - side + 1 for size in x.shape[-2:]], device=x.device)
+    room = moved(torch.tensor([size - side + 1 for size in x.shape[-2:]]), x.device)
     corner = (u * room).long().minimum(room - 1)
     return corner[:, :1] + along, corner[:, 1:] + along
 
@@ -148,7 +149,7 @@ def _propose_l2(x: Tensor, x_best: Tensor, eps: float, share: float, u: Tensor) 
     delta = x_best - x
     unused = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp_min(0) / x.shape[1]
     budget = (unused + (delta * both).square().sum((2, 3), keepdim=True)).sqrt()
-    bump = _bump(side).to(x)
+    bump = _bump(side, x)
     bump = torch.where(u[:, 4, None, None] < 0.5, bump, bump.T)[:, None] * _signs(u[:, 5:])[:, :, None, None]
     new = bump + delta[patch] / (1e-12 + delta[patch].square().sum((2, 3), keepdim=True).sqrt())
     new = new / (1e-12 + new.square().sum((2, 3), keepdim=True).sqrt()) * budget
@@ -163,7 +164,8 @@ def _tiles(x: Tensor, eps: float, u: Tensor) -> Tensor:
     side = min(max(height // 5, 3), height, width)
     down, across = height // side, width // side
     signs = _signs(u[:, : channels * down * across].reshape(n, channels, down, across))
-    bump = torch.where(u[:, -1, None, None] < 0.5, _bump(side).to(x), _bump(side).T.to(x))
+    bump = _bump(side, x)
+    bump = torch.where(u[:, -1, None, None] < 0.5, bump, bump.T)
     tiled = bump.repeat(1, down, across)[:, None] * signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
     top, left = (height - down * side) // 2, (width - across * side) // 2
     delta = torch.zeros_like(x)
@@ -176,11 +178,11 @@ def _to_sphere(x: Tensor, delta: Tensor, eps: float) -> Tensor:
     return (x + ball.project(ball.normalize(delta) * eps, eps)).clamp(0, 1)
 
 
-def _bump(side: int) -> Tensor:
+def _bump(side: int, like: Tensor) -> Tensor:
     """[side, side]: a positive and a negative pyramid side by side, of l2 norm 1 (the paper's eta)."""
     upper = side // 2
     bump = torch.cat([_pyramid(upper, side), -_pyramid(side - upper, side)])
-    return bump / bump.square().sum().sqrt()
+    return moved(bump / bump.square().sum().sqrt(), like.device).to(like)
 
 
 def _pyramid(height: int, width: int) -> Tensor:
