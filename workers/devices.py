@@ -31,6 +31,7 @@ OF_MEMORY = (
     "cusolver_status_not_initialized",
     "cufft_alloc_failed",
     "cusparse_status_insufficient_resources",
+    "nvml_success ==",  # asked for the message of an error of memory, where the driver's library does not answer
 )
 
 CONTEXT_BYTES = 600 << 20  # of a GPU's memory, for the context and the libraries of one process

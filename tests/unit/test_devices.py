@@ -32,6 +32,10 @@ OF_MEMORY = [
     RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
     RuntimeError("CUDA ran out of memory outside PyTorch's allocator."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError(
+        'NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/'
+        'CUDACachingAllocator.cpp":1090, please report a bug to PyTorch.'
+    ),
     RuntimeError("std::bad_alloc"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     MemoryError(),
