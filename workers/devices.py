@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -167,7 +168,9 @@ def cache_bytes(device: torch.device, share: float, most_bytes: int) -> int:
 def release(device: torch.device) -> None:
     """Give memory of a GPU back that no tensor uses any more, so that other processes can have it."""
     if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device):
+        # On a broken context every call raises. Its memory comes back when the process ends, and an error from here
+        # would take the place of the exit of a worker, or count against the GPU that it moves to.
+        with suppress(RuntimeError), torch.cuda.device(device):
             torch.cuda.empty_cache()
 
 
