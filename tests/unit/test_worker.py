@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -144,9 +145,9 @@ class TestBundle:
 
         def until_exit() -> list[Message]:
             messages: list[Message] = []
+            batches = run_bundle(Bundle("b", self.GRANTS, {}), WorkerSettings(str(tmp_path), tmp_path, 5.0))
             with pytest.raises(SystemExit) as exited:
-                for batch in run_bundle(Bundle("b", self.GRANTS, {}), WorkerSettings(str(tmp_path), tmp_path, 5.0)):
-                    messages += batch
+                messages.extend(chain.from_iterable(batches))
             assert exited.value.code == 1
             return messages
 
