@@ -255,10 +255,12 @@ def _try(
             return _of_the_environment(grant, bundle, context, error), False
         if devices.ran_out_of_memory(error):
             reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
-            return Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}"), False
-        failed = Failed(task, attempt, "error", f"{type(error).__name__}: {error}", traceback.format_exc())
-    # Out here the exception, whose frames hold the task's tensors, is gone.
-    return failed, not devices.computes(context.device)
+            answer: Failed | Lost = Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}")
+        else:
+            answer = Failed(task, attempt, "error", f"{type(error).__name__}: {error}", traceback.format_exc())
+    # Out here the exception, whose frames hold the task's tensors, is gone. The words for memory are looked into too:
+    # after an error that broke the device, cuBLAS makes no handle either.
+    return answer, not devices.computes(context.device)
 
 
 def _empty(context: Context) -> None:
@@ -289,5 +291,8 @@ def _shared(context: Context) -> bool:
         return False
     if context.device_share < 1:
         return True
-    free, total = torch.cuda.mem_get_info(context.device)
+    try:
+        free, total = torch.cuda.mem_get_info(context.device)
+    except RuntimeError:  # it is broken, which is found out next
+        return False
     return total - free - torch.cuda.memory_reserved(context.device) > OTHERS_BYTES

@@ -693,6 +693,36 @@ def test_after_an_error_of_the_device_the_rest_is_given_back(
     assert answer(messages, "next") == Lost("next", 1, "given_back", getattr(answer(messages, "next"), "message", ""))
 
 
+def test_the_words_for_memory_of_a_broken_device_are_not_believed(
+    trained: tuple[ArtifactRef, list[Message]], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal memory access cuBLAS makes no handle, as where its workspace does not fit."""
+    tried: list[str] = []
+
+    def broken(*_args: object, **_options: object) -> Outcome:
+        tried.append("a measure")
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(run.devices, "computes", lambda device: False)
+    monkeypatch.setattr(tasks, "run_measure", broken)
+    plan = plan_job(job(), DatasetRef(name="digits"))
+    both = (grant(plan.closed_forms, "broken"), grant(plan.attack, "next"))
+    messages: list[Message] = []
+    with pytest.raises(run.DeviceBroken):
+        messages.extend(run.execute(Bundle("b", both, plan.train.stored_spec, trained[0]), context))
+    assert isinstance(answer(messages, "broken"), (Failed, Lost))
+    assert getattr(answer(messages, "next"), "reason", "") == "given_back"
+    assert tried == ["a measure"], "what is broken is not tried again in place"
+
+
+def test_nobody_asks_a_broken_device_for_its_memory_in_vain(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: torch.device) -> tuple[int, int]:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    assert not run._shared(replace(context, device=torch.device("cuda:0")))
+
+
 class TestEnvironment:
     """What fails around a task is not the task's: its attempt is lost with the owner of the fault."""
 
