@@ -69,19 +69,19 @@ def probe(device: torch.device) -> None:
     try:
         with deterministic(device):
             found = _small_step(device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        expected = _small_step(torch.device("cpu"))
+    except (RuntimeError, MemoryError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise DeviceUnfit(f"{_named(device)} cannot run a small convolution: {_first_line(error)}") from error
-    expected = _small_step(torch.device("cpu"))
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
         raise DeviceUnfit(f"{_named(device)} computes a small convolution wrongly: set it aside and have it tested")
 
 
 def computes(device: torch.device) -> bool:
-    """Whether the device still computes in this process, after an error that may have broken it."""
+    """Whether the device still computes in this process, after an error that may have broken it. A full one does."""
     try:
         probe(device)
-    except DeviceUnfit:
-        return False
+    except DeviceUnfit as unfit:
+        return ran_out_of_memory(unfit.__cause__ or unfit)
     return True
 
 
@@ -118,18 +118,20 @@ def all_described() -> tuple[list[dict[str, Any]], str]:
 
 def described(device: torch.device) -> dict[str, Any]:
     """What a GPU is and how it is: `name`, `uuid`, `capability`, whether torch `fits` it, `total_bytes`, `free_bytes`,
-    and what is wrong with it in `trouble`, which is empty where it computes.
+    and what is wrong with it in `trouble`, which is empty where it computes or only has no memory left.
     """
     of = torch.cuda.get_device_properties(device)
     capability = f"{of.major}.{of.minor}"
     fits = has_kernels(capability, torch.cuda.get_arch_list())
     about = {"name": of.name, "uuid": str(of.uuid), "capability": capability, "fits": fits}
+    free, total, trouble = 0, of.total_memory, ""
     try:
         free, total = torch.cuda.mem_get_info(device)
         probe(device)
-        trouble = ""
     except (RuntimeError, DeviceUnfit) as error:
-        free, total, trouble = 0, of.total_memory, str(error)
+        # Of one that is full, `free_bytes` says it all; where there is room, the same words mean that it does not fit.
+        full = free < CONTEXT_BYTES and ran_out_of_memory(error.__cause__ or error)
+        trouble = "" if full else str(error)
     return {**about, "total_bytes": total, "free_bytes": free, "trouble": trouble}
 
 

@@ -1,7 +1,10 @@
 """What errors say about a device, how much of its memory a worker takes, and whether it computes."""
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +108,20 @@ class TestProbe:
             devices.probe(torch.device("cuda:3"))
         assert not devices.computes(torch.device("cuda:3"))
 
+    @pytest.mark.parametrize(
+        "error", [one for one in OF_MEMORY if not isinstance(one, OSError)], ids=lambda error: str(error)[:40]
+    )
+    def test_a_full_one_still_computes_and_gets_no_first_bundle(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        def full(device: torch.device) -> torch.Tensor:
+            raise error
+
+        monkeypatch.setattr(devices, "_small_step", full)
+        assert devices.computes(torch.device("cuda:3"))
+        with pytest.raises(DeviceUnfit, match="cannot run a small convolution"):
+            devices.probe(torch.device("cuda:3"))
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_a_gpu_that_is_not_there_is_unfit(self) -> None:
         assert not devices.computes(torch.device("cuda:0"))
@@ -137,6 +154,53 @@ class TestKernels:
         described, trouble = devices.all_described()
         assert described == []
         assert trouble.startswith("RuntimeError: Found no NVIDIA driver"), trouble
+
+
+class TestDescribed:
+    """What is said of a GPU to who looks for what is wrong with it."""
+
+    @pytest.fixture
+    def described(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None, Exception | None, int], Any]:
+        """What is said of one that raises these, when it is asked for its memory and when it computes."""
+        of = SimpleNamespace(name="H100", uuid="1b2c", major=9, minor=0, total_memory=80 * GIGABYTE)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: of)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+
+        def says(asked: Exception | None, computing: Exception | None, free: int) -> tuple[int, str]:
+            def memory(_: torch.device) -> tuple[int, int]:
+                if asked is not None:
+                    raise asked
+                return free, 80 * GIGABYTE
+
+            def step(device: torch.device) -> torch.Tensor:
+                if computing is not None:
+                    raise computing
+                return torch.zeros(3)
+
+            monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+            monkeypatch.setattr(devices, "_small_step", step)
+            found = devices.described(torch.device("cuda:0"))
+            assert (found["name"], found["total_bytes"], found["fits"]) == ("H100", 80 * GIGABYTE, True)
+            return found["free_bytes"], found["trouble"]
+
+        return says
+
+    def test_a_full_one_is_in_no_trouble_but_has_nothing_free(self, described: Callable[..., Any]) -> None:
+        full = torch.AcceleratorError("CUDA error: out of memory")
+        no_engine = RuntimeError("GET was unable to find an engine to execute this computation")
+        assert described(None, None, 79 * GIGABYTE) == (79 * GIGABYTE, "")
+        assert described(full, None, 0) == (0, "")
+        assert described(None, full, 1 << 20) == (1 << 20, "")
+        assert described(None, no_engine, 1 << 20) == (1 << 20, "")
+
+    def test_with_memory_left_the_same_words_are_trouble(self, described: Callable[..., Any]) -> None:
+        free, trouble = described(None, RuntimeError("unable to find an engine to execute this computation"), GIGABYTE)
+        assert (free, "unable to find an engine" in trouble) == (GIGABYTE, True)
+
+    def test_one_without_kernels_is_in_trouble(self, described: Callable[..., Any]) -> None:
+        no_kernel = torch.AcceleratorError("CUDA error: no kernel image is available")
+        assert "no kernel image" in described(None, no_kernel, 1 << 20)[1]
+        assert "no kernel image" in described(no_kernel, None, 0)[1]
 
 
 class TestMemory:
