@@ -111,7 +111,7 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
         _require_compiler()
     recipe = task.recipe
     note: dict[str, Any] = {}
-    here = {**machine(context.device), "after_epoch": 0}
+    here = {**machine(context.device, context.device_share), "after_epoch": 0}
     states = EpochStates(context, [here])
 
     def tell(fraction: float, detail: dict[str, Any], resume: ArtifactRef | None = None) -> None:

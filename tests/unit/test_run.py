@@ -44,7 +44,7 @@ from service.store.fields import PROVENANCE
 from service.store.tables import attempts, trainings
 from workers import run, tasks
 from workers.context import Cache, Context
-from workers.provenance import gpu, of_properties
+from workers.provenance import cudnn, gpu, of_properties
 from workers.science.architectures import build
 from workers.science.datasets import DATASETS
 from workers.science.errors import Diverged
@@ -180,6 +180,26 @@ def test_a_resumed_training_names_all_its_machines(
     machines, messages = resumed("elsewhere", messages)
     assert machines == [(here, 0), ("elsewhere", 1)]
     assert resumed(here, messages)[0] == [(here, 0), ("elsewhere", 1), (here, 2)]
+
+
+def test_a_machine_is_another_one_with_another_share_or_another_cudnn(
+    trained: tuple[ArtifactRef, list[Message]], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both move the last bits of a training on a GPU."""
+    train = plan_job(job(), DatasetRef(name="digits")).train
+    state = next(m.resume for m in trained[1] if isinstance(m, Progress) and m.resume)
+    monkeypatch.setattr("workers.provenance.cudnn", lambda _: 91002)
+    bundle = Bundle("b", (grant(train, resume=state),), train.stored_spec)
+    machines = outcome(list(run.execute(bundle, replace(context, device_share=0.5)))).provenance["machines"]
+    assert [(of["device_share"], of["cudnn"], of["after_epoch"]) for of in machines] == [
+        (1.0, None, 0),
+        (0.5, 91002, 1),
+    ]
+
+
+def test_the_version_of_cudnn_is_noted_of_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert [cudnn(torch.device(name)) for name in ("cuda:0", "cpu")] == [91002, None]
 
 
 def test_epoch_states_take_a_fiftieth_of_the_time(context: Context) -> None:
