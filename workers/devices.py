@@ -3,8 +3,11 @@
 import errno
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ OF_MEMORY = (
 CONTEXT_BYTES = 600 << 20  # of a GPU's memory, for the context and the libraries of one process
 CACHE_SHARE = 0.25  # of a GPU's memory that a worker may use, for networks and data that it keeps at hand
 PROBE_SIZE = 16
+PYTHON_HEADERS = "Python.h (python3-dev)"
 
 
 class DeviceUnfit(UncannyError):
@@ -135,9 +139,28 @@ def described(device: torch.device) -> dict[str, Any]:
     return {**about, "total_bytes": total, "free_bytes": free, "trouble": trouble}
 
 
-def compiler() -> str | None:
-    """The C++ compiler that `torch.compile` would call on this machine; None where there is none."""
-    return next((path for name in (os.environ.get("CXX", ""), "g++", "clang++") if (path := shutil.which(name))), None)
+def lacks_for_compile(device_type: str) -> list[str]:
+    """What `torch.compile` needs of this machine and does not find, as torch's and Triton's sources look for it.
+
+    Torch compiles C++. On a GPU Triton compiles a module of Python in C, which calls the driver.
+    """
+    lacks = [] if _has_program("CXX", "clang++" if sys.platform == "darwin" else "g++") else ["C++ compiler (g++)"]
+    if device_type == "cuda":
+        lacks += [] if _has_program("CC", "gcc", "clang") else ["C compiler (gcc)"]
+        lacks += [] if Path(sysconfig.get_paths(_scheme())["include"], "Python.h").is_file() else [PYTHON_HEADERS]
+    return lacks
+
+
+def _has_program(variable: str, *usual: str) -> bool:
+    """Whether there is the one that the environment names, or one of the usual ones where it names none."""
+    named = os.environ.get(variable)
+    return any(shutil.which(name) for name in (usual if named is None else named.split()[:1]))
+
+
+def _scheme() -> str:
+    """Of Python's folders. Debian's own has no headers, so Triton takes the one beneath."""
+    scheme = sysconfig.get_default_scheme()
+    return "posix_prefix" if scheme == "posix_local" else scheme
 
 
 def bound_memory(device: torch.device, share: float) -> None:

@@ -22,7 +22,7 @@ from service.specs.attacks import parameters as attack_parameters
 from service.specs.recipes import Imported
 from service.specs.recipes import parameters as recipe_parameters
 from workers.context import Context
-from workers.devices import compiler
+from workers.devices import lacks_for_compile
 from workers.provenance import conditions, machine
 from workers.science import architectures
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, prepare
@@ -108,7 +108,7 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
     if isinstance(task.recipe, Imported):
         return _imported(task, task.recipe, data, context)
     if task.recipe.compile:
-        _require_compiler()
+        _require_compiler(context.device)
     recipe = task.recipe
     note: dict[str, Any] = {}
     here = {**machine(context.device, context.device_share), "after_epoch": 0}
@@ -198,11 +198,11 @@ def _machines_of(state: State, here: dict[str, Any]) -> list[dict[str, Any]]:
     return [*before, {**here, "after_epoch": len(state.get("reports", ()))}]
 
 
-def _require_compiler() -> None:
-    if compiler() is None:
+def _require_compiler(device: torch.device) -> None:
+    if lacks := lacks_for_compile(device.type):
         raise ScienceError(
-            "compile: true needs a C++ compiler, and this worker's machine has none: install g++ there and retry the "
-            "job, or submit it with compile: false"
+            f"compile: true fails on this worker's machine, which has no {', no '.join(lacks)}: install that there and "
+            "retry the job, or submit it with compile: false"
         )
 
 

@@ -1,6 +1,8 @@
 """What errors say about a device, how much of its memory a worker takes, and whether it computes."""
 
 import errno
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,12 +225,52 @@ class TestMemory:
         assert devices.cache_bytes(CPU, 1.0, 4 * GIGABYTE) == 4 * GIGABYTE
 
 
-def test_the_compiler_is_the_one_that_is_named_or_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    assert devices.compiler() is None
-    for name in ("clang++", "mine"):
-        (tmp_path / name).touch(0o755)
-    assert devices.compiler() == str(tmp_path / "clang++")
-    monkeypatch.setenv("CXX", "mine")
-    assert devices.compiler() == str(tmp_path / "mine")
+class TestCompiling:
+    """What `torch.compile` needs of a machine."""
+
+    CPLUSPLUS, C, HEADERS = "C++ compiler (g++)", "C compiler (gcc)", devices.PYTHON_HEADERS
+
+    @pytest.fixture
+    def programs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Puts programs on a path that has no others. Python has its headers."""
+        monkeypatch.setenv("PATH", str(tmp_path))
+        for name in ("CC", "CXX"):
+            monkeypatch.delenv(name, raising=False)
+        (tmp_path / "Python.h").touch()
+        monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+
+        def put(*names: str) -> None:
+            for name in names:
+                (tmp_path / name).touch(0o755)
+
+        return put
+
+    def test_a_cpu_needs_a_compiler_for_cplusplus(self, programs: Callable[..., None]) -> None:
+        programs("gcc", "clang", *([] if sys.platform == "darwin" else ["clang++"]))  # which torch does not look for
+        assert devices.lacks_for_compile("cpu") == [self.CPLUSPLUS]
+        programs("g++", "clang++")
+        assert devices.lacks_for_compile("cpu") == []
+
+    @pytest.mark.parametrize("name", ["gcc", "clang"])
+    def test_a_gpu_needs_one_for_c_too(self, programs: Callable[..., None], name: str) -> None:
+        assert devices.lacks_for_compile("cuda") == [self.CPLUSPLUS, self.C]
+        programs("g++", "clang++")
+        assert devices.lacks_for_compile("cuda") == [self.C]
+        programs(name)
+        assert devices.lacks_for_compile("cuda") == []
+
+    def test_the_ones_that_the_environment_names_are_the_only_ones(
+        self, programs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        programs("g++", "clang++", "gcc")
+        monkeypatch.setenv("CC", "mine")
+        monkeypatch.setenv("CXX", "mine -O1")
+        assert devices.lacks_for_compile("cuda") == [self.CPLUSPLUS, self.C]
+        programs("mine")
+        assert devices.lacks_for_compile("cuda") == []
+
+    def test_a_gpu_needs_pythons_headers(self, programs: Callable[..., None], tmp_path: Path) -> None:
+        programs("g++", "clang++", "gcc")
+        (tmp_path / "Python.h").unlink()
+        assert devices.lacks_for_compile("cuda") == [self.HEADERS]
+        assert devices.lacks_for_compile("cpu") == []

@@ -47,7 +47,7 @@ from workers.context import Cache, Context
 from workers.provenance import cudnn, gpu, of_properties
 from workers.science.architectures import build
 from workers.science.datasets import DATASETS
-from workers.science.errors import Diverged
+from workers.science.errors import Diverged, ScienceError
 from workers.science.summaries import merged
 from workers.science.weights import load_state, load_weights, save_state, save_weights
 
@@ -551,6 +551,32 @@ def test_what_would_fail_again_is_a_configuration_error_in_a_sentence(
     assert "32x32" in getattr(failures["too_small"], "message", "")
     assert "scale" in getattr(failures["nonsense"], "message", "")
     assert "resnet9000" in getattr(failures["unknown"], "message", "")
+
+
+def test_a_compiled_training_without_a_compiler_is_refused(
+    execute: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    train = plan_job(job(recipe={"compile": True}), DatasetRef(name="digits")).train
+    failed = answer(execute(train, grant(train)))
+    assert isinstance(failed, Failed), failed
+    assert failed.kind == "configuration"
+    assert "no C++ compiler (g++)" in failed.message
+    assert "compile: false" in failed.message
+
+
+def test_on_a_gpu_a_compiled_training_needs_what_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def lacks(device_type: str) -> list[str]:
+        asked.append(device_type)
+        return ["C compiler (gcc)", "Python.h (python3-dev)"]
+
+    monkeypatch.setattr(tasks, "lacks_for_compile", lacks)
+    with pytest.raises(ScienceError, match=r"has no C compiler \(gcc\), no Python.h"):
+        tasks._require_compiler(torch.device("cuda:1"))
+    assert asked == ["cuda"]
 
 
 @pytest.mark.parametrize(("how", "others"), [("deleted", False), ("damaged", False), ("deleted", True)])
