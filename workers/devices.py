@@ -40,6 +40,9 @@ OF_MEMORY = (
 
 CONTEXT_BYTES = 600 << 20  # of a GPU's memory, for the context and the libraries of one process
 CACHE_SHARE = 0.25  # of a GPU's memory that a worker may use, for networks and data that it keeps at hand
+BATCH_IMAGES = 256
+IMAGES_GIB = 16  # of a GPU's memory that a process has for each `BATCH_IMAGES` that it takes at a time
+MOST_BATCHES = 4
 PROBE_SIZE = 16
 PYTHON_HEADERS = "Python.h (python3-dev)"
 
@@ -188,6 +191,17 @@ def cache_bytes(device: torch.device, share: float, most_bytes: int) -> int:
         return most_bytes
     total = _total_bytes(device)
     return min(most_bytes, int(CACHE_SHARE * memory_fraction(share, total) * total))
+
+
+def batch_images(device: torch.device, share: float) -> int:
+    """How many images an attack takes at a time: by what a process may allocate there, never by what is free just now,
+    so that a task has the same batches whenever it runs.
+    """
+    if device.type != "cuda":
+        return BATCH_IMAGES
+    total = _total_bytes(device)
+    allowed = int(memory_fraction(share, total) * total)
+    return BATCH_IMAGES * min(max(1, allowed // (IMAGES_GIB << 30)), MOST_BATCHES)
 
 
 def release(device: torch.device) -> None:

@@ -98,7 +98,8 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
         "dataset_files_sha256": [training.dataset.train_sha256, training.dataset.test_sha256],
     }
     made_by = provenance.environment(context.device)
-    conditions = {**determinism, **outcome.provenance}  # a training sets flags of its own
+    # A training sets flags of its own; how many images at a time is noted where that depends on the device.
+    conditions = {"batch_images": None, **determinism, **outcome.provenance}
     return replace(outcome, provenance=merged(made_by, made_from, conditions, meter.read()))
 
 
@@ -228,8 +229,9 @@ def _answer(
     if isinstance(answer, Lost) and answer.reason in OF_MEMORY and not broken:
         # Once more in place: it may have been what this process keeps at hand, or what a neighbour held for a moment.
         _empty(context)
-        log.warning("%s is tried once more with an empty cache: %s", grant, answer.message)
-        answer, broken = _try(replace(grant, resume=resume), bundle, context, report)
+        log.warning("%s is tried once more, with an empty cache and fewer images at a time: %s", grant, answer.message)
+        fewer = replace(context, batch_images=max(1, context.batch_images // 2))
+        answer, broken = _try(replace(grant, resume=resume), bundle, fewer, report)
         _empty(context)
     return answer, broken
 

@@ -225,6 +225,22 @@ class TestMemory:
         assert devices.cache_bytes(CPU, 1.0, 4 * GIGABYTE) == 4 * GIGABYTE
 
 
+@pytest.mark.parametrize(
+    ("total", "share", "images"),
+    [
+        (8, 1.0, 256), (24, 1.0, 256), (40, 1.0, 512), (48, 1.0, 768), (80, 1.0, 1024), (141, 1.0, 1024),
+        (80, 0.5, 512), (80, 0.25, 256), (141, 0.125, 256),
+    ],
+)  # fmt: skip
+def test_images_at_a_time_follow_the_memory_that_a_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, total: int, share: float, images: int
+) -> None:
+    monkeypatch.setattr(devices, "_total_bytes", lambda _: total * GIGABYTE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: pytest.fail("what is free changes from run to run"))
+    assert devices.batch_images(torch.device("cuda:0"), share) == images
+    assert devices.batch_images(CPU, share) == 256
+
+
 class TestCompiling:
     """What `torch.compile` needs of a machine."""
 

@@ -46,6 +46,7 @@ from workers import run, tasks
 from workers.context import Cache, Context
 from workers.provenance import cudnn, gpu, of_properties
 from workers.science.architectures import build
+from workers.science.attacks import ATTACKS
 from workers.science.datasets import DATASETS
 from workers.science.errors import Diverged, ScienceError
 from workers.science.summaries import merged
@@ -697,6 +698,46 @@ def test_memory_that_is_there_again_costs_no_attempt(
     messages = execute(plan.train, grant(plan.closed_forms), checkpoint=trained[0])
     assert outcome(messages, "t").numbers
     assert kept[1] < kept[0], "the cache was emptied before"
+
+
+def test_what_ran_out_of_memory_is_tried_again_with_half_the_images_at_a_time(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no number depends on how many they are: the same bits, the rest to rounding."""
+    plan, attack = plan_job(job(samples=300), DatasetRef(name="digits")), ATTACKS["pgd"]
+    both = grant(plan.attack, "attack"), grant(plan.closed_forms, "closed forms")
+    at_256 = execute(plan.train, *both, checkpoint=trained[0])
+    seen: list[int] = []
+
+    def greedy(model: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(len(x))
+        if len(x) > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return attack(model, x, *args, **options)
+
+    monkeypatch.setitem(ATTACKS, "pgd", greedy)
+    halved = execute(plan.train, *both, checkpoint=trained[0])
+    assert seen == [256, 128, 128, 44]
+    for name, images in (("attack", 128), ("closed forms", 256)):
+        before, after = outcome(at_256, name), outcome(halved, name)
+        assert (before.provenance["batch_images"], after.provenance["batch_images"]) == (256, images)
+        assert after.bits == before.bits
+        numbers = {key: value for key, value in before.numbers.items() if value is not None}
+        assert {key: after.numbers[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-7), name
+    assert outcome(trained[1]).provenance["batch_images"] is None
+
+
+def test_as_many_images_at_a_time_as_the_context_says(
+    trained: tuple[ArtifactRef, list[Message]], context: Context
+) -> None:
+    plan = plan_job(job(samples=300, measures=["sam_sharpness"]), DatasetRef(name="digits"))
+    tasks_of = {"attack": plan.attack, "closed forms": plan.closed_forms, "sam": plan.measures[0]}
+    grants = tuple(grant(task, name) for name, task in tasks_of.items())
+    of = Bundle("b", grants, plan.train.stored_spec, trained[0])
+    at_100, at_256 = (list(run.execute(of, replace(context, batch_images=images))) for images in (100, 256))
+    assert [outcome(at_100, name).provenance["batch_images"] for name in tasks_of] == [100, 100, None]
+    assert outcome(at_100, "attack").bits == outcome(at_256, "attack").bits != {}
+    assert outcome(at_100, "sam").numbers == outcome(at_256, "sam").numbers, "it takes 256 wherever it is"
 
 
 def test_a_training_that_is_tried_again_in_place_goes_on_where_it_was(

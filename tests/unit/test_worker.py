@@ -20,7 +20,7 @@ import torch
 from processes import until
 
 from service.environment import DEVICE_WAIT_SECONDS
-from service.executor import Bundle, Failed, Fault, Grant, Lost, Message
+from service.executor import Bundle, Failed, Fault, Grant, Lost, Message, Needs
 from service.interrupt import interrupt
 from workers import devices, run, worker
 from workers.context import Cache, Context
@@ -189,6 +189,15 @@ class TestBundle:
         assert "no kernel image is available" in lost.message
         assert [(one.task_id, getattr(one, "reason", "")) for one in rest] == [("b", "given_back"), ("c", "given_back")]
         assert slept == ([DEVICE_WAIT_SECONDS] if gpus else [])
+
+
+def test_a_worker_takes_as_many_images_at_a_time_as_its_device_has_memory_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    of = Bundle("b", (Grant("a", 1, "d", {}),), {}, needs=Needs(cpus=2.0, gpus=0.0))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(devices, "batch_images", lambda device, share: 512 if (device, share) == (CPU, 2.0) else 0)
+    assert worker._prepared(of, WorkerSettings(str(tmp_path), tmp_path, 5.0), "cpu", "n7").batch_images == 512
 
 
 INTERRUPTED = """
