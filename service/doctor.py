@@ -278,9 +278,9 @@ def _node(settings: Settings, report: Report, node: Report) -> Iterator[Check]:
     yield _same_code(name, report, node)
     yield _gpus(name, node)
     yield from _devices(settings, name, node)
-    if node["compiler"] is None:
-        advice = "install g++ there, or ask for no recipe with `compile: true`"
-        yield Check(f"{name} compiler", "warn", "no C++ compiler: `compile: true` fails there", advice)
+    if lacks := node["lacks_for_compile"]:
+        advice = "install that there, or ask for no recipe with `compile: true`"
+        yield Check(f"{name} compiler", "warn", f"no {', no '.join(lacks)}: `compile: true` fails there", advice)
     yield _skewed(f"{name} clock", "this machine", "it", node["skew_seconds"])
     if node["artifacts"]:
         advice = "the artifact root must be the same place on every node: a shared folder, or an fsspec URL"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from service.artifacts import Artifacts
+from workers.devices import BATCH_IMAGES
 
 T = TypeVar("T")
 CACHE_BYTES = 4 << 30
@@ -49,7 +50,7 @@ class Cache:
 class Context:
     """Where a task runs. `device_share` is the part of the GPU, or the number of CPUs, that it may take.
 
-    `node` is what the executor calls the machine.
+    `node` is what the executor calls the machine. `batch_images` are taken at a time by attacks and closed forms.
     """
 
     artifacts: Artifacts
@@ -59,3 +60,4 @@ class Context:
     epoch_state_seconds: float = 5.0
     cache: Cache = field(default_factory=Cache)
     node: str = ""
+    batch_images: int = BATCH_IMAGES

@@ -3,7 +3,11 @@
 import errno
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +35,16 @@ OF_MEMORY = (
     "cusolver_status_not_initialized",
     "cufft_alloc_failed",
     "cusparse_status_insufficient_resources",
+    "nvml_success ==",  # asked for the message of an error of memory, where the driver's library does not answer
 )
 
 CONTEXT_BYTES = 600 << 20  # of a GPU's memory, for the context and the libraries of one process
 CACHE_SHARE = 0.25  # of a GPU's memory that a worker may use, for networks and data that it keeps at hand
+BATCH_IMAGES = 256
+IMAGES_GIB = 16  # of a GPU's memory that a process has for each `BATCH_IMAGES` that it takes at a time
+MOST_BATCHES = 4
 PROBE_SIZE = 16
+PYTHON_HEADERS = "Python.h (python3-dev)"
 
 
 class DeviceUnfit(UncannyError):
@@ -67,19 +76,19 @@ def probe(device: torch.device) -> None:
     try:
         with deterministic(device):
             found = _small_step(device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        expected = _small_step(torch.device("cpu"))
+    except (RuntimeError, MemoryError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise DeviceUnfit(f"{_named(device)} cannot run a small convolution: {_first_line(error)}") from error
-    expected = _small_step(torch.device("cpu"))
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
         raise DeviceUnfit(f"{_named(device)} computes a small convolution wrongly: set it aside and have it tested")
 
 
 def computes(device: torch.device) -> bool:
-    """Whether the device still computes in this process, after an error that may have broken it."""
+    """Whether the device still computes in this process, after an error that may have broken it. A full one does."""
     try:
         probe(device)
-    except DeviceUnfit:
-        return False
+    except DeviceUnfit as unfit:
+        return ran_out_of_memory(unfit.__cause__ or unfit)
     return True
 
 
@@ -116,24 +125,45 @@ def all_described() -> tuple[list[dict[str, Any]], str]:
 
 def described(device: torch.device) -> dict[str, Any]:
     """What a GPU is and how it is: `name`, `uuid`, `capability`, whether torch `fits` it, `total_bytes`, `free_bytes`,
-    and what is wrong with it in `trouble`, which is empty where it computes.
+    and what is wrong with it in `trouble`, which is empty where it computes or only has no memory left.
     """
     of = torch.cuda.get_device_properties(device)
     capability = f"{of.major}.{of.minor}"
     fits = has_kernels(capability, torch.cuda.get_arch_list())
     about = {"name": of.name, "uuid": str(of.uuid), "capability": capability, "fits": fits}
+    free, total, trouble = 0, of.total_memory, ""
     try:
         free, total = torch.cuda.mem_get_info(device)
         probe(device)
-        trouble = ""
     except (RuntimeError, DeviceUnfit) as error:
-        free, total, trouble = 0, of.total_memory, str(error)
+        # Of one that is full, `free_bytes` says it all; where there is room, the same words mean that it does not fit.
+        full = free < CONTEXT_BYTES and ran_out_of_memory(error.__cause__ or error)
+        trouble = "" if full else str(error)
     return {**about, "total_bytes": total, "free_bytes": free, "trouble": trouble}
 
 
-def compiler() -> str | None:
-    """The C++ compiler that `torch.compile` would call on this machine; None where there is none."""
-    return next((path for name in (os.environ.get("CXX", ""), "g++", "clang++") if (path := shutil.which(name))), None)
+def lacks_for_compile(device_type: str) -> list[str]:
+    """What `torch.compile` needs of this machine and does not find, as torch's and Triton's sources look for it.
+
+    Torch compiles C++. On a GPU Triton compiles a module of Python in C, which calls the driver.
+    """
+    lacks = [] if _has_program("CXX", "clang++" if sys.platform == "darwin" else "g++") else ["C++ compiler (g++)"]
+    if device_type == "cuda":
+        lacks += [] if _has_program("CC", "gcc", "clang") else ["C compiler (gcc)"]
+        lacks += [] if Path(sysconfig.get_paths(_scheme())["include"], "Python.h").is_file() else [PYTHON_HEADERS]
+    return lacks
+
+
+def _has_program(variable: str, *usual: str) -> bool:
+    """Whether there is the one that the environment names, or one of the usual ones where it names none."""
+    named = os.environ.get(variable)
+    return any(shutil.which(name) for name in (usual if named is None else named.split()[:1]))
+
+
+def _scheme() -> str:
+    """Of Python's folders. Debian's own has no headers, so Triton takes the one beneath."""
+    scheme = sysconfig.get_default_scheme()
+    return "posix_prefix" if scheme == "posix_local" else scheme
 
 
 def bound_memory(device: torch.device, share: float) -> None:
@@ -163,10 +193,23 @@ def cache_bytes(device: torch.device, share: float, most_bytes: int) -> int:
     return min(most_bytes, int(CACHE_SHARE * memory_fraction(share, total) * total))
 
 
+def batch_images(device: torch.device, share: float) -> int:
+    """How many images an attack takes at a time: by what a process may allocate there, never by what is free just now,
+    so that a task has the same batches whenever it runs.
+    """
+    if device.type != "cuda":
+        return BATCH_IMAGES
+    total = _total_bytes(device)
+    allowed = int(memory_fraction(share, total) * total)
+    return BATCH_IMAGES * min(max(1, allowed // (IMAGES_GIB << 30)), MOST_BATCHES)
+
+
 def release(device: torch.device) -> None:
     """Give memory of a GPU back that no tensor uses any more, so that other processes can have it."""
     if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device):
+        # On a broken context every call raises. Its memory comes back when the process ends, and an error from here
+        # would take the place of the exit of a worker, or count against the GPU that it moves to.
+        with suppress(RuntimeError), torch.cuda.device(device):
             torch.cuda.empty_cache()
 
 

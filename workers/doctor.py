@@ -87,7 +87,7 @@ def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[s
     """
     import torch
 
-    from workers.devices import all_described, compiler, has_kernels
+    from workers.devices import all_described, has_kernels, lacks_for_compile
     from workers.provenance import driver
 
     devices, trouble = all_described()
@@ -101,7 +101,7 @@ def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[s
         "listed": [{**gpu, "fits": has_kernels(gpu["capability"], built_for)} for gpu in known_to_the_driver()],
         "built_for": built_for,
         "cuda": torch.version.cuda,
-        "compiler": compiler(),
+        "lacks_for_compile": lacks_for_compile("cuda" if devices else "cpu"),
         "driver": driver(),
         "artifacts": _trouble(Artifacts(artifact_root, mark), marker),
         "free_bytes": shutil.disk_usage(_existing(Path(local))).free,

@@ -24,7 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: installed(name) for name in LIBRARIES},
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,  # type: ignore[no-untyped-call]
+        "cudnn": cudnn(device),
         "driver": driver(),
         "device": device_name(device),
         **gpu(device),
@@ -35,15 +35,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What of this process may change the last bits of a training: one entry for each machine that it ran on."""
+def machine(device: torch.device, device_share: float) -> dict[str, Any]:
+    """What of this process may change the last bits of a training: one entry for each machine that it ran on.
+
+    The share too: cuDNN takes another plan where its workspace does not fit into the memory that it leaves.
+    """
     return {
         "hostname": socket.gethostname(),
         "device": device_name(device),
         "gpu_uuid": gpu(device)["gpu_uuid"],
+        "device_share": device_share,
         "threads": torch.get_num_threads(),
         "torch": installed("torch"),
         "cuda": torch.version.cuda,
+        "cudnn": cudnn(device),
         "driver": driver(),
     }
 
@@ -78,6 +83,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_model()} ({platform.machine()})"
+
+
+def cudnn(device: torch.device) -> int | None:
+    """The version of cuDNN that the device's convolutions use, such as 91002."""
+    version: int | None = torch.backends.cudnn.version() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    return version
 
 
 @cache

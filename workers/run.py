@@ -98,7 +98,8 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
         "dataset_files_sha256": [training.dataset.train_sha256, training.dataset.test_sha256],
     }
     made_by = provenance.environment(context.device)
-    conditions = {**determinism, **outcome.provenance}  # a training sets flags of its own
+    # A training sets flags of its own; how many images at a time is noted where that depends on the device.
+    conditions = {"batch_images": None, **determinism, **outcome.provenance}
     return replace(outcome, provenance=merged(made_by, made_from, conditions, meter.read()))
 
 
@@ -228,8 +229,9 @@ def _answer(
     if isinstance(answer, Lost) and answer.reason in OF_MEMORY and not broken:
         # Once more in place: it may have been what this process keeps at hand, or what a neighbour held for a moment.
         _empty(context)
-        log.warning("%s is tried once more with an empty cache: %s", grant, answer.message)
-        answer, broken = _try(replace(grant, resume=resume), bundle, context, report)
+        log.warning("%s is tried once more, with an empty cache and fewer images at a time: %s", grant, answer.message)
+        fewer = replace(context, batch_images=max(1, context.batch_images // 2))
+        answer, broken = _try(replace(grant, resume=resume), bundle, fewer, report)
         _empty(context)
     return answer, broken
 
@@ -255,14 +257,16 @@ def _try(
             return _of_the_environment(grant, bundle, context, error), False
         if devices.ran_out_of_memory(error):
             reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
-            return Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}"), False
-        failed = Failed(task, attempt, "error", f"{type(error).__name__}: {error}", traceback.format_exc())
-    # Out here the exception, whose frames hold the task's tensors, is gone.
+            answer: Failed | Lost = Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}")
+        else:
+            answer = Failed(task, attempt, "error", f"{type(error).__name__}: {error}", traceback.format_exc())
+    # Out here the exception, whose frames hold the task's tensors, is gone. After words for memory the device is probed
+    # too: after an error that broke it, cuBLAS makes no handle either.
     if devices.computes(context.device):
-        return failed, False
+        return answer, False
     # The device may have broken by itself, or by an access of the task's own: as where a worker dies, nobody can tell.
-    log.warning("%s does not compute any more after %s:\n%s", context.device, grant, failed.traceback)
-    return Lost(task, attempt, "worker_died", f"{context.device} gave up: {failed.message}"), True
+    log.warning("%s does not compute any more after %s: %s", context.device, grant, answer)
+    return Lost(task, attempt, "worker_died", f"{context.device} gave up: {answer.message}"), True
 
 
 def _empty(context: Context) -> None:
@@ -293,5 +297,8 @@ def _shared(context: Context) -> bool:
         return False
     if context.device_share < 1:
         return True
-    free, total = torch.cuda.mem_get_info(context.device)
+    try:
+        free, total = torch.cuda.mem_get_info(context.device)
+    except RuntimeError:  # it is broken, which is found out next
+        return False
     return total - free - torch.cuda.memory_reserved(context.device) > OTHERS_BYTES

@@ -22,7 +22,7 @@ from service.specs.attacks import parameters as attack_parameters
 from service.specs.recipes import Imported
 from service.specs.recipes import parameters as recipe_parameters
 from workers.context import Context
-from workers.devices import compiler
+from workers.devices import lacks_for_compile
 from workers.provenance import conditions, machine
 from workers.science import architectures
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, prepare
@@ -108,10 +108,10 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
     if isinstance(task.recipe, Imported):
         return _imported(task, task.recipe, data, context)
     if task.recipe.compile:
-        _require_compiler()
+        _require_compiler(context.device)
     recipe = task.recipe
     note: dict[str, Any] = {}
-    here = {**machine(context.device), "after_epoch": 0}
+    here = {**machine(context.device, context.device_share), "after_epoch": 0}
     states = EpochStates(context, [here])
 
     def tell(fraction: float, detail: dict[str, Any], resume: ArtifactRef | None = None) -> None:
@@ -198,11 +198,11 @@ def _machines_of(state: State, here: dict[str, Any]) -> list[dict[str, Any]]:
     return [*before, {**here, "after_epoch": len(state.get("reports", ()))}]
 
 
-def _require_compiler() -> None:
-    if compiler() is None:
+def _require_compiler(device: torch.device) -> None:
+    if lacks := lacks_for_compile(device.type):
         raise ScienceError(
-            "compile: true needs a C++ compiler, and this worker's machine has none: install g++ there and retry the "
-            "job, or submit it with compile: false"
+            f"compile: true fails on this worker's machine, which has no {', no '.join(lacks)}: install that there and "
+            "retry the job, or submit it with compile: false"
         )
 
 
@@ -232,9 +232,9 @@ def run_measure(task: MeasureTask, subject: Subject, on_progress: OnProgress) ->
     model = scale_head(subject.network(), task.scale, scale_bias=task.scale_bias)
     params = {name: getattr(task.measure, name) for name in type(task.measure).model_fields if name != "type"}
     found = _measure(task.measure.type, model, subject, task.scale, (task.samples, task.order), params, on_progress)
-    return Outcome(
-        found.numbers, {"measure": found.curves} if found.curves else {}, provenance=conditions(subject.network())
-    )
+    made = conditions(subject.network())
+    made |= {"batch_images": subject.context.batch_images} if task.measure.type == "closed_forms" else {}
+    return Outcome(found.numbers, {"measure": found.curves} if found.curves else {}, provenance=made)
 
 
 def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_progress: OnProgress) -> Outcome:
@@ -255,7 +255,8 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
     try:
         found = evaluate_attack(
             model, x, y, index, attack=task.attack.type, params=params, attack_seed=task.attack_seed, scale=task.scale,
-            device=subject.context.device, observer_factory=recorder, on_progress=on_progress, **numerics,
+            batch_size=subject.context.batch_images, device=subject.context.device,
+            observer_factory=recorder, on_progress=on_progress, **numerics,
         )  # fmt: skip
     except ValueError as error:  # parameters that make no sense together
         raise ScienceError(str(error)) from error
@@ -275,6 +276,7 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
     elif found.returned is not None:
         parts.append(returned_bound_numbers(found.returned, head.weight, head.bias))
     done_with = conditions(network, getattr(_gradients_of(task.attack), "precision", "float32"))
+    done_with["batch_images"] = subject.context.batch_images
     return Outcome(merged(*parts), curves, _packed(found.bits), arrays, done_with)
 
 
@@ -382,11 +384,12 @@ def _measure(
     for x, y, of in ((data.train_x, data.train_y, trained_on), (data.test_x, data.test_y, tested_on)):
         index = torch.from_numpy(of)
         splits += [to_unit(x[index]), y[index]]
+    batch_size = MEASURE_BATCH  # others differentiate twice, which takes more memory
     if name == "closed_forms":
-        params = {**params, "scale": scale}
+        params, batch_size = {**params, "scale": scale}, subject.context.batch_images
     try:
         return MEASURES[name](
-            model, *splits, **{"seed": 0, "batch_size": MEASURE_BATCH, **params}, on_progress=on_progress
+            model, *splits, **{"seed": 0, "batch_size": batch_size, **params}, on_progress=on_progress
         )
     except ValueError as error:  # parameters that make no sense together
         raise ScienceError(str(error)) from error

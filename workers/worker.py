@@ -81,7 +81,7 @@ def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: 
 
     from service.artifacts import Artifacts
     from workers.context import Context
-    from workers.devices import bound_memory, cache_bytes
+    from workers.devices import batch_images, bound_memory, cache_bytes
 
     torch.set_num_threads(max(1, int(bundle.needs.cpus)))
     device = torch.device(device_name)
@@ -91,7 +91,10 @@ def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: 
         bound_memory(device, share)
     cache = _Warm.take(device, cache_bytes(device, share, settings.cache_bytes))
     artifacts = Artifacts(settings.artifact_root, settings.root_mark)
-    return Context(artifacts, settings.data_dir, device, share, settings.epoch_state_seconds, cache, node)
+    return Context(
+        artifacts, settings.data_dir, device, share, settings.epoch_state_seconds, cache, node,
+        batch_images(device, share),
+    )  # fmt: skip
 
 
 def unprepared(bundle: Bundle, device: str, node: str, error: Exception) -> list[Message]:

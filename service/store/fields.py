@@ -138,7 +138,7 @@ PROVENANCE: dict[str, Kind] = {
         (
             "cudnn", "threads", "task_version", "wall_seconds", "cpu_seconds", "device_seconds",
             "peak_host_memory_bytes", "peak_device_memory_bytes", "device_share", "device_free_bytes",
-            "gpu_memory_bytes", "gpu_sm_count", "seed", "attack_seed", "pid",
+            "gpu_memory_bytes", "gpu_sm_count", "batch_images", "seed", "attack_seed", "pid",
         ),
         "number",
     ),

@@ -40,6 +40,7 @@ MEBIBYTE = 1 << 20
 ABOUT_NOTHING = 100 * MEBIBYTE  # cuBLAS keeps its workspace, and blocks are handed out in pieces of 20 MiB
 LONG = 10_000  # epochs of a training that does not end by itself
 ANSWER_SECONDS = 120.0
+HELD_SECONDS = 10.0  # for which a worker keeps others from a GPU that does not compute
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(600),
@@ -420,13 +421,24 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(ray_head: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    on_cpu = ON_CPU
+    on_cpu, held_seconds = ON_CPU, HELD_SECONDS
 
     def body(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Message]]:
-        """The worker's; a measure at scale 555 is a bug, one at 666 breaks the GPU, one at 777 takes most of it."""
+        """The worker's; a measure at scale 555 is a bug, one at 666 breaks the GPU, one at 777 takes most of it, and
+        one at 444 comes to a GPU that does not compute.
+        """
         import torch
 
         from workers import devices, tasks, worker
+
+        if bundle.grants[0].spec.get("scale") == 444:
+
+            def unfit(device: torch.device) -> None:
+                raise devices.DeviceUnfit(f"{device} cannot run a small convolution")
+
+            devices.probe = unfit  # the process ends after this bundle
+            worker._Warm.device = None
+            worker.DEVICE_WAIT_SECONDS = held_seconds
 
         measure = tasks.run_measure
 
@@ -548,6 +560,25 @@ def test_a_gpu_that_an_error_broke_ends_the_process_and_the_rest_is_given_back(l
     [made] = lab.answers(again)
     assert isinstance(made, Succeeded), made
     assert made.outcome.provenance["pid"] != pid
+
+
+@only_on_a_gpu
+def test_a_gpu_that_does_not_compute_is_kept_busy_for_a_while(lab: Lab) -> None:
+    plan, checkpoint = lab.trained()
+    lab.until(lambda: lab.executor.capacity().gpus >= 1)
+    whole = lab.executor.capacity().gpus
+    of = bundle(plan, at_scale(plan, 444), plan.attack.stored_spec, checkpoint=checkpoint)
+    lab.submit(of)
+    lost, back = lab.answers(of)
+    assert isinstance(lost, Lost), lost
+    assert (lost.reason, getattr(lost.fault, "owner", "")) == ("environment", "device"), lost
+    assert (back.task_id, getattr(back, "reason", "")) == (of.grants[1].task_id, "given_back")
+    assert lab.executor.capacity().gpus == whole - 1, "nothing is placed on it meanwhile"
+    lab.until(lambda: lab.executor.capacity().gpus == whole)
+    again = bundle(plan, plan.attack.stored_spec, checkpoint=checkpoint)
+    lab.submit(again)
+    [made] = lab.answers(again)
+    assert isinstance(made, Succeeded), made
 
 
 def test_an_error_that_leaves_the_gpu_as_it_was_leaves_the_process_too(lab: Lab) -> None:

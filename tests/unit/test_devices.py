@@ -1,7 +1,12 @@
 """What errors say about a device, how much of its memory a worker takes, and whether it computes."""
 
 import errno
+import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +37,10 @@ OF_MEMORY = [
     RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
     RuntimeError("CUDA ran out of memory outside PyTorch's allocator."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError(
+        'NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/'
+        'CUDACachingAllocator.cpp":1090, please report a bug to PyTorch.'
+    ),
     RuntimeError("std::bad_alloc"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     MemoryError(),
@@ -101,6 +110,20 @@ class TestProbe:
             devices.probe(torch.device("cuda:3"))
         assert not devices.computes(torch.device("cuda:3"))
 
+    @pytest.mark.parametrize(
+        "error", [one for one in OF_MEMORY if not isinstance(one, OSError)], ids=lambda error: str(error)[:40]
+    )
+    def test_a_full_one_still_computes_and_gets_no_first_bundle(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        def full(device: torch.device) -> torch.Tensor:
+            raise error
+
+        monkeypatch.setattr(devices, "_small_step", full)
+        assert devices.computes(torch.device("cuda:3"))
+        with pytest.raises(DeviceUnfit, match="cannot run a small convolution"):
+            devices.probe(torch.device("cuda:3"))
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_a_gpu_that_is_not_there_is_unfit(self) -> None:
         assert not devices.computes(torch.device("cuda:0"))
@@ -135,6 +158,53 @@ class TestKernels:
         assert trouble.startswith("RuntimeError: Found no NVIDIA driver"), trouble
 
 
+class TestDescribed:
+    """What is said of a GPU to who looks for what is wrong with it."""
+
+    @pytest.fixture
+    def described(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None, Exception | None, int], Any]:
+        """What is said of one that raises these, when it is asked for its memory and when it computes."""
+        of = SimpleNamespace(name="H100", uuid="1b2c", major=9, minor=0, total_memory=80 * GIGABYTE)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: of)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+
+        def says(asked: Exception | None, computing: Exception | None, free: int) -> tuple[int, str]:
+            def memory(_: torch.device) -> tuple[int, int]:
+                if asked is not None:
+                    raise asked
+                return free, 80 * GIGABYTE
+
+            def step(device: torch.device) -> torch.Tensor:
+                if computing is not None:
+                    raise computing
+                return torch.zeros(3)
+
+            monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+            monkeypatch.setattr(devices, "_small_step", step)
+            found = devices.described(torch.device("cuda:0"))
+            assert (found["name"], found["total_bytes"], found["fits"]) == ("H100", 80 * GIGABYTE, True)
+            return found["free_bytes"], found["trouble"]
+
+        return says
+
+    def test_a_full_one_is_in_no_trouble_but_has_nothing_free(self, described: Callable[..., Any]) -> None:
+        full = torch.AcceleratorError("CUDA error: out of memory")
+        no_engine = RuntimeError("GET was unable to find an engine to execute this computation")
+        assert described(None, None, 79 * GIGABYTE) == (79 * GIGABYTE, "")
+        assert described(full, None, 0) == (0, "")
+        assert described(None, full, 1 << 20) == (1 << 20, "")
+        assert described(None, no_engine, 1 << 20) == (1 << 20, "")
+
+    def test_with_memory_left_the_same_words_are_trouble(self, described: Callable[..., Any]) -> None:
+        free, trouble = described(None, RuntimeError("unable to find an engine to execute this computation"), GIGABYTE)
+        assert (free, "unable to find an engine" in trouble) == (GIGABYTE, True)
+
+    def test_one_without_kernels_is_in_trouble(self, described: Callable[..., Any]) -> None:
+        no_kernel = torch.AcceleratorError("CUDA error: no kernel image is available")
+        assert "no kernel image" in described(None, no_kernel, 1 << 20)[1]
+        assert "no kernel image" in described(no_kernel, None, 0)[1]
+
+
 class TestMemory:
     def test_shares_leave_room_for_the_contexts_of_all(self) -> None:
         total = 24 * GIGABYTE
@@ -155,12 +225,68 @@ class TestMemory:
         assert devices.cache_bytes(CPU, 1.0, 4 * GIGABYTE) == 4 * GIGABYTE
 
 
-def test_the_compiler_is_the_one_that_is_named_or_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    assert devices.compiler() is None
-    for name in ("clang++", "mine"):
-        (tmp_path / name).touch(0o755)
-    assert devices.compiler() == str(tmp_path / "clang++")
-    monkeypatch.setenv("CXX", "mine")
-    assert devices.compiler() == str(tmp_path / "mine")
+@pytest.mark.parametrize(
+    ("total", "share", "images"),
+    [
+        (8, 1.0, 256), (24, 1.0, 256), (40, 1.0, 512), (48, 1.0, 768), (80, 1.0, 1024), (141, 1.0, 1024),
+        (80, 0.5, 512), (80, 0.25, 256), (141, 0.125, 256),
+    ],
+)  # fmt: skip
+def test_images_at_a_time_follow_the_memory_that_a_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, total: int, share: float, images: int
+) -> None:
+    monkeypatch.setattr(devices, "_total_bytes", lambda _: total * GIGABYTE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: pytest.fail("what is free changes from run to run"))
+    assert devices.batch_images(torch.device("cuda:0"), share) == images
+    assert devices.batch_images(CPU, share) == 256
+
+
+class TestCompiling:
+    """What `torch.compile` needs of a machine."""
+
+    CPLUSPLUS, C, HEADERS = "C++ compiler (g++)", "C compiler (gcc)", devices.PYTHON_HEADERS
+
+    @pytest.fixture
+    def programs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Puts programs on a path that has no others. Python has its headers."""
+        monkeypatch.setenv("PATH", str(tmp_path))
+        for name in ("CC", "CXX"):
+            monkeypatch.delenv(name, raising=False)
+        (tmp_path / "Python.h").touch()
+        monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+
+        def put(*names: str) -> None:
+            for name in names:
+                (tmp_path / name).touch(0o755)
+
+        return put
+
+    def test_a_cpu_needs_a_compiler_for_cplusplus(self, programs: Callable[..., None]) -> None:
+        programs("gcc", "clang", *([] if sys.platform == "darwin" else ["clang++"]))  # which torch does not look for
+        assert devices.lacks_for_compile("cpu") == [self.CPLUSPLUS]
+        programs("g++", "clang++")
+        assert devices.lacks_for_compile("cpu") == []
+
+    @pytest.mark.parametrize("name", ["gcc", "clang"])
+    def test_a_gpu_needs_one_for_c_too(self, programs: Callable[..., None], name: str) -> None:
+        assert devices.lacks_for_compile("cuda") == [self.CPLUSPLUS, self.C]
+        programs("g++", "clang++")
+        assert devices.lacks_for_compile("cuda") == [self.C]
+        programs(name)
+        assert devices.lacks_for_compile("cuda") == []
+
+    def test_the_ones_that_the_environment_names_are_the_only_ones(
+        self, programs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        programs("g++", "clang++", "gcc")
+        monkeypatch.setenv("CC", "mine")
+        monkeypatch.setenv("CXX", "mine -O1")
+        assert devices.lacks_for_compile("cuda") == [self.CPLUSPLUS, self.C]
+        programs("mine")
+        assert devices.lacks_for_compile("cuda") == []
+
+    def test_a_gpu_needs_pythons_headers(self, programs: Callable[..., None], tmp_path: Path) -> None:
+        programs("g++", "clang++", "gcc")
+        (tmp_path / "Python.h").unlink()
+        assert devices.lacks_for_compile("cuda") == [self.HEADERS]
+        assert devices.lacks_for_compile("cpu") == []

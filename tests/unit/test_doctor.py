@@ -23,7 +23,7 @@ OLD = {"devices": [], "torch_trouble": "RuntimeError: The NVIDIA driver on your 
 NODE = {
     "name": "gpu1", "cpus": 16.0, "gpus": 2.0, "code_digest": "a", "versions": VERSIONS, "skew_seconds": 0.0,
     "devices": [DEVICE, {**DEVICE, "uuid": "77aa"}], "torch_trouble": "", "built_for": ["sm_80", "sm_90"],
-    "listed": [LISTED, {**LISTED, "uuid": "77aa"}], "cuda": "13.2", "compiler": "/usr/bin/g++", "driver": "NVRM",
+    "listed": [LISTED, {**LISTED, "uuid": "77aa"}], "cuda": "13.2", "lacks_for_compile": [], "driver": "NVRM",
     "artifacts": "", "free_bytes": 1 << 40,
     "data": {"cifar10": {"state": "whole", "files": []}, "svhn": {"state": "absent", "files": []}},
 }  # fmt: skip
@@ -56,7 +56,8 @@ def test_a_sound_cluster_has_nothing_to_be_said_against_it() -> None:
         ({"devices": [{**DEVICE, "trouble": "no", "fits": False}]}, "gpu 0", "fail", "is built for sm_80, sm_90"),
         ({"listed": [{**LISTED, "compute_mode": "Prohibited"}]}, "gpu 0", "fail", "compute mode is Prohibited"),
         ({"devices": [{**DEVICE, "free_bytes": 50 << 30}]}, "gpu 0", "warn", "50.0 GiB free of 80.0: others use it"),
-        ({"compiler": None}, "compiler", "warn", "`compile: true` fails there"),
+        ({"lacks_for_compile": ["C++ compiler (g++)"]}, "compiler", "warn", "no C++ compiler (g++): `compile: true`"),
+        ({"lacks_for_compile": ["gcc", "Python.h"]}, "compiler", "warn", "no gcc, no Python.h: `compile: true` fails"),
         ({"code_digest": "b"}, "", "fail", "its code is not this machine's"),
         ({"versions": {**VERSIONS, "torch": "2.12.0"}}, "", "warn", "torch 2.12.0"),
         ({"error": "NodeDiedError"}, "", "fail", "NodeDiedError"),

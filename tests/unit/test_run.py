@@ -44,10 +44,11 @@ from service.store.fields import PROVENANCE
 from service.store.tables import attempts, trainings
 from workers import run, tasks
 from workers.context import Cache, Context
-from workers.provenance import gpu, of_properties
+from workers.provenance import cudnn, gpu, of_properties
 from workers.science.architectures import build
+from workers.science.attacks import ATTACKS
 from workers.science.datasets import DATASETS
-from workers.science.errors import Diverged
+from workers.science.errors import Diverged, ScienceError
 from workers.science.summaries import merged
 from workers.science.weights import load_state, load_weights, save_state, save_weights
 
@@ -180,6 +181,26 @@ def test_a_resumed_training_names_all_its_machines(
     machines, messages = resumed("elsewhere", messages)
     assert machines == [(here, 0), ("elsewhere", 1)]
     assert resumed(here, messages)[0] == [(here, 0), ("elsewhere", 1), (here, 2)]
+
+
+def test_a_machine_is_another_one_with_another_share_or_another_cudnn(
+    trained: tuple[ArtifactRef, list[Message]], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both move the last bits of a training on a GPU."""
+    train = plan_job(job(), DatasetRef(name="digits")).train
+    state = next(m.resume for m in trained[1] if isinstance(m, Progress) and m.resume)
+    monkeypatch.setattr("workers.provenance.cudnn", lambda _: 91002)
+    bundle = Bundle("b", (grant(train, resume=state),), train.stored_spec)
+    machines = outcome(list(run.execute(bundle, replace(context, device_share=0.5)))).provenance["machines"]
+    assert [(of["device_share"], of["cudnn"], of["after_epoch"]) for of in machines] == [
+        (1.0, None, 0),
+        (0.5, 91002, 1),
+    ]
+
+
+def test_the_version_of_cudnn_is_noted_of_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert [cudnn(torch.device(name)) for name in ("cuda:0", "cpu")] == [91002, None]
 
 
 def test_epoch_states_take_a_fiftieth_of_the_time(context: Context) -> None:
@@ -533,6 +554,32 @@ def test_what_would_fail_again_is_a_configuration_error_in_a_sentence(
     assert "resnet9000" in getattr(failures["unknown"], "message", "")
 
 
+def test_a_compiled_training_without_a_compiler_is_refused(
+    execute: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    train = plan_job(job(recipe={"compile": True}), DatasetRef(name="digits")).train
+    failed = answer(execute(train, grant(train)))
+    assert isinstance(failed, Failed), failed
+    assert failed.kind == "configuration"
+    assert "no C++ compiler (g++)" in failed.message
+    assert "compile: false" in failed.message
+
+
+def test_on_a_gpu_a_compiled_training_needs_what_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def lacks(device_type: str) -> list[str]:
+        asked.append(device_type)
+        return ["C compiler (gcc)", "Python.h (python3-dev)"]
+
+    monkeypatch.setattr(tasks, "lacks_for_compile", lacks)
+    with pytest.raises(ScienceError, match=r"has no C compiler \(gcc\), no Python.h"):
+        tasks._require_compiler(torch.device("cuda:1"))
+    assert asked == ["cuda"]
+
+
 @pytest.mark.parametrize(("how", "others"), [("deleted", False), ("damaged", False), ("deleted", True)])
 def test_a_lost_checkpoint_is_made_again_when_a_job_that_needs_it_is_retried(
     lab: Any, how: str, others: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -653,6 +700,46 @@ def test_memory_that_is_there_again_costs_no_attempt(
     assert kept[1] < kept[0], "the cache was emptied before"
 
 
+def test_what_ran_out_of_memory_is_tried_again_with_half_the_images_at_a_time(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no number depends on how many they are: the same bits, the rest to rounding."""
+    plan, attack = plan_job(job(samples=300), DatasetRef(name="digits")), ATTACKS["pgd"]
+    both = grant(plan.attack, "attack"), grant(plan.closed_forms, "closed forms")
+    at_256 = execute(plan.train, *both, checkpoint=trained[0])
+    seen: list[int] = []
+
+    def greedy(model: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(len(x))
+        if len(x) > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return attack(model, x, *args, **options)
+
+    monkeypatch.setitem(ATTACKS, "pgd", greedy)
+    halved = execute(plan.train, *both, checkpoint=trained[0])
+    assert seen == [256, 128, 128, 44]
+    for name, images in (("attack", 128), ("closed forms", 256)):
+        before, after = outcome(at_256, name), outcome(halved, name)
+        assert (before.provenance["batch_images"], after.provenance["batch_images"]) == (256, images)
+        assert after.bits == before.bits
+        numbers = {key: value for key, value in before.numbers.items() if value is not None}
+        assert {key: after.numbers[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-7), name
+    assert outcome(trained[1]).provenance["batch_images"] is None
+
+
+def test_as_many_images_at_a_time_as_the_context_says(
+    trained: tuple[ArtifactRef, list[Message]], context: Context
+) -> None:
+    plan = plan_job(job(samples=300, measures=["sam_sharpness"]), DatasetRef(name="digits"))
+    tasks_of = {"attack": plan.attack, "closed forms": plan.closed_forms, "sam": plan.measures[0]}
+    grants = tuple(grant(task, name) for name, task in tasks_of.items())
+    of = Bundle("b", grants, plan.train.stored_spec, trained[0])
+    at_100, at_256 = (list(run.execute(of, replace(context, batch_images=images))) for images in (100, 256))
+    assert [outcome(at_100, name).provenance["batch_images"] for name in tasks_of] == [100, 100, None]
+    assert outcome(at_100, "attack").bits == outcome(at_256, "attack").bits != {}
+    assert outcome(at_100, "sam").numbers == outcome(at_256, "sam").numbers, "it takes 256 wherever it is"
+
+
 def test_a_training_that_is_tried_again_in_place_goes_on_where_it_was(
     execute: Execute, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -693,6 +780,36 @@ def test_after_an_error_of_the_device_the_rest_is_given_back(
     why = "cpu gave up: AcceleratorError: an illegal memory access was encountered"
     assert answer(messages, "broken") == Lost("broken", 1, "worker_died", why)
     assert answer(messages, "next") == Lost("next", 1, "given_back", getattr(answer(messages, "next"), "message", ""))
+
+
+def test_the_words_for_memory_of_a_broken_device_are_not_believed(
+    trained: tuple[ArtifactRef, list[Message]], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal memory access cuBLAS makes no handle, as where its workspace does not fit."""
+    tried: list[str] = []
+
+    def broken(*_args: object, **_options: object) -> Outcome:
+        tried.append("a measure")
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(run.devices, "computes", lambda device: False)
+    monkeypatch.setattr(tasks, "run_measure", broken)
+    plan = plan_job(job(), DatasetRef(name="digits"))
+    both = (grant(plan.closed_forms, "broken"), grant(plan.attack, "next"))
+    messages: list[Message] = []
+    with pytest.raises(run.DeviceBroken):
+        messages.extend(run.execute(Bundle("b", both, plan.train.stored_spec, trained[0]), context))
+    assert isinstance(answer(messages, "broken"), (Failed, Lost))
+    assert getattr(answer(messages, "next"), "reason", "") == "given_back"
+    assert tried == ["a measure"], "what is broken is not tried again in place"
+
+
+def test_nobody_asks_a_broken_device_for_its_memory_in_vain(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: torch.device) -> tuple[int, int]:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
+    assert not run._shared(replace(context, device=torch.device("cuda:0")))
 
 
 class TestEnvironment:

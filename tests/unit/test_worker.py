@@ -6,21 +6,43 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import psutil
 import pytest
+import ray
 import torch
 from processes import until
 
-from service.executor import Bundle, Fault, Grant, Lost
+from service.environment import DEVICE_WAIT_SECONDS
+from service.executor import Bundle, Failed, Fault, Grant, Lost, Message, Needs
 from service.interrupt import interrupt
-from workers import devices
-from workers.context import Cache
-from workers.worker import _Warm, device_of, import_undisturbed, unprepared
+from workers import devices, run, worker
+from workers.context import Cache, Context
+from workers.worker import WorkerSettings, _Warm, device_of, import_undisturbed, run_bundle, unprepared
 
 CPU = torch.device("cpu")
+RELEASE = devices.release
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As after an illegal memory access: every call of the driver raises. What was asked of it."""
+    asked: list[str] = []
+
+    def raises() -> NoReturn:
+        asked.append("empty_cache")
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -93,9 +115,89 @@ class TestMoves:
                 _Warm.take(torch.device("cuda:0"), 1000)
         assert seen == ["unfit", "unfit"]
 
+    def test_what_is_broken_on_the_first_does_not_count_against_the_second(
+        self, seen: list[str], broken: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(devices, "release", RELEASE)
+        cache = _Warm.take(torch.device("cuda:0"), 1000)
+        cache.get("network", lambda: ("weights", 10))
+        assert len(_Warm.take(torch.device("cuda:1"), 1000)) == len(cache) == 0
+        assert (seen, broken) == (["probed cuda:0", "probed cuda:1"], ["empty_cache"])
+
     def test_a_cpu_is_not_tried(self, seen: list[str]) -> None:
         _Warm.take(CPU, 1000)
         assert seen == []
+
+
+class TestBundle:
+    """`run_bundle` on a GPU that Ray names."""
+
+    GRANTS = tuple(Grant(task, 1, "d", {}) for task in "abc")
+
+    @pytest.fixture
+    def said(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], list[Message]]]:
+        """What a bundle says until its process ends."""
+        monkeypatch.setattr(ray, "get_gpu_ids", lambda: [0])
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "n7"))
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        for name in ("cache", "device", "timer"):
+            monkeypatch.setattr(_Warm, name, None)
+
+        def until_exit() -> list[Message]:
+            messages: list[Message] = []
+            batches = run_bundle(Bundle("b", self.GRANTS, {}), WorkerSettings(str(tmp_path), tmp_path, 5.0))
+            with pytest.raises(SystemExit) as exited:
+                messages.extend(chain.from_iterable(batches))
+            assert exited.value.code == 1
+            return messages
+
+        yield until_exit
+        if _Warm.timer is not None:
+            _Warm.timer.cancel()
+
+    def test_a_process_whose_gpu_broke_ends(
+        self, said: Callable[[], list[Message]], broken: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever the driver says when its memory is given back."""
+        failed = Failed("a", 1, "error", "an illegal memory access was encountered")
+
+        def batches(_bundle: Bundle, _context: Context) -> Iterator[list[Message]]:
+            yield [failed]
+            raise run.DeviceBroken("the GPU gave up in this process; it needs a new one")
+
+        monkeypatch.setattr(worker, "_prepared", lambda *_: SimpleNamespace(device=torch.device("cuda:0")))
+        monkeypatch.setattr(run, "batches", batches)
+        assert said() == [failed]
+        assert broken == ["empty_cache"]
+
+    @pytest.mark.parametrize("gpus", [[0], []], ids=["a GPU", "none"])
+    def test_a_process_whose_gpu_is_unfit_answers_and_keeps_it_busy_for_a_while(
+        self, said: Callable[[], list[Message]], monkeypatch: pytest.MonkeyPatch, gpus: list[int]
+    ) -> None:
+        def unfit(*_: object) -> NoReturn:
+            raise devices.DeviceUnfit("no kernel image is available")
+
+        slept: list[float] = []
+        monkeypatch.setattr(ray, "get_gpu_ids", lambda: gpus)
+        monkeypatch.setattr(worker, "_prepared", unfit)
+        monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=slept.append))
+        lost, *rest = said()
+        assert isinstance(lost, Lost)
+        assert (lost.task_id, lost.reason) == ("a", "environment")
+        assert lost.fault is not None
+        assert (lost.fault.owner, lost.fault.node) == ("device" if gpus else "node", "n7")
+        assert "no kernel image is available" in lost.message
+        assert [(one.task_id, getattr(one, "reason", "")) for one in rest] == [("b", "given_back"), ("c", "given_back")]
+        assert slept == ([DEVICE_WAIT_SECONDS] if gpus else [])
+
+
+def test_a_worker_takes_as_many_images_at_a_time_as_its_device_has_memory_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    of = Bundle("b", (Grant("a", 1, "d", {}),), {}, needs=Needs(cpus=2.0, gpus=0.0))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(devices, "batch_images", lambda device, share: 512 if (device, share) == (CPU, 2.0) else 0)
+    assert worker._prepared(of, WorkerSettings(str(tmp_path), tmp_path, 5.0), "cpu", "n7").batch_images == 512
 
 
 INTERRUPTED = """
