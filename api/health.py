@@ -26,9 +26,9 @@ def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> An
     """
     insights.database.check_schema()
     cluster = insights.cluster()
-    # Only PostgreSQL knows of its disk, and says so when it writes. The probe writes if no dispatcher leads, since the
-    # dispatcher may have met the full disk, or if the last write of this process met it.
-    insights.database.check_room(doubt=not cluster["leading"])
+    # PostgreSQL alone knows its disk, and says that it is full when it writes. The probe writes if no dispatcher leads,
+    # because the full disk may be why, or if the last write of this process met a full disk.
+    insights.database.check_room(doubt=not insights.database.is_sqlite and not cluster["leading"])
     artifact_root.check(insights.database, artifacts.root)
     version = request.app.version
     return {"status": "ready", "version": version, "dispatcher_leads": cluster["leading"]}

@@ -110,7 +110,7 @@ def _boards(rows: Sequence[Row[Any]], specs: Mapping[int, Cell]) -> dict[str, di
 
 def _board(board: dict[str, Any], rows: Mapping[str, Networks], attack: str | None) -> dict[str, Any]:
     made = [made for same, of in rows.items() if (made := _row(json.loads(same), list(of.values()))) is not None]
-    best_first = sorted(made, key=lambda row: (-row["robust_accuracy_worst_case"], row["architecture"]))
+    best_first = sorted(made, key=_best_first)
     named = {name for row in rows.values() for network in row.values() for name in network.by_attack}
     spec = json.loads(named.pop()) if len(named) == 1 else None
     versions = [of["version"] for row in made for of in row["attacks"]]
@@ -120,6 +120,13 @@ def _board(board: dict[str, Any], rows: Mapping[str, Networks], attack: str | No
         "preset": None if spec is None else preset_of(spec), "version": max(versions, default=0),
         "rows": [{"rank": rank, **row} for rank, row in enumerate(best_first, 1)],
     }  # fmt: skip
+
+
+def _best_first(row: Mapping[str, Any]) -> tuple[float, str, str, float, int]:
+    """By the worst case, and equal ones by their names: a board is the same however often it is asked for."""
+    recipe = json.dumps(row["recipe"], sort_keys=True)
+    worst_case, version = row["robust_accuracy_worst_case"], row["train_version"] or 0
+    return -worst_case, row["architecture"], recipe, row["scale"], version
 
 
 def _row(same: dict[str, Any], of: Sequence[Network]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+from uuid import uuid4
 
 import psycopg
 from alembic import command
@@ -127,8 +128,10 @@ class Database:
         return bool(self._pooling.found)
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(self, *, in_turn: bool = True) -> Iterator[Connection]:
         """The one writing transaction at a time: committed as a whole at the end, or not at all.
+
+        On PostgreSQL one that is not `in_turn` waits for no other; it may change only what nobody else does.
 
         Raises `DatabaseAway` where the database cannot be reached, `DatabaseFull` where it has no room left; then
         nothing was written, unless the connection broke during the commit itself.
@@ -137,7 +140,8 @@ class Database:
             with _translated(), self.engine.connect().execution_options(uncanny_write=True) as connection:
                 with connection.begin():
                     if not self.is_sqlite:
-                        connection.execute(TAKE_TURNS)
+                        if in_turn:
+                            connection.execute(TAKE_TURNS)
                         self._limit(connection)
                     yield connection
         except DatabaseFull:
@@ -148,15 +152,17 @@ class Database:
     def check_room(self, *, doubt: bool = False) -> None:
         """Raises `DatabaseFull` where its disk has no room left.
 
-        In `doubt`, and after a write that found none, some pages of rows are written and deleted to find out.
+        In `doubt`, and after a write that found none, some pages of rows are written and deleted to find out: on SQLite
+        this waits for its turn to write, on PostgreSQL for nobody.
         """
         if self.path and (free := shutil.disk_usage(self.path.parent).free) < LEAST_BYTES:
             raise DatabaseFull(f"the database's disk is full ({free} bytes left at {self.path.parent}): make room")
         if doubt or self._full:
-            with self.write() as connection:
-                rows = [{"name": f"room {n} {'x' * 30}"} for n in range(ROOM_ROWS)]
+            mine = f"room {uuid4()}"
+            with self.write(in_turn=False) as connection:
+                rows = [{"name": f"{mine} {n}"} for n in range(ROOM_ROWS)]
                 connection.execute(text("INSERT INTO counters (name, value) VALUES (:name, 0)"), rows)
-                connection.execute(text("DELETE FROM counters WHERE name LIKE 'room %'"))
+                connection.execute(text("DELETE FROM counters WHERE name LIKE :mine"), {"mine": f"{mine}%"})
 
     def _limit(self, connection: Connection) -> None:
         """For this transaction; an option of the connection would be lost, or refused, by a pooler in between."""
