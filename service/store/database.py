@@ -158,9 +158,9 @@ class Database:
         if self.path and (free := shutil.disk_usage(self.path.parent).free) < LEAST_BYTES:
             raise DatabaseFull(f"the database's disk is full ({free} bytes left at {self.path.parent}): make room")
         if doubt or self._full:
-            mine = f"room {uuid4()}"
+            mine = f"room {uuid4().hex[:16]}"
             with self.write(in_turn=False) as connection:
-                rows = [{"name": f"{mine} {n}"} for n in range(ROOM_ROWS)]
+                rows = [{"name": f"{mine} {n:018}"} for n in range(ROOM_ROWS)]
                 connection.execute(text("INSERT INTO counters (name, value) VALUES (:name, 0)"), rows)
                 connection.execute(text("DELETE FROM counters WHERE name LIKE :mine"), {"mine": f"{mine}%"})
 
