@@ -46,6 +46,7 @@ from workers import run, tasks
 from workers.context import Cache, Context
 from workers.provenance import gpu, of_properties
 from workers.science.architectures import build
+from workers.science.attacks import ATTACKS
 from workers.science.datasets import DATASETS
 from workers.science.errors import Diverged
 from workers.science.summaries import merged
@@ -285,6 +286,28 @@ def test_a_bundle_measures_and_attacks_one_network(
     for part in (attack, control, measure):
         assert part.provenance["weights_sha256"] == checkpoint.digest
         json.dumps([part.numbers, part.curves, part.provenance], allow_nan=False)
+
+
+def test_the_panel_of_auto_pgd_runs_it_with_the_margin_loss(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, context: Context
+) -> None:
+    own = {"norm": "linf", "eps": 0.2, "steps": 1, "restarts": 2}
+    plan = plan_job(job(attack={"type": "apgd", **own}, samples=256), DatasetRef(name="digits"))
+    assert plan.control is not None
+    bits = outcome(execute(plan.train, grant(plan.control), checkpoint=trained[0])).bits
+    found = {name: np.unpackbits(np.frombuffer(of.packed, np.uint8), count=of.n) == 1 for name, of in bits.items()}
+    subject = tasks.Subject(plan.train.spec, trained[0], context)  # type: ignore[arg-type]
+    index, x, y = subject.samples(256, "permutation")
+
+    def survivors(**changed: Any) -> list[bool]:
+        params = {**own, "loss": "margin", **changed}
+        output = ATTACKS["apgd"](subject.network(), x.float() / 255, y, index=index, **params)
+        return (~output.broken).tolist()  # type: ignore[no-any-return]
+
+    twin = found["robust_twin"].tolist()
+    assert twin == survivors()
+    others = [survivors(**changed) for changed in ({"loss": "cross_entropy"}, {"steps": 100}, {"restarts": 1})]
+    assert twin not in [found["robust_margin"].tolist(), *others], "or this test says nothing"
 
 
 @pytest.mark.parametrize(
