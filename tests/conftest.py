@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
 
@@ -33,10 +34,11 @@ from hypothesis import settings
 from privileges import NEEDS
 from sqlalchemy import Connection, Table, create_engine, make_url, select, text
 
+from service import plan
 from service.artifacts import Artifacts
 from service.executor import Bits, Failed, Grant, Message, Outcome, Succeeded
 from service.jobs import ENDED_TASK, LIVE_JOB, TRANSITIONS, JobState, TaskState, job_state
-from service.specs import JobSpec, Sweep
+from service.specs import JobSpec, Sweep, versions
 from service.store import Database, claiming, recording, tables
 from service.submission import Service
 
@@ -551,3 +553,23 @@ def lab(database: Database, artifacts: Artifacts) -> Iterator[Lab]:
 def lab_type() -> type[Lab]:
     """For labs on databases of a test's own."""
     return Lab
+
+
+def forget_plans() -> None:
+    for planned in (plan.training, plan._measure, plan._attack, plan._control):
+        planned.cache_clear()
+
+
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """All kinds of task are of version 1, and from then on some of version 2: `newer("measure/closed_forms")`."""
+    monkeypatch.setattr(versions, "VERSIONS", MappingProxyType({}))
+    forget_plans()
+
+    def bump(*names: str) -> None:
+        monkeypatch.setattr(versions, "VERSIONS", MappingProxyType(dict.fromkeys(names, 2)))
+        forget_plans()
+
+    yield bump
+    monkeypatch.undo()
+    forget_plans()

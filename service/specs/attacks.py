@@ -86,9 +86,9 @@ class Square(InBall):
 
 
 class AutoAttack(InBall):
-    """The standard ensemble (Croce & Hein 2020): APGD-CE, targeted APGD-DLR, targeted FAB, square; k >= 4 classes.
+    """A re-implementation of `fra31/auto-attack` 0.1, version "standard" (Croce & Hein 2020), not the original code.
 
-    A re-implementation of `fra31/auto-attack` 0.1, version "standard", not the original code.
+    The ensemble: APGD-CE, targeted APGD-DLR, targeted FAB, square; k >= 4 classes.
     """
 
     type: Literal["autoattack"] = "autoattack"

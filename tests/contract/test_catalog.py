@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from api.catalog import _described
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
 from service.specs.base import FRACTION, NUMBER
@@ -136,6 +137,10 @@ def test_attack_parameters_are_those_of_the_function(name: str) -> None:
     for field, info in spec.model_fields.items():
         if field in taken and not info.is_required():
             assert info.default == taken[field], field
+
+
+def test_the_catalogue_says_of_which_code_autoattack_is_a_re_implementation() -> None:
+    assert "A re-implementation of `fra31/auto-attack` 0.1" in _described(ATTACKS["autoattack"])["summary"]
 
 
 def test_every_attack_of_the_science_can_be_asked_for() -> None:

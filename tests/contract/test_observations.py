@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from sqlalchemy import update
 
-from service import aggregates, correlating, exporting, verdict
+from service import aggregates, correlating, exporting, leaderboard, verdict
 from service.errors import InvalidQuery
 from service.executor import Bits, Outcome, Succeeded
 from service.insights import Insights
@@ -209,6 +209,51 @@ def test_what_two_rules_counted_is_not_averaged(lab: Any) -> None:
         [mixed] = asked(lab, metrics={name: ("count",)}, allow_mixed=True)
         assert mixed[name]["count"] == 3
     assert asked(lab)[0]["robust_accuracy"]["count"] == 3  # no verdict changes what an attack left
+
+
+LATER = {seed: share - 0.1 for seed, share in ROBUST.items()}  # by another version of the attack
+
+
+@pytest.mark.parametrize("task", ["attack/pgd", "measure/closed_forms", "train/standard", "control"])
+def test_what_two_versions_of_a_task_computed_is_not_averaged(lab: Any, newer: Callable[..., None], task: str) -> None:
+    submit_three(lab)
+    finish(lab, ROBUST)
+    newer(task)
+    submit_three(lab)
+    finish(lab, LATER)
+    attacked_again = task.startswith(("attack", "train"))
+    version = f"versions.{task.partition('/')[0]}"
+    with pytest.raises(InvalidQuery, match=rf"differ in more than seeds: {version} \((1, 2|2, 1)\)\. Filter"):
+        asked(lab)
+    old, new = asked(lab, version)
+    assert [(one[version], one["results"], one["networks"]) for one in (old, new)] == [(1, 3, 3), (2, 3, 3)]
+    means = [one["robust_accuracy"]["mean"] for one in (old, new)]
+    expected = [np.mean(list(of.values())) for of in (ROBUST, LATER if attacked_again else ROBUST)]
+    assert means == pytest.approx(expected)
+    [mixed] = asked(lab, allow_mixed=True)
+    assert (mixed["results"], mixed["networks"], mixed["robust_accuracy"]["count"]) == (6, 3, 3)
+    [chosen] = aggregates.aggregate(lab.database, nodes_of(f"{version} = 2"), [], CI95)["items"]
+    assert chosen["robust_accuracy"] == new["robust_accuracy"]
+
+
+def test_boards_and_correlations_do_not_mix_versions(lab: Any, newer: Callable[..., None]) -> None:
+    submit_three(lab)
+    finish(lab, ROBUST)
+    newer("attack/pgd")
+    submit_three(lab)
+    finish(lab, LATER)
+    [board] = leaderboard.leaderboard(lab.database, [], trusted=False)
+    assert board["version"] == 2
+    [row] = board["rows"]
+    assert (row["networks"], row["results"], row["left_out"]) == (3, 3, {"superseded": 3})
+    assert row["robust_accuracy"] == pytest.approx(np.mean(list(LATER.values())))
+    assert [(attack["version"], attack["results"]) for attack in row["attacks"]] == [(2, 3)]
+    measure = "log_relative_sharpness_median"
+    newer("attack/pgd", "measure/closed_forms")
+    submit_three(lab)
+    finish(lab, LATER)
+    found = correlating.correlations(lab.database, [], measure, trusted=False)
+    assert [(one["version"], one["measure_version"], one["n"]) for one in found] == [(1, 1, 3), (2, 1, 3), (2, 2, 3)]
 
 
 @pytest.mark.parametrize("text", ["verdict = trusted", "not (verdict = invalid or seed = 7)", "masked_fraction < 1"])

@@ -131,23 +131,25 @@ def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
     spec = {"name": "reported", "base": {**JOB, "scale": 5}, "grid": {
         "seed": [311, 312, 313], "attack": ["pgd_l2", "pgd_linf", {"type": "fgsm", "norm": "linf", "eps": "8/255"}],
         "recipe": [{"epochs": 2}, {"epochs": 2, "lr": 0.05}],
-    }}  # fmt: skip
+    }, "include": [{"seed": 311, "attack_seed": 1, "attack": "pgd_l2", "recipe": {"epochs": 2}}]}  # fmt: skip
     (tmp_path / "reported.yaml").write_text(yaml.safe_dump(spec))
     sweep = json.loads(uncanny("submit", tmp_path / "reported.yaml", "--wait", "--json", url=server.url).stdout)["id"]
     again = {**spec["base"], "seed": 311, "recipe": {"epochs": 2}}
     server.client.submit(again).wait()  # nothing new: not counted
 
     found = json.loads(uncanny("report", f"sweep={sweep}", "--json", url=server.url).stdout)
-    assert (found["computations"], len(found["groups"])) == (18, 6)
+    assert (found["computations"], len(found["groups"])) == (19, 6)
     assert {(group["recipe.lr"], group["robust_accuracy"]["count"]) for group in found["groups"]} == {
         (0.1, 3),
         (0.05, 3),
     }
-    assert [one["computations"] for one in found["made_by"]] == [18]
+    counts = Counter((group["networks"], group["results"]) for group in found["groups"])
+    assert counts == {(3, 3): 5, (3, 4): 1}  # one network was attacked a second time
+    assert [one["computations"] for one in found["made_by"]] == [19]
     rows = server.client.results(sweep=sweep)
     reasons = Counter(reason for row in rows for reason in row["verdict_reasons"])
     assert found["reasons"] == dict(reasons)
-    assert sum(n for group in found["groups"] for n in group["verdicts"].values()) == 18
+    assert sum(n for group in found["groups"] for n in group["verdicts"].values()) == 19
     assert found["most"] == {
         reason: max(row["verdict_counts"][reason] for row in rows if reason in row["verdict_reasons"])
         for reason in reasons
@@ -164,7 +166,14 @@ def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
     right = binomtest(20, 20).proportion_ci(method="wilson")
     clean = f"100.0 % | {percent(right.low)} to 100.0 % of images"
     assert f"| mlp | standard, lr 0.05 | 5 | 3 | 3 | {clean} | {percent(mean)} | {interval} |" in one
+    attacked_again = [line for line in text.splitlines() if "| mlp | standard, lr 0.1 | 5 | 3 | 4 |" in line]
+    assert len(attacked_again) == 1
     assert "Means over `n` trained networks" in text
+    chosen = ("--filter", f"sweep = {sweep} and attack.norm = l2 and recipe.lr = 0.1")
+    board = uncanny("leaderboard", *chosen, "--any-verdict", "--scale", "all", url=server.url).stdout
+    assert re.search(r"networks +results .*\n.* mlp +standard +5 +3 +4 ", board)
+    groups = uncanny("aggregate", *chosen, "--by", "scale", "--metrics", "robust_accuracy:count", url=server.url).stdout
+    assert re.search(r"scale +results +networks +robust_accuracy\.count *\n *5 +4 +3 +3", groups)
     wilson = binomtest(10, 20).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((wilson.low, wilson.high))
     for reason, (count, of) in found["most"].items():

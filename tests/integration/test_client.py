@@ -74,8 +74,12 @@ def test_a_sweep(server: Any) -> None:
 
 @pytest.fixture(scope="module")
 def seeds(server: Any) -> Any:
-    """Three seeds at two scales, done: 0.5 of the images are robust at s = 1, all of them at s = 50."""
-    sweep = server.client.sweep(name="seeds", base=JOB, grid={"seed": [211, 212, 213], "scale": [1, 50]})
+    """Three seeds at two scales, done: 0.5 of the images are robust at s = 1, all of them at s = 50.
+
+    At s = 1 the first network is attacked a second time.
+    """
+    grid, again = {"seed": [211, 212, 213], "scale": [1, 50]}, {"seed": 211, "scale": 1, "attack_seed": 1}
+    sweep = server.client.sweep({"name": "seeds", "base": JOB, "grid": grid, "include": [again]})
     assert sweep.wait(progress=True)["state"] == "succeeded"
     return sweep
 
@@ -102,16 +106,19 @@ def test_statistics(server: Any, seeds: Any) -> None:
     assert frame["robust_accuracy.mean"].to_list() == [0.5, 1.0]
     half, all_of_them = (binomtest(k, 20).proportion_ci(method="wilson").low for k in (10, 20))  # of 20 images
     assert frame["robust_accuracy.ci95_low"].to_list() == pytest.approx([half, all_of_them])
+    assert (frame["results"].to_list(), frame["networks"].to_list()) == ([4, 3], [3, 3])
     with pytest.raises(ApiError, match="allow_mixed"):
         list(server.client.aggregate(**chosen))
-    assert [row["results"] for row in server.client.aggregate(**chosen, allow_mixed=True)] == [6]
+    assert [row["results"] for row in server.client.aggregate(**chosen, allow_mixed=True)] == [7]
     [board] = server.client.leaderboard(**chosen, trusted=False)
-    assert [(row["architecture"], row["seeds"], row["robust_accuracy"]) for row in board["rows"]] == [("mlp", 3, 0.5)]
+    [row] = board["rows"]
+    assert (row["architecture"], row["robust_accuracy"]) == ("mlp", 0.5)
+    assert (row["networks"], row["seeds"], row["results"]) == (3, 3, 4)
     worst = server.client.worst_cases(**chosen)
     assert [row["robust_accuracy_worst_case"] for row in worst] == [0.5] * 3
     [correlation] = server.client.correlations("log_relative_sharpness_median", **chosen, trusted=False)
-    assert correlation["n"] == 3
-    ids = [row["job_id"] for row in seeds.results("seed = 211", sort="scale")]
+    assert (correlation["n"], correlation["results"]) == (3, 4)
+    ids = [row["job_id"] for row in seeds.results("seed = 211 and attack_seed = 0", sort="scale")]
     compared = server.client.compare(*ids)
     assert compared["differing"]["scale"] == [1.0, 50.0]
     assert compared["union"]["robust_accuracy"] == 0.5
@@ -126,7 +133,7 @@ def test_an_export(server: Any, seeds: Any, tmp_path: Path, format: str) -> None
 
     file = server.client.export(tmp_path / "rows", f"sweep = {seeds.id}", format=format)
     frame = getattr(polars, {"ndjson": "read_ndjson"}.get(format, f"read_{format}"))(file)
-    assert sorted(frame["seed"].to_list()) == [211, 211, 212, 212, 213, 213]
+    assert sorted(frame["seed"].to_list()) == [211, 211, 211, 212, 212, 213, 213]
     with pytest.raises(ApiError):
         server.client.export(tmp_path / "refused", "scales = 1")
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -1,5 +1,7 @@
 """The stump against brute force and scikit-learn, folds that keep an image together, and the hiding loss."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from workers.science.detector import (
 from workers.science.heads import linear_head
 from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.sharpness.detection import detection
-from workers.science.trajectory import Recorder
+from workers.science.trajectory import Recorder, Trajectory
 
 numbers = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
 
@@ -65,27 +67,65 @@ def test_too_few_and_exact_zeros() -> None:
         detector(torch.ones(4), torch.ones(5))
 
 
-def test_on_an_attack() -> None:
+@cache
+def attacked(eps: float, step_size: float, steps: int) -> Trajectory:
+    """Sixty images that one network classifies correctly, under PGD."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(27, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
     x, index, head = torch.rand(60, 3, 3, 3), torch.arange(60), linear_head(model)
     y = model(x).argmax(1)
     recorder = Recorder(head.weight, head.bias)
-    pgd(model, x, y, index=index, observer=recorder(x, y, index), eps=0.3, step_size=0.05)
-    path = recorder.trajectory()
-    clean, attacked = flipped_pairs(path)
-    assert len(clean) == len(attacked) > 10
+    pgd(model, x, y, index=index, observer=recorder(x, y, index), eps=eps, step_size=step_size, steps=steps)
+    return recorder.trajectory()
+
+
+def test_on_an_attack() -> None:
+    path = attacked(eps=0.3, step_size=0.05, steps=10)
+    clean, flipped = flipped_pairs(path)
+    assert len(clean) == len(flipped) > 10
     found = detector_numbers(path, dict.fromkeys(LAMBDAS, path))
     assert found["detector_adaptive_accuracy"] == found["detector_accuracy"]
-    assert found["detector_adaptive_strength"] == 0.01
-    for name in ("lambda001", "lambda01", "lambda1"):
-        assert found[f"detector_adaptive_{name}_accuracy"] == found["detector_accuracy"]
-        assert found[f"detector_adaptive_{name}_auroc"] == found["detector_auroc"]
-        assert found[f"detector_adaptive_{name}_n"] == len(clean)
-        assert found[f"detector_adaptive_{name}_flip_rate"] == len(clean) / 60
+    assert found["detector_adaptive_strength"] == 0.01  # the first of equals
     assert found["detector_adaptive_flip_rate"] == len(clean) / 60
     aim = clean_mean(path)
     assert aim == pytest.approx(float(path.log_relative_sharpness[0].mean()))
+
+
+FEWEST, SOME, MOST = (0.15, 0.05, 3), (0.2, 0.1, 3), (0.3, 0.05, 10)
+
+
+@pytest.mark.parametrize("order", [(FEWEST, SOME, MOST), (MOST, FEWEST, SOME), (SOME, MOST, FEWEST)], ids=str)
+def test_each_strength_has_its_own_numbers_and_the_worst_is_that_of_the_lowest_accuracy(
+    order: tuple[tuple[float, float, int], ...],
+) -> None:
+    """The lowest accuracy comes first, in the middle and last, and is that of the attack that flips the fewest."""
+    paths = dict(zip(LAMBDAS, (attacked(*how) for how in order), strict=True))
+    alone = {strength: detector(*flipped_pairs(path))[0] for strength, path in paths.items()}
+    for name in ("detector_accuracy", "detector_n"):
+        assert len({one[name] for one in alone.values()}) == 3, "or this test says nothing"
+    plain = attacked(eps=0.5, step_size=0.1, steps=10)
+    found = detector_numbers(plain, paths)
+    assert {name: found[name] for name in alone[0.01]} == detector(*flipped_pairs(plain))[0]
+
+    names = dict(zip(LAMBDAS, ("lambda001", "lambda01", "lambda1"), strict=True))
+    for strength, one in alone.items():
+        for name in ("accuracy", "auroc", "n"):
+            assert found[f"detector_adaptive_{names[strength]}_{name}"] == one[f"detector_{name}"]
+        assert found[f"detector_adaptive_{names[strength]}_flip_rate"] == (one["detector_n"] or 0) / 60
+    worst = min(alone, key=lambda strength: alone[strength]["detector_accuracy"] or 0)
+    assert alone[worst]["detector_n"] == min(one["detector_n"] or 0 for one in alone.values())
+    assert found["detector_adaptive_strength"] == worst
+    for name in ("accuracy", "auroc", "n", "flip_rate"):
+        assert found[f"detector_adaptive_{name}"] == found[f"detector_adaptive_{names[worst]}_{name}"]
+
+
+def test_an_attack_that_flips_too_few_is_not_the_worst() -> None:
+    few, path = attacked(eps=0.1, step_size=0.03, steps=3), attacked(eps=0.3, step_size=0.05, steps=10)
+    found = detector_numbers(path, {0.01: few, 0.1: path, 1.0: few})
+    assert [found[f"detector_adaptive_{name}_accuracy"] for name in ("lambda001", "lambda1")] == [None, None]
+    assert found["detector_adaptive_strength"] == 0.1
+    assert found["detector_adaptive_n"] == found["detector_n"]
+    assert "detector_adaptive_strength" not in detector_numbers(path, dict.fromkeys(LAMBDAS, few))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-33])

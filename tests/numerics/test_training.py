@@ -353,9 +353,18 @@ OVERFITTING: dict[str, Any] = {
     "schedule": "constant", "train_samples": 120, "batch_size": 16, "keep": "best", "held_out": 150, "seed": 1,
     "weight_decay": 0.0,
 }  # fmt: skip
+RECIPES_THAT_ATTACK = {"adversarial": OVERFITTING, "trades": {**OVERFITTING, "recipe": "trades", "lr": 0.1}}
 
 
-def test_the_epoch_most_robust_on_held_out_training_images_is_kept(digits: ImageData, tmp_path: Path) -> None:
+def test_recipes_that_attack() -> None:
+    assert RECIPES_THAT_ATTACK.keys() == {name for name, recipe in RECIPES.items() if recipe.attacks}
+
+
+@pytest.mark.parametrize("recipe", RECIPES_THAT_ATTACK)
+def test_the_epoch_most_robust_on_held_out_training_images_is_kept(
+    recipe: str, digits: ImageData, tmp_path: Path
+) -> None:
+    how = RECIPES_THAT_ATTACK[recipe]
     model, weights, states = build("mlp", digits.shape, 10, 1), [], []
 
     def note(report: EpochReport, state: Any) -> None:
@@ -363,7 +372,7 @@ def test_the_epoch_most_robust_on_held_out_training_images_is_kept(digits: Image
         save_state(tmp_path / str(report.epoch), state())
         states.append(report.held_out_robust_accuracy)
 
-    done = train(model, digits, **OVERFITTING, on_epoch=note)
+    done = train(model, digits, **how, on_epoch=note)
     curve = [epoch.held_out_robust_accuracy for epoch in done.epochs]
     assert curve == states
     assert done.kept_epoch == 1 + curve.index(max(value for value in curve if value is not None))
@@ -374,31 +383,33 @@ def test_the_epoch_most_robust_on_held_out_training_images_is_kept(digits: Image
     # The number, by the attack of the benchmark: another start, so about the same.
     held_out = training_indices(1297, 120, 150)[1]
     x, y = digits.train_x[held_out].float() / 255, digits.train_y[held_out]
-    output = ATTACKS["pgd"](
-        model, x, y, index=torch.from_numpy(held_out), random_start=True, **OVERFITTING["recipe_params"]
-    )
+    output = ATTACKS["pgd"](model, x, y, index=torch.from_numpy(held_out), random_start=True, **how["recipe_params"])
     assert float((~output.broken).double().mean()) == pytest.approx(done.kept.held_out_robust_accuracy, abs=0.03)
 
     for epoch in (1, done.kept_epoch, 12):  # the best so far is in the state
         again = build("mlp", digits.shape, 10, 9)
-        resumed = train(again, digits, **OVERFITTING, resume=load_state(tmp_path / str(epoch)))
+        resumed = train(again, digits, **how, resume=load_state(tmp_path / str(epoch)))
         assert equal(model, again)
         assert (resumed.kept_epoch, resumed.clean_loss) == (done.kept_epoch, done.clean_loss)
         assert [e.held_out_robust_accuracy for e in resumed.epochs] == curve
 
 
-def test_without_held_out_images_the_last_epoch_is_kept_and_the_same_batches_are_seen(digits: ImageData) -> None:
-    last = {**OVERFITTING, "keep": "last", "held_out": 0}
+@pytest.mark.parametrize("recipe", RECIPES_THAT_ATTACK)
+def test_without_held_out_images_the_last_epoch_is_kept_and_the_same_batches_are_seen(
+    recipe: str, digits: ImageData
+) -> None:
+    how = RECIPES_THAT_ATTACK[recipe]
+    last = {**how, "keep": "last", "held_out": 0}
     one, other = (build("mlp", digits.shape, 10, 1) for _ in range(2))
-    best, done = train(one, digits, **OVERFITTING), train(other, digits, **last)
+    best, done = train(one, digits, **how), train(other, digits, **last)
     assert done.kept_epoch == 12
     assert done.kept.held_out_robust_accuracy is None
     assert [epoch.loss for epoch in best.epochs] == [epoch.loss for epoch in done.epochs]
     for changed in ({"held_out": 0}, {"keep": "last"}, {"recipe": "standard", "recipe_params": {}}):
         with pytest.raises(ValueError, match="held out"):
-            train(other, digits, **{**OVERFITTING, **changed})
+            train(other, digits, **{**how, **changed})
     with pytest.raises(WrongShape, match="1200 images to train on and 150 held out were asked for of 1297"):
-        train(other, digits, **{**OVERFITTING, "train_samples": 1200})
+        train(other, digits, **{**how, "train_samples": 1200})
 
 
 # --- augmentation ---

@@ -7,8 +7,10 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,11 +38,14 @@ from service.executor import (
 from service.inprocess import InProcessExecutor
 from service.jobs import LIVE_JOB
 from service.plan import PlannedTask, plan_job
+from service.results import ROW_FIELDS
 from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
+from service.specs.attacks import PRESETS, AnyAttack, Transfer
 from service.specs.measures import MEASURES
 from service.specs.recipes import Imported
 from service.store.fields import PROVENANCE
+from service.store.filing import FROM_ATTACK, FROM_MEASURE
 from service.store.tables import attempts, trainings
 from workers import run, tasks
 from workers.context import Cache, Context
@@ -308,6 +313,28 @@ def test_a_bundle_measures_and_attacks_one_network(
         json.dumps([part.numbers, part.curves, part.provenance], allow_nan=False)
 
 
+def test_the_panel_of_auto_pgd_runs_it_with_the_margin_loss(
+    trained: tuple[ArtifactRef, list[Message]], execute: Execute, context: Context
+) -> None:
+    own = {"norm": "linf", "eps": 0.2, "steps": 1, "restarts": 2}
+    plan = plan_job(job(attack={"type": "apgd", **own}, samples=256), DatasetRef(name="digits"))
+    assert plan.control is not None
+    bits = outcome(execute(plan.train, grant(plan.control), checkpoint=trained[0])).bits
+    found = {name: np.unpackbits(np.frombuffer(of.packed, np.uint8), count=of.n) == 1 for name, of in bits.items()}
+    subject = tasks.Subject(plan.train.spec, trained[0], context)  # type: ignore[arg-type]
+    index, x, y = subject.samples(256, "permutation")
+
+    def survivors(**changed: Any) -> list[bool]:
+        params = {**own, "loss": "margin", **changed}
+        output = ATTACKS["apgd"](subject.network(), x.float() / 255, y, index=index, **params)
+        return (~output.broken).tolist()  # type: ignore[no-any-return]
+
+    twin = found["robust_twin"].tolist()
+    assert twin == survivors()
+    others = [survivors(**changed) for changed in ({"loss": "cross_entropy"}, {"steps": 100}, {"restarts": 1})]
+    assert twin not in [found["robust_margin"].tolist(), *others], "or this test says nothing"
+
+
 @pytest.mark.parametrize(
     ("attack", "has_trajectory"),
     [
@@ -454,32 +481,57 @@ def test_trained_and_imported_weights_have_the_same_test_numbers(execute: Execut
         assert imported.numbers["test_n_non_finite"] == 0
 
 
+def two_steps(attack: AnyAttack) -> dict[str, Any]:
+    """The same attack, done at once."""
+    spec = {**attack.model_dump(mode="json"), **({"steps": 2} if hasattr(attack, "steps") else {})}
+    spec |= {"queries": 2} if attack.type == "square" else {}
+    return spec | ({"attack": two_steps(attack.attack)} if isinstance(attack, Transfer) else {})
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "simple_cnn"])
 def test_no_two_tasks_of_a_job_leave_another_number_of_one_name(
-    trained: tuple[ArtifactRef, list[Message]], execute: Execute
+    architecture: str, execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the closed forms, which an attack repeats at its start: the same numbers."""
+    """But for the closed forms, which an attack repeats at its start: the same numbers. Of every attack and measure."""
     small: dict[str, dict[str, Any]] = {
         "hessian_trace_network": {"probes": 2}, "top_eigenvalue_network": {"iterations": 2},
         "adaptive_average": {"draws": 1}, "adaptive_worst": {"steps": 1}, "lipschitz": {"iterations": 1},
         "pac_bayes_flatness": {"draws": 1, "bisections": 1}, "input_curvature": {"iterations": 1},
-        "detector": {"steps": 1},
+        "detector": {"steps": 4, "eps": 0.5, "step_size": 0.2, "images": 50},
     }  # fmt: skip
-    measures = [{"type": name, "images": 20, **small.get(name, {})} for name in MEASURES]
-    plan = plan_job(job(measures=measures, samples=20), DatasetRef(name="digits"))
-    parts = {"attack": plan.attack, "closed_forms": plan.closed_forms}
-    parts |= {task.spec.measure.type: task for task in plan.measures}  # type: ignore[union-attr]
-    messages = execute(plan.train, *(grant(task, name) for name, task in parts.items()), checkpoint=trained[0])
+    monkeypatch.setitem(ATTACKS, "autoattack", partial(ATTACKS["autoattack"], steps=2, targets=1, queries=2))
+    assert {attack.type for attack in PRESETS.values()} == ATTACKS.keys()
+    this: dict[str, Any] = {"architecture": architecture, "samples": 8, "recipe": {"epochs": 4, "train_samples": 300}}
+    measures = [{"type": name, "images": 8, **small.get(name, {})} for name in MEASURES]
+    plan = plan_job(job(measures=measures, **this), DatasetRef(name="digits"))
+    checkpoint = outcome(execute(plan.train, grant(plan.train))).artifacts[0]
+    of_measures = {task.spec.measure.type: task for task in plan.measures}  # type: ignore[union-attr]
+    of_attacks = {
+        name: plan_job(job(attack=two_steps(attack), **this), DatasetRef(name="digits")).attack
+        for name, attack in PRESETS.items()
+    }
+    assert of_measures.keys() == MEASURES.keys() - {"closed_forms"}
+    parts = {"closed forms": plan.closed_forms, **of_measures, **of_attacks}
+    messages = execute(plan.train, *(grant(task, name) for name, task in parts.items()), checkpoint=checkpoint)
     numbers = {name: outcome(messages, name).numbers for name in parts}
-    closed = numbers.pop("closed_forms")
-    for name in closed.keys() & numbers["attack"].keys():
-        assert closed[name] == pytest.approx(numbers["attack"][name], rel=1e-6), name
-    summed: set[str] = set()
-    for name, of in numbers.items():
-        assert not summed & of.keys(), name
-        assert name == "attack" or not closed.keys() & of.keys(), name
-        summed |= of.keys()
+    closed = numbers.pop("closed forms")
+    assert numbers["detector"]["detector_adaptive_accuracy"] is not None, "or not all names are there"
+    for attack in of_attacks:
+        repeated = closed.keys() & numbers[attack].keys()
+        assert len(repeated) > 50
+        for name in repeated:
+            assert closed[name] == pytest.approx(numbers[attack][name], rel=1e-6), (attack, name)
+        names = [
+            closed.keys() - repeated,
+            numbers[attack].keys(),
+            *(numbers[measure].keys() for measure in of_measures),
+        ]
+        counted = Counter(name for part in names for name in part)
+        assert [name for name, times in counted.items() if times > 1] == [], attack
+        # No number takes the place of what else a result row has, or of what another task gives it.
+        assert set(ROW_FIELDS) & counted.keys() <= {*FROM_ATTACK, *FROM_MEASURE}
     with pytest.raises(KeyError, match="two numbers are called clean_loss"):
-        merged(numbers["attack"], {"clean_loss": 0.0})
+        merged(numbers["pgd_linf"], {"clean_loss": 0.0})
 
 
 def test_provenance_says_what_bits_depend_on(trained: tuple[ArtifactRef, list[Message]], execute: Execute) -> None:

@@ -1,35 +1,11 @@
 """A version that computes a number differently: unfinished jobs get the new tasks, and what is finished stays."""
 
-from collections.abc import Callable, Iterator
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 from dispatching import Scripted, dispatcher, succeeds, tick_until_idle
 
-from service import plan
-from service.specs import versions
 from service.store import tables
-
-
-def forget_plans() -> None:
-    for planned in (plan.training, plan._measure, plan._attack, plan._control):
-        planned.cache_clear()
-
-
-@pytest.fixture
-def newer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """All kinds of task are of version 1, and from then on some of version 2: `newer("measure/closed_forms")`."""
-    monkeypatch.setattr(versions, "VERSIONS", MappingProxyType({}))
-    forget_plans()
-
-    def bump(*names: str) -> None:
-        monkeypatch.setattr(versions, "VERSIONS", MappingProxyType(dict.fromkeys(names, 2)))
-        forget_plans()
-
-    yield bump
-    monkeypatch.undo()
-    forget_plans()
 
 
 def versions_of(lab: Any, job_id: str) -> dict[str, int]:
