@@ -115,7 +115,7 @@ def _wait_until_up(settings: Settings, server: subprocess.Popen[bytes]) -> str:
                 pass
         time.sleep(0.1)
     log = settings.logs / "serve.log"
-    last = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
     raise DemoFailed(f"the service did not start ({last[0]}); its logs are in {settings.logs}")
 
 

@@ -74,7 +74,7 @@ def _path(settings: Settings) -> Path:
 
 def _note(settings: Settings) -> dict[str, Any]:
     try:
-        note = json.loads(_path(settings).read_text())
+        note = json.loads(_path(settings).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) and note.keys() >= {"url", "pid", "process_began_at"} else {}

@@ -54,7 +54,7 @@ def freeze(
         ids = _job_ids(partial / "results.parquet")
         if not ids:
             raise NoSnapshot("no result matches: there is nothing to freeze")
-        with (partial / "specs.ndjson").open("w") as file:
+        with (partial / "specs.ndjson").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(spec) + "\n" for spec in _specs(client, ids))
         _describe(partial, asked, len(ids))
         sha256 = _write_sums(partial)
@@ -118,7 +118,7 @@ def _describe(folder: Path, asked: Json, results: int) -> None:
         "date-released": now.date().isoformat(),
         "identifiers": [{"type": "other", "value": f"sha256:{data}", "description": "results.parquet"}],
     }
-    (folder / "CITATION.cff").write_text(json.dumps(citation, indent=2) + "\n")  # which is YAML too
+    (folder / "CITATION.cff").write_text(json.dumps(citation, indent=2) + "\n", encoding="utf-8")  # which is YAML too
     chosen = {name: value for name, value in asked.items() if value}
     (folder / "README.md").write_text(
         f"# {TITLE}\n\n"
@@ -126,14 +126,15 @@ def _describe(folder: Path, asked: Json, results: int) -> None:
         f"Asked for: `{json.dumps(chosen)}`\n\n"
         "- `results.parquet`: a row per result, with every number, the verdict and the provenance (JSON)\n"
         "- `specs.ndjson`: what each job asked for; the `spec` of a line can be submitted again\n"
-        f"- `{SUMS}`: check it with `uncanny verify DIR` or, inside, `sha256sum --check {SUMS}`\n"
+        f"- `{SUMS}`: check it with `uncanny verify DIR` or, inside, `sha256sum --check {SUMS}`\n",
+        encoding="utf-8",
     )
 
 
 def _write_sums(folder: Path) -> str:
     """Returns the checksum of the list itself."""
     text = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()))
-    (folder / SUMS).write_text(text)
+    (folder / SUMS).write_text(text, encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -198,14 +198,14 @@ class Artifacts:
             return ""
         path = Path(self._base) / MARK
         with self._reading(), suppress(FileNotFoundError):
-            return path.read_text()
+            return path.read_text(encoding="utf-8")
         with self._writing(), tempfile.TemporaryDirectory(prefix=".writing-", dir=self._scratch()) as folder:
             part = Path(folder) / "mark"
-            part.write_text(uuid4().hex)
+            part.write_text(uuid4().hex, encoding="utf-8")
             part.chmod(stat.S_IMODE(os.stat(self._base).st_mode) & 0o666)
             with suppress(FileExistsError):
                 os.link(part, path)
-            return path.read_text()
+            return path.read_text(encoding="utf-8")
 
     def require_mark(self) -> None:
         """Raises `ArtifactRootUnusable` where this is another folder than the one with the mark."""
@@ -214,7 +214,7 @@ class Artifacts:
         state = "has another mark"
         try:
             with self._reading():
-                if (Path(self._base) / MARK).read_text() == mark:
+                if (Path(self._base) / MARK).read_text(encoding="utf-8") == mark:
                     return
         except FileNotFoundError:
             state = f"has no {MARK}" if os.path.isdir(self._base) else "is not there"

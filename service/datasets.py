@@ -1,10 +1,13 @@
 """A lab's own data set: two npz files, checked once when registered and named by their SHA-256 from then on."""
 
-import hashlib
+import io
 import math
+import os
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,16 @@ from service.errors import InvalidSpec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 MAX_BYTES = 2**35  # of an array, unfolded: workers hold it in memory
-MAX_WHOLE_BYTES = 2**30  # of one that is not read piece by piece: labels, and images in Fortran's order
-CHUNK_BYTES = 2**24
+MAX_WHOLE_BYTES = 2**28  # of one that is not read piece by piece: labels, and images in Fortran's order
+MAX_IMAGES = 5_000_000  # of a file
+MAX_IMAGE_BYTES = 2**24  # as uint8
+LARGE_BYTES = 2**28  # of a file, unfolded: a larger one has at most MAX_RATIO times its packed size
+MAX_RATIO = 200  # MNIST has about 5, nothing but zeros 1,000
+MAX_DIRECTORY_BYTES = 2**18  # of an archive: zipfile reads its list of members as a whole
+MAX_HEADER_BYTES = 10_000  # of an array
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy's: zipfile unfolds others without a bound
+CHUNK_BYTES = 2**24  # read at once
+CHUNK_ENTRIES = 2**18  # at most: of images of few bytes the sums and digests take more than the images
 COLOURS = (1, 3)
 
 
@@ -46,25 +57,37 @@ class _Array:
     fortran: bool
     dtype: np.dtype[Any]
 
+    @property
+    def size_bytes(self) -> int:
+        """Unfolded."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    @property
+    def entry_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
     def whole(self) -> np.ndarray:
         """Raises whatever a damaged archive raises."""
-        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+        with _archive(self.path) as archive, archive.open(self.member) as file:
             found: np.ndarray = npy.read_array(file, allow_pickle=False)
         return found
 
     def entries(self) -> Iterator[np.ndarray]:
-        """Its entries along the first axis, some megabytes at a time."""
+        """Its entries along the first axis, each as one row `[n, numbers of an entry]`, some megabytes at a time."""
+        at_once = max(1, min(CHUNK_ENTRIES, CHUNK_BYTES // max(1, self.entry_bytes)))
+        starts = range(0, self.shape[0], at_once)
         if self.fortran:  # such an array has no entry in one piece
-            yield self.whole()
+            whole = self.whole()
+            for start in starts:
+                entries = np.ascontiguousarray(whole[start : start + at_once])
+                yield entries.reshape(len(entries), -1)
             return
-        size = self.dtype.itemsize * math.prod(self.shape[1:])
-        at_once = max(1, CHUNK_BYTES // max(1, size))
-        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+        with _archive(self.path) as archive, archive.open(self.member) as file:
             _header(file)
-            for start in range(0, self.shape[0], at_once):
+            for start in starts:
                 n = min(at_once, self.shape[0] - start)
-                content = file.read(n * size)
-                yield np.frombuffer(content, dtype=self.dtype).reshape(n, *self.shape[1:])
+                content = file.read(n * self.entry_bytes)
+                yield np.frombuffer(content, dtype=self.dtype).reshape(n, -1)
             file.read(1)  # at the end the archive compares its checksum
 
 
@@ -78,14 +101,39 @@ class _Split:
 
     brightest: int = 0  # pixel, once the digests were read
 
-    def digests(self) -> Iterator[bytes]:
-        """One of each image."""
+    def digests(self, weights: np.ndarray) -> Iterator[np.ndarray]:
+        """One of each image, as `_digests` makes them, some megabytes of images at a time."""
         try:
             for images in self.x.entries():
                 self.brightest = max(self.brightest, int(images.max()))
-                yield from (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
+                yield _digests(images, weights)
         except Exception as error:  # noqa: BLE001 - a damaged archive can raise almost anything
             raise _unreadable(self.pointer, error) from None
+
+
+def _weights(size_bytes: int) -> np.ndarray:
+    """Of images of this size `[2, words]`: drawn anew each time, so that nobody can make images of one digest."""
+    return np.random.default_rng().integers(0, 2**64, (2, -(-size_bytes // 4)), dtype=np.uint64)
+
+
+def _digests(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """A digest of each image `[n, bytes]`, without a loop over them in Python, which keeps all other threads waiting.
+
+    The upper halves of two sums of random multiples of its words of 32 bits: two images have the same with
+    probability 2^-63, and among five million images and as many others any two do with one below 2^-18.
+    """
+    n, size = images.shape
+    padded = np.zeros((n, 4 * weights.shape[1]), np.uint8)
+    padded[:, :size] = images
+    high, low = (np.einsum("ij,j->i", padded.view(np.uint32), each) for each in weights)
+    digests: np.ndarray = (high >> np.uint64(32)) << np.uint64(32) | (low >> np.uint64(32))
+    return digests
+
+
+def _among(known: np.ndarray, digests: np.ndarray) -> int:
+    """How many of the digests are among the known ones, which are sorted."""
+    places = np.minimum(np.searchsorted(known, digests), len(known) - 1)
+    return int(np.count_nonzero(known[places] == digests))
 
 
 def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: str) -> tuple[Registration, int]:
@@ -106,11 +154,13 @@ def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: 
     classes = _classes(trained.y)
     if int(tested.y.max()) >= classes:
         raise _refusal("/test", f"test labels reach {int(tested.y.max())}, training labels only {classes - 1}")
-    known = set(trained.digests())
+    weights = _weights(math.prod(shape))
+    known = np.concatenate([*trained.digests(weights)])
+    known.sort()
     if trained.brightest == 1:
         sentence = "the training images hold only 0 and 1, and images are uint8 from 0 to 255: multiply both by 255"
         raise _refusal("/train", sentence)
-    in_both = sum(digest in known for digest in tested.digests())
+    in_both = sum(_among(known, digests) for digests in tested.digests(weights))
     height, width, channels = shape if len(shape) == 3 else (*shape, 1)
     counts = (len(trained.y), len(tested.y))
     return Registration(name, train_sha256, test_sha256, channels, height, width, classes, *counts), in_both
@@ -118,14 +168,13 @@ def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: 
 
 def _classes(y: np.ndarray) -> int:
     """How many there are among the training labels."""
-    found = np.unique(y)
-    first, last = int(found[0]), int(found[-1])
+    last = int(y.max())
+    there = np.bincount(y[y <= len(y)], minlength=len(y) + 1) > 0  # n labels leave a gap among 0 .. n
     if last == 0:
         raise _refusal("/train", "all training labels are 0: at least two classes are needed")
-    if first == 1 and len(found) == last > 1:
+    if 1 < last <= len(y) and not there[0] and there[1 : last + 1].all():
         raise _refusal("/train", f"labels are 1 .. {last} and must be 0 .. {last - 1}: subtract 1 in both files")
-    if len(found) <= last:
-        absent = next(label for label, there in enumerate([*found.tolist(), -1]) if label != there)
+    if (absent := int(np.argmin(there))) < last:
         sentence = (
             f"labels must be 0 .. {last} without gaps; no training image has {absent}: renumber them in both files"
         )
@@ -144,15 +193,21 @@ def _split(path: Path, pointer: str) -> _Split:
         raise _refusal(pointer, f"{what} needs the arrays `x` and `y`; it has {list(arrays) or 'neither'}")
     x, y = arrays["x"], arrays["y"]
     for name, array in arrays.items():
-        if (size := array.dtype.itemsize * math.prod(array.shape)) > MAX_BYTES:
+        if (size := array.size_bytes) > MAX_BYTES:
             said = f"`{name}` of {what} has {size / 2**30:,.0f} GiB unfolded, at most {MAX_BYTES >> 30} are taken"
             raise _refusal(pointer, said)
         if size > MAX_WHOLE_BYTES and (array.fortran or name == "y"):
             said = f"`{name}` of {what} has {size / 2**30:,.1f} GiB unfolded and has to be read as a whole"
             raise _refusal(pointer, said + (": save np.ascontiguousarray(x)" if array.fortran else ""))
+    _refuse_a_bomb(path, pointer, what, x.size_bytes + y.size_bytes)
     if x.dtype != np.uint8 or not _is_of_images(x.shape):
         said = f"`x` of {what} must be uint8 [n, height, width, 1 or 3], it is {x.dtype} {list(x.shape)}"
         raise _refusal(pointer, said + _advice(x, pointer))
+    if x.shape[0] > MAX_IMAGES:
+        raise _refusal(pointer, f"{what} has {x.shape[0]:,} images, at most {MAX_IMAGES:,} are taken")
+    if x.entry_bytes > MAX_IMAGE_BYTES:
+        said = f"an image of {what} has {x.entry_bytes / 2**20:,.1f} MiB, at most {MAX_IMAGE_BYTES >> 20} are taken"
+        raise _refusal(pointer, said)
     if y.dtype != np.int64 or y.shape != x.shape[:1]:
         said = f"`y` of {what} must be int64 [{x.shape[0]}], it is {y.dtype} {list(y.shape)}"
         raise _refusal(pointer, said)
@@ -165,6 +220,13 @@ def _split(path: Path, pointer: str) -> _Split:
     return _Split(pointer, x, labels)
 
 
+def _refuse_a_bomb(path: Path, pointer: str, what: str, unfolded: int) -> None:
+    """What is packed well is small, or would take much of the service's time and memory for next to no bytes."""
+    if unfolded > LARGE_BYTES and unfolded > MAX_RATIO * (packed := path.stat().st_size):
+        said = f"{what} has {packed / 2**20:,.1f} MiB and {unfolded / 2**20:,.0f} unfolded, {unfolded / packed:,.0f} "
+        raise _refusal(pointer, f"{said}times as much: at most {MAX_RATIO} times are taken, so save it with np.savez")
+
+
 def _is_of_images(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 or (len(shape) == 4 and shape[3] in COLOURS)
 
@@ -174,7 +236,7 @@ def _advice(x: _Array, pointer: str) -> str:
     said = ""
     if not _is_of_images(x.shape) and len(x.shape) == 4 and x.shape[1] in COLOURS:
         said += "; that looks like channels first: transpose to NHWC, x.transpose(0, 2, 3, 1)"
-    if x.dtype.kind != "f" or math.prod(x.shape) == 0:
+    if x.dtype.kind != "f" or not 0 < x.entry_bytes <= CHUNK_BYTES or x.shape[0] == 0:
         return said
     try:
         some = next(iter(x.entries()))
@@ -191,17 +253,43 @@ def _advice(x: _Array, pointer: str) -> str:
 def _arrays(path: Path) -> dict[str, _Array]:
     """`x` and `y`, as far as they are there, by their headers."""
     found = {}
-    with zipfile.ZipFile(path) as archive:
+    with _archive(path) as archive:
+        names = archive.namelist()
         for name in ("x", "y"):
-            if (member := f"{name}.npy") not in archive.namelist():
+            if name in names:  # numpy reads it rather than the other, and it is not looked at here
+                raise ValueError(f"it has a member `{name}` besides `{name}.npy`")
+            if (member := f"{name}.npy") not in names:
                 continue
+            info = archive.getinfo(member)
+            if info.compress_type not in METHODS:
+                raise ValueError(f"`{name}` is packed by another method than numpy's (np.savez_compressed)")
             with archive.open(member) as file:
                 shape, fortran, dtype = _header(file)
                 described = file.tell() + dtype.itemsize * math.prod(shape)
-            if dtype.hasobject or described != archive.getinfo(member).file_size:
+            if dtype.hasobject or min(shape, default=0) < 0 or described != info.file_size:
                 raise ValueError(f"`{name}` is no plain array, or is cut off")
             found[name] = _Array(path, member, shape, fortran, dtype)
     return found
+
+
+class _Guarded(io.FileIO):
+    """A file of which no more than this is read at once."""
+
+    most_bytes = MAX_DIRECTORY_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        rest = os.fstat(self.fileno()).st_size - self.tell()
+        if (rest if size is None or size < 0 else min(size, rest)) > self.most_bytes:
+            raise ValueError("its list of members is too long")
+        return super().read(size)
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open, with a list of members of a bounded size."""
+    with _Guarded(path) as file, zipfile.ZipFile(file) as archive:
+        file.most_bytes = sys.maxsize
+        yield archive
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -210,7 +298,10 @@ def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"its format {version} is unknown")
-    shape, fortran, dtype = read(file)
+    prefix = file.read(2 if version == (1, 0) else 4)
+    if (size := int.from_bytes(prefix, "little")) > MAX_HEADER_BYTES:  # numpy reads it first and asks then
+        raise ValueError(f"the header of an array has {size:,} bytes")
+    shape, fortran, dtype = read(io.BytesIO(prefix + file.read(size)))
     return shape, fortran, dtype
 
 

@@ -89,7 +89,7 @@ def look_at_cluster(settings: Settings) -> Report:
     command = [sys.executable, "-m", "workers.doctor"]
     environment = {**os.environ, **settings.environment()}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CLUSTER_SECONDS)
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=CLUSTER_SECONDS)
     except subprocess.TimeoutExpired:
         return {"error": f"nothing was heard of it for {CLUSTER_SECONDS:g} seconds"}
     try:

@@ -31,7 +31,8 @@ def folder(path: Path) -> Path:
 
 def opened(path: Path, mode: str) -> IO[Any]:
     """The file, made for this account alone where it is not there."""
-    return open(path, mode, opener=lambda name, flags: os.open(name, flags, FILE))
+    encoding = None if "b" in mode else "utf-8"
+    return open(path, mode, encoding=encoding, opener=lambda name, flags: os.open(name, flags, FILE))
 
 
 def tighten(settings: "Settings") -> str | None:

@@ -250,9 +250,9 @@ def _in_memory(url: str) -> bool:
 def _with_password(url: str, file: Path) -> str:
     """The URL with that file's first line as its user's password. Raises `BadSettings` where that cannot be."""
     try:
-        password = file.read_text().partition("\n")[0].strip()
+        password = file.read_text(encoding="utf-8").partition("\n")[0].strip()
         parts = urlsplit(url)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise BadSettings(f"UNCANNY_DATABASE_PASSWORD_FILE cannot be read: {error}") from None
     except ValueError:
         raise BadSettings("UNCANNY_DATABASE_URL cannot be read: write postgresql://USER@HOST:PORT/NAME") from None

@@ -10,12 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from types import FrameType
+
+from pydantic import ValidationError
 
 from service import private
 from service.artifact_root import RootMark, of_database
+from service.artifacts import Artifacts
 from service.dispatcher import Dispatcher
-from service.errors import DatabaseAway, SchemaOutdated
+from service.errors import DatabaseAway, SchemaOutdated, UncannyError
 from service.housekeeping import keep_house
 from service.logs import configure
 from service.processes import Told, adopt_orphans
@@ -30,7 +34,11 @@ TOGETHER_SECONDS = 2.0  # signals so close to each other are one: a service mana
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Dispatch until SIGTERM or SIGINT. Returns 0; 1 where its own Ray ended, 3 for a database of another schema."""
+    """Dispatch until SIGTERM or SIGINT.
+
+    Returns 0; 1 where its own Ray ended, or where it cannot work with the settings, the database or the artifact root,
+    which it says in one line; 3 for a database of another schema.
+    """
     parser = argparse.ArgumentParser(prog="python -m workers.dispatch", description=__doc__)
     parser.add_argument(
         "--name",
@@ -45,18 +53,39 @@ def main(arguments: list[str] | None = None) -> int:
     stop = Told()
     _stop_on_signals(stop)
     private.be_private()
-    settings = Settings()
+    try:
+        return _work(Settings(), options.name, stop)
+    except SchemaOutdated as error:
+        log.error("%s", error)
+        return 3
+    except UncannyError as error:
+        log.error("%s", error)
+    except ValidationError as error:
+        log.error("bad settings: %s", "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+    return 1
+
+
+def _work(settings: Settings, name: str, stop: Told) -> int:
     if closed := private.tighten(settings):
         log.warning("%s", closed)
+    with closing(Database(settings.database)) as database:
+        artifacts = of_database(database, settings.artifacts)
+        if not _ready(database, stop):
+            return 0
+        return _beside_ray(settings, database, artifacts, name, stop)
+
+
+def _beside_ray(settings: Settings, database: Database, artifacts: Artifacts, name: str, stop: Told) -> int:
     if settings.ray_address or settings.ray_port:
         use_driver_environment(settings.home, local=not settings.ray_address)
-        return _dispatch(settings, options.name, stop)
+        return _dispatch(settings, database, artifacts, name, stop)
     adopt_orphans()
     try:
         with running() as head:  # on its own, without a cluster: one for as long as it runs
             use_driver_environment(head.home, local=True)
             threading.Thread(target=_stop_without, args=(head.guard, stop), daemon=True).start()
-            code = _dispatch(settings.model_copy(update={"ray_port": head.port}), options.name, stop)
+            here = settings.model_copy(update={"ray_port": head.port})
+            code = _dispatch(here, database, artifacts, name, stop)
             if head.guard.poll() is None:
                 return code
             end_family()  # before its folder goes
@@ -71,30 +100,21 @@ def _stop_without(guard: "subprocess.Popen[bytes]", stop: threading.Event) -> No
     stop.set()
 
 
-def _dispatch(settings: Settings, name: str, stop: threading.Event) -> int:
+def _dispatch(settings: Settings, database: Database, artifacts: Artifacts, name: str, stop: threading.Event) -> int:
     from workers.pool import RayExecutor  # which imports Ray, and that reads the environment
 
-    database = Database(settings.database)
-    try:
-        if not _ready(database, stop):
-            return 0
-    except SchemaOutdated as error:
-        log.error("%s", error)
-        return 3
     executor = RayExecutor(settings, root_mark=RootMark(database, settings.artifacts))
     try:
         while not executor.capacity().ready and not stop.is_set():
             stop.wait(WAIT_SECONDS)
         _stop_on_signals(stop)  # again: Ray has put a handler of its own before ours
         log.info("dispatcher %s starts", name)
-        artifacts = of_database(database, settings.artifacts)
         dispatcher = Dispatcher(database, artifacts, executor, settings, name)
         keeping = (database, artifacts, settings, lambda: dispatcher.leading, stop)
         threading.Thread(target=keep_house, args=keeping, name="housekeeping", daemon=True).start()
         dispatcher.run(stop)
     finally:
         executor.close()
-        database.close()
     log.info("dispatcher %s has stopped", name)
     return 0
 

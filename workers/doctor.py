@@ -37,7 +37,7 @@ def main() -> int:
         report = look(settings)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
         report = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
-    with os.fdopen(answer, "w") as out:
+    with os.fdopen(answer, "w", encoding="utf-8") as out:
         out.write(json.dumps(report) + "\n")
     return 0
 
@@ -115,7 +115,7 @@ def known_to_the_driver() -> list[dict[str, str]]:
     """
     ask = ["nvidia-smi", "--query-gpu=uuid,name,compute_cap,driver_version,compute_mode", "--format=csv,noheader"]
     try:
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
+        said = subprocess.run(ask, capture_output=True, encoding="utf-8", timeout=SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     return listed_in(said)

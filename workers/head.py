@@ -85,7 +85,7 @@ class Head:
 
     def last_words(self) -> str:
         """The last line that the guard or Ray has written."""
-        lines = (self.home / LOG).read_text(errors="replace").strip().splitlines()
+        lines = (self.home / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
 
 
@@ -212,7 +212,7 @@ def _token(home: Path) -> Path:
     if path.exists():
         return path
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(fresh, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
+    with os.fdopen(os.open(fresh, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
         file.write(secrets.token_hex(32))
     with suppress(FileExistsError):  # head and dispatcher start at once: one token, and never half of one
         os.link(fresh, path)

@@ -95,7 +95,7 @@ def cudnn(device: torch.device) -> int | None:
 def driver() -> str | None:
     """The line of the NVIDIA kernel driver, where there is one."""
     path = Path("/proc/driver/nvidia/version")
-    return path.read_text().partition("\n")[0].strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8").partition("\n")[0].strip() if path.is_file() else None
 
 
 class Meter:
@@ -133,7 +133,7 @@ class Meter:
 @cache
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -55,7 +55,7 @@ def _git(*arguments: str) -> str | None:
     """The output of git in the source folder; None where there is no git, or it is not a checkout of ours."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, encoding="utf-8", timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -7,11 +7,13 @@ import logging
 import os
 import queue
 import socket
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import assert_never
 
 import torch
@@ -50,6 +52,7 @@ GATHER_SECONDS = 0.005  # messages that come so close together travel together
 INTERRUPT_AGAIN_SECONDS = 1.0  # an interrupt that lands in a destructor is lost
 OF_MEMORY: set[Reason] = {"out_of_memory", "out_of_shared_memory"}
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+OF_A_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM}  # of the temporary one they are the node's fault
 
 
 def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progress], None]) -> Outcome:
@@ -253,7 +256,7 @@ def _try(
     except (ScienceError, ArtifactMissing) as error:
         return Failed(task, attempt, "configuration", str(error)), False
     except Exception as error:  # noqa: BLE001 - whatever else goes wrong in a task is that task's, and is told
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if isinstance(error, OSError) and (error.errno in DISK_ERRORS or _of_what_is_temporary(error)):
             return _of_the_environment(grant, bundle, context, error), False
         if devices.ran_out_of_memory(error):
             reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
@@ -267,6 +270,21 @@ def _try(
     # The device may have broken by itself, or by an access of the task's own: as where a worker dies, nobody can tell.
     log.warning("%s does not compute any more after %s: %s", context.device, grant, answer)
     return Lost(task, attempt, "worker_died", f"{context.device} gave up: {answer.message}"), True
+
+
+def _of_what_is_temporary(error: OSError) -> bool:
+    """Whether no temporary folder can be used, or something in it is away or closed to this process.
+
+    If `tempfile` finds no folder that takes a file, it raises ENOENT without a path each time it is asked for one.
+    """
+    if error.errno not in OF_A_FOLDER:
+        return False
+    try:
+        folder = Path(tempfile.gettempdir())
+    except OSError:
+        return True
+    paths = (Path(os.fsdecode(one)) for one in (error.filename, error.filename2) if isinstance(one, str | bytes))
+    return any(path.is_relative_to(folder) for path in paths)
 
 
 def _empty(context: Context) -> None:

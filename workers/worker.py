@@ -4,6 +4,7 @@ import importlib
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: 
     from workers.context import Context
     from workers.devices import batch_images, bound_memory, cache_bytes
 
+    tempfile.gettempdir()  # raises here, before a task has begun, if no temporary folder takes a file
     torch.set_num_threads(max(1, int(bundle.needs.cpus)))
     device = torch.device(device_name)
     share = bundle.needs.gpus if device.type == "cuda" else bundle.needs.cpus

@@ -40,7 +40,7 @@ def report(
         found = report_of(client, filter or None, **filters_of(given))
     if output is not None:
         with whole(output) as partial:
-            partial.write_text(found.as_markdown())
+            partial.write_text(found.as_markdown(), encoding="utf-8")
     if as_json:
         return print_json(found.as_json())
     return say(found.as_markdown() if output is None else f"{output}: {len(found.groups)} rows")

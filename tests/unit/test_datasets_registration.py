@@ -1,13 +1,17 @@
 """What a lab's own images must be, and how files that are not so are refused."""
 
 import io
+import time
 import tracemalloc
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from service import datasets
 from service.datasets import Registration, inspect
@@ -160,6 +164,171 @@ def test_more_than_a_worker_holds_is_refused(train: Path, test: Path, monkeypatc
     monkeypatch.setattr(datasets, "MAX_BYTES", 700)
     pointer, sentence = refused(train, test)
     assert (pointer, "`x` of train.npz has 0 GiB unfolded" in sentence) == ("/train", True)
+
+
+@contextmanager
+def memory_below(most_bytes: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most_bytes
+    finally:
+        tracemalloc.stop()
+
+
+def header(descr: str, *shape: int) -> bytes:
+    written = io.BytesIO()
+    np.lib.format.write_array_header_1_0(written, {"descr": descr, "fortran_order": False, "shape": shape})
+    return written.getvalue()
+
+
+def bomb(path: Path, n: int, *shape: int) -> Path:
+    """Of the right types and shapes, and all of it 0."""
+    block = bytes(2**22)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for name, begin, size in (("x", header("|u1", n, *shape), n * np.prod(shape)), ("y", header("<i8", n), 8 * n)):
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                member.write(begin)
+                for start in range(0, int(size), len(block)):
+                    member.write(block[: int(size) - start])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ((5_000_001, 1, 1), "has 5,000,001 images, at most 5,000,000 are taken"),
+        ((30_000_000, 1, 1), "257 unfolded, "),
+        ((100, 1000, 1000, 3), "286 unfolded, "),
+        ((2, 6000, 3000), "an image of bomb.npz has 17.2 MiB, at most 16 are taken"),
+    ],
+)
+def test_a_bomb_of_the_right_shape_is_refused_by_its_headers(
+    tmp_path: Path, train: Path, test: Path, shape: tuple[int, ...], sentence: str
+) -> None:
+    """36 kB of 1x1 images were accepted: 2 million of them, and 5 s in which nothing else ran."""
+    path = bomb(tmp_path / "bomb.npz", *shape)
+    assert path.stat().st_size < 2_000_000
+    with memory_below(1_000_000):
+        answers = {"train": refused(path, test), "test": refused(train, path)}
+    for name, (pointer, said) in answers.items():
+        assert pointer == f"/{name}"
+        assert sentence.replace("bomb", name) in said
+
+
+def test_as_many_images_as_are_taken_keep_nobody_waiting(tmp_path: Path) -> None:
+    """No loop over images in Python: one took 1.3 s for these, and kept all other threads waiting."""
+    n = 500_000
+    path = tmp_path / "train.npz"
+    np.savez(path, x=np.arange(n, dtype=np.uint32).view(np.uint8).reshape(n, 2, 2), y=np.arange(n) % 2)
+    test = write(tmp_path / "test.npz", np.zeros((n, 2, 2), np.uint8), np.arange(n) % 2)
+    started = time.process_time()
+    assert inspect("mine", path, test, "a" * 64, "b" * 64)[1] == n
+    assert time.process_time() - started < 0.6
+    with memory_below(60 * n):  # 16 bytes of them are the labels, 8 the digests
+        inspect("mine", path, test, "a" * 64, "b" * 64)
+
+
+def test_the_labels_of_as_many_classes_as_images(tmp_path: Path) -> None:
+    y = np.arange(1_000_000)
+    y[700_000:] += 1
+    train = write(tmp_path / "train.npz", images(1_000_000, 1, 1), y)
+    test = write(tmp_path / "test.npz", images(1, 1, 1), labels(0))
+    with memory_below(40_000_000):
+        assert "no training image has 700000" in refused(train, test)[1]
+
+
+def mnist_like(n: int) -> np.ndarray[Any, Any]:
+    """Strokes of grey on black: a tenth of all pixels."""
+    rng = np.random.default_rng(0)
+    x = images(n, 28, 28)
+    x[:, 8:20, 11:17] = rng.integers(0, 256, (n, 12, 6), dtype=np.uint8)
+    return x
+
+
+@pytest.mark.parametrize("name", ["mnist-like", "digits", "one pixel in a hundred"])
+def test_ordinary_images_that_are_packed_well_are_taken(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    if name == "mnist-like":
+        x = mnist_like(60_000)
+    elif name == "digits":
+        x = (load_digits(return_X_y=True)[0].reshape(-1, 8, 8) * 15).astype(np.uint8)
+    else:
+        x = np.where(rng.random((20_000, 28, 28)) < 0.01, np.uint8(255), np.uint8(0))
+    y = (np.arange(len(x)) % 10).astype(np.int64)
+    train, test = tmp_path / "train.npz", tmp_path / "test.npz"
+    np.savez_compressed(train, x=x, y=y)
+    np.savez_compressed(test, x=x[::-1][:100], y=y[::-1][:100])
+    inspect("mine", train, test, "a" * 64, "b" * 64)
+    monkeypatch.setattr(datasets, "LARGE_BYTES", 0)  # they are no bombs however many there are
+    found, in_both = inspect("mine", train, test, "a" * 64, "b" * 64)
+    assert (found.train_count, in_both) == (len(x), 100)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 64, 192])
+def test_images_are_told_apart_as_their_bytes_are(size: int) -> None:
+    rng = np.random.default_rng(size)
+    base = rng.integers(0, 256, size, dtype=np.uint8)
+    x = np.tile(base, (8 * size + 1, 1))
+    for bit in range(8 * size):  # each is one bit away from the last one
+        x[bit, bit // 8] ^= 1 << bit % 8
+    weights = datasets._weights(size)
+    assert len(np.unique(datasets._digests(x, weights))) == len(x)
+    few = rng.integers(0, 2, (2, 300, size), dtype=np.uint8)
+    few[:, :, 6:] = 0  # so that many are equal
+    known = np.unique(datasets._digests(few[0], weights))
+    there = {image.tobytes() for image in few[0]}
+    assert len(known) == len(there)
+    expected = sum(image.tobytes() in there for image in few[1])
+    assert datasets._among(known, datasets._digests(few[1], weights)) == expected
+
+
+def long_header() -> bytes:
+    """As long as format 2 allows, which numpy reads before it asks for its length."""
+    return b"\x93NUMPY\x02\x00" + (2**26).to_bytes(4, "little") + b" " * 2**26
+
+
+def packed(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (lambda: packed({"x.npy": bytes(2**23)}, zipfile.ZIP_BZIP2), "another method than numpy's"),
+        (lambda: packed({"x.npy": bytes(2**23)}, zipfile.ZIP_LZMA), "another method than numpy's"),
+        (lambda: packed({"x.npy": long_header()}), "the header of an array has 67,108,864 bytes"),
+        (lambda: packed({"x.npy": one_array(), "x": one_array()}), "a member `x` besides `x.npy`"),
+        (lambda: packed({"x.npy": header("|u1", 2, -4, -8) + bytes(64)}), "no plain"),
+        (lambda: packed({f"{n:040}": b"" for n in range(4_000)}), "its list of members is too long"),
+    ],
+    ids=["bzip2", "lzma", "header", "second member", "negative", "members"],
+)
+def test_bombs_around_the_arrays(tmp_path: Path, test: Path, content: Any, sentence: str) -> None:
+    train = tmp_path / "train.npz"
+    train.write_bytes(content())
+    assert train.stat().st_size < 2_000_000
+    with memory_below(2_000_000):
+        pointer, said = refused(train, test)
+    assert (pointer, sentence in said) == ("/train", True), said
+
+
+def test_the_readme_says_what_is_taken() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    sizes = (f"{datasets.MAX_IMAGE_BYTES >> 20} MiB", f"{datasets.LARGE_BYTES >> 20} MiB")
+    for said in (
+        *sizes,
+        f"{datasets.MAX_IMAGES:,} images",
+        f"{datasets.MAX_RATIO} times",
+        f"{datasets.MAX_BYTES >> 30} GiB",
+    ):
+        assert said in readme, said
 
 
 @pytest.mark.parametrize(("what", "refusal"), [("y", "`y` of train.npz"), ("x", "save np.ascontiguousarray(x)")])

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -955,15 +956,54 @@ class TestEnvironment:
         assert (found.reason, found.fault) == ("environment", Fault("node", socket.gethostname(), "n7"))
         assert "cannot run tasks: ModuleNotFoundError" in found.message
 
+    @pytest.mark.parametrize(
+        ("number", "place"),
+        [
+            (errno.ENOSPC, None), (errno.ENOSPC, "elsewhere"), (errno.ENOENT, "temporary"), (errno.EACCES, "temporary"),
+            (errno.EPERM, "temporary"), (errno.ENOTDIR, "temporary"), (errno.EROFS, "temporary"),
+        ],
+    )  # fmt: skip
     def test_no_room_for_what_is_temporary(
-        self, context: Context, lost: Callable[..., Lost], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+        self, number: int, place: str | None, context: Context, lost: Callable[..., Lost], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
         def full(*_: object, **__: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number), *([str(tmp_path / place / "file")] if place else []))
 
         monkeypatch.setattr(tasks, "run_measure", full)
         found = lost(context)
         assert (found.reason, found.fault) == ("environment", Fault("node", socket.gethostname(), "n7"))
+
+    def test_no_temporary_folder_at_all(
+        self, context: Context, lost: Callable[..., Lost], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def none(*_: object) -> str:
+            raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+        monkeypatch.setattr(tasks, "run_measure", lambda *_, **__: tempfile.mkdtemp())
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(tempfile, "_get_default_tempdir", none)
+        found = lost(context)
+        assert (found.reason, found.fault) == ("environment", Fault("node", socket.gethostname(), "n7"))
+
+    @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EPERM])
+    def test_a_file_elsewhere_that_is_away_or_closed_is_the_task_s_own_error(
+        self, number: int, context: Context, trained: tuple[ArtifactRef, list[Message]], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number), str(tmp_path / "elsewhere"))
+
+        monkeypatch.setattr(tasks, "run_measure", fail)
+        plan = plan_job(job(), DatasetRef(name="digits"))
+        bundle = Bundle("b", (grant(plan.closed_forms),), plan.train.stored_spec, trained[0])
+        failed = answer(list(run.execute(bundle, replace(context, cache=Cache()))))
+        assert isinstance(failed, Failed)
+        assert failed.kind == "error"
 
     def test_a_checkpoint_that_alone_is_missing_is_a_failure(
         self, context: Context, trained: tuple[ArtifactRef, list[Message]]

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from service.executor import Bundle, Failed, Fault, Grant, Lost, Message, Needs
 from service.interrupt import interrupt
 from workers import devices, run, worker
 from workers.context import Cache, Context
-from workers.worker import WorkerSettings, _Warm, device_of, import_undisturbed, run_bundle, unprepared
+from workers.worker import WorkerSettings, _prepared, _Warm, device_of, import_undisturbed, run_bundle, unprepared
 
 CPU = torch.device("cpu")
 RELEASE = devices.release
@@ -72,6 +73,15 @@ def test_what_a_worker_keeps_is_dropped_when_no_bundle_comes() -> None:
     while len(cache):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_worker_without_a_temporary_folder_cannot_get_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a task has begun, so that it is the node's fault."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
+    settings = WorkerSettings(str(tmp_path), tmp_path, 5.0)
+    with pytest.raises(FileNotFoundError, match="No usable temporary directory"):
+        _prepared(Bundle("b", (), {}), settings, "cpu", "n7")
 
 
 def test_another_size_of_cache_is_another_cache() -> None:

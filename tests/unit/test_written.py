@@ -1,7 +1,9 @@
 """Specs in files mean what they say: YAML 1.2 and JSON, nothing guessed, nothing that JSON does not have."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -153,6 +155,58 @@ def test_a_file_and_stdin_are_utf_8_whatever_the_locale_says(tmp_path: Path) -> 
     command = [sys.executable, "-c", READ, str(tmp_path / "plain.yaml"), str(tmp_path / "marked.yaml"), "-"]
     done = subprocess.run(command, input=content, env=environment, capture_output=True, check=True)
     assert done.stdout.decode().strip() == str([ascii("caf\u00e9 \u26a1")] * 3)
+
+
+REPORT = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from api.commands import exporting
+from api.report import Report
+exporting.client_of = lambda *_: nullcontext()
+exporting.report_of = lambda *_, **__: Report({"sweep": "caf\\u00e9 \\u26a1"}, [], {}, [], 0)
+exporting.report(output=Path(sys.argv[1]))
+"""
+
+
+def test_a_report_is_utf_8_whatever_the_locale_says(tmp_path: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    file = tmp_path / "report.md"
+    subprocess.run([sys.executable, "-c", REPORT, str(file)], env=environment, capture_output=True, check=True)
+    assert "caf\u00e9 \u26a1" in file.read_text(encoding="utf-8")
+
+
+ROOT = Path(__file__).parents[2]
+TEXT_MODE = re.compile("[rwax+t]{1,3}")
+
+
+def is_of_the_locale(call: ast.Call) -> bool:
+    """Whether it opens, reads or writes a text without saying in which encoding."""
+    given = {word.arg: word.value for word in call.keywords}
+    if "encoding" in given:
+        return False
+    if any(isinstance(given.get(name), ast.Constant) for name in ("text", "universal_newlines")):
+        return True
+    is_method = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return True
+    if name not in ("open", "fdopen"):
+        return False
+    at = 0 if is_method and name == "open" else 1
+    if len(call.args) <= at and "mode" not in given:
+        return not call.args or not is_method
+    mode = given.get("mode") or call.args[at]
+    return isinstance(mode, ast.Constant) and TEXT_MODE.fullmatch(str(mode.value)) is not None
+
+
+def test_no_text_is_read_or_written_in_the_locale_s_encoding() -> None:
+    wrong = []
+    for package in ("api", "service", "workers"):
+        for path in (ROOT / package).rglob("*.py"):
+            calls = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call))
+            wrong += [f"{path.relative_to(ROOT)}:{call.lineno}" for call in calls if is_of_the_locale(call)]
+    assert wrong == []
 
 
 def test_what_is_no_utf_8_is_said(tmp_path: Path) -> None:
