@@ -4,14 +4,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import psycopg
 import pytest
+from fastapi.testclient import TestClient
 from pooler import pooling
 from sqlalchemy import make_url, text
 
+from api.app import create_app
 from service import doctor, upgrading
+from service.artifact_root import of_database
 from service.artifacts import Artifacts
 from service.errors import DatabaseAway, UnfitDatabase
 from service.settings import BadSettings, Settings
@@ -97,6 +102,72 @@ def test_the_store_works_through_it(pooled: Database, lab_type: "type[Lab]", art
         ids = list(pool.map(lambda seed: lab.submit(user=f"user{seed % 3}", seed=seed), range(24)))
     lab.finish()
     assert {row.id: row.state for row in lab.rows(jobs)} == dict.fromkeys(ids, "succeeded")
+
+
+JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 16}
+QUESTIONS = (
+    "/readyz", "/v1/queue", "/v1/cluster", "/v1/jobs?state=queued&limit=5", "/v1/sweeps", "/v1/results?sort=-scale",
+    "/v1/results:aggregate?by=scale", "/v1/events?follow=false&after=0", "/v1/networks", "/v1/catalog",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+@pytest.mark.timeout(400)
+@pytest.mark.slow
+def test_480_requests_through_it_are_all_answered(postgresql_url: str, tmp_path: Path, newest_first: bool) -> None:
+    """78 of them were 500, and the statements of others were bound: each reads what it has written itself."""
+    with pooling(postgresql_url, newest_first=newest_first) as (pooler, url):
+        app = create_app(Settings(home=tmp_path, database_url=url))
+        of_database(app.state.insights.database, str(tmp_path / "artifacts")).require_mark()
+        with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as http:
+
+            def work(thread: int) -> list[tuple[str, int]]:
+                who = {"X-Uncanny-User": f"user{thread}"}
+                found = []
+
+                def ask(method: str, path: str, **more: Any) -> Any:
+                    answer = http.request(method, path, headers=who, **more)
+                    found.append((path, answer.status_code))
+                    return answer
+
+                for i in range(4):
+                    seed = 1000 * thread + i
+                    made = ask("POST", "/v1/jobs", json={**JOB, "seed": seed}).json()
+                    seen = ask("GET", f"/v1/jobs/{made['id']}").json()
+                    assert (seen["id"], seen["spec"]["seed"], seen["user"]) == (made["id"], seed, who["X-Uncanny-User"])
+                    sweep = {"name": f"of {thread}", "base": JOB, "grid": {"scale": [seed + 2, seed + 3]}}
+                    sweep = ask("POST", "/v1/sweeps", json=sweep).json()
+                    assert ask("GET", f"/v1/sweeps/{sweep['id']}").json()["jobs"]["total"] == 2
+                    for path in QUESTIONS:
+                        ask("GET", path)
+                    assert ask("POST", f"/v1/jobs/{made['id']}:cancel").json()["state"] == "cancelled"
+                return found
+
+            with ThreadPoolExecutor(THREADS) as pool:
+                found = [one for thread in pool.map(work, range(THREADS)) for one in thread]
+        assert len(found) == 480
+        assert [(path, status) for path, status in found if status not in (200, 201)] == []
+        assert len(pooler.queries) > len(found)
+
+
+@pytest.mark.slow
+def test_an_empty_database_is_set_up_through_it(
+    postgresql_template: str, pooler_options: dict[str, bool], lab_type: "type[Lab]", artifacts: Artifacts
+) -> None:
+    administration = make_url(postgresql_template).set(database="postgres", drivername="postgresql")
+    name = f"empty_{uuid4().hex}"
+    with psycopg.connect(administration.render_as_string(hide_password=False), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        empty = make_url(postgresql_template).set(database=name).render_as_string(hide_password=False)
+        with pooling(empty, **pooler_options) as (_, url), closing(Database(url)) as database:
+            with ThreadPoolExecutor(2) as pool:  # two at once, as where each of several processes does it
+                list(pool.map(lambda _: upgrading.upgrade(database), range(2)))
+            database.check_schema()
+            lab = lab_type(database, artifacts)
+            lab.submit()
+            lab.finish()
+            assert set(lab.job_states()) == {"succeeded"}
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_news_are_looked_for_where_notices_are_lost(pooled: Database) -> None:

@@ -37,6 +37,7 @@ from service.store import Database, database, reading
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 JSON = {"Content-Type": "application/json"}
 HEALTHZ = "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+MOST_FROZEN_SECONDS = 20.0  # of POOL_SECONDS, and of what three tries to connect take here
 IDS = re.compile(rb"^id: ([0-9]+)$", re.MULTILINE)
 MANY = httpx.Limits(max_connections=100)
 EVENTS = b"GET /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
@@ -581,6 +582,76 @@ class TestFrozenPostgresql:
         made, _ = frozen
         with pytest.raises(DatabaseAway, match="too long"), getattr(made, kind)() as connection:
             connection.exec_driver_sql("SELECT pg_sleep(20)")
+
+    @pytest.fixture
+    def frozen_api(self, frozen: tuple[Database, Any], start_server: Any, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
+        """An API on that database, whose threads and connections have all been used."""
+        made, tell = frozen
+        with start_server(tmp_path, dispatching=False, database_url=made.url, statement_seconds=2) as server:
+            try:
+                until(lambda: self.statuses(server) == {200})
+                yield server, tell
+            finally:
+                tell(signal.SIGCONT)
+
+    def many(self, server: Any) -> list[tuple[httpx.Response, float]]:
+        """The answers to 45 questions at once, more than there are threads, and the seconds that each took."""
+        paths = (
+            "/v1/jobs",
+            "/v1/queue",
+            "/v1/cluster",
+            "/readyz",
+            "/v1/sweeps",
+            "/v1/networks",
+            "/v1/events?follow=false",
+        )
+
+        def ask(number: int) -> tuple[httpx.Response, float]:
+            began = time.monotonic()
+            return http.get(paths[number % len(paths)]), time.monotonic() - began
+
+        with ThreadPoolExecutor(45) as pool, httpx.Client(base_url=server.url, timeout=60, limits=MANY) as http:
+            return list(pool.map(ask, range(45)))
+
+    def statuses(self, server: Any) -> set[int]:
+        return {answer.status_code for answer, _ in self.many(server)}
+
+    def test_over_http_all_are_answered_meanwhile_and_served_afterwards(self, frozen_api: tuple[Any, Any]) -> None:
+        """The last of them after a connection has been tried, waited for, and made anew by those before it."""
+        server, tell = frozen_api
+        readers = [connect(server, EVENTS) for _ in range(3)]
+        for reader in readers:
+            until(lambda reader=reader: b"id:" in reader.recv(4096))  # type: ignore[misc]
+        tell(signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=2) as http:
+            asked = pool.submit(self.many, server)
+            looks = 0
+            while not asked.done():
+                assert http.get("/healthz").json() == {"status": "ok"}
+                looks += 1
+            found = asked.result()
+        assert looks > 10
+        assert {answer.status_code for answer, _ in found} == {503}
+        assert all(answer.headers["Retry-After"].isdigit() for answer, _ in found)
+        print(f"\nthe slowest of 45 answers came after {max(seconds for _, seconds in found):.1f} s")
+        assert max(seconds for _, seconds in found) < MOST_FROZEN_SECONDS
+        tell(signal.SIGCONT)
+        job = until(lambda: (answer := server.http.post("/v1/jobs", json=JOB)).status_code == 201 and answer.json())
+        for reader in readers:
+            assert self.ended_or_told(reader, job["id"])
+            reader.close()
+        with closing(connect(server, EVENTS.replace(b"events", b"events?after=0"))) as reader:
+            until(lambda: job["id"].encode() in reader.recv(1 << 16))
+        until(lambda: self.statuses(server) == {200})
+
+    def ended_or_told(self, reader: socket.socket, job_id: str) -> bool:
+        came = b""
+        while job_id.encode() not in came:
+            piece = reader.recv(1 << 16)  # within 20 s
+            came += piece
+            if not piece or came.endswith(b"0\r\n\r\n"):
+                return True
+        return True
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from accounts import reached_by_nobody
 from processes import Lab, running_lab, until
 
 from service.processes import free_port
@@ -33,15 +35,42 @@ SCONTROL = """#!/bin/bash
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job on two CPUs of each node."""
+def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a job on two CPUs of each node, whose temporary folder is everybody's."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {"PATH": path, "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "2"}
+    temporary = tempfile.mkdtemp(prefix="u-", dir="/tmp")
+    os.chmod(temporary, 0o1777)
+    yield {
+        "PATH": path, "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "2", "RAY_TMPDIR": temporary
+    }  # fmt: skip
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_closed(slurm: dict[str, str], process: psutil.Process, nodes: int) -> None:
+    """What the job's nodes have in the file system, while they are at work, is out of another account's reach."""
+    folders = list(Path(slurm["RAY_TMPDIR"]).iterdir())
+    assert len(folders) == nodes
+    assert all(folder.name.startswith(f"ray-{slurm['SLURM_JOB_ID']}-") for folder in folders)
+    assert {(folder.stat().st_uid, folder.stat().st_mode & 0o777) for folder in folders} == {(os.getuid(), 0o700)}
+    places = [place for folder in folders for place in folder.rglob("*")]
+    assert {"sockets", "logs", "runtime_resources", "raylet"} <= {place.name for place in places}
+    assert any(place.is_dir() and place.stat().st_mode & 0o777 == 0o777 for place in places), "Ray opens them"
+    listening = {Path(one.laddr) for one in sockets_of(process) if one.laddr.startswith("/")}
+    assert {place.name for place in listening} >= {"raylet", "plasma_store"}
+    assert listening <= set(places)
+    if os.getuid() == 0:  # becoming another account takes root
+        assert reached_by_nobody(places) == []
+
+
+def sockets_of(process: psutil.Process) -> Iterator[Any]:
+    for member in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            yield from member.net_connections("unix")
 
 
 def capacity(lab: Lab) -> dict[str, Any]:
@@ -66,6 +95,7 @@ def test_a_job_joins_a_head_and_its_tasks_are_preempted_at_its_end(lab: Lab, slu
     with lab.client() as client:
         job = client.submit({**LONG, "seed": 1})
     until(lambda: lab.training(1).resume_digest)
+    is_closed(slurm, psutil.Process(lab.processes["slurm"].pid), nodes=1)
     lab.processes["slurm"].send_signal(signal.SIGTERM)
     until(lambda: capacity(lab)["cpus"] == 0)
     row = lab.training(1)
@@ -86,16 +116,14 @@ def store(tmp_path: Path) -> Iterator[Lab]:
     database = Database(f"sqlite:///{tmp_path / 'uncanny.db'}")
     database.upgrade()
     (tmp_path / "token").write_text(secrets.token_hex(32))
-    temporary = tempfile.mkdtemp(prefix="u-slurm-", dir="/tmp")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "UNCANNY_"))}
     environment |= {
-        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_TMPDIR": temporary, "UNCANNY_HOME": str(tmp_path),
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "UNCANNY_HOME": str(tmp_path),
         "UNCANNY_STOP_SECONDS": "5", "HEAD_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield Lab(tmp_path, None, database, environment, listening)
     database.close()
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def test_a_job_without_a_head_is_a_cluster_of_its_own(store: Lab, slurm: dict[str, str]) -> None:
@@ -106,6 +134,7 @@ def test_a_job_without_a_head_is_a_cluster_of_its_own(store: Lab, slurm: dict[st
     try:
         until(lambda: store.leader, 120)
         until(lambda: capacity(store)["ready"] and capacity(store)["cpus"] == 4, 120)
+        is_closed(slurm, psutil.Process(process.pid), nodes=2)
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, (store.home / "slurm.log").read_text()
