@@ -23,7 +23,7 @@ from ray.exceptions import (
 from service.artifacts import Artifacts
 from service.executor import Bundle, Failed, Fault, Grant, Lost, Needs, Started
 from service.settings import Settings
-from workers import cluster, dispatch, pool, run
+from workers import cluster, devices, dispatch, pool, run
 from workers.context import Context
 
 GIGABYTE = 1 << 30
@@ -157,6 +157,7 @@ class TestLosses:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(run, "run", runs_out)
+        monkeypatch.setattr(devices, "computes", lambda _: True)
         context = Context(Artifacts(str(tmp_path)), tmp_path, torch.device(device), device_share=share)
         answer, broken = run._answer(
             Grant("t", 1, "d", {"kind": "attack"}), Bundle("b", (), {}), context, lambda _: None, threading.Event()
