@@ -28,6 +28,7 @@ from service.insights import Insights, Question
 from service.questions import nodes_of
 from service.settings import Settings
 from service.store import tables
+from service.store.fields import JOBS, RESULTS
 from service.store.result_tables import results
 
 Ask = Callable[[Question], dict[str, Any]]
@@ -282,24 +283,33 @@ def test_a_date_alone_is_that_day(lab: Any, insights: Insights) -> None:
 @on_both
 def test_a_time_that_is_shown_finds_its_row_and_is_the_same_in_every_format(lab: Any, insights: Insights) -> None:
     at(lab, *MOMENTS)
-    names = ("job_id", "created_at", "finished_at")
-    rows = {row["job_id"]: row["created_at"] for row in insights.results(Question(fields=names))["items"]}
+    with lab.database.write() as connection:
+        connection.execute(update(results).values(retracted_at=results.c.created_at))
+    times_of = {"results": ("created_at", "finished_at", "retracted_at"), "jobs": ("created_at", "finished_at")}
+    assert {name for name, field in RESULTS.known.items() if field.kind == "time"} == set(times_of["results"])
+    assert {name for name, field in JOBS.known.items() if field.kind == "time"} == set(times_of["jobs"])
+    names = ("job_id", *times_of["results"])
+    every = insights.results(Question(fields=names, retracted=True))["items"]
+    rows = {row["job_id"]: {name: row[name] for name in names} for row in every}
+    assert len(rows) == 9
     for job_id, shown in rows.items():
-        for ask in (insights.jobs, insights.results):
-            found = [
-                row.get("job_id", row.get("id")) for row in ask(Question(filter=f'created_at = "{shown}"'))["items"]
-            ]
-            assert job_id in found, shown
-            assert {rows[one] for one in found} == {shown}
+        for ask, key, noun in ((insights.jobs, "id", "jobs"), (insights.results, "job_id", "results")):
+            for name in times_of[noun]:
+                question = Question(filter=f'{name} = "{shown[name]}"', retracted=noun == "results")
+                found = [row[key] for row in ask(question)["items"]]
+                assert job_id in found, (name, shown)
+                assert {rows[one][name] for one in found} == {shown[name]}
     for fields in (names, (*names, "labels.for")):  # the second is made of whole rows
-        table = exporting.table(lab.database, Question(fields=fields))
+        table = exporting.table(lab.database, Question(fields=fields, retracted=True))
         lines = csv.DictReader(io.StringIO("".join(exporting.csv_lines(table))))
-        assert {line["job_id"]: line["created_at"] for line in lines} == rows
+        assert {line["job_id"]: {name: line[name] for name in names} for line in lines} == rows
         parquet = pq.read_table(io.BytesIO(b"".join(exporting.parquet_bytes(table)))).to_pylist()
-        as_text = {row["job_id"]: row["created_at"].isoformat(timespec="milliseconds")[:-6] + "Z" for row in parquet}
-        assert as_text == rows
-    lines = exporting.json_lines(insights.all_results(Question(fields=names)))
-    assert {row["job_id"]: row["created_at"] for row in map(json.loads, lines)} == rows
+        for row in parquet:
+            as_text = {name: row[name].isoformat(timespec="milliseconds")[:-6] + "Z" for name in names[1:]}
+            assert {"job_id": row["job_id"], **as_text} == rows[row["job_id"]]
+        assert len(parquet) == 9
+    lines = exporting.json_lines(insights.all_results(Question(fields=names, retracted=True)))
+    assert {row["job_id"]: {name: row[name] for name in names} for row in map(json.loads, lines)} == rows
 
 
 @given(st.floats(-6e10, 2.5e11))
@@ -373,16 +383,58 @@ def http(lab: Any, insights: Insights, tmp_path: Path) -> Iterator[TestClient]:
     app.state.service.database.close()
 
 
+FREE_TEXT = {"reason", "retraction_reason"}
+ALSO_NEEDED = {
+    "/v1/correlations": {"measure": "log_relative_sharpness_median"},
+    "/v1/results:aggregate": {"by": "scale", "metrics": "robust_accuracy:mean"},
+    "/v1/events": {"follow": "false"},
+    "/v1/results:compare": {"ids": "0" * 8 + "," + "1" * 8},
+    "/v1/results:trajectories": {"ids": "0" * 8},
+}
+OF_WHAT_IS_NOT_THERE = {("/v1/results:trajectories", "ids"), ("/v1/events", "sweep"),
+                        ("/v1/events", "job")}  # fmt: skip
+"""Names of things: 404, as in a path."""
+
+
+def test_each_text_field_has_a_closed_meaning_or_is_named_here_as_free_text() -> None:
+    for fields in (JOBS, RESULTS):
+        texts = {name for name, field in fields.known.items() if field.kind in ("text", "list")}
+        assert {"user", "architecture", "verdict", "measures"} <= texts
+        assert {name for name in texts if fields.known[name].meaning is None} == FREE_TEXT & texts
+        assert FREE_TEXT & texts
+
+
+def query_parameters(http: TestClient) -> list[tuple[str, str]]:
+    """`(path, name)` of each parameter of each question that names nothing in its path."""
+    paths = http.get("/openapi.json").json()["paths"]
+    return [
+        (path, one["name"])
+        for path, verbs in paths.items()
+        if "get" in verbs and "{" not in path
+        for one in verbs["get"].get("parameters", [])
+        if one["in"] == "query" and one["name"] not in FREE_TEXT and path != "/v1/ids"  # which shortens any text
+    ]
+
+
+def test_no_parameter_of_any_route_takes_any_text(http: TestClient) -> None:
+    parameters = query_parameters(http)
+    assert len({path for path, _ in parameters}) > 10
+    assert {("/v1/jobs", "state"), ("/v1/networks", "recipe"), ("/v1/tokens", "user")} <= set(parameters)
+    for path, name in parameters:
+        answer = http.get(path, params={**ALSO_NEEDED.get(path, {}), name: "nothing of this"})
+        assert answer.status_code == (404 if (path, name) in OF_WHAT_IS_NOT_THERE else 422), (path, name, answer.text)
+        assert name in answer.text or answer.status_code == 404, (path, name, answer.text)
+
+
 @on_both
 def test_over_rest(http: TestClient) -> None:
-    for path, name in (
-        ("/v1/jobs", "state"), ("/v1/jobs", "sweep"), ("/v1/results", "verdict"), ("/v1/results:aggregate", "dataset"),
-        ("/v1/leaderboard", "architecture"), ("/v1/leaderboard", "attack"), ("/v1/networks", "recipe"),
-        ("/v1/sweeps", "user"), ("/v1/tokens", "user"), ("/v1/results", "threat_model"),
-        ("/v1/leaderboard", "threat_model"), ("/v1/results", "job_id"), ("/v1/jobs", "id"),
-    ):  # fmt: skip
+    closed = {name for fields in (JOBS, RESULTS) for name, field in fields.known.items() if field.meaning is not None}
+    short = {name for name in closed if "." not in name or name.startswith("recipe.")}
+    chosen = [(path, name) for path, name in query_parameters(http) if name in short and path != "/v1/events"]
+    assert len(chosen) > 50
+    for path, name in chosen:
         for value in ("nothing of this", "a\x00", "x" * 5000):
-            answer = http.get(path, params={name: value})
+            answer = http.get(path, params={**ALSO_NEEDED.get(path, {}), name: value})
             assert answer.status_code == 422, (path, name, answer.text)
             assert name in answer.text
             assert len(answer.text) < 1000
