@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from processes import SERVE, serving
 
+from api.client import Client
 from service import doctor, housekeeping
 from service.artifacts import Artifacts
 from service.dispatcher import Dispatcher
@@ -76,6 +78,23 @@ def test_a_sweep_with_all_of_its_bytes_in_a_bucket(server: Any, tmp_path: Path) 
     more = server.client.sweep(name="again", base=JOB, grid={"scale": [2]})
     assert more.wait()["state"] == "succeeded"
     assert more.accepted["known"]["train"] == 1
+
+
+@pytest.mark.timeout(300)
+def test_ray_s_workers_have_what_the_bucket_asks_for(s3_root: str, s3_server: dict[str, str], tmp_path: Path) -> None:
+    """`uncanny serve` as a process: the keys reach the workers of its own head, and no artifact is elsewhere."""
+    home = tmp_path / "home"
+    settings = {"UNCANNY_ARTIFACT_ROOT": s3_root, "OMP_NUM_THREADS": "1", **s3_server}
+    with serving(home, SERVE, **settings) as (_, url), Client(url, patience_seconds=60) as client:
+        job = client.submit(JOB)
+        assert job.wait()["state"] == "succeeded"
+        [row] = client.results(job_id=job.id)
+        assert client.trajectory(job.id)["attack"]["trajectory"]["step"]
+    artifacts = Artifacts(s3_root)
+    assert row["weights_sha256"] in {one.digest for one in artifacts.stored()}
+    with artifacts.local(row["weights_sha256"]) as path:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == row["weights_sha256"]
+    assert not (home / "artifacts").exists()
 
 
 def test_the_doctor_tries_the_bucket_and_names_one_that_is_not_there(server: Any) -> None:
