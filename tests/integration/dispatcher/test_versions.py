@@ -48,7 +48,7 @@ def test_what_has_succeeded_stays_and_is_joined_by_nobody(lab: Any, newer: Calla
     newer("attack/pgd")
     after = lab.submit(scale=5)
     tick_until_idle(dispatcher(lab, Scripted(succeeds(lab))))
-    assert versions_of(lab, before)["attack"], versions_of(lab, after)["attack"] == (1, 2)
+    assert (versions_of(lab, before)["attack"], versions_of(lab, after)["attack"]) == (1, 2)
     assert lab.job_states() == {"succeeded": 2}
 
 
