@@ -19,6 +19,7 @@ from workers.science.curvature import gaussian_like, log_odds_of, loss_direction
 from workers.science.datasets import digits, to_unit
 from workers.science.heads import linear_head, scale_head
 from workers.science.recipes import RECIPES
+from workers.science.recipes.common import BatchNoise
 from workers.science.sharpness import MEASURES
 from workers.science.training import train
 
@@ -33,16 +34,45 @@ QUICK: dict[str, dict[str, Any]] = {
     "lipschitz": {"iterations": 3},
     "detector": {"steps": 2},
 }
-NOT_NEGATIVE = (
-    "fisher_rao",
-    "adaptive_worst",
-    "loss_m",
-    "loss_q",
-    "feature_norm",
-    "weight_norm",
-    "lipschitz",
-    "pac_bayes_flatness",
-)
+QUANTILES = ("q05", "q25", "median", "q75", "q95")
+LOGS_OF_IMAGES = [
+    f"log_{of}" for of in (
+        "hessian_trace", "relative_sharpness", "relative_sharpness_unsquared", "relative_flatness",
+        "gauge_fixed_relative_sharpness", "top_eigenvalue", "softmax_trace", "rest", "input_gradient_norm",
+        "input_curvature",
+    )
+]  # fmt: skip
+ADAPTIVE = [f"detector_adaptive{of}" for of in ("", "_lambda001", "_lambda01", "_lambda1")]
+NOT_NEGATIVE = {
+    "n", "n_clean_correct", "n_non_finite", "weight_norm", "weight_norm_unscaled", "feature_norm_min",
+    "feature_norm_q01", *(f"loss_{of}" for of in (*QUANTILES, "mean")), *(f"{of}_n_zero" for of in LOGS_OF_IMAGES),
+    "log_dataset_top_eigenvalue_iterations", "log_dataset_top_eigenvalue_converged",
+    "hessian_trace_network_standard_error", "hessian_trace_penultimate", "hessian_trace_penultimate_standard_error",
+    "top_eigenvalue_network_residual", "top_eigenvalue_network_iterations", "top_eigenvalue_network_converged",
+    "adaptive_average_standard_error", "adaptive_average_normalised_standard_error", "adaptive_worst",
+    "adaptive_worst_normalised", "fisher_rao", "pac_bayes_flatness", "pac_bayes_sigma", "lipschitz_upper",
+    "lipschitz_jacobian_max", *(f"lipschitz_jacobian_{of}" for of in (*QUANTILES, "mean")),
+    *(
+        f"{radius}_{threshold}_{of}" for radius in ("certified_radius", "estimated_radius_jacobian")
+        for threshold in ("e001", "e01", "log2", "logk") for of in QUANTILES
+    ),
+    "detector_accuracy", "detector_auroc", "detector_n", "detector_adaptive_strength",
+    *(f"{of}_{number}" for of in ADAPTIVE for number in ("accuracy", "auroc", "n", "flip_rate")),
+}  # fmt: skip
+MAY_BE_NEGATIVE = {
+    "log_weight_norm", "log_dataset_top_eigenvalue",
+    *(f"{log}_{of}" for log in LOGS_OF_IMAGES for of in (*QUANTILES, "log_mean")),
+    "hessian_trace_network", "log_hessian_trace_network", "hessian_trace_penultimate_share", "top_eigenvalue_network",
+    "log_top_eigenvalue_network", "sam_sharpness", "log_sam_sharpness", "asam_sharpness", "log_asam_sharpness",
+    "adaptive_average", "log_adaptive_average", "adaptive_average_normalised", "log_adaptive_worst", "log_fisher_rao",
+    "pac_bayes_accuracy_drop",
+}  # fmt: skip
+"""Both by whole names, as they are of all images of the test split: see `whole`."""
+
+
+def whole(name: str) -> str:
+    """The name of the same number of all images of the test split."""
+    return name.removeprefix("train_").removesuffix("_clean_correct") if name != "n_clean_correct" else name
 
 
 def run(name: str, model: nn.Module, x: Tensor, y: Tensor, **params: Any) -> dict[str, Any]:
@@ -230,9 +260,13 @@ def test_mean_increase_of_signs_that_differ_and_of_none() -> None:
 # -- every measure, every loss, every norm, over sizes --------------------------------------------------------------
 
 
+SIZES = (1e4, 1e3, 200.0, 100.0, 40.0, 10.0, 1.0, 1e-3)
+"""Of the largest logit. Where floats are drawn, most are small, and nothing underflows."""
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Tensor]:
-    """A tiny float32 network with logits of size 1e-3 to 1e4; some with parts that are 0, dead or equal."""
+    """A tiny float32 network with logits up to `SIZES`; some with parts that are 0, dead or equal."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     k, n = draw(st.integers(2, 4)), draw(st.integers(1, 6))
     activation = draw(st.sampled_from([nn.ReLU, nn.Tanh, nn.GELU]))
@@ -250,13 +284,26 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Tensor]:
         if kind in ("no bias", "all zero"):
             model[1].bias.zero_()
             model[3].bias.zero_()
-        size = 10 ** draw(st.floats(-3, 4))
+        size = draw(st.sampled_from(SIZES))
         largest = float(model(x).abs().max()) or 1.0
         model[3].weight.mul_(size / largest)
         model[3].bias.mul_(size / largest)
         if draw(st.booleans()):
             y = model(x).argmax(1)
     return model, x, y
+
+
+def test_every_number_with_a_sign_is_one_that_a_measure_gives() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
+    x = torch.rand(60, 3, 3, 3)
+    y = model(x).argmax(1)
+    found: set[str] = set()
+    for name, measure in MEASURES.items():
+        params = {**QUICK.get(name, {}), **({"eps": 0.5, "step_size": 0.2} if name == "detector" else {})}
+        found |= {whole(key) for key in measure(model, x, y, x, y, seed=0, batch_size=60, **params).numbers}
+    assert found == NOT_NEGATIVE | MAY_BE_NEGATIVE
+    assert not NOT_NEGATIVE & MAY_BE_NEGATIVE
 
 
 @settings(max_examples=10, deadline=None)
@@ -267,7 +314,8 @@ def test_every_measure_is_a_number_or_null(name: str, case: tuple[nn.Module, Ten
     report = MEASURES[name](model, x, y, x, y, seed=0, batch_size=4, **QUICK.get(name, {}))
     json.dumps([report.numbers, report.curves], allow_nan=False)
     for key, value in report.numbers.items():
-        if value is not None and key.removeprefix("train_").startswith(NOT_NEGATIVE):
+        assert whole(key) in NOT_NEGATIVE | MAY_BE_NEGATIVE, f"which of the two is {key}?"
+        if value is not None and whole(key) in NOT_NEGATIVE:
             assert value >= 0, key
         log = report.numbers.get(f"log_{key}", 0.0)
         if log is None:
@@ -307,6 +355,27 @@ def test_every_loss_and_its_gradient_are_numbers(name: str, seed: int, k: int, e
     assert torch.isfinite(values).all()
     assert torch.isfinite(gradient).all()
     assert "cross_entropy" not in name or name.startswith("stable") or bool((values >= 0).all())
+
+
+@settings(max_examples=25, deadline=None)
+@given(networks(), st.integers(0, 3))
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_has_a_finite_loss_and_finite_gradients(
+    name: str, case: tuple[nn.Module, Tensor, Tensor], epoch: int
+) -> None:
+    """A step as `train` takes it: the loss, its gradients as the recipe makes them, with nothing left behind."""
+    (model, x, y), recipe = case, RECIPES[name]
+    model.train()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    noise = BatchNoise(0, epoch, torch.arange(len(x)))
+    loss, logits = recipe.backward(model, lambda: recipe.loss(model, x, y, noise, **recipe.params), **recipe.params)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits).all()
+    assert loss >= 0 or name == "trades"  # whose divergence is a difference of rounded logarithms
+    for parameter, was in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all()
+        assert torch.equal(parameter, was)
 
 
 @given(st.integers(0, 2**16), st.floats(-44, 30), st.sampled_from(list(NORMS)))

@@ -328,7 +328,7 @@ def test_the_panel_of_auto_pgd_runs_it_with_the_margin_loss(
     def survivors(**changed: Any) -> list[bool]:
         params = {**own, "loss": "margin", **changed}
         output = ATTACKS["apgd"](subject.network(), x.float() / 255, y, index=index, **params)
-        return (~output.broken).tolist()  # type: ignore[no-any-return]
+        return (~output.broken).tolist()
 
     twin = found["robust_twin"].tolist()
     assert twin == survivors()
