@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +118,22 @@ def test_flags_are_put_back_when_the_last_of_several_threads_leaves() -> None:
     assert torch.are_deterministic_algorithms_enabled()
     second.__exit__(None, None, None)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_threads_that_initialise_at_once_draw_their_own_numbers() -> None:
+    """The random state is the process's: a thread that seeds it while another draws would give that one its numbers."""
+
+    def drawn(seed: int) -> list[float]:
+        with seeding.seeded_initialisation(seed):
+            numbers = []
+            for _ in range(20):
+                numbers.append(float(torch.rand(())))
+                time.sleep(0.001)
+            return numbers
+
+    alone = [drawn(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(drawn, range(4))) == alone
 
 
 def test_seeded_initialisation_leaves_the_process_alone() -> None:

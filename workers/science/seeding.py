@@ -113,8 +113,11 @@ def moved(numbers: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def seeded_initialisation(seed: int) -> Iterator[None]:
-    """Inside, `torch.nn.init` on the CPU draws from `seed`; the process's own random state is put back afterwards."""
-    with torch.random.fork_rng(devices=[]):
+    """Inside, `torch.nn.init` on the CPU draws from `seed`; the process's own random state is put back afterwards.
+
+    The random state is the process's: one thread at a time is inside.
+    """
+    with _initialisation_lock, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
         yield
 
@@ -173,6 +176,7 @@ class _Flags(NamedTuple):
 
 
 _inside: list[_Flags] = []
+_initialisation_lock = threading.Lock()
 _inside_lock = threading.Lock()
 
 
