@@ -26,6 +26,7 @@ from sqlalchemy import (
 
 from service.jobs import LIVE_JOB, JobState
 from service.store.fields import Column
+from service.store.filing import LATER
 from service.store.listed import listed
 from service.store.result_tables import results
 from service.store.tables import checkpoints, job_tasks, jobs, task_edges, tasks, trainings
@@ -59,7 +60,8 @@ def with_equal_numbers(connection: Connection, task_ids: Sequence[str]) -> list[
 
 
 def _numbers_of(spec: dict[str, Any]) -> str:
-    return json.dumps(spec, sort_keys=True)
+    """An attack's spec as text; one that was stored before a field existed has that field's default."""
+    return json.dumps({**LATER, **spec}, sort_keys=True)
 
 
 def measures_of(connection: Connection, where: Sequence[Column], kind: str, *, retracted: bool) -> list[str]:

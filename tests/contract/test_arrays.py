@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from service import retraction
 from service.access import NotAllowed
@@ -90,6 +91,18 @@ def test_what_is_wrong_is_wrong_with_arrays_and_without(lab: Any, first: bool, b
     else:
         retraction.restore_all(lab.service, nodes, user="ann")
     assert hidden() == set()
+
+
+def test_an_attack_from_before_there_was_an_order_has_its_twin(lab: Any) -> None:
+    plain = lab.submit(scale=5)
+    lab.finish()
+    attack_id = lab.job(plain).attack_task_id
+    spec = {name: value for name, value in lab.task(attack_id).spec.items() if name != "order"}
+    with lab.database.write() as connection:
+        connection.execute(update(tables.tasks).where(tables.tasks.c.id == attack_id).values(spec=spec))
+    kept = lab.submit(scale=5, arrays=True)
+    lab.finish()
+    assert retraction.retract(lab.service, plain, "wrong", user="ann", admin=True)["retracted"] == sorted([plain, kept])
 
 
 def test_who_is_no_admin_hides_no_results_of_others_with_arrays(lab: Any) -> None:
