@@ -9,9 +9,9 @@ import numpy as np
 from service.dotted import flat
 from service.errors import InvalidQuery
 from service.results import found
+from service.specs.versions import LATER
 from service.store import results as store
 from service.store.database import Database
-from service.store.filing import LATER
 from service.threat_model import threat_model
 from service.verdict import BitArray
 from service.views import retracted

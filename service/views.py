@@ -15,8 +15,8 @@ from service.jobs import JobState, TaskState
 from service.observations import Count, intervals_of
 from service.specs.canonical import canonical
 from service.specs.tasks import Task
+from service.specs.versions import LATER
 from service.store import reading
-from service.store.filing import LATER
 from service.store.result_tables import METRICS
 from service.threat_model import threat_model
 from service.times import iso

@@ -34,6 +34,9 @@ VERSIONS: Mapping[str, int] = MappingProxyType(
 )
 """By `kind/type`, as in `measure/sam_sharpness` or `attack/square`; a type that is not here has version 1."""
 
+LATER: Mapping[str, Any] = MappingProxyType({"order": "permutation"})
+"""Fields that specs did not always have, with what they were before."""
+
 
 def version_of(kind: str, name: str = "") -> int:
     """The version of a kind of task (`train`, `measure`, `attack`, `control`): of its recipe, measure or attack `name`.

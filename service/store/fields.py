@@ -17,8 +17,8 @@ from service.query import LABEL, plain
 from service.specs.measures import MEASURES
 from service.specs.parameters import closed_lists, parameters, scalars
 from service.specs.tasks import TASK_KINDS
+from service.specs.versions import LATER
 from service.store import meanings
-from service.store.filing import LATER
 from service.store.listed import elements
 from service.store.meanings import Meaning, one_of
 from service.store.own_weights import FROM_MEASURE, FROM_TRAINING, left_out

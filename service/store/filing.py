@@ -5,13 +5,15 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, case, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, and_, func, insert, select, update
 
 from service.flags import apart_from_strength
+from service.specs.versions import LATER
 from service.store import flagging
 from service.store.listed import insert_rows, listed
 from service.store.own_weights import FROM_MEASURE, FROM_TRAINING, leave_out
 from service.store.result_tables import cells, number_names, results
+from service.store.retracting import RETRACTION, retraction_of
 from service.store.states import WEIGHTS_USED
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
 from service.threat_model import threat_model
@@ -20,22 +22,20 @@ AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.
 OF_SPEC = ("seed", "attack_seed", "replicate", "arrays")
 OWN = frozenset({*OF_SPEC, "measures"})
-# Fields that specs did not always have, with what they were before. Cells leave them out at that value, so that old and
-# new results of one thing are in one cell.
-LATER = {"order": "permutation"}
 FROM_JOB = (
     "masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction", "verdict", "verdict_version",
 )  # fmt: skip
 FROM_ATTACK = ("clean_accuracy", "clean_loss", "robust_accuracy", "robust_loss", "zero_gradient_fraction")
 PARTS = {kind: f"{kind}_task_id" for kind in ("train", "measure", "attack", "control")}
-RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
+NOT_RETRACTED: dict[str, Any] = dict.fromkeys(RETRACTION)
 
 
 def file(connection: Connection, job_ids: Sequence[str]) -> None:
     """Write the rows of these jobs, which have just succeeded and been judged."""
     for start in range(0, len(job_ids), AT_ONCE):
         rows = connection.execute(_finished(job_ids[start : start + AT_ONCE])).all()
-        same = _same_attack(connection, [row.attack_task_id for row in rows])
+        attacks = [row.attack_task_id for row in rows]
+        known, marks = _with_results(connection, attacks), retraction_of(connection, attacks)
         ids = _cells(
             connection, [cell_spec(row.spec, of) for row, of in zip(rows, _versions(connection, rows), strict=True)]
         )
@@ -44,8 +44,9 @@ def file(connection: Connection, job_ids: Sequence[str]) -> None:
         for row, cell_id in zip(rows, ids, strict=True):
             network = (cell_id, row.weights_sha256)
             repeats = network in networks or row.weights_sha256 is None  # statistics look closer where it is not known
-            filed.append({**_row(row, cell_id, same.get(row.attack_task_id)), "repeats_network": repeats})
-            same.setdefault(row.attack_task_id, filed[-1])
+            repeated = {"repeated": row.attack_task_id in known, "repeats_network": repeats}
+            filed.append({**_row(row, cell_id), **repeated, **marks.get(row.attack_task_id, NOT_RETRACTED)})
+            known.add(row.attack_task_id)
             networks.add(network)
         insert_rows(connection, results, filed)
     leave_out(connection, job_ids)
@@ -89,6 +90,7 @@ def refresh(connection: Connection, task_ids: Collection[str]) -> None:
 
 def cell_spec(spec: Mapping[str, Any], versions: Mapping[str, int | None]) -> dict[str, Any]:
     """What a job's numbers rest on, but for seeds: its spec without what is its own, and the versions of its tasks."""
+    # A field that specs did not always have is left out at what it was before: old and new results share a cell.
     kept = {name: value for name, value in spec.items() if name not in OWN and (name, value) not in LATER.items()}
     if spec["scale"] == 1 and spec["attack"].get("source_scale", 1) == 1:
         kept["scale_bias"] = True  # nothing is scaled
@@ -142,19 +144,11 @@ def _versions(connection: Connection, rows: Sequence[Row[Any]]) -> list[dict[str
     return [{kind: version.get(task_id) for kind, task_id in of_job.items()} for of_job in parts]
 
 
-def _same_attack(connection: Connection, task_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Of each of these attack tasks that has a result already, whether that is retracted, and why.
-
-    Not with another task that it rests on: a new result rests on a newer generation of that one.
-    """
-    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
-    alone = results.c.retracted_with.is_(None)
-    theirs = (
-        select(results.c.attack_task_id, *(case((alone, results.c[name])).label(name) for name in RETRACTION))
-        .where(results.c.job_id.in_(listed(connection.scalars(needing))))
-        .order_by(results.c.sequence.desc())
-    )
-    return {row.attack_task_id: row._asdict() for row in connection.execute(theirs)}
+def _with_results(connection: Connection, attack_ids: Sequence[str]) -> set[str]:
+    """Those of these attack tasks that have a result already."""
+    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(attack_ids)))
+    theirs = select(results.c.attack_task_id).where(results.c.job_id.in_(listed(connection.scalars(needing))))
+    return set(connection.scalars(theirs.distinct()))
 
 
 def _networks(connection: Connection, weights: Iterable[str]) -> set[tuple[int, str]]:
@@ -178,13 +172,12 @@ def _known_cells(connection: Connection, digests: Sequence[str]) -> dict[str, in
     return {digest: cell_id for digest, cell_id in connection.execute(query)}
 
 
-def _row(row: Row[Any], cell_id: int, same: Mapping[str, Any] | None) -> dict[str, Any]:
+def _row(row: Row[Any], cell_id: int) -> dict[str, Any]:
     kept = ("sequence", "user", "sweep_id", "train_task_id", "measure_task_id", "attack_task_id", "created_at")
     numbers = (*FROM_JOB, *FROM_ATTACK, *FROM_MEASURE, *FROM_TRAINING, "weights_sha256")
     return {
-        "job_id": row.id, "cell_id": cell_id, "repeated": same is not None, "finished_at": row.finished_at,
+        "job_id": row.id, "cell_id": cell_id, "finished_at": row.finished_at,
         **{name: getattr(row, name) for name in (*kept, *numbers)}, **{name: row.spec[name] for name in OF_SPEC},
-        **{name: same[name] if same else None for name in RETRACTION},
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
 from service.store.dataset_sizes import classes
 from service.store.listed import listed
-from service.store.retracting import retracted_attacks
+from service.store.retracting import retraction_of
 from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED
 from service.store.tables import attack_results, attempts, control_results, jobs, outcome_bits, tasks
 from service.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, chance_of, judge, unpack
@@ -64,7 +64,7 @@ class _Evidence:
         self._numbers = _numbers(connection, attack_results, attacks) | _numbers(connection, control_results, controls)
         self._classes = classes(connection, {row.dataset for row in rows})
         self._weights = _weights(connection, attacks | controls)
-        self._retracted = retracted_attacks(connection, sorted({row.baseline_task_id for row in rows}))
+        self._retracted = retraction_of(connection, {row.baseline_task_id for row in rows})
 
     def verdict(self, row: Row[Any]) -> dict[str, Any]:
         # The panel ran at s = 1; elsewhere its bits hold only while no predicted class changes.

@@ -83,6 +83,7 @@ results = Table(
     Column("retraction_reason", Text),
     Column("retracted_with", String(36)),  # the task whose retraction hides it; null where itself was retracted
     Index("ix_results_retracted", "retracted_with", "sequence", postgresql_where=HIDDEN, sqlite_where=HIDDEN),
+    Index("ix_results_retracted_training", "train_task_id", postgresql_where=HIDDEN, sqlite_where=HIDDEN),
     *(
         Index(f"ix_results_{name}", name, "sequence", "cell_id", "user", postgresql_where=SHOWN, sqlite_where=SHOWN)
         for name in INDEXED

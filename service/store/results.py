@@ -10,9 +10,9 @@ from sqlalchemy import Connection, Row, Select, case, func, select
 from service.flags import FLAGS
 from service.jobs import TaskState
 from service.query import Node
+from service.specs.versions import LATER
 from service.store.conditions import by_cell, condition
 from service.store.fields import RESULTS, Column
-from service.store.filing import LATER
 from service.store.keyset import Among, Order, Position
 from service.store.listed import listed, numbered
 from service.store.own_weights import left_out

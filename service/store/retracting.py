@@ -25,13 +25,14 @@ from sqlalchemy import (
 )
 
 from service.jobs import LIVE_JOB, JobState
+from service.specs.versions import LATER
 from service.store.fields import Column
-from service.store.filing import LATER
 from service.store.listed import listed
 from service.store.result_tables import results
 from service.store.tables import checkpoints, job_tasks, jobs, task_edges, tasks, trainings
 
-MARK = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
+RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
+MARK = (*RETRACTION, "retracted_with")
 NO_MARK: dict[str, None] = dict.fromkeys(MARK)
 FURTHER = (tasks.c.kind == "measure") & (tasks.c.spec["measure", "type"].as_string() != "closed_forms")
 IMPORTED = tasks.c.spec["recipe", "name"].as_string() == "imported"  # of a training: its weights were there
@@ -62,6 +63,34 @@ def with_equal_numbers(connection: Connection, task_ids: Sequence[str]) -> list[
 def _numbers_of(spec: dict[str, Any]) -> str:
     """An attack's spec as text; one that was stored before a field existed has that field's default."""
     return json.dumps({**LATER, **spec}, sort_keys=True)
+
+
+def retraction_of(connection: Connection, attack_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """When, by whom and why the numbers of these attack tasks were retracted by themselves, and not with a task.
+
+    They were shown by a result of the task, or of its twin with or without `arrays`. A twin of another generation was
+    computed again since, and is not meant.
+    """
+    specs = (tasks.c.id, tasks.c.spec, tasks.c.former_digest.is_not(None).label("given_up"))
+    parents = select(task_edges.c.parent_id).where(task_edges.c.child_id.in_(listed(attack_ids)))
+    hidden = select(*specs, *(results.c[name] for name in RETRACTION))
+    hidden = hidden.join(results, results.c.attack_task_id == tasks.c.id).where(results.c.train_task_id.in_(parents))
+    alone = (results.c.retracted_at.is_not(None), results.c.retracted_with.is_(None))
+    marks: dict[Any, dict[str, Any]] = {}
+    for row in connection.execute(hidden.where(*alone).order_by(results.c.sequence)):
+        mark = {name: getattr(row, name) for name in RETRACTION}
+        marks.setdefault(row.id, mark)
+        marks.setdefault(_either_way(row), mark)
+    if not marks:
+        return {}
+    these = connection.execute(select(*specs).where(tasks.c.id.in_(listed(attack_ids)))).all()
+    found = {row.id: marks.get(row.id, marks.get(_either_way(row))) for row in these}
+    return {task_id: mark for task_id, mark in found.items() if mark is not None}
+
+
+def _either_way(row: Row[Any]) -> tuple[str, bool]:
+    """The same for an attack and its twin of the same generation."""
+    return _numbers_of(row.spec | {"arrays": None}), row.given_up
 
 
 def measures_of(connection: Connection, where: Sequence[Column], kind: str, *, retracted: bool) -> list[str]:
@@ -257,12 +286,6 @@ def judged_by(connection: Connection, attack_ids: Sequence[str]) -> dict[str, st
     query = select(jobs.c.id, jobs.c.verdict).where(*rests, jobs.c.attack_task_id.not_in(listed(attack_ids)))
     rows = connection.execute(query.where(jobs.c.verdict.is_not(None)).order_by(jobs.c.sequence))
     return {job_id: verdict for job_id, verdict in rows}
-
-
-def retracted_attacks(connection: Connection, attack_ids: Sequence[str]) -> set[str]:
-    """Those of these attack tasks whose numbers were retracted by themselves, and not with a task."""
-    alone = (results.c.retracted_at.is_not(None), results.c.retracted_with.is_(None))
-    return set(connection.scalars(select(results.c.attack_task_id).where(_showing(attack_ids), *alone).distinct()))
 
 
 def users_of(connection: Connection, task_ids: Sequence[str]) -> list[str]:

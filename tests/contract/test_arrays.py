@@ -9,7 +9,7 @@ from service import retraction
 from service.access import NotAllowed
 from service.insights import Insights
 from service.query import parse
-from service.store import result_tables, tables
+from service.store import result_tables, retracting, tables
 
 
 def attacks(lab: Any) -> list[tuple[float, bool, str]]:
@@ -91,6 +91,65 @@ def test_what_is_wrong_is_wrong_with_arrays_and_without(lab: Any, first: bool, b
     else:
         retraction.restore_all(lab.service, nodes, user="ann")
     assert hidden() == set()
+
+
+@pytest.mark.parametrize("submitted", ["before", "after"])
+@pytest.mark.parametrize("with_arrays", [True, False])
+@pytest.mark.parametrize("by", ["job", "filter"])
+def test_what_was_wrong_before_its_twin_was_there_is_wrong_in_both(
+    lab: Any, submitted: str, with_arrays: bool, by: str
+) -> None:
+    """The twin is queued when the numbers are retracted, or is asked for afterwards: its result is filed as retracted,
+    a baseline that shows them is no evidence, and one restoration shows both."""
+    wrong = lab.submit(arrays=with_arrays)
+    lab.finish()
+
+    def twins() -> list[str]:
+        return [lab.submit(arrays=not with_arrays, user="bob"), lab.submit(arrays=not with_arrays, scale=5, user="bob")]
+
+    later = twins() if submitted == "before" and not with_arrays else []
+    nodes = [parse(f"job_id = {wrong}")]
+    if by == "job":
+        retraction.retract(lab.service, wrong, "wrong", user="ann", admin=True)
+    else:
+        retraction.retract_all(lab.service, nodes, "wrong", user="ann")
+    later = later or twins()
+    lab.finish()
+    shown = {row.job_id: row for row in lab.rows(result_tables.results)}
+    twin, scaled = later
+    assert {name: getattr(shown[twin], name) for name in retracting.MARK} == {
+        name: getattr(shown[wrong], name) for name in retracting.MARK
+    }
+    assert shown[twin].retracted_at is not None
+    assert shown[scaled].retracted_at is None, "at another scale it is another attack"
+    assert lab.job(scaled).verdict_checks["masked"] == "not_checked", "its baseline is the one that was retracted"
+    if by == "job":
+        retraction.restore(lab.service, twin, user="ann", admin=True)
+    else:
+        retraction.restore_all(lab.service, nodes, user="ann")
+    assert {row.retracted_at for row in lab.rows(result_tables.results)} == {None}
+    assert lab.job(scaled).verdict_checks["masked"] != "not_checked"
+
+
+def test_a_twin_that_is_computed_after_the_retraction_of_ones_own_is_new(lab: Any) -> None:
+    """Who is no admin decides nothing for others: from then on everybody's jobs have the numbers computed again."""
+    wrong = lab.submit(scale=5, user="ann")
+    lab.finish()
+    retraction.retract(lab.service, wrong, "wrong", user="ann", admin=False)
+    again = [lab.submit(scale=5, user="bob"), lab.submit(scale=5, arrays=True, user="bob")]
+    lab.finish()
+    hidden = {row.job_id for row in lab.rows(result_tables.results) if row.retracted_at is not None}
+    assert hidden == {wrong}
+    assert {lab.job(job_id).state for job_id in again} == {"succeeded"}
+
+
+def test_ones_own_twin_that_waits_is_as_wrong(lab: Any) -> None:
+    wrong = lab.submit(scale=5, user="ann")
+    lab.finish()
+    waiting = lab.submit(scale=5, arrays=True, user="ann")
+    retraction.retract(lab.service, wrong, "wrong", user="ann", admin=False)
+    lab.finish()
+    assert {row.job_id for row in lab.rows(result_tables.results) if row.retracted_at} == {wrong, waiting}
 
 
 def test_an_attack_from_before_there_was_an_order_has_its_twin(lab: Any) -> None:
