@@ -65,6 +65,8 @@ class Parser(h11.Connection):
         if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY:
             self.unread = True
             if sent is not None and not any(name == b"connection" for name, _ in event.headers):
+                # Not h11's own header: at that, uvicorn closes at once, and what still arrives resets the connection
+                # before the client has read its answer.
                 sent = sent.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)
         return sent
 

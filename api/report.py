@@ -28,7 +28,7 @@ UNGROUPED = "attack.source.recipe."  # no field to group by; the service refuses
 MEANING = {
     "zero_gradient": "the attack's first gradient is exactly zero on correctly classified images: it is blind",
     "masked": "examples count as robust here that the same attack, or its margin twin, breaks at s = 1",
-    "weak_loss": "a better loss in the same ball breaks them: the attack is weak, nothing is masked",
+    "weak_loss": "another loss breaks in the same ball what the attack does not: its own loss is too weak",
     "weaker_than": "this control breaks what the attack does not",
     "not_converged": "PGD with four times the steps breaks what the attack does not",
     "nothing_correct": "the network is right no more often than the most frequent label: there is nothing to attack",
