@@ -52,7 +52,7 @@ Report = Callable[[Progress], None]
 OnProgress = Callable[[int, int], None]
 MEASURE_BATCH = 256
 EPOCH_STATES_SHARE = 0.02
-NUMERICS = ("precision", "channels_last", "fold_batch_norm")
+NUMERICS = ("precision", "channels_last", "fold_batch_norm", "compile")
 COUNTED = frozenset({"n", "n_clean_correct", "n_non_finite"})  # by the attack, of the same images
 
 
@@ -159,6 +159,7 @@ def _trained(
         keep=getattr(recipe, "keep", "last"), held_out=getattr(recipe, "held_out", 0),
         lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, schedule=recipe.schedule,
         precision=recipe.precision, channels_last=recipe.channels_last, compile=recipe.compile,
+        cuda_graphs=recipe.cuda_graphs,
     )  # fmt: skip
     return model, done
 
@@ -244,8 +245,10 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
     to the returned example: `bound_...` are on every result.
     Images with NaN or infinities are counted (`n_non_finite`), and are in none of these numbers but the accuracies.
     There is no trajectory for attacks without iterates, for `judge: any_step`, which leaves out what is broken, and for
-    gradients in bf16, whose features are not the float32 ones.
+    gradients in bf16, whose features are not the float32 ones, or of a compiled network, which does not give them.
     """
+    if getattr(_gradients_of(task.attack), "compile", False):
+        _require_compiler(subject.context.device)
     network = subject.network()
     model = scale_head(network, task.scale, scale_bias=task.scale_bias)
     head = linear_head(model)
@@ -403,8 +406,8 @@ def _trained_on(subject: Subject, order: Order) -> NDArray[np.int64]:
 
 
 def _can_be_followed(attack: AnyAttack) -> bool:
-    plain = getattr(attack, "precision", "float32") == "float32" and getattr(attack, "judge", "final") == "final"
-    return attack.type in WITH_TRAJECTORY and plain
+    plain = getattr(attack, "precision", "float32") == "float32" and not getattr(attack, "compile", False)
+    return attack.type in WITH_TRAJECTORY and plain and getattr(attack, "judge", "final") == "final"
 
 
 def _attack_arguments(task: AttackTask, made_on: nn.Module, subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -415,7 +418,7 @@ def _attack_arguments(task: AttackTask, made_on: nn.Module, subject: Subject) ->
     source = scale_head(made_on, attack.source_scale, scale_bias=task.scale_bias)
     numerics = {name: getattr(attack.attack, name) for name in NUMERICS}
     probe = to_unit(subject.samples(min(PROBES, task.samples), task.order)[1])
-    climbed = prepare(source, probe=probe, **numerics)
+    climbed = prepare(source, probe=probe, batch_size=min(subject.context.batch_images, task.samples), **numerics)
     made_by = {"source_attack": ATTACKS[attack.attack.type], "scale": attack.source_scale}
     return {"source": climbed, **made_by, **attack_parameters(attack.attack)}, {}
 

@@ -24,6 +24,7 @@ class Numerics(Spec):
     precision: Literal["float32", "bf16"] = "float32"
     channels_last: Truth = False
     fold_batch_norm: Truth = False
+    compile: Truth = False
 
 
 class InBall(Numerics):

@@ -32,12 +32,15 @@ class Recipe(Spec):
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     channels_last: Truth = False
     compile: Truth = False
+    cuda_graphs: Truth = Field(default=False, description="With `compile`, on a GPU: each pass is one CUDA graph.")
 
     @model_validator(mode="after")
-    def _schedule_of_one_epoch(self) -> Self:
+    def _what_has_an_effect(self) -> Self:
         """The cosine schedule begins at `lr`."""
         if self.epochs == 1:
             without_effect(self, "schedule")
+        if not self.compile:
+            without_effect(self, "cuda_graphs")
         return self
 
 

@@ -39,6 +39,12 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, tf32": {"precision": "tf32"},
     "ours, bf16 + channels_last": {"precision": "bf16", "channels_last": True},
     "ours, bf16 + channels_last + compile": {"precision": "bf16", "channels_last": True, "compile": True},
+    "ours, bf16 + channels_last + CUDA graphs": {
+        "precision": "bf16",
+        "channels_last": True,
+        "compile": True,
+        "cuda_graphs": True,
+    },
 }
 
 

@@ -82,7 +82,11 @@ def learned(architecture: str, data: ImageData, **how: Any) -> tuple[nn.Module, 
 def attacked(device: torch.device, scale: float = 1.0, **params: Any) -> AttackReport:
     """PGD-linf on 500 test images."""
     params = {"eps": 0.1, "step_size": 0.025, "steps": 10, **params}
-    numerics = {name: params.pop(name) for name in ("precision", "channels_last", "fold_batch_norm") if name in params}
+    numerics = {
+        name: params.pop(name)
+        for name in ("precision", "channels_last", "fold_batch_norm", "compile")
+        if name in params
+    }
     x, y = digits().test_x, digits().test_y
     with deterministic(device):
         return evaluate_attack(
@@ -164,11 +168,9 @@ def test_compiled_with_a_smaller_last_batch_it_is_the_same_training_and_resumes_
     how: dict[str, Any] = {"epochs": 3, "train_samples": 150, "batch_size": 64}
     states: list[Any] = []
     plain, _ = learned("simple_cnn", digits(), **how)
-    torch._dynamo.reset()
     whole, _ = learned(
         "simple_cnn", digits(), **how, compile=True, on_epoch=lambda _report, state: states.append(state())
     )
-    torch._dynamo.reset()  # as a new process would
     resumed, _ = learned("simple_cnn", digits(), **how, compile=True, resume=states[0])
     assert equal(whole, resumed)
     for name, value in plain.state_dict().items():
@@ -176,22 +178,25 @@ def test_compiled_with_a_smaller_last_batch_it_is_the_same_training_and_resumes_
 
 
 @compiler
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize(
     "options",
     [NUMERICS["both"], {"recipe": "adversarial", "recipe_params": {"steps": 2, "eps": 0.02, "step_size": 0.01}}],
     ids=["bf16 channels_last", "adversarial"],
 )
-def test_compiled_with_other_options_it_learns_as_well_and_resumes_bit_equal(options: dict[str, Any]) -> None:
-    """Attacked in eval mode and trained in train mode, a network is compiled for both."""
+def test_compiled_with_other_options_it_learns_as_well_and_resumes_bit_equal(
+    options: dict[str, Any], cuda_graphs: bool
+) -> None:
+    """Attacked in eval mode and trained in train mode, a network is compiled for both. Replayed as a graph, no step
+    reads what a later one has overwritten."""
     how: dict[str, Any] = {"epochs": 4, "train_samples": 600, "batch_size": 64, **options}
+    fast = {"compile": True, "cuda_graphs": cuda_graphs}
     states: list[Any] = []
     _, plain = learned("simple_cnn", digits(), **how)
-    torch._dynamo.reset()
     whole, compiled = learned(
-        "simple_cnn", digits(), **how, compile=True, on_epoch=lambda _report, state: states.append(state())
+        "simple_cnn", digits(), **how, **fast, on_epoch=lambda _report, state: states.append(state())
     )
-    torch._dynamo.reset()  # as a new process would
-    resumed, _ = learned("simple_cnn", digits(), **how, compile=True, resume=states[0])
+    resumed, _ = learned("simple_cnn", digits(), **how, **fast, resume=states[0])
     assert equal(whole, resumed)
     assert compiled.epochs[0].loss == pytest.approx(plain.epochs[0].loss, rel=0.05)
     assert compiled.clean_accuracy == pytest.approx(plain.clean_accuracy, abs=0.05)
@@ -290,7 +295,12 @@ def test_attacked_twice_it_is_bit_equal() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "bf16"}, {"fold_batch_norm": True}, {"channels_last": True}],
+    [
+        {"precision": "bf16"},
+        {"fold_batch_norm": True},
+        {"channels_last": True},
+        pytest.param({"compile": True}, marks=compiler),
+    ],
     ids=lambda options: next(iter(options)),
 )
 @pytest.mark.parametrize("architecture", ["simple_cnn", "resnet18"])

@@ -26,7 +26,7 @@ GROUPS = Path("/sys/fs/cgroup/memory")
 SMALL = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 16, "recipe": {"epochs": 2}}
 # All images in one batch: of each layer's features alone it keeps hundreds of megabytes.
 LARGE = {
-    "architecture": "resnet18", "dataset": "synthetic", "attack": "pgd_linf", "samples": 16,
+    "architecture": "wide_resnet28_4", "dataset": "synthetic", "attack": "pgd_linf", "samples": 16,
     "recipe": {"epochs": 1, "batch_size": 800},
 }  # fmt: skip
 

@@ -76,7 +76,7 @@ OWN_DATASET_DIGEST = "f1f0619683df0b7d474f971d4721a8e3ea5b211352083dbac067475910
 
 # Fields at their default are left out of a digest, so a default that changes would silently change what a digest
 # means: it needs a new `version` of the task. New fields are added here with the default that they begin with.
-NUMERICS = {"precision": "float32", "channels_last": False, "fold_batch_norm": False}
+NUMERICS = {"precision": "float32", "channels_last": False, "fold_batch_norm": False, "compile": False}
 EIGHT, TWO = 8 / 255, 2 / 255
 FROZEN: dict[str, dict[str, Any]] = {
     "TrainTask": {"seed": 0, "replicate": 0},
@@ -90,7 +90,7 @@ FROZEN: dict[str, dict[str, Any]] = {
     "Recipe": {
         "epochs": 100, "batch_size": 128, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine",
         "crop_padding": None, "flip": None, "rotation_degrees": None, "train_samples": None, "precision": "float32",
-        "channels_last": False, "compile": False,
+        "channels_last": False, "compile": False, "cuda_graphs": False,
     },
     "LabelSmoothing": {"smoothing": 0.1},
     "Adversarial": {"eps": EIGHT, "step_size": TWO, "steps": 10, "keep": "last", "held_out": 0},
@@ -232,7 +232,7 @@ def test_any_other_value_of_any_field_changes_the_digest() -> None:
     ]  # fmt: skip
     pgd = {"norm": "l2", "eps": 0.1, "step_size": 0.1, "steps": 3, "random_start": True, "restarts": 2} | {
         "targeted": True, "loss": "margin", "judge": "any_step", "precision": "bf16", "channels_last": True,
-        "fold_batch_norm": True,
+        "fold_batch_norm": True, "compile": True,
     }  # fmt: skip
     assert set(pgd) == set(Pgd.model_fields) - {"type"}
     for name, value in pgd.items():

@@ -112,24 +112,26 @@ def evaluate_attack(
     precision: str = "float32",
     channels_last: bool = False,
     fold_batch_norm: bool = False,
+    compile: bool = False,
 ) -> AttackReport:
     """Run `ATTACKS[attack]` with `params` on `x [n, C, H, W]` (uint8, or float32 in [0, 1]), batch by batch.
 
     `model` is the network with its head already scaled, in eval mode and on `device`; `scale` tells the attack s.
-    The last three options speed up the attack's gradients (`prepare`); its examples are judged by `model` itself.
+    The last four options speed up the attack's gradients (`prepare`); its examples are judged by `model` itself.
     `on_progress(done, total)` counts steps over all batches. Raises `ValueError` for parameters that make no sense
     (an observer needs float32 features), `NonFinite` where every example meets NaN or infinities.
     """
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; there are {', '.join(ATTACKS)}")
-    if observer_factory is not None and precision != "float32":
-        raise ValueError("a trajectory needs the float32 features: record it with precision float32")
+    if observer_factory is not None and (precision != "float32" or compile):
+        raise ValueError("a trajectory needs the float32 features: record it with precision float32, not compiled")
     if not len(y):
         raise ValueError("nothing to evaluate: no examples")
     probe = unit_interval(x[:PROBES], device)
     climbed = prepare(
-        model, precision=precision, channels_last=channels_last, fold_batch_norm=fold_batch_norm, probe=probe
-    )
+        model, precision=precision, channels_last=channels_last, fold_batch_norm=fold_batch_norm, compile=compile,
+        batch_size=min(batch_size, len(y)), probe=probe,
+    )  # fmt: skip
     parts = _batches(len(y), batch_size)
     batches: list[dict[str, Tensor]] = []
     gradient_calls = forward_calls = 0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from workers.science.augmentation import Augmentation, augment, default_augmentation
 from workers.science.best_epoch import BestEpoch
+from workers.science.compiling import compiled
 from workers.science.datasets import ImageData, to_unit, training_indices
 from workers.science.errors import Diverged, NonFinite, ScienceError, WrongState
 from workers.science.evaluation import CleanReport, evaluate_clean
@@ -112,6 +113,7 @@ def train(
     precision: Precision = "float32",
     channels_last: bool = False,
     compile: bool = False,
+    cuda_graphs: bool = False,
     resume: State | None = None,
     on_epoch: Callable[[EpochReport, Callable[[], State]], None] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
@@ -126,6 +128,7 @@ def train(
                    the fixed permutation, which are not trained on (`BestEpoch`; recipes that attack)
     seed           order, augmentation and the recipe's own randomness; the initialisation is `architectures.build`'s
     precision      float32, tf32 (matrix products and convolutions), bf16 (autocast; weights stay float32)
+    compile        compile the network; with `cuda_graphs`, a GPU runs its kernels as graphs (a CPU as without)
     resume         a state from `on_epoch`, saved and loaded by `save_state` and `load_state`; on the CPU the end is
                    bit-equal to that of an uninterrupted training
     on_epoch       called after every epoch with a function that makes the state; what it raises ends the training
@@ -145,9 +148,8 @@ def train(
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    # By its shape alone: otherwise a batch's code, and its last bits, would depend on the batches that came before it,
-    # and a resumed training would differ. A smaller last batch is compiled by itself.
-    forward: nn.Module = torch.compile(model, dynamic=False) if compile else model  # type: ignore[assignment]
+    # A smaller last batch is compiled by itself, so a resumed training is equal.
+    forward = compiled(model, cuda_graphs=cuda_graphs) if compile else model
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     generator = seeded_generator(seed, stream="training")
     chosen, apart = (torch.from_numpy(of) for of in training_indices(len(data.train_y), train_samples, held_out))

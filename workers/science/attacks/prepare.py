@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from workers.science.compiling import CompiledForBatches
 from workers.science.errors import NonFinite, ScienceError
 from workers.science.heads import linear_head
 
@@ -45,17 +46,20 @@ def prepare(
     precision: str = "float32",
     channels_last: bool = False,
     fold_batch_norm: bool = False,
+    compile: bool = False,
+    batch_size: int = 256,
     probe: Tensor | None = None,
 ) -> nn.Module:
     """A copy of `model` that computes (almost) the same logits faster; `model` itself where nothing is asked for.
 
     `precision` "bf16" runs all but the head under bf16 autocast; `fold_batch_norm` merges each batch norm that
-    directly follows a convolution into it. With `probe [n, C, H, W]` the logits are compared, see `TOLERANCE`.
+    directly follows a convolution into it; `compile` compiles it for batches of up to `batch_size` images. With
+    `probe [n, C, H, W]` the logits are compared, see `TOLERANCE`.
     Raises `ScienceError` where they differ, or where the network cannot be traced to find what follows what.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
-    if precision == "float32" and not channels_last and not fold_batch_norm:
+    if precision == "float32" and not (channels_last or fold_batch_norm or compile):
         return model
     body = copy.deepcopy(model)
     for parameter in body.parameters():
@@ -70,7 +74,9 @@ def prepare(
         for layer in body.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer is not head:
                 layer.to(torch.bfloat16)  # once, instead of by autocast in every forward pass
-    prepared = _Prepared(body, bf16=precision == "bf16", channels_last=channels_last)
+    prepared: nn.Module = _Prepared(body, bf16=precision == "bf16", channels_last=channels_last)
+    if compile:
+        prepared = CompiledForBatches(prepared, batch_size)
     if probe is not None:
         _compare(model, prepared, probe, TOLERANCE[precision])
     return prepared
