@@ -20,6 +20,8 @@ for name in [name for name in os.environ if name.startswith(("UNCANNY_", "RAY_")
     del os.environ[name]
 RUN = Path(tempfile.mkdtemp(prefix="u-", dir="/tmp"))
 atexit.register(shutil.rmtree, RUN, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker: torch's threads would wait for each other's turn
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_RUNTIME_DIR"] = str(RUN)  # where it is not set, PostgreSQL's wheel warns
 
 from workers.head import driver_environment, running
