@@ -89,7 +89,7 @@ def _service(settings: Settings, running: str | None) -> Iterator[str]:
     with private.opened(settings.logs / "serve.log", "ab") as log:
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent(),
         )  # fmt: skip
     try:
         with Status("Starting the service ...", console=err):

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -71,7 +70,7 @@ class Part:
         self.process = subprocess.Popen(
             self.command, env=self.environment, pass_fds=self.inherited, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=sink or sys.stderr, stderr=subprocess.STDOUT,
-            preexec_fn=partial(die_with_parent, self.death_signal),
+            preexec_fn=die_with_parent(self.death_signal),
         )  # fmt: skip
         self.started_at = time.monotonic()
         if sink is not None:

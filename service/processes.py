@@ -1,10 +1,12 @@
 """Processes that end together, and when they are told to. Light enough for every command to import."""
 
 import ctypes
+import os
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -21,13 +23,20 @@ class Told(threading.Event):
         self._cond = threading.Condition(threading.RLock())
 
 
-def die_with_parent(which: signal.Signals = signal.SIGTERM) -> None:
-    """In a child, before it becomes its program: this signal when its parent dies, however that dies (Linux).
+def die_with_parent(which: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+    """For `preexec_fn`, made in the parent: the child gets this signal when its parent dies, however that dies (Linux).
 
     It comes when the *thread* that started the child ends, so start it from one that lives as long as it should.
     """
-    if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, which, 0, 0, 0)
+    parent = os.getpid()
+
+    def in_child() -> None:
+        if LIBC is not None:
+            LIBC.prctl(PR_SET_PDEATHSIG, which, 0, 0, 0)
+            if os.getppid() != parent:  # it died before: nobody would tell
+                os._exit(1)
+
+    return in_child
 
 
 def adopt_orphans() -> None:

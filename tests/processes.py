@@ -63,7 +63,7 @@ class Lab:
         with (self.home / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command, env={**self.environment, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=die_with_parent, pass_fds=[self.listening.fileno()],
+                start_new_session=True, preexec_fn=die_with_parent(), pass_fds=[self.listening.fileno()],
             )  # fmt: skip
 
     def start_node(self, name: str, *options: str, within: tuple[str, ...] = (), **environment: str) -> None:

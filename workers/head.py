@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -106,7 +105,7 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[He
         with private.opened(home / LOG, "wb") as log:
             guard = subprocess.Popen(
                 guard_command(home, port, cpus), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=die_with_parent,
+                start_new_session=True, preexec_fn=die_with_parent(),
             )  # fmt: skip
         try:
             yield Head(home, port, guard)
@@ -139,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     environment |= WORKER_ENVIRONMENT | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # else SIGTERM takes 30 s
     head = subprocess.Popen(
         _ray_start(sessions, options.port, options.cpus), env=environment, stdin=subprocess.DEVNULL,
-        start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGKILL),
+        start_new_session=True, preexec_fn=die_with_parent(signal.SIGKILL),
     )  # fmt: skip
     try:
         core = _Core(head.pid)

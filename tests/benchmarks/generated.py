@@ -186,7 +186,7 @@ def _tasks(
     connection: Connection, kind: str, ids: list[str], trainings: list[str], user: str, at: float
 ) -> None:  # fmt: skip
     """Succeeded tasks of one kind, each on its training, with their one attempt."""
-    spec = json.dumps({"kind": kind})
+    spec = json.dumps({"kind": kind, "arrays": False})
     rows = [
         {"id": task_id, "digest": _digest(task_id), "kind": kind, "spec": spec, "train_digest": _digest(training),
          "sponsor": user, "sequence": int(task_id[1:]), "created_at": at, "started_at": at, "finished_at": at, **TASK}

@@ -35,7 +35,7 @@ def start_api(settings: Settings, listening: socket.socket) -> "subprocess.Popen
     with log:
         return subprocess.Popen(
             [sys.executable, "-m", "api.server", "--fd", str(listening.fileno())], stdout=log, stderr=log,
-            env={**os.environ, **settings.environment()}, pass_fds=[listening.fileno()], preexec_fn=die_with_parent,
+            env={**os.environ, **settings.environment()}, pass_fds=[listening.fileno()], preexec_fn=die_with_parent(),
         )  # fmt: skip
 
 

@@ -85,8 +85,10 @@ def api(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Api]:
     settings: dict[str, str] = getattr(request, "param", {})
     listening, log = listen("127.0.0.1", 0), tmp_path / "api.log"
 
+    dies = die_with_parent()
+
     def prepare() -> None:
-        die_with_parent()
+        dies()
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 4096))
 
     with log.open("wb") as sink, closing(listening):

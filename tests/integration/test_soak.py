@@ -184,7 +184,7 @@ def soaking(home: Path, command: list[str]) -> Iterator[Soak]:
         stderr=subprocess.DEVNULL,
         text=True,
         env=environment,
-        preexec_fn=die_with_parent,
+        preexec_fn=die_with_parent(),
     )
     try:
         assert process.stdout is not None
