@@ -36,12 +36,12 @@ from api.prefix import Prefix
 from api.routing import new_turns
 from api.security import SecurityHeaders
 from api.shares import Shares
-from service.access import Access
-from service.artifact_root import of_database
-from service.insights import Insights
+from service.lab.access import Access
+from service.lab.artifact_root import of_database
+from service.queue.submission import Service
+from service.results.insights import Insights
 from service.settings import Settings
 from service.store import Database
-from service.submission import Service
 
 ROUTERS = [
     jobs, sweeps, ids, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks,

@@ -12,8 +12,8 @@ from api.deps import ArtifactRoot, User
 from api.errors import documented
 from api.routing import UploadRoute
 from api.schemas import Artifact
-from service.artifacts import CHUNK_BYTES
-from service.executor import ArtifactRef
+from service.lab.artifacts import CHUNK_BYTES
+from service.model.executor import ArtifactRef
 
 router = APIRouter(route_class=UploadRoute, prefix="/v1/artifacts", tags=["artifacts"])
 Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]

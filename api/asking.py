@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from api.transport import Json, Transport
-from service.dotted import flat
 from service.errors import UncannyError
-from service.unit import Unit
+from service.model.dotted import flat
+from service.model.unit import Unit
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,9 +16,9 @@ from api import shares
 from api.binding import is_loopback
 from api.errors import Forbidden
 from api.turns import TooManyRequests
-from service.access import Access, Caller
 from service.errors import InvalidQuery, Unauthenticated
-from service.insights import Insights
+from service.lab.access import Access, Caller
+from service.results.insights import Insights
 from service.settings import Settings
 from service.store.identifying import Kind
 

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.deps import User, Verbs
 from api.errors import documented
 from api.routing import RegistrationRoute
-from service.checkpoints import TOLERANCE, Upload, register, registered
 from service.errors import InvalidSpec
+from service.lab.checkpoints import TOLERANCE, Upload, register, registered
 from service.specs.base import Number
 from service.specs.names import Architecture
 

@@ -8,14 +8,14 @@ from pydantic import BaseModel, BeforeValidator
 
 from api.auth import current_caller, current_user
 from api.feed import Feed
-from service.access import Access, Caller
-from service.artifacts import Artifacts
-from service.dotted import or_rather
 from service.errors import InvalidQuery
-from service.insights import MAX_LIMIT, Insights
+from service.lab.access import Access, Caller
+from service.lab.artifacts import Artifacts
+from service.model.dotted import or_rather
+from service.queue.submission import Idempotency, Service
+from service.results.insights import MAX_LIMIT, Insights
 from service.settings import Settings
 from service.specs.base import number, truth, whole
-from service.submission import Idempotency, Service
 
 
 async def _service(request: Request) -> Service:

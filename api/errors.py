@@ -20,8 +20,6 @@ from api.preconditions import PreconditionRequired
 from api.prefix import public
 from api.strict import NotJson, NotSentAsJson, check_sent
 from api.turns import Busy, TooManyRequests
-from service.access import NotAllowed
-from service.checkpoints import NotChecked, TensorsDiffer
 from service.errors import (
     AmbiguousId,
     ArtifactMissing,
@@ -40,6 +38,8 @@ from service.errors import (
     UncannyError,
     UnfitDatabase,
 )  # fmt: skip
+from service.lab.access import NotAllowed
+from service.lab.checkpoints import NotChecked, TensorsDiffer
 from service.specs.sweep import as_written, pointer_to, sentence_of
 
 log = logging.getLogger("uncanny.api")

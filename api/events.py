@@ -17,9 +17,9 @@ from api.deps import CurrentCaller, EventFeed, Questions, SaysTruth, SaysWhole, 
 from api.errors import documented
 from api.feed import RENEW_SECONDS, Feed, Reader, event_piece, may_see, progress_piece
 from api.schemas import JOB_ID
-from service.access import Access, Caller
 from service.errors import DatabaseAway, InvalidQuery, Unauthenticated
-from service.insights import Insights
+from service.lab.access import Access, Caller
+from service.results.insights import Insights
 
 router = APIRouter(prefix="/v1/events", tags=["events"])
 PING_SECONDS = 15.0  # in which a stream is never silent

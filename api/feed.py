@@ -13,9 +13,9 @@ from anyio import CapacityLimiter, to_thread
 from fastapi.sse import format_sse_event
 
 from api.turns import Busy
-from service.access import Access, Caller
 from service.errors import DatabaseAway, Unauthenticated
-from service.insights import Insights
+from service.lab.access import Access, Caller
+from service.results.insights import Insights
 from service.store.history import PAGE
 
 POLL_SECONDS = 0.3

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import Query, Request
 
-from service.query import LABEL
+from service.model.query import LABEL
 from service.store.fields import Fields
 
 Filter = Annotated[

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from api.answers import Alive, Cluster, Ready
 from api.deps import ArtifactRoot, Questions
 from api.errors import documented
-from service import artifact_root
+from service.lab import artifact_root
 
 router = APIRouter(tags=["health"])
 

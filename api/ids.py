@@ -9,7 +9,7 @@ from api.errors import documented
 from api.routing import StrictRoute
 from api.schemas import JOB_ID, ShortIds
 from service.errors import InvalidQuery
-from service.query import names_of
+from service.model.query import names_of
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/ids", tags=["jobs"])
 MAX_IDS = 200

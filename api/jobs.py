@@ -16,8 +16,8 @@ from api.preconditions import Seen, tag
 from api.prefix import public
 from api.routing import StrictRoute
 from api.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
-from service.explaining import explain
-from service.insights import NEWEST_FIRST, Question
+from service.queue.explaining import explain
+from service.results.insights import NEWEST_FIRST, Question
 from service.store.fields import JOBS
 from service.store.replies import Reply
 

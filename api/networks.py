@@ -10,7 +10,7 @@ from api.errors import documented
 from api.paging import linked
 from api.routing import StrictRoute
 from api.schemas import DIGEST, JOB_EXAMPLE, JOB_ID
-from service.networks import trained
+from service.results.networks import trained
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/networks", tags=["checkpoints"])
 TEXT = r"^[^\x00]*$"

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Response
 
 from service.errors import UncannyError
-from service.views import version
+from service.results.views import version
 
 
 class PreconditionRequired(UncannyError):

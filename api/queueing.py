@@ -8,8 +8,8 @@ from api.deps import Questions, ServerSettings, User, Verbs
 from api.errors import documented
 from api.routing import StrictRoute
 from api.schemas import Queue
-from service.explaining import queue_status
-from service.insights import Insights
+from service.queue.explaining import queue_status
+from service.results.insights import Insights
 from service.settings import Settings
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["queue"])

@@ -12,8 +12,8 @@ from typing import Any
 from api.client import Client
 from api.render import number, percent, percents
 from api.transport import Json
-from service.dotted import flat
 from service.errors import UncannyError
+from service.model.dotted import flat
 
 GROUP = ("dataset", "samples", "attack.type", "attack.norm", "attack.eps", "architecture", "recipe.name", "scale")
 SPEC = ("dataset", "samples", "order", "architecture", "scale", "scale_bias", "attack", "recipe")

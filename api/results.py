@@ -15,10 +15,11 @@ from api.filters import Filter, Sort, documented_filters, filters_of
 from api.paging import next_link
 from api.routing import StrictRoute
 from api.schemas import Restorations, Result, ResultPage, Retraction, Retractions
-from service import exporting, retraction
-from service.insights import Insights
-from service.query import names_of
-from service.questions import NEWEST_FIRST, Question, nodes_of
+from service.model.query import names_of
+from service.queue import retraction
+from service.results import exporting
+from service.results.insights import Insights
+from service.results.questions import NEWEST_FIRST, Question, nodes_of
 from service.store.fields import RESULTS
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/results", tags=["results"])

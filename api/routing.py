@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from api.auth import READING, current_caller
 from api.strict import StrictRequest
 from api.turns import Turns
-from service.access import Caller
+from service.lab.access import Caller
 
 WRITERS, REGISTRATIONS, UPLOADS = "writers", "registrations", "uploads"
 QUESTIONS, DOWNLOADS = "questions", "downloads"

@@ -15,8 +15,8 @@ from api.binding import check_bind, listen
 from api.connections import connections
 from service import logs, private
 from service.errors import UncannyError
+from service.operations.upgrading import prepare_store
 from service.settings import Settings
-from service.upgrading import prepare_store
 
 log = logging.getLogger("uncanny.api")
 GRACE_SECONDS = 3

@@ -10,12 +10,12 @@ from api.errors import documented
 from api.filters import Filter, documented_filters, filters_of
 from api.routing import StrictRoute
 from api.schemas import JOB_ID
-from service import aggregates, comparing, correlating, leaderboard, worst_case
-from service.insights import Insights
-from service.query import names_of
-from service.questions import nodes_of
+from service.model.query import names_of
+from service.model.unit import Unit
+from service.results import aggregates, comparing, correlating, leaderboard, worst_case
+from service.results.insights import Insights
+from service.results.questions import nodes_of
 from service.store.fields import RESULTS
-from service.unit import Unit
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["statistics"])
 Retracted = Annotated[bool, SaysTruth, Query(description="Count retracted results too.")]

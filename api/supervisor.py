@@ -25,7 +25,7 @@ from api import home
 from api.binding import check_bind, listen
 from service import private
 from service.errors import UncannyError
-from service.jobs import ENDED_TASK
+from service.model.jobs import ENDED_TASK
 from service.processes import adopt_orphans, die_with_parent, free_port
 from service.settings import Settings
 
@@ -215,7 +215,7 @@ class Supervisor:
             time.sleep(LOOK_SECONDS)
 
     def _has_work(self) -> bool:
-        from service.insights import Insights
+        from service.results.insights import Insights
 
         try:
             tasks = Insights(self._database).queue()["tasks"].values()
@@ -232,7 +232,7 @@ class Supervisor:
         return answers[0] if answers else True
 
     def _leads(self) -> bool:
-        from service.insights import Insights
+        from service.results.insights import Insights
 
         try:
             cluster = Insights(self._database).cluster()
@@ -264,8 +264,8 @@ def _kill_family(process: psutil.Process) -> None:
 
 
 def _prepared(settings: Settings) -> "Database":
+    from service.operations.upgrading import prepare_store
     from service.store.database import Database
-    from service.upgrading import prepare_store
 
     prepare_store(settings)
     return Database(settings.database)

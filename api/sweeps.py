@@ -22,9 +22,9 @@ from api.schemas import (
     SweepPage,
 )
 from service import specs
-from service.dotted import or_rather
 from service.errors import InvalidQuery
-from service.jobs import RETRIABLE
+from service.model.dotted import or_rather
+from service.model.jobs import RETRIABLE
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/sweeps", tags=["sweeps"])
 ENDED = ("succeeded", "failed", "cancelled")

@@ -9,7 +9,7 @@ from api.deps import CurrentCaller, Questions, User, Verbs
 from api.errors import documented
 from api.routing import StrictRoute
 from api.schemas import Retraction, Task
-from service import retraction
+from service.queue import retraction
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/tasks", tags=["tasks"])
 

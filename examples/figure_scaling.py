@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from api.client import Client
-from service.dotted import flat
 from service.errors import UncannyError
+from service.model.dotted import flat
 
 USAGE = f"usage: {sys.argv[0]} FILE.png [FIELD=VALUE ...]"
 SHARES = {

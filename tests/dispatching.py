@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway
-from service.executor import (
+from service.model.executor import (
     Bundle,
     Capacity,
     Grant,
@@ -20,6 +19,7 @@ from service.executor import (
     Started,
     Succeeded,
 )
+from service.queue.dispatcher import Dispatcher
 from service.settings import Settings
 from service.store import Database
 from service.store.tables import leases

@@ -10,12 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.executor import ArtifactRef, Bits, Bundle, Failed, Grant, Message, Outcome, Progress, Started, Succeeded
-from service.inprocess import InProcessExecutor
+from service.lab.artifacts import Artifacts
 from service.logs import configure
+from service.model.executor import (
+    ArtifactRef,
+    Bits,
+    Bundle,
+    Failed,
+    Grant,
+    Message,
+    Outcome,
+    Progress,
+    Started,
+    Succeeded,
+)
 from service.processes import Told
+from service.queue.dispatcher import Dispatcher
+from service.queue.inprocess import InProcessExecutor
 from service.settings import Settings
 from service.store import Database
 

@@ -15,7 +15,7 @@ from ray._private.state import state
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from service.environment import LONGEST_WAIT_SECONDS
+from service.model.environment import LONGEST_WAIT_SECONDS
 from service.settings import Settings
 from workers.head import WORKER_ENVIRONMENT
 from workers.revision import identity

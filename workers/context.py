@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from service.artifacts import Artifacts
+from service.lab.artifacts import Artifacts
 from workers.devices import BATCH_IMAGES
 
 T = TypeVar("T")

@@ -16,13 +16,13 @@ from types import FrameType
 from pydantic import ValidationError
 
 from service import private
-from service.artifact_root import RootMark, of_database
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway, SchemaOutdated, UncannyError
-from service.housekeeping import keep_house
+from service.lab.artifact_root import RootMark, of_database
+from service.lab.artifacts import Artifacts
 from service.logs import configure
+from service.operations.housekeeping import keep_house
 from service.processes import Told, adopt_orphans
+from service.queue.dispatcher import Dispatcher
 from service.settings import Settings
 from service.store import Database
 from workers.head import end_family, running, use_driver_environment

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from service.artifacts import Artifacts
 from service.errors import ArtifactRootUnusable, UncannyError
+from service.lab.artifacts import Artifacts
 from service.settings import Settings
 from service.store import Database, roots
 from workers.head import running, use_driver_environment

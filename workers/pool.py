@@ -22,8 +22,8 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.errors import ArtifactRootUnusable, DatabaseAway
-from service.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Needs, Reason, Started
-from service.ledger import Ledger
+from service.model.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Needs, Reason, Started
+from service.model.ledger import Ledger
 from service.settings import Settings
 from workers.cluster import RETRY_SECONDS, NodeChecks, connect, nodes
 from workers.worker import WorkerSettings, end_frozen, run_bundle

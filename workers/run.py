@@ -20,7 +20,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable
-from service.executor import (
+from service.interrupt import interrupt
+from service.model.executor import (
     Bundle,
     Failed,
     Fault,
@@ -33,7 +34,6 @@ from service.executor import (
     Started,
     Succeeded,
 )
-from service.interrupt import interrupt
 from service.specs import AttackTask, ControlTask, MeasureTask, Task, TrainTask, problems
 from service.specs.versions import version_of_spec
 from workers import devices, provenance, tasks

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from service.errors import ArtifactMissing
-from service.executor import ArtifactRef, Bits, Grant, Numbers, Outcome, Progress
+from service.model.executor import ArtifactRef, Bits, Grant, Numbers, Outcome, Progress
 from service.specs import AttackTask, ControlTask, DatasetRef, MeasureTask, TrainTask
 from service.specs.attacks import AnyAttack, Transfer
 from service.specs.attacks import parameters as attack_parameters

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from service.environment import DEVICE_WAIT_SECONDS
-from service.executor import Bundle, Fault, Lost, Message, Started
+from service.model.environment import DEVICE_WAIT_SECONDS
+from service.model.executor import Bundle, Fault, Lost, Message, Started
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
 def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: str) -> "Context":
     import torch
 
-    from service.artifacts import Artifacts
+    from service.lab.artifacts import Artifacts
     from workers.context import Context
     from workers.devices import batch_images, bound_memory, cache_bytes
 

@@ -117,8 +117,8 @@ def _create_directly(
     name: str, for_user: str | None, scope: Scope, days: float | None, home: Path | None
 ) -> dict[str, Any]:
     from api.auth import operating_system_user
-    from service import upgrading
-    from service.access import Access, Caller
+    from service.lab.access import Access, Caller
+    from service.operations import upgrading
     from service.store import Database
 
     settings = settings_of(home=home)

@@ -18,8 +18,8 @@ from api.commands.options import (
     print_json,
 )
 from api.render import attack_name, fields_table, number, percent, percents, say, show, table, tell
-from service.dotted import flat
-from service.unit import Unit
+from service.model.dotted import flat
+from service.model.unit import Unit
 
 FAILED = 1
 COUNTED = {

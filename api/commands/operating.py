@@ -13,7 +13,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 def doctor(home: Home = None, as_json: AsJson = False) -> None:
     """Check database, schema, artifacts, disks, clocks, Ray, its nodes, their GPUs and data; say what to do."""
-    from service.doctor import examine
+    from service.operations.doctor import examine
 
     checks = []
     with err.status("looking at Ray takes some seconds"):
@@ -50,8 +50,8 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Delete bytes that nothing refers to, useless epoch states, old events, leftovers. Safe while the service runs."""
-    from service.artifact_root import of_database
-    from service.housekeeping import Policy, collect
+    from service.lab.artifact_root import of_database
+    from service.operations.housekeeping import Policy, collect
     from service.store import Database
 
     settings = settings_of(home=home, gc_age_seconds=age, artifact_quota_bytes=quota, event_days=event_days)

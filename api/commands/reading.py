@@ -25,7 +25,7 @@ from api.commands.options import (
 )
 from api.render import fields_table, jobs_table, number, results_table, say, show, sweeps_table, table, tell
 from api.report import images, meaning
-from service.dotted import flat
+from service.model.dotted import flat
 
 MAX_PAGE = 1000
 Limit = Annotated[int, typer.Option("--limit", "-n", metavar="N", parser=whole_number(1), help="At most so many rows.")]

@@ -67,7 +67,7 @@ def _heard(stop: threading.Event, hurry: threading.Event, times: list[float], *_
 def api(home: Home = None, host: Host = None, port: Port = None, auth: Auth = None, insecure: Insecure = None) -> None:
     """Run the API alone; a dispatcher elsewhere works on the same database (UNCANNY_DATABASE_URL)."""
     from api import server
-    from service.upgrading import prepare_store
+    from service.operations.upgrading import prepare_store
 
     logs.configure("plain")
     private.be_private()

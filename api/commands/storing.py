@@ -59,7 +59,7 @@ def list_data(home: Home = None, url: Url = None, as_json: AsJson = False) -> No
 @artifacts.command("adopt", epilog=DB_EPILOG)
 def adopt(home: Home = None, as_json: AsJson = False) -> None:
     """Accept the folder of UNCANNY_ARTIFACT_ROOT as the artifact root, where an operator has moved or restored it."""
-    from service.artifact_root import adopt as accept
+    from service.lab.artifact_root import adopt as accept
 
     with closing(_database(home)) as database:
         made = accept(database, settings_of(home=home).artifacts)
@@ -72,7 +72,7 @@ def adopt(home: Home = None, as_json: AsJson = False) -> None:
 @db.command("upgrade", epilog=DB_EPILOG)
 def upgrade(home: Home = None, as_json: AsJson = False) -> None:
     """Bring the database up to this version: its schema and its verdicts. Make a backup first."""
-    from service import upgrading
+    from service.operations import upgrading
 
     database = _database(home)
     before = database.revision() if _exists(database) else None
@@ -113,7 +113,7 @@ def backup(
     as_json: AsJson = False,
 ) -> None:
     """Write all rows of the database, the index of artifacts among them, into one file. Safe while the service runs."""
-    from service.backup import backup as write
+    from service.operations.backup import backup as write
 
     settings = settings_of(home=home)
     with closing(_database(home)) as database, err.status("reading the database"):
@@ -132,8 +132,8 @@ def restore(
     as_json: AsJson = False,
 ) -> None:
     """Put a backup into an empty database, of either kind. Stop the service first."""
-    from service.artifacts import Artifacts
-    from service.backup import restore as put_back
+    from service.lab.artifacts import Artifacts
+    from service.operations.backup import restore as put_back
 
     root = Artifacts(settings_of(home=home).artifacts)
     with closing(_database(home)) as database, err.status("reading the backup"):

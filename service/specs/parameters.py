@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from service.dotted import or_rather
+from service.model.dotted import or_rather
 from service.specs import catalog
 from service.specs.job import JobSpec
 

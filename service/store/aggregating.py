@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Float, Integer, Row, Select, Text, bindparam, case, cast, func, literal, select
 
-from service.observations import LARGE, SMALL
+from service.model.observations import LARGE, SMALL
 from service.store.fields import Column
 from service.store.listed import elements
 from service.store.result_tables import cells, results

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, literal, select, update
 
-from service.jobs import ENDED_TASK, LIVE_JOB, TaskState
+from service.model.jobs import ENDED_TASK, LIVE_JOB, TaskState
 from service.store import history
 from service.store.claiming import QUEUE
 from service.store.history import Event

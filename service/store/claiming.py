@@ -24,9 +24,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql import ColumnElement
 
-from service.executor import ArtifactRef, Grant
-from service.jobs import LIVE_JOB, TaskState
-from service.scheduling import MAX_BUNDLE, Waiting
+from service.model.executor import ArtifactRef, Grant
+from service.model.jobs import LIVE_JOB, TaskState
+from service.model.scheduling import MAX_BUNDLE, Waiting
 from service.settings import KINDS
 from service.store import history, users
 from service.store.history import Event

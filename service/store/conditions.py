@@ -1,13 +1,13 @@
-"""A filter's tree as a condition in SQL, which holds for the same rows on both databases (see `service/query.py`)."""
+"""A filter's tree (`service/model/query.py`) as a condition in SQL, which holds for the same rows on both databases."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, and_, false, func, not_, or_, select, true
 
-from service import times
 from service.errors import InvalidQuery
-from service.query import And, Comparison, Node, Not, Or, Value
+from service.model import times
+from service.model.query import And, Comparison, Node, Not, Or, Value
 from service.specs.base import number, shorten, truth
 from service.store.fields import Column, Field, Fields, Kind
 from service.store.listed import listed

@@ -9,11 +9,13 @@ from typing import Any, Literal
 from sqlalchemy import BigInteger, Connection, and_, case, cast, exists, func, literal, or_, select
 from sqlalchemy.sql import ColumnElement
 
-from service.dotted import or_rather
 from service.errors import InvalidQuery
-from service.flags import FLAGS
-from service.jobs import JobState
-from service.query import LABEL, plain
+from service.model.dotted import or_rather
+from service.model.flags import FLAGS
+from service.model.jobs import JobState
+from service.model.query import LABEL, plain
+from service.model.threat_model import ADVERSARIES
+from service.model.verdict import CHECKS, OUTCOMES, REASONS, VERDICTS
 from service.specs.measures import MEASURES
 from service.specs.parameters import closed_lists, parameters, scalars
 from service.specs.tasks import TASK_KINDS
@@ -26,8 +28,6 @@ from service.store.result_tables import METRICS, cells, number_names, results
 from service.store.states import DIGEST
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
 from service.store.typed import json_flag, json_list, json_number, json_text
-from service.threat_model import ADVERSARIES
-from service.verdict import CHECKS, OUTCOMES, REASONS, VERDICTS
 
 Column = ColumnElement[Any]
 Kind = Literal["text", "number", "integer", "boolean", "time", "list"]

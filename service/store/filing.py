@@ -7,7 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, insert, select, update
 
-from service.flags import apart_from_strength
+from service.model.flags import apart_from_strength
+from service.model.threat_model import threat_model
 from service.specs.versions import LATER
 from service.store import flagging
 from service.store.listed import insert_rows, listed
@@ -16,7 +17,6 @@ from service.store.result_tables import cells, number_names, results
 from service.store.retracting import RETRACTION, retraction_of
 from service.store.states import WEIGHTS_USED
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
-from service.threat_model import threat_model
 
 AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.

@@ -4,8 +4,8 @@ from collections.abc import Collection
 
 from sqlalchemy import Connection, bindparam, func, select, update
 
-from service.dotted import flat
-from service.flags import TRAINED_AGAIN, Flag, Place, compared, found
+from service.model.dotted import flat
+from service.model.flags import TRAINED_AGAIN, Flag, Place, compared, found
 from service.store import network_results
 from service.store.listed import listed, numbered
 from service.store.result_tables import cells, results

@@ -7,12 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
+from service.model.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, chance_of, judge, unpack
 from service.store.dataset_sizes import classes
 from service.store.listed import listed
 from service.store.retracting import retraction_of
 from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED
 from service.store.tables import attack_results, attempts, control_results, jobs, outcome_bits, tasks
-from service.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, chance_of, judge, unpack
 
 AT_ONCE = 200  # jobs whose bits are in memory together
 COLUMNS = {name: f"verdict_{name}" for name in ("reasons", "checks", "counts", "version")}

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Column, ColumnElement, Connection, select, union
 
-from service.dotted import near, or_rather
 from service.errors import InvalidQuery
+from service.model.dotted import near, or_rather
+from service.model.threat_model import ball_of
 from service.specs import catalog
 from service.specs.base import number, shorten
 from service.specs.parameters import closed_lists
@@ -18,7 +19,6 @@ from service.store.identifying import begins, canonical, dashed, is_prefix
 from service.store.result_tables import cells, results
 from service.store.tables import checkpoints, datasets, jobs, sweeps, users
 from service.store.typed import contains
-from service.threat_model import ball_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
 
-from service.flags import FLAGS
+from service.model.flags import FLAGS
 from service.store.listed import listed, numbered
 from service.store.result_tables import cells, results
 from service.store.tables import jobs, outcome_bits

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, Row, Select, func, select
 
-from service.jobs import TaskState
+from service.model.jobs import TaskState
 from service.store.listed import listed
 from service.store.tables import job_tasks, tasks, trainings
 

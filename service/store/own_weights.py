@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, exists, literal, or_, select, update
 
-from service.flags import MIXED_WEIGHTS, Flag
+from service.model.flags import MIXED_WEIGHTS, Flag
 from service.store.listed import listed
 from service.store.result_tables import results
 from service.store.states import CURRENT, WEIGHTS_USED

@@ -5,8 +5,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Float, Row, cast, exists, func, or_, select
 
-from service.jobs import JobState, TaskState
-from service.query import Node
+from service.model.jobs import JobState, TaskState
+from service.model.query import Node
 from service.store.conditions import condition
 from service.store.fields import JOBS
 from service.store.keyset import Order, Position

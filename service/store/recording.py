@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, String, and_, bindparam, cast, delete, insert, select, update
 
-from service.executor import Failed, Lost, Message, Outcome, Progress, Started, Succeeded
-from service.jobs import TaskState
+from service.model.executor import Failed, Lost, Message, Outcome, Progress, Started, Succeeded
+from service.model.jobs import TaskState
 from service.store import filing, history
 from service.store.history import Event
 from service.store.listed import listed

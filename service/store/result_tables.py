@@ -67,7 +67,7 @@ results = Table(
     Column("repeats_network", Boolean, nullable=False, server_default=text("false")),
     *(Column(name, Float(53)) for name in METRICS),
     Column("masked_n", Integer),
-    # Other results of the network speak against it (`service/flags.py`).
+    # Other results of the network speak against it (`service/model/flags.py`).
     Column("not_monotone", Boolean, nullable=False, server_default=text("false")),
     # Weights that it rests on were lost, and their training gave others when it ran again.
     Column("trained_again", Boolean, nullable=False, server_default=text("false")),

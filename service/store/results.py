@@ -7,9 +7,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, case, func, select
 
-from service.flags import FLAGS
-from service.jobs import TaskState
-from service.query import Node
+from service.model.flags import FLAGS
+from service.model.jobs import TaskState
+from service.model.query import Node
+from service.model.verdict import BitArray, unpack
 from service.specs.versions import LATER
 from service.store.conditions import by_cell, condition
 from service.store.fields import RESULTS, Column
@@ -31,7 +32,6 @@ from service.store.tables import (
     tasks,
     trainings,
 )  # fmt: skip
-from service.verdict import BitArray, unpack
 
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
 MOST_HIDDEN = 1000

@@ -24,7 +24,7 @@ from sqlalchemy import (
     update,
 )
 
-from service.jobs import LIVE_JOB, JobState
+from service.model.jobs import LIVE_JOB, JobState
 from service.specs.versions import LATER
 from service.store.fields import Column
 from service.store.listed import listed

@@ -9,8 +9,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, distinct, exists, func, select, update
 
-from service.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
-from service.scheduling import AGEING_SECONDS, BOOST_SECONDS, HEAD_START_SECONDS
+from service.model.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
+from service.model.scheduling import AGEING_SECONDS, BOOST_SECONDS, HEAD_START_SECONDS
 from service.store import filing, history, timings, users
 from service.store.judging import verdicts, write_verdicts
 from service.store.listed import json_object, listed

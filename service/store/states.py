@@ -6,7 +6,7 @@ them.
 
 from sqlalchemy import and_, func, literal, literal_column
 
-from service.jobs import TaskState
+from service.model.jobs import TaskState
 from service.store.tables import attempts, tasks
 from service.store.typed import json_text
 

@@ -22,10 +22,10 @@ from sqlalchemy import (
 )  # fmt: skip
 from uuid_utils import uuid7
 
-from service.jobs import LIVE_JOB, RETRIABLE, JobState, TaskState
-from service.plan import JobPlan, PlannedTask
-from service.scheduling import AGEING_SECONDS, due
+from service.model.jobs import LIVE_JOB, RETRIABLE, JobState, TaskState
+from service.model.scheduling import AGEING_SECONDS, due
 from service.specs import JobSpec, digest
+from service.specs.plan import JobPlan, PlannedTask
 from service.store import counters, history
 from service.store.history import Event
 from service.store.listed import insert_rows, json_object, listed

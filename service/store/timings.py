@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, or_, select
 
-from service.estimates import Likeness, Timing, likeness, units
+from service.model.estimates import Likeness, Timing, likeness, units
 from service.store.listed import insert_rows, listed
 from service.store.states import CURRENT, DIGEST
 from service.store.tables import attempts, tasks, timings

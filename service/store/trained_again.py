@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Column, Connection, Row, bindparam, insert, or_, select, update
 from uuid_utils import uuid7
 
-from service.jobs import LIVE_JOB, TaskState
+from service.model.jobs import LIVE_JOB, TaskState
 from service.store import history
 from service.store.history import Event
 from service.store.listed import insert_rows, listed

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, func, insert, literal, select, update
 
 from service.limits import Limits
-from service.scheduling import Account, decayed
+from service.model.scheduling import Account, decayed
 from service.store.listed import listed
 from service.store.states import CURRENT, RUNNING
 from service.store.tables import attempts, jobs, tasks, usage, users

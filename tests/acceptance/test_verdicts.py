@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.verdict import AttackBits, Controls, Evidence, Verdict, chance_of, judge
+from service.model.verdict import AttackBits, Controls, Evidence, Verdict, chance_of, judge
 from workers.science.attacks import ATTACKS, AttackOutput
 from workers.science.controls import ControlReport, Geometry, run_controls
 from workers.science.datasets import to_unit

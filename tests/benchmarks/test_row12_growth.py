@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from generated import fill
 
-from service.artifacts import Artifacts
+from service.lab.artifacts import Artifacts
 from service.store import Database
 
 SIZES = (100, 1_000, 10_000, 100_000)

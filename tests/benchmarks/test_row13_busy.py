@@ -17,10 +17,10 @@ import torch
 from serving import serving
 from sqlalchemy import select
 
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.executor import Bundle, Failed, Grant, Lost, Message, Succeeded
-from service.jobs import JobState
+from service.lab.artifacts import Artifacts
+from service.model.executor import Bundle, Failed, Grant, Lost, Message, Succeeded
+from service.model.jobs import JobState
+from service.queue.dispatcher import Dispatcher
 from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
 from service.store import Database
@@ -117,7 +117,7 @@ def test_share_of_kernels(table: Any, gpu: torch.device, tmp_path: Path) -> None
 
 def attack_bundle(home: Path) -> Bundle:
     """Two attacks at two scales on an untrained ResNet-18."""
-    from service.plan import plan_job
+    from service.specs.plan import plan_job
     from workers.science.architectures import build
     from workers.science.weights import save_weights
 

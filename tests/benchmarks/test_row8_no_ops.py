@@ -10,10 +10,10 @@ import pytest
 from serving import serving
 from sqlalchemy import func, select
 
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.executor import ArtifactRef, Bits, Bundle, Grant, Message, Outcome
-from service.jobs import JobState
+from service.lab.artifacts import Artifacts
+from service.model.executor import ArtifactRef, Bits, Bundle, Grant, Message, Outcome
+from service.model.jobs import JobState
+from service.queue.dispatcher import Dispatcher
 from service.settings import Settings
 from service.store import Database
 from service.store.tables import attempts, jobs, tasks

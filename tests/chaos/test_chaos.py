@@ -22,8 +22,8 @@ import pytest
 from processes import Lab, running_lab, until
 
 from api.client import ApiError, Client, Unreachable
-from service import decisions
 from service.errors import DatabaseAway
+from service.queue import decisions
 from service.store import tables
 
 if TYPE_CHECKING:

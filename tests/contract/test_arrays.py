@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from service import retraction
-from service.access import NotAllowed
-from service.insights import Insights
-from service.query import parse
+from service.lab.access import NotAllowed
+from service.model.query import parse
+from service.queue import retraction
+from service.results.insights import Insights
 from service.store import result_tables, retracting, tables
 
 

@@ -14,15 +14,16 @@ from typer.testing import CliRunner
 
 from api.app import create_app
 from api.cli import app as commands
-from service import artifact_root, doctor
-from service.artifact_root import RootMark, adopt, of_database
-from service.artifacts import MARK, Artifacts
 from service.errors import ArtifactRootUnusable
-from service.executor import Bundle, Fault, Grant, Lost
-from service.housekeeping import Policy, collect
+from service.lab import artifact_root
+from service.lab.artifact_root import RootMark, adopt, of_database
+from service.lab.artifacts import MARK, Artifacts
+from service.model.executor import Bundle, Fault, Grant, Lost
+from service.operations import doctor
+from service.operations.housekeeping import Policy, collect
+from service.operations.upgrading import prepare_store
 from service.settings import Settings
 from service.store import Database, tables
-from service.upgrading import prepare_store
 
 BYTES = b"the weights of a network"
 DIGEST = sha256(BYTES).hexdigest()

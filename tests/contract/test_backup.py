@@ -14,9 +14,9 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 from api.app import create_app
-from service.artifacts import Artifacts
-from service.backup import backup, restore
 from service.errors import BackupFailed, Conflict
+from service.lab.artifacts import Artifacts
+from service.operations.backup import backup, restore
 from service.settings import Settings
 from service.store import Database, claiming, tables
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from service import scheduling
-from service.scheduling import Cluster, due
+from service.model import scheduling
+from service.model.scheduling import Cluster, due
 from service.store import claiming, users
 from service.store.listed import insert_rows
 from service.store.tables import tasks

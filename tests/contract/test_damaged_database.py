@@ -13,11 +13,11 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 from api.app import create_app
-from service import doctor
 from service.errors import DatabaseDamaged
+from service.operations import doctor
+from service.operations.upgrading import prepare_store
 from service.settings import Settings
 from service.store import Database
-from service.upgrading import prepare_store
 
 SENTENCE = "the database is damaged"
 

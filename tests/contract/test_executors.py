@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
-from service.artifacts import Artifacts
-from service.executor import (
+from service.lab.artifacts import Artifacts
+from service.model.executor import (
     ArtifactRef,
     Bundle,
     Executor,
@@ -27,10 +27,10 @@ from service.executor import (
     Started,
     Succeeded,
 )
-from service.inprocess import InProcessExecutor
-from service.plan import JobPlan, plan_job
+from service.queue.inprocess import InProcessExecutor
 from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
+from service.specs.plan import JobPlan, plan_job
 
 READY_SECONDS = 120
 ANSWER_SECONDS = 120
@@ -62,7 +62,7 @@ def start_ray(settings: Settings) -> Executor:
         """The worker's, but for a bundle that hears nothing and for one whose code is broken."""
         import time
 
-        from service.executor import Progress, Started
+        from service.model.executor import Progress, Started
 
         if bundle.id.startswith("deaf"):
             yield [Started(bundle.grants[0].task_id, bundle.grants[0].attempt, "deaf")]

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from service.executor import Failed, Lost
-from service.questions import Question
-from service.results import Results
+from service.model.executor import Failed, Lost
+from service.results.questions import Question
+from service.results.results import Results
 
 MEASURES = {"measures": ["sam_sharpness", "fisher_rao"]}
 

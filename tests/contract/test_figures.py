@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import update
 
 from service.errors import UncannyError
-from service.insights import Insights
-from service.questions import Question
+from service.results.insights import Insights
+from service.results.questions import Question
 from service.store.result_tables import cells
 
 FIGURE = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "figure_scaling.py"))

@@ -21,13 +21,14 @@ from sqlalchemy import select, update
 from sqlalchemy import text as sql
 
 from api.app import create_app
-from service import aggregates, exporting
-from service.dotted import flat
 from service.errors import InvalidQuery
-from service.executor import Succeeded
-from service.insights import Insights, Question
-from service.query import And, Comparison, Node, Not, Or, Value, names_of, parse
-from service.questions import nodes_of
+from service.model.dotted import flat
+from service.model.executor import Succeeded
+from service.model.query import And, Comparison, Node, Not, Or, Value, names_of, parse
+from service.model.verdict import OUTCOMES, VERDICTS
+from service.results import aggregates, exporting
+from service.results.insights import Insights, Question
+from service.results.questions import nodes_of
 from service.settings import Settings
 from service.specs import JobSpec
 from service.specs.attacks import PRESETS
@@ -38,7 +39,6 @@ from service.store import tables
 from service.store.fields import JOBS, RESULTS, SHORT, SPEC_KINDS
 from service.store.keyset import CHECKSUM_BYTES
 from service.store.result_tables import cells
-from service.verdict import OUTCOMES, VERDICTS
 
 EASY = settings(
     max_examples=100, deadline=None, derandomize=True,

@@ -12,10 +12,11 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import select, update
 
-from service import exporting, leaderboard, retraction, worst_case
-from service.executor import Succeeded
-from service.flags import not_monotone
-from service.insights import Insights, Question
+from service.model.executor import Succeeded
+from service.model.flags import not_monotone
+from service.queue import retraction
+from service.results import exporting, leaderboard, worst_case
+from service.results.insights import Insights, Question
 from service.store.result_tables import cells, results
 
 STEPS = {"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.02, "steps": 10}

@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import insert, update
 
 from service import private
-from service.artifacts import Artifacts
-from service.executor import ArtifactRef, Grant, Progress
-from service.housekeeping import Policy, Report, collect, keep_house
+from service.lab.artifacts import Artifacts
+from service.model.executor import ArtifactRef, Grant, Progress
+from service.operations.housekeeping import Policy, Report, collect, keep_house
 from service.settings import Settings
 from service.store import Database, history, tables
 from service.store.history import Event

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, insert, select
 
-from service.artifacts import Artifacts
 from service.errors import AmbiguousId
-from service.insights import Insights, Question
+from service.lab.artifacts import Artifacts
+from service.results.insights import Insights, Question
 from service.store import Database, identifying
 from service.store.tables import jobs, sweeps, tasks
 

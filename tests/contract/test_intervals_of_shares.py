@@ -12,11 +12,11 @@ import pytest
 import torch
 from scipy import stats
 
-from service import aggregates, exporting
-from service.executor import Outcome, Succeeded
-from service.insights import Insights
-from service.observations import SHARES
-from service.questions import Question
+from service.model.executor import Outcome, Succeeded
+from service.model.observations import SHARES
+from service.results import aggregates, exporting
+from service.results.insights import Insights
+from service.results.questions import Question
 from workers.science.evaluation import evaluate_attack
 
 N, CORRECT, TEST = 200, 160, 500  # samples of the jobs, those that are right without an attack, test images of digits

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.executor import Bits, Outcome, Succeeded
-from service.insights import Insights
-from service.questions import Question
+from service.model.executor import Bits, Outcome, Succeeded
+from service.results.insights import Insights
+from service.results.questions import Question
 
 N, PANEL = 300, 256  # images that are attacked, and those of them that the panel runs on
 CLEAN_WRONG = range(4)

@@ -21,11 +21,13 @@ from sqlalchemy import update
 from api.app import create_app
 from api.events import Start, _followed, _Past
 from api.feed import MOST_PENDING, Feed, Reader
-from service import exporting, leaderboard, networks, retraction, times
-from service.access import Access, Caller
 from service.errors import InvalidQuery
-from service.insights import Insights, Question
-from service.questions import nodes_of
+from service.lab.access import Access, Caller
+from service.model import times
+from service.queue import retraction
+from service.results import exporting, leaderboard, networks
+from service.results.insights import Insights, Question
+from service.results.questions import nodes_of
 from service.settings import Settings
 from service.store import tables
 from service.store.fields import JOBS, RESULTS

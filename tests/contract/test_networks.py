@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import insert, update
 
-from service import networks, retraction
-from service.access import NotAllowed
 from service.errors import InvalidQuery, InvalidSpec
-from service.executor import Grant, Succeeded
-from service.plan import plan_job
+from service.lab.access import NotAllowed
+from service.model.executor import Grant, Succeeded
+from service.queue import retraction
+from service.results import networks
 from service.specs import DatasetRef, JobSpec, digest
+from service.specs.plan import plan_job
 from service.specs.recipes import Imported
 from service.store import tables
 from service.store.result_tables import results

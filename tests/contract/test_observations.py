@@ -12,11 +12,12 @@ import pytest
 from scipy import stats
 from sqlalchemy import update
 
-from service import aggregates, correlating, exporting, leaderboard, verdict
 from service.errors import InvalidQuery
-from service.executor import Bits, Outcome, Succeeded
-from service.insights import Insights
-from service.questions import Question, nodes_of
+from service.model import verdict
+from service.model.executor import Bits, Outcome, Succeeded
+from service.results import aggregates, correlating, exporting, leaderboard
+from service.results.insights import Insights
+from service.results.questions import Question, nodes_of
 from service.store import tables
 from service.store.fields import RESULTS
 from service.store.result_tables import results
@@ -349,7 +350,7 @@ def test_one_result_whole_and_one_without_an_accuracy(lab: Any) -> None:
 
 
 def test_every_field_of_an_interval_is_of_a_share_and_no_field_itself() -> None:
-    from service.observations import INTERVALS, SHARES
+    from service.model.observations import INTERVALS, SHARES
 
     assert {share for share, _ in INTERVALS.values()} == SHARES.keys()
     assert not INTERVALS.keys() & RESULTS.known.keys()

@@ -9,7 +9,7 @@ import pytest
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
-from service.executor import Bits, Succeeded
+from service.model.executor import Bits, Succeeded
 from service.store import tables
 
 

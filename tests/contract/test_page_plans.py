@@ -6,7 +6,7 @@ import pytest
 from generated import INDEXED, fill
 from sqlalchemy import event, text
 
-from service.insights import Insights, Question
+from service.results.insights import Insights, Question
 from service.store import Database
 
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from service import exporting
-from service.dotted import FAMILIES, flat
 from service.errors import InvalidQuery
-from service.executor import Succeeded
-from service.insights import Insights, Question
-from service.jobs import TaskState
+from service.model.dotted import FAMILIES, flat
+from service.model.executor import Succeeded
+from service.model.jobs import TaskState
+from service.results import exporting
+from service.results.insights import Insights, Question
 from service.specs.attacks import PRESETS
 from service.store import submitting
 from service.store.fields import RESULTS

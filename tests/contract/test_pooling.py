@@ -15,10 +15,10 @@ from pooler import pooling
 from sqlalchemy import make_url, text
 
 from api.app import create_app
-from service import doctor, upgrading
-from service.artifact_root import of_database
-from service.artifacts import Artifacts
 from service.errors import DatabaseAway, UnfitDatabase
+from service.lab.artifact_root import of_database
+from service.lab.artifacts import Artifacts
+from service.operations import doctor, upgrading
 from service.settings import BadSettings, Settings
 from service.store import Database, history
 from service.store.history import Event

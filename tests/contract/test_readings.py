@@ -9,15 +9,15 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway, InvalidQuery, NotFound
-from service.executor import ArtifactRef, Bits, Bundle, Capacity, Grant, Message, Outcome, Progress, Succeeded
-from service.insights import Insights, Question
+from service.model.executor import ArtifactRef, Bits, Bundle, Capacity, Grant, Message, Outcome, Progress, Succeeded
+from service.queue.dispatcher import Dispatcher
+from service.queue.submission import Service
+from service.results.insights import Insights, Question
+from service.results.views import eta_seconds, sweep_state
 from service.settings import Settings
 from service.specs import JobSpec, Sweep
 from service.store import Database
-from service.submission import Service
-from service.views import eta_seconds, sweep_state
 
 BASE = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 10}
 PANEL = ("fgsm", "noise", "margin", "square", "pgd", "more_steps")

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from api.app import create_app
-from service import checkpoints
-from service.artifacts import Artifacts
-from service.checkpoints import TensorsDiffer, Upload, register
 from service.errors import Conflict, InvalidSpec
-from service.executor import Bundle, Failed, Grant, Succeeded
-from service.plan import plan_job
+from service.lab import checkpoints
+from service.lab.artifacts import Artifacts
+from service.lab.checkpoints import TensorsDiffer, Upload, register
+from service.model.executor import Bundle, Failed, Grant, Succeeded
 from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
+from service.specs.plan import plan_job
 from service.store import Database
 from workers import importing, run
 from workers.context import Context

@@ -4,17 +4,18 @@ from typing import Any
 
 import pytest
 
-from service import aggregates, leaderboard, retraction
-from service.access import NotAllowed
 from service.errors import Conflict, InvalidQuery, NotFound, QuotaExceeded
-from service.executor import Grant, Succeeded
-from service.housekeeping import Policy, collect
-from service.insights import Insights, Question
-from service.questions import nodes_of
+from service.lab.access import NotAllowed
+from service.model.executor import Grant, Succeeded
+from service.operations.housekeeping import Policy, collect
+from service.queue import retraction
+from service.queue.submission import Service
+from service.results import aggregates, leaderboard
+from service.results.insights import Insights, Question
+from service.results.questions import nodes_of
 from service.settings import Settings
 from service.specs.versions import version_of
 from service.store import tables
-from service.submission import Service
 
 PGD, WEAK = "pgd_linf", {"type": "fgsm", "norm": "linf", "eps": 0.1}
 SPLIT = "trained on the wrong split"

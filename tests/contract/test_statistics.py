@@ -8,14 +8,16 @@ import pytest
 from scipy import stats
 from sqlalchemy import insert, update
 
-from service import aggregates, comparing, correlating, leaderboard, retraction
-from service.access import NotAllowed
-from service.dotted import flat
 from service.errors import Conflict, InvalidQuery, InvalidSpec, NotFound, QuotaExceeded
-from service.executor import Bits, Outcome, Succeeded
-from service.insights import Insights, Question
-from service.query import parse
-from service.questions import nodes_of
+from service.lab.access import NotAllowed
+from service.model.dotted import flat
+from service.model.executor import Bits, Outcome, Succeeded
+from service.model.query import parse
+from service.queue import retraction
+from service.queue.submission import Service
+from service.results import aggregates, comparing, correlating, leaderboard
+from service.results.insights import Insights, Question
+from service.results.questions import nodes_of
 from service.settings import Settings
 from service.specs.attacks import PRESETS
 from service.specs.versions import version_of
@@ -23,7 +25,6 @@ from service.store import aggregating, filing, tables
 from service.store.fields import RESULTS
 from service.store.result_tables import cells, results
 from service.store.tables import jobs
-from service.submission import Service
 
 pytestmark = pytest.mark.slow
 

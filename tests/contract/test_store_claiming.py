@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from service.executor import Lost
+from service.model.executor import Lost
 from service.store import claiming
 from service.store.tables import attempts, events, leases, tasks
 

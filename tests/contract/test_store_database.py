@@ -13,15 +13,15 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, Table, column, event, insert, inspect, make_url, select, table, text
 from sqlalchemy.exc import IntegrityError
 
-from service.artifacts import Artifacts
 from service.errors import DatabaseAway, DatabaseFull, SchemaOutdated
+from service.lab.artifacts import Artifacts
+from service.queue.submission import Idempotency
 from service.specs import JobSpec
 from service.store import Database, history
 from service.store import database as database_module
 from service.store.history import Event
 from service.store.result_tables import results
 from service.store.tables import counters, events, metadata, sweeps
-from service.submission import Idempotency
 
 if TYPE_CHECKING:
     from conftest import Lab

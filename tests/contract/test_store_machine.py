@@ -30,15 +30,15 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Connection, delete, func, select, text
 
-from service.artifacts import Artifacts
 from service.errors import Conflict, DatabaseAway
-from service.executor import ArtifactRef, Failed, Grant, Lost, Message, Progress, Succeeded
-from service.planning import plans_of
+from service.lab.artifacts import Artifacts
+from service.model.executor import ArtifactRef, Failed, Grant, Lost, Message, Progress, Succeeded
+from service.queue.planning import plans_of
+from service.queue.submission import Idempotency, Service
 from service.specs import JobSpec, Sweep
 from service.store import Database, claiming, recording, settling, submitting, tables
 from service.store import database as database_module
 from service.store.typed import json_number
-from service.submission import Idempotency, Service
 
 if TYPE_CHECKING:
     from conftest import Lab

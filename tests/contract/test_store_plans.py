@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from service import aggregates
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.executor import Bundle, Capacity, Lost, Message, Started, Succeeded
-from service.insights import Insights
-from service.questions import Question
+from service.lab.artifacts import Artifacts
+from service.model.executor import Bundle, Capacity, Lost, Message, Started, Succeeded
+from service.queue.dispatcher import Dispatcher
+from service.results import aggregates
+from service.results.insights import Insights
+from service.results.questions import Question
 from service.settings import Settings
 from service.store import Database, claiming
 

@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 
-from service.executor import ArtifactRef, Bits, Failed, Grant, Lost, Message, Outcome, Progress, Started, Succeeded
+from service.model.executor import (
+    ArtifactRef,
+    Bits,
+    Failed,
+    Grant,
+    Lost,
+    Message,
+    Outcome,
+    Progress,
+    Started,
+    Succeeded,
+)
 from service.store import tables
 from service.store.recording import Patience
 from service.store.tables import artifacts, attempts, events, outcome_bits, tasks, trainings
@@ -189,7 +200,7 @@ class TestSuccess:
         [train] = lab.grant()
         lab.succeed(train)
         with lab.database.write() as connection:  # its bytes are lost: a new generation
-            from service.jobs import TaskState
+            from service.model.jobs import TaskState
             from service.store import submitting
 
             submitting.reopen(connection, 0.0, "ann", {train.task_id: TaskState.QUEUED})

@@ -8,11 +8,11 @@ import pytest
 from sqlalchemy import update
 
 from service.errors import Conflict, IdempotencyMismatch, InvalidSpec, NotFound
-from service.executor import Failed
+from service.model.executor import Failed
+from service.queue.submission import Idempotency
 from service.specs import JobSpec, Sweep
 from service.store import tables
 from service.store.tables import artifacts, attempts, events, idempotency_keys, jobs, tasks
-from service.submission import Idempotency
 
 PGD: dict[str, Any] = {"type": "pgd", "norm": "linf", "eps": "8/255", "step_size": "2/255", "steps": 10}
 APGD: dict[str, Any] = {"type": "apgd", "norm": "linf", "eps": "8/255"}
@@ -108,7 +108,7 @@ def test_a_child_that_was_cancelled_alone_does_not_wait_for_its_parent_again(lab
 
 
 def test_joining_a_held_task_is_held_with_its_reason(lab: Any) -> None:
-    from service.executor import Lost
+    from service.model.executor import Lost
 
     lab.submit()
     for _ in range(3):
@@ -199,7 +199,7 @@ class TestCancelAndRetry:
         assert lab.job(job).state == "succeeded"
 
     def test_retrying_one_job_frees_others_that_were_held_by_the_same_task(self, lab: Any) -> None:
-        from service.executor import Lost
+        from service.model.executor import Lost
 
         first, second = lab.submit(), lab.submit(user="bob", scale=5)
         for _ in range(3):
@@ -213,7 +213,7 @@ class TestCancelAndRetry:
 
     def test_what_is_held_waits_for_a_person_where_only_failed_jobs_are_retried(self, lab: Any) -> None:
         """Also the task that a failed job needs: another one failed it, and this one took its workers down."""
-        from service.executor import Lost
+        from service.model.executor import Lost
 
         sweep = lab.submit_sweep({"scale": [5, 10]})["id"]
         lab.succeed(*lab.grant("train"))

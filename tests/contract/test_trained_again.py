@@ -14,15 +14,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
 
-from service import aggregates, comparing, correlating, exporting, leaderboard, retraction, worst_case
-from service.artifacts import Artifacts
-from service.executor import Bits, Failed, Grant, Succeeded
-from service.insights import Insights, Question
-from service.jobs import LIVE_JOB, RETRIABLE
-from service.questions import nodes_of
+from service.lab.artifacts import Artifacts
+from service.model.executor import Bits, Failed, Grant, Succeeded
+from service.model.jobs import LIVE_JOB, RETRIABLE
+from service.operations.upgrading import judge_again
+from service.queue import retraction
+from service.results import aggregates, comparing, correlating, exporting, leaderboard, worst_case
+from service.results.insights import Insights, Question
+from service.results.questions import nodes_of
 from service.store import Database, filing, recording, submitting, tables, trained_again
 from service.store.result_tables import results
-from service.upgrading import judge_again
 
 if TYPE_CHECKING:
     from conftest import Lab

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from dispatching import Scripted, dispatcher, passes, succeeds
 
-from service import decisions
-from service.claims import PASS_ON_SECONDS
 from service.errors import Conflict, NotFound
-from service.executor import Capacity
-from service.explaining import explain
+from service.model.executor import Capacity
+from service.queue import decisions
+from service.queue.claims import PASS_ON_SECONDS
+from service.queue.explaining import explain
 from service.settings import Settings
 from service.store import claiming, deciding, users
 from service.store.settling import rank_anew

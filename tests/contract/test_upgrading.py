@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from service import upgrading
-from service.executor import Succeeded
+from service.model.executor import Succeeded
+from service.model.verdict import VERSION
+from service.operations import upgrading
+from service.operations.upgrading import Upgraded
 from service.store import tables
 from service.store.result_tables import results
-from service.upgrading import Upgraded
-from service.verdict import VERSION
 
 
 @pytest.fixture

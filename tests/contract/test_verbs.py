@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from service import decisions, estimates
-from service.dispatcher import Dispatcher
 from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
-from service.executor import Bundle, Capacity, Lost, Message, Outcome, Started, Succeeded
-from service.explaining import explain, queue_status
 from service.limits import Limits
-from service.scheduling import AGEING_SECONDS, Cluster, choose
+from service.model import estimates
+from service.model.executor import Bundle, Capacity, Lost, Message, Outcome, Started, Succeeded
+from service.model.scheduling import AGEING_SECONDS, Cluster, choose
+from service.queue import decisions
+from service.queue.dispatcher import Dispatcher
+from service.queue.explaining import explain, queue_status
+from service.queue.submission import Idempotency, Service
+from service.results.views import version
 from service.settings import Settings
 from service.specs import JobSpec, Sweep
 from service.store import claiming, users
 from service.store.tables import attempts, events, jobs, sweeps, tasks, timings, usage
-from service.submission import Idempotency, Service
-from service.views import version
 
 pytestmark = pytest.mark.slow
 

@@ -11,16 +11,17 @@ from scipy import stats
 from sqlalchemy import event, update
 
 from api import report
-from service import comparing, correlating, leaderboard, retraction, worst_case
 from service.errors import InvalidQuery
-from service.executor import Bits, Succeeded
-from service.insights import Insights, Question
-from service.questions import nodes_of
+from service.model.executor import Bits, Succeeded
+from service.model.verdict import VERSION, wilson
+from service.queue import retraction
+from service.results import comparing, correlating, leaderboard, worst_case
+from service.results.insights import Insights, Question
+from service.results.questions import nodes_of
 from service.specs import versions
 from service.store import network_results
 from service.store.result_tables import results
 from service.store.tables import jobs, tasks
-from service.verdict import VERSION, wilson
 
 N = 64  # images, enough for a clean accuracy above chance and for a verdict
 BALL = {"type": "pgd", "norm": "linf", "eps": 0.15, "step_size": 0.05, "steps": 10}

@@ -22,12 +22,23 @@ from processes import until
 from safetensors.torch import load
 from torch import nn
 
-from service.artifacts import Artifacts
-from service.doctor import cluster_checks
-from service.executor import ArtifactRef, Bundle, Failed, Grant, Lost, Message, Needs, Progress, Started, Succeeded
-from service.plan import JobPlan, plan_job
+from service.lab.artifacts import Artifacts
+from service.model.executor import (
+    ArtifactRef,
+    Bundle,
+    Failed,
+    Grant,
+    Lost,
+    Message,
+    Needs,
+    Progress,
+    Started,
+    Succeeded,
+)
+from service.operations.doctor import cluster_checks
 from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
+from service.specs.plan import JobPlan, plan_job
 from workers import devices, run, tasks
 from workers.context import Context
 from workers.doctor import known_to_the_driver
@@ -127,9 +138,9 @@ def test_a_number_says_on_which_gpu_it_was_made_and_how_much_of_it_it_had(contex
 WORKSPACE = """
 import os, sys, torch
 from pathlib import Path
-from service.artifacts import Artifacts
-from service.executor import Bundle, Grant, Succeeded
-from service.plan import plan_job
+from service.lab.artifacts import Artifacts
+from service.model.executor import Bundle, Grant, Succeeded
+from service.specs.plan import plan_job
 from service.specs import DatasetRef, JobSpec
 from workers.context import Context
 from workers.run import execute
@@ -602,8 +613,8 @@ def test_an_error_that_leaves_the_gpu_as_it_was_leaves_the_process_too(lab: Lab)
 NAMED = """
 import json, sys, time
 from pathlib import Path
-from service.executor import Bundle, Grant, Needs, Started, Succeeded
-from service.plan import plan_job
+from service.model.executor import Bundle, Grant, Needs, Started, Succeeded
+from service.specs.plan import plan_job
 from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
 from workers.head import running, use_driver_environment

@@ -18,10 +18,10 @@ from api.app import create_app
 from api.binding import listen
 from api.client import ENDED, Client
 from api.server import Server
-from service.artifact_root import of_database
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.inprocess import InProcessExecutor
+from service.lab.artifact_root import of_database
+from service.lab.artifacts import Artifacts
+from service.queue.dispatcher import Dispatcher
+from service.queue.inprocess import InProcessExecutor
 from service.settings import Settings
 from service.store import Database
 

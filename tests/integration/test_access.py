@@ -20,7 +20,7 @@ from api.auth import ADMIN, FAILURES_PER_MINUTE, PUBLIC, READING
 from api.binding import NotLoopback, check_bind
 from api.cli import app as cli
 from api.client import ApiError, Client
-from service.access import Access, Caller
+from service.lab.access import Access, Caller
 from service.settings import Settings
 from service.store import Database
 from service.store.result_tables import results

@@ -18,7 +18,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_app
-from service.artifacts import MARK
+from service.lab.artifacts import MARK
 from service.settings import Settings
 from service.store import Database
 from service.store.fields import RESULTS
@@ -784,7 +784,7 @@ def test_an_artifact_root_that_takes_no_bytes(
         raise OSError(number, os.strerror(number))
 
     with application(settings) as http:
-        monkeypatch.setattr("service.artifacts.tempfile.TemporaryDirectory", refuses)
+        monkeypatch.setattr("service.lab.artifacts.tempfile.TemporaryDirectory", refuses)
         response = http.put(f"/v1/artifacts/{'0' * 64}", content=b"bytes")
         assert os.strerror(number) in refused(response, status)["detail"]
         assert response.headers["retry-after"] == str(wait)

@@ -21,7 +21,7 @@ from sqlalchemy import select
 
 from api.client import ApiError, Client
 from api.demo import SWEEP
-from service.artifacts import Artifacts
+from service.lab.artifacts import Artifacts
 from service.store import Database
 from service.store.tables import attempts, events, tasks, trainings
 from workers.science.architectures import build

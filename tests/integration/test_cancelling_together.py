@@ -14,7 +14,7 @@ import pytest
 from history_checks import violations
 from processes import until
 
-from service.artifacts import Artifacts
+from service.lab.artifacts import Artifacts
 from service.store import Database, tables
 
 pytestmark = pytest.mark.slow

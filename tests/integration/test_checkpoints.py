@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional
 
 from api.client import ApiError, Client
-from service import checkpoints
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.inprocess import InProcessExecutor
+from service.lab import checkpoints
+from service.lab.artifacts import Artifacts
+from service.queue.dispatcher import Dispatcher
+from service.queue.inprocess import InProcessExecutor
 from service.store import Database
 from workers.context import Context
 from workers.run import execute

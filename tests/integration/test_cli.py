@@ -29,7 +29,7 @@ from api.cli import app, main
 from api.client import ApiError, Event
 from api.commands.submitting import _show_event
 from api.render import percent
-from service import verdict
+from service.model import verdict
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 JOB: dict[str, Any] = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}

@@ -21,8 +21,8 @@ from api.client import ApiError, Client, Unanswered, Unreachable
 from api.commands.options import REACH_SECONDS
 from api.errors import RETRY_AFTER_SECONDS
 from api.supervisor import LONGEST_PAUSE_SECONDS
-from service import checkpoints
 from service.errors import UncannyError
+from service.lab import checkpoints
 from service.store.database import BUSY_SECONDS
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}

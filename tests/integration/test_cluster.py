@@ -10,8 +10,8 @@ import httpx
 import pytest
 from processes import Lab, busy, running_lab, until
 
-from service.artifacts import Artifacts
-from service.executor import Bundle, Grant, Succeeded
+from service.lab.artifacts import Artifacts
+from service.model.executor import Bundle, Grant, Succeeded
 from service.store.tables import attempts, events, tasks, trainings
 
 if TYPE_CHECKING:

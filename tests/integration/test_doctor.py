@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from sqlalchemy import text, update
 
-from service import doctor
-from service.artifacts import Artifacts
-from service.doctor import Check
-from service.executor import Lost
+from service.lab.artifacts import Artifacts
+from service.model.executor import Lost
+from service.operations import doctor
+from service.operations.doctor import Check
+from service.queue.submission import Service
 from service.settings import Settings
 from service.store import Database, claiming, recording
 from service.store.tables import counters, tasks
-from service.submission import Service
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 from httpx_sse import connect_sse
 
 from service.errors import DatabaseAway
-from service.insights import Insights
+from service.results.insights import Insights
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 

@@ -18,10 +18,10 @@ import pytest
 from privileges import lacking
 from processes import Lab, running_lab, until
 
-from service.artifacts import MARK, Artifacts
-from service.executor import Bundle, Fault, Grant, Lost, Message, Succeeded
-from service.plan import plan_job
+from service.lab.artifacts import MARK, Artifacts
+from service.model.executor import Bundle, Fault, Grant, Lost, Message, Succeeded
 from service.specs import DatasetRef, JobSpec
+from service.specs.plan import plan_job
 from service.store.tables import attempts, leases, tasks
 from workers import run
 from workers.context import Context

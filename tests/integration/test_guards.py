@@ -18,14 +18,14 @@ from fastapi import FastAPI
 from api.app import create_app
 from api.feed import POLL_SECONDS, RENEW_SECONDS
 from api.routing import OF_MANY
-from service.access import Access, Caller
 from service.errors import Conflict, NotFound, Unauthenticated
-from service.insights import Insights
+from service.lab.access import Access, Caller
+from service.queue.submission import Service
+from service.results.insights import Insights
 from service.settings import Settings
 from service.specs import JobSpec, Sweep
 from service.store import Database
 from service.store.tables import events
-from service.submission import Service
 
 PUBLIC, READ, SUBMIT, ADMIN = "public", "read", "submit", "admin"
 NEEDED = {

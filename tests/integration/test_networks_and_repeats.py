@@ -10,13 +10,13 @@ import pytest
 import torch
 from sqlalchemy import select
 
-from service import aggregates
-from service.dispatcher import Dispatcher
-from service.inprocess import InProcessExecutor
+from service.queue.dispatcher import Dispatcher
+from service.queue.inprocess import InProcessExecutor
+from service.queue.submission import Service
+from service.results import aggregates
 from service.settings import Settings
 from service.specs import Sweep
 from service.store.tables import jobs
-from service.submission import Service
 from workers.context import Context
 from workers.run import execute
 

@@ -29,9 +29,9 @@ from api import feed
 from api.feed import Reader
 from api.routing import new_turns
 from api.turns import Turns
-from service.access import Caller
 from service.errors import DatabaseAway
-from service.insights import Insights
+from service.lab.access import Caller
+from service.results.insights import Insights
 from service.store import Database, database, reading
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
@@ -357,7 +357,7 @@ class TestThreads:
     @pytest.mark.parametrize(
         ("path", "slow"),
         [
-            ("/v1/results:aggregate?by=scale", "service.aggregates.aggregate"),
+            ("/v1/results:aggregate?by=scale", "service.results.aggregates.aggregate"),
             ("/v1/results?format=csv", "service.store.results.columns"),
             ("/v1/results?format=ndjson", "service.store.results.keys"),
             ("/v1/jobs?filter=scale+%3D+5", "service.store.reading.jobs_page"),
@@ -423,7 +423,7 @@ class TestThreads:
             while True:
                 yield "x" * 1_000_000
 
-        monkeypatch.setattr("service.exporting.csv_lines", endless)
+        monkeypatch.setattr("service.results.exporting.csv_lines", endless)
         ask = b"GET /v1/results?format=csv HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
         stopped = [connect(own, ask, receive_bytes=4096) for _ in range(20)]
         for reader in stopped:

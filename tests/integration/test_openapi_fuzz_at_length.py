@@ -10,7 +10,7 @@ from fuzzing import BY_CHANCE, DOCUMENT, FUZZ, WITHOUT_TOKENS, Target, ask, exis
 from sqlalchemy import create_engine, make_url, text
 
 from api.client import Client
-from service.access import Access, Caller
+from service.lab.access import Access, Caller
 from service.store import Database
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ import pytest
 from processes import SERVE, serving
 
 from api.client import Client
-from service import doctor, housekeeping
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.inprocess import InProcessExecutor
+from service.lab.artifacts import Artifacts
+from service.operations import doctor, housekeeping
+from service.queue.dispatcher import Dispatcher
+from service.queue.inprocess import InProcessExecutor
 from service.store import Database
 from workers.context import Context
 from workers.run import execute

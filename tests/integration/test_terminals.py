@@ -205,7 +205,7 @@ def test_a_beginning_is_taken_by_commands(server: Any, named: list[dict[str, Any
 
 
 def test_a_token_is_revoked_by_the_beginning_of_its_id(start_server: Any, tmp_path: Any) -> None:
-    from service.access import Access, Caller
+    from service.lab.access import Access, Caller
     from service.store import Database
 
     with start_server(tmp_path, dispatching=False, auth=True) as server:

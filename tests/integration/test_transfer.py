@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.inprocess import InProcessExecutor
+from service.lab.artifacts import Artifacts
+from service.queue.dispatcher import Dispatcher
+from service.queue.inprocess import InProcessExecutor
+from service.queue.submission import Service
 from service.settings import Settings
 from service.specs import JobSpec
 from service.store import Database
 from service.store.tables import attack_results, jobs, tasks
-from service.submission import Service
 from workers.context import Context
 from workers.run import execute
 

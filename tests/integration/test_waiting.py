@@ -15,8 +15,8 @@ import yaml
 
 from api.commands import waiting
 from api.commands.waiting import reasons_told
-from service.environment import SetAside
-from service.executor import Capacity
+from service.model.environment import SetAside
+from service.model.executor import Capacity
 from service.store import Database, claiming
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 20}

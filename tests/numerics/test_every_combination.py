@@ -11,12 +11,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from service.artifacts import Artifacts
-from service.executor import ArtifactRef, Bundle, Grant, Outcome, Succeeded
-from service.plan import JobPlan, PlannedTask, plan_job
+from service.lab.artifacts import Artifacts
+from service.model.executor import ArtifactRef, Bundle, Grant, Outcome, Succeeded
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import ATTACKS, Loss
 from service.specs.measures import MEASURES
+from service.specs.plan import JobPlan, PlannedTask, plan_job
 from service.specs.recipes import RECIPES
 from workers import run
 from workers.context import Context

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from service.verdict import AttackBits, Evidence, chance_of, judge
+from service.model.verdict import AttackBits, Evidence, chance_of, judge
 from workers.science import imported
 from workers.science.architectures import build
 from workers.science.errors import Misshapen, NegativeVariance, NonFinite, WrongAccuracy, WrongShape, WrongTensors

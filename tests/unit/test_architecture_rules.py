@@ -19,8 +19,8 @@ def test_contracts_hold() -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("service.dispatcher", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
-        ("service.submission", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
+        ("service.queue.dispatcher", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
+        ("service.queue.submission", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
         ("api.app", {"torch", "ray"}),
         ("api.client", {"torch", "ray", "fastapi", "scipy", "sklearn", "polars", "pandas", "pyarrow"}),
         ("workers.science.training", {"ray", "sqlalchemy", "fastapi", "pydantic", "service", "api"}),

@@ -16,9 +16,9 @@ from uuid import uuid4
 import pytest
 from privileges import needs_root
 
-from service import artifacts
-from service.artifacts import Artifacts
 from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable, UnfitArtifactRoot
+from service.lab import artifacts
+from service.lab.artifacts import Artifacts
 
 BYTES = b"flat minima" * 1000
 DIGEST = hashlib.sha256(BYTES).hexdigest()

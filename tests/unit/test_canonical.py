@@ -6,7 +6,6 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from service.plan import plan_job
 from service.specs import (
     AttackTask,
     ControlTask,
@@ -21,6 +20,7 @@ from service.specs import (
 )
 from service.specs.attacks import ATTACKS, PRESETS, Fgsm, Noise, Pgd, Source, Transfer
 from service.specs.measures import MEASURES, ClosedForms
+from service.specs.plan import plan_job
 from service.specs.recipes import RECIPES, Recipe, Standard
 
 CHECKPOINT = "c" * 64

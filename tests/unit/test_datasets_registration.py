@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from service import datasets
-from service.datasets import Registration, inspect
 from service.errors import InvalidSpec
+from service.lab import datasets
+from service.lab.datasets import Registration, inspect
 
 
 def write(path: Path, x: Any, y: Any, **more: Any) -> Path:

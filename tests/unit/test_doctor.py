@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.doctor import LEAST_BYTES, LOW_BYTES, Check, cluster_checks, room_check
+from service.operations.doctor import LEAST_BYTES, LOW_BYTES, Check, cluster_checks, room_check
 from service.settings import Settings
 from workers.doctor import listed_in
 

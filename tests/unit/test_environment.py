@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from service import placing
-from service.environment import (
+from service.model import placing
+from service.model.environment import (
     DEVICE_WAIT_SECONDS,
     FIRST_WAIT_SECONDS,
     LONGEST_WAIT_SECONDS,
@@ -18,7 +18,7 @@ from service.environment import (
     hindrance,
     reported,
 )
-from service.executor import (
+from service.model.executor import (
     ArtifactRef,
     Bundle,
     Capacity,
@@ -32,7 +32,7 @@ from service.executor import (
     Started,
     Succeeded,
 )
-from service.scheduling import Waiting
+from service.model.scheduling import Waiting
 
 BOTH = ("n1", "n2")
 ROOT = Fault("artifact_root", "/srv/artifacts", "n1", writing=True)

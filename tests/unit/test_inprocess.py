@@ -6,15 +6,15 @@ from collections.abc import Iterator
 import pytest
 from processes import until
 
-from service.executor import Bundle, Grant, Message, Progress
-from service.inprocess import InProcessExecutor
+from service.model.executor import Bundle, Grant, Message, Progress
+from service.queue.inprocess import InProcessExecutor
 
 
 def test_one_that_always_has_something_to_say_stops_also_where_the_interrupt_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As in a callback of the garbage collector, in which Python ignores it. Nobody listens, so it would go on."""
-    monkeypatch.setattr("service.inprocess.interrupt", lambda thread: None)
+    monkeypatch.setattr("service.queue.inprocess.interrupt", lambda thread: None)
 
     def talks(bundle: Bundle) -> Iterator[Message]:
         while True:

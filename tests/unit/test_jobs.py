@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from service.jobs import ENDED_TASK, LIVE_JOB, TRANSITIONS, JobState, TaskState, job_state
+from service.model.jobs import ENDED_TASK, LIVE_JOB, TRANSITIONS, JobState, TaskState, job_state
 
 
 def test_every_state_has_its_row() -> None:

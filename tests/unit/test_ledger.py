@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.executor import Bundle, Failed, Grant, Lost, Message, Outcome, Progress, Started, Succeeded
-from service.inprocess import InProcessExecutor
-from service.ledger import Ledger
+from service.model.executor import Bundle, Failed, Grant, Lost, Message, Outcome, Progress, Started, Succeeded
+from service.model.ledger import Ledger
+from service.queue.inprocess import InProcessExecutor
 
 
 def bundle(*task_ids: str) -> Bundle:

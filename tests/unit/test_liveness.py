@@ -1,7 +1,7 @@
 """Liveness is progress: who beats without advancing stands still, by the clock of the dispatcher."""
 
-from service.executor import ArtifactRef, Lost, Progress, Started
-from service.liveness import Liveness
+from service.model.executor import ArtifactRef, Lost, Progress, Started
+from service.model.liveness import Liveness
 
 
 class Clock:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from service.observations import Moments, Observations, accuracy_interval, averaged, interval, range_of
-from service.verdict import wilson
+from service.model.observations import Moments, Observations, accuracy_interval, averaged, interval, range_of
+from service.model.verdict import wilson
 
 Row = tuple[str, str, int, str, float]  # group, network, attack seed, task, value
 

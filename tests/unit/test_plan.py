@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from service.plan import JobPlan, plan_job
 from service.specs import AttackTask, ControlTask, DatasetRef, JobSpec, Sweep
 from service.specs.attacks import Apgd, Pgd
+from service.specs.plan import JobPlan, plan_job
 
 DIGITS = DatasetRef(name="digits")
 BASE: dict[str, Any] = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "samples": 100}

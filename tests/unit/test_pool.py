@@ -20,8 +20,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from service.artifacts import Artifacts
-from service.executor import Bundle, Failed, Fault, Grant, Lost, Needs, Started
+from service.lab.artifacts import Artifacts
+from service.model.executor import Bundle, Failed, Fault, Grant, Lost, Needs, Started
 from service.settings import Settings
 from workers import cluster, devices, dispatch, pool, run
 from workers.context import Context

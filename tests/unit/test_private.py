@@ -16,10 +16,10 @@ from privileges import needs_root
 from api import home
 from api.supervisor import _open_log
 from service import private
-from service.artifacts import Artifacts
-from service.executor import Succeeded
+from service.lab.artifacts import Artifacts
+from service.model.executor import Succeeded
+from service.queue.spool import Spool
 from service.settings import Settings
-from service.spool import Spool
 from service.store import Database
 from workers.head import SESSION_ROOM_BYTES, _sessions, driver_environment
 

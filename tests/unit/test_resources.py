@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from service.executor import Capacity, Grant, Needs
-from service.resources import cluster, needs_of, of_bundle, too_large
-from service.scheduling import Account, Waiting, choose
+from service.model.executor import Capacity, Grant, Needs
+from service.model.resources import cluster, needs_of, of_bundle, too_large
+from service.model.scheduling import Account, Waiting, choose
 from service.settings import Settings
 
 GIGABYTE = 1 << 30

@@ -21,9 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from service.artifacts import Artifacts
-from service.dispatcher import Dispatcher
-from service.executor import (
+from service.lab.artifacts import Artifacts
+from service.model.executor import (
     ArtifactRef,
     Bundle,
     Failed,
@@ -36,14 +35,15 @@ from service.executor import (
     Started,
     Succeeded,
 )
-from service.inprocess import InProcessExecutor
-from service.jobs import LIVE_JOB
-from service.plan import PlannedTask, plan_job
-from service.results import ROW_FIELDS
+from service.model.jobs import LIVE_JOB
+from service.queue.dispatcher import Dispatcher
+from service.queue.inprocess import InProcessExecutor
+from service.results.results import ROW_FIELDS
 from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import PRESETS, AnyAttack, Transfer
 from service.specs.measures import MEASURES
+from service.specs.plan import PlannedTask, plan_job
 from service.specs.recipes import Imported
 from service.store.fields import PROVENANCE
 from service.store.filing import FROM_ATTACK, FROM_MEASURE

@@ -10,8 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.decisions import packed, told, unpacked
-from service.scheduling import AGEING_SECONDS, MAX_BUNDLE, Account, Cluster, Decision, Waiting, choose, decayed, due
+from service.model.scheduling import (
+    AGEING_SECONDS,
+    MAX_BUNDLE,
+    Account,
+    Cluster,
+    Decision,
+    Waiting,
+    choose,
+    decayed,
+    due,
+)
+from service.queue.decisions import packed, told, unpacked
 
 NOW = 1e9
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from api.schemas import JobSubmission
 from service.errors import InvalidQuery
-from service.query import Comparison, Value
+from service.model.query import Comparison, Value
 from service.specs import AttackTask, ControlTask, JobSpec, MeasureTask, TrainTask, canonical, digest, problems
 from service.specs.attacks import ATTACKS, PRESETS, Apgd, Fgsm, Pgd, Source, Transfer
 from service.specs.base import number

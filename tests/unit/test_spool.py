@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from service.executor import ArtifactRef, Bits, Failed, Lost, Message, Outcome, Progress, Started, Succeeded
-from service.spool import Spool
+from service.model.executor import ArtifactRef, Bits, Failed, Lost, Message, Outcome, Progress, Started, Succeeded
+from service.queue.spool import Spool
 
 DONE = Succeeded("a", 2, Outcome({"x": 0.1, "y": None}, {"c": [1.0]}, {"b": Bits(3, b"\xa0")}, provenance={"p": 1}))
 SAVED = Progress("b", 1, 0.5, {"epoch": 1}, ArtifactRef("0" * 64, 10, "epoch_state"))
@@ -65,8 +65,8 @@ def test_a_full_disk_is_said_and_what_was_kept_before_stays(tmp_path: Path) -> N
     code = f"""
 import logging, resource, signal
 from pathlib import Path
-from service.executor import Lost, Outcome, Succeeded
-from service.spool import Spool
+from service.model.executor import Lost, Outcome, Succeeded
+from service.queue.spool import Spool
 logging.basicConfig(format="%(message)s")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

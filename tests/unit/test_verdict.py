@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from service.verdict import (
+from service.model.verdict import (
     CHALLENGERS,
     CHECKS,
     REASONS,
@@ -23,7 +23,7 @@ from service.verdict import (
     unpack,
     wilson,
 )  # fmt: skip
-from service.verdict import judge as judge_evidence
+from service.model.verdict import judge as judge_evidence
 
 N = 1000
 COUNTS = {

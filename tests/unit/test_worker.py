@@ -20,9 +20,9 @@ import ray
 import torch
 from processes import until
 
-from service.environment import DEVICE_WAIT_SECONDS
-from service.executor import Bundle, Failed, Fault, Grant, Lost, Message, Needs
 from service.interrupt import interrupt
+from service.model.environment import DEVICE_WAIT_SECONDS
+from service.model.executor import Bundle, Failed, Fault, Grant, Lost, Message, Needs
 from workers import devices, run, worker
 from workers.context import Cache, Context
 from workers.worker import WorkerSettings, _prepared, _Warm, device_of, import_undisturbed, run_bundle, unprepared

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from dispatching import CLOCK, Scripted, dispatcher
 
-from service.dispatcher import Dispatcher
+from service.queue.dispatcher import Dispatcher
 from service.store import Database
 
 

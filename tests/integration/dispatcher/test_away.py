@@ -25,13 +25,13 @@ from dispatching import (
 )
 from sqlalchemy import Connection, make_url
 
-from service.dispatcher import Dispatcher
 from service.errors import DatabaseAway
-from service.executor import (
+from service.model.executor import (
     Outcome,
     Progress,
     Succeeded,
 )
+from service.queue.dispatcher import Dispatcher
 from service.store import Database
 from service.store.tables import attempts, events
 
@@ -233,7 +233,7 @@ class TestAway:
         assert lab.task_states("train") == {"succeeded": 1}
 
     def test_it_keeps_trying(self, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("service.dispatcher.AWAY_SECONDS", 0.05)
+        monkeypatch.setattr("service.queue.dispatcher.AWAY_SECONDS", 0.05)
         lab.submit()
         with monkeypatch.context() as patch:
             patch.setattr(Database, "write", away)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from dispatching import CLOCK, PATIENT, Scripted, dispatcher, passes, running, succeeds, tick_until_idle, wait_for
 
-from service.dispatcher import Dispatcher
-from service.executor import (
+from service.model.executor import (
     ArtifactRef,
     Capacity,
     Failed,
@@ -23,6 +22,7 @@ from service.executor import (
     Started,
     Succeeded,
 )
+from service.queue.dispatcher import Dispatcher
 from service.store import tables
 from service.store.tables import attempts, events, tasks
 from workers import run
@@ -33,7 +33,7 @@ SHARED_MEMORY: Literal["out_of_shared_memory"] = "out_of_shared_memory"
 
 class TestCancellation:
     def test_what_nobody_wants_is_stopped_soon(self, lab: Any, scripted: Scripted, monkeypatch: Any) -> None:
-        monkeypatch.setattr("service.dispatcher.LOOK_SECONDS", 0.0)
+        monkeypatch.setattr("service.queue.dispatcher.LOOK_SECONDS", 0.0)
         job = lab.submit()
         one = dispatcher(lab, scripted)
         one.tick()
@@ -56,7 +56,7 @@ class TestCancellation:
         assert scripted.cancelled
 
     def test_someone_wants_it_again_in_time(self, lab: Any, scripted: Scripted, monkeypatch: Any) -> None:
-        monkeypatch.setattr("service.dispatcher.LOOK_SECONDS", 0.0)
+        monkeypatch.setattr("service.queue.dispatcher.LOOK_SECONDS", 0.0)
         job = lab.submit()
         one = dispatcher(lab, scripted)
         one.tick()

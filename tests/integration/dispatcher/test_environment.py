@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from dispatching import PATIENT, Scripted, dispatcher, passes, succeeds, tick_until_idle
 
-from service import doctor
-from service.dispatcher import Dispatcher
-from service.environment import FIRST_WAIT_SECONDS
 from service.errors import DatabaseFull
-from service.executor import Bundle, Capacity, Failed, Fault, Grant, Lost, Message, Started
-from service.explaining import explain
-from service.insights import Insights
-from service.pausing import MOST_IN_A_ROW
+from service.model.environment import FIRST_WAIT_SECONDS
+from service.model.executor import Bundle, Capacity, Failed, Fault, Grant, Lost, Message, Started
+from service.operations import doctor
+from service.queue.dispatcher import Dispatcher
+from service.queue.explaining import explain
+from service.queue.pausing import MOST_IN_A_ROW
+from service.results.insights import Insights
 from service.store import Database
 from service.store.tables import attempts, events, jobs, sweeps, tasks
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from dispatching import Scripted, dispatcher
 
-from service.executor import Capacity
-from service.explaining import explain
+from service.model.executor import Capacity
+from service.queue.explaining import explain
 from service.settings import Settings
 
 WITH_GPU = Capacity(True, 8.0, 1.0, ({"CPU": 8.0, "GPU": 1.0},), ("n1",))

@@ -18,9 +18,8 @@ from dispatching import (
     wait_for,
 )
 
-from service.dispatcher import Dispatcher
 from service.errors import Conflict
-from service.executor import (
+from service.model.executor import (
     Capacity,
     Failed,
     Grant,
@@ -29,6 +28,7 @@ from service.executor import (
     Progress,
     Succeeded,
 )
+from service.queue.dispatcher import Dispatcher
 from service.settings import Settings
 from service.store.tables import attempts, tasks
 

@@ -13,17 +13,18 @@ import torch
 from dispatching import LEASE_SECONDS, dispatcher, passes, wait_for
 from sqlalchemy import Connection, MetaData, Row, text
 
-from service import aggregates, leaderboard, upgrading
-from service.artifacts import Artifacts
 from service.errors import InvalidQuery
-from service.executor import Bundle, Grant
-from service.inprocess import InProcessExecutor
-from service.questions import nodes_of
+from service.lab.artifacts import Artifacts
+from service.model.executor import Bundle, Grant
+from service.model.verdict import VERSION
+from service.operations import upgrading
+from service.operations.upgrading import Upgraded
+from service.queue.inprocess import InProcessExecutor
+from service.results import aggregates, leaderboard
+from service.results.questions import nodes_of
 from service.specs.versions import version_of_spec
 from service.store import Database, tables
 from service.store.result_tables import results
-from service.upgrading import Upgraded
-from service.verdict import VERSION
 from workers.context import Context
 from workers.run import execute
 

@@ -1,0 +1,117 @@
+"""Which folder is the artifact root: the database keeps its mark, so a folder that only has its name is refused.
+
+Such a folder is the place where the disk of the right one is not mounted. What would be written there is lost.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+from sqlalchemy import select, union
+
+from service.errors import DatabaseAway
+from service.lab.artifacts import Artifacts
+from service.store import Database, roots
+from service.store.tables import NAMES_BYTES
+
+FRESH_SECONDS = 2.0  # for which a mark is not asked for again: an operator may accept another one
+
+
+class RootMark:
+    """The mark that a database knows its artifact root by, asked for when it is needed.
+
+    Calling it raises `DatabaseAway`, and `ArtifactRootUnusable` where the database knows no mark yet and cannot take
+    the one of the folder.
+    """
+
+    def __init__(self, database: Database, root: str) -> None:
+        self._database, self._artifacts = database, Artifacts(root)
+        self._mark, self._asked_at = "", -math.inf
+
+    def __call__(self) -> str:
+        """Empty for an object store, which is the same from everywhere."""
+        if self._artifacts.is_folder and time.monotonic() - self._asked_at > FRESH_SECONDS:
+            try:
+                self._mark = self._known()
+            except DatabaseAway:
+                if not self._mark:
+                    raise
+            self._asked_at = time.monotonic()
+        return self._mark
+
+    def _known(self) -> str:
+        """The mark in the database; at the first use that of the folder, which is given one if it has none."""
+        if known := _look(self._database, self._artifacts):
+            return known
+        mark = self._artifacts.mark()
+        with self._database.write() as connection:
+            known = roots.mark(connection)
+            if known is None:
+                roots.keep(connection, self._database.now(connection), mark)
+        return known or mark
+
+
+def of_database(database: Database, root: str) -> Artifacts:
+    """The artifact root as this database knows it, for all who read, write and delete there."""
+    return Artifacts(root, RootMark(database, root))
+
+
+def check(database: Database, root: str) -> None:
+    """Raises `ArtifactRootUnusable` where the folder is not the root of this database; changes nothing."""
+    artifacts = Artifacts(root)
+    if artifacts.is_folder and (known := _look(database, artifacts)):
+        Artifacts(root, known).require_root()
+
+
+def as_known(database: Database, root: str) -> Artifacts:
+    """The artifact root with the mark that the database has now, if any: for who must not give it one."""
+    with database.read() as connection:
+        return Artifacts(root, roots.mark(connection) or "")
+
+
+def _look(database: Database, artifacts: Artifacts) -> str | None:
+    """The mark in the database. Without one, a folder is refused that has nothing of what the index names."""
+    with database.read() as connection:
+        known = roots.mark(connection)
+        names_bytes = known is None and roots.names_bytes(connection)
+    if names_bytes:
+        artifacts.require_root()
+    return known
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A folder that is the artifact root from now on; `missing` of the `named` artifacts are not in it."""
+
+    root: str
+    mark: str
+    named: int
+    missing: tuple[str, ...]
+
+
+def adopt(database: Database, root: str) -> Adopted:
+    """Accept the folder as the artifact root of this database, such as one that was moved or restored.
+
+    Raises `ArtifactRootUnusable` where there is no such folder.
+    """
+    database.check_schema()
+    artifacts = Artifacts(root)
+    artifacts.require_folder()
+    mark = artifacts.mark()
+    if artifacts.is_folder:
+        with database.write() as connection:
+            roots.keep(connection, database.now(connection), mark)
+    named = named_digests(database)
+    return Adopted(root, mark, len(named), missing(named, artifacts))
+
+
+def named_digests(database: Database) -> list[str]:
+    """The digests of all bytes that some row refers to."""
+    with database.read() as connection:
+        every = union(*(select(column).where(column.is_not(None)) for column in NAMES_BYTES))
+        return sorted(set(connection.scalars(every)))
+
+
+def missing(named: list[str], artifacts: Artifacts) -> tuple[str, ...]:
+    """Those of these digests that have no bytes under the root."""
+    return tuple(digest for digest in named if not artifacts.exists(digest))

@@ -1,0 +1,271 @@
+"""Weights made elsewhere: checked and fitted to a known architecture once, and named by jobs from then on."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select
+
+from service.errors import Conflict, InvalidSpec, UncannyError
+from service.lab.artifacts import Artifacts
+from service.lab.datasets import NAME
+from service.model.times import iso
+from service.specs import catalog
+from service.specs.recipes import Imported
+from service.store import Database, history
+from service.store.history import Event
+from service.store.tables import artifacts as artifact_rows
+from service.store.tables import checkpoints, datasets
+
+TOLERANCE = 0.01  # of an expected accuracy (SCIENCE.md section 8)
+DIGEST = re.compile("[0-9a-f]{64}")
+FITTING_SECONDS = 300  # PyTorch is imported, the network built and saved
+TURN_SECONDS = 30  # that a request waits while others are checked
+FITTING = threading.BoundedSemaphore(2)  # processes at once: each has PyTorch and a network in memory
+
+
+class NotChecked(UncannyError):
+    """Weights could not be checked right now, which says nothing about them."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is registered: an uploaded safetensors file for `architecture` on images and classes of `dataset`.
+
+    `keys` maps prefixes of the file's tensor names to the network's; `mean` and `std` are one number a channel.
+    `expected_clean_accuracy`, on all test images, is checked before anything else is computed with the weights.
+    """
+
+    name: str
+    architecture: str
+    dataset: str
+    uploaded_sha256: str
+    keys: Mapping[str, str]
+    mean: Sequence[float]
+    std: Sequence[float]
+    expected_clean_accuracy: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """As the row of a checkpoint has it."""
+        tolerance = TOLERANCE if self.tolerance is None else self.tolerance
+        return {
+            **vars(self),
+            "keys": dict(self.keys),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "tolerance": None if self.expected_clean_accuracy is None else tolerance,
+        }
+
+
+class TensorsDiffer(InvalidSpec):
+    """The tensors of a file are not those of the network; `tensors` has them by what is wrong with them."""
+
+    def __init__(self, sentence: str, tensors: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+        super().__init__([("/weights_sha256", sentence)])
+
+
+def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: str) -> dict[str, Any]:
+    """Check the weights against the network, in a process of its own that has PyTorch, and keep them as it saves them.
+
+    The same again changes nothing. Raises `InvalidSpec` for weights that do not fit, `Conflict` for a name that is
+    taken by others, `ArtifactMissing`, `NotChecked`.
+    """
+    _check(upload)
+    asked = upload.asked
+    with database.read() as connection:
+        shape, classes = _shape(connection, upload.dataset)
+        known = _row(connection, upload.name)
+    if known is not None:
+        return _the_same(known, asked)
+    made: dict[str, Any] = {}
+
+    def fill(out: Path) -> None:
+        with artifacts.local(upload.uploaded_sha256) as weights:
+            request = {**asked, "shape": shape, "classes": classes, "weights": str(weights), "out": str(out)}
+            made.update(_fitted(request))
+
+    ref = artifacts.write("checkpoint", fill)
+    with database.write() as connection:
+        now = database.now(connection)
+        if (known := _row(connection, upload.name)) is not None:  # by another request, meanwhile
+            return _the_same(known, asked)
+        row = {
+            **asked, "channels": shape[0], "height": shape[1], "width": shape[2], "classes": classes,
+            "weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made, "created_by": user, "created_at": now,
+        }  # fmt: skip
+        connection.execute(insert(checkpoints).values(row))
+        _own(connection, now, ref.digest, ref.size_bytes)
+        data = {"name": upload.name, "weights_sha256": ref.digest}
+        history.append(connection, now, user, [Event("checkpoint.registered", data=data)])
+        made_row = _row(connection, upload.name)
+        assert made_row is not None
+        return view(made_row)
+
+
+def _check(upload: Upload) -> None:
+    """Raises `InvalidSpec` for what is wrong whatever the weights are."""
+    errors: list[tuple[str, str]] = []
+    if not NAME.fullmatch(upload.name):
+        said = f"{upload.name!r} cannot be a name: letters, digits, `_`, `.` and `-`, at most 100"
+        errors.append(("/name", said))
+    elif DIGEST.fullmatch(upload.name):
+        errors.append(("/name", "64 hexadecimal digits name weights by their SHA-256: take another name"))
+    if upload.expected_clean_accuracy is None:
+        errors += [
+            (f"/{name}", said) for name in ("mean", "std") if (said := _grey_levels(getattr(upload, name), name))
+        ]
+        if upload.tolerance is not None:
+            errors.append(("/tolerance", "it is of `expected_clean_accuracy`, which is left out"))
+    if errors:
+        raise InvalidSpec(errors)
+
+
+def _grey_levels(values: Sequence[float], name: str) -> str:
+    """What to say of numbers that are in units of 0 to 255 by the look of them; nothing of others."""
+    if all(value <= 1 for value in values):
+        return ""
+    meant = ", ".join(f"{value / 255:.4f}" for value in values)
+    return (
+        f"{name} {', '.join(f'{value:g}' for value in values)} looks like grey levels of 0 to 255, and images here are "
+        f"in [0, 1]: did you mean {meant}? If not, say which `expected_clean_accuracy` shows that it is right"
+    )
+
+
+def _the_same(known: Row[Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint that is asked for again. Raises `Conflict` where it is another of that name."""
+    if any(getattr(known, name) != value for name, value in asked.items()):
+        raise Conflict(f"checkpoint {known.name} is registered with other weights or options: take a new name")
+    return view(known)
+
+
+def registered(database: Database) -> list[dict[str, Any]]:
+    """All of them, by name."""
+    with database.read() as connection:
+        return [view(row) for row in connection.execute(select(checkpoints).order_by(checkpoints.c.name))]
+
+
+def is_registered(connection: Connection, name: str) -> bool:
+    """Whether there is a checkpoint of that name, or whose weights have that SHA-256."""
+    return bool(_named(connection, name))
+
+
+def weights_of(connection: Connection, name: str, architecture: str, dataset: str) -> Imported:
+    """The weights of a registered checkpoint, named by its name or their SHA-256, and what is expected of them.
+
+    Raises `ValueError` where they are not of such a network, or are registered with several expectations.
+    """
+    rows = _named(connection, name)
+    if not rows:
+        raise ValueError(_not_there(connection, name))
+    refused = [_of_another(connection, row, architecture, dataset) for row in rows]
+    fitting = [row for row, said in zip(rows, refused, strict=True) if not said]
+    if not fitting:
+        raise ValueError(refused[0])
+    expecting = [row for row in fitting if row.expected_clean_accuracy is not None]
+    expected = {(row.expected_clean_accuracy, row.tolerance) for row in expecting}
+    if len(expected) > 1:
+        names = ", ".join(row.name for row in expecting)
+        raise ValueError(f"these weights are registered with different expectations, as {names}: name one of these")
+    accuracy, tolerance = next(iter(expected), (None, None))
+    return Imported(weights_sha256=fitting[0].weights_sha256, expected_clean_accuracy=accuracy, tolerance=tolerance)
+
+
+def _not_there(connection: Connection, name: str) -> str:
+    if DIGEST.fullmatch(name):
+        return (
+            f"no weights with the SHA-256 {name} are registered, and no training made them: see `uncanny checkpoint "
+            "list`, also with `--trained`"
+        )
+    known = ", ".join(connection.scalars(select(checkpoints.c.name).limit(20))) or "none"
+    return f"checkpoint {name!r} is not registered (registered: {known}): `uncanny checkpoint add`"
+
+
+def _of_another(connection: Connection, row: Row[Any], architecture: str, dataset: str) -> str:
+    """Why the weights are not of such a network; nothing where they are."""
+    if row.architecture != architecture:
+        return f"checkpoint {row.name} is a {row.architecture}, not a {architecture}"
+    shape, classes = _shape(connection, dataset)
+    if (shape, classes) == ((row.channels, row.height, row.width), row.classes):
+        return ""
+    return (
+        f"checkpoint {row.name} is for {row.classes} classes of {row.channels}x{row.height}x{row.width} images, "
+        f"{dataset} has {classes} of {'x'.join(map(str, shape))}"
+    )
+
+
+def view(row: Row[Any]) -> dict[str, Any]:
+    return {**row._mapping, "converted_from": row.converted_from or [], "created_at": iso(row.created_at)}
+
+
+def _fitted(request: dict[str, Any]) -> dict[str, Any]:
+    """What `workers.importing` says. It runs apart because this half of the service has no PyTorch loaded."""
+    with _turn(), tempfile.TemporaryFile() as complaints:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "workers.importing"], input=json.dumps(request).encode(),
+                stdout=subprocess.PIPE, stderr=complaints, timeout=FITTING_SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise NotChecked(f"the weights were not checked within {FITTING_SECONDS} s: try again later") from None
+        if done.returncode != 0:
+            complaints.seek(0)
+            last = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            why = f"signal {-done.returncode} ended the process" if done.returncode < 0 else last[0]
+            raise NotChecked(f"the weights could not be checked ({why}): try again later")
+    said: dict[str, Any] = json.loads(done.stdout)
+    if "tensors" in said:
+        raise TensorsDiffer(said["error"], said["tensors"])
+    if "error" in said:
+        raise InvalidSpec([("/weights_sha256", said["error"])])
+    return said
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Raises `NotChecked` where others are checked for too long."""
+    if not FITTING.acquire(timeout=TURN_SECONDS):
+        raise NotChecked("the weights of others are being checked: try again later")
+    try:
+        yield
+    finally:
+        FITTING.release()
+
+
+def _shape(connection: Connection, dataset: str) -> tuple[tuple[int, int, int], int]:
+    if dataset in catalog.DATASETS:
+        return catalog.DATASETS[dataset].shape, catalog.DATASETS[dataset].classes
+    query = select(datasets).where(datasets.c.name == dataset.removeprefix("npz:"))
+    row = connection.execute(query).one_or_none() if dataset.startswith("npz:") else None
+    if row is None:
+        raise InvalidSpec([("/dataset", f"{dataset} is no known or registered data set: see /v1/catalog")])
+    return (row.channels, row.height, row.width), row.classes
+
+
+def _row(connection: Connection, name: str) -> Row[Any] | None:
+    return connection.execute(select(checkpoints).where(checkpoints.c.name == name)).one_or_none()
+
+
+def _named(connection: Connection, name: str) -> list[Row[Any]]:
+    """The checkpoint of that name, else those whose weights have that SHA-256."""
+    row = _row(connection, name)
+    query = select(checkpoints).where(checkpoints.c.weights_sha256 == name).order_by(checkpoints.c.name)
+    return list(connection.execute(query)) if row is None else [row]
+
+
+def _own(connection: Connection, now: float, sha256: str, size_bytes: int) -> None:
+    """Weights that a registration names are kept, like those of a training."""
+    present = (artifact_rows.c.digest == sha256) & (artifact_rows.c.task_id == "")
+    if connection.execute(select(artifact_rows.c.digest).where(present)).one_or_none() is None:
+        row = {"digest": sha256, "task_id": "", "kind": "checkpoint", "size_bytes": size_bytes, "created_at": now}
+        connection.execute(insert(artifact_rows).values(row))

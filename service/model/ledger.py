@@ -1,0 +1,75 @@
+"""Which grants of a bundle still owe an answer: how every executor keeps its promise of exactly one per grant."""
+
+from typing import assert_never
+
+from service.model.executor import Bundle, Failed, Fault, Lost, Message, Progress, Reason, Started, Succeeded
+
+Key = tuple[str, int]
+"""`(task_id, attempt)`"""
+
+
+class Ledger:
+    """The grants of one bundle that owe an answer, in order; the one that runs; whether the bundle is being stopped."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._open = dict.fromkeys((grant.task_id, grant.attempt) for grant in bundle.grants)
+        self._running: Key | None = None
+        self._cancelled: Key | None = None
+        self.stopping = False
+
+    def accept(self, message: Message) -> bool:
+        """Take note of a message. False where its grant was answered before, or is none of this bundle: drop it."""
+        key = (message.task_id, message.attempt)
+        known = key in self._open
+        match message:
+            case Started():
+                self._running = key
+            case Progress():
+                pass
+            case Succeeded() | Failed() | Lost():
+                self._open.pop(key, None)
+                self._running = None if self._running == key else self._running
+            case _:
+                assert_never(message)
+        return known
+
+    @property
+    def unwanted(self) -> bool:
+        """What runs now was answered before, so the bundle is to be stopped."""
+        return self._running is not None and self._running not in self._open
+
+    @property
+    def guilty(self) -> Key | None:
+        """Whose doing it is if the bundle ends now: what runs, or the next in line, where a worker ends before it says
+        what it runs (it would end so with that one again). None where all are answered or the bundle is being stopped.
+        """
+        if self.stopping or not self._open:
+            return None
+        return self._running if self._running in self._open else next(iter(self._open))
+
+    def owes(self, key: Key) -> bool:
+        return key in self._open
+
+    def cancel(self, key: Key) -> tuple[bool, list[Lost]]:
+        """`(the bundle is to be stopped, answers)`. One that waits is answered at once and disturbs no other."""
+        if key not in self._open:
+            return False, []
+        if key == self._running:
+            self._cancelled = key
+            return True, []
+        lost = self._lose(key, "cancelled", "cancelled before it started")
+        return not self._open, [lost]
+
+    def end(self, reason: Reason, message: str, fault: Fault | None = None) -> list[Lost]:
+        """It is over: what was cancelled is lost so, else the guilty one for this reason; the rest is given back."""
+        lost = []
+        if self._cancelled in self._open:
+            lost.append(self._lose(self._cancelled, "cancelled", "cancelled while it ran"))
+        elif (guilty := self.guilty) is not None:
+            lost.append(self._lose(guilty, reason, message, fault))
+        return lost + [self._lose(key, "given_back", message) for key in list(self._open)]
+
+    def _lose(self, key: Key, reason: Reason, message: str, fault: Fault | None = None) -> Lost:
+        lost = Lost(*key, reason, message, fault)
+        self.accept(lost)
+        return lost

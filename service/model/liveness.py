@@ -1,0 +1,68 @@
+"""Liveness is progress: who runs and does not advance, by the clock of this process, whatever the worker's says."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from service.model.executor import Message, Progress, Started
+
+Key = tuple[str, int]
+"""`(task id, attempt)`"""
+
+
+@dataclass
+class _Watched:
+    advanced_at: float
+    fraction: float = 0.0
+    saved: bool = False  # it has left an epoch state since `mark`
+    reported: bool = False
+
+
+class Liveness:
+    """When each running task last advanced: took up its work, came further than ever before, or left an epoch state."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._watched: dict[Key, _Watched] = {}
+
+    def hear(self, message: Message) -> None:
+        key = (message.task_id, message.attempt)
+        match message:
+            case Started():
+                self._watched[key] = _Watched(self._clock())
+            case Progress() if key in self._watched:
+                one = self._watched[key]
+                one.saved = one.saved or message.resume is not None
+                if message.resume is not None or message.fraction > one.fraction:
+                    one.advanced_at, one.reported = self._clock(), False
+                    one.fraction = max(one.fraction, message.fraction)
+            case Progress():
+                pass  # of one that has its answer
+            case _:
+                self._watched.pop(key, None)
+
+    def __contains__(self, key: Key) -> bool:
+        """Whether it has been taken up and has no answer yet."""
+        return key in self._watched
+
+    def standing_still(self, seconds: float) -> Iterator[tuple[Key, float]]:
+        """Who has not advanced for so long, and for how long."""
+        now = self._clock()
+        return ((key, now - one.advanced_at) for key, one in self._watched.items() if now - one.advanced_at >= seconds)
+
+    def newly_standing_still(self, seconds: float) -> dict[Key, float]:
+        """The same, each only once until it advances again."""
+        found = {key: still for key, still in self.standing_still(seconds) if not self._watched[key].reported}
+        for key in found:
+            self._watched[key].reported = True
+        return found
+
+    def mark(self) -> None:
+        """From now on, `saved` counts."""
+        for one in self._watched.values():
+            one.saved = False
+
+    @property
+    def saved(self) -> list[Key]:
+        """Who has left an epoch state since `mark`: stopping those loses the least."""
+        return [key for key, one in self._watched.items() if one.saved]

@@ -1,0 +1,40 @@
+"""Where tasks may go while something is set aside: one bundle to try it with again, the rest to the other nodes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from service.model.environment import Environment, avoided, names_of
+from service.model.executor import Capacity
+from service.model.scheduling import Waiting
+
+
+@dataclass(frozen=True)
+class Way:
+    """A part of the queue and the nodes that it may go to; on `trial`, at most one bundle of it, to that one node."""
+
+    queue: Sequence[Waiting]
+    nodes: frozenset[str]
+    trial: str | None = None
+
+
+def ways(
+    environment: Environment, capacity: Capacity, queue: Sequence[Waiting], datasets: Mapping[str, str]
+) -> list[Way]:
+    """First trials, one for each node that is due for one; last what needs none. `datasets` are by the digest of the
+    training.
+    """
+    names = names_of(capacity)
+    aside = environment.aside
+    if not aside:
+        return [Way(queue, frozenset(names))]
+    of = {task.task_id: datasets.get(task.train_digest, "") for task in queue}
+    known = set(of.values())
+    may_try = {(name, one): environment.may_try(name, one) for name in names for one in known}
+    trials = [
+        Way(able, frozenset({name}), trial=name)
+        for name in names
+        if (able := [task for task in queue if may_try[name, of[task.task_id]]])
+    ]
+    somewhere = {one: avoided(aside, names, one) != frozenset(names) for one in known}
+    rest = [task for task in queue if somewhere[of[task.task_id]]]
+    return [*trials, Way(rest, frozenset(names) - avoided(aside, names, ""))]

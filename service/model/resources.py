@@ -1,0 +1,126 @@
+"""What bundles take and what the cluster has: how many more of them may be handed over."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+
+from service.model.executor import Capacity, Grant, Needs
+from service.model.scheduling import Cluster, has_room
+from service.settings import KINDS, Kind, Settings
+
+ENDLESS = 1e18
+AHEAD_PER_PLACE = 8  # bundles at the most, of tasks so short that more than one ends between two claims
+Amounts = dict[str, float]
+"""By the name of the resource. `GPU accelerator_type:X` are the GPUs of that type, which count as `GPU` too."""
+
+
+def needs_of(settings: Settings, kind: Kind, capacity: Capacity) -> Needs:
+    """What a bundle of this kind takes.
+
+    GPUs that are asked for by kind are asked for even where the cluster has none yet, so that an autoscaler sees it;
+    `gpus_per_task` counts where there are some, or were: a node that restarts is waited for. A cluster of fewer CPUs
+    than one task asks for gives what it has.
+    """
+    own = settings.resources.get(kind)
+    cpus = min(settings.cpus_per_task, capacity.cpus) if capacity.cpus else settings.cpus_per_task
+    needs = Needs(cpus, settings.gpus_per_task if capacity.gpus or capacity.had_gpus else 0.0)
+    if own is None:
+        return needs
+    needs = replace(needs, memory_bytes=own.memory_bytes, accelerator=own.accelerator, custom=own.custom)
+    given = {name: getattr(own, name) for name in ("cpus", "gpus") if getattr(own, name) is not None}
+    return replace(needs, **given)
+
+
+def of_bundle(settings: Settings, grants: Iterable[Grant], capacity: Capacity, whole: bool) -> Needs:
+    """What is enough for each of its tasks; `whole`: none of its GPUs is to be shared."""
+    every = [needs_of(settings, kind, capacity) for kind in {grant.spec["kind"] for grant in grants}]
+    gpus = max(one.gpus for one in every)
+    return Needs(
+        max(one.cpus for one in every), max(1.0, gpus) if whole and gpus else gpus,
+        max(one.memory_bytes for one in every), next((one.accelerator for one in every if one.accelerator), ""),
+        {name: amount for one in every for name, amount in one.custom.items()},
+    )  # fmt: skip
+
+
+def cluster(
+    settings: Settings, capacity: Capacity, handed_over: Iterable[Needs], ended: int = 0, only: Collection[str] = ()
+) -> Cluster:  # fmt: skip
+    """The room that is left, with what was `handed_over`, in order, taken off it; those that do not fit wait.
+
+    As many bundles as `ended` since the last claim would end until the next one too: so many may wait instead of
+    leaving their places empty, where the settings let any wait at all. With `only`, it is the room on these nodes.
+    """
+    needs = {kind: needs_of(settings, kind, capacity) for kind in KINDS}
+    nowhere = too_large(settings, capacity)
+    capacity = _part(capacity, only) if only else capacity
+    room, nodes = _totals(capacity), _nodes(capacity)
+    waiting = 0
+    for taken in map(amounts, handed_over):
+        somewhere = any(has_room(node, taken) for node in nodes)
+        waiting += not (somewhere and has_room(room, taken))
+        if somewhere:  # else no room that comes free would ever be for it
+            room |= {name: room.get(name, 0.0) - amount for name, amount in taken.items()}
+    places = int(max(capacity.cpus / settings.cpus_per_task, capacity.gpus))
+    ahead = max(settings.lookahead, min(ended, AHEAD_PER_PLACE * places)) if settings.lookahead else 0
+    lookahead = max(0, ahead - waiting)
+    by_kind: dict[str, Mapping[str, float]] = {
+        kind: {"a node of that size": 1.0} if kind in nowhere else amounts(one)  # which nobody has: it reserves nothing
+        for kind, one in needs.items()
+    }
+    free = max(_fitting(room, one) for one in by_kind.values())
+    shared = any(one.gpus for one in needs.values())
+    shares: dict[str, float] = {kind: one.gpus for kind, one in needs.items()} if shared else {}
+    return Cluster(free + lookahead if capacity.ready else 0, shares, room, by_kind, lookahead)
+
+
+def too_large(settings: Settings, capacity: Capacity) -> dict[str, str]:
+    """The kinds of task that no node of the cluster is large enough for, with what one of them takes, in words."""
+    taken = {kind: amounts(needs_of(settings, kind, capacity)) for kind in KINDS}
+    nodes = _nodes(capacity)
+    return {kind: _in_words(one) for kind, one in taken.items() if not any(has_room(node, one) for node in nodes)}
+
+
+def amounts(needs: Needs) -> Amounts:
+    found: Amounts = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": float(needs.memory_bytes), **needs.custom}
+    if needs.accelerator:
+        found[_of_type(needs.accelerator)] = needs.gpus
+    return {name: amount for name, amount in found.items() if amount}
+
+
+def _part(capacity: Capacity, names: Collection[str]) -> Capacity:
+    """What these of its nodes have."""
+    if not capacity.names:
+        return capacity
+    nodes = tuple(node for name, node in zip(capacity.names, capacity.nodes, strict=True) if name in names)
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    return replace(capacity, cpus=cpus, gpus=gpus, nodes=nodes)
+
+
+def _nodes(capacity: Capacity) -> list[Amounts]:
+    nodes = capacity.nodes or ({"CPU": capacity.cpus, "GPU": capacity.gpus, "memory": ENDLESS},)
+    return [
+        {**node, **{f"GPU {name}": node.get("GPU", 0.0) for name in node if name.startswith("accelerator_type:")}}
+        for node in nodes
+    ]
+
+
+def _totals(capacity: Capacity) -> Amounts:
+    totals: Amounts = {}
+    for node in _nodes(capacity):
+        for name, amount in node.items():
+            totals[name] = totals.get(name, 0.0) + amount
+    return totals
+
+
+def _in_words(taken: Amounts) -> str:
+    in_units = {**taken, "GiB of memory": taken.get("memory", 0.0) / (1 << 30)}
+    words = [f"{amount:g} {name}" for name, amount in in_units.items() if amount and name != "memory"]
+    return ", ".join(words)
+
+
+def _of_type(accelerator: str) -> str:
+    return f"GPU accelerator_type:{accelerator}"
+
+
+def _fitting(room: Amounts, needs: Mapping[str, float]) -> int:
+    """How many of these fit into the room."""
+    return max(0, min(int(room.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items())) if needs else 0

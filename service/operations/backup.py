@@ -1,0 +1,229 @@
+"""Backup and restore: every row of the database, the index of artifacts among them, in one file.
+
+The file is gzipped JSON, a value a line: a header with the schema; for each table its name, its columns and then its
+rows; at the end how many those are, and the SHA-256 of all lines before. It is the same whichever kind of database it
+comes from, so it also moves a store from SQLite to PostgreSQL. It is read in one transaction that sees one state, so
+the service goes on meanwhile, and written back in one transaction, so it is there as a whole or not at all.
+
+The bytes of artifacts are not in it. Copy the artifact root after the backup, and it has all that the index names
+(unless `uncanny gc` ran in between); what is missing is said after a restore, and tasks that need it say so too.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, select, update
+
+from service.errors import ArtifactRootUnusable, BackupFailed, Conflict
+from service.lab.artifact_root import check, missing, named_digests
+from service.lab.artifacts import Artifacts
+from service.store import Database, claiming
+from service.store.tables import artifact_roots, leases, metadata
+
+FORMAT = "uncanny backup 1"
+SUFFIX = ".backup.gz"
+BATCH = 1000
+LEVEL = 5  # of compression: half the time of the best, and nearly as small
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is in the backup, rows by table; after a restore, which digests have no bytes under the artifact root.
+
+    `is_root`: after a restore, whether the artifact root is the one that the backup knows.
+    """
+
+    path: str
+    schema: str
+    made_at: float
+    rows: dict[str, int]
+    missing_artifacts: tuple[str, ...] = ()
+    is_root: bool = True
+
+
+def backup(database: Database, path: Path) -> Report:
+    """Write a backup to `path`, a new file, or into it, where it is a folder. Safe while the service runs.
+
+    Raises `BackupFailed` where that is not possible; then nothing of it is left. `SchemaOutdated`, `DatabaseAway`.
+    """
+    database.check_schema()
+    schema = str(database.revision())
+    with database.read() as connection:
+        now = database.now(connection)
+        if path.is_dir():
+            path = path / f"uncanny-{now:.0f}{SUFFIX}"
+        if path.exists():
+            raise BackupFailed(f"{path} exists already: name a new file")
+        header = {"format": FORMAT, "schema": schema, "made_at": now}
+        part = path.with_name(path.name + ".part")
+        try:
+            counts = _write(part, _lines(connection, header))
+            os.replace(part, path)
+        except OSError as error:
+            raise BackupFailed(f"the backup cannot be written: {error}") from None
+        finally:
+            part.unlink(missing_ok=True)
+    return Report(str(path), schema, now, counts)
+
+
+def restore(database: Database, artifacts: Artifacts, path: Path, *, replace: bool = False) -> Report:
+    """Put what is in the backup into a database that is empty, or `replace` what it has. Stop the service first.
+
+    Raises `BackupFailed` where the file is not a whole backup of this version's schema, `Conflict` where the database
+    is not empty or a dispatcher is at work on it; then nothing has changed.
+    """
+    report = _check(path)
+    if database.revision() is None:
+        database.upgrade()
+    database.check_schema()
+    if report.schema != database.revision():
+        raise BackupFailed(
+            f"{path} has schema {report.schema}, this version has {database.revision()}: restore it with the version "
+            "that made it, then run `uncanny db upgrade` with this one"
+        )
+    with database.write() as connection:
+        leader = claiming.leader(connection)
+        if leader is not None and leader.expires_at > database.now(connection):
+            raise Conflict(f"the dispatcher {leader.holder} is at work on this database: stop the service first")
+        others = (table for table in metadata.sorted_tables if table is not artifact_roots)  # made at the first start
+        filled = [table.name for table in others if _any(connection, table)]
+        if filled and not replace:
+            raise Conflict(f"the database is not empty ({', '.join(filled)}): --replace deletes what it has")
+        for table in reversed(metadata.sorted_tables):
+            connection.execute(delete(table))
+        _fill(connection, path)
+        # Whoever led when the backup was made leads no more.
+        connection.execute(update(leases).values(epoch=leases.c.epoch + 1, expires_at=0.0))
+    absent = missing(named_digests(database), artifacts)
+    return Report(report.path, report.schema, report.made_at, report.rows, absent, _is_of(database, artifacts))
+
+
+def _is_of(database: Database, artifacts: Artifacts) -> bool:
+    try:
+        check(database, artifacts.root)
+    except ArtifactRootUnusable:
+        return False
+    return True
+
+
+def _any(connection: Connection, table: Table) -> bool:
+    return connection.execute(select(1).select_from(table).limit(1)).one_or_none() is not None
+
+
+def _write(path: Path, lines: Iterator[Any]) -> dict[str, int]:
+    """Write these values and the end; returns how many rows each table has. Only its own user can read the file."""
+    counts, seen, table = Counter[str](), hashlib.sha256(), ""
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+        with gzip.GzipFile("", "wb", LEVEL, file) as packed:
+            for value in lines:
+                if isinstance(value, list):
+                    counts[table] += 1
+                elif table := value.get("table", ""):
+                    counts[table] = 0
+                line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
+                seen.update(line)
+                packed.write(line)
+            packed.write(json.dumps({"rows": counts, "sha256": seen.hexdigest()}).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return dict(counts)
+
+
+def _lines(connection: Connection, header: dict[str, Any]) -> Iterator[Any]:
+    yield header
+    for table in metadata.sorted_tables:
+        yield {"table": table.name, "columns": [column.name for column in table.columns]}
+        binary = [isinstance(column.type, LargeBinary) for column in table.columns]
+        rows = connection.execution_options(yield_per=BATCH).execute(select(table).order_by(*table.primary_key))
+        for row in rows:
+            yield [
+                base64.b64encode(value).decode() if packed and value is not None else value
+                for value, packed in zip(row, binary, strict=True)
+            ]
+
+
+def _read(path: Path) -> Generator[Any, None, None]:
+    """The values in the file, without the end. Raises `BackupFailed` at the end where that is not the one it needs."""
+    seen, last = hashlib.sha256(), b""
+    try:
+        with gzip.open(path, "rb") as file:
+            for line in file:
+                if last:
+                    seen.update(last)
+                    yield json.loads(last)
+                last = line
+            if json.loads(last)["sha256"] != seen.hexdigest():
+                raise BackupFailed(f"{path} is damaged: its lines have another SHA-256 than it says")
+    except FileNotFoundError:
+        raise BackupFailed(f"there is no {path}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise BackupFailed(f"{path} cannot be read, or is not all of a backup: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise BackupFailed(f"{path} is no whole backup of Uncanny") from None
+
+
+def _check(path: Path) -> Report:
+    """Read all of it once before anything is touched."""
+    with closing(_read(path)) as values:
+        header = next(values, None)
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise BackupFailed(f"{path} is no backup that this version of Uncanny reads")
+        rows, table = Counter[str](), ""
+        for value in values:
+            if isinstance(value, dict):
+                table = str(value.get("table"))
+                rows[table] = 0
+            else:
+                rows[table] += 1
+    return Report(str(path), str(header.get("schema")), float(header.get("made_at", 0)), dict(rows))
+
+
+def _fill(connection: Connection, path: Path) -> None:
+    with closing(_read(path)) as values:
+        next(values)
+        table, columns = metadata.sorted_tables[0], [""]
+        batch: list[list[Any]] = []
+        for value in values:
+            if isinstance(value, dict):
+                _insert(connection, table, columns, batch)
+                table, columns, batch = metadata.tables[value["table"]], value["columns"], []
+                continue
+            batch.append(value)
+            if len(batch) == BATCH:
+                _insert(connection, table, columns, batch)
+                batch = []
+        _insert(connection, table, columns, batch)
+    if connection.dialect.name == "postgresql":
+        _count_on(connection)
+
+
+def _insert(connection: Connection, table: Table, columns: list[str], rows: list[list[Any]]) -> None:
+    binary = {column.name for column in table.columns if isinstance(column.type, LargeBinary)}
+    values = [
+        {
+            name: base64.b64decode(value) if name in binary and value is not None else value
+            for name, value in zip(columns, row, strict=True)
+        }
+        for row in rows
+    ]
+    if values:
+        connection.execute(insert(table), values)
+
+
+def _count_on(connection: Connection) -> None:
+    """Ids that the database counts by itself go on after those that were restored."""
+    for table in metadata.sorted_tables:
+        if (column := table.autoincrement_column) is not None:
+            last = select(func.max(column)).scalar_subquery()
+            sequence = func.pg_get_serial_sequence(table.name, column.name)
+            connection.execute(select(func.setval(sequence, last)).where(last.is_not(None)))

@@ -1,0 +1,179 @@
+"""What the leading dispatcher takes on next: tasks are chosen, granted, and made into bundles for the executor."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+from sqlalchemy import Connection
+
+from service.model import environment, placing, resources, scheduling
+from service.model.environment import Environment
+from service.model.executor import Bundle, Capacity, Executor, Grant, Needs
+from service.model.scheduling import Account, Cluster, Decision
+from service.queue import decisions, replanning, sponsoring
+from service.settings import Settings
+from service.store import Database, claiming, deciding, users
+
+PASS_ON_SECONDS = 5.0  # how often it looks whether a shared task waits for the wrong user's turn
+QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
+
+Key = tuple[str, int]
+"""`(task id, attempt)`"""
+Running = Mapping[Key, Bundle]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the scheduler saw of the queue and the cluster, and what it chose."""
+
+    way: placing.Way
+    accounts: dict[str, Account]
+    cluster: Cluster
+    now: float
+    chosen: list[Decision]
+
+
+@dataclass
+class Claims:
+    """Claims of the dispatcher `name`, which go where `environment` lets them."""
+
+    database: Database
+    executor: Executor
+    settings: Settings
+    name: str
+    environment: Environment
+    clock: Callable[[], float]
+    _handed_over: set[str] = field(default_factory=set)  # the bundles that ran after the last claim
+    _passed_on_at: float = -math.inf
+    _had_gpus: bool = False
+
+    def capacity(self) -> Capacity:
+        """That of the executor, which forgets what the cluster had before."""
+        found = self.executor.capacity()
+        self._had_gpus |= found.gpus > 0
+        return replace(found, had_gpus=self._had_gpus)
+
+    def take_over(self, status: Mapping[str, Any]) -> None:
+        """Go on with what an earlier dispatcher knew of the cluster, as its status says; a local Ray never changes."""
+        self._had_gpus |= bool(self.settings.ray_address and status.get("capacity", {}).get("had_gpus"))
+
+    def claim(self, epoch: int | None, running: Running) -> list[Bundle] | None:
+        """The bundles to hand over next to those that run; None where the leadership of that epoch is over."""
+        capacity = self.capacity()
+        ids = {bundle.id for bundle in running.values()}
+        ended, self._handed_over = len(self._handed_over - ids), ids
+        cluster = resources.cluster(self.settings, capacity, self._needs(running), ended)
+        if cluster.free_slots <= 0:
+            return []
+        if self.clock() - self._passed_on_at >= PASS_ON_SECONDS:
+            self._passed_on_at = self.clock()
+            sponsoring.pass_on(self.database, self.settings, cluster, lambda to: self._leads(to, epoch))
+        half_life, limits = self.settings.usage_half_life_seconds, self.settings.limits
+        with self.database.read() as connection:
+            now = self.database.now(connection)
+            queue = [] if claiming.is_paused(connection) else claiming.waiting(connection, now, QUEUE_WINDOW)
+            sponsors = {task.sponsor for task in queue}
+            accounts = users.accounts(connection, now, sponsors, half_life, limits) if queue else {}
+            trainings = {task.train_digest for task in queue} if self.environment.aside else set()
+            datasets = claiming.datasets_of(connection, trainings) if trainings else {}
+        for way in placing.ways(self.environment, capacity, queue, datasets):
+            cluster = self._room(capacity, way, running, ended)
+            chosen = scheduling.choose(way.queue, accounts, cluster, now) if way.queue else []
+            if chosen and way.trial is not None:  # with the one task that is next, and none that could go with it
+                way = replace(way, queue=[task for task in way.queue if task.task_id == chosen[0].task_ids[0]])
+                chosen = scheduling.choose(way.queue, accounts, cluster, now)
+            if chosen:
+                bundles = self._grant(Choice(way, accounts, cluster, now, chosen), capacity, epoch)
+                self._handed_over |= {bundle.id for bundle in bundles or ()}
+                return bundles  # the next claim sees the queue without these, and the other ways
+        return []
+
+    def misplaced(self, running: Running) -> list[Key]:
+        """What is to be given back: a bundle that waits in the executor would go to a node that was set aside since, or
+        never to one that is back.
+        """
+        capacity = self.capacity()
+        self.environment.heed(capacity)
+        if not capacity.ready:
+            return []
+        nodes, aside, at = environment.names_of(capacity), self.environment.aside, self._nodes(running)
+        return [
+            key
+            for key, bundle in running.items()
+            if bundle.id not in at
+            and not self.environment.is_tried(bundle.id)
+            and bundle.avoid & {*nodes} != environment.avoided(aside, nodes, bundle.dataset)
+        ]
+
+    def _leads(self, connection: Connection, epoch: int | None) -> bool:
+        return claiming.still_leads(connection, self.name, epoch)
+
+    def _nodes(self, running: Running) -> dict[str, str]:
+        """Where those bundles run that were taken up, by id."""
+        nodes = ((bundle.id, self.environment.node_of(key)) for key, bundle in running.items())
+        return {bundle_id: node for bundle_id, node in nodes if node is not None}
+
+    def _needs(self, running: Running) -> Iterable[Needs]:
+        return {bundle.id: bundle.needs for bundle in running.values()}.values()
+
+    def _room(self, capacity: Capacity, way: placing.Way, running: Running, ended: int) -> Cluster:
+        """What is free on the nodes of that way; bundles that were not taken up yet count as if they went there."""
+        at = self._nodes(running)
+        there = {key: bundle for key, bundle in running.items() if bundle.id not in at or at[bundle.id] in way.nodes}
+        cluster = resources.cluster(self.settings, capacity, self._needs(there), ended, way.nodes)
+        if way.trial is None:
+            return cluster
+        return replace(cluster, free_slots=min(1, cluster.free_slots), lookahead=0)
+
+    def _grant(self, choice: Choice, capacity: Capacity, epoch: int | None) -> list[Bundle] | None:
+        chosen = choice.chosen
+        names = [f"{self.name}-{epoch}-{next(_numbers)}" for _ in chosen]  # no other bundle ever has it
+        placements = {
+            task_id: claiming.Placement(decision.sponsor, name, decision.share)
+            for decision, name in zip(chosen, names, strict=True)
+            for task_id in decision.task_ids
+        }
+        bundles: list[Bundle] = []
+        with self.database.write() as connection:
+            if not self._leads(connection, epoch):
+                return None
+            if claiming.is_paused(connection):
+                return []
+            granted = self._granted(connection, choice, placements)
+            train_digest = {task.task_id: task.train_digest for task in choice.way.queue}
+            for name, decision in zip(names, chosen, strict=True):
+                grants = tuple(granted[task_id] for task_id in decision.task_ids if task_id in granted)
+                if grants:
+                    made = claiming.checkpoint_of(connection, train_digest[grants[0].task_id])
+                    named = {grant.spec["source"] for grant in grants if grant.spec.get("source")}
+                    sources = {source: claiming.checkpoint_of(connection, source) for source in named}
+                    needs = resources.of_bundle(self.settings, grants, capacity, decision.whole)
+                    bundles.append(Bundle(name, grants, *made, sources, needs))
+        return [self._placed(bundle, choice.way, capacity) for bundle in bundles]
+
+    def _granted(
+        self, connection: Connection, choice: Choice, placements: Mapping[str, claiming.Placement]
+    ) -> dict[str, Grant]:  # fmt: skip
+        now, lease = self.database.now(connection), self.settings.lease_seconds
+        granted = claiming.grant(connection, now, self.name, lease, list(placements), placements)
+        if old := replanning.outdated(granted.values()):
+            claiming.take_back(connection, now, self.name, old)
+            replanning.replan(connection, now, self.name, old)
+            granted = {task_id: grant for task_id, grant in granted.items() if task_id not in old}
+        users.fold(connection, now, self.settings.usage_half_life_seconds)
+        seen = decisions.packed(choice.way.queue, choice.accounts, choice.cluster, choice.now)
+        deciding.keep(connection, now, self.name, seen, decisions.told(choice.chosen), self.settings.decision_log)
+        return granted
+
+    def _placed(self, bundle: Bundle, way: placing.Way, capacity: Capacity) -> Bundle:
+        """The bundle with the nodes that it is to avoid: all but one, where that one is tried with it."""
+        nodes = environment.names_of(capacity)
+        if way.trial is None:
+            return replace(bundle, avoid=environment.avoided(self.environment.aside, nodes, bundle.dataset))
+        self.environment.tries(bundle.id, way.trial, bundle.dataset)
+        return replace(bundle, avoid=frozenset(nodes) - {way.trial})
+
+
+_numbers = count(1)

@@ -1,0 +1,220 @@
+"""Why a job is not running, and what is before it: the scheduler's own function asked about the queue as it is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from service.errors import DatabaseAway, DatabaseFull, NotFound
+from service.model import resources, scheduling
+from service.model.environment import SetAside, hindrance, names_of, reported
+from service.model.executor import Capacity
+from service.model.jobs import LIVE_JOB, TaskState
+from service.model.scheduling import Account, Cluster
+from service.model.times import iso
+from service.results import views
+from service.settings import Settings
+from service.store import Database, changing, claiming, reading, users
+
+WINDOW = 512  # tasks of the queue that are ranked to tell what comes before
+NO_SHARE = Account()
+
+
+def explain(database: Database, settings: Settings, job_id: str) -> dict[str, Any]:
+    """A sentence on the job, and one on each of its tasks that has not succeeded. Raises `NotFound`."""
+    full = _without_room(database)
+    with database.read() as connection:
+        job = reading.job(connection, job_id)
+        if job is None:
+            raise NotFound(f"there is no job {job_id}")
+        tasks = reading.tasks_of_job(connection, job_id)
+        look = _look(connection, database.now(connection), settings, tasks, job.dataset, full)
+        lines = [_task_line(connection, look, task, tasks) for task in tasks if task.state != TaskState.SUCCEEDED]
+        sweep = reading.sweep(connection, job.sweep_id) if job.sweep_id else None
+    paused = sweep is not None and sweep.paused and job.state in LIVE_JOB
+    why = sweep.pause_reason or "" if sweep is not None and paused else ""
+    sentence = _sentence(job, tasks, lines, paused) + (f" ({why})" if why else "")
+    return {"job_id": job_id, "state": job.state, "sentence": sentence, "tasks": lines}
+
+
+def queue_status(database: Database, settings: Settings) -> dict[str, Any]:
+    """Whether the queue is paused, and the shares of who waits, runs or has used something lately."""
+    with database.read() as connection:
+        row, now = changing.queue(connection), database.now(connection)
+        waiting = claiming.waiting_sponsors(connection)
+        names = {*waiting, *users.devices_in_use(connection), *users.known(connection)}
+        accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
+    return {
+        "paused": bool(row and row.paused),
+        "paused_by": row.changed_by if row and row.paused else None,
+        "changed_at": iso(row.changed_at) if row else None,
+        "users": [
+            {
+                "user": name, "weight": of.weight, "device_seconds": round(of.device_seconds, 1),
+                "gpus_in_use": of.devices, "max_gpus": of.max_gpus, "waiting": name in waiting,
+            }
+            for name, of in accounts.items()
+        ],
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The queue as it is: what keeps everything waiting (None: nothing), who has what, what comes before a task.
+
+    `kept` is what keeps the job's data set from every node (None: nothing).
+
+    `too_large` says of the kinds of task that no node of the cluster has room for what one takes; `in_use` of its
+    `places` (GPUs, or CPUs where it has none) are taken.
+    """
+
+    now: float
+    stop: str | None
+    cluster: Cluster
+    too_large: Mapping[str, str]
+    accounts: Mapping[str, Account]
+    before: Mapping[str, int]
+    seen: int
+    places: float = 0.0
+    in_use: float = 0.0
+    kept: SetAside | None = None
+    no_gpu: str = ""  # why tasks that take a GPU wait for one, where the cluster has none any more
+
+
+def _without_room(database: Database) -> str | None:
+    """That the database has no room left, in words: then no dispatcher can lead, and nothing goes on."""
+    with database.read() as connection:
+        leads = claiming.leads_now(connection, database.now(connection))
+    try:
+        database.check_room(doubt=not leads)
+    except DatabaseFull as error:
+        return str(error)
+    except DatabaseAway:  # somebody writes for long
+        return None
+    return None
+
+
+def _look(
+    connection: Connection, now: float, settings: Settings, tasks: Sequence[Row[Any]], dataset: str, full: str | None
+) -> _Look:  # fmt: skip
+    queued = [task for task in tasks if task.state == TaskState.QUEUED and not task.paused]
+    leader, row = claiming.leader(connection), changing.queue(connection)
+    said = leader.status.get("capacity") if leader else None
+    capacity = Capacity(**said) if said else Capacity(False, 0.0, 0.0)
+    stop = None
+    if full is not None:
+        stop = full
+    elif row is not None and row.paused:
+        stop = f"the queue is paused (by {row.changed_by}, {iso(row.changed_at)})"
+    elif leader is None or leader.expires_at <= now:
+        stop = "no dispatcher leads: `uncanny serve` or `uncanny dispatch` runs one"
+    elif not capacity.ready:
+        stop = "the cluster is not ready yet"
+    too_large = resources.too_large(settings, capacity) if capacity.ready else {}
+    no_gpu = _no_gpu(capacity, reported(leader.status), now) if leader else ""
+    shares = resources.cluster(settings, capacity, ()).share_by_kind
+    cluster = Cluster(WINDOW, shares)  # in turn, whether there is room or not
+    kept = hindrance(reported(leader.status), names_of(capacity), dataset) if leader and stop is None else None
+    if not queued:
+        return _Look(now, stop, cluster, too_large, {}, {}, 0, kept=kept, no_gpu=no_gpu)
+    window = claiming.waiting(connection, now, WINDOW)
+    names = {task.sponsor for task in window} | {task.sponsor for task in queued}
+    accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
+    unlimited = {name: replace(account, max_gpus=None) for name, account in accounts.items()}
+    before: dict[str, int] = {}
+    for decision in scheduling.choose(window, unlimited, replace(cluster, free_slots=len(window)), now):
+        before |= dict.fromkeys(decision.task_ids, len(before))
+    in_use = sum(users.devices_in_use(connection).values())
+    places = claiming.places(connection)
+    return _Look(now, stop, cluster, too_large, accounts, before, len(window), places, in_use, kept, no_gpu)
+
+
+def _no_gpu(capacity: Capacity, aside: Sequence[SetAside], now: float) -> str:
+    if capacity.gpus > 0 or not capacity.had_gpus:
+        return ""
+    devices = [one.sentence(now) for one in aside if one.owner == "device"]
+    why = devices[0] if devices else "no node that has one is there"
+    return f", but the cluster has no GPU now, and it waits for one: {why} (UNCANNY_GPUS_PER_TASK=0 uses CPUs)"
+
+
+def _task_line(connection: Connection, look: _Look, task: Row[Any], tasks: Sequence[Row[Any]]) -> dict[str, Any]:
+    sentence, before = f"it is {task.state}", None
+    match task.state:
+        case TaskState.RUNNING if task.worker is None:
+            sentence = f"it was handed over and waits for a free worker{_nowhere(look, task)}"
+        case TaskState.RUNNING:
+            sentence = f"it runs on {task.worker}, {100 * task.progress:.0f} % done"
+        case TaskState.BLOCKED:
+            waits = [one for one in tasks if one.kind == "train" and one.state != TaskState.SUCCEEDED]
+            sentence = "it waits for " + " and ".join(
+                f"training {views.digest_of(one)[:10]}, which is {one.state}" for one in waits
+            )
+        case TaskState.QUEUED:
+            sentence, before = _queued(look, task)
+        case TaskState.HELD | TaskState.FAILED | TaskState.CANCELLED:
+            ends = [one.end or "running" for one in reading.attempts_of(connection, task.id)]
+            history = f" (attempts: {', '.join(ends[-10:])})" if ends else ""
+            sentence = f"it is {task.state}: {task.reason}{history}"
+    return {"id": task.id, "kind": task.kind, "state": task.state, "sentence": sentence, "tasks_before": before}
+
+
+def _queued(look: _Look, task: Row[Any]) -> tuple[str, int | None]:
+    """Why a queued task is not claimed, and how many would be before it, if that is why."""
+    if task.paused:
+        return "all jobs that need it are paused", None
+    if look.stop is not None:
+        return look.stop, None
+    if look.kept is not None:
+        return look.kept.sentence(look.now), None
+    if task.not_before > look.now:
+        wait = task.not_before - look.now
+        after = f"after error {task.errors}" if task.errors else "after a loss that it is not charged for"
+        return f"it is tried again in {wait:.0f} s, {after}: {task.reason}", None
+    account, share = look.accounts.get(task.sponsor, NO_SHARE), look.cluster.share(task.kind)
+    if scheduling.at_limit(account, account.devices, share):
+        have = f"{account.devices:g} of {account.max_gpus:g} GPUs"
+        return f"{task.sponsor}, at whose expense it runs, uses {have} and may use no more at once", None
+    used = f"{task.sponsor} has used {account.device_seconds:.0f} device seconds at weight {account.weight:g}"
+    why = f"{'an admin boosted it; ' if task.boosted else ''}{used}; priority {task.priority} among their own tasks"
+    if task.id not in look.before:
+        return f"at least {look.seen} tasks come before it ({why})", look.seen
+    count = look.before[task.id]
+    turn = "it is next" if count == 0 else f"{count} task{'s come' if count > 1 else ' comes'} before it"
+    return f"{turn} ({why}){_nowhere(look, task) or _full(look)}", count
+
+
+def _nowhere(look: _Look, task: Row[Any]) -> str:
+    takes = look.too_large.get(task.kind)
+    if takes and look.no_gpu:
+        return look.no_gpu
+    return f", but no node of the cluster is large enough for it: it takes {takes} (UNCANNY_RESOURCES)" if takes else ""
+
+
+def _full(look: _Look) -> str:
+    full = look.places and look.in_use >= look.places
+    return f"; all {look.places:g} places of the cluster are taken" if full else ""
+
+
+def _sentence(job: Row[Any], tasks: Sequence[Row[Any]], lines: Sequence[dict[str, Any]], paused: bool) -> str:
+    """The one thing about a job that says most."""
+    if job.state not in LIVE_JOB:
+        return f"it has ended: {job.state}" + (f" ({job.reason})" if job.reason else "")
+    done = f"{len(tasks) - len(lines)} of its {len(tasks)} tasks are done"
+    by_state: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_state.setdefault(line["state"], []).append(line)
+    if held := by_state.get(TaskState.HELD):
+        return f"a {held[0]['kind']} task is held for a person to look at: {held[0]['sentence']}"
+    if running := by_state.get(TaskState.RUNNING):
+        at_it = ", ".join(f"{line['kind']}: {line['sentence']}" for line in running[:3])
+        return f"it is under way, {done}; {at_it}" + (
+            "; its sweep is paused: nothing more is started" if paused else ""
+        )
+    if paused:
+        return f"its sweep is paused ({done}): `uncanny resume {job.sweep_id}`"
+    queued = by_state.get(TaskState.QUEUED, [])
+    if not queued:
+        return f"it waits for other tasks, {done}"
+    first = min(queued, key=lambda line: (line["tasks_before"] is None, line["tasks_before"] or 0))
+    return f"it waits for its turn, {done}; {first['kind']}: {first['sentence']}"

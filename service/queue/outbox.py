@@ -1,0 +1,113 @@
+"""What attempts reported and the database does not have yet: in memory, on disk while the database is away."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from service.errors import DatabaseAway
+from service.lab.artifacts import Artifacts
+from service.model.executor import Failed, Lost, Message, Progress, Succeeded
+from service.queue.spool import Spool
+from service.settings import Settings
+from service.store import Database, claiming, recording
+
+log = logging.getLogger("uncanny.outbox")
+
+Key = tuple[str, int]
+"""`(task id, attempt)`"""
+
+
+@dataclass
+class Outbox:
+    """Messages of the dispatcher `actor`, each written once; none is dropped before that has committed."""
+
+    database: Database
+    artifacts: Artifacts
+    settings: Settings
+    actor: str
+    messages: list[Message] = field(default_factory=list)
+    _spool: Spool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._spool = Spool(self.settings.spool)
+
+    @property
+    def keys(self) -> set[Key]:
+        return {(message.task_id, message.attempt) for message in self.messages}
+
+    def add(self, messages: Sequence[Message]) -> None:
+        self.messages = _newest_progress([*self.messages, *messages])
+
+    def take_over(self) -> None:
+        """Have what earlier processes could not write; attempts that were superseded since will hit nothing."""
+        self.messages = [*(one for one in self._spool.take() if one not in self.messages), *self.messages]
+
+    def keep(self) -> None:
+        """The database is away: have on disk what must not be lost with this process."""
+        self._spool.keep(self.messages)
+
+    def drop(self) -> None:
+        """Another dispatcher leads: these are of attempts that it has given, or will give, to others."""
+        self.messages.clear()
+
+    def write(self, epoch: int | None) -> bool:
+        """Write all in one transaction. False, with nothing written, where the leadership of that `epoch` is over.
+
+        Raises `DatabaseAway`; then all of it is still here.
+        """
+        try:
+            leads = self._record(self.messages, epoch)
+        except DatabaseAway:
+            raise
+        except Exception:  # one message that cannot be stored must not keep the others from it
+            log.exception("messages could not be stored together; trying one by one")
+            leads = all(self._record_alone(message, epoch) for message in self.messages)
+        self.messages.clear()
+        if leads:
+            self._spool.forget()
+        return leads
+
+    def _record(self, messages: Sequence[Message], epoch: int | None) -> bool:
+        if not messages:
+            return True
+        settings = self.settings
+        patience = recording.Patience(settings.max_errors, settings.max_suspect_losses, settings.backoff_seconds)
+        with self.database.write() as connection:
+            if not claiming.still_leads(connection, self.actor, epoch):
+                return False
+            now = self.database.now(connection)
+            superseded = recording.record(connection, now, self.actor, messages, patience)
+        for digest in superseded:
+            self._delete(digest)
+        return True
+
+    def _record_alone(self, message: Message, epoch: int | None) -> bool:
+        try:
+            return self._record([message], epoch)
+        except DatabaseAway:
+            raise
+        except Exception as error:
+            log.exception("%s of task %s could not be stored", type(message).__name__, message.task_id)
+            if not isinstance(message, (Succeeded, Failed, Lost)):
+                return True
+            said = str(getattr(error, "orig", None) or error).replace("\0", "")
+            why = f"its {type(message).__name__.lower()} could not be stored: {type(error).__name__}: {said}"
+            return self._record([Failed(message.task_id, message.attempt, "configuration", why)], epoch)
+
+    def _delete(self, digest: str) -> None:
+        try:
+            self.artifacts.delete(digest)
+        except Exception as error:  # noqa: BLE001 - whatever the file system says; bytes that stay are only untidy
+            log.warning("artifact %s could not be deleted: %s", digest, error)
+
+
+def _newest_progress(messages: list[Message]) -> list[Message]:
+    """The messages without the progress reports that a later one of the same attempt outdates."""
+    latest = {(m.task_id, m.attempt): i for i, m in enumerate(messages) if isinstance(m, Progress) and m.resume is None}
+    return [
+        message
+        for i, message in enumerate(messages)
+        if not isinstance(message, Progress)
+        or message.resume is not None
+        or latest[message.task_id, message.attempt] == i
+    ]

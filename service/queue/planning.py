@@ -1,0 +1,179 @@
+"""What cells need, on the data sets of one store, and how much of it is there."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection, Row, select
+
+from service.errors import InvalidSpec
+from service.model.jobs import TaskState
+from service.results.networks import Trained, named
+from service.specs import DatasetRef, JobSpec
+from service.specs.attacks import Transfer
+from service.specs.fitting import Images, misfits
+from service.specs.plan import JobPlan, PlannedTask, plan_job, with_arrays
+from service.specs.recipes import Imported
+from service.store import submitting
+from service.store.tables import datasets
+
+OWN = "npz:"  # in front of the names of a lab's own data sets
+REOPENED = (TaskState.FAILED, TaskState.CANCELLED)
+Known = Mapping[str, tuple[str, TaskState]]
+"""`digest -> (task id, state)`, as `submitting.known_tasks` says it."""
+
+
+def plans_of(
+    connection: Connection,
+    cells: Sequence[JobSpec],
+    located: Callable[[JobSpec, InvalidSpec], InvalidSpec] | None = None,
+) -> list[JobPlan]:
+    """What the jobs need. Raises `InvalidSpec`; `located` says where in the request a job is that cannot be had so.
+
+    Two jobs that are the same once the `samples` that one of them leaves out are known, or the training whose weights
+    one of them names, have one plan. An attack that is there with its arrays is not computed again without.
+    """
+    own: dict[str, Row[Any]] = {}
+    weights = _Weights(connection, own)
+    plans: dict[JobSpec, JobPlan] = {}
+    for job in cells:
+        try:
+            if job.dataset.startswith(OWN) and job.dataset not in own:
+                own[job.dataset] = _own_dataset(connection, job.dataset)
+            row = own.get(job.dataset)
+            whole, imported = weights.of(_sampled(job, row))
+            if whole not in plans:
+                plans[whole] = plan_job(whole, _reference(job.dataset, row), imported)
+        except InvalidSpec as error:
+            raise error if located is None else located(job, error) from None
+    return _with_arrays_that_are_there(connection, list(plans.values()))
+
+
+def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
+    return {digest: task for plan in plans for digest, task in plan.tasks.items()}
+
+
+def counted(jobs: int, needed: Mapping[str, PlannedTask], known: Known, *, repetitions: int = 0) -> dict[str, Any]:
+    """Cells, dropped repetitions, distinct tasks by kind, and how many are known, under way, to be computed."""
+    kinds: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "known", "under_way", "to_compute")}
+    for digest, task in needed.items():
+        kinds["tasks"][task.spec.kind] += 1
+        kinds["to_compute"][task.spec.kind] += 0
+        kinds[standing(digest, known)][task.spec.kind] += 1
+    return {"jobs": jobs, "repetitions": repetitions, **{name: dict(counts) for name, counts in kinds.items()}}
+
+
+def standing(digest: str, known: Known) -> str:
+    """Whether a task is `known`, `under_way` or still `to_compute`; one that failed is computed again."""
+    _, state = known.get(digest, ("", TaskState.FAILED))
+    if state in REOPENED:
+        return "to_compute"
+    return "known" if state is TaskState.SUCCEEDED else "under_way"
+
+
+def _with_arrays_that_are_there(connection: Connection, plans: Sequence[JobPlan]) -> list[JobPlan]:
+    """The plans, where an attack is only there with its arrays, or asked for with them too, with that one: its numbers
+    are the same.
+
+    One that was retracted is computed again: the same with arrays is as wrong.
+    """
+    asked = {task.digest: task for plan in plans for task in (plan.attack, plan.baseline)}
+    known = submitting.known_tasks(connection, asked)
+    lacking = [task for own, task in asked.items() if standing(own, known) == "to_compute"]
+    others = {task.digest: with_arrays(task) for task in lacking}
+    known = submitting.known_tasks(connection, [other.digest for other in others.values()])
+    there = asked.keys() | {own for own in known if standing(own, known) != "to_compute"}
+    others = {own: other for own, other in others.items() if other.digest in there - {own}}
+    if not others:
+        return list(plans)
+    for own in submitting.retracted_digests(connection, others):
+        del others[own]
+    return [
+        replace(
+            plan,
+            attack=others.get(plan.attack.digest, plan.attack),
+            baseline=others.get(plan.baseline.digest, plan.baseline),
+        )
+        for plan in plans
+    ]
+
+
+class _Weights:
+    """The checkpoints that jobs name, each looked up once."""
+
+    def __init__(self, connection: Connection, own: Mapping[str, Row[Any]]) -> None:
+        self._connection, self._own = connection, own
+        self._known: dict[tuple[str, str, str, int], Trained | Imported] = {}
+
+    def of(self, job: JobSpec) -> tuple[JobSpec, dict[str, Imported]]:
+        """The job with the trainings that it names by their weights spelled out, and the weights that it imports.
+
+        Those are of its own network, and of the one that a transfer's images come from.
+        """
+        imported: dict[str, Imported] = {}
+        attack, recipe = job.attack, job.recipe
+        source = attack.source if isinstance(attack, Transfer) else None
+        if isinstance(recipe, Imported):
+            job = job.model_copy(update=self._named(job, recipe, job.architecture, job.replicate, "recipe", imported))
+        if source is not None and isinstance(made_by := source.recipe or recipe, Imported):
+            named = self._named(job, made_by, source.architecture, source.replicate, "attack", imported)
+            source = source.model_copy(update={"recipe": made_by, **named})
+            job = job.model_copy(update={"attack": attack.model_copy(update={"source": source})})
+        return job, imported
+
+    def _named(
+        self,
+        job: JobSpec,
+        recipe: Imported,
+        architecture: str,
+        replicate: int,
+        field: str,
+        imported: dict[str, Imported],
+    ) -> dict[str, Any]:
+        """What a job, or a source, is to have in place of a recipe that names a training by its weights."""
+        if recipe.checkpoint is None or recipe != Imported(checkpoint=recipe.checkpoint):
+            sentence = "name a registered checkpoint, or weights by their SHA-256, and nothing else of it"
+            raise InvalidSpec([(f"/{field}", sentence)])
+        key = (recipe.checkpoint, architecture, job.dataset, replicate)
+        if key not in self._known:
+            dataset = _reference(job.dataset, self._own.get(job.dataset))
+            try:
+                self._known[key] = named(self._connection, recipe.checkpoint, job, architecture, dataset, replicate)
+            except ValueError as error:
+                raise InvalidSpec([(f"/{field}", str(error))]) from None
+        weights = self._known[key]
+        if isinstance(weights, Trained):
+            return vars(weights)
+        imported[recipe.checkpoint] = weights
+        return {}
+
+
+def _own_dataset(connection: Connection, name: str) -> Row[Any]:
+    """The row that a data set's name stands for; nothing else of it is read when jobs are submitted."""
+    row = connection.execute(select(datasets).where(datasets.c.name == name.removeprefix(OWN))).one_or_none()
+    if row is None:
+        known = ", ".join(f"{OWN}{other}" for other in connection.scalars(select(datasets.c.name).limit(20))) or "none"
+        sentence = f"{name} is not registered (registered: {known}): `uncanny data add NAME DIR`"
+        raise InvalidSpec([("/dataset", sentence)])
+    return row
+
+
+def _sampled(job: JobSpec, row: Row[Any] | None) -> JobSpec:
+    """The job with as many samples as its own data set has, where it says nothing of them; for images that it suits."""
+    if row is None:
+        return job
+    images = Images((row.channels, row.height, row.width), row.classes, row.train_count)
+    if found := misfits(job.architecture, job.recipe, job.attack, images):
+        raise InvalidSpec([("/" + "/".join(path), sentence) for path, sentence in found])
+    if job.samples <= row.test_count:
+        return job
+    if "samples" in job.model_fields_set:
+        sentence = f"{job.dataset} has {row.test_count} test images, {job.samples} were asked for"
+        raise InvalidSpec([("/samples", sentence)])
+    return job.model_copy(update={"samples": row.test_count})
+
+
+def _reference(name: str, row: Row[Any] | None) -> DatasetRef:
+    files = {} if row is None else {"train_sha256": row.train_sha256, "test_sha256": row.test_sha256}
+    return DatasetRef(name=name, **files)

@@ -1,0 +1,141 @@
+"""A dry run: what a submission would mean in cells, tasks, device seconds, time and quota. Nothing is written."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Connection
+
+from service.limits import Limits
+from service.model.estimates import Estimate, Likeness, estimate, likeness, units
+from service.queue.planning import Known, counted, distinct_tasks, standing
+from service.specs.plan import JobPlan, PlannedTask
+from service.store import changing, claiming, submitting, timings, users
+
+MANY = 10_000  # as far as tasks before it are counted
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Planned tasks that are alike, and what tasks like them took."""
+
+    like: Likeness
+    units: tuple[float, ...]
+    estimate: Estimate | None
+
+    def seconds(self, quantile: str) -> float | None:
+        return None if self.estimate is None else sum(self.units) * float(getattr(self.estimate, quantile))
+
+
+def preview(
+    connection: Connection, name: str, plans: Sequence[JobPlan], user: str, default: Limits, *, repetitions: int = 0
+) -> dict[str, Any]:
+    """What these jobs would mean for `user`, in the store and the queue as they are."""
+    needed = distinct_tasks(plans)
+    known = submitting.known_tasks(connection, needed)
+    groups = _groups(connection, needed, known)
+    limits = users.limits(connection, [user], default)[user]
+    queue = _queue(connection, user)
+    return {
+        "name": name,
+        **counted(len(plans), needed, known, repetitions=repetitions),
+        "estimate": _estimate(groups["to_compute"]) | _eta(connection, groups, queue, user, limits, default),
+        "queue": queue,
+        "quota": _quota(connection, user, limits, len(plans)),
+    }
+
+
+def _groups(connection: Connection, needed: Mapping[str, PlannedTask], known: Known) -> dict[str, list[_Group]]:
+    """Those that are under way and those to compute, each in groups that are alike."""
+    sizes: dict[str, dict[Likeness, list[float]]] = {"under_way": defaultdict(list), "to_compute": defaultdict(list)}
+    specs = {digest: task.stored_spec for digest, task in needed.items() if task.spec.kind == "train"}
+    for digest, task in needed.items():
+        if (place := standing(digest, known)) != "known":
+            spec = task.stored_spec
+            sizes[place][likeness(spec, specs[task.train_digest])].append(units(spec))
+    found = {like: estimate(timings.newest(connection, like)) for place in sizes.values() for like in place}
+    return {
+        place: [_Group(like, tuple(those), found[like]) for like, those in groups.items()]
+        for place, groups in sizes.items()
+    }
+
+
+def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
+    """Device seconds of what is to be computed; null with a reason while there is no history for some of it."""
+    unknown = [group for group in groups if group.estimate is None]
+    history = [
+        {
+            **vars(group.like), "tasks": len(group.units), "device": group.estimate.device,
+            "timings": group.estimate.count, "device_seconds_p50": group.seconds("p50"),
+            "device_seconds_p90": group.seconds("p90"),
+        }
+        for group in groups
+        if group.estimate is not None
+    ]  # fmt: skip
+    if unknown:
+        listed = "; ".join(f"{group.like} ({len(group.units)})" for group in unknown[:5])
+        more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        return {
+            "device_seconds_p50": None, "device_seconds_p90": None, "history": history,
+            "reason": f"nothing like it has run here yet: {listed}{more}",
+        }  # fmt: skip
+    return {
+        "device_seconds_p50": sum(row["device_seconds_p50"] for row in history),
+        "device_seconds_p90": sum(row["device_seconds_p90"] for row in history),
+        "history": history,
+        "reason": None,
+    }
+
+
+def _eta(
+    connection: Connection, groups: Mapping[str, Sequence[_Group]], queue: Mapping[str, Any],
+    user: str, limits: Limits, default: Limits,
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds until all is done, at the user's fair share of the places among those who wait now.
+
+    What the user has queued already comes first and is taken to be like this; no less than a training and the longest
+    of what follows it.
+    """
+    both = [*groups["under_way"], *groups["to_compute"]]
+    places = claiming.places(connection)
+    if not both:
+        return {"eta_seconds": 0.0, "eta_reason": "everything is known"}
+    if places <= 0:
+        return {"eta_seconds": None, "eta_reason": "no dispatcher has said yet what the cluster has"}
+    if any(group.estimate is None for group in both):
+        return {"eta_seconds": None, "eta_reason": "there is no history for some of it"}
+    waiting = set(claiming.waiting_sponsors(connection)) | {user}
+    weights = {name: of.weight for name, of in users.limits(connection, waiting, default).items()}
+    mine = places * weights[user] / sum(weights.values())
+    mine = max(min(mine, limits.max_gpus or mine), 1e-9)
+    work = sum(group.seconds("p50") or 0.0 for group in both)
+    each = work / sum(len(group.units) for group in both)
+    longest: dict[bool, float] = {True: 0.0, False: 0.0}
+    for group in both:
+        one = max(group.units) * (group.estimate.p50 if group.estimate else 0.0)
+        longest[group.like.kind == "train"] = max(longest[group.like.kind == "train"], one)
+    eta = max((work + queue["own_tasks_before"] * each) / mine, sum(longest.values()))
+    paused = "; the queue is paused" if queue["paused"] else ""
+    share = f"at {mine:.3g} of {places:.3g} places, {len(waiting) - 1} other users waiting{paused}"
+    return {"eta_seconds": round(eta, 1), "eta_reason": share}
+
+
+def _queue(connection: Connection, user: str) -> dict[str, Any]:
+    row = changing.queue(connection)
+    others = [name for name in claiming.waiting_sponsors(connection) if name != user]
+    return {
+        "paused": bool(row and row.paused),
+        "own_tasks_before": claiming.queued_of(connection, user, MANY),
+        "other_users_waiting": len(others),
+    }
+
+
+def _quota(connection: Connection, user: str, limits: Limits, more: int) -> dict[str, Any]:
+    have = users.unfinished_jobs(connection, user)
+    fits = limits.max_queued_jobs is None or have + more <= limits.max_queued_jobs
+    in_use = users.devices_in_use(connection).get(user, 0.0)
+    return {
+        "user": user, **asdict(limits), "unfinished_jobs": have, "unfinished_jobs_after": have + more, "fits": fits,
+        "gpus_in_use": in_use,
+    }  # fmt: skip

@@ -1,0 +1,77 @@
+"""Jobs that need tasks of an older version, or retracted ones: they are planned again, and need those of today."""
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import Connection, Row, select
+
+from service.errors import Conflict, InvalidSpec
+from service.model.executor import Grant
+from service.model.jobs import LIVE_JOB, RETRIABLE
+from service.queue.planning import plans_of
+from service.specs import JobSpec, problems
+from service.specs.plan import JobPlan
+from service.specs.versions import version_of_spec
+from service.store import retracting, submitting
+from service.store.listed import listed
+from service.store.tables import job_tasks, jobs
+
+log = logging.getLogger("uncanny.replanning")
+
+
+class _Refused(Exception):
+    """This version refuses a spec that an older one accepted."""
+
+
+def outdated(grants: Iterable[Grant]) -> list[str]:
+    """The ids of those tasks whose version is older than what this code computes."""
+    return [grant.task_id for grant in grants if grant.spec["version"] < version_of_spec(grant.spec)]
+
+
+def replan(connection: Connection, now: float, actor: str, task_ids: Collection[str]) -> int:
+    """Plan the live jobs that need these tasks again; returns how many those are.
+
+    One whose spec this version refuses is cancelled, and its reason says why.
+    """
+    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
+    live = jobs.c.id.in_(needing) & jobs.c.state.in_(LIVE_JOB)
+    rows = connection.execute(select(jobs).where(live).order_by(jobs.c.sequence)).all()
+    plans: list[tuple[Row[Any], JobPlan]] = []
+    for row in rows:
+        try:
+            plans.append((row, _plan(connection, row)))
+        except _Refused as refused:
+            submitting.cancel_jobs(connection, now, actor, [row.id], str(refused))
+    if plans:
+        submitting.replan_jobs(connection, now, actor, plans)
+        log.info("%d jobs were planned again: their tasks are of an older version, or retracted", len(plans))
+    return len(plans)
+
+
+def before_retry(
+    connection: Connection, now: float, actor: str, job_ids: Sequence[str], states: Collection[str] = RETRIABLE
+) -> None:
+    """Plan jobs that ended in one of these states and need retracted tasks again: a retry uses none of those.
+
+    Raises `Conflict` where this version refuses a spec.
+    """
+    outlived = jobs.c.id.in_(listed(retracting.outlived(connection, job_ids)))
+    ended = jobs.c.state.in_(states) & outlived
+    rows = connection.execute(select(jobs).where(ended).order_by(jobs.c.sequence)).all()
+    try:
+        plans = [(row, _plan(connection, row)) for row in rows]
+    except _Refused as refused:
+        raise Conflict(f"it needs a retracted task, and {refused}: submit it anew") from None
+    if plans:
+        submitting.replan_jobs(connection, now, actor, plans)
+
+
+def _plan(connection: Connection, row: Row[Any]) -> JobPlan:
+    try:
+        [plan] = plans_of(connection, [JobSpec.model_validate(row.spec)])
+    except (InvalidSpec, ValidationError) as error:
+        refused = problems(error) if isinstance(error, ValidationError) else error.errors
+        raise _Refused("this version refuses its spec: " + "; ".join(map(": ".join, refused))) from None
+    return plan

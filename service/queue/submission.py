@@ -1,0 +1,354 @@
+"""The verbs: what a user can ask the service to do. Each is one transaction, and true only once it is committed."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
+from service.lab.artifacts import Artifacts
+from service.lab.datasets import inspect
+from service.limits import MAX_SWEEP_JOBS, Limits
+from service.model.jobs import LIVE_JOB, RETRIABLE, JobState
+from service.queue import replanning
+from service.queue.planning import counted, distinct_tasks, plans_of
+from service.queue.preview import preview
+from service.results.views import version
+from service.specs import JobSpec, Sweep, digest
+from service.specs.plan import JobPlan
+from service.store import changing, history, replies, submitting, users
+from service.store.database import Database
+from service.store.history import Event
+from service.store.replies import Reply
+from service.store.tables import artifacts as artifact_rows
+from service.store.tables import datasets, jobs, sweeps
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A client's key for one request, and the SHA-256 of the body it came with."""
+
+    key: str
+    body_sha256: str
+
+
+class Service:
+    """The verbs on one store and one artifact root."""
+
+    def __init__(
+        self, database: Database, artifacts: Artifacts, limits: Limits | None = None, *,
+        max_sweep_jobs: int = MAX_SWEEP_JOBS,
+    ) -> None:  # fmt: skip
+        self.database = database
+        self.artifacts = artifacts
+        self.limits = limits or Limits()
+        self.max_sweep_jobs = max_sweep_jobs
+
+    def submit(
+        self,
+        job: JobSpec,
+        *,
+        user: str,
+        priority: int = 0,
+        labels: dict[str, str] | None = None,
+        idempotency: Idempotency | None = None,
+    ) -> Reply:
+        """Accept one job: its tasks are joined or made, and the answer is true once this returns."""
+
+        def write(connection: Connection, now: float) -> Reply:
+            plans = plans_of(connection, [job])
+            [job_id] = self.accept(connection, now, plans, user=user, priority=priority, labels=labels)
+            state = connection.execute(select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one()
+            body = {"id": job_id, "state": state, "tasks": [task.digest for task in plans[0].tasks.values()]}
+            return Reply(201, f"/v1/jobs/{job_id}", body)
+
+        return self._once(user, idempotency, write)
+
+    def accept(
+        self, connection: Connection, now: float, plans: Sequence[JobPlan],
+        *, user: str, priority: int = 0, labels: dict[str, str] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Write jobs of no sweep in the caller's transaction; returns their ids. Raises `QuotaExceeded`."""
+        self._check_quota(connection, user, len(plans))
+        known = submitting.known_tasks(connection, distinct_tasks(plans))
+        return submitting.insert_jobs(
+            connection, now, plans, known, user=user, sweep_id=None, priority=priority, labels=labels or {}
+        )
+
+    def submit_sweep(self, sweep: Sweep, *, user: str, idempotency: Idempotency | None = None) -> Reply:
+        """Accept all cells of a sweep at once, or none of them."""
+        cells = sweep.cells(self.max_sweep_jobs)
+        with self.database.read() as connection:  # outside of the one writing transaction: this takes its time
+            plans = plans_of(connection, cells, sweep.located)
+        needed = distinct_tasks(plans)
+
+        def write(connection: Connection, now: float) -> Reply:
+            self._check_quota(connection, user, len(plans))
+            known = submitting.known_tasks(connection, needed)
+            sweep_id = submitting.insert_sweep(
+                connection, now, name=sweep.name, user=user, spec=sweep.model_dump(mode="json"),
+                priority=sweep.priority, labels=sweep.labels,
+            )  # fmt: skip
+            submitting.insert_jobs(
+                connection, now, plans, known,
+                user=user, sweep_id=sweep_id, priority=sweep.priority, labels=sweep.labels,
+            )  # fmt: skip
+            numbers = counted(len(plans), needed, known, repetitions=sweep.written() - len(plans))
+            body = {"id": sweep_id, "name": sweep.name, **numbers}
+            return Reply(201, f"/v1/sweeps/{sweep_id}", body)
+
+        return self._once(user, idempotency, write)
+
+    def dry_run(self, asked: JobSpec | Sweep, *, user: str) -> dict[str, Any]:
+        """What a job or a sweep would mean: tasks, device seconds, time, quota. Nothing is written."""
+        with self.database.read() as connection:
+            if isinstance(asked, JobSpec):
+                return preview(connection, "", plans_of(connection, [asked]), user, self.limits)
+            plans = plans_of(connection, asked.cells(self.max_sweep_jobs), asked.located)
+            return preview(
+                connection, asked.name, plans, user, self.limits, repetitions=asked.written() - len(plans)
+            )  # fmt: skip
+
+    def extend(
+        self, sweep_id: str, grid: dict[str, list[Any]], *, user: str, idempotency: Idempotency | None = None
+    ) -> Reply:
+        """Add values to axes of a sweep's grid and accept the cells that are new by it, as jobs of `user`.
+
+        They have the sweep's priority and labels, and are paused if it is. Raises `NotFound`, `InvalidSpec` for what
+        is no axis, `Conflict` where somebody else extends it at the same time.
+        """
+        with self.database.read() as connection:
+            row = _sweep(connection, sweep_id)
+            before = Sweep.model_validate(row.spec)
+            sweep = before.extended(grid)
+            have = set(connection.scalars(select(jobs.c.spec_digest).where(jobs.c.sweep_id == sweep_id)))
+            try:
+                old = set(before.cells(self.max_sweep_jobs))  # whose digests may be of an earlier canonical form
+                new = [job for job in sweep.cells(self.max_sweep_jobs) if job not in old]
+                planned = plans_of(connection, new, sweep.located)
+            except InvalidSpec as error:
+                raise sweep.in_extension(grid, error) from None
+        plans = [plan for plan in planned if digest(plan.job) not in have]
+        needed = distinct_tasks(plans)
+
+        def write(connection: Connection, now: float) -> Reply:
+            self._check_quota(connection, user, len(plans))
+            current = _sweep(connection, sweep_id)
+            if current.spec != row.spec:
+                raise Conflict(f"sweep {sweep_id} was extended by somebody else just now: look at it, then try again")
+            known = submitting.known_tasks(connection, needed)
+            if plans:
+                connection.execute(
+                    update(sweeps).where(sweeps.c.id == sweep_id).values(spec=sweep.model_dump(mode="json"))
+                )
+                happened = Event("sweep.extended", sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
+                history.append(connection, now, user, [happened])
+                submitting.insert_jobs(
+                    connection, now, plans, known, user=user, sweep_id=sweep_id,
+                    priority=current.priority, labels=current.labels, paused=current.paused,
+                )  # fmt: skip
+            body = {"id": sweep_id, "name": current.name, **counted(len(plans), needed, known)}
+            return Reply(200, f"/v1/sweeps/{sweep_id}", body)
+
+        return self._once(user, idempotency, write)
+
+    def cancel_job(self, job_id: str, *, user: str) -> None:
+        """Detach a live job from its tasks. Raises `NotFound`, `Conflict` where it has ended already."""
+        self._change([job_id], user, "cancelled", submitting.cancel_jobs, "cancelled by " + user)
+
+    def retry_job(self, job_id: str, *, user: str) -> None:
+        """Reopen a failed, held or cancelled job.
+
+        Raises `NotFound`, `Conflict` where it has not ended so, `QuotaExceeded` where its owner has too many.
+        """
+        self._change([job_id], user, "retried", self._retry)
+
+    def cancel_sweep(self, sweep_id: str, *, user: str) -> int:
+        """Cancel the live jobs of a sweep; returns how many those were."""
+        with self.database.write() as connection:
+            ids = _jobs_of(connection, sweep_id)
+            return len(
+                submitting.cancel_jobs(connection, self.database.now(connection), user, ids, f"cancelled by {user}")
+            )
+
+    def retry_failed(
+        self, sweep_id: str, *, user: str, states: Collection[str] = (JobState.FAILED,)
+    ) -> tuple[int, dict[str, int]]:
+        """Reopen the jobs of a sweep that failed, or that are in these `states`, of those of `RETRIABLE`.
+
+        Returns how many it reopened, and how many there were in each state from which a job can be. Raises `NotFound`,
+        `QuotaExceeded` where an owner of them would have too many; then none is reopened.
+        """
+        with self.database.write() as connection:
+            ids = _jobs_of(connection, sweep_id)
+            there_were = submitting.states_of(connection, ids)
+            retried = self._retry(connection, self.database.now(connection), user, ids, states)
+            return len(retried), {state: there_were[state] for state in RETRIABLE}
+
+    def pause_sweep(self, sweep_id: str, *, user: str) -> None:
+        """Claim nothing more for this sweep; what others need too goes on for them, and what runs is finished.
+
+        Paused twice is paused once. Raises `NotFound`, `Conflict` where all of its jobs have ended.
+        """
+        with self.database.write() as connection:
+            _sweep(connection, sweep_id)
+            live = (jobs.c.sweep_id == sweep_id) & jobs.c.state.in_(LIVE_JOB)
+            if connection.execute(select(jobs.c.id).where(live).limit(1)).one_or_none() is None:
+                raise Conflict(f"sweep {sweep_id} has ended, so it cannot be paused")
+            changing.pause_sweep(connection, self.database.now(connection), user, sweep_id, paused=True)
+
+    def resume_sweep(self, sweep_id: str, *, user: str) -> None:
+        """Let a paused sweep go on; one that is not paused stays as it is. Raises `NotFound`."""
+        with self.database.write() as connection:
+            _sweep(connection, sweep_id)
+            changing.pause_sweep(connection, self.database.now(connection), user, sweep_id, paused=False)
+
+    def pause_queue(self, *, user: str) -> None:
+        """Claim nothing more for anybody; what runs is finished, and jobs are accepted as always."""
+        with self.database.write() as connection:
+            changing.pause_queue(connection, self.database.now(connection), user, paused=True)
+
+    def resume_queue(self, *, user: str) -> None:
+        with self.database.write() as connection:
+            changing.pause_queue(connection, self.database.now(connection), user, paused=False)
+
+    def change_job(
+        self, job_id: str, *, user: str, seen: Collection[str] | None = None,
+        priority: int | None = None, labels: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Give a job another priority, or other labels; its tasks rank anew, those that run go on.
+
+        `seen`: versions (`views.version`) of which one must still be the job's, or it is `Changed`. Raises `NotFound`,
+        `Conflict` for the priority of a job that has ended.
+        """
+        with self.database.write() as connection:
+            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+            if row is None:
+                raise NotFound(f"there is no job {job_id}")
+            _check_seen(row, seen, f"job {job_id}")
+            if priority is not None and row.state not in LIVE_JOB:
+                raise Conflict(f"job {job_id} is {row.state}, so its priority cannot be changed")
+            now = self.database.now(connection)
+            changing.change_jobs(connection, now, user, jobs.c.id == job_id, priority=priority, labels=labels)
+
+    def change_sweep(
+        self, sweep_id: str, *, user: str, seen: Collection[str] | None = None,
+        priority: int | None = None, labels: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """The same for a sweep: its live jobs get the priority, all of its jobs the labels."""
+        with self.database.write() as connection:
+            _check_seen(_sweep(connection, sweep_id), seen, f"sweep {sweep_id}")
+            now = self.database.now(connection)
+            changing.change_sweep(connection, now, user, sweep_id, priority=priority, labels=labels)
+
+    def boost_job(self, job_id: str, *, user: str, boosted: bool = True) -> None:
+        """Let a live job go before all other users' work, whatever they have used, or in turn again.
+
+        That is an admin's to ask. Raises `NotFound`, `Conflict` where it has ended.
+        """
+        with self.database.write() as connection:
+            state = connection.execute(select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
+            if state is None:
+                raise NotFound(f"there is no job {job_id}")
+            if state not in LIVE_JOB:
+                raise Conflict(f"job {job_id} is {state}, so it has no turn any more")
+            now = self.database.now(connection)
+            changing.boost_jobs(connection, now, user, jobs.c.id == job_id, boosted=boosted)
+
+    def boost_sweep(self, sweep_id: str, *, user: str, boosted: bool = True) -> int:
+        """The same for the live jobs of a sweep, not for those by which it is extended later; returns how many."""
+        with self.database.write() as connection:
+            _sweep(connection, sweep_id)
+            now = self.database.now(connection)
+            return changing.boost_jobs(connection, now, user, jobs.c.sweep_id == sweep_id, boosted=boosted)
+
+    def register_dataset(self, name: str, train_sha256: str, test_sha256: str, *, user: str) -> dict[str, Any]:
+        """Register a lab's own images, whose two files are artifacts already, as `npz:NAME`.
+
+        The same name with the same files again changes nothing; with other files it is a `Conflict`.
+        The answer says how many test images are training images too. Raises `InvalidSpec` for files that are not what
+        SCIENCE.md section 4 asks for, `ArtifactMissing`.
+        """
+        with self.artifacts.local(train_sha256) as train, self.artifacts.local(test_sha256) as test:
+            found, in_both = inspect(name, train, test, train_sha256, test_sha256)
+            sizes = {train_sha256: train.stat().st_size, test_sha256: test.stat().st_size}
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            row = connection.execute(select(datasets).where(datasets.c.name == name)).one_or_none()
+            if row is not None and (row.train_sha256, row.test_sha256) != (train_sha256, test_sha256):
+                raise Conflict(f"npz:{name} is registered with other files; results rest on them, so take a new name")
+            if row is None:
+                connection.execute(insert(datasets).values(**vars(found), created_by=user, created_at=now))
+                _own_dataset_files(connection, now, sizes)
+                history.append(
+                    connection,
+                    now,
+                    user,
+                    [Event("dataset.registered", data={"name": name, "test_images_in_train": in_both})],
+                )
+        return {**vars(found), "name": f"npz:{name}", "test_images_in_train": in_both}
+
+    def _change(self, ids: list[str], user: str, verb: str, change: Callable[..., list[str]], *more: str) -> None:
+        with self.database.write() as connection:
+            state = connection.execute(select(jobs.c.state).where(jobs.c.id.in_(ids))).scalar_one_or_none()
+            if state is None:
+                raise NotFound(f"there is no job {ids[0]}")
+            if not change(connection, self.database.now(connection), user, ids, *more):
+                raise Conflict(f"job {ids[0]} is {state}, so it cannot be {verb}")
+
+    def _retry(
+        self, connection: Connection, now: float, user: str, ids: list[str],
+        states: Collection[str] = RETRIABLE,
+    ) -> list[str]:  # fmt: skip
+        for owner, count in submitting.reopening(connection, ids, states).items():
+            self._check_quota(connection, owner, count)
+        replanning.before_retry(connection, now, user, ids, states)
+        return submitting.retry_jobs(connection, now, user, ids, states)
+
+    def _once(self, user: str, idempotency: Idempotency | None, write: Callable[[Connection, float], Reply]) -> Reply:
+        """Do it once per idempotency key: the reply is stored in the same transaction as what it speaks of."""
+        with self.database.write() as connection:
+            now = self.database.now(connection)
+            if idempotency is not None:
+                stored = replies.find(connection, user, idempotency.key, idempotency.body_sha256)
+                if stored is not None:
+                    return stored
+            reply = write(connection, now)
+            if idempotency is not None:
+                replies.keep(connection, now, user, idempotency.key, idempotency.body_sha256, reply)
+            return reply
+
+    def _check_quota(self, connection: Connection, user: str, more: int) -> None:
+        """Raises `QuotaExceeded` where so many jobs more are more than the user may have waiting or running."""
+        most = users.limits(connection, [user], self.limits)[user].max_queued_jobs
+        if most is not None and more and (have := users.unfinished_jobs(connection, user)) + more > most:
+            raise QuotaExceeded(
+                f"{user} may have {most:,} jobs waiting or running and has {have:,}; {more:,} more do not fit: "
+                "let some end, cancel some, or ask for a larger quota"
+            )
+
+
+def _own_dataset_files(connection: Connection, now: float, sizes: dict[str, int]) -> None:
+    for sha256, size_bytes in sizes.items():
+        row = {"digest": sha256, "task_id": "", "kind": "dataset", "size_bytes": size_bytes, "created_at": now}
+        present = (artifact_rows.c.digest == sha256) & (artifact_rows.c.task_id == "")
+        if connection.execute(select(artifact_rows.c.digest).where(present)).one_or_none() is None:
+            connection.execute(insert(artifact_rows).values(row))
+
+
+def _check_seen(row: Row[Any], seen: Collection[str] | None, name: str) -> None:
+    if seen is not None and version(row.id, row.priority, row.labels) not in seen:
+        raise Changed(f"{name} was changed since you looked at it: get it again, then say what to change")
+
+
+def _sweep(connection: Connection, sweep_id: str) -> Row[Any]:
+    row = connection.execute(select(sweeps).where(sweeps.c.id == sweep_id)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no sweep {sweep_id}")
+    return row
+
+
+def _jobs_of(connection: Connection, sweep_id: str) -> list[str]:
+    _sweep(connection, sweep_id)
+    return list(connection.scalars(select(jobs.c.id).where(jobs.c.sweep_id == sweep_id).order_by(jobs.c.sequence)))

@@ -1,0 +1,1 @@
+"""Questions about the history: rows, aggregates, comparisons, correlations, leaderboards, exports."""

@@ -1,0 +1,377 @@
+"""Statistics over groups of results: n is the number of trained networks, however many results each of them has.
+
+A group may differ in seeds only: where anything else does (another eps, other samples, recipe, task version ...), an
+interval over it would mean nothing, and it is refused with the fields that differ, unless mixing is asked for.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from service.errors import InvalidQuery
+from service.model.dotted import flat
+from service.model.observations import SHARES, Moments, Observations, accuracy_interval, range_of
+from service.model.observations import interval as interval
+from service.model.query import Node, fields_of
+from service.model.times import iso
+from service.model.unit import UNITS, Unit
+from service.results.distinct_images import DistinctImages
+from service.store import aggregating
+from service.store import results as store
+from service.store.database import Database
+from service.store.fields import RESULTS, Column, Field
+from service.store.result_tables import results
+
+STATISTICS = ("mean", "std", "ci95", "median", "min", "max", "count", "best", "worst")
+BEST = ("best", "worst")
+QUANTILE = re.compile(r"q\d\d")
+DEFAULT = "robust_accuracy:mean,std,ci95,count"
+MAX_GROUPS = 10_000
+MAX_METRICS = MAX_KEYS = 20
+MAX_BEST = 1000  # groups whose best or worst result is looked up
+LONG = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
+SUMS = ("n", "sum", "squares", "low", "high")
+SPREADS = ("std", "ci95")
+VERDICT_VERSION = "verdict_version"
+OF_VERDICT = ("masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction")
+"""Numbers that the rule of verdicts counts; so do the fields of the verdict itself."""
+Key = tuple[Any, ...]
+
+
+@dataclass
+class Group:
+    """So many `rows` of so many `networks`, which sums tell apart only where each has one row of one cell."""
+
+    cells: set[int] = field(default_factory=set)
+    rows: int = 0
+    repeats: int = 0
+    networks: int = 0
+    metrics: dict[str, Moments] = field(default_factory=lambda: defaultdict(Moments))
+
+    @property
+    def is_plain(self) -> bool:
+        return len(self.cells) == 1 and not self.repeats
+
+
+def metrics_of(text: str) -> dict[str, tuple[str, ...]]:
+    """`robust_accuracy:mean,std,clean_accuracy:mean` as statistics by metric. Raises `InvalidQuery`."""
+    found: dict[str, list[str]] = {}
+    last = ""
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, colon, statistic = part.partition(":")
+        if colon or not _is_statistic(part):
+            last = name
+            found.setdefault(last, [])
+        else:
+            statistic = part
+        if not last:
+            raise InvalidQuery("metrics", f"{part!r} is a statistic of no metric: write as in {DEFAULT!r}")
+        if statistic:
+            if not _is_statistic(statistic):
+                raise InvalidQuery(
+                    "metrics", f"unknown statistic {statistic!r} (known are: {', '.join(STATISTICS)}, q05)"
+                )
+            found[last].append(statistic)
+    if len(found) > MAX_METRICS:
+        raise InvalidQuery("metrics", f"these are {len(found)}; at most {MAX_METRICS} can be asked for at once")
+    return {name: tuple(dict.fromkeys(statistics)) or ("mean", "count") for name, statistics in found.items()}
+
+
+def _is_statistic(text: str) -> bool:
+    return text in STATISTICS or QUANTILE.fullmatch(text) is not None
+
+
+def aggregate(
+    database: Database,
+    nodes: Sequence[Node],
+    by: Sequence[str],
+    metrics: Mapping[str, Sequence[str]],
+    *,
+    unit: Unit = "network",
+    allow_mixed: bool = False,
+    retracted: bool = False,
+) -> dict[str, Any]:
+    """Statistics of `metrics` in groups of equal `by`, in their order, over networks or over attack seeds of one.
+
+    Raises `InvalidQuery`, also for mixed groups.
+    """
+    with database.read() as connection:
+        keys = keys_of(connection, by)
+        where = store.selected(connection, nodes, retracted=retracted)
+        question = Grouping(connection, where, keys, metrics, unit, judged=is_judged([*fields_of(nodes), *by]))
+        groups = question.groups()
+        mixed = question.mixed(groups)
+        if mixed and not allow_mixed:
+            raise InvalidQuery("by", _refusal(mixed))
+        if len(groups) > MAX_BEST and any(what in BEST for of in metrics.values() for what in of):
+            raise InvalidQuery("metrics", f"best and worst are for {MAX_BEST:,} groups at most, not {len(groups):,}")
+        question.take_values(groups)
+        items = [question.item(key, group) for key, group in sorted(groups.items(), key=lambda one: _rank(one[0]))]
+        hidden = 0 if retracted else store.hidden(connection, nodes)
+    asked = {name: list(of) for name, of in metrics.items()}
+    answer = {"by": list(by), "metrics": asked, "spread_of": UNITS[unit], "items": items, "mixed": mixed}
+    return {**answer, "retracted": hidden}
+
+
+class Grouping:
+    """Results in groups of equal `keys` (fields by name), with statistics of `metrics` over their `unit`s."""
+
+    def __init__(
+        self, connection: Connection, where: Sequence[Column], keys: Mapping[str, Field],
+        metrics: Mapping[str, Sequence[str]], unit: Unit = "network", *, judged: bool = False,
+    ) -> None:  # fmt: skip
+        self.connection, self.where, self.by, self.asked, self.unit = connection, where, list(keys), metrics, unit
+        self.keys, self.judged = list(keys.values()), judged
+        self.metrics = {name: _number(connection, name) for name in metrics}
+        self.own = [key.column for key in self.keys if key.of_cell is None]
+        self.of_cell: dict[int, Key] = {}
+        self._images = DistinctImages(connection, where, self.own, self._key)
+
+    def groups(self) -> dict[Key, Group]:
+        """All groups with the sums of every metric."""
+        columns = [metric.column for metric in self.metrics.values()]
+        shared = [key.of_cell for key in self.keys if key.of_cell is not None]
+        groups: dict[Key, Group] = defaultdict(Group)
+        with closing(aggregating.moments(self.connection, self.where, self.own, columns)) as batches:
+            for rows in batches:
+                fresh = {row.cell_id for row in rows} - self.of_cell.keys()
+                self.of_cell |= aggregating.of_cells(self.connection, fresh, shared)
+                self._take(rows, groups)
+        return groups
+
+    def _take(self, rows: Sequence[Row[Any]], groups: dict[Key, Group]) -> None:
+        own, width = 1 + len(self.own), len(SUMS)
+        for row in rows:
+            cell_id, count, repeats = row[0], row[own], row[own + 1]
+            group = groups[self._key(cell_id, row[1:own])]
+            group.cells.add(cell_id)
+            group.rows += count
+            group.repeats += repeats
+            group.networks += count
+            for start, name in enumerate(self.metrics):
+                first = own + 2 + width * start
+                group.metrics[name].add(*row[first : first + width])
+            if len(groups) > MAX_GROUPS:
+                raise InvalidQuery("by", f"that makes more than {MAX_GROUPS:,} groups: filter, or group by less")
+
+    def _key(self, cell_id: int, own: Sequence[Any]) -> Key:
+        shared, mine = iter(self.of_cell[cell_id]), iter(own)
+        return tuple(next(mine) if key.of_cell is None else next(shared) for key in self.keys)
+
+    def mixed(self, groups: Mapping[Key, Group]) -> dict[str, list[Any]]:
+        """The fields, other than seeds and those grouped by, that differ within a group, with up to five values."""
+        several = [sorted(group.cells) for group in groups.values() if len(group.cells) > 1]
+        specs = _without_common(store.cell_specs(self.connection, set().union(*several)))
+        grouped = {LONG.get(name, name) for name in self.by}
+        differing: dict[str, dict[Any, None]] = {}
+        for cell_ids in several:
+            for name, values in _distinct(specs[cell_id] for cell_id in cell_ids).items():
+                # Parts that thousands of cells share, such as their attack, are taken apart once.
+                parts = [dict(flat({name: value})) for value in values]
+                for inner in set().union(*parts) - grouped:
+                    seen = dict.fromkeys(part.get(inner) for part in parts)
+                    if len(seen) > 1:
+                        differing.setdefault(inner, {}).update(seen)
+        for name, values in self._measured().items():
+            if name not in grouped:
+                differing.setdefault(name, {}).update(dict.fromkeys(values))
+        return {name: list(differing[name])[:5] for name in sorted(differing)}
+
+    def _measured(self) -> dict[str, list[Any]]:
+        """What differs within a group in how its numbers were made, with its values: the parameters and versions of
+        further measures, and the version of the verdict that counted what is masked, or chose the results."""
+        differing: dict[str, dict[Any, None]] = {}
+        for name, metric in self.metrics.items():
+            found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+            if self.judged or name in OF_VERDICT:
+                for row in aggregating.verdict_versions(self.connection, self.where, self.own, metric.column):
+                    cell_id, *own, version = tuple(row)
+                    found[self._key(cell_id, own)].append({VERDICT_VERSION: version})
+            if metric.measure is not None:
+                for row in aggregating.measures(self.connection, self.where, self.own, metric.column, metric.measure):
+                    cell_id, *own, measure, version = tuple(row)
+                    spec = {**json.loads(measure), "version": version}
+                    named = {f"measures.{spec['type']}.{part}": value for part, value in spec.items()}
+                    found[self._key(cell_id, own)].append(named)
+            for specs in found.values():
+                for part, values in _distinct(specs).items():
+                    if len(values) > 1:
+                        differing.setdefault(part, {}).update(dict.fromkeys(values))
+        return {name: list(values) for name, values in differing.items()}
+
+    def take_values(self, groups: Mapping[Key, Group]) -> None:
+        """The value of each network, where sums count one twice, do not tell a quantile, or cancel.
+
+        Raises `InvalidQuery` where attack seeds are to be counted and a group has several networks.
+        """
+        every = {id(group) for group in groups.values() if self.unit != "network" or not group.is_plain}
+        needing = {name: every | self._needing(name, groups) for name in self.metrics}
+        wanted = every.union(*needing.values())
+        if wanted:
+            of_cells = set().union(*(group.cells for group in groups.values() if id(group) in wanted))
+            few = 2 * len(of_cells) < len(self.of_cell)
+            self._read(
+                groups, of_cells if few else None, {name: of for name, of in self.metrics.items() if needing[name]}
+            )
+        if any("ci95" in of for name, of in self.asked.items() if name in SHARES):
+            self._images.look_up(set().union(*(group.cells for group in groups.values())))
+
+    def _needing(self, name: str, groups: Mapping[Key, Group]) -> set[int]:
+        asked = self.asked[name]
+        ranked = any(what == "median" or QUANTILE.fullmatch(what) for what in asked)
+        spread = any(what in SPREADS for what in asked)
+        of_all = ((group, group.metrics[name]) for group in groups.values())
+        return {id(group) for group, of in of_all if ranked or of.leaves_range or (spread and of.cancels)}
+
+    def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
+        """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
+        columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
+        observed, start = Observations(len(columns)), 1 + len(self.own)
+        of_place: dict[Any, int] = {}  # a group's number is hashed in a fraction of the time of its key
+        numbers: dict[Key, int] = {}
+        with closing(aggregating.observations(self.connection, self.where, self.own, columns, of_cells)) as batches:
+            for rows in batches:
+                cell_ids, *every = zip(*rows, strict=True)
+                places = list(zip(cell_ids, *every[: start - 1], strict=True)) if self.own else cell_ids
+                for place in set(places) - of_place.keys():
+                    key = self._key(place[0], place[1:]) if self.own else self._key(place, ())
+                    of_place[place] = numbers.setdefault(key, len(numbers))
+                observed.add([of_place[place] for place in places], *every[start - 1 :])
+        keys = list(numbers)
+        networks = observed.networks()
+        for number, count in networks.items():
+            groups[keys[number]].networks = count
+        if self.unit == "attack_seed" and (most := max(networks.values(), default=1)) > 1:
+            sentence = f"attack seeds are counted within one network, and a group has {most:,}"
+            raise InvalidQuery("unit", f"{sentence}: filter, or group by weights_sha256 too")
+        for i, name in enumerate(metrics):
+            for number, values in observed.values(i, self.unit).items():
+                groups[keys[number]].metrics[name].take(values)
+
+    def item(self, key: Key, group: Group) -> dict[str, Any]:
+        named = {
+            name: iso(value) if field.kind == "time" else value
+            for name, field, value in zip(self.by, self.keys, key, strict=True)
+        }
+        statistics = {
+            name: {what: value for asked in of for what, value in self._statistic(key, group, name, asked)}
+            for name, of in self.asked.items()
+        }
+        return {**named, "results": group.rows, "networks": group.networks, **statistics}
+
+    def _statistic(self, key: Key, group: Group, name: str, asked: str) -> Iterator[tuple[str, Any]]:
+        of = group.metrics[name]
+        match asked:
+            case "mean":
+                yield asked, of.mean
+            case "std":
+                yield asked, of.std
+            case "count":
+                yield asked, of.n
+            case "min":
+                yield asked, of.least
+            case "max":
+                yield asked, of.most
+            case "ci95":
+                yield from zip(("ci95_low", "ci95_high", "ci95_of"), self._interval(key, group, name), strict=True)
+            case "best" | "worst":
+                value = of.high if asked == "best" else of.low
+                yield asked, value
+                yield f"{asked}_job_id", self._holder(key, group, name, value)
+            case _:
+                yield asked, of.quantile(0.5 if asked == "median" else int(asked[1:]) / 100)
+
+    def _interval(self, key: Key, group: Group, name: str) -> tuple[float | None, float | None, str | None]:
+        """The 95 % interval of a metric's mean, and what it is of: the units, or the images that it is a share of.
+
+        Networks that show no spread, or a single one, tell nothing of one: of such a share the distinct images do.
+        """
+        of, within = group.metrics[name], range_of(name)
+        if self.unit == "network" and within is not None and of.least == of.most:
+            images = self._images.count(name, self.metrics[name].column, key, group.cells) if name in SHARES else None
+            low, high = accuracy_interval(of.mean, images)
+            return low, high, None if low is None else "images"
+        low, high = interval(of.n, of.mean, of.std, within=within)
+        return low, high, None if low is None else UNITS[self.unit]
+
+    def _holder(self, key: Key, group: Group, name: str, value: float | None) -> str | None:
+        if value is None:
+            return None
+        of_group: list[Column] = [results.c.cell_id.in_(sorted(group.cells))]
+        of_group += [
+            field.column.is_not_distinct_from(part)
+            for field, part in zip(self.keys, key, strict=True)
+            if field.of_cell is None
+        ]
+        return aggregating.first(self.connection, [*self.where, *of_group], self.metrics[name].column == value)
+
+
+def is_judged(names: Iterable[str]) -> bool:
+    """Whether one of these fields is what the rule of verdicts says of a result."""
+    return any(name in OF_VERDICT or (name.startswith("verdict") and name != VERDICT_VERSION) for name in names)
+
+
+def _without_common(specs: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The specs without the fields in which all are equal: no two of these need to be compared in them."""
+    if not specs:
+        return {}
+    first, *others = specs.values()
+    differing = {name for spec in others for name in spec.keys() ^ first.keys()}
+    for name in first.keys() - differing:
+        value = first[name]
+        if any(spec[name] != value for spec in others):
+            differing.add(name)
+    return {cell_id: {name: spec[name] for name in spec if name in differing} for cell_id, spec in specs.items()}
+
+
+def _distinct(specs: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The values that each field of these specs has, in order and each once; null for a spec without it."""
+    seen: dict[str, dict[str, Any]] = defaultdict(dict)
+    count = 0
+    counts: Counter[str] = Counter()
+    for spec in specs:
+        count += 1
+        for name, value in spec.items():
+            counts[name] += 1
+            seen[name].setdefault(repr(value), value)
+    return {name: [*of.values(), *([None] if counts[name] < count else [])] for name, of in seen.items()}
+
+
+def keys_of(connection: Connection, by: Sequence[str]) -> dict[str, Field]:
+    """The fields to group by. Raises `InvalidQuery`."""
+    if len(by) > MAX_KEYS:
+        raise InvalidQuery("by", f"these are {len(by)} fields; at most {MAX_KEYS} can be grouped by")
+    return {name: scalar(connection, "by", name) for name in by}
+
+
+def scalar(connection: Connection, parameter: str, name: str) -> Field:
+    found = RESULTS.find(connection, name, parameter)
+    if found.kind == "list":
+        raise InvalidQuery(parameter, f"{name} is a list, by which nothing can be grouped")
+    return found
+
+
+def _number(connection: Connection, name: str) -> Field:
+    found = RESULTS.find(connection, name, "metrics")
+    if found.kind not in ("number", "integer"):
+        raise InvalidQuery("metrics", f"{name} is a {found.kind}; statistics are of numbers")
+    return found
+
+
+def _refusal(mixed: Mapping[str, Sequence[Any]]) -> str:
+    said = "; ".join(f"{name} ({', '.join(map(str, values))})" for name, values in mixed.items())
+    names = ",".join(list(mixed)[:3])
+    return (
+        f"the results of a group differ in more than seeds: {said}. Filter them, group by them too (by: {names}), or "
+        "allow mixing (allow_mixed)"
+    )
+
+
+def _rank(key: Key) -> list[tuple[bool, Any]]:
+    return [(part is None, "" if part is None else part) for part in key]

@@ -1,0 +1,265 @@
+"""Results as tables: CSV, NDJSON and Parquet of everything that matches, batch by batch in constant memory.
+
+The columns are known before the first row is read: those that were asked for, else `COLUMNS`; `*` stands for these,
+`FURTHER` and every stored number. What every seed of a cell shares is read once and not per row.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection
+
+from service.model import flags
+from service.model.dotted import FAMILIES, flat
+from service.model.observations import INTERVALS, SHARES, Count, accuracy_interval
+from service.model.threat_model import threat_model
+from service.model.times import iso, milliseconds, seconds_of
+from service.results.questions import ALL_FIELDS, Question
+from service.results.results import check_fields, order_of, other_names, rows_of
+from service.store import results as store
+from service.store.database import Database
+from service.store.dataset_sizes import test_samples
+from service.store.fields import HEADLINE, RESULTS, SPEC, THREAT_MODEL, Kind, stored_numbers
+from service.store.keyset import Order
+from service.store.result_tables import results
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 10_000
+MAX_CELLS = 20_000  # that are remembered between batches, half a kilobyte each
+ROWS_OF_JSON = 500  # in a batch, where whole rows are read
+GROUP_ROWS = 100_000  # of a row group of Parquet
+GROUP_VALUES = 8_000_000  # of it: fewer rows where they are wide
+FLAGS = "flags"
+RARE = "attack.source.recipe."  # of transfers from a network that was trained otherwise
+COUNTED_BY: dict[Count, str] = {"samples": "samples", "test_samples": "dataset"}
+"""The column that tells of how many images a share is."""
+IN_COLUMNS = tuple(
+    field for field, (share, _) in INTERVALS.items() if share in HEADLINE and SHARES[share] in COUNTED_BY
+)
+"""The intervals whose shares and counts need no whole row."""
+COLUMNS = (
+    "job_id", "sweep_id", "user", *(name for name in SPEC if not name.startswith(RARE)), *THREAT_MODEL, *HEADLINE,
+    *IN_COLUMNS, FLAGS, "versions.train", "versions.measure", "versions.attack", "created_at", "finished_at",
+)  # fmt: skip
+FURTHER = (
+    *(name for name in SPEC if name.startswith(RARE)), "versions.control", "measures", "measures_failed",
+    "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version", "weights_sha256", "spec_digest",
+    "attack_digest", "retracted_at", "retracted_by", "retraction_reason", "labels", "provenance",
+    *(field for field in INTERVALS if field not in IN_COLUMNS),
+)  # fmt: skip
+MADE_HERE = frozenset({FLAGS, *IN_COLUMNS})  # columns that are no fields
+WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # of which a table has room for the name
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names and kinds of the columns, and batches of rows as one list of values a column."""
+
+    names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    batches: Callable[[], Iterator[list[list[Any]]]]
+
+
+def table(database: Database, question: Question) -> Table:
+    """The table that answers a question. Raises `InvalidQuery` before the first row is read."""
+    with database.read() as connection:
+        check_fields(connection, question.fields)
+        names = _names(connection, question.fields)
+        order = order_of(connection, question)
+        question.after(order)
+        store.selected(connection, question.nodes)
+    known = all(name in MADE_HERE or (name in RESULTS.known and RESULTS.known[name].any_of is None) for name in names)
+    fetch = _Columns(names) if known else _whole_rows
+    rows = BATCH_ROWS if known else ROWS_OF_JSON
+    return Table(names, tuple(map(_kind, names)), lambda: _batches(database, question, order, names, fetch, rows))
+
+
+def csv_lines(of: Table) -> Iterator[str]:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(of.names)
+    for batch in of.batches():
+        shown = [list(map(iso, column)) if kind == "time" else column
+                 for column, kind in zip(batch, of.kinds, strict=True)]  # fmt: skip
+        writer.writerows(zip(*shown, strict=True))
+        yield buffer.getvalue()
+        buffer.seek(0)
+        buffer.truncate()
+    yield buffer.getvalue()
+
+
+def json_lines(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    return (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+
+
+def parquet_bytes(of: Table) -> Iterator[bytes]:
+    """A Parquet file in pieces, a row group at a time."""
+    import pyarrow as pa  # forty megabytes that an API without exports does not need
+    import pyarrow.parquet as pq
+
+    types = {
+        "text": pa.string(), "list": pa.string(), "number": pa.float64(), "integer": pa.int64(), "boolean": pa.bool_(),
+        "time": pa.timestamp("ms", tz="UTC"),
+    }  # fmt: skip
+    schema = pa.schema([(name, types[kind]) for name, kind in zip(of.names, of.kinds, strict=True)])
+    group_rows = max(1, min(GROUP_ROWS, GROUP_VALUES // len(of.names)))
+    sink = _Pieces()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        waiting: list[pa.RecordBatch] = []
+        for batch in of.batches():
+            arrays = [_array(column, field.type) for column, field in zip(batch, schema, strict=True)]
+            waiting.append(pa.record_batch(arrays, schema=schema))
+            if sum(len(part) for part in waiting) >= group_rows:
+                writer.write_table(pa.Table.from_batches(waiting), row_group_size=group_rows)
+                waiting.clear()
+                yield from sink.taken()
+        if waiting:
+            writer.write_table(pa.Table.from_batches(waiting), row_group_size=group_rows)
+    yield from sink.taken()
+
+
+def _array(values: list[Any], kind: "pa.DataType") -> "pa.Array[Any]":
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(kind):
+        values = [None if value is None else milliseconds(value) for value in values]
+        return pa.array(values, pa.int64()).cast(kind)
+    return pa.array(values, kind)
+
+
+class _Pieces(io.RawIOBase):
+    """What a writer writes, to be taken away meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pieces: list[bytes] = []
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        piece = bytes(data)
+        self._pieces.append(piece)
+        self._position += len(piece)
+        return len(piece)
+
+    def tell(self) -> int:
+        return self._position
+
+    def taken(self) -> list[bytes]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+
+def _names(connection: Connection, fields: Sequence[str]) -> tuple[str, ...]:
+    if not fields:
+        return COLUMNS
+    if ALL_FIELDS in fields:
+        return (*COLUMNS, *FURTHER, *stored_numbers(connection))
+    return tuple(fields)
+
+
+def _kind(name: str) -> Kind:
+    """Of what is no field by itself, whole objects and unknown keys are text, and the rest are stored numbers."""
+    if name in RESULTS.known:
+        return RESULTS.known[name].kind
+    return "text" if name.partition(".")[0] in FAMILIES else "number"
+
+
+def _batches(
+    database: Database, question: Question, order: Order, names: Sequence[str],
+    fetch: Callable[[Connection, Question, Order, Sequence[str], int], tuple[list[list[Any]], str | None]], rows: int,
+) -> Iterator[list[list[Any]]]:  # fmt: skip
+    question = replace(question, limit=rows)
+    while True:
+        with database.read() as connection:
+            columns, cursor = fetch(connection, question, order, names, rows)
+        yield columns
+        if cursor is None:
+            return
+        question = replace(question, cursor=cursor)
+
+
+class _Columns:
+    """Columns straight from the index table; those of the cell from a lookup by its id, once for many rows.
+
+    The intervals of shares are computed from these.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._intervals = [name for name in names if name in INTERVALS]
+        shares = dict.fromkeys(INTERVALS[name][0] for name in self._intervals)
+        from_these = dict.fromkeys(source for share in shares for source in (share, COUNTED_BY[SHARES[share]]))
+        read = list(dict.fromkeys([*(name for name in names if name not in MADE_HERE), *from_these]))
+        self._own = [name for name in read if RESULTS.known[name].of_cell is None]
+        self._shared = [name for name in read if RESULTS.known[name].of_cell is not None]
+        self._cells: dict[int, tuple[Any, ...]] = {}  # the values of `_shared`
+
+    def __call__(
+        self, connection: Connection, question: Question, order: Order, names: Sequence[str], rows: int
+    ) -> tuple[list[list[Any]], str | None]:
+        flagged = [results.c[name] for name in flags.FLAGS]
+        wanted = [*flagged, *(RESULTS.known[name].column for name in self._own)]
+        found = store.columns(
+            connection, question.nodes, order, question.after(order), rows + 1, wanted, retracted=question.retracted
+        )
+        found, cursor = question.cut(order, found)
+        if not found:
+            return [[] for _ in names], cursor
+        cell_ids, *by_column = zip(*found, strict=True)  # and after ours what they are sorted by
+        raised, by_column = by_column[: len(flagged)], by_column[len(flagged) :]
+        columns = dict(zip(self._own, map(list, by_column), strict=False))
+        self._look_up(connection, set(cell_ids))
+        if self._shared:
+            shared = zip(*map(self._cells.__getitem__, cell_ids), strict=True)
+            columns |= dict(zip(self._shared, map(list, shared), strict=True))
+        columns[FLAGS] = [";".join(flags.names_of(*of)) for of in zip(*raised, strict=True)]
+        for name in self._intervals:
+            share, bound = INTERVALS[name]
+            counts = columns[COUNTED_BY[SHARES[share]]]
+            if SHARES[share] == "test_samples":
+                counts = list(map(test_samples(connection, set(counts)).get, counts))
+            pairs = zip(columns[share], counts, strict=True)
+            columns[name] = [accuracy_interval(value, images)[bound] for value, images in pairs]
+        return [columns[name] for name in names], cursor
+
+    def _look_up(self, connection: Connection, cell_ids: set[int]) -> None:
+        if len(self._cells) > MAX_CELLS:
+            self._cells.clear()
+        for cell_id, spec in store.cell_specs(connection, cell_ids - self._cells.keys()).items():
+            values = dict(flat(spec))
+            threat = threat_model(spec["attack"])
+            values |= {"threat_model": threat.ball, "adversary": threat.adversary}
+            values["norm"] = values.get("attack.attack.norm", values.get("attack.norm"))
+            self._cells[cell_id] = tuple(values.get(WHOLE.get(name, name)) for name in self._shared)
+
+
+def _whole_rows(
+    connection: Connection, question: Question, order: Order, names: Sequence[str], rows: int
+) -> tuple[list[list[Any]], str | None]:
+    """The same from whole rows, for stored numbers, labels and provenance."""
+    keys = store.keys(connection, question.nodes, order, question.after(order), rows + 1, retracted=question.retracted)
+    keys, cursor = question.cut(order, keys)
+    made: list[list[Any]] = [[] for _ in names]
+    for row in rows_of(connection, [key.job_id for key in keys], (ALL_FIELDS,)):
+        values = {**dict(flat(row)), **other_names(row)}
+        for name, column in zip(names, made, strict=True):
+            column.append(_value(row, values, name))
+    return made, cursor
+
+
+def _value(row: dict[str, Any], values: dict[str, Any], name: str) -> Any:
+    if name in RESULTS.known and RESULTS.known[name].kind == "time":
+        text = values.get(name)
+        return None if text is None else seconds_of(text)
+    if name in row and isinstance(row[name], dict) and name not in WHOLE:
+        return json.dumps(row[name], separators=(",", ":"))
+    value = values.get(WHOLE.get(name, name))
+    return str(value) if _kind(name) == "text" and value is not None else value

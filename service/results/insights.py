@@ -1,0 +1,167 @@
+"""Read-only questions, shared by API, CLI and whatever shows something: plain JSON comes back."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import Connection, Row
+
+from service.errors import InvalidQuery, NotFound
+from service.model.environment import reported
+from service.model.times import iso
+from service.results import views
+from service.results.questions import ALL_FIELDS, MAX_LIMIT, NEWEST_FIRST, Question
+from service.results.results import Results
+from service.specs import Task
+from service.store import claiming, history, identifying, meanings, reading
+from service.store.fields import JOBS
+from service.store.keyset import decode_id, encode_id
+from service.store.tables import jobs
+
+TASK: TypeAdapter[Task] = TypeAdapter(Task)
+
+
+class Insights(Results):
+    """What can be asked of one store."""
+
+    def jobs(self, question: Question) -> dict[str, Any]:
+        """A page of jobs. Raises `InvalidQuery`."""
+        with self.database.read() as connection:
+            order = question.order(connection, JOBS, jobs.c.sequence)
+            rows = reading.jobs_page(connection, question.nodes, order, question.after(order), question.limit + 1)
+            rows, cursor = question.cut(order, rows)
+            progress = reading.progress_of_jobs(connection, [row.id for row in rows])
+        return {"items": [views.job_view(row, progress.get(row.id, 0.0)) for row in rows], "next_cursor": cursor}
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        with self.database.read() as connection:
+            row = _found(reading.job(connection, job_id), f"there is no job {job_id}")
+            tasks = reading.tasks_of_job(connection, job_id)
+        progress = sum(task.progress for task in tasks) / len(tasks)
+        return {**views.job_view(row, progress), "tasks": views.roles_of(row, tasks)}
+
+    def sweeps(self, *, user: str | None, cursor: str | None, limit: int) -> dict[str, Any]:
+        """A page of sweeps, the newest first. Raises `InvalidQuery` for an unknown user and what is no cursor."""
+        question = ["sweeps", user]
+        after = None if cursor is None else decode_id(question, cursor)
+        with self.database.read() as connection:
+            if user is not None:
+                meanings.checked(connection, meanings.user, "user", user)
+            rows = reading.sweeps_page(connection, user, after, limit + 1)
+            items = self._sweeps(connection, rows[:limit])
+        return {"items": items, "next_cursor": encode_id(question, rows[limit - 1].id) if len(rows) > limit else None}
+
+    def sweep(self, sweep_id: str) -> dict[str, Any]:
+        with self.database.read() as connection:
+            row = _found(reading.sweep(connection, sweep_id), f"there is no sweep {sweep_id}")
+            [view] = self._sweeps(connection, [row])
+        return {**view, "spec": row.spec}
+
+    def _sweeps(self, connection: Connection, rows: Sequence[Row[Any]]) -> list[dict[str, Any]]:
+        ids = [row.id for row in rows]
+        jobs, counts = reading.job_counts(connection, ids), reading.task_counts(connection, ids)
+        seconds, slots = reading.seconds_by_kind(connection, ids), claiming.places(connection)
+        mine = {sweep_id: [count for count in counts if count.sweep_id == sweep_id] for sweep_id in ids}
+        return [views.sweep_view(row, jobs[row.id], mine[row.id], seconds[row.id], slots) for row in rows]
+
+    def task(self, id_or_digest: str) -> dict[str, Any]:
+        with self.database.read() as connection:
+            row = _found(reading.task(connection, id_or_digest), f"there is no task {id_or_digest}")
+            attempts = reading.attempts_of(connection, row.id)
+            jobs = reading.jobs_of_task(connection, row.id, MAX_LIMIT)
+        return views.task_view(row, TASK.validate_python(row.spec), attempts, jobs)
+
+    def identify(self, kind: identifying.Kind, given: str, *, user: str | None = None) -> str:
+        """The id of which `given` is all, or a prefix that no other has; raises `AmbiguousId`."""
+        given = identifying.canonical(given)
+        if not identifying.is_prefix(given):
+            return given
+        with self.database.read() as connection:
+            return identifying.whole(connection, kind, given, user=user)
+
+    def short_ids(self, idents: Sequence[str]) -> dict[str, str]:
+        with self.database.read() as connection:
+            return identifying.shortest(connection, idents)
+
+    def datasets(self) -> list[dict[str, Any]]:
+        with self.database.read() as connection:
+            return [views.registered_dataset(row) for row in reading.registered_datasets(connection)]
+
+    def queue(self) -> dict[str, Any]:
+        with self.database.read() as connection:
+            in_state, tasks = reading.queue_counts(connection)
+        return {"jobs": in_state, "tasks": tasks}
+
+    def cluster(self) -> dict[str, Any]:
+        """Who leads, since when nobody does, and what the leader last said of its cluster."""
+        with self.database.read() as connection:
+            row, now = claiming.leader(connection), self.database.now(connection)
+        if row is None:
+            return {"leading": False, "dispatcher": None, "lease_expires_at": None, "set_aside": [], "status": {}}
+        expires = iso(row.expires_at)
+        return {
+            "leading": row.expires_at > now,
+            "dispatcher": row.holder,
+            "lease_expires_at": expires,
+            "set_aside": [views.set_aside(one) for one in reported(row.status)],
+            "status": row.status,
+        }
+
+    def last_event(self) -> int:
+        with self.database.read() as connection:
+            return history.last_id(connection)
+
+    def first_event(self, after: int, *, sweep_id: str | None = None, job_id: str | None = None) -> int:
+        """The id of the first event later than `after` that is kept, of all or, perhaps, of this sweep or job.
+
+        It is `after + 1` where no event between the two was dropped that may have been one of those.
+        """
+        with self.database.read() as connection:
+            return self._first_event(connection, after, sweep_id, job_id)
+
+    def _first_event(self, connection: Connection, after: int, sweep_id: str | None, job_id: str | None) -> int:
+        first = history.first(connection)
+        if first is None or first.id <= after + 1:
+            return after + 1
+        of = (reading.sweep(connection, sweep_id) if sweep_id else None) or (
+            reading.job(connection, job_id) if job_id else None
+        )
+        return after + 1 if of is not None and of.created_at >= first.at else int(first.id)
+
+    def events(
+        self, after: int, *, sweep_id: str | None = None, job_id: str | None = None
+    ) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+        """`(first_event, events later than that id, the progress of what runs)`, of everything or of a sweep or job."""
+        with self.database.read() as connection:
+            first = self._first_event(connection, after, sweep_id, job_id)
+            happened = history.after(connection, after, sweep_id=sweep_id, job_id=job_id)
+            running = reading.running_tasks(connection, sweep_id=sweep_id, job_id=job_id)
+        return first, [views.event_view(event) for event in happened], [views.running_view(task) for task in running]
+
+    def news(
+        self, after: int, *, sweep_ids: Collection[str], job_ids: Collection[str], known: Mapping[str, set[str]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, set[str]]]:
+        """The same of everything, for many readers: also, by task, which of their sweeps and jobs need it.
+
+        `known`: what was answered about these sweeps and jobs before; it holds as long as nothing happens to jobs.
+        """
+        with self.database.read() as connection:
+            happened = history.after(connection, after)
+            running = reading.running_tasks(connection)
+            needed_by = {} if any(event["job_id"] for event in happened) else dict(known)
+            tasks = {event["task_id"] for event in happened if event["task_id"]} | {task.id for task in running}
+            needed_by |= history.needing(connection, tasks - needed_by.keys(), sweep_ids, job_ids)
+        happened, progress = (
+            [views.event_view(event) for event in happened],
+            [views.running_view(task) for task in running],
+        )
+        return happened, progress, {task_id: needed_by[task_id] for task_id in tasks}
+
+
+def _found(row: Row[Any] | None, otherwise: str) -> Row[Any]:
+    if row is None:
+        raise NotFound(otherwise)
+    return row
+
+
+__all__ = ["ALL_FIELDS", "MAX_LIMIT", "NEWEST_FIRST", "Insights", "InvalidQuery", "Question"]

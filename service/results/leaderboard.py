@@ -1,0 +1,174 @@
+"""Who is most robust: one board per threat model, data set and samples, a row per architecture and recipe.
+
+A row counts networks (distinct weights), each by its worst case over every stored attack of the threat model. Attack
+seeds, replicates and further scales of a network make it no second one.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from sqlalchemy import Row
+
+from service.errors import InvalidQuery
+from service.model.dotted import or_rather
+from service.model.flags import FLAGS, names_of
+from service.model.observations import accuracy_interval, interval
+from service.model.query import Comparison, Node, Value
+from service.model.threat_model import of_adversaries, threat_model
+from service.model.verdict import VERSION
+from service.results.worst_case import Cell, Place, WorstCase, is_current, place_of, preset_of, presets, worst_cases
+from service.specs.attacks import PRESETS
+from service.specs.base import shorten
+from service.store import network_results
+from service.store import results as store
+from service.store.database import Database
+
+TRUSTED = (Comparison("verdict", "=", (Value("trusted"),)), Comparison("verdict_version", "=", (Value(str(VERSION)),)))
+
+
+@dataclass
+class Network:
+    """What the results that were asked for say of one network: robust accuracies by attack, repeats averaged."""
+
+    place: Place
+    by_attack: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    clean: list[float] = field(default_factory=list)
+    results: int = 0
+    flags: set[str] = field(default_factory=set)
+    worst: WorstCase | None = None
+
+    def add(self, row: Row[Any], cell: Cell) -> None:
+        self.by_attack[json.dumps(cell["attack"], sort_keys=True)].append(row.robust_accuracy)
+        self.clean += [] if row.clean_accuracy is None else [row.clean_accuracy]
+        self.results += row.results
+        self.flags |= set(names_of(*(getattr(row, name) > 0 for name in FLAGS)))
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Under the strongest single one of the attacks."""
+        return min(map(fmean, self.by_attack.values()))
+
+
+Networks = dict[str, Network]  # those of a row, by their weights
+
+
+def leaderboard(
+    database: Database, nodes: Sequence[Node], *, attack: str | None = None, scale: float | None = 1.0,
+    trusted: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The boards of the networks that `nodes` choose by their results, best worst case first.
+
+    `attack`, a preset, `scale` and `trusted` choose results too. Whatever chose a network, its worst case is over all
+    stored attacks of the threat model. Only adversaries in a ball rank, and only attacks of this version. Raises
+    `InvalidQuery`.
+    """
+    if attack is not None and attack not in PRESETS:
+        raise InvalidQuery("attack", f"unknown attack {shorten(attack)}{or_rather(attack[:100], tuple(PRESETS))}")
+    asked = [*nodes, *of_adversaries(), *(TRUSTED if trusted else ())]
+    if scale is not None:
+        asked.append(Comparison("scale", "=", (Value(repr(scale)),), parameter="scale"))
+    with database.read() as connection:
+        rows = network_results.asked(connection, store.selected(connection, asked))
+        specs = store.cell_specs(connection, {row.cell_id for row in rows})
+        rows = [row for row in rows if _ranks(specs[row.cell_id], attack)]
+        boards = _boards(rows, specs)
+        every = [network for board in boards.values() for of in board.values() for network in of.values()]
+        worst = dict(worst_cases(connection, {network.place for network in every}))
+    for network in every:
+        network.worst = worst.get(network.place)
+    return [_board(json.loads(key), rows, attack) for key, rows in sorted(boards.items())]
+
+
+def _ranks(cell: Cell, attack: str | None) -> bool:
+    return is_current(cell) and (attack is None or cell["attack"] == presets()[attack])
+
+
+def _boards(rows: Sequence[Row[Any]], specs: Mapping[int, Cell]) -> dict[str, dict[str, Networks]]:
+    """The networks by board and row, whose keys are JSON of what they have in common."""
+    boards: dict[str, dict[str, Networks]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        cell, place = specs[row.cell_id], place_of(row.weights_sha256, specs[row.cell_id])
+        if place is None:
+            continue
+        threat = threat_model(cell["attack"])
+        board = {
+            "dataset": place.dataset, "threat_model": place.threat_model, "norm": threat.norm, "eps": threat.eps,
+            "samples": place.samples, "order": place.order, "scale_bias": cell["scale_bias"],
+        }  # fmt: skip
+        same = {
+            **{name: cell[name] for name in ("architecture", "recipe", "scale")},
+            "version": cell["versions"]["train"],
+        }
+        of_row = boards[json.dumps(board)][json.dumps(same, sort_keys=True)]
+        of_row.setdefault(place.network, Network(place)).add(row, cell)
+    return boards
+
+
+def _board(board: dict[str, Any], rows: Mapping[str, Networks], attack: str | None) -> dict[str, Any]:
+    made = [made for same, of in rows.items() if (made := _row(json.loads(same), list(of.values()))) is not None]
+    best_first = sorted(made, key=_best_first)
+    named = {name for row in rows.values() for network in row.values() for name in network.by_attack}
+    spec = json.loads(named.pop()) if len(named) == 1 else None
+    versions = [of["version"] for row in made for of in row["attacks"]]
+    order = board.pop("order")
+    return {
+        **board, **({} if order is None else {"order": order}), "attack": spec,
+        "preset": None if spec is None else preset_of(spec), "version": max(versions, default=0),
+        "rows": [{"rank": rank, **row} for rank, row in enumerate(best_first, 1)],
+    }  # fmt: skip
+
+
+def _best_first(row: Mapping[str, Any]) -> tuple[float, str, str, float, int]:
+    """By the worst case, and equal ones by their names: a board is the same however often it is asked for."""
+    recipe = json.dumps(row["recipe"], sort_keys=True)
+    worst_case, version = row["robust_accuracy_worst_case"], row["train_version"] or 0
+    return -worst_case, row["architecture"], recipe, row["scale"], version
+
+
+def _row(same: dict[str, Any], of: Sequence[Network]) -> dict[str, Any] | None:
+    """A row of networks that were trained alike; None where nothing proves anything about any of them."""
+    known = [(network, network.worst) for network in of if network.worst is not None]
+    if not known:
+        return None
+    shares = [worst.robust_accuracy for _, worst in known]
+    low, high = spread(shares, known[0][1].n)
+    of_images = min(shares) == max(shares)
+    clean = [fmean(network.clean) for network, _ in known if network.clean]
+    return {
+        "architecture": same["architecture"], "recipe": same["recipe"], "train_version": same["version"],
+        "scale": same["scale"], "networks": len(known), "seeds": len(known),
+        "results": sum(network.results for network, _ in known), "robust_accuracy_worst_case": fmean(shares),
+        "ci95_low": low, "ci95_high": high,
+        "ci95_of": "images" if of_images else "networks", "best": max(shares),
+        "robust_accuracy": fmean(network.robust_accuracy for network, _ in known),
+        "clean_accuracy": fmean(clean) if clean else None, "attacks": _attacks([worst for _, worst in known]),
+        "left_out": dict(sum((worst.left_out for _, worst in known), start=Counter[str]())),
+        "flags": sorted(set().union(*(network.flags | worst.flags for network, worst in known))),
+    }  # fmt: skip
+
+
+def _attacks(worst: Sequence[WorstCase]) -> list[dict[str, Any]]:
+    """The attacks that these worst cases are over, with how many of the networks each of them met."""
+    counted: dict[str, dict[str, Any]] = {}
+    for of in worst:
+        for name, attack in of.attacks.items():
+            same = {"attack": attack.spec, "preset": preset_of(attack.spec), "version": attack.version}
+            entry = counted.setdefault(name, {**same, "networks": 0, "results": 0})
+            entry["networks"] += 1
+            entry["results"] += attack.results
+    return [counted[name] for name in sorted(counted, key=lambda name: (-counted[name]["networks"], name))]
+
+
+def spread(shares: Sequence[float], n: int) -> tuple[float | None, float | None]:
+    """The 95 % interval of the mean of networks' shares of the same `n` images, within [0, 1].
+
+    Student's over the networks. Where they are all equal, of one for one, Wilson's over the images: the same images in
+    three networks are not three times as many.
+    """
+    if min(shares) == max(shares):
+        return accuracy_interval(shares[0], n)
+    return interval(len(shares), fmean(shares), stdev(shares), within=(0.0, 1.0))

@@ -1,0 +1,203 @@
+"""Questions about results: pages and streams of rows, one result whole, the curves of several."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from service.errors import InvalidQuery, NotFound
+from service.model.dotted import FAMILIES, chosen
+from service.model.flags import Place
+from service.model.jobs import TaskState
+from service.model.observations import INTERVALS
+from service.model.query import Node
+from service.results import views
+from service.results.questions import ALL_FIELDS, Question
+from service.results.worst_case import worst_case_of
+from service.store import reading
+from service.store import results as store
+from service.store.database import Database
+from service.store.dataset_sizes import test_samples
+from service.store.fields import RESULTS, stored_numbers, unknown
+from service.store.flagging import flags_of, trained_again
+from service.store.keyset import Order
+from service.store.own_weights import mixed_weights
+from service.store.result_tables import results
+
+STREAM_ROWS = 500
+ROW_FIELDS = (*RESULTS.known, *INTERVALS, *FAMILIES)
+MAX_FIELDS = 200
+MAX_TRAJECTORIES = 100
+
+
+class Results:
+    """What can be asked about the results of one store."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def results(self, question: Question) -> dict[str, Any]:
+        """A page of results; the first one says how many are hidden because they are retracted.
+
+        Raises `InvalidQuery`.
+        """
+        with self.database.read() as connection:
+            check_fields(connection, question.fields)
+            rows, cursor = self._page(connection, question)
+            first = question.cursor is None
+            hidden = store.hidden(connection, question.nodes) if first and not question.retracted else None
+        return {"items": rows, "next_cursor": cursor, "retracted": hidden}
+
+    def hidden(self, nodes: Sequence[Node]) -> int:
+        """How many results the filters choose that are retracted; at most 1,000 are counted."""
+        with self.database.read() as connection:
+            return store.hidden(connection, nodes)
+
+    def all_results(self, question: Question) -> Iterator[dict[str, Any]]:
+        """Every row, page by page, so that neither memory nor a transaction grows with them.
+
+        Raises `InvalidQuery` at once, before the first row is taken.
+        """
+        with self.database.read() as connection:
+            check_fields(connection, question.fields)
+            question.after(order_of(connection, question))
+            store.selected(connection, question.nodes)
+        return self._all(replace(question, limit=STREAM_ROWS))
+
+    def _all(self, question: Question) -> Iterator[dict[str, Any]]:
+        while True:
+            with self.database.read() as connection:
+                rows, cursor = self._page(connection, question)
+            yield from rows
+            if cursor is None:
+                return
+            question = replace(question, cursor=cursor)
+
+    def _page(self, connection: Connection, question: Question) -> tuple[list[dict[str, Any]], str | None]:
+        keys, cursor = keys_of(connection, question)
+        return rows_of(connection, [key.job_id for key in keys], question.fields), cursor
+
+    def result(self, job_id: str) -> dict[str, Any]:
+        """One result whole: all numbers by the part that their task plays, with provenance and names of curves.
+
+        Its `flags` are what other results may say against it, its `worst_case` what all of its threat model say.
+        """
+        with self.database.read() as connection:
+            row = found(connection, job_id)
+            further = store.further_measures(connection, [row])[job_id]
+            specs = store.cell_specs(connection, [row.cell_id])
+            flags = flags_of(connection, Place(row.weights_sha256, row.cell_id)) + trained_again(connection, job_id)
+            flags += mixed_weights(connection, job_id, row.weights_sha256)
+            worst_case = worst_case_of(connection, row.weights_sha256, specs[row.cell_id])
+            parts: dict[str, Any] = {}
+            for task in reading.tasks_of_job(connection, job_id):
+                made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]
+                part = {
+                    "task_id": task.id,
+                    "digest": views.digest_of(task),
+                    "kind": task.kind,
+                    "version": task.version,
+                    "failed": task.reason if task.state == TaskState.FAILED else None,
+                    **views.retracted(task),
+                    "numbers": store.numbers_of(connection, task.id, task.kind),
+                    "curves": store.curve_names(connection, task.id),
+                    "bits": store.bit_names(connection, task.id),
+                    "artifacts": store.artifacts_of(connection, task.id),
+                    "provenance": made_by[0].provenance if made_by else None,
+                }
+                for role in reading.roles(row, task):
+                    name = task.spec["measure"]["type"] if role == "measure" else role
+                    parts[name if name not in parts else f"{name}:{views.digest_of(task)[:8]}"] = part
+            sizes = test_samples(connection, [row.spec["dataset"]])
+        size = sizes.get(row.spec["dataset"])
+        shown = views.result_row(row, further, specs[row.cell_id], test_samples=size, whole=False)
+        return {**shown, "flags": flags, "worst_case": worst_case, "parts": parts}
+
+    def trajectory(self, job_id: str) -> dict[str, Any]:
+        """The curves of a result: along the attack's steps, and over the epochs of the training."""
+        with self.database.read() as connection:
+            row = found(connection, job_id)
+            return {"job_id": job_id, **views.retracted(row), "curves": _curves(connection, row)}
+
+    def trajectories(self, job_ids: Sequence[str], parts: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The curves of several results at once, of these parts or of all. Raises `InvalidQuery`, `NotFound`."""
+        if not 1 <= len(job_ids) <= MAX_TRAJECTORIES:
+            raise InvalidQuery("ids", f"between 1 and {MAX_TRAJECTORIES} ids can be asked for, not {len(job_ids)}")
+        if wrong := [part for part in parts if part not in reading.ROLES]:
+            raise unknown("parts", wrong[0], list(reading.ROLES))
+        items = []
+        with self.database.read() as connection:
+            for job_id in dict.fromkeys(job_ids):
+                row = found(connection, job_id)
+                asked = {
+                    name: getattr(row, name) for name in ("architecture", "dataset", "scale", "seed", "robust_accuracy")
+                }
+                asked |= views.retracted(row)
+                items.append({"job_id": job_id, **asked, "curves": _curves(connection, row, parts)})
+        return items
+
+
+def order_of(connection: Connection, question: Question) -> Order:
+    return question.order(connection, RESULTS, results.c.sequence)
+
+
+def keys_of(connection: Connection, question: Question) -> tuple[list[Row[Any]], str | None]:
+    """The `job_id` and `cell_id` of the rows of a page, and the cursor of the next."""
+    order = order_of(connection, question)
+    after, limit = question.after(order), question.limit + 1
+    rows = store.keys(connection, question.nodes, order, after, limit, retracted=question.retracted)
+    return question.cut(order, rows)
+
+
+def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str]) -> list[dict[str, Any]]:
+    """These results as rows, cut to the fields that were asked for."""
+    rows = store.rows_of(connection, job_ids)
+    further = store.further_measures(connection, rows)
+    specs = store.cell_specs(connection, {row.cell_id for row in rows})
+    sizes = test_samples(connection, {row.spec["dataset"] for row in rows})
+    shown = [
+        views.result_row(
+            row, further[row.id], specs[row.cell_id], test_samples=sizes.get(row.spec["dataset"]), whole=bool(fields)
+        )
+        for row in rows
+    ]
+    if not fields or ALL_FIELDS in fields:
+        return shown
+    return [chosen({**row, **other_names(row)}, fields) for row in shown]
+
+
+def other_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What fields of a row are called too; the ball of a transfer is that of the attack that makes its examples."""
+    ball = row["attack"].get("attack", row["attack"])
+    return {"sweep": row["sweep_id"], "owner": row["user"], "norm": ball.get("norm")}
+
+
+def check_fields(connection: Connection, fields: Sequence[str]) -> None:
+    """Raises `InvalidQuery` for what no row has, and for too many."""
+    if len(fields) > MAX_FIELDS:
+        raise InvalidQuery("fields", f"these are {len(fields)}; at most {MAX_FIELDS} can be named, and `*` is all")
+    names = [name for name in fields if name not in (*ROW_FIELDS, ALL_FIELDS)]
+    names = [name for name in names if not ("." in name and name.partition(".")[0] in FAMILIES)]
+    if names:
+        stored = stored_numbers(connection)
+        for name in names:
+            if name not in stored:
+                raise unknown("fields", name, ROW_FIELDS, others=stored)
+
+
+def found(connection: Connection, job_id: str) -> Row[Any]:
+    """The result of a job. Raises `NotFound`."""
+    row = store.one(connection, job_id)
+    if row is None:
+        job = reading.job(connection, job_id)
+        if job is None:
+            raise NotFound(f"there is no job {job_id}")
+        raise NotFound(f"job {job_id} is {job.state}: it has no result" + (f" ({job.reason})" if job.reason else ""))
+    return row
+
+
+def _curves(connection: Connection, row: Row[Any], parts: Sequence[str] = ()) -> dict[str, Any]:
+    tasks = {role: getattr(row, column.name) for role, column in reading.ROLES.items() if not parts or role in parts}
+    curves = {role: store.curves_of(connection, task_id) for role, task_id in tasks.items() if task_id is not None}
+    return {role: points for role, points in curves.items() if points}
