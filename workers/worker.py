@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from workers.context import Cache, Context
 
+DELIVERY_SECONDS = 1.0  # before a process ends: Ray drops what a generator said last if its process ends at once
 LISTEN_SECONDS = 0.05  # an interrupt is heard that often
 
 # Torch, and what needs it, is imported in the functions: the dispatcher imports this module too. So is Ray, which must
@@ -62,8 +63,8 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
         context = _prepared(bundle, settings, device, node)
     except Exception as error:  # noqa: BLE001 - whatever it is, no task has begun yet
         yield unprepared(bundle, device, node, error)
-        if device.startswith("cuda"):
-            time.sleep(DEVICE_WAIT_SECONDS)  # the lease is held: Ray gives a device that is free to the next bundle
+        # With the lease of a device: Ray gives one that is free to the next bundle.
+        time.sleep(DEVICE_WAIT_SECONDS if device.startswith("cuda") else DELIVERY_SECONDS)
         raise SystemExit(1) from None  # what is half imported stays so in this process
     from workers.devices import release
     from workers.run import DeviceBroken, batches
@@ -71,6 +72,7 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
     try:
         yield from batches(bundle, context)
     except DeviceBroken:
+        time.sleep(DELIVERY_SECONDS)
         raise SystemExit(1) from None
     finally:
         _Warm.leave(settings.idle_seconds if context.device.type == "cpu" else settings.gpu_idle_seconds)

@@ -25,7 +25,16 @@ from service.model.environment import DEVICE_WAIT_SECONDS
 from service.model.executor import Bundle, Failed, Fault, Grant, Lost, Message, Needs
 from workers import devices, run, worker
 from workers.context import Cache, Context
-from workers.worker import WorkerSettings, _prepared, _Warm, device_of, import_undisturbed, run_bundle, unprepared
+from workers.worker import (
+    DELIVERY_SECONDS,
+    WorkerSettings,
+    _prepared,
+    _Warm,
+    device_of,
+    import_undisturbed,
+    run_bundle,
+    unprepared,
+)
 
 CPU = torch.device("cpu")
 RELEASE = devices.release
@@ -198,7 +207,7 @@ class TestBundle:
         assert (lost.fault.owner, lost.fault.node) == ("device" if gpus else "node", "n7")
         assert "no kernel image is available" in lost.message
         assert [(one.task_id, getattr(one, "reason", "")) for one in rest] == [("b", "given_back"), ("c", "given_back")]
-        assert slept == ([DEVICE_WAIT_SECONDS] if gpus else [])
+        assert slept == [DEVICE_WAIT_SECONDS if gpus else DELIVERY_SECONDS]
 
 
 def test_a_worker_takes_as_many_images_at_a_time_as_its_device_has_memory_for(
