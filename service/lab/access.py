@@ -7,11 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection
-
 from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
 from service.model.times import iso
-from service.store import Database, accounts, history, meanings
+from service.store import Connection, Database, accounts, history, meanings
 from service.store.history import Event
 
 SCOPES = ("read", "submit", "admin")

@@ -7,12 +7,9 @@ import math
 import time
 from dataclasses import dataclass
 
-from sqlalchemy import select, union
-
 from service.errors import DatabaseAway
 from service.lab.artifacts import Artifacts
-from service.store import Database, roots
-from service.store.tables import NAMES_BYTES
+from service.store import Database, artifact_index, roots
 
 FRESH_SECONDS = 2.0  # for which a mark is not asked for again: an operator may accept another one
 
@@ -108,8 +105,7 @@ def adopt(database: Database, root: str) -> Adopted:
 def named_digests(database: Database) -> list[str]:
     """The digests of all bytes that some row refers to."""
     with database.read() as connection:
-        every = union(*(select(column).where(column.is_not(None)) for column in NAMES_BYTES))
-        return sorted(set(connection.scalars(every)))
+        return artifact_index.named_digests(connection)
 
 
 def missing(named: list[str], artifacts: Artifacts) -> tuple[str, ...]:

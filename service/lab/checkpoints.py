@@ -12,18 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select
-
 from service.errors import Conflict, InvalidSpec, UncannyError
 from service.lab.artifacts import Artifacts
 from service.lab.datasets import NAME
 from service.model.times import iso
 from service.specs import catalog
 from service.specs.recipes import Imported
-from service.store import Database, history
+from service.store import Connection, Database, Row, artifact_index, checkpoints, datasets, history
 from service.store.history import Event
-from service.store.tables import artifacts as artifact_rows
-from service.store.tables import checkpoints, datasets
 
 TOLERANCE = 0.01  # of an expected accuracy (SCIENCE.md section 8)
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -85,7 +81,7 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
     asked = upload.asked
     with database.read() as connection:
         shape, classes = _shape(connection, upload.dataset)
-        known = _row(connection, upload.name)
+        known = checkpoints.named(connection, upload.name)
     if known is not None:
         return _the_same(known, asked)
     made: dict[str, Any] = {}
@@ -98,17 +94,17 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
     ref = artifacts.write("checkpoint", fill)
     with database.write() as connection:
         now = database.now(connection)
-        if (known := _row(connection, upload.name)) is not None:  # by another request, meanwhile
+        if (known := checkpoints.named(connection, upload.name)) is not None:  # by another request, meanwhile
             return _the_same(known, asked)
         row = {
             **asked, "channels": shape[0], "height": shape[1], "width": shape[2], "classes": classes,
             "weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made, "created_by": user, "created_at": now,
         }  # fmt: skip
-        connection.execute(insert(checkpoints).values(row))
-        _own(connection, now, ref.digest, ref.size_bytes)
+        checkpoints.register(connection, row)
+        artifact_index.keep_uploads(connection, now, "checkpoint", {ref.digest: ref.size_bytes})
         data = {"name": upload.name, "weights_sha256": ref.digest}
         history.append(connection, now, user, [Event("checkpoint.registered", data=data)])
-        made_row = _row(connection, upload.name)
+        made_row = checkpoints.named(connection, upload.name)
         assert made_row is not None
         return view(made_row)
 
@@ -152,7 +148,7 @@ def _the_same(known: Row[Any], asked: Mapping[str, Any]) -> dict[str, Any]:
 def registered(database: Database) -> list[dict[str, Any]]:
     """All of them, by name."""
     with database.read() as connection:
-        return [view(row) for row in connection.execute(select(checkpoints).order_by(checkpoints.c.name))]
+        return [view(row) for row in checkpoints.registered(connection)]
 
 
 def is_registered(connection: Connection, name: str) -> bool:
@@ -187,7 +183,7 @@ def _not_there(connection: Connection, name: str) -> str:
             f"no weights with the SHA-256 {name} are registered, and no training made them: see `uncanny checkpoint "
             "list`, also with `--trained`"
         )
-    known = ", ".join(connection.scalars(select(checkpoints.c.name).limit(20))) or "none"
+    known = ", ".join(checkpoints.some_names(connection)) or "none"
     return f"checkpoint {name!r} is not registered (registered: {known}): `uncanny checkpoint add`"
 
 
@@ -245,27 +241,13 @@ def _turn() -> Iterator[None]:
 def _shape(connection: Connection, dataset: str) -> tuple[tuple[int, int, int], int]:
     if dataset in catalog.DATASETS:
         return catalog.DATASETS[dataset].shape, catalog.DATASETS[dataset].classes
-    query = select(datasets).where(datasets.c.name == dataset.removeprefix("npz:"))
-    row = connection.execute(query).one_or_none() if dataset.startswith("npz:") else None
+    row = datasets.named(connection, dataset) if dataset.startswith(datasets.OWN_DATASET) else None
     if row is None:
         raise InvalidSpec([("/dataset", f"{dataset} is no known or registered data set: see /v1/catalog")])
     return (row.channels, row.height, row.width), row.classes
 
 
-def _row(connection: Connection, name: str) -> Row[Any] | None:
-    return connection.execute(select(checkpoints).where(checkpoints.c.name == name)).one_or_none()
-
-
 def _named(connection: Connection, name: str) -> list[Row[Any]]:
     """The checkpoint of that name, else those whose weights have that SHA-256."""
-    row = _row(connection, name)
-    query = select(checkpoints).where(checkpoints.c.weights_sha256 == name).order_by(checkpoints.c.name)
-    return list(connection.execute(query)) if row is None else [row]
-
-
-def _own(connection: Connection, now: float, sha256: str, size_bytes: int) -> None:
-    """Weights that a registration names are kept, like those of a training."""
-    present = (artifact_rows.c.digest == sha256) & (artifact_rows.c.task_id == "")
-    if connection.execute(select(artifact_rows.c.digest).where(present)).one_or_none() is None:
-        row = {"digest": sha256, "task_id": "", "kind": "checkpoint", "size_bytes": size_bytes, "created_at": now}
-        connection.execute(insert(artifact_rows).values(row))
+    row = checkpoints.named(connection, name)
+    return checkpoints.of_weights(connection, name) if row is None else [row]

@@ -22,17 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, select, update
-
 from service.errors import ArtifactRootUnusable, BackupFailed, Conflict
 from service.lab.artifact_root import check, missing, named_digests
 from service.lab.artifacts import Artifacts
-from service.store import Database, claiming
-from service.store.tables import artifact_roots, leases, metadata
+from service.store import Connection, Database, claiming, copying
 
 FORMAT = "uncanny backup 1"
 SUFFIX = ".backup.gz"
-BATCH = 1000
 LEVEL = 5  # of compression: half the time of the best, and nearly as small
 
 
@@ -95,15 +91,12 @@ def restore(database: Database, artifacts: Artifacts, path: Path, *, replace: bo
         leader = claiming.leader(connection)
         if leader is not None and leader.expires_at > database.now(connection):
             raise Conflict(f"the dispatcher {leader.holder} is at work on this database: stop the service first")
-        others = (table for table in metadata.sorted_tables if table is not artifact_roots)  # made at the first start
-        filled = [table.name for table in others if _any(connection, table)]
+        filled = copying.filled(connection)
         if filled and not replace:
             raise Conflict(f"the database is not empty ({', '.join(filled)}): --replace deletes what it has")
-        for table in reversed(metadata.sorted_tables):
-            connection.execute(delete(table))
+        copying.empty(connection)
         _fill(connection, path)
-        # Whoever led when the backup was made leads no more.
-        connection.execute(update(leases).values(epoch=leases.c.epoch + 1, expires_at=0.0))
+        copying.after_filling(connection)
     absent = missing(named_digests(database), artifacts)
     return Report(report.path, report.schema, report.made_at, report.rows, absent, _is_of(database, artifacts))
 
@@ -114,10 +107,6 @@ def _is_of(database: Database, artifacts: Artifacts) -> bool:
     except ArtifactRootUnusable:
         return False
     return True
-
-
-def _any(connection: Connection, table: Table) -> bool:
-    return connection.execute(select(1).select_from(table).limit(1)).one_or_none() is not None
 
 
 def _write(path: Path, lines: Iterator[Any]) -> dict[str, int]:
@@ -141,14 +130,13 @@ def _write(path: Path, lines: Iterator[Any]) -> dict[str, int]:
 
 def _lines(connection: Connection, header: dict[str, Any]) -> Iterator[Any]:
     yield header
-    for table in metadata.sorted_tables:
-        yield {"table": table.name, "columns": [column.name for column in table.columns]}
-        binary = [isinstance(column.type, LargeBinary) for column in table.columns]
-        rows = connection.execution_options(yield_per=BATCH).execute(select(table).order_by(*table.primary_key))
-        for row in rows:
+    for table, columns in copying.tables().items():
+        yield {"table": table, "columns": columns}
+        binary = copying.binary_columns(table)
+        for row in copying.rows(connection, table):
             yield [
-                base64.b64encode(value).decode() if packed and value is not None else value
-                for value, packed in zip(row, binary, strict=True)
+                base64.b64encode(value).decode() if name in binary and value is not None else value
+                for name, value in zip(columns, row, strict=True)
             ]
 
 
@@ -191,24 +179,24 @@ def _check(path: Path) -> Report:
 def _fill(connection: Connection, path: Path) -> None:
     with closing(_read(path)) as values:
         next(values)
-        table, columns = metadata.sorted_tables[0], [""]
+        table, columns = "", [""]
         batch: list[list[Any]] = []
         for value in values:
             if isinstance(value, dict):
                 _insert(connection, table, columns, batch)
-                table, columns, batch = metadata.tables[value["table"]], value["columns"], []
+                table, columns, batch = value["table"], value["columns"], []
                 continue
             batch.append(value)
-            if len(batch) == BATCH:
+            if len(batch) == copying.BATCH:
                 _insert(connection, table, columns, batch)
                 batch = []
         _insert(connection, table, columns, batch)
-    if connection.dialect.name == "postgresql":
-        _count_on(connection)
 
 
-def _insert(connection: Connection, table: Table, columns: list[str], rows: list[list[Any]]) -> None:
-    binary = {column.name for column in table.columns if isinstance(column.type, LargeBinary)}
+def _insert(connection: Connection, table: str, columns: list[str], rows: list[list[Any]]) -> None:
+    if not rows:
+        return
+    binary = copying.binary_columns(table)
     values = [
         {
             name: base64.b64decode(value) if name in binary and value is not None else value
@@ -216,14 +204,4 @@ def _insert(connection: Connection, table: Table, columns: list[str], rows: list
         }
         for row in rows
     ]
-    if values:
-        connection.execute(insert(table), values)
-
-
-def _count_on(connection: Connection) -> None:
-    """Ids that the database counts by itself go on after those that were restored."""
-    for table in metadata.sorted_tables:
-        if (column := table.autoincrement_column) is not None:
-            last = select(func.max(column)).scalar_subquery()
-            sequence = func.pg_get_serial_sequence(table.name, column.name)
-            connection.execute(select(func.setval(sequence, last)).where(last.is_not(None)))
+    copying.fill(connection, table, values)

@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Connection, func, select, text
-
 from service.errors import (
     ArtifactMissing,
     ArtifactRootUnusable,
@@ -33,10 +31,8 @@ from service.errors import (
 from service.lab import artifact_root
 from service.lab.artifacts import Artifacts
 from service.model.environment import reported
-from service.model.jobs import TaskState
 from service.settings import Settings
-from service.store import Database, claiming
-from service.store.tables import datasets, tasks
+from service.store import Connection, Database, claiming, datasets, reading
 
 State = Literal["ok", "warn", "fail"]
 Report = dict[str, Any]
@@ -108,8 +104,7 @@ def _database(database: Database) -> Iterator[Check]:
         return
     try:
         with database.read() as connection:
-            version = connection.execute(text(f"SELECT {'sqlite_version()' if database.is_sqlite else 'version()'}"))
-            named = " ".join(str(version.scalar_one()).split()[:2])
+            named = " ".join(database.server_version(connection).split()[:2])
             seconds = statistics.median(_timed(database, connection) for _ in range(PINGS))
     except DatabaseDamaged as error:
         yield Check("database", "fail", str(error), "mend its disk first, then restore a backup")
@@ -170,12 +165,8 @@ def _dispatcher(database: Database) -> Iterator[Check]:
     with database.read() as connection:
         now = database.now(connection)
         leader = claiming.leader(connection)
-        waits = (tasks.c.state == TaskState.QUEUED) & ~tasks.c.paused & (tasks.c.not_before <= now - OLD_SECONDS)
-        since = func.min(tasks.c.waiting_since)
-        old, oldest = connection.execute(
-            select(func.count(), since).where(waits, tasks.c.waiting_since < now - OLD_SECONDS)
-        ).one()
-        held = connection.execute(select(func.count()).where(tasks.c.state == TaskState.HELD)).scalar_one()
+        old, oldest = reading.waiting_since(connection, now - OLD_SECONDS)
+        held = reading.held_tasks(connection)
     if leader is None or leader.expires_at <= now:
         since_when = f" since {now - leader.expires_at:.0f} s; {leader.holder} did" if leader else ""
         yield Check("dispatcher", "warn", f"nobody leads{since_when}", "start `uncanny serve` or `uncanny dispatch`")
@@ -187,7 +178,7 @@ def _dispatcher(database: Database) -> Iterator[Check]:
         for one in reported(leader.status):
             advice = "mend it: it is tried again by itself"
             yield Check(f"{one.owner.replace('_', ' ')} {one.name}", "fail", one.sentence(now), advice)
-    if old:
+    if oldest is not None:
         said = f"{old} tasks wait for more than an hour, the oldest for {(now - oldest) / 3600:.1f} h"
         yield Check("queue", "warn", said, "`uncanny jobs state=queued`: is the cluster large enough?")
     if held:
@@ -199,7 +190,7 @@ def _dispatcher(database: Database) -> Iterator[Check]:
 def _registered(database: Database, artifacts: Artifacts) -> Iterator[Check]:
     """The lab's own data sets: their bytes are where they were uploaded to, and still the same."""
     with database.read() as connection:
-        rows = connection.execute(select(datasets).order_by(datasets.c.name)).all()
+        rows = datasets.registered(connection)
     for row in rows:
         try:
             for digest in (row.train_sha256, row.test_sha256):

@@ -27,17 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, select, union, update
 
 from service import private
 from service.errors import UncannyError
 from service.lab.artifacts import Artifacts, Stored
-from service.model.jobs import ENDED_TASK, TaskState
 from service.settings import Settings
-from service.store import Database
-from service.store.listed import listed
-from service.store.tables import NAMES_BYTES, events, tasks
-from service.store.tables import artifacts as rows
+from service.store import Condition, Database, artifact_index, history
 
 log = logging.getLogger("uncanny.housekeeping")
 BATCH = 500
@@ -112,17 +107,18 @@ def collect(
     old = [one.digest for one in stored.values() if one.modified_at < now - policy.age_seconds]
     for first in range(0, len(old), BATCH):
         with database.read() as connection:
-            named = _named(connection, old[first : first + BATCH])
+            named = artifact_index.named_among(connection, old[first : first + BATCH])
         unnamed = [digest for digest in old[first : first + BATCH] if digest not in named]
         discard(unnamed, report.unreferenced, now - policy.age_seconds)
-    discard(_forget(database, _useless(now - policy.age_seconds), dry_run), report.epoch_states, math.inf)
+    useless = artifact_index.useless_epoch_states(now - policy.age_seconds)
+    discard(_forget(database, useless, dry_run), report.epoch_states, math.inf)
     if policy.quota_bytes is not None:
         over = _total(stored, gone) - policy.quota_bytes
-        which = tasks.c.state.in_(ENDED_TASK)
         for kind, pile in (("epoch_state", report.epoch_states), ("arrays", report.arrays)):
             if over > 0:
-                chosen = _oldest(database, kind, which, over, gone)
-                evicted = and_(which, rows.c.kind == kind, rows.c.digest.in_(listed(chosen)))
+                with database.read() as connection:
+                    chosen = artifact_index.oldest_of_ended_tasks(connection, kind, over, gone)
+                evicted = artifact_index.of_ended_tasks(kind, chosen)
                 discard(_forget(database, evicted, dry_run), pile, math.inf)
                 over = _total(stored, gone) - policy.quota_bytes
         report.over_quota_bytes = max(0, over)
@@ -136,67 +132,26 @@ def _total(stored: dict[str, Stored], gone: set[str]) -> int:
     return sum(one.size_bytes for one in stored.values() if one.digest not in gone)
 
 
-def _named(connection: Connection, digests: list[str]) -> set[str]:
-    """Those of these digests that some row refers to."""
-    found = union(*(select(column.label("digest")).where(column.in_(digests)) for column in NAMES_BYTES))
-    return set(connection.scalars(found))
-
-
-def _useless(before: float) -> ColumnElement[bool]:
-    """Of artifacts joined to their tasks: epoch states that nothing will start from."""
-    outdated = or_(tasks.c.resume_digest.is_(None), tasks.c.resume_digest != rows.c.digest)
-    over = tasks.c.state.in_([TaskState.FAILED, TaskState.CANCELLED])
-    useless = or_(tasks.c.state == TaskState.SUCCEEDED, outdated, and_(over, tasks.c.finished_at < before))
-    return and_(rows.c.kind == "epoch_state", useless)
-
-
-def _oldest(database: Database, kind: str, which: ColumnElement[bool], size_bytes: int, gone: set[str]) -> list[str]:
-    """Digests of that kind, from the oldest on, that are together at least so large, or all there are."""
-    query = select(rows.c.digest, rows.c.size_bytes).join(tasks, tasks.c.id == rows.c.task_id)
-    chosen: dict[str, int] = {}
-    with database.read() as connection:
-        for digest, size in connection.execute(query.where(rows.c.kind == kind, which).order_by(rows.c.created_at)):
-            if sum(chosen.values()) >= size_bytes:
-                break
-            if digest not in gone:
-                chosen[digest] = size
-    return list(chosen)
-
-
-def _forget(database: Database, which: ColumnElement[bool], dry_run: bool) -> list[str]:
-    """Drop these rows, and what would resume from them; returns those digests that nothing refers to any more."""
-    query = select(rows.c.digest, rows.c.task_id).join(tasks, tasks.c.id == rows.c.task_id).where(which)
+def _forget(database: Database, which: Condition, dry_run: bool) -> list[str]:
+    """Forget these rows of the index; returns the digests that nothing refers to any more."""
     if dry_run:
         with database.read() as connection:
-            return [digest for digest, _ in connection.execute(query)]
+            return artifact_index.digests_where(connection, which)
     with database.write() as connection:
-        found = connection.execute(query).all()
-        pairs = [f"{row.digest}:{row.task_id}" for row in found]
-        connection.execute(delete(rows).where((rows.c.digest + ":" + rows.c.task_id).in_(listed(pairs))))
-        resumed = (tasks.c.resume_digest + ":" + tasks.c.id).in_(listed(pairs))
-        connection.execute(update(tasks).where(resumed).values(resume_digest=None, resume_bytes=None))
-        digests = [row.digest for row in found]
-        named: set[str] = set()
-        for first in range(0, len(digests), BATCH):
-            named |= _named(connection, digests[first : first + BATCH])
-    return [digest for digest in dict.fromkeys(digests) if digest not in named]
+        return artifact_index.forget(connection, which)
 
 
 def _forget_events(database: Database, now: float, seconds: float | None, dry_run: bool) -> int:
     if seconds is None:
         return 0
-    in_order = select(events.c.id).order_by(events.c.id).limit(1)
     with database.read() as connection:
-        first = connection.execute(in_order).scalar_one_or_none()
-        kept = connection.execute(in_order.where(events.c.at >= now - seconds)).scalar_one_or_none()
-        newest = connection.execute(select(func.max(events.c.id))).scalar_one()
-    end = newest if kept is None else kept
-    if first is None or dry_run:
-        return 0 if first is None else int(end - first)
+        first, end = history.older_than(connection, now - seconds)
+    if dry_run or first == end:
+        return end - first
     for before in [*range(first + EVENT_BATCH, end, EVENT_BATCH), end]:
         with database.write() as connection:
-            connection.execute(delete(events).where(events.c.id < before))
-    return int(end - first)
+            history.forget(connection, before)
+    return end - first
 
 
 def _sweep_leftovers(artifacts: Artifacts, home: Path | None, before: float, pile: Pile, dry_run: bool) -> None:

@@ -6,15 +6,13 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from sqlalchemy import Connection
-
 from service.model import environment, placing, resources, scheduling
 from service.model.environment import Environment
 from service.model.executor import Bundle, Capacity, Executor, Grant, Needs
 from service.model.scheduling import Account, Cluster, Decision
 from service.queue import decisions, replanning, sponsoring
 from service.settings import Settings
-from service.store import Database, claiming, deciding, users
+from service.store import Connection, Database, claiming, deciding, users
 
 PASS_ON_SECONDS = 5.0  # how often it looks whether a shared task waits for the wrong user's turn
 QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks

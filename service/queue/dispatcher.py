@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection
-
 from service.errors import Conflict, DatabaseAway
 from service.lab.artifacts import Artifacts
 from service.model import environment
@@ -27,7 +25,7 @@ from service.queue import pausing
 from service.queue.claims import Claims
 from service.queue.outbox import Outbox
 from service.settings import Settings
-from service.store import Database, claiming, history, recording
+from service.store import Connection, Database, claiming, history, recording
 from service.store.history import Event
 from service.store.waking import Waking, waking
 

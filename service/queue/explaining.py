@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row
-
 from service.errors import DatabaseAway, DatabaseFull, NotFound
 from service.model import resources, scheduling
 from service.model.environment import SetAside, hindrance, names_of, reported
@@ -15,7 +13,7 @@ from service.model.scheduling import Account, Cluster
 from service.model.times import iso
 from service.results import views
 from service.settings import Settings
-from service.store import Database, changing, claiming, reading, users
+from service.store import Connection, Database, Row, changing, claiming, reading, users
 
 WINDOW = 512  # tasks of the queue that are ranked to tell what comes before
 NO_SHARE = Account()

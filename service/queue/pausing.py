@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from sqlalchemy import Connection
-
 from service.model.environment import QUICK_SECONDS
-from service.store import Database, changing
+from service.store import Connection, Database, changing
 
 MOST_IN_A_ROW = 8  # attempts of a sweep's tasks
 

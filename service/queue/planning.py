@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, select
-
 from service.errors import InvalidSpec
 from service.model.jobs import TaskState
 from service.results.networks import Trained, named
@@ -15,10 +13,8 @@ from service.specs.attacks import Transfer
 from service.specs.fitting import Images, misfits
 from service.specs.plan import JobPlan, PlannedTask, plan_job, with_arrays
 from service.specs.recipes import Imported
-from service.store import submitting
-from service.store.tables import datasets
+from service.store import Connection, Row, datasets, submitting
 
-OWN = "npz:"  # in front of the names of a lab's own data sets
 REOPENED = (TaskState.FAILED, TaskState.CANCELLED)
 Known = Mapping[str, tuple[str, TaskState]]
 """`digest -> (task id, state)`, as `submitting.known_tasks` says it."""
@@ -39,7 +35,7 @@ def plans_of(
     plans: dict[JobSpec, JobPlan] = {}
     for job in cells:
         try:
-            if job.dataset.startswith(OWN) and job.dataset not in own:
+            if job.dataset.startswith(datasets.OWN_DATASET) and job.dataset not in own:
                 own[job.dataset] = _own_dataset(connection, job.dataset)
             row = own.get(job.dataset)
             whole, imported = weights.of(_sampled(job, row))
@@ -151,9 +147,9 @@ class _Weights:
 
 def _own_dataset(connection: Connection, name: str) -> Row[Any]:
     """The row that a data set's name stands for; nothing else of it is read when jobs are submitted."""
-    row = connection.execute(select(datasets).where(datasets.c.name == name.removeprefix(OWN))).one_or_none()
+    row = datasets.named(connection, name)
     if row is None:
-        known = ", ".join(f"{OWN}{other}" for other in connection.scalars(select(datasets.c.name).limit(20))) or "none"
+        known = ", ".join(datasets.some_names(connection)) or "none"
         sentence = f"{name} is not registered (registered: {known}): `uncanny data add NAME DIR`"
         raise InvalidSpec([("/dataset", sentence)])
     return row

@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection
-
 from service.limits import Limits
 from service.model.estimates import Estimate, Likeness, estimate, likeness, units
 from service.queue.planning import Known, counted, distinct_tasks, standing
 from service.specs.plan import JobPlan, PlannedTask
-from service.store import changing, claiming, submitting, timings, users
+from service.store import Connection, changing, claiming, submitting, timings, users
 
 MANY = 10_000  # as far as tasks before it are counted
 

@@ -5,18 +5,15 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Row, select
 
 from service.errors import Conflict, InvalidSpec
 from service.model.executor import Grant
-from service.model.jobs import LIVE_JOB, RETRIABLE
+from service.model.jobs import RETRIABLE
 from service.queue.planning import plans_of
 from service.specs import JobSpec, problems
 from service.specs.plan import JobPlan
 from service.specs.versions import version_of_spec
-from service.store import retracting, submitting
-from service.store.listed import listed
-from service.store.tables import job_tasks, jobs
+from service.store import Connection, Row, reading, retracting, submitting
 
 log = logging.getLogger("uncanny.replanning")
 
@@ -35,9 +32,7 @@ def replan(connection: Connection, now: float, actor: str, task_ids: Collection[
 
     One whose spec this version refuses is cancelled, and its reason says why.
     """
-    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
-    live = jobs.c.id.in_(needing) & jobs.c.state.in_(LIVE_JOB)
-    rows = connection.execute(select(jobs).where(live).order_by(jobs.c.sequence)).all()
+    rows = reading.live_jobs_needing(connection, task_ids)
     plans: list[tuple[Row[Any], JobPlan]] = []
     for row in rows:
         try:
@@ -57,9 +52,7 @@ def before_retry(
 
     Raises `Conflict` where this version refuses a spec.
     """
-    outlived = jobs.c.id.in_(listed(retracting.outlived(connection, job_ids)))
-    ended = jobs.c.state.in_(states) & outlived
-    rows = connection.execute(select(jobs).where(ended).order_by(jobs.c.sequence)).all()
+    rows = reading.jobs_in(connection, retracting.outlived(connection, job_ids), states)
     try:
         plans = [(row, _plan(connection, row)) for row in rows]
     except _Refused as refused:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Row
 
 from service.errors import Conflict, InvalidQuery, InvalidSpec, NotFound
 from service.lab.access import NotAllowed
@@ -23,7 +22,7 @@ from service.results.judging import judge_results
 from service.results.results import found
 from service.specs import JobSpec, problems
 from service.specs.measures import MEASURES
-from service.store import flagging, history, reading, retracting
+from service.store import Connection, Row, flagging, history, reading, retracting
 from service.store import results as store
 from service.store.fields import Column
 from service.store.history import Event

@@ -6,12 +6,10 @@ may use nothing. What runs stays with its sponsor.
 
 from collections.abc import Callable
 
-from sqlalchemy import Connection
-
 from service.model import scheduling
 from service.model.scheduling import Cluster
 from service.settings import Settings
-from service.store import Database, claiming, users
+from service.store import Connection, Database, claiming, users
 
 MOST = 512  # tasks that change their sponsor in one transaction
 

@@ -4,8 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
-
 from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
 from service.lab.artifacts import Artifacts
 from service.lab.datasets import inspect
@@ -17,12 +15,21 @@ from service.queue.preview import preview
 from service.results.views import version
 from service.specs import JobSpec, Sweep, digest
 from service.specs.plan import JobPlan
-from service.store import changing, history, replies, submitting, users
+from service.store import (
+    Connection,
+    Row,
+    artifact_index,
+    changing,
+    datasets,
+    history,
+    reading,
+    replies,
+    submitting,
+    users,
+)
 from service.store.database import Database
 from service.store.history import Event
 from service.store.replies import Reply
-from service.store.tables import artifacts as artifact_rows
-from service.store.tables import datasets, jobs, sweeps
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Service:
         def write(connection: Connection, now: float) -> Reply:
             plans = plans_of(connection, [job])
             [job_id] = self.accept(connection, now, plans, user=user, priority=priority, labels=labels)
-            state = connection.execute(select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one()
+            state = reading.job_state(connection, job_id)
             body = {"id": job_id, "state": state, "tasks": [task.digest for task in plans[0].tasks.values()]}
             return Reply(201, f"/v1/jobs/{job_id}", body)
 
@@ -122,7 +129,7 @@ class Service:
             row = _sweep(connection, sweep_id)
             before = Sweep.model_validate(row.spec)
             sweep = before.extended(grid)
-            have = set(connection.scalars(select(jobs.c.spec_digest).where(jobs.c.sweep_id == sweep_id)))
+            have = reading.spec_digests_of_sweep(connection, sweep_id)
             try:
                 old = set(before.cells(self.max_sweep_jobs))  # whose digests may be of an earlier canonical form
                 new = [job for job in sweep.cells(self.max_sweep_jobs) if job not in old]
@@ -139,9 +146,7 @@ class Service:
                 raise Conflict(f"sweep {sweep_id} was extended by somebody else just now: look at it, then try again")
             known = submitting.known_tasks(connection, needed)
             if plans:
-                connection.execute(
-                    update(sweeps).where(sweeps.c.id == sweep_id).values(spec=sweep.model_dump(mode="json"))
-                )
+                submitting.extend_sweep(connection, sweep_id, sweep.model_dump(mode="json"))
                 happened = Event("sweep.extended", sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
                 history.append(connection, now, user, [happened])
                 submitting.insert_jobs(
@@ -193,8 +198,7 @@ class Service:
         """
         with self.database.write() as connection:
             _sweep(connection, sweep_id)
-            live = (jobs.c.sweep_id == sweep_id) & jobs.c.state.in_(LIVE_JOB)
-            if connection.execute(select(jobs.c.id).where(live).limit(1)).one_or_none() is None:
+            if not reading.has_live_jobs(connection, sweep_id):
                 raise Conflict(f"sweep {sweep_id} has ended, so it cannot be paused")
             changing.pause_sweep(connection, self.database.now(connection), user, sweep_id, paused=True)
 
@@ -223,14 +227,14 @@ class Service:
         `Conflict` for the priority of a job that has ended.
         """
         with self.database.write() as connection:
-            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+            row = reading.job(connection, job_id)
             if row is None:
                 raise NotFound(f"there is no job {job_id}")
             _check_seen(row, seen, f"job {job_id}")
             if priority is not None and row.state not in LIVE_JOB:
                 raise Conflict(f"job {job_id} is {row.state}, so its priority cannot be changed")
             now = self.database.now(connection)
-            changing.change_jobs(connection, now, user, jobs.c.id == job_id, priority=priority, labels=labels)
+            changing.change_job(connection, now, user, job_id, priority=priority, labels=labels)
 
     def change_sweep(
         self, sweep_id: str, *, user: str, seen: Collection[str] | None = None,
@@ -248,20 +252,20 @@ class Service:
         That is an admin's to ask. Raises `NotFound`, `Conflict` where it has ended.
         """
         with self.database.write() as connection:
-            state = connection.execute(select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
+            state = reading.job_state(connection, job_id)
             if state is None:
                 raise NotFound(f"there is no job {job_id}")
             if state not in LIVE_JOB:
                 raise Conflict(f"job {job_id} is {state}, so it has no turn any more")
             now = self.database.now(connection)
-            changing.boost_jobs(connection, now, user, jobs.c.id == job_id, boosted=boosted)
+            changing.boost_job(connection, now, user, job_id, boosted=boosted)
 
     def boost_sweep(self, sweep_id: str, *, user: str, boosted: bool = True) -> int:
         """The same for the live jobs of a sweep, not for those by which it is extended later; returns how many."""
         with self.database.write() as connection:
             _sweep(connection, sweep_id)
             now = self.database.now(connection)
-            return changing.boost_jobs(connection, now, user, jobs.c.sweep_id == sweep_id, boosted=boosted)
+            return changing.boost_sweep(connection, now, user, sweep_id, boosted=boosted)
 
     def register_dataset(self, name: str, train_sha256: str, test_sha256: str, *, user: str) -> dict[str, Any]:
         """Register a lab's own images, whose two files are artifacts already, as `npz:NAME`.
@@ -275,12 +279,12 @@ class Service:
             sizes = {train_sha256: train.stat().st_size, test_sha256: test.stat().st_size}
         with self.database.write() as connection:
             now = self.database.now(connection)
-            row = connection.execute(select(datasets).where(datasets.c.name == name)).one_or_none()
+            row = datasets.named(connection, name)
             if row is not None and (row.train_sha256, row.test_sha256) != (train_sha256, test_sha256):
                 raise Conflict(f"npz:{name} is registered with other files; results rest on them, so take a new name")
             if row is None:
-                connection.execute(insert(datasets).values(**vars(found), created_by=user, created_at=now))
-                _own_dataset_files(connection, now, sizes)
+                datasets.register(connection, {**vars(found), "created_by": user, "created_at": now})
+                artifact_index.keep_uploads(connection, now, "dataset", sizes)
                 history.append(
                     connection,
                     now,
@@ -291,7 +295,7 @@ class Service:
 
     def _change(self, ids: list[str], user: str, verb: str, change: Callable[..., list[str]], *more: str) -> None:
         with self.database.write() as connection:
-            state = connection.execute(select(jobs.c.state).where(jobs.c.id.in_(ids))).scalar_one_or_none()
+            state = reading.job_state(connection, ids[0])
             if state is None:
                 raise NotFound(f"there is no job {ids[0]}")
             if not change(connection, self.database.now(connection), user, ids, *more):
@@ -329,21 +333,13 @@ class Service:
             )
 
 
-def _own_dataset_files(connection: Connection, now: float, sizes: dict[str, int]) -> None:
-    for sha256, size_bytes in sizes.items():
-        row = {"digest": sha256, "task_id": "", "kind": "dataset", "size_bytes": size_bytes, "created_at": now}
-        present = (artifact_rows.c.digest == sha256) & (artifact_rows.c.task_id == "")
-        if connection.execute(select(artifact_rows.c.digest).where(present)).one_or_none() is None:
-            connection.execute(insert(artifact_rows).values(row))
-
-
 def _check_seen(row: Row[Any], seen: Collection[str] | None, name: str) -> None:
     if seen is not None and version(row.id, row.priority, row.labels) not in seen:
         raise Changed(f"{name} was changed since you looked at it: get it again, then say what to change")
 
 
 def _sweep(connection: Connection, sweep_id: str) -> Row[Any]:
-    row = connection.execute(select(sweeps).where(sweeps.c.id == sweep_id)).one_or_none()
+    row = reading.sweep(connection, sweep_id)
     if row is None:
         raise NotFound(f"there is no sweep {sweep_id}")
     return row
@@ -351,4 +347,4 @@ def _sweep(connection: Connection, sweep_id: str) -> Row[Any]:
 
 def _jobs_of(connection: Connection, sweep_id: str) -> list[str]:
     _sweep(connection, sweep_id)
-    return list(connection.scalars(select(jobs.c.id).where(jobs.c.sweep_id == sweep_id).order_by(jobs.c.sequence)))
+    return reading.job_ids_of_sweep(connection, sweep_id)

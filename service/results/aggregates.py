@@ -12,8 +12,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row
-
 from service.errors import InvalidQuery
 from service.model.dotted import flat
 from service.model.observations import SHARES, Moments, Observations, accuracy_interval, range_of
@@ -22,7 +20,7 @@ from service.model.query import Node, fields_of
 from service.model.times import iso
 from service.model.unit import UNITS, Unit
 from service.results.distinct_images import DistinctImages
-from service.store import aggregating
+from service.store import Connection, Row, aggregating
 from service.store import results as store
 from service.store.database import Database
 from service.store.fields import RESULTS, Column, Field

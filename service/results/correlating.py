@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, Label, Row, Select, null, select
 
 from service.errors import InvalidQuery
 from service.model.correlation import MINIMUM, correlate, tau
@@ -16,13 +15,10 @@ from service.model.query import Comparison, Node, Value, fields_of
 from service.model.threat_model import of_adversaries, threat_model
 from service.model.verdict import VERSION
 from service.results.aggregates import is_judged, keys_of
+from service.store import Connection, Database, Row
 from service.store import results as store
-from service.store.aggregating import NETWORK
-from service.store.database import Database
-from service.store.fields import RESULTS, Column, Field
-from service.store.listed import json_object
-from service.store.result_tables import results
-from service.store.tables import tasks
+from service.store.fields import RESULTS, Field
+from service.store.points import points
 
 MAX_POINTS = 200_000
 MAX_PAIRS = 10_000_000  # of networks that are compared, each 2,000 times: seconds
@@ -52,11 +48,9 @@ def correlations(
         keys = keys_of(connection, by)
         numbers = [_number(connection, name, of) for name, of in zip(ASKED, (measure, target), strict=True)]
         judged = is_judged([*fields_of(asked), *by, measure, target])
-        columns = [number.column.label(name) for number, name in zip(numbers, ASKED, strict=True)]
-        tasks_of = [_task_of(number).label(f"{name}_task") for number, name in zip(numbers, ASKED, strict=True)]
-        measured_by = [_measure_of(number).label(f"{name}_spec") for number, name in zip(numbers, ASKED, strict=True)]
-        own = [key.column for key in keys.values()]
-        rows = _points(connection, asked, columns, [*tasks_of, *measured_by, *own])
+        rows = points(connection, asked, dict(zip(ASKED, numbers, strict=True)), list(keys.values()), MAX_POINTS + 1)
+        if len(rows) > MAX_POINTS:
+            raise InvalidQuery("filter", f"these are more than {MAX_POINTS:,} points: filter")
         specs = store.cell_specs(connection, {row.cell_id for row in rows})
     groups: dict[str, list[Row[Any]]] = defaultdict(list)
     for row in rows:
@@ -65,26 +59,12 @@ def correlations(
         measures = {"measure_spec": _spec(row.measure_spec), "target_spec": _spec(row.target_spec)}
         same = {**{name: spec[name] for name in SAME}, "threat_model": threat_model(spec["attack"]).ball}
         same |= versions | measures | ({"verdict_version": row.judged_by} if judged else {})
-        groups[json.dumps([same, list(row[len(row) - len(own) :])], sort_keys=True)].append(row)
-    networks = [len({row.network for row in points}) for points in groups.values()]
+        groups[json.dumps([same, list(row[len(row) - len(keys) :])], sort_keys=True)].append(row)
+    networks = [len({row.network for row in of_group}) for of_group in groups.values()]
     if sum(max(count**2, LEAST_PAIRS) for count in networks if count >= MINIMUM) > MAX_PAIRS:
         sentence = f"{sum(networks):,} networks in {len(groups):,} groups are too many to resample"
         raise InvalidQuery("filter", f"{sentence}: filter, or group otherwise")
-    return [_group(json.loads(key), keys, points, specs) for key, points in sorted(groups.items())]
-
-
-def _points(
-    connection: Connection, nodes: Sequence[Node], columns: Sequence[Label[Any]], keys: Sequence[Column]
-) -> list[Row[Any]]:
-    judged_by = results.c.verdict_version.label("judged_by")
-    wanted = [results.c.cell_id, NETWORK.label("network"), results.c.attack_seed, judged_by, *columns, *keys]
-    where = store.selected(connection, nodes)
-    known = [column.element.is_not(None) for column in columns]
-    query: Select[Any] = select(*wanted).where(*where, *known).order_by(results.c.sequence).limit(MAX_POINTS + 1)
-    rows = list(connection.execute(query))
-    if len(rows) > MAX_POINTS:
-        raise InvalidQuery("filter", f"these are more than {MAX_POINTS:,} points: filter")
-    return rows
+    return [_group(json.loads(key), keys, of_group, specs) for key, of_group in sorted(groups.items())]
 
 
 def _group(
@@ -108,18 +88,6 @@ def _group(
     over_scales = {"n": len(every), "tau": None if mixed else tau(x, y), "note": TWO_SCALINGS if mixed else CONFOUNDED}
     counted = {"results": sum(scale == 1 for scale in scales), "over_scales": {**over_scales, "results": len(rows)}}
     return {**same, **dict(zip(keys, values, strict=True)), **asdict(found), **counted}
-
-
-def _task_of(number: Field) -> Column:
-    return results.c.attack_task_id if number.task is None else number.task
-
-
-def _measure_of(number: Field) -> Column:
-    """The spec and the version of the further measure that computed a number, as JSON; null where none did."""
-    if number.measure is None:
-        return null()
-    found = select(json_object(measure=tasks.c.spec["measure"], version=tasks.c.version))
-    return found.where(tasks.c.id == number.measure).correlate(results).scalar_subquery()
 
 
 def _spec(measure: Any) -> dict[str, Any] | None:

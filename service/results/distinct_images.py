@@ -4,11 +4,9 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, assert_never
 
-from sqlalchemy import Connection
-
 from service.model.observations import SHARES
-from service.store import aggregating
-from service.store.dataset_sizes import test_samples
+from service.store import Connection, aggregating
+from service.store.datasets import test_samples
 from service.store.fields import Column
 from service.store.result_tables import cells
 

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection
-
 from service.model import flags
 from service.model.dotted import FAMILIES, flat
 from service.model.observations import INTERVALS, SHARES, Count, accuracy_interval
@@ -20,9 +18,10 @@ from service.model.threat_model import threat_model
 from service.model.times import iso, milliseconds, seconds_of
 from service.results.questions import ALL_FIELDS, Question
 from service.results.results import check_fields, order_of, other_names, rows_of
+from service.store import Connection
 from service.store import results as store
 from service.store.database import Database
-from service.store.dataset_sizes import test_samples
+from service.store.datasets import test_samples
 from service.store.fields import HEADLINE, RESULTS, SPEC, THREAT_MODEL, Kind, stored_numbers
 from service.store.keyset import Order
 from service.store.result_tables import results

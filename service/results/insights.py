@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import Connection, Row
 
 from service.errors import InvalidQuery, NotFound
 from service.model.environment import reported
@@ -13,7 +12,7 @@ from service.results import views
 from service.results.questions import ALL_FIELDS, MAX_LIMIT, NEWEST_FIRST, Question
 from service.results.results import Results
 from service.specs import Task
-from service.store import claiming, history, identifying, meanings, reading
+from service.store import Connection, Row, claiming, datasets, history, identifying, meanings, reading
 from service.store.fields import JOBS
 from service.store.keyset import decode_id, encode_id
 from service.store.tables import jobs
@@ -85,7 +84,7 @@ class Insights(Results):
 
     def datasets(self) -> list[dict[str, Any]]:
         with self.database.read() as connection:
-            return [views.registered_dataset(row) for row in reading.registered_datasets(connection)]
+            return [views.registered_dataset(row) for row in datasets.registered(connection)]
 
     def queue(self) -> dict[str, Any]:
         with self.database.read() as connection:

@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping
 
-from sqlalchemy import Connection
-
 from service.model.verdict import VERSION
-from service.store import filing, history, judging
+from service.store import Connection, filing, history, judging
 from service.store.history import Event
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from sqlalchemy import Row
-
 from service.errors import InvalidQuery
 from service.model.dotted import or_rather
 from service.model.flags import FLAGS, names_of
@@ -23,7 +21,7 @@ from service.model.verdict import VERSION
 from service.results.worst_case import Cell, Place, WorstCase, is_current, place_of, preset_of, presets, worst_cases
 from service.specs.attacks import PRESETS
 from service.specs.base import shorten
-from service.store import network_results
+from service.store import Row, network_results
 from service.store import results as store
 from service.store.database import Database
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import Connection, Row
 
 from service.lab.checkpoints import DIGEST, is_registered, weights_of
 from service.model.times import iso
@@ -14,7 +13,7 @@ from service.specs import DatasetRef, JobSpec
 from service.specs.catalog import ARCHITECTURES
 from service.specs.plan import training
 from service.specs.recipes import RECIPES, AnyRecipe, Imported
-from service.store import Database, meanings
+from service.store import Connection, Database, Row, meanings
 from service.store import networks as store
 from service.store.keyset import decode_id, encode_id
 from service.store.meanings import Meaning, checked, one_of

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row
-
 from service.errors import InvalidQuery
 from service.model import query
+from service.store import Connection, Row
 from service.store.fields import Column, Fields
 from service.store.keyset import Order, Position, Term, decode_cursor, encode_cursor
 

@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Row
-
 from service.errors import InvalidQuery, NotFound
 from service.model.dotted import FAMILIES, chosen
 from service.model.flags import Place
@@ -15,10 +13,10 @@ from service.model.query import Node
 from service.results import views
 from service.results.questions import ALL_FIELDS, Question
 from service.results.worst_case import worst_case_of
-from service.store import reading
+from service.store import Connection, Row, reading
 from service.store import results as store
 from service.store.database import Database
-from service.store.dataset_sizes import test_samples
+from service.store.datasets import test_samples
 from service.store.fields import RESULTS, stored_numbers, unknown
 from service.store.flagging import flags_of, trained_again
 from service.store.keyset import Order

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Row
-
 from service.model.environment import SetAside
 from service.model.flags import FLAGS, names_of
 from service.model.jobs import JobState, TaskState
@@ -18,7 +16,7 @@ from service.model.times import iso
 from service.specs.canonical import canonical
 from service.specs.tasks import Task
 from service.specs.versions import LATER
-from service.store import reading
+from service.store import Row, reading
 from service.store.result_tables import METRICS
 
 # A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.

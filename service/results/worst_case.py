@@ -8,8 +8,6 @@ from functools import cache
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, Row
-
 from service.errors import InvalidQuery
 from service.model.flags import FLAGS, names_of
 from service.model.query import Node
@@ -17,7 +15,7 @@ from service.model.threat_model import of_adversaries, threat_model
 from service.model.verdict import wilson
 from service.specs.attacks import PRESETS
 from service.specs.versions import version_of_attack
-from service.store import network_results
+from service.store import Connection, Row, network_results
 from service.store import results as store
 from service.store.database import Database
 

@@ -60,7 +60,7 @@ def queue(connection: Connection) -> Row[Any] | None:
     return connection.execute(select(queues).where(queues.c.name == QUEUE)).one_or_none()
 
 
-def change_jobs(
+def _change_jobs(
     connection: Connection, now: float, actor: str, which: ColumnElement[bool],
     *, priority: int | None, labels: dict[str, str] | None,
 ) -> int:  # fmt: skip
@@ -83,11 +83,28 @@ def change_sweep(
     given = _given(priority, labels)
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(given))
     history.append(connection, now, actor, [Event("sweep.changed", sweep_id=sweep_id, data=given)])
-    return change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
+    return _change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
 
 
-def boost_jobs(connection: Connection, now: float, actor: str, which: ColumnElement[bool], *, boosted: bool) -> int:
-    """Let live jobs go before all other users' work, or in turn again; returns how many that changes."""
+def change_job(
+    connection: Connection, now: float, actor: str, job_id: str,
+    *, priority: int | None, labels: dict[str, str] | None,
+) -> int:  # fmt: skip
+    """Give a job another priority, if it is live, and other labels. Its tasks rank anew."""
+    return _change_jobs(connection, now, actor, jobs.c.id == job_id, priority=priority, labels=labels)
+
+
+def boost_job(connection: Connection, now: float, actor: str, job_id: str, *, boosted: bool) -> int:
+    """Let a live job go before all other users' work, or in turn again."""
+    return _boost_jobs(connection, now, actor, jobs.c.id == job_id, boosted=boosted)
+
+
+def boost_sweep(connection: Connection, now: float, actor: str, sweep_id: str, *, boosted: bool) -> int:
+    """The same for the live jobs of a sweep; returns how many that changes."""
+    return _boost_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, boosted=boosted)
+
+
+def _boost_jobs(connection: Connection, now: float, actor: str, which: ColumnElement[bool], *, boosted: bool) -> int:
     changed = and_(which, jobs.c.state.in_(LIVE_JOB), jobs.c.boosted.is_not(boosted))
     ids = list(connection.scalars(update(jobs).where(changed).values(boosted=boosted).returning(jobs.c.id)))
     if ids:

@@ -127,6 +127,10 @@ class Database:
                 pass
         return bool(self._pooling.found)
 
+    def server_version(self, connection: Connection) -> str:
+        """As the database says it: `PostgreSQL 18.1 on ...`, or the number of SQLite's."""
+        return str(connection.scalar(text(f"SELECT {'sqlite_version()' if self.is_sqlite else 'version()'}")))
+
     @contextmanager
     def write(self, *, in_turn: bool = True) -> Iterator[Connection]:
         """The one writing transaction at a time: committed as a whole at the end, or not at all.

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, exists, func, insert, literal, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, delete, exists, func, insert, literal, select
 
 from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
@@ -95,6 +95,20 @@ def after(
 def first(connection: Connection) -> Any:
     """The `id` and `at` of the oldest event that is kept; None where there is none."""
     return connection.execute(select(events.c.id, events.c.at).order_by(events.c.id).limit(1)).one_or_none()
+
+
+def older_than(connection: Connection, at: float) -> tuple[int, int]:
+    """The ids of the oldest event and of the oldest that happened at `at` or later, else of the newest: that stays."""
+    in_order = select(events.c.id).order_by(events.c.id).limit(1)
+    oldest = connection.execute(in_order).scalar_one_or_none()
+    if oldest is None:
+        return 0, 0
+    kept = connection.execute(in_order.where(events.c.at >= at)).scalar_one_or_none()
+    return oldest, last_id(connection) if kept is None else kept
+
+
+def forget(connection: Connection, before_id: int) -> None:
+    connection.execute(delete(events).where(events.c.id < before_id))
 
 
 def needing(

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
 from service.model.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, chance_of, judge, unpack
-from service.store.dataset_sizes import classes
+from service.store.datasets import classes
 from service.store.listed import listed
 from service.store.retracting import retraction_of
 from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED

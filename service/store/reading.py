@@ -1,18 +1,18 @@
 """Questions about jobs, sweeps, tasks, data sets and the queue. They change nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Float, Row, cast, exists, func, or_, select
 
-from service.model.jobs import JobState, TaskState
+from service.model.jobs import LIVE_JOB, JobState, TaskState
 from service.model.query import Node
 from service.store.conditions import condition
 from service.store.fields import JOBS
 from service.store.keyset import Order, Position
 from service.store.listed import listed
 from service.store.states import DIGEST
-from service.store.tables import attempts, datasets, job_tasks, jobs, sweeps, tasks
+from service.store.tables import attempts, job_tasks, jobs, sweeps, tasks
 
 Rows = list[Row[Any]]
 
@@ -32,6 +32,37 @@ def jobs_page(connection: Connection, nodes: Sequence[Node], order: Order, after
 
 def job(connection: Connection, job_id: str) -> Row[Any] | None:
     return connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+
+
+def live_jobs_needing(connection: Connection, task_ids: Collection[str]) -> Rows:
+    """In the order in which they were submitted."""
+    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
+    live = jobs.c.id.in_(needing) & jobs.c.state.in_(LIVE_JOB)
+    return list(connection.execute(select(jobs).where(live).order_by(jobs.c.sequence)))
+
+
+def jobs_in(connection: Connection, job_ids: Collection[str], states: Collection[str]) -> Rows:
+    """Those of these jobs that are in one of these states, in the order in which they were submitted."""
+    query = select(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states))
+    return list(connection.execute(query.order_by(jobs.c.sequence)))
+
+
+def job_state(connection: Connection, job_id: str) -> str | None:
+    return connection.execute(select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
+
+
+def job_ids_of_sweep(connection: Connection, sweep_id: str) -> list[str]:
+    """In the order in which they were submitted."""
+    return list(connection.scalars(select(jobs.c.id).where(jobs.c.sweep_id == sweep_id).order_by(jobs.c.sequence)))
+
+
+def spec_digests_of_sweep(connection: Connection, sweep_id: str) -> set[str]:
+    return set(connection.scalars(select(jobs.c.spec_digest).where(jobs.c.sweep_id == sweep_id)))
+
+
+def has_live_jobs(connection: Connection, sweep_id: str) -> bool:
+    live = (jobs.c.sweep_id == sweep_id) & jobs.c.state.in_(LIVE_JOB)
+    return connection.execute(select(jobs.c.id).where(live).limit(1)).one_or_none() is not None
 
 
 def tasks_of_job(connection: Connection, job_id: str) -> Rows:
@@ -144,8 +175,16 @@ def running_tasks(connection: Connection, *, sweep_id: str | None = None, job_id
     return list(connection.execute(query.order_by(tasks.c.sequence)))
 
 
-def registered_datasets(connection: Connection) -> Rows:
-    return list(connection.execute(select(datasets).order_by(datasets.c.name)))
+def waiting_since(connection: Connection, before: float) -> tuple[int, float | None]:
+    """How many tasks may run and have waited since before then, and since when the first of them has."""
+    waits = (tasks.c.state == TaskState.QUEUED) & ~tasks.c.paused & (tasks.c.not_before <= before)
+    query = select(func.count(), func.min(tasks.c.waiting_since)).where(waits, tasks.c.waiting_since < before)
+    count, first = connection.execute(query).one()
+    return count, first
+
+
+def held_tasks(connection: Connection) -> int:
+    return int(connection.execute(select(func.count()).where(tasks.c.state == TaskState.HELD)).scalar_one())
 
 
 def queue_counts(connection: Connection) -> tuple[dict[str, int], dict[str, dict[str, int]]]:

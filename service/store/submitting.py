@@ -66,6 +66,11 @@ def insert_sweep(
     return sweep_id
 
 
+def extend_sweep(connection: Connection, sweep_id: str, spec: dict[str, Any]) -> None:
+    """From now on this is the sweep's spec."""
+    connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(spec=spec))
+
+
 def known_tasks(connection: Connection, digests: Iterable[str]) -> dict[str, tuple[str, TaskState]]:
     """Which of these digests are tasks already: `digest -> (id, state)`."""
     query = select(tasks.c.digest, tasks.c.id, tasks.c.state).where(tasks.c.digest.in_(listed(digests)))

@@ -1,14 +1,35 @@
-"""How many images and classes data sets have: the known ones by the catalogue, a lab's own by their rows."""
+"""The rows of a lab's own data sets, and how many images and classes data sets have: known ones by the catalogue."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from sqlalchemy import Column, Connection, select
+from sqlalchemy import Column, Connection, Row, insert, select
 
 from service.specs import catalog
 from service.store.listed import listed
 from service.store.tables import datasets
 
 OWN_DATASET = "npz:"
+
+
+def named(connection: Connection, name: str) -> Row[Any] | None:
+    """The data set of that name, with or without `npz:`."""
+    query = select(datasets).where(datasets.c.name == name.removeprefix(OWN_DATASET))
+    return connection.execute(query).one_or_none()
+
+
+def registered(connection: Connection) -> list[Row[Any]]:
+    """All of them, by name."""
+    return list(connection.execute(select(datasets).order_by(datasets.c.name)))
+
+
+def some_names(connection: Connection) -> list[str]:
+    """The names of at most twenty, as jobs write them."""
+    return [OWN_DATASET + name for name in connection.scalars(select(datasets.c.name).limit(20))]
+
+
+def register(connection: Connection, values: Mapping[str, Any]) -> None:
+    connection.execute(insert(datasets).values(values))
 
 
 def classes(connection: Connection, names: Iterable[str]) -> dict[str, int]:

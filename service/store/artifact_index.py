@@ -1,0 +1,85 @@
+"""The index of artifacts: which rows name which bytes, and what may be forgotten of it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, or_, select, union, update
+
+from service.model.jobs import ENDED_TASK, TaskState
+from service.store.listed import listed
+from service.store.tables import NAMES_BYTES, artifacts, tasks
+
+AT_ONCE = 500
+UPLOADED = ""  # in place of a task
+
+
+def keep_uploads(connection: Connection, now: float, kind: str, sizes: Mapping[str, int]) -> None:
+    """Index uploads that a registration names, by their digests with their sizes in bytes; like those of a task."""
+    for digest, size_bytes in sizes.items():
+        present = (artifacts.c.digest == digest) & (artifacts.c.task_id == UPLOADED)
+        if connection.execute(select(artifacts.c.digest).where(present)).one_or_none() is None:
+            row = {"digest": digest, "task_id": UPLOADED, "kind": kind, "size_bytes": size_bytes, "created_at": now}
+            connection.execute(insert(artifacts).values(row))
+
+
+def named_digests(connection: Connection) -> list[str]:
+    """The digests of all bytes that some row refers to."""
+    every = union(*(select(column).where(column.is_not(None)) for column in NAMES_BYTES))
+    return sorted(set(connection.scalars(every)))
+
+
+def named_among(connection: Connection, digests: Sequence[str]) -> set[str]:
+    """Those of these digests that some row refers to."""
+    named: set[str] = set()
+    for first in range(0, len(digests), AT_ONCE):
+        some = digests[first : first + AT_ONCE]
+        named |= set(connection.scalars(union(*(select(column).where(column.in_(some)) for column in NAMES_BYTES))))
+    return named
+
+
+def useless_epoch_states(before: float) -> ColumnElement[bool]:
+    """Epoch states from which no training will start: of tasks that are over since `before`, or of an earlier epoch."""
+    outdated = or_(tasks.c.resume_digest.is_(None), tasks.c.resume_digest != artifacts.c.digest)
+    over = tasks.c.state.in_([TaskState.FAILED, TaskState.CANCELLED])
+    useless = or_(tasks.c.state == TaskState.SUCCEEDED, outdated, and_(over, tasks.c.finished_at < before))
+    return and_(artifacts.c.kind == "epoch_state", useless)
+
+
+def of_ended_tasks(kind: str, digests: Collection[str]) -> ColumnElement[bool]:
+    """Those of these artifacts whose tasks are over."""
+    return and_(tasks.c.state.in_(ENDED_TASK), artifacts.c.kind == kind, artifacts.c.digest.in_(listed(digests)))
+
+
+def oldest_of_ended_tasks(connection: Connection, kind: str, size_bytes: int, without: Collection[str]) -> list[str]:
+    """Digests of that kind, from the oldest on, that are together at least so large, or all there are."""
+    query = select(artifacts.c.digest, artifacts.c.size_bytes).join(tasks, tasks.c.id == artifacts.c.task_id)
+    query = query.where(artifacts.c.kind == kind, tasks.c.state.in_(ENDED_TASK)).order_by(artifacts.c.created_at)
+    chosen: dict[str, int] = {}
+    for digest, size in connection.execute(query):
+        if sum(chosen.values()) >= size_bytes:
+            break
+        if digest not in without:
+            chosen[digest] = size
+    return list(chosen)
+
+
+def digests_where(connection: Connection, which: ColumnElement[bool]) -> list[str]:
+    """The digests that `forget` would forget, also those that something else refers to."""
+    return [row.digest for row in _of_tasks(connection, which)]
+
+
+def forget(connection: Connection, which: ColumnElement[bool]) -> list[str]:
+    """Drop these rows, and what would resume from them; returns those digests that nothing refers to any more."""
+    found = _of_tasks(connection, which)
+    pairs = [f"{row.digest}:{row.task_id}" for row in found]
+    connection.execute(delete(artifacts).where((artifacts.c.digest + ":" + artifacts.c.task_id).in_(listed(pairs))))
+    resumed = (tasks.c.resume_digest + ":" + tasks.c.id).in_(listed(pairs))
+    connection.execute(update(tasks).where(resumed).values(resume_digest=None, resume_bytes=None))
+    digests = list(dict.fromkeys(row.digest for row in found))
+    named = named_among(connection, digests)
+    return [digest for digest in digests if digest not in named]
+
+
+def _of_tasks(connection: Connection, which: ColumnElement[bool]) -> list[Row[Any]]:
+    query = select(artifacts.c.digest, artifacts.c.task_id).join(tasks, tasks.c.id == artifacts.c.task_id)
+    return list(connection.execute(query.where(which)))

@@ -1,0 +1,60 @@
+"""Whole tables, row by row, as backups read and fill them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, select, update
+
+from service.store.tables import artifact_roots, leases, metadata
+
+BATCH = 1000
+
+
+def tables() -> dict[str, list[str]]:
+    """The columns of each table, by its name; a table comes after those that it refers to."""
+    return {table.name: [column.name for column in table.columns] for table in metadata.sorted_tables}
+
+
+def binary_columns(table: str) -> set[str]:
+    """The columns of a table that hold bytes."""
+    return {column.name for column in metadata.tables[table].columns if isinstance(column.type, LargeBinary)}
+
+
+def rows(connection: Connection, table: str) -> Iterator[Sequence[Any]]:
+    """All rows of a table in the order of their keys, some at a time."""
+    of = metadata.tables[table]
+    query = select(of).order_by(*of.primary_key)
+    yield from connection.execution_options(yield_per=BATCH).execute(query)
+
+
+def filled(connection: Connection) -> list[str]:
+    """The tables that have rows, but for the artifact root's mark, which is made at the first start."""
+    others = (table for table in metadata.sorted_tables if table is not artifact_roots)
+    return [table.name for table in others if _has_rows(connection, table)]
+
+
+def empty(connection: Connection) -> None:
+    """Delete every row of every table."""
+    for table in reversed(metadata.sorted_tables):
+        connection.execute(delete(table))
+
+
+def fill(connection: Connection, table: str, values: Sequence[dict[str, Any]]) -> None:
+    if values:
+        connection.execute(insert(metadata.tables[table]), values)
+
+
+def after_filling(connection: Connection) -> None:
+    """Whoever led when the rows were read leads no more, and ids that PostgreSQL counts go on after the last."""
+    connection.execute(update(leases).values(epoch=leases.c.epoch + 1, expires_at=0.0))
+    if connection.dialect.name != "postgresql":
+        return
+    for table in metadata.sorted_tables:
+        if (column := table.autoincrement_column) is not None:
+            last = select(func.max(column)).scalar_subquery()
+            sequence = func.pg_get_serial_sequence(table.name, column.name)
+            connection.execute(select(func.setval(sequence, last)).where(last.is_not(None)))
+
+
+def _has_rows(connection: Connection, table: Table) -> bool:
+    return connection.execute(select(1).select_from(table).limit(1)).one_or_none() is not None
