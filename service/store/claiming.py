@@ -194,11 +194,6 @@ def is_paused(connection: Connection) -> bool:
     return bool(connection.scalar(select(queues.c.paused).where(queues.c.name == QUEUE)))
 
 
-def running_by_sponsor(connection: Connection) -> dict[str, int]:
-    query = select(tasks.c.sponsor, func.count()).where(RUNNING).group_by(tasks.c.sponsor)
-    return {sponsor: count for sponsor, count in connection.execute(query)}
-
-
 def grant(
     connection: Connection, now: float, holder: str, lease_seconds: float, task_ids: Collection[str],
     placements: Mapping[str, Placement] | None = None,

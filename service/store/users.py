@@ -31,12 +31,6 @@ def known(connection: Connection) -> list[str]:
     return list(connection.scalars(select(usage.c.user).order_by(usage.c.user)))
 
 
-def set_limits(connection: Connection, now: float, name: str, **changed: float | None) -> None:
-    """Change some of a user's limits; None is the default again."""
-    if connection.execute(update(users).where(users.c.name == name).values(changed)).rowcount == 0:
-        connection.execute(insert(users).values(name=name, created_at=now, **changed))
-
-
 def with_unfinished_jobs(connection: Connection) -> list[str]:
     """Users who have jobs that have not ended."""
     query = select(jobs.c.user).where(jobs.c.finished_at.is_(None)).distinct()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workers.science.bounds import Anchor, bound_numbers, radius
 from workers.science.datasets import to_unit
-from workers.science.evaluation import AttackReport, evaluate_attack, masking
+from workers.science.evaluation import AttackReport, evaluate_attack
 from workers.science.heads import features_and_logits, linear_head, scale_head
 from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.sharpness.detection import detection
@@ -103,9 +103,10 @@ class TestScaling:
         assert blind[-1] > 0.6 * clean
         assert robust[-1] > 0.6 * clean
         for report in reports.values():
-            masked = masking(report.bits["robust"], reports[1.0].bits["robust"], report.bits["clean_correct"])
+            correct, at_s, at_1 = report.bits["clean_correct"], report.bits["robust"], reports[1.0].bits["robust"]
+            masked, reverse = (float(bits.double().mean()) for bits in (correct & at_s & ~at_1, correct & ~at_s & at_1))
             rise = (report.numbers["robust_accuracy"] or 0) - robust[0]
-            assert masked["masked_fraction"] == pytest.approx(rise + (masked["reverse_fraction"] or 0))
+            assert masked == pytest.approx(rise + reverse)
             assert not bool(
                 (report.bits["zero_gradient"] & report.bits["clean_correct"] & ~report.bits["robust"]).any()
             )

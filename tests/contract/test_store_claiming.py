@@ -74,13 +74,6 @@ class TestGrants:
         assert [*numbers, grant.attempt, again.attempt] == [1, 2, 3, 4, 5]
         assert lab.task(again.task_id).generation == 2
 
-    def test_who_runs_how_much(self, lab: Any) -> None:
-        for seed in range(3):
-            lab.submit(user="ann" if seed else "bob", seed=seed)
-        lab.grant()
-        with lab.database.read() as connection:
-            assert claiming.running_by_sponsor(connection) == {"ann": 2, "bob": 1}
-
     def test_a_running_job_is_seen_to_run(self, lab: Any) -> None:
         lab.submit_sweep({"scale": [1, 5, 10]})
         lab.grant()

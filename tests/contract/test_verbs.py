@@ -19,7 +19,7 @@ from service.queue.submission import Idempotency, Service
 from service.results.views import version
 from service.settings import Settings
 from service.specs import JobSpec, Sweep
-from service.store import claiming, users
+from service.store import accounts, claiming, users
 from service.store.tables import attempts, events, jobs, sweeps, tasks, timings, usage
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def in_use(lab: Any) -> dict[str, float]:
 
 def limit(lab: Any, name: str, **limits: float) -> None:
     with lab.database.write() as connection:
-        users.set_limits(connection, lab.database.now(connection), name, **limits)
+        accounts.put_user(connection, lab.database.now(connection), name, limits)
 
 
 class TestPause:

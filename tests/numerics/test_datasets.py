@@ -18,7 +18,6 @@ from sklearn.datasets import load_digits
 from workers.science.datasets import (
     DATASETS,
     ImageData,
-    describe_npz,
     digits,
     mnist,
     read_npz,
@@ -312,15 +311,13 @@ def write(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def sums_of(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.npz")}
+
+
 def test_npz_round_trip(tmp_path: Path) -> None:
-    described = describe_npz(write(tmp_path))
-    assert {key: described[key] for key in ("shape", "classes", "train", "test")} == {
-        "shape": [3, 4, 5],
-        "classes": 3,
-        "train": 6,
-        "test": 3,
-    }
-    data = read_npz(tmp_path, described["sha256"])
+    data = read_npz(tmp_path, sums_of(write(tmp_path)))
+    assert (data.shape, data.n_classes, len(data.train_y), len(data.test_y)) == ((3, 4, 5), 3, 6, 3)
     x = np.load(tmp_path / "train.npz")["x"]
     assert int(data.train_x[4, 2, 1, 3]) == x[4, 1, 3, 2]
     assert data.train_x.is_contiguous()
@@ -373,7 +370,7 @@ def test_npz_files_that_are_no_npz(tmp_path: Path) -> None:
 
 
 def test_npz_other_bytes_than_registered(tmp_path: Path) -> None:
-    sums = describe_npz(write(tmp_path))["sha256"]
+    sums = sums_of(write(tmp_path))
     write(tmp_path, test_y=np.array([2, 1, 1]))
     with pytest.raises(DatasetCorrupt, match=r"test\.npz is not the file that was registered"):
         read_npz(tmp_path, sums)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from workers.science.attacks import ATTACKS
 from workers.science.bounds import bound_numbers
 from workers.science.errors import NonFinite
-from workers.science.evaluation import ball_limit, evaluate_attack, evaluate_clean, masking
+from workers.science.evaluation import ball_limit, evaluate_attack, evaluate_clean
 from workers.science.heads import linear_head, scale_head
 from workers.science.trajectory import Recorder, analyse
 
@@ -182,28 +182,6 @@ class TestAttack:
         want = pytest.approx(float(rise), rel=1e-5 * margin, abs=0)
         assert found.numbers["loss_increase_mean"] == along["trajectory_loss_increase_mean"] == want
         assert along["trajectory_still_rising_fraction"] == 1.0  # though a loss of e^-2000 is 0
-
-
-class TestMasking:
-    def test_by_hand(self) -> None:
-        #       masked, truly robust, reverse, clean-wrong, broken at both, masked by the twin's word
-        at_s = torch.tensor([1, 1, 0, 0, 0, 1], dtype=torch.bool)
-        at_1 = torch.tensor([0, 1, 1, 0, 0, 1], dtype=torch.bool)
-        correct = torch.tensor([1, 1, 1, 0, 1, 1], dtype=torch.bool)
-        twin = torch.tensor([0, 1, 1, 0, 0, 0], dtype=torch.bool)
-        assert masking(at_s, at_1, correct) == {
-            "masked_fraction": 1 / 6,
-            "masked_fraction_of_correct": 1 / 5,
-            "reverse_fraction": 1 / 6,
-        }
-        assert masking(at_s, at_1, correct, twin)["masked_fraction"] == 2 / 6
-        wrong_at_1 = ~torch.tensor([1, 0, 0, 0, 0, 0], dtype=torch.bool)
-        unscaled_bias = masking(at_s, at_1, correct, clean_correct_at_1=wrong_at_1)
-        assert unscaled_bias["masked_fraction"] == 0, "no attack broke what was wrong anyhow"
-
-    def test_nobody_is_right(self) -> None:
-        nobody = torch.zeros(3, dtype=torch.bool)
-        assert masking(nobody, nobody, nobody)["masked_fraction_of_correct"] is None
 
 
 class Poisoned(nn.Module):

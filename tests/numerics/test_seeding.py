@@ -82,11 +82,6 @@ def test_one_generator_that_is_moved_draws_what_one_per_example_drew(draw: str, 
 GOLDEN_RAW = [15_773_348_394_662_272_833, 12_548_639_256_956_580_589]
 
 
-def test_example_generator_draws_integers_per_example() -> None:
-    one, same = (seeding.example_generator(7, 3, 0, "square").integers(0, 100, 20) for _ in range(2))
-    assert np.array_equal(one, same)
-
-
 def test_deterministic_sets_the_flags_and_puts_them_back() -> None:
     def flags() -> tuple[str, bool, bool]:
         return (

@@ -168,36 +168,6 @@ PROBES = 8
 """Images that a prepared network is compared on."""
 
 
-def masking(
-    robust_at_s: Tensor,
-    robust_at_1: Tensor,
-    clean_correct: Tensor,
-    margin_twin: Tensor | None = None,
-    clean_correct_at_1: Tensor | None = None,
-) -> dict[str, float | None]:
-    """How much of a robust accuracy at scale s the attack owes to its own failure (SCIENCE.md section 3).
-
-    All arguments are bits `[n]` bool of the same examples: robust at s, robust at s = 1, clean-correct, and robust at
-    s = 1 under the attack's twin with the `margin` loss. Where the bias is not scaled, `clean_correct_at_1` says what
-    was right at s = 1: the attack broke nothing else there. `masked_fraction` is the share of all examples that are
-    clean-correct, robust at s, and broken at s = 1 by either; `reverse_fraction` the share broken at s and robust at 1.
-
-    >>> bits = torch.tensor([True, True, False, False])
-    >>> masking(bits, torch.tensor([True, False, False, True]), torch.tensor([True, True, True, True]))
-    {'masked_fraction': 0.25, 'masked_fraction_of_correct': 0.25, 'reverse_fraction': 0.25}
-    """
-    n, n_correct = len(clean_correct), int(clean_correct.sum())
-    breakable = ~robust_at_1 if clean_correct_at_1 is None else clean_correct_at_1 & ~robust_at_1
-    breakable = breakable if margin_twin is None else breakable | ~margin_twin
-    masked = int((clean_correct & robust_at_s & breakable).sum())
-    reverse = int((clean_correct & ~robust_at_s & robust_at_1).sum())
-    return {
-        "masked_fraction": _share(masked, n),
-        "masked_fraction_of_correct": _share(masked, n_correct),
-        "reverse_fraction": _share(reverse, n),
-    }
-
-
 def unit_interval(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Images as float32 in [0, 1] on the device: bytes become `to_unit`, float32 is taken as it is."""
     return to_unit(x.to(device)) if x.dtype == torch.uint8 else x.to(device)

@@ -37,11 +37,6 @@ def example_bits(seed: int, index: int, restart: int = 0, stream: str = STREAM) 
     )
 
 
-def example_generator(seed: int, index: int, restart: int = 0, stream: str = STREAM) -> np.random.Generator:
-    """NumPy's generator on `example_bits`, for an attack that draws integers or choices, example by example."""
-    return np.random.Generator(example_bits(seed, index, restart, stream))
-
-
 def uniform_per_example(
     seed: int, index: Tensor | Sequence[int], restart: int, shape: Sequence[int], stream: str = STREAM
 ) -> Tensor:

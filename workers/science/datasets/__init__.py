@@ -15,7 +15,7 @@ from workers.science.datasets.image_data import (
     training_indices,
 )
 from workers.science.datasets.mnist import read_fashion_mnist, read_mnist
-from workers.science.datasets.npz import describe_npz, read_npz
+from workers.science.datasets.npz import read_npz
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,6 @@ __all__ = [
     "Dataset",
     "ImageData",
     "Order",
-    "describe_npz",
     "read_npz",
     "sample_indices",
     "to_unit",

@@ -4,7 +4,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,18 +50,6 @@ def read_npz(folder: Path, sha256: Mapping[str, str] | None = None) -> ImageData
         torch.from_numpy(test_y),
         tuple(str(label) for label in range(classes)),
     )
-
-
-def describe_npz(folder: Path) -> dict[str, Any]:
-    """What is registered of a folder: `sha256` per file, `shape` (C, H, W), `classes`, counts `train`, `test`."""
-    data = read_npz(folder)
-    return {
-        "sha256": {file: checksum(folder / file, "sha256") for file in FILES},
-        "shape": list(data.shape),
-        "classes": data.n_classes,
-        "train": len(data.train_y),
-        "test": len(data.test_y),
-    }
 
 
 def _read_file(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
