@@ -40,7 +40,8 @@ from service.errors import (
 )  # fmt: skip
 from service.lab.access import NotAllowed
 from service.lab.checkpoints import NotChecked, TensorsDiffer
-from service.specs.sweep import as_written, pointer_to, sentence_of
+from service.model.pointers import pointer_to
+from service.specs.sweep import as_written, sentence_of
 
 log = logging.getLogger("uncanny.api")
 

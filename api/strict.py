@@ -10,6 +10,7 @@ from fastapi import Request
 
 from api.limits import is_of_sweeps
 from service.errors import InvalidSpec
+from service.model.pointers import pointer_to
 from service.specs.base import TOO_SMALL, shorten, underflows
 
 LARGE_BYTES = 64 << 10  # a body that is not read on the event loop
@@ -131,5 +132,5 @@ def _pointer(value: Any, wanted: _Constant | _TooSmall) -> str | None:
     for name, inner in items:
         found = _pointer(inner, wanted)
         if found is not None:
-            return "/" + str(name).replace("~", "~0").replace("/", "~1") + found
+            return pointer_to(name) + found
     return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from service.errors import InvalidSpec
 from service.model.jobs import TaskState
+from service.model.pointers import pointer_to
 from service.results.networks import Trained, named
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import Transfer
@@ -161,7 +162,7 @@ def _sampled(job: JobSpec, row: Row[Any] | None) -> JobSpec:
         return job
     images = Images((row.channels, row.height, row.width), row.classes, row.train_count)
     if found := misfits(job.architecture, job.recipe, job.attack, images):
-        raise InvalidSpec([("/" + "/".join(path), sentence) for path, sentence in found])
+        raise InvalidSpec([(pointer_to(*path), sentence) for path, sentence in found])
     if job.samples <= row.test_count:
         return job
     if "samples" in job.model_fields_set:

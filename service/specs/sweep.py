@@ -9,6 +9,7 @@ from pydantic import FailFast, Field, ValidationError
 
 from service.errors import InvalidSpec
 from service.limits import MAX_SWEEP_JOBS
+from service.model.pointers import pointer_to
 from service.specs.attacks import ATTACKS
 from service.specs.base import ACROSS, Labels, Priority, Spec, shorten
 from service.specs.job import JobSpec
@@ -238,8 +239,3 @@ def as_written(location: Sequence[int | str]) -> list[str]:
         if not (names_a_kind and part in TAGS) and not str(part).startswith("function-"):
             path.append(str(part))
     return path
-
-
-def pointer_to(*parts: object) -> str:
-    """A JSON pointer (RFC 6901)."""
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
