@@ -10,7 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS, load_all_checks
 
-from api.app import create_app
+from api.http.app import create_app
 from service.settings import Settings
 
 load_all_checks()

@@ -90,7 +90,7 @@ class Lab:
         self.start(name, sys.executable, "-m", "workers.dispatch", "--name", name)
 
     def start_api(self) -> None:
-        self.start("api", sys.executable, "-m", "api.server", "--fd", str(self.listening.fileno()))
+        self.start("api", sys.executable, "-m", "api.serve.server", "--fd", str(self.listening.fileno()))
 
     def kill(self, name: str) -> None:
         """All at once, as when the power fails."""
@@ -145,7 +145,7 @@ def command_of(process: psutil.Process) -> str:
 def serve_with(dispatcher: str, *, ray: bool = False) -> list[str]:
     """The same supervisor with another dispatcher: an expression for its command, which knows the real `command`."""
     script = (
-        "import sys; from api import supervisor; from api.cli import main\n"
+        "import sys; from api.serve import supervisor; from api.cli.main import main\n"
         "made = supervisor.Supervisor.__init__\n"
         "def other(self, *args, **options):\n"
         "    made(self, *args, **options)\n"

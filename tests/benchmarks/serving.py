@@ -54,7 +54,9 @@ def serving(url: str, home: Path, **environment: str) -> Iterator[Serving]:
         port = free.getsockname()[1]
     settings = {"UNCANNY_DATABASE_URL": url, "UNCANNY_HOME": str(home), "UNCANNY_PORT": str(port)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "api.server"], env={**os.environ, **settings, **environment}, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "api.serve.server"],
+        env={**os.environ, **settings, **environment},
+        stderr=subprocess.DEVNULL,
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as http:

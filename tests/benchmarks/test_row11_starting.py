@@ -73,7 +73,7 @@ def test_memory_at_rest(table: Any, tmp_path: Path) -> None:
         wait_until_it_answers(http)
         until(http, "/v1/cluster", lambda found: found["status"].get("capacity", {}).get("ready"))
         family = [process, *process.children(recursive=True)]
-        [api] = [one for one in family if "api.server" in one.cmdline()]
+        [api] = [one for one in family if "api.serve.server" in one.cmdline()]
         own, every = api.memory_info().rss / MB, sum(map(proportional_bytes, family)) / MB
     table.write(
         f"\nRow 11: memory at rest: API {own:.0f} MB (goal 120), the {len(family)} processes {every:.0f} MB (goal 900)"

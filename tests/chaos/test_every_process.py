@@ -33,7 +33,7 @@ GRID = {"scale": [1, 5], "attack": ["pgd_l2", "pgd_linf"]}
 OURS = ("api", "dispatcher", "guard", "worker")
 RAYS = ("ray start", "gcs_server", "raylet", "dashboard", "dashboard agent", "runtime agent")
 IN_COMMAND = {
-    "api.cli": "supervisor", "api.server": "api", "workers.dispatch": "dispatcher", "workers.head": "guard",
+    "api.cli": "supervisor", "api.serve.server": "api", "workers.dispatch": "dispatcher", "workers.head": "guard",
     "ray::DashboardAgent": "dashboard agent", "ray::RuntimeEnvAgent": "runtime agent", "ray::IDLE": "worker",
     "ray::bundle": "worker", "ray start": "ray start", "dashboard/dashboard.py": "dashboard",
 }  # fmt: skip

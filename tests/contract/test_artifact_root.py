@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy import insert
 from typer.testing import CliRunner
 
-from api.app import create_app
-from api.cli import app as commands
+from api.cli.main import app as commands
+from api.http.app import create_app
 from service.errors import ArtifactRootUnusable
 from service.lab import artifact_root
 from service.lab.artifact_root import RootMark, adopt, of_database

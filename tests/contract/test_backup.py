@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
-from api.app import create_app
+from api.http.app import create_app
 from service.errors import BackupFailed, Conflict
 from service.lab.artifacts import Artifacts
 from service.operations.backup import backup, restore

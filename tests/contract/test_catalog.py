@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from api.catalog import _described
+from api.http.catalog import _described
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
 from service.specs.base import FRACTION, NUMBER

@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
-from api.app import create_app
+from api.http.app import create_app
 from service.errors import DatabaseDamaged
 from service.operations import doctor
 from service.operations.upgrading import prepare_store

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select, update
 from sqlalchemy import text as sql
 
-from api.app import create_app
+from api.http.app import create_app
 from service.errors import InvalidQuery
 from service.model.dotted import flat
 from service.model.executor import Succeeded

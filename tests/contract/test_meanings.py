@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import update
 
-from api.app import create_app
-from api.events import Start, _followed, _Past
-from api.feed import MOST_PENDING, Feed, Reader
+from api.http.app import create_app
+from api.http.events import Start, _followed, _Past
+from api.http.feed import MOST_PENDING, Feed, Reader
 from service.errors import InvalidQuery
 from service.lab.access import Access, Caller
 from service.model import times

@@ -10,8 +10,8 @@ import pytest
 import api
 import service
 import workers
-from api.app import create_app
-from api.docs import _example
+from api.http.app import create_app
+from api.http.docs import _example
 from service.settings import Settings
 
 SNAPSHOT = Path(__file__).with_name("openapi.json")

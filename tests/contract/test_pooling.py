@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from pooler import pooling
 from sqlalchemy import make_url, text
 
-from api.app import create_app
+from api.http.app import create_app
 from service.errors import DatabaseAway, UnfitDatabase
 from service.lab.artifact_root import of_database
 from service.lab.artifacts import Artifacts

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from api.app import create_app
+from api.http.app import create_app
 from service.errors import Conflict, InvalidSpec
 from service.lab import checkpoints
 from service.lab.artifacts import Artifacts

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sqlalchemy import event, update
 
-from api import report
+from api.cli import report
 from service.errors import InvalidQuery
 from service.model.executor import Bits, Succeeded
 from service.model.verdict import VERSION, wilson

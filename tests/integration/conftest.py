@@ -14,10 +14,10 @@ import pytest
 from fastapi import FastAPI
 from made_up import made_up
 
-from api.app import create_app
 from api.binding import listen
 from api.client import ENDED, Client
-from api.server import Server
+from api.http.app import create_app
+from api.serve.server import Server
 from service.lab.artifact_root import of_database
 from service.lab.artifacts import Artifacts
 from service.queue.dispatcher import Dispatcher

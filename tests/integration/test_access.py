@@ -16,10 +16,10 @@ from generated import fill
 from sqlalchemy import insert, select, update
 from typer.testing import CliRunner
 
-from api.auth import ADMIN, FAILURES_PER_MINUTE, PUBLIC, READING
 from api.binding import NotLoopback, check_bind
-from api.cli import app as cli
+from api.cli.main import app as cli
 from api.client import ApiError, Client
+from api.http.auth import ADMIN, FAILURES_PER_MINUTE, PUBLIC, READING
 from service.lab.access import Access, Caller
 from service.settings import Settings
 from service.store import Database
@@ -89,7 +89,7 @@ def problem(response: httpx.Response, status: int) -> str:
 
 
 def test_no_route_answers_without_a_token_or_with_a_useless_one(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.auth.FAILURES_PER_MINUTE", 0)  # or these would soon be 429
+    monkeypatch.setattr("api.http.auth.FAILURES_PER_MINUTE", 0)  # or these would soon be 429
     useless = useless_secrets(lab)
     asked = 0
     for method, path in routes(lab.server):

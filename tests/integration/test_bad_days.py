@@ -19,8 +19,8 @@ import pytest
 from processes import command_of
 from sqlalchemy import select
 
+from api.cli.demo import SWEEP
 from api.client import ApiError, Client
-from api.demo import SWEEP
 from service.lab.artifacts import Artifacts
 from service.store import Database
 from service.store.tables import attempts, events, tasks, trainings
@@ -126,7 +126,7 @@ def test_a_worker_is_killed(lab: Lab) -> None:
 
 def test_the_api_is_killed(lab: Lab) -> None:
     sweep, done = in_the_middle(lab, 3)
-    lab.half("api.server").kill()
+    lab.half("api.serve.server").kill()
     assert_nothing_lost(lab, sweep, done)
 
 

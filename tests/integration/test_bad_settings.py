@@ -13,7 +13,7 @@ import pytest
 import typer
 from sqlalchemy import make_url
 
-from api import cli
+from api.cli import main as cli
 
 if TYPE_CHECKING:
     from typer._click.core import Command

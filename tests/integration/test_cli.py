@@ -24,11 +24,11 @@ import yaml
 from rich.console import Console
 from scipy.stats import binomtest
 
-from api import client, render, report
-from api.cli import app, main
-from api.client import ApiError, Event
-from api.commands.submitting import _show_event
-from api.render import percent
+from api.cli import report
+from api.cli.commands.submitting import _show_event
+from api.cli.main import app, main
+from api.client import ApiError, Event, client, render
+from api.client.render import percent
 from service.model import verdict
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"

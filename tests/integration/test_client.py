@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from api import asking, client, transport
-from api.client import ApiError, Client, Unanswered, Unreachable
-from api.commands.options import REACH_SECONDS
-from api.errors import RETRY_AFTER_SECONDS
-from api.supervisor import LONGEST_PAUSE_SECONDS
+from api.cli.commands.options import REACH_SECONDS
+from api.client import ApiError, Client, Unanswered, Unreachable, asking, client, transport
+from api.http.errors import RETRY_AFTER_SECONDS
+from api.serve.supervisor import LONGEST_PAUSE_SECONDS
 from service.errors import UncannyError
 from service.lab import checkpoints
 from service.store.database import BUSY_SECONDS

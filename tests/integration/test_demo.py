@@ -18,7 +18,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from api.demo import SWEEP, _table
+from api.cli.demo import SWEEP, _table
 
 pytestmark = pytest.mark.slow
 

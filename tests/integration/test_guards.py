@@ -15,9 +15,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from api.app import create_app
-from api.feed import POLL_SECONDS, RENEW_SECONDS
-from api.routing import OF_MANY
+from api.http.app import create_app
+from api.http.feed import POLL_SECONDS, RENEW_SECONDS
+from api.http.routing import OF_MANY
 from service.errors import Conflict, NotFound, Unauthenticated
 from service.lab.access import Access, Caller
 from service.queue.submission import Service
@@ -191,7 +191,7 @@ def test_every_question_about_many_rows_takes_a_turn(lab: Guarded) -> None:
 def test_without_a_good_token_it_is_401_before_the_body_is_read(
     lab: Guarded, method: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.auth.FAILURES_PER_MINUTE", 0)  # or these would soon be 429
+    monkeypatch.setattr("api.http.auth.FAILURES_PER_MINUTE", 0)  # or these would soon be 429
     for secret in (None, lab.secrets["ada"][:-1]):
         answer = lab.ask(method, path, secret, content=untouched())
         assert answer.status_code == 401, answer.text
@@ -354,7 +354,7 @@ def ends(lab: Guarded, secret: str, meanwhile: Callable[[], object]) -> tuple[bo
 
 @pytest.mark.parametrize("how", ["revoked", "expired", "disabled"])
 def test_a_stream_of_events_ends_with_its_token(lab: Guarded, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.feed.RENEW_SECONDS", 0.1)
+    monkeypatch.setattr("api.http.feed.RENEW_SECONDS", 0.1)
     days = 1.0 / 86_400 if how == "expired" else None
     lab.access.put_user("dora", {}, actor="root")
     made = lab.access.create_token("dora", "watching", "read", days, by=Caller("root"))

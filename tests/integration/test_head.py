@@ -151,7 +151,7 @@ def test_nothing_is_left_when_the_parent_or_the_guard_is_killed(victim: str, tmp
     """The parent is killed: the guard ends all. The guard is killed: who adopts orphans ends them, as `serve` does."""
     script = """
         import os, signal, sys, time
-        from api.supervisor import Part, Supervisor
+        from api.serve.supervisor import Part, Supervisor
         from service.processes import adopt_orphans
         adopt_orphans()
         part = Part("head", sys.argv[1:], dict(os.environ), None, (), death_signal=signal.SIGTERM)

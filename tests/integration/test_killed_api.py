@@ -34,7 +34,7 @@ def start_api(settings: Settings, listening: socket.socket) -> "subprocess.Popen
     log = (settings.home / "api.log").open("ab")
     with log:
         return subprocess.Popen(
-            [sys.executable, "-m", "api.server", "--fd", str(listening.fileno())], stdout=log, stderr=log,
+            [sys.executable, "-m", "api.serve.server", "--fd", str(listening.fileno())], stdout=log, stderr=log,
             env={**os.environ, **settings.environment()}, pass_fds=[listening.fileno()], preexec_fn=die_with_parent(),
         )  # fmt: skip
 

@@ -25,10 +25,10 @@ import httpx
 import psutil
 import pytest
 
-from api import feed
-from api.feed import Reader
-from api.routing import new_turns
-from api.turns import Turns
+from api.http import feed
+from api.http.feed import Reader
+from api.http.routing import new_turns
+from api.http.turns import Turns
 from service.errors import DatabaseAway
 from service.lab.access import Caller
 from service.results.insights import Insights
@@ -115,7 +115,7 @@ class TestBodies:
 
     @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/sweeps", f"/v1/artifacts/{'0' * 64}"])
     def test_a_body_that_does_not_come_is_given_up(self, own: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.limits.BODY_SECONDS", 0.3)
+        monkeypatch.setattr("api.http.limits.BODY_SECONDS", 0.3)
         method = "PUT" if "artifacts" in path else "POST"
         head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 999"
         with closing(connect(own, f"{head}\r\n\r\n".encode())) as connection:
@@ -182,7 +182,7 @@ class TestBodies:
         assert (status("POST", "/v1/sweeps", 1_100_000), status("POST", "/v1/sweeps", 17_000_000)) == (422, 413)
 
     def test_bodies_together_have_a_limit_and_small_ones_none(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.limits.HELD_BYTES", 2_000_000)
+        monkeypatch.setattr("api.http.limits.HELD_BYTES", 2_000_000)
         head = b"POST /v1/sweeps HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         head += b"Content-Length: 2000000\r\n\r\n"
         for seconds in (0.05, 0.2, 1, 5):  # until all of it has been read, or else the other one is refused
@@ -255,7 +255,7 @@ class TestValues:
 class TestConnections:
     @pytest.mark.parametrize("sent", ["", "GET /healthz HTTP/1.1\r\nHost:", f"{HEALTHZ}GET /heal"])
     def test_a_head_that_does_not_come_is_given_up(self, own: Any, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.connections.HEAD_SECONDS", 0.3)
+        monkeypatch.setattr("api.http.connections.HEAD_SECONDS", 0.3)
         with closing(connect(own, sent.encode())) as connection:
             assert ended(connection).count(b"HTTP/1.1 200 OK") == sent.count("\r\n\r\n")
 
@@ -265,13 +265,13 @@ class TestConnections:
             time.sleep(0.02)
 
     def test_nor_one_that_comes_drop_by_drop(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.connections.HEAD_SECONDS", 0.3)
+        monkeypatch.setattr("api.http.connections.HEAD_SECONDS", 0.3)
         with closing(connect(own, b"GET /healthz HTTP/1.1\r\n")) as connection:
             with pytest.raises(OSError, match=r"reset|Broken pipe"):
                 self.drip(connection)
 
     def test_what_took_long_to_answer_is_no_late_head(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.connections.HEAD_SECONDS", 0.2)
+        monkeypatch.setattr("api.http.connections.HEAD_SECONDS", 0.2)
         job = own.client.submit(JOB, seed=1)
         with httpx.Client(base_url=own.url, timeout=20) as http:
             for _ in range(2):
@@ -280,7 +280,7 @@ class TestConnections:
     def test_of_too_many_connections_the_idlest_goes(
         self, start_server: Any, home: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("api.connections.MOST_CONNECTIONS", 20)
+        monkeypatch.setattr("api.http.connections.MOST_CONNECTIONS", 20)
         with start_server(home, dispatching=False) as server:
             half = [connect(server, b"GET /healthz HTTP/1.1\r\nHost: 1") for _ in range(60)]
             answers(server)
@@ -291,7 +291,7 @@ class TestConnections:
     def test_a_reader_who_takes_nothing_is_dropped_and_a_slow_one_is_not(
         self, own: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("api.connections.READER_SECONDS", 0.5)
+        monkeypatch.setattr("api.http.connections.READER_SECONDS", 0.5)
         content = os.urandom(8 << 20)
         digest = hashlib.sha256(content).hexdigest()
         assert own.http.put(f"/v1/artifacts/{digest}", content=content).status_code == 201
@@ -336,7 +336,7 @@ class TestThreads:
     ) -> None:
         """Fifty took all threads while SQLite's writer was busy."""
         turns = new_turns() | {"writers": Turns("writers", 8, 30, 0.5)}
-        monkeypatch.setattr("api.app.new_turns", lambda: turns)
+        monkeypatch.setattr("api.http.app.new_turns", lambda: turns)
         with start_server(home, dispatching=False) as server, ThreadPoolExecutor(50) as pool:
             http = httpx.Client(base_url=server.url, timeout=30, limits=httpx.Limits(max_connections=50))
             with closing(sqlite3.connect(home / "uncanny.db", isolation_level=None)) as writer:
@@ -456,8 +456,8 @@ class TestReaders:
         self, server: Any, pending: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Of everything, of a sweep, of a job; also to who is always so far behind that some had to be left out."""
-        monkeypatch.setattr("api.feed.MOST_PENDING", pending)
-        monkeypatch.setattr("api.feed.POLL_SECONDS", 0.01)
+        monkeypatch.setattr("api.http.feed.MOST_PENDING", pending)
+        monkeypatch.setattr("api.http.feed.POLL_SECONDS", 0.01)
         server.idle()
         start = server.client.submit({**JOB, "samples": 21}, seed=10_000 + pending)
         begun = next(server.client.events(job=start.id, follow=False)).id
@@ -497,8 +497,8 @@ class TestReaders:
 
     @pytest.mark.slow
     def test_one_that_stops_reading_is_dropped(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.connections.READER_SECONDS", 0.5)
-        monkeypatch.setattr("api.feed.POLL_SECONDS", 0.01)
+        monkeypatch.setattr("api.http.connections.READER_SECONDS", 0.5)
+        monkeypatch.setattr("api.http.feed.POLL_SECONDS", 0.01)
         with closing(connect(own, EVENTS, receive_bytes=4096)) as stopped:
             until(lambda: established(stopped))
             sweep = {"name": "x", "base": {**JOB, "dataset": "digits"}, "labels": {}}
@@ -510,12 +510,12 @@ class TestReaders:
             until(lambda: not established(stopped))
 
     def test_a_silent_stream_is_kept_open(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.events.PING_SECONDS", 0.05)
+        monkeypatch.setattr("api.http.events.PING_SECONDS", 0.05)
         with closing(connect(own, EVENTS)) as connection:
             until(lambda: b": ping" in connection.recv(4096))
 
     def test_there_are_not_too_many(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.feed.MOST_READERS", 2)
+        monkeypatch.setattr("api.http.feed.MOST_READERS", 2)
         readers = [connect(own, EVENTS) for _ in range(2)]
         for reader in readers:
             until(lambda reader=reader: b"id:" in reader.recv(4096))  # type: ignore[misc]
@@ -713,7 +713,7 @@ class TestShares:
         until(lambda: not shared.server.app.state.open_by)
 
     def test_of_large_bodies(self, shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("api.limits.HELD_BYTES", 2_000_000)
+        monkeypatch.setattr("api.http.limits.HELD_BYTES", 2_000_000)
 
         def sweep(who: str) -> httpx.Response:
             return shared.ask(who, "POST", "/v1/sweeps", content=b" " * 600_000, headers=JSON)

@@ -93,7 +93,8 @@ def api(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Api]:
 
     with log.open("wb") as sink, closing(listening):
         process = subprocess.Popen(
-            [sys.executable, "-m", "api.server", "--fd", str(listening.fileno())], cwd=TREE, stdout=sink, stderr=sink,
+            [sys.executable, "-m", "api.serve.server", "--fd", str(listening.fileno())],
+            cwd=TREE, stdout=sink, stderr=sink,
             env={**os.environ, "PYTHONPATH": TREE, "UNCANNY_HOME": str(tmp_path), **settings},
             pass_fds=[listening.fileno()], preexec_fn=prepare,
         )  # fmt: skip

@@ -21,10 +21,9 @@ from rich.console import Console
 from scipy.stats import binomtest
 from typer.testing import CliRunner, Result
 
-from api import render
-from api.cli import app
-from api.client import ApiError, Client
-from api.snapshots import NoSnapshot, verify
+from api.cli.main import app
+from api.cli.snapshots import NoSnapshot, verify
+from api.client import ApiError, Client, render
 from service.errors import UncannyError
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from api.written import read
+from api.cli.written import read
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text()

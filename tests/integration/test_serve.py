@@ -50,10 +50,10 @@ def until(what: Callable[[], Any], seconds: float = 30) -> Any:
 def test_the_api_is_started_again_and_requests_wait_meanwhile(tmp_path: Path) -> None:
     with serving(tmp_path, WITHOUT_RAY) as (process, url), Client(url) as client:
         accepted = client.submit(JOB)
-        api = until(lambda: half(process, "api.server"))
+        api = until(lambda: half(process, "api.serve.server"))
         api.kill()
         assert client.job(accepted.id)["state"] == "queued"  # the same client, at once: the connection waits
-        until(lambda: another(process, "api.server", api))
+        until(lambda: another(process, "api.serve.server", api))
         assert (tmp_path / "logs" / "api.log").read_text().count("answers requests") == 2
 
 
@@ -63,7 +63,7 @@ def test_an_event_stream_resumes_through_a_restart_of_the_api(tmp_path: Path) ->
         everything = [event.id for event in client.events(after=0, follow=False)]
         followed = client.events(after=0)
         seen = [next(followed).id for _ in everything]
-        api = until(lambda: half(process, "api.server"))
+        api = until(lambda: half(process, "api.serve.server"))
         api.kill()
         second = client.submit(JOB, scale=5)
         rest = next(followed)  # the stream broke; the same iterator goes on where it was
@@ -76,7 +76,7 @@ def test_an_event_stream_resumes_through_a_restart_of_the_api(tmp_path: Path) ->
         )
         told = [int(line.removeprefix("id: ")) for line in resumed.text.splitlines() if line.startswith("id: ")]
         assert told == [event.id for event in missed]  # first, without data, the one that it starts behind
-        until(lambda: another(process, "api.server", api))
+        until(lambda: another(process, "api.serve.server", api))
 
 
 def test_no_secret_is_written_anywhere(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_what_is_adopted_while_orphans_are_ended_is_ended_too() -> None:
     script = """
 import subprocess, psutil
 from service.processes import adopt_orphans
-from api.supervisor import Supervisor
+from api.serve.supervisor import Supervisor
 
 adopt_orphans()
 orphan = psutil.Process(subprocess.Popen(["sh", "-c", "sleep 1000 & wait"]).pid)
@@ -150,7 +150,7 @@ def test_it_stops_cleanly(tmp_path: Path, which: signal.Signals) -> None:
 
 def test_children_follow_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     with serving(tmp_path, WITHOUT_RAY) as (process, _):
-        halves = [until(lambda: half(process, "api.server")), until(lambda: half(process, "time.sleep"))]
+        halves = [until(lambda: half(process, "api.serve.server")), until(lambda: half(process, "time.sleep"))]
         process.kill()
         process.wait()
         until(lambda: gone(halves))

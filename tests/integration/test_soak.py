@@ -46,7 +46,8 @@ QUESTIONS = (
     "/v1/leaderboard?filter=seed<1050",
 )
 PARTS = {
-    "api.server": "API", "workers.dispatch": "dispatcher", made_up.__file__: "dispatcher", "workers.head": "guard",
+    "api.serve.server": "API", "workers.dispatch": "dispatcher", made_up.__file__: "dispatcher",
+    "workers.head": "guard",
     "gcs_server": "GCS", "raylet/raylet": "raylet", "ray::IDLE": "worker", "ray::bundle": "worker",
 }  # fmt: skip
 FOLDERS = ("database", "artifacts", "spool", "logs")

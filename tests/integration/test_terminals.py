@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
-from api import render
-from api.cli import app as cli
-from api.client import ApiError
-from api.terminal import plain, spoken_to
+from api.cli.main import app as cli
+from api.client import ApiError, render
+from api.client.terminal import plain, spoken_to
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 NAMES = ["[/red]", "[bold]x[/]", ":smile:", "a\\", "[link=http://x]y[/link]", "100 % [", "Žofie 你好"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from api.cli import main
+from api.cli.main import main
 from api.client import ApiError
 from service.store import Database, accounts
 

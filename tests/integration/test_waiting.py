@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from api.commands import waiting
-from api.commands.waiting import reasons_told
+from api.cli.commands import waiting
+from api.cli.commands.waiting import reasons_told
 from service.model.environment import SetAside
 from service.model.executor import Capacity
 from service.store import Database, claiming

@@ -21,7 +21,7 @@ def test_contracts_hold() -> None:
     [
         ("service.queue.dispatcher", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
         ("service.queue.submission", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
-        ("api.app", {"torch", "ray"}),
+        ("api.http.app", {"torch", "ray"}),
         ("api.client", {"torch", "ray", "fastapi", "scipy", "sklearn", "polars", "pandas", "pyarrow"}),
         ("workers.science.training", {"ray", "sqlalchemy", "fastapi", "pydantic", "service", "api"}),
     ],

@@ -6,8 +6,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from api.cli import app
-from api.commands.options import whole_number
+from api.cli.commands.options import whole_number
+from api.cli.main import app
 
 OPTIONS = (
     ("results", "--limit"), ("jobs", "-n"), ("sweeps", "--limit"), ("serve", "--port"), ("gc", "--quota"),

@@ -14,7 +14,7 @@ from accounts import reached_by_nobody
 from privileges import needs_root
 
 from api import home
-from api.supervisor import _open_log
+from api.serve.supervisor import _open_log
 from service import private
 from service.lab.artifacts import Artifacts
 from service.model.executor import Succeeded

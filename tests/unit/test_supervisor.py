@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from api import supervisor
-from api.supervisor import Part
+from api.serve import supervisor
+from api.serve.supervisor import Part
 
 SPEAKS = """
 import os, sys, time

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.commands.options import BadUsage
-from api.commands.submitting import read_spec
-from api.written import read
+from api.cli.commands.options import BadUsage
+from api.cli.commands.submitting import read_spec
+from api.cli.written import read
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -161,8 +161,8 @@ REPORT = """
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from api.commands import exporting
-from api.report import Report
+from api.cli.commands import exporting
+from api.cli.report import Report
 exporting.client_of = lambda *_: nullcontext()
 exporting.report_of = lambda *_, **__: Report({"sweep": "caf\\u00e9 \\u26a1"}, [], {}, [], 0)
 exporting.report(output=Path(sys.argv[1]))

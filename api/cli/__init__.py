@@ -1,0 +1,1 @@
+"""`uncanny`: the commands."""

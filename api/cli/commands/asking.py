@@ -1,0 +1,269 @@
+"""`aggregate`, `leaderboard`, `compare`, `correlations`, `retract`: questions to all results at once."""
+
+from typing import Annotated, Any
+
+import typer
+
+from api.cli.commands.options import (
+    AsJson,
+    BadUsage,
+    Filter,
+    Filters,
+    Home,
+    Retracted,
+    Url,
+    client_of,
+    filters_of,
+    print_json,
+)
+from api.client import Json
+from api.client.render import attack_name, fields_table, number, percent, percents, say, show, table, tell
+from service.model.dotted import flat
+from service.model.unit import Unit
+
+FAILED = 1
+COUNTED = {
+    "networks": "n is the number of trained networks: repeats of one are averaged first.",
+    "attack_seeds": "n is the number of attack seeds: the spread is that of the attack on one network.",
+}
+Trusted = Annotated[bool, typer.Option("--trusted/--any-verdict", help="Only results with the verdict `trusted`.")]
+
+
+def aggregate(
+    filters: Filters = None,
+    filter: Filter = "",
+    by: Annotated[str, typer.Option("--by", help="Fields by comma; without, all is one group.")] = "",
+    metrics: Annotated[str, typer.Option("--metrics", help="As robust_accuracy:mean,ci95,clean_accuracy:median.")] = "",
+    unit: Annotated[
+        Unit, typer.Option("--unit", help="What is counted: networks, or attack seeds of one.")
+    ] = "network",
+    allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Let a group differ in more than seeds.")] = False,
+    include_retracted: Retracted = False,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Statistics over groups of results, as `uncanny aggregate dataset=digits --by architecture,scale,attack`."""
+    with client_of(home, url) as client:
+        found = client.aggregate(
+            by,
+            metrics,
+            filter,
+            unit=unit,
+            allow_mixed=allow_mixed,
+            include_retracted=include_retracted,
+            **filters_of(filters),
+        )
+    if as_json:
+        return print_json(found.items)
+    if found.retracted:
+        tell(f"{found.retracted:,} retracted results are not counted (--include-retracted counts them).")
+    if not found.items:
+        return tell("No results match.")
+    show(fields_table(found.flat()))
+    return say(f"\n{COUNTED[found.spread_of]}")
+
+
+def leaderboard(
+    filters: Filters = None,
+    filter: Filter = "",
+    scale: Annotated[str, typer.Option("--scale", help="Of this scale, or `all`.")] = "1",
+    trusted: Trusted = True,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Networks by their worst case over all stored attacks, as `uncanny leaderboard dataset=digits norm=linf`."""
+    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    with client_of(home, url) as client:
+        boards = client.leaderboard(scale=scale, trusted=trusted, **asked)
+    if as_json:
+        return print_json(boards)
+    for board in boards:
+        attacked = f", with {board['preset'] or board['attack']['type']}" if board["attack"] else ""
+        title = f"{board['dataset']}, {board['threat_model']}{attacked}, {board['samples']} samples"
+        columns = ["rank", "architecture", "recipe", "scale", "networks", "results", "worst case", "95 %", "attacks"]
+        columns += ["robust", "clean", "flags"]
+        differs = _differing([dict(flat(row["recipe"])) for row in board["rows"]])
+        show(table(columns, [_place(row, differs) for row in board["rows"]], title))
+        say("")
+    if not boards:
+        _tell_nothing(trusted)
+    return None
+
+
+def worst_cases(
+    filters: Filters = None,
+    filter: Filter = "",
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """The worst case of each network over all stored attacks of a threat model, which are named."""
+    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    with client_of(home, url) as client:
+        rows = client.worst_cases(**asked)
+    if as_json:
+        return print_json(rows)
+    if not rows:
+        return tell("No results match.")
+    columns = ["network", "architecture", "recipe", "dataset", "threat model", "scale", "worst case", "95 %", "attacks"]
+    columns.append("flags")
+    show(table(columns, [_worst_case(row) for row in rows]))
+    return None
+
+
+def compare(
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB JOB ...", help="Ids of two or more results.")],
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Results side by side: what differs, whether they break the same examples, and the worst case over all."""
+    with client_of(home, url) as client:
+        found = client.compare(*jobs)
+        short = client.short_ids(row["job_id"] for row in found["results"]) if not as_json else {}
+    if as_json:
+        return print_json(found)
+    differing = [[name, *map(number, values)] for name, values in found["differing"].items()]
+    ids = [row["job_id"] for row in found["results"]]
+    show(
+        table(["differs", *ids], differing),
+        lambda: table(["differs", *(short.get(ident, ident) for ident in ids)], differing),
+    )
+    say("")
+    columns = ["a", "b", "only_a", "only_b", "difference", "difference_low", "difference_high", "p_value"]
+    pairs = [{name: pair[name] for name in columns} for pair in found["pairs"]]
+    show(fields_table(pairs), lambda: fields_table(pairs, short))
+    say("")
+    if found["union"] is None:
+        say(f"No worst case over all of them: {found['union_refused']}.")
+    else:
+        say(f"Robust against all of them: {percent(found['union']['robust_accuracy'])}.")
+        for job_id, reason in found["union"]["left_out"].items():
+            say(f"Left out, because it proves nothing: {job_id} ({reason}).")
+    return None
+
+
+def correlations(
+    measure: Annotated[str, typer.Argument(help="A number, such as log_relative_sharpness_median.")],
+    filters: Filters = None,
+    filter: Filter = "",
+    trusted: Trusted = True,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Does a measure rank networks as their robust accuracy does? Kendall's tau, one point per network at s = 1."""
+    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    with client_of(home, url) as client:
+        found = client.correlations(measure, trusted=trusted, **asked)
+    if as_json:
+        return print_json(found)
+    rows = [
+        {"dataset": row["dataset"], "attack": attack_name(row["attack"]), "samples": row["samples"], **_tau(row)}
+        for row in found
+    ]
+    if not rows:
+        return _tell_nothing(trusted)
+    show(fields_table(rows))
+    say("\nFewer than ten networks give no tau; over_scales is " + found[0]["over_scales"]["note"] + ".")
+    return None
+
+
+def retract(
+    job: Annotated[str, typer.Argument(metavar="[JOB]", help="Id of a result.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="Why; it is shown with the result.")] = "",
+    filter: Filter = "",
+    training: Annotated[str, typer.Option("--training", help="All that rests on the training of this job.")] = "",
+    task: Annotated[str, typer.Option("--task", help="All that rests on this task.")] = "",
+    measure: Annotated[str, typer.Option("--measure", help="With --filter: only this measure's numbers.")] = "",
+    rerun: Annotated[bool, typer.Option("--rerun", help="Compute them again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take such a retraction back.")] = False,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hide a result, all that --filter chooses, or all that rests on a training, from now on. Nothing is deleted."""
+    if sum(map(bool, (job, filter, training, task))) != 1:
+        raise BadUsage("give one of: the id of a result, --filter, --training JOB, --task ID")
+    if measure and not filter:
+        raise BadUsage("--measure needs --filter")
+    if undo and (reason or rerun):
+        raise BadUsage("--undo takes no --reason and no --rerun")
+    if not (reason or undo):
+        raise BadUsage("say why: --reason TEXT")
+    which: dict[str, str] = {"filter": filter, "training": training, "task": task, "measure": measure}
+    with client_of(home, url) as client:
+        done = client.restore(job, **which) if undo else client.retract(job, reason, rerun=rerun, **which)
+    if as_json:
+        print_json(done)
+    else:
+        _say_done(done)
+    if not any(done.values()):
+        tell("No retracted result matches." if undo else "No result that is shown matches.")
+        raise typer.Exit(FAILED)
+
+
+def _say_done(done: Json) -> None:
+    """What was hidden, or is shown again: results by their jobs, tasks by how many they are."""
+    for what in ("retracted", "restored", "resubmitted", "unmeasured", "measured"):
+        if done.get(what):
+            say(f"{what}: {', '.join(done[what])}")
+    if done.get("tasks"):
+        say(f"tasks: {len(done['tasks']):,}")
+    if done.get("replanned"):
+        say(f"{done['replanned']:,} jobs that had not ended get a new generation of these tasks.")
+    if done.get("still_registered"):
+        names = ", ".join(done["still_registered"])
+        say(f"The same weights are registered as {names}: what names them so stays, and is not hidden.")
+    if done.get("superseded"):
+        say(f"{len(done['superseded']):,} of the tasks are joined by no new job: there is a newer generation.")
+
+
+def _tell_nothing(trusted: bool) -> None:
+    tell("No trusted results match (--any-verdict takes all)." if trusted else "No results match.")
+
+
+def _differing(recipes: list[Json]) -> list[str]:
+    """The parameters in which these recipes, if they have the same name, are not all the same."""
+    names = dict.fromkeys(name for recipe in recipes for name in recipe if name != "name")
+    return [
+        name
+        for name in names
+        if any(
+            one["name"] == other["name"] and one.get(name) != other.get(name) for one in recipes for other in recipes
+        )
+    ]
+
+
+def _place(row: Json, differing: list[str]) -> list[str]:
+    recipe = dict(flat(row["recipe"]))
+    shown = [recipe["name"], *(f"{name} {number(recipe[name])}" for name in differing if name in recipe)]
+    interval = percents(row["ci95_low"], row["ci95_high"]) + (" of images" if row["ci95_of"] == "images" else "")
+    return [
+        str(row["rank"]), row["architecture"], ", ".join(shown), number(row["scale"]), str(row["networks"]),
+        str(row["results"]), percent(row["robust_accuracy_worst_case"]), interval, _attacks(row),
+        percent(row["robust_accuracy"]), percent(row["clean_accuracy"]), ", ".join(row["flags"]),
+    ]  # fmt: skip
+
+
+def _worst_case(row: Json) -> list[str]:
+    attacks = ", ".join(attack["preset"] or attack["attack"]["type"] for attack in row["attacks"])
+    return [
+        row["weights_sha256"][:12], row["architecture"], row["recipe"]["name"], row["dataset"], row["threat_model"],
+        number(row["scale"]), percent(row["robust_accuracy_worst_case"]), percents(row["ci95_low"], row["ci95_high"]),
+        f"{row['attack_count']}: {attacks}", ", ".join(row["flags"]),
+    ]  # fmt: skip
+
+
+def _attacks(row: Json) -> str:
+    """How many, and of how many not every network of the row has met."""
+    partly = sum(attack["networks"] < row["networks"] for attack in row["attacks"])
+    return str(len(row["attacks"])) + (f", {partly} not on all" if partly else "")
+
+
+def _tau(row: Json) -> Json:
+    left = {"dataset", "attack", "samples", "version", "measure_version"}
+    found = {name: value for name, value in row.items() if name not in left}
+    return {name: value for name, value in flat(found) if isinstance(value, (int, float, type(None)))}

@@ -1,0 +1,167 @@
+"""`jobs`, `sweeps` and `results`: what is there, and what came out."""
+
+import csv
+import itertools
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from api.cli.commands.options import (
+    AsJson,
+    Filter,
+    Filters,
+    Home,
+    Retracted,
+    Url,
+    client_of,
+    filters_of,
+    print_json,
+    whole_number,
+)
+from api.cli.report import images, meaning
+from api.client import Client, Json
+from api.client.render import fields_table, jobs_table, number, results_table, say, show, sweeps_table, table, tell
+from service.model.dotted import flat
+
+MAX_PAGE = 1000
+Limit = Annotated[int, typer.Option("--limit", "-n", metavar="N", parser=whole_number(1), help="At most so many rows.")]
+Sort = Annotated[str, typer.Option("--sort", help="A field; `-` in front for descending.")]
+
+
+def jobs(
+    filters: Filters = None,
+    filter: Filter = "",
+    sort: Sort = "-created_at",
+    limit: Limit = 50,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs; with a job's ID alone, show that one with its tasks."""
+    with client_of(home, url) as client:
+        if one := _ident(filters):
+            return _show_job(client, client.job(one), as_json)
+        found = client.jobs(filter, sort=sort, limit=_page(limit), **filters_of(filters))
+        rows = _first(found, limit, "--limit shows more")
+        return print_json(rows) if as_json else _show(jobs_table, client, rows, "jobs")
+
+
+def sweeps(limit: Limit = 20, home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
+    """List sweeps with their progress, the newest first."""
+    with client_of(home, url) as client:
+        rows = _first(client.sweeps(limit=_page(limit)), limit, "--limit shows more")
+        return print_json(rows) if as_json else _show(sweeps_table, client, rows, "sweeps")
+
+
+def results(
+    filters: Filters = None,
+    filter: Filter = "",
+    sort: Sort = "-created_at",
+    fields: Annotated[str, typer.Option("--fields", help="Comma-separated names of what to show; `*` for all.")] = "",
+    limit: Limit = 100,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    include_retracted: Retracted = False,
+    home: Home = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show results of succeeded jobs, as `uncanny results sweep=ID scale=5`; with a job's ID alone, that one whole."""
+    with client_of(home, url) as client:
+        if one := _ident(filters):
+            result = client.result(one)
+            return print_json(result) if as_json else _show_result(client, result)
+        found = client.results(
+            filter, sort=sort, fields=fields, limit=_page(limit), include_retracted=include_retracted,
+            **filters_of(filters),
+        )  # fmt: skip
+        rows = _first(found, limit, "--limit shows more, `uncanny export FILE` writes all of them")
+        short = _short(client, rows) if fields and not (as_json or as_csv) else {}
+        if not as_json and (hidden := found.retracted):
+            tell(f"{hidden:,} retracted results are hidden (--include-retracted shows them).")
+        if not (as_json or as_csv or fields):
+            return _show(results_table, client, rows, "results")
+    if as_json:
+        return print_json(rows)
+    flattened = [dict(flat(row)) for row in rows]
+    if as_csv:
+        names = list(dict.fromkeys(name for row in flattened for name in row))
+        writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")  # for `$(...)` of a shell
+        writer.writeheader()
+        return writer.writerows(flattened)
+    return show(fields_table(flattened), lambda: fields_table(flattened, short)) if rows else _tell_nothing("results")
+
+
+def _show(made: Callable[..., Table], client: Client, rows: list[Json], noun: str) -> None:
+    """A table with whole ids where there is room for them, else with beginnings that only they have."""
+    if not rows:
+        return _tell_nothing(noun)
+    short = cache(lambda: client.short_ids(str(row.get("id") or row["job_id"]) for row in rows))
+    levels = (lambda: made(rows, short()), lambda: made(rows, short(), narrow=1), lambda: made(rows, short(), narrow=2))
+    return show(made(rows), *levels)
+
+
+def _short(client: Client, rows: Iterable[Json]) -> dict[str, str]:
+    """The beginnings of the ids that results have."""
+    ids = {str(row[name]) for row in rows for name in ("job_id", "sweep_id") if row.get(name)}
+    return client.short_ids(sorted(ids))
+
+
+def _tell_nothing(noun: str) -> None:
+    """That nothing matches is no row: it is said on stderr."""
+    tell(f"No {noun} match{' (--include-retracted shows retracted ones too)' if noun == 'results' else ''}.")
+
+
+def _page(limit: int) -> int:
+    """Rows of a page: one more than are shown, which tells whether there are more."""
+    return min(limit + 1, MAX_PAGE)
+
+
+def _first(found: Iterable[Json], limit: int, advice: str) -> list[Json]:
+    """The rows that are shown; what stands on stdout is not all of them where stderr says so."""
+    rows = list(itertools.islice(found, limit + 1))
+    if len(rows) > limit:
+        tell(f"There are more than {'this one' if limit == 1 else f'these {limit}'}: {advice}.")
+    return rows[:limit]
+
+
+def _ident(filters: list[str] | None) -> str | None:
+    """The ID that was given instead of filters."""
+    return filters[0] if filters and len(filters) == 1 and "=" not in filters[0] else None
+
+
+def _show_result(client: Client, result: Json) -> None:
+    """Every number and reason; of the tasks that it rests on, `--json` has the rest."""
+    if result["retracted_at"]:
+        said = f" by {result['retracted_by']}: {result['retraction_reason']}"
+        say(f"RETRACTED {result['retracted_at']}{said}")
+    _show(results_table, client, [result], "results")
+    for reason in result["verdict_reasons"] or ():
+        counted = images((result["verdict_counts"] or {}).get(reason))
+        say(f"{reason}{counted and f', {counted}'}: {meaning(reason)}")
+    say("")
+    rows = [[name, number(value)] for name, value in flat({**result, "parts": None}) if value not in (None, "")]
+    short = cache(lambda: _short(client, [result]))
+    show(
+        table(["field", "value"], rows),
+        lambda: table(["field", "value"], [[name, short().get(value, value)] for name, value in rows]),
+    )
+
+
+def _show_job(client: Client, job: Json, as_json: bool) -> None:
+    if as_json:
+        return print_json(job)
+    _show(jobs_table, client, [job], "jobs")
+    say("")
+    columns = ["task", "kind", "part", "state", "attempt", "reason"]
+    tasks = [
+        [
+            task["digest"][:12], task["kind"], ", ".join(task["roles"]), task["state"], str(task["attempt"]),
+            task["reason"] or "",
+        ]
+        for task in job["tasks"]
+    ]  # fmt: skip
+    return show(table(columns, tasks))

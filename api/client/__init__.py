@@ -1,0 +1,8 @@
+"""The client for scripts, notebooks and the commands: requests, answers, and what a terminal shows of them."""
+
+from api.client.client import ENDED, SWEEP_FIELDS, Client, Event, Job, Sweep
+from api.client.transport import ApiError, Json, Unanswered, Unreachable
+
+__all__ = [
+    "ENDED", "SWEEP_FIELDS", "ApiError", "Client", "Event", "Job", "Json", "Sweep", "Unanswered", "Unreachable",
+]  # fmt: skip

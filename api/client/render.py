@@ -1,0 +1,235 @@
+"""Tables and progress bars for the terminal."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from api.client.terminal import plain
+from api.client.transport import Json, OnProgress
+
+WIDE = 160  # columns of a table where no terminal says how wide it is
+ID = re.compile("0[0-9a-f]{7}")
+SENTENCE = 40  # columns into which a sentence is broken at the least
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # data is shown as it is
+out = Console(**PLAIN, width=None if sys.stdout.isatty() else WIDE)
+err = Console(**PLAIN, stderr=True)
+NAMES: Mapping[str, str] = {}  # ids that are shown whole
+COLOURS = {
+    "succeeded": "green", "trusted": "green", "failed": "red", "invalid": "red", "held": "red", "suspect": "yellow",
+    "running": "cyan", "cancelled": "dim", "queued": "dim",
+}  # fmt: skip
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """No cell is broken but the last of a row, which may be a sentence."""
+    made = Table(
+        title=Text(plain(title), "table.title") if title else None,
+        title_justify="left",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+    )
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(row[i][:1] in "-0123456789–" and not ID.match(row[i]) for row in rows)
+        lines = [line for cell in (column, *(row[i] for row in rows)) for line in cell.splitlines()]
+        widest = max(map(cell_len, lines), default=0)
+        least = min(widest, SENTENCE) if i == len(columns) - 1 else widest
+        made.add_column(Text(plain(column)), justify="right" if numeric else "left", overflow="fold", min_width=least)
+    for row in rows:
+        made.add_row(*(coloured(cell) for cell in row))
+    return made
+
+
+def show(made: Table, *narrower: Callable[[], Table]) -> None:
+    """A table on stdout: on a terminal the first of these that fits, else the first narrower, a line for each cell.
+
+    Elsewhere it is the widest, whole.
+    """
+    if not out.is_terminal:
+        needs = _width(made)
+        return (out if needs <= out.width else Console(**PLAIN, width=needs)).print(made)
+    tables = [made]
+    for one in narrower:
+        if _width(tables[-1]) <= out.width:
+            break
+        tables.append(one())
+    fits = _width(tables[-1]) <= out.width
+    return out.print(tables[-1] if fits else _upright(tables[min(1, len(tables) - 1)]))
+
+
+def _upright(made: Table) -> Table:
+    """The same with the names of its columns at the left, for each row anew; long cells are folded."""
+    turned = Table(title=made.title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    turned.add_column(style="bold", overflow="fold")
+    turned.add_column(overflow="fold")
+    names = [column.header for column in made.columns]
+    rows = list(zip(*(column.cells for column in made.columns), strict=True))
+    for place, row in enumerate(rows or [("",) * len(names)]):
+        if place:
+            turned.add_row("", "")
+        for name, cell in zip(names, row, strict=True):
+            turned.add_row(name, cell)
+    return turned
+
+
+def _width(made: Table) -> int:
+    return Measurement.get(out, out.options.update(width=sys.maxsize), made).minimum
+
+
+def coloured(cell: str) -> Text:
+    return Text(plain(cell), COLOURS.get(cell, ""))
+
+
+def say(text: str) -> None:
+    """A sentence as it is: no markup, and no line breaks that a copied command would carry along."""
+    out.print(plain(text), soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """The same to stderr, where `--json` wants stdout for itself."""
+    err.print(plain(text), soft_wrap=True)
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def percents(low: float | None, high: float | None) -> str:
+    """An interval."""
+    return "–" if low is None else f"{percent(low)} to {percent(high)}"
+
+
+def number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def attack_name(attack: Json) -> str:
+    norm = attack.get("norm")
+    return f"{attack['type']} {norm} {number(attack['eps'])}" if norm else str(attack["type"])
+
+
+def jobs_table(jobs: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
+    rows = [
+        [
+            short.get(job["id"], job["id"]), job["state"],
+            f"{100 * job['progress']:.0f} %", job["spec"]["architecture"],
+            job["spec"]["dataset"], number(job["spec"]["scale"]), attack_name(job["spec"]["attack"]), job["user"],
+            job["reason"] or "",
+        ]
+        for job in jobs
+    ]  # fmt: skip
+    columns = ["job", "state", "done", "architecture", "dataset", "scale", "attack", "user", "reason"]
+    left_out = ((), ("done", "dataset", "user"), ("done", "dataset", "user", "scale", "attack"))[narrow]
+    return table(*without(left_out, columns, rows))
+
+
+def sweeps_table(sweeps: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
+    rows = [
+        [
+            short.get(sweep["id"], sweep["id"]), sweep["name"], sweep["state"], f"{100 * sweep['progress']:.0f} %",
+            f"{sweep['jobs']['succeeded']}/{sweep['jobs']['total']}", str(sweep["jobs"]["failed"]),
+            duration(sweep["eta_seconds"]), sweep["user"],
+        ]
+        for sweep in sweeps
+    ]  # fmt: skip
+    columns = ["sweep", "name", "state", "done", "succeeded", "failed", "left", "user"]
+    left_out = ((), ("done", "left", "user"), ("done", "left", "user", "failed"))[narrow]
+    return table(*without(left_out, columns, rows))
+
+
+def results_table(results: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
+    rows = [
+        [
+            short.get(row["job_id"], row["job_id"]),
+            row["architecture"], row["dataset"], number(row["scale"]), attack_name(row["attack"]),
+            percent(row["clean_accuracy"]), percent(row["robust_accuracy"]),
+            percents(row["robust_accuracy_ci95_low"], row["robust_accuracy_ci95_high"]),
+            number(row.get("log_relative_sharpness_median")), percent(row["zero_gradient_fraction"]),
+            percent(row["masked_fraction"]), row["verdict"] or "–",
+        ]
+        for row in results
+    ]  # fmt: skip
+    columns = ["job", "architecture", "dataset", "scale", "attack", "clean", "robust", "95 %", "log sharpness"]
+    columns += ["zero gradient", "masked", "verdict"]
+    less = ("dataset", "95 %", "log sharpness", "zero gradient", "masked")
+    left_out = ((), less, (*less, "clean", "attack"))[narrow]
+    return table(*without(left_out, columns, rows))
+
+
+def without(
+    left_out: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """These columns and rows but for some columns."""
+    kept = [i for i, column in enumerate(columns) if column not in left_out]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def fields_table(rows: Sequence[dict[str, Any]], short: Mapping[str, str] = NAMES) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[number(row.get(name)) for name in columns] for row in rows]
+    return table(columns, [[short.get(cell, cell) for cell in row] for row in cells])
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+@contextmanager
+def sweep_progress(name: str) -> Iterator[OnProgress]:
+    """A progress bar on stderr for a sweep or a job; call what it gives with each status.
+
+    Where stderr is no terminal, or a dumb one, a line at the beginning and for every tenth that is done.
+    """
+    if err.is_dumb_terminal or not (err.is_terminal or err.is_jupyter):
+        yield _lines(name)
+        return
+    bar = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", markup=False), console=err, transient=True,
+    )  # fmt: skip
+    with bar:
+        shown = bar.add_task(plain(name), total=1.0, left="")
+
+        def update(status: Json) -> None:
+            bar.update(shown, completed=status["progress"], left=_left(status))
+
+        yield update
+
+
+def _lines(name: str) -> OnProgress:
+    said: set[int] = set()
+
+    def update(status: Json) -> None:
+        tenth = int(10 * status["progress"])
+        if tenth not in said and tenth < 10:
+            said.add(tenth)
+            tell(f"{name}: {10 * tenth} %" + (f", {left}" if (left := _left(status)) else ""))
+
+    return update
+
+
+def _left(status: Json) -> str:
+    """Of a sweep, its jobs and when they will be done."""
+    if "jobs" not in status:
+        return ""
+    jobs = status["jobs"]
+    return f"{jobs['succeeded']}/{jobs['total']} jobs, ETA {duration(status['eta_seconds'])}"

@@ -1,0 +1,208 @@
+"""One look at the database for all readers of events, however many there are."""
+
+import asyncio
+import json
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from fastapi.sse import format_sse_event
+
+from api.http.turns import Busy
+from service.errors import DatabaseAway, Unauthenticated
+from service.lab.access import Access, Caller
+from service.results.insights import Insights
+from service.store.history import PAGE
+
+POLL_SECONDS = 0.3
+BREATHS, LONGEST_PAUSE_SECONDS = 9, 2.0  # between two looks: so many times as long as giving out took
+RENEW_SECONDS = 5.0  # so often it is asked whether the callers' tokens are still good
+MOST_READERS = 2000
+MOST_PENDING = 64  # looks of which a reader may be behind, before it reads from the database again
+READERS_AT_ONCE = 16  # that are woken before others have their turn on the event loop
+OF_ACCESS = ("user.", "token.")  # what only admins are told, and who did it
+
+T = TypeVar("T")
+Piece = tuple[int | None, bytes]
+"""An event as it is sent, with its id; of progress without one."""
+
+
+@dataclass(eq=False)
+class Reader:
+    """An open stream of what happens to a sweep or a job, or of everything, and what waits to be sent on it.
+
+    What it is given are events after `since`; `behind` says that some were left out.
+    """
+
+    caller: Caller
+    sweep_id: str | None = None
+    job_id: str | None = None
+    since: int = 0
+    fresh: bool = True  # it has not been told the progress of what runs
+    behind: bool = False
+    ended: bool = False
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    _pending: deque[list[Piece]] = field(default_factory=deque)
+
+    @property
+    def group(self) -> tuple[str | None, str | None, str | None]:
+        """Readers of one group are sent the same."""
+        return self.sweep_id, self.job_id, None if self.caller.may("admin") else self.caller.name
+
+    def give(self, pieces: list[Piece]) -> None:
+        if len(self._pending) >= MOST_PENDING:
+            self.behind = True
+            self._pending.clear()
+        elif not self.behind:
+            self._pending.append(pieces)
+        self.woken.set()
+
+    def taken(self) -> Iterator[Piece]:
+        """All that waits, once; then the reader sleeps until there is more."""
+        self.woken.clear()
+        while self._pending:
+            yield from self._pending.popleft()
+
+    def end(self) -> None:
+        self.ended = True
+        self.woken.set()
+
+
+class Feed:
+    """Looks at the database every `POLL_SECONDS` while anybody reads, and gives each reader what is new for it.
+
+    `is_stopping` tells when the server ends its streams.
+    """
+
+    def __init__(self, insights: Insights, users: Access, is_stopping: Callable[[], bool]) -> None:
+        self._insights, self._users, self._is_stopping = insights, users, is_stopping
+        self._readers: dict[Reader, None] = {}
+        self._position: int | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._thread = CapacityLimiter(1)
+        self._needed_by: dict[str, set[str]] = {}
+        self._followed: tuple[set[str], set[str]] = (set(), set())
+        self._told: dict[str, Any] = {}
+        self._renewed_at = 0.0
+
+    async def join(self, reader: Reader) -> None:
+        """Give this reader what happens from now on. Raises `DatabaseAway`, `Busy` for too many readers."""
+        if len(self._readers) >= MOST_READERS:
+            raise Busy(f"{MOST_READERS} streams of events are open: try again in a moment")
+        newest = self._position
+        if newest is None or self._task is None or self._task.done():
+            newest = await self._run(self._insights.last_event)
+        if self._task is None or self._task.done():
+            self._position, self._renewed_at = newest, time.monotonic()
+            self._task = asyncio.get_running_loop().create_task(self._look())
+        assert self._position is not None
+        reader.since = self._position
+        self._readers[reader] = None
+
+    def leave(self, reader: Reader) -> None:
+        self._readers.pop(reader, None)
+
+    async def _look(self) -> None:
+        try:
+            while self._readers and not self._is_stopping():
+                began = time.monotonic()
+                is_full = await self._tell()
+                pause = BREATHS * (time.monotonic() - began)
+                if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
+                    await self._renew()
+                if not is_full:
+                    await asyncio.sleep(max(POLL_SECONDS, min(pause, LONGEST_PAUSE_SECONDS)))
+        except DatabaseAway:
+            pass  # the clients come back, and then are told so
+        finally:
+            for reader in self._readers:
+                reader.end()
+            self._readers.clear()
+
+    async def _tell(self) -> bool:
+        """Give out what is new; whether there may be more at once."""
+        assert self._position is not None
+        sweeps = {reader.sweep_id for reader in self._readers if reader.sweep_id}
+        jobs = {reader.job_id for reader in self._readers if reader.job_id}
+        if self._followed != (sweeps, jobs):
+            self._followed, self._needed_by = (sweeps, jobs), {}
+        look = partial(self._insights.news, sweep_ids=sweeps, job_ids=jobs, known=self._needed_by)
+        happened, running, self._needed_by = await self._run(look, self._position)
+        if happened:
+            self._position = happened[-1]["id"]
+        told = {task["task_id"]: (task["progress"], task["detail"]) for task in running}
+        changed = {task_id for task_id, of in told.items() if self._told.get(task_id) != of}
+        self._told = told
+        await self._give(happened, running, changed)
+        return len(happened) >= PAGE
+
+    async def _give(self, happened: list[dict[str, Any]], running: list[dict[str, Any]], changed: set[str]) -> None:
+        events = [(event, event_piece(event)) for event in happened]
+        progress = [(task, progress_piece(task)) for task in running]
+        groups: dict[Any, list[Reader]] = defaultdict(list)
+        for reader in self._readers:
+            groups[*reader.group, reader.fresh].append(reader)
+            reader.fresh = False
+        for (sweep_id, job_id, name, fresh), readers in groups.items():
+            wanted = partial(self._wanted, sweep_id, job_id)
+            pieces: list[Piece] = [
+                (event["id"], piece) for event, piece in events if may_see(event, name) and wanted(event)
+            ]
+            pieces += [
+                (None, piece) for task, piece in progress if (fresh or task["task_id"] in changed) and wanted(task)
+            ]
+            for start in range(0, len(readers) if pieces else 0, READERS_AT_ONCE):
+                for reader in readers[start : start + READERS_AT_ONCE]:
+                    reader.give(pieces)
+                await asyncio.sleep(0)
+
+    def _wanted(self, sweep_id: str | None, job_id: str | None, row: dict[str, Any]) -> bool:
+        """Whether an event, or the progress of a task, is of that sweep or job or of a task that it needs."""
+        if sweep_id is None and job_id is None:
+            return True
+        needed_by = self._needed_by.get(row["task_id"], set())
+        return all(
+            of is None or row.get(name) == of or of in needed_by
+            for name, of in (("sweep_id", sweep_id), ("job_id", job_id))
+        )
+
+    async def _renew(self) -> None:
+        """End the readers whose tokens are good no more."""
+        callers = {reader.caller for reader in self._readers}
+        renewed = await self._run(self._renewed, callers)
+        self._renewed_at = time.monotonic()
+        for reader in self._readers:
+            if reader.caller in callers:
+                found = renewed.get(reader.caller)
+                reader.caller = found or reader.caller
+                if found is None:
+                    reader.end()
+
+    def _renewed(self, callers: Iterable[Caller]) -> dict[Caller, Caller]:
+        renewed = {}
+        for caller in callers:
+            try:
+                renewed[caller] = self._users.renewed(caller)
+            except Unauthenticated:
+                continue
+        return renewed
+
+    async def _run(self, ask: Callable[..., T], *arguments: Any) -> T:
+        return await to_thread.run_sync(ask, *arguments, limiter=self._thread)
+
+
+def may_see(event: dict[str, Any], name: str | None) -> bool:
+    """Whether that user may be told; None is an admin."""
+    return name is None or not event["kind"].startswith(OF_ACCESS) or event["actor"] == name
+
+
+def event_piece(event: dict[str, Any]) -> bytes:
+    return format_sse_event(data_str=json.dumps(event), event=event["kind"], id=str(event["id"]))
+
+
+def progress_piece(task: dict[str, Any]) -> bytes:
+    return format_sse_event(data_str=json.dumps(task), event="progress")

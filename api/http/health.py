@@ -1,0 +1,40 @@
+"""Is it alive, is it ready, what is going on."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from api.http.answers import Alive, Cluster, Ready
+from api.http.deps import ArtifactRoot, Questions
+from api.http.errors import documented
+from service.lab import artifact_root
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", response_model=Alive)
+async def healthz() -> Any:
+    """This process answers."""  # without a thread: all of them may be waiting for a database
+    return {"status": "ok"}
+
+
+@router.get("/readyz", response_model=Ready, responses=documented())
+def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> Any:
+    """The database answers and has the right schema, and room left; the artifact root is there.
+
+    Jobs are accepted also while no dispatcher leads.
+    """
+    insights.database.check_schema()
+    cluster = insights.cluster()
+    # PostgreSQL alone knows its disk, and says that it is full when it writes. The probe writes if no dispatcher leads,
+    # because the full disk may be why, or if the last write of this process met a full disk.
+    insights.database.check_room(doubt=not insights.database.is_sqlite and not cluster["leading"])
+    artifact_root.check(insights.database, artifacts.root)
+    version = request.app.version
+    return {"status": "ready", "version": version, "dispatcher_leads": cluster["leading"]}
+
+
+@router.get("/v1/cluster", response_model=Cluster, responses=documented())
+def get_cluster(insights: Questions) -> Any:
+    """The leading dispatcher and what it last said of its cluster."""
+    return insights.cluster()

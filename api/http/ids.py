@@ -1,0 +1,31 @@
+"""Ids as people write them: the shortest prefix that only one has."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+
+from api.http.deps import Questions
+from api.http.errors import documented
+from api.http.routing import StrictRoute
+from api.http.schemas import JOB_ID, ShortIds
+from service.errors import InvalidQuery
+from service.model.query import names_of
+
+router = APIRouter(route_class=StrictRoute, prefix="/v1/ids", tags=["jobs"])
+MAX_IDS = 200
+
+
+@router.get("", response_model=ShortIds, responses=documented(422))
+def shorten_ids(
+    insights: Questions,
+    ids: Annotated[str, Query(description="Of jobs and sweeps, by comma.", min_length=1, examples=[JOB_ID])],
+) -> Any:
+    """The shortest prefix of each id that no other job or sweep has now, of 8 characters or more.
+
+    Wherever an id is taken, so is a prefix of 8 characters or more that only one has; 409 names the candidates where
+    several have it.
+    """
+    asked = names_of(ids)
+    if len(asked) > MAX_IDS:
+        raise InvalidQuery("ids", f"at most {MAX_IDS} ids at once, not {len(asked)}")
+    return {"prefixes": insights.short_ids(asked)}

@@ -1,0 +1,153 @@
+"""Jobs: submit one, look at them, cancel and retry."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from api.http.deps import Cursor, IsDryRun, Key, Limit, Questions, ServerSettings, User, Verbs, Wait, idempotency
+from api.http.errors import documented
+from api.http.filters import Filter, Sort, documented_filters, filters_of
+from api.http.paging import linked
+from api.http.preconditions import Seen, tag
+from api.http.prefix import public
+from api.http.routing import StrictRoute
+from api.http.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
+from service.queue.explaining import explain
+from service.results.insights import NEWEST_FIRST, Question
+from service.store.fields import JOBS
+from service.store.replies import Reply
+
+router = APIRouter(route_class=StrictRoute, prefix="/v1/jobs", tags=["jobs"])
+POLL_SECONDS = 0.2
+ENDED = ("succeeded", "failed", "cancelled", "held")
+MOST_WAITING = 32
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Accepted | DryRun,
+    responses={200: {"model": DryRun, "description": "Dry run"}, **documented(409, 413, 422)},
+)
+def submit_job(
+    body: JobSubmission,
+    request: Request,
+    response: Response,
+    service: Verbs,
+    user: User,
+    key: Key = None,
+    dry_run: IsDryRun = False,
+) -> Any:
+    """Submit one job. The answer is 201 once it is stored; what others have computed is not computed again."""
+    if dry_run:
+        response.status_code = 200
+        return service.dry_run(body.job, user=user)
+    reply = service.submit(
+        body.job, user=user, priority=body.priority, labels=body.labels, idempotency=idempotency(key, request, body)
+    )
+    return answer(reply, request, response)
+
+
+@router.get(
+    "", response_model=JobPage, responses=documented(422), openapi_extra=documented_filters(JOBS)
+)  # fmt: skip
+def list_jobs(
+    request: Request,
+    response: Response,
+    insights: Questions,
+    filter: Filter = None,
+    sort: Sort = NEWEST_FIRST,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Any:
+    """Jobs, the newest first."""
+    page = insights.jobs(Question(filters_of(request, JOBS), sort, cursor, limit, filter=filter))
+    return linked(page, request, response)
+
+
+@router.get("/{job_id}", response_model=JobDetail, responses=documented(404))
+async def get_job(job_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Any:
+    """One job with its tasks. `ETag` is for `If-Match` too: it goes stale there with priority or labels only."""
+    return tag(await wait_for(request, lambda: insights.job(job_id), ENDED, wait), response)
+
+
+@router.patch("/{job_id}", response_model=JobDetail, responses=documented(404, 409, 412, 422, 428))
+def change_job(
+    job_id: str, body: Change, seen: Seen, response: Response, service: Verbs, insights: Questions, user: User
+) -> Any:
+    """Change a job's priority while it has not ended, or its labels (all of them at once). What runs goes on."""
+    service.change_job(job_id, user=user, seen=seen, priority=body.priority, labels=body.labels)
+    return tag(insights.job(job_id), response)
+
+
+@router.get("/{job_id}/explain", response_model=Explanation, responses=documented(404))
+def explain_job(job_id: str, insights: Questions, settings: ServerSettings) -> Any:
+    """Why it is not running, in a sentence, and the same for each of its tasks; what comes before it."""
+    return explain(insights.database, settings, job_id)
+
+
+@router.post("/{job_id}:cancel", response_model=JobDetail, responses=documented(404, 409))
+def cancel_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+    """Cancel a job. What no other job needs stops within seconds."""
+    service.cancel_job(job_id, user=user)
+    return insights.job(job_id)
+
+
+@router.post("/{job_id}:retry", response_model=JobDetail, responses=documented(404, 409))
+def retry_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+    """Run a failed, held or cancelled job again; what had succeeded is kept."""
+    service.retry_job(job_id, user=user)
+    return insights.job(job_id)
+
+
+@router.post("/{job_id}:boost", response_model=JobDetail, responses=documented(404, 409))
+def boost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+    """Let a job go before all other users' work, whatever they have used (admin). What runs goes on."""
+    service.boost_job(job_id, user=user)
+    return insights.job(job_id)
+
+
+@router.post("/{job_id}:unboost", response_model=JobDetail, responses=documented(404, 409))
+def unboost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+    """Let a boosted job wait for its owner's turn again (admin)."""
+    service.boost_job(job_id, user=user, boosted=False)
+    return insights.job(job_id)
+
+
+def answer(reply: Reply, request: Request, response: Response) -> dict[str, Any]:
+    """A reply of the service as the response: the stored one, where it is a replay."""
+    response.status_code = reply.status
+    response.headers["Location"] = public(request, reply.location)
+    if reply.replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+    return reply.body
+
+
+_waiting: set[object] = set()
+
+
+async def wait_for(
+    request: Request, look: Callable[[], dict[str, Any]], ended: tuple[str, ...], seconds: float
+) -> dict[str, Any]:
+    """What `look` sees, looked at again until its state is one of `ended`, the time is up, or the client has left.
+
+    Each waiting request asks the database again and again, so if many wait already the answer comes at once.
+    """
+    deadline = time.monotonic() + seconds
+    seen = await run_in_threadpool(look)
+    if len(_waiting) >= MOST_WAITING:
+        return seen
+    _waiting.add(me := object())
+    try:
+        while seen["state"] not in ended and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+            if await request.is_disconnected():
+                break
+            seen = await run_in_threadpool(look)
+    finally:
+        _waiting.remove(me)
+    return seen

@@ -1,0 +1,94 @@
+"""The routes of the API: who asks is known before the body is read, no thread waits for a body, and all take turns."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
+
+from api.http.auth import READING, current_caller
+from api.http.strict import StrictRequest
+from api.http.turns import Turns
+from service.lab.access import Caller
+
+WRITERS, REGISTRATIONS, UPLOADS = "writers", "registrations", "uploads"
+QUESTIONS, DOWNLOADS = "questions", "downloads"
+OF_MANY = frozenset({
+    "/v1/correlations", "/v1/jobs", "/v1/leaderboard", "/v1/networks", "/v1/results", "/v1/results:aggregate",
+    "/v1/results:compare", "/v1/results:trajectories", "/v1/sweeps", "/v1/worst-cases",
+})  # fmt: skip
+"""Questions that take the longer, the more the store has. What looks at one thing, or counts, is always answered."""
+
+
+def new_turns() -> dict[str, Turns]:
+    """Those that hold threads are together less than the threads of a server, and than the connections of its pool:
+    what is small is answered while everything else waits."""
+    return {
+        WRITERS: Turns("requests that write", at_once=8, most_waiting=200, patience_seconds=10.0, share=6),
+        REGISTRATIONS: Turns("registrations", at_once=2, most_waiting=20, patience_seconds=10.0),
+        UPLOADS: Turns("uploads", at_once=128, most_waiting=100, patience_seconds=10.0, share=64),
+        QUESTIONS: Turns("questions about many rows", at_once=6, most_waiting=200, patience_seconds=10.0, share=4),
+        DOWNLOADS: Turns("downloads", at_once=6, most_waiting=200, patience_seconds=10.0, share=4),
+    }
+
+
+class StrictRoute(APIRoute):
+    """A route whose body, if it has one, is JSON that says each field once, of someone who may send it.
+
+    The framework reads and parses a body before it asks any dependency, that of who is asking among them. What changes
+    something takes its turn when its body is there; a question about many rows takes one, and one more for each piece
+    of an answer that streams.
+    """
+
+    turns: ClassVar[str] = WRITERS
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            user = _name(await current_caller(request))
+            request = StrictRequest(request.scope, request.receive)
+            if request.method in READING:
+                reading = self._reading()
+                return await (_asked(request, handle, reading, user) if reading else handle(request))
+            if self.body_field is not None:
+                await request.body()
+            async with request.app.state.turns[self.turns].one(user):
+                return await handle(request)
+
+        return strict
+
+    def _reading(self) -> str | None:
+        """The turn that reading takes; None where it takes none."""
+        return QUESTIONS if self.path_format in OF_MANY else None
+
+
+class RegistrationRoute(StrictRoute):
+    """What is registered is looked at first, which may take minutes."""
+
+    turns = REGISTRATIONS
+
+
+class UploadRoute(StrictRoute):
+    """The body is a stream, read by the endpoint."""
+
+    turns = UPLOADS
+
+    def _reading(self) -> str | None:
+        return DOWNLOADS
+
+
+async def _asked(
+    request: Request, handle: Callable[[Request], Coroutine[Any, Any, Response]], which: str, user: str
+) -> Response:
+    turns: Turns = request.app.state.turns[which]
+    async with turns.one(user):
+        response = await handle(request)
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = turns.each(aiter(response.body_iterator), user)
+    return response
+
+
+def _name(caller: Caller | None) -> str:
+    return caller.name if caller is not None else ""

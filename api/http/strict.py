@@ -1,0 +1,136 @@
+"""Bodies of requests, read as strictly as a contract is: what JSON leaves open is refused, not guessed."""
+
+import json
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import Request
+
+from api.http.limits import is_of_sweeps
+from service.errors import InvalidSpec
+from service.model.pointers import pointer_to
+from service.specs.base import TOO_SMALL, shorten, underflows
+
+LARGE_BYTES = 64 << 10  # a body that is not read on the event loop
+READING = CapacityLimiter(2)  # the threads for those
+MAX_FIELDS = 1000  # of an object
+MAX_NAME = 1000  # characters of a field's name
+MAX_DEPTH = 1000
+MAX_VALUES, MAX_SWEEP_VALUES = 20_000, 1_500_000  # of a body as a whole
+SENT_AS = "the body must be JSON in UTF-8, sent with `Content-Type: application/json`"
+
+
+class NotJson(InvalidSpec):
+    """The body cannot be read as JSON with one meaning."""
+
+
+class NotSentAsJson(InvalidSpec):
+    """The body says of itself that it is something else."""
+
+
+def check_sent(error: Mapping[str, Any]) -> None:
+    """Raises `NotSentAsJson` and `NotJson` where what pydantic says of a body is that there was no JSON to look at.
+
+    That is known only then, when who is asking has been found out.
+    """
+    if isinstance(error.get("input"), bytes):
+        raise NotSentAsJson([("", SENT_AS)])
+    if (error["type"], tuple(error["loc"])) == ("missing", ("body",)):
+        raise NotJson([("", f"the body is empty: {SENT_AS}")])
+
+
+class StrictRequest(Request):
+    """A request whose JSON is read by `read`."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            body = await self.body()
+            _check_values(body, MAX_SWEEP_VALUES if is_of_sweeps(self.scope["path"]) else MAX_VALUES)
+            if len(body) <= LARGE_BYTES:
+                self._json = read(body)
+            else:
+                self._json = await to_thread.run_sync(read, body, limiter=READING)
+        return self._json
+
+
+def _check_values(body: bytes, most: int) -> None:
+    """Before anything is made of them: a body of some megabytes can have more values than fit in memory."""
+    if (values := sum(body.count(mark) for mark in (b",", b"[", b"{"))) > most:
+        if _is_deep(body[:LARGE_BYTES]):
+            raise NotJson([("", "the body is nested too deep")])
+        raise InvalidSpec([("", f"the body has {values:,} values or more, at most {most:,} are taken")])
+
+
+def _is_deep(body: bytes) -> bool:
+    """Whether brackets stand within each other as no reader takes them; brackets in texts count too."""
+    depths = accumulate(1 if byte in b"[{" else -1 for byte in body if byte in b"[]{}")
+    return max(depths, default=0) > MAX_DEPTH
+
+
+class _Constant(str):
+    """`NaN`, `Infinity` or `-Infinity`, which Python's reader takes for numbers, and JSON does not have."""
+
+
+class _TooSmall(float):
+    """0.0 for a number that is not 0, such as 1e-400."""
+
+
+def read(body: bytes) -> Any:
+    """The JSON value of a body. Raises `NotJson`, and `InvalidSpec` for a number that Python or float64 has not."""
+    constants: list[_Constant] = []
+    too_small: list[_TooSmall] = []
+
+    def constant(text: str) -> _Constant:
+        constants.append(_Constant(text))
+        return constants[-1]
+
+    def decimal(text: str) -> float:
+        if not underflows(text):
+            return float(text)
+        too_small.append(_TooSmall())
+        return too_small[-1]
+
+    try:
+        value = json.loads(body.decode(), object_pairs_hook=_each_once, parse_constant=constant, parse_float=decimal)
+    except UnicodeDecodeError:
+        raise NotJson([("", SENT_AS)]) from None
+    except json.JSONDecodeError as error:
+        raise NotJson([("", f"the body is not JSON: {error.msg} at position {error.pos}")]) from None
+    except RecursionError:
+        raise NotJson([("", "the body is nested too deep")]) from None
+    except ValueError as error:  # int() takes no more digits
+        raise InvalidSpec([("", shorten(str(error).partition(":")[0]))]) from None
+    if constants:
+        pointer = _pointer(value, constants[0]) or ""
+        raise NotJson([(pointer, f"{constants[0]} is no number in JSON, and no field takes it")])
+    if too_small:
+        raise InvalidSpec([(_pointer(value, too_small[0]) or "", f"the number {TOO_SMALL}")])
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python, like most readers, would take the last of two and forget the other."""
+    if len(pairs) > MAX_FIELDS:
+        raise InvalidSpec([("", f"an object of the body has {len(pairs):,} fields, at most {MAX_FIELDS:,} are taken")])
+    fields = dict(pairs)
+    if fields and len(longest := max(fields, key=len)) > MAX_NAME:
+        raise InvalidSpec([("", f"{shorten(longest)} is too long for the name of a field")])
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise NotJson([("", f"{shorten(twice)} is there more than once in one object: say it once")])
+    return fields
+
+
+def _pointer(value: Any, wanted: _Constant | _TooSmall) -> str | None:
+    """Where in `value` this very object is, as a JSON pointer."""
+    if value is wanted:
+        return ""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        found = _pointer(inner, wanted)
+        if found is not None:
+            return pointer_to(name) + found
+    return None

@@ -1,0 +1,287 @@
+"""`uncanny serve`: API, dispatcher and Ray head as child processes, started again when they die, stopped together.
+
+The supervisor holds the listening socket, so connections wait while the API is started again, and the home's lock,
+which its children inherit: a new service of this home starts when the last of the old one is gone.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import psutil
+
+from api import home
+from api.binding import check_bind, listen
+from service import private
+from service.errors import UncannyError
+from service.model.jobs import ENDED_TASK
+from service.processes import adopt_orphans, die_with_parent, free_port
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.store import Database
+
+LOOK_SECONDS = 0.1
+# What each gets to stop by itself; with `stop_seconds` at its default, all of it is less than half a minute.
+API_SECONDS = 6.0
+DISPATCHER_SECONDS = 10.0  # beside what running tasks get to finish
+STARTING_SECONDS = 2.0  # instead, while nothing can run yet
+HEAD_SECONDS = 5.0
+HURRY_SECONDS = 1.0
+ORPHAN_SECONDS = 3.0
+ASK_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 10.0
+HEALTHY_SECONDS = 60.0  # who lived so long starts again at once
+LOG_BYTES = 20 << 20
+# Each thread of the C library allocates from an arena of its own, and each arena keeps the most that it ever needed.
+API_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Part:
+    """A child process that is meant to be there: `command` in a session of its own, so that Ctrl-C passes it by."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    log: Path | None
+    inherited: tuple[int, ...]
+    death_signal: signal.Signals = signal.SIGKILL  # what it gets when the supervisor is killed; it has nothing to lose
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    start_at: float = 0.0
+    pause_seconds: float = field(default=0.0)
+
+    def start(self) -> None:
+        sink = _open_log(self.log) if self.log else None
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, pass_fds=self.inherited, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=sink or sys.stderr, stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent(self.death_signal),
+        )  # fmt: skip
+        self.started_at = time.monotonic()
+        if sink is not None:
+            sink.close()
+
+    def died(self) -> str | None:
+        """What it died of, if it has; then it is to start again after a pause."""
+        if self.process is None or self.process.poll() is None:
+            return None
+        code = self.process.returncode
+        lived = time.monotonic() - self.started_at
+        self.pause_seconds = (
+            0.0 if lived > HEALTHY_SECONDS else min(LONGEST_PAUSE_SECONDS, self.pause_seconds * 2 + 0.5)
+        )
+        self.process, self.start_at = None, time.monotonic() + self.pause_seconds
+        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+    def bound_log(self) -> None:
+        """Start its log again when that is large, under the running process; what was in it stays as `.log.1`."""
+        with suppress(OSError):  # of a full disk: later
+            if self.log is not None and self.log.stat().st_size > LOG_BYTES:
+                with private.opened(_earlier(self.log), "wb") as copy, self.log.open("rb") as log:
+                    shutil.copyfileobj(log, copy)
+                os.truncate(self.log, 0)
+
+    def end(self) -> None:
+        """Kill it; nothing where it does not run."""
+        self.send(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def send(self, which: signal.Signals) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(which)
+
+    @property
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+class Supervisor:
+    """One service for one home. Raises `PortTaken`, `AlreadyServing`, `NotLoopback`, `SchemaOutdated` when made."""
+
+    def __init__(self, settings: Settings, say: Say, *, verbose: bool = False, when_needed: bool = False) -> None:
+        """With `when_needed` only the API runs until there is a task to do."""
+        check_bind(settings)
+        self._needed = not when_needed
+        self.settings, self.say = settings, say
+        self._lock: IO[str] = home.lock(settings)
+        self._socket: socket.socket = listen(settings.host, settings.port)
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        if closed := private.tighten(settings):
+            say(closed)
+        private.folder(settings.logs)
+        environment = {**os.environ, **settings.environment()}
+        logs = {name: None if verbose else settings.logs / f"{name}.log" for name in ("api", "dispatcher", "head")}
+        api = [sys.executable, "-m", "api.serve.server", "--fd", str(self._socket.fileno())]
+        dispatcher = [sys.executable, "-m", "workers.dispatch", "--name", dispatcher_name(settings)]
+        held = (self._lock.fileno(),)
+        # API and dispatcher stop first and together, then the head.
+        self.parts = [
+            Part("api", api, {**API_ENVIRONMENT, **environment}, logs["api"], (*held, self._socket.fileno())),
+            Part("dispatcher", dispatcher, environment, logs["dispatcher"], held),
+        ]
+        if not settings.ray_address:  # the head's guard is told, and ends what Ray would leave behind
+            self.parts.append(Part("head", [], environment, logs["head"], held, death_signal=signal.SIGTERM))
+        self.parts[0].start()
+        try:
+            self._database = _prepared(settings)  # slow to import, as the API is: side by side
+        except BaseException:
+            self.parts[0].end()
+            raise
+
+    def run(self, stop: threading.Event, hurry: threading.Event | None = None) -> None:
+        """Keep all parts alive until `stop` is set, then stop them in bounded time and leave nothing behind.
+
+        The time is up when `hurry` is set.
+        """
+        adopt_orphans()
+        home.announce(self.settings, self.url)
+        try:
+            while not stop.is_set():
+                self._needed = self._needed or self._has_work()
+                for part in reversed(self.parts if self._needed else self.parts[:1]):
+                    self._look_after(part)
+                stop.wait(LOOK_SECONDS)
+        finally:
+            self._stop(hurry or threading.Event())
+            home.forget(self.settings)
+            self._database.close()
+            self._socket.close()
+            self._lock.close()
+
+    def _look_after(self, part: Part) -> None:
+        part.bound_log()
+        how = part.died()
+        if how is not None:
+            self._end_orphans()
+            log = f"; its log is {part.log}" if part.log else ""
+            self.say(f"the {part.name} died {how}; it starts again in {part.pause_seconds:g} s{log}")
+        if part.process is None and time.monotonic() >= part.start_at:
+            if part.name == "head":
+                self._choose_port(part)
+            try:
+                part.start()
+            except OSError as error:  # no memory, no descriptors, no folder: it may pass
+                part.start_at = time.monotonic() + LONGEST_PAUSE_SECONDS
+                self.say(f"the {part.name} cannot be started: {error}")
+
+    def _choose_port(self, head: Part) -> None:
+        """A free port for the head that starts; a dispatcher of the one before has lost its cluster and restarts."""
+        dispatcher = self.parts[1]
+        dispatcher.end()
+        dispatcher.process, dispatcher.start_at = None, 0.0
+        port = str(free_port())
+        head.command = [sys.executable, "-m", "workers.head", "--home", str(self.settings.home), "--port", port]
+        dispatcher.environment = {**dispatcher.environment, "UNCANNY_RAY_PORT": port}
+
+    def _stop(self, hurry: threading.Event) -> None:
+        api, dispatcher, *heads = self.parts
+        for part in (api, dispatcher):
+            part.send(signal.SIGTERM)
+        bounded = self.settings.stop_seconds + DISPATCHER_SECONDS
+        patience = bounded if self._may_run_tasks() else STARTING_SECONDS
+        began = time.monotonic()
+        self._wait_for(dispatcher, patience, hurry)
+        if dispatcher.runs and patience == bounded and not hurry.is_set():
+            self.say(f"the dispatcher did not stop within {bounded:g} s and was killed")
+        self._wait_for(api, began + API_SECONDS - time.monotonic(), hurry)
+        api.end()
+        dispatcher.end()
+        for head in heads:
+            head.send(signal.SIGTERM)
+            self._wait_for(head, HURRY_SECONDS if hurry.is_set() else HEAD_SECONDS, threading.Event())
+            head.end()
+        self._end_orphans()
+
+    def _wait_for(self, part: Part, seconds: float, hurry: threading.Event) -> None:
+        deadline = time.monotonic() + seconds
+        while part.runs and time.monotonic() < deadline and not hurry.is_set():
+            time.sleep(LOOK_SECONDS)
+
+    def _has_work(self) -> bool:
+        from service.results.insights import Insights
+
+        try:
+            tasks = Insights(self._database).queue()["tasks"].values()
+        except UncannyError:  # the database is away
+            return False
+        return any(count for of_kind in tasks for state, count in of_kind.items() if state not in ENDED_TASK)
+
+    def _may_run_tasks(self) -> bool:
+        """Before its cluster is there a dispatcher hands nothing over, and need not be waited for."""
+        answers: list[bool] = []
+        asking = threading.Thread(target=lambda: answers.append(self._leads()), daemon=True)  # the database may hang
+        asking.start()
+        asking.join(ASK_SECONDS)
+        return answers[0] if answers else True
+
+    def _leads(self) -> bool:
+        from service.results.insights import Insights
+
+        try:
+            cluster = Insights(self._database).cluster()
+        except UncannyError:
+            return True
+        status = cluster["status"]
+        return bool(cluster["leading"] and (status.get("capacity", {}).get("ready") or status.get("bundles")))
+
+    def _end_orphans(self) -> None:
+        """End what dead parts left running, such as the processes of a local Ray.
+
+        Look again until none is left: what one of them had started is adopted when that one dies.
+        """
+        ours = {part.process.pid for part in self.parts if part.process is not None and part.runs}
+        me, deadline = psutil.Process(), time.monotonic() + ORPHAN_SECONDS
+        while orphans := [child for child in me.children() if child.pid not in ours]:
+            if time.monotonic() > deadline:
+                return
+            for process in orphans:
+                _kill_family(process)
+            psutil.wait_procs(orphans, timeout=1)
+
+
+def _kill_family(process: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        for member in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+def _prepared(settings: Settings) -> "Database":
+    from service.operations.upgrading import prepare_store
+    from service.store.database import Database
+
+    prepare_store(settings)
+    return Database(settings.database)
+
+
+def dispatcher_name(settings: Settings) -> str:
+    """The name of this home's dispatcher: the same after a restart, so that it has its leases back at once."""
+    place = hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]
+    return f"{socket.gethostname()}-{place}"
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        path.replace(_earlier(path))
+    return private.opened(path, "ab")
+
+
+def _earlier(path: Path) -> Path:
+    return path.with_suffix(".log.1")
