@@ -142,7 +142,7 @@ def test_aliases_that_save_some_writing() -> None:
     assert read(text) == {"base": base, "more": {"scale": 1, "seed": 3}, "list": [base, base]}
 
 
-READ = "import sys; from pathlib import Path; from api.commands.submitting import read_spec; "
+READ = "import sys; from pathlib import Path; from api.cli.commands.submitting import read_spec; "
 READ += "print([ascii(read_spec(Path(name))['name']) for name in sys.argv[1:]])"
 
 
