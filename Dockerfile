@@ -16,7 +16,8 @@ COPY api api
 RUN uv pip install --no-cache --no-deps .
 
 FROM python:3.11-slim-bookworm
-# torch.compile calls g++ on the worker.
+# torch.compile calls g++ on the worker. Any version does, and Debian drops old ones.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 uncanny \
     && useradd --uid 10001 --gid uncanny --create-home uncanny \
