@@ -1,1 +1,1 @@
-"""The GPU side: runs tasks. Only `pool.py` and `worker.py` know Ray."""
+"""The GPU side: runs tasks. Only the pool, the cluster, the worker and the doctor know Ray."""

@@ -1,6 +1,6 @@
 """Bringing a database up to this version: its schema, and the verdicts of an older rule.
 
-Unfinished tasks of an older version are planned again by the dispatcher, when it comes to them (`replanning.py`).
+Unfinished tasks of an older version are planned again by the dispatcher, when it comes to them (`queue/replanning.py`).
 """
 
 import logging

@@ -35,7 +35,7 @@ class Recipe(Spec):
     cuda_graphs: Truth = Field(default=False, description="With `compile`, on a GPU: each pass is one CUDA graph.")
 
     @model_validator(mode="after")
-    def _what_has_an_effect(self) -> Self:
+    def _options_without_effect(self) -> Self:
         """The cosine schedule begins at `lr`."""
         if self.epochs == 1:
             without_effect(self, "schedule")

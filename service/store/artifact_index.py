@@ -38,7 +38,10 @@ def named_among(connection: Connection, digests: Sequence[str]) -> set[str]:
 
 
 def useless_epoch_states(before: float) -> ColumnElement[bool]:
-    """Epoch states from which no training will start: of tasks that are over since `before`, or of an earlier epoch."""
+    """Epoch states from which no training will start again.
+
+    The task succeeded, or it failed or was cancelled earlier than `before`, or a later epoch has replaced the state.
+    """
     outdated = or_(tasks.c.resume_digest.is_(None), tasks.c.resume_digest != artifacts.c.digest)
     over = tasks.c.state.in_([TaskState.FAILED, TaskState.CANCELLED])
     useless = or_(tasks.c.state == TaskState.SUCCEEDED, outdated, and_(over, tasks.c.finished_at < before))

@@ -68,8 +68,8 @@ def _numbers_of(spec: dict[str, Any]) -> str:
 def retraction_of(connection: Connection, attack_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """When, by whom and why the numbers of these attack tasks were retracted by themselves, and not with a task.
 
-    They were shown by a result of the task, or of its twin with or without `arrays`. A twin of another generation was
-    computed again since, and is not meant.
+    A retracted result shows the numbers of the task, or of its twin: the same attack with or without `arrays`. A twin
+    of another generation does not count, because it was computed again after the retraction.
     """
     specs = (tasks.c.id, tasks.c.spec, tasks.c.former_digest.is_not(None).label("given_up"))
     parents = select(task_edges.c.parent_id).where(task_edges.c.child_id.in_(listed(attack_ids)))
@@ -80,16 +80,16 @@ def retraction_of(connection: Connection, attack_ids: Iterable[str]) -> dict[str
     for row in connection.execute(hidden.where(*alone).order_by(results.c.sequence)):
         mark = {name: getattr(row, name) for name in RETRACTION}
         marks.setdefault(row.id, mark)
-        marks.setdefault(_either_way(row), mark)
+        marks.setdefault(_twin_key(row), mark)
     if not marks:
         return {}
     these = connection.execute(select(*specs).where(tasks.c.id.in_(listed(attack_ids)))).all()
-    found = {row.id: marks.get(row.id, marks.get(_either_way(row))) for row in these}
+    found = {row.id: marks.get(row.id, marks.get(_twin_key(row))) for row in these}
     return {task_id: mark for task_id, mark in found.items() if mark is not None}
 
 
-def _either_way(row: Row[Any]) -> tuple[str, bool]:
-    """The same for an attack and its twin of the same generation."""
+def _twin_key(row: Row[Any]) -> tuple[str, bool]:
+    """Equal for an attack and its twin of the same generation."""
     return _numbers_of(row.spec | {"arrays": None}), row.given_up
 
 

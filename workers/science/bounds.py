@@ -239,7 +239,7 @@ def lipschitz_upper(model: nn.Module) -> float | None:
     """
     try:
         graph = _Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError, NotImplementedError):
+    except (fx.proxy.TraceError, TypeError, NotImplementedError):  # torch.fx raises each of these
         return None
     head = linear_head(model)
     bound: dict[fx.Node, Any] = {}
