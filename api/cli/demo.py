@@ -88,9 +88,13 @@ def _service(settings: Settings, running: str | None) -> Iterator[str]:
     command += ["--when-needed"] if known else []  # the numbers may be there already; else Ray starts at once
     with private.opened(settings.logs / "serve.log", "ab") as log:
         server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
             preexec_fn=die_with_parent(),
-        )  # fmt: skip
+        )
     try:
         with Status("Starting the service ...", console=err):
             url = _wait_until_up(settings, server)
@@ -129,13 +133,15 @@ def _table(architecture: str, rows: list[Json]) -> Any:
             continue
         lines.append(
             [
-                number(float(scale)), _in_percent(one["clean_accuracy"]),
+                number(float(scale)),
+                _in_percent(one["clean_accuracy"]),
                 *(_in_percent(_of(row, "robust_accuracy")) for row in (l2, linf)),
-                number(one.get("log_relative_sharpness_median")), _in_percent(one["zero_gradient_fraction"]),
+                number(one.get("log_relative_sharpness_median")),
+                _in_percent(one["zero_gradient_fraction"]),
                 *(_in_percent(_of(row, "masked_fraction")) for row in (l2, linf)),
                 *(_of(row, "verdict") or "–" for row in (l2, linf)),
             ]
-        )  # fmt: skip
+        )
     # So narrow that 80 columns are enough.
     columns = ["scale", "clean\n%", "robust\nl2 %", "robust\nlinf %", "median\nlog\nsharpness", "zero\ngrad.\n%"]
     columns += ["masked\nl2 %", "masked\nlinf %", "verdict\nl2", "verdict\nlinf"]

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from api.client import Client
-from api.client.render import number, percent, percents
+from api.client.render import Columns, number, percent, percents
 from api.client.transport import Json
 from service.errors import UncannyError
 from service.model.dotted import flat
@@ -19,11 +19,12 @@ GROUP = ("dataset", "samples", "attack.type", "attack.norm", "attack.eps", "arch
 SPEC = ("dataset", "samples", "order", "architecture", "scale", "scale_bias", "attack", "recipe")
 MADE_BY = ("code_version", "code_revision", "code_dirty", "torch", "device")
 METRICS = (
-    "robust_accuracy:mean,ci95,count", "clean_accuracy:mean,ci95", "zero_gradient_fraction:mean",
-    "masked_fraction:mean", "log_relative_sharpness_median:mean",
-)  # fmt: skip
-COLUMNS = ("architecture", "recipe", "scale", "n", "results", "clean", "clean 95 %", "robust", "95 %",
-           "zero gradient", "masked", "log sharpness", "verdict")  # fmt: skip
+    "robust_accuracy:mean,ci95,count",
+    "clean_accuracy:mean,ci95",
+    "zero_gradient_fraction:mean",
+    "masked_fraction:mean",
+    "log_relative_sharpness_median:mean",
+)
 UNGROUPED = "attack.source.recipe."  # no field to group by; the service refuses what then differs
 MEANING = {
     "zero_gradient": "the attack's first gradient is exactly zero on correctly classified images: it is blind",
@@ -78,7 +79,7 @@ class Report:
         for group in self.groups:
             sections[_title(group)].append(group)
         for title, groups in sections.items():
-            lines += ["", f"## {title}", "", *_table(COLUMNS, map(_row, groups))]
+            lines += ["", f"## {title}", "", *_table(list(COLUMNS), map(_row, groups))]
         lines += [
             "",
             "Means over `n` trained networks, with Student's 95 % interval; of their `results`, repeats of a network,",
@@ -187,17 +188,35 @@ def _title(group: Json) -> str:
     return f"{group['dataset']}, {name}, {group['samples']} samples"
 
 
+def _recipe(group: Json) -> str:
+    apart = [f"{name.removeprefix('recipe.')} {number(group[name])}" for name in group if _tells_recipes_apart(name)]
+    return ", ".join([group["recipe.name"], *apart])
+
+
+def _verdicts(group: Json) -> str:
+    counts = group["verdicts"]
+    return ", ".join(name if len(counts) == 1 else f"{n} {name}" for name, n in counts.items())
+
+
+COLUMNS: Columns = {
+    "architecture": lambda group: group["architecture"],
+    "recipe": _recipe,
+    "scale": lambda group: number(group["scale"]),
+    "n": lambda group: str(group["robust_accuracy"]["count"]),
+    "results": lambda group: str(group["results"]),
+    "clean": lambda group: percent(group["clean_accuracy"]["mean"]),
+    "clean 95 %": lambda group: _interval(group["clean_accuracy"]),
+    "robust": lambda group: percent(group["robust_accuracy"]["mean"]),
+    "95 %": lambda group: _interval(group["robust_accuracy"]),
+    "zero gradient": lambda group: percent(group["zero_gradient_fraction"]["mean"]),
+    "masked": lambda group: percent(group["masked_fraction"]["mean"]),
+    "log sharpness": lambda group: number(group["log_relative_sharpness_median"]["mean"]),
+    "verdict": _verdicts,
+}
+
+
 def _row(group: Json) -> list[str]:
-    clean, robust, verdicts = group["clean_accuracy"], group["robust_accuracy"], group["verdicts"]
-    recipe = [f"{name.removeprefix('recipe.')} {number(group[name])}" for name in group if _tells_recipes_apart(name)]
-    means = [group[name]["mean"] for name in ("zero_gradient_fraction", "masked_fraction")]
-    return [
-        group["architecture"], ", ".join([group["recipe.name"], *recipe]), number(group["scale"]), str(robust["count"]),
-        str(group["results"]),
-        percent(clean["mean"]), _interval(clean), percent(robust["mean"]), _interval(robust), *map(percent, means),
-        number(group["log_relative_sharpness_median"]["mean"]),
-        ", ".join(name if len(verdicts) == 1 else f"{n} {name}" for name, n in verdicts.items()),
-    ]  # fmt: skip
+    return [cell(group) for cell in COLUMNS.values()]
 
 
 def _interval(share: Json) -> str:

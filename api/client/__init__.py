@@ -4,5 +4,14 @@ from api.client.client import ENDED, SWEEP_FIELDS, Client, Event, Job, Sweep
 from api.client.transport import ApiError, Json, Unanswered, Unreachable
 
 __all__ = [
-    "ENDED", "SWEEP_FIELDS", "ApiError", "Client", "Event", "Job", "Json", "Sweep", "Unanswered", "Unreachable",
-]  # fmt: skip
+    "ENDED",
+    "SWEEP_FIELDS",
+    "ApiError",
+    "Client",
+    "Event",
+    "Job",
+    "Json",
+    "Sweep",
+    "Unanswered",
+    "Unreachable",
+]

@@ -36,9 +36,14 @@ class Asking(Transport):
     """
 
     def results(
-        self, filter: str | None = None, *, sort: str = "-created_at", fields: Names = "",
-        include_retracted: bool = False, **filters: Any,
-    ) -> "Rows":  # fmt: skip
+        self,
+        filter: str | None = None,
+        *,
+        sort: str = "-created_at",
+        fields: Names = "",
+        include_retracted: bool = False,
+        **filters: Any,
+    ) -> "Rows":
         """The result rows that match, fetched as they are taken; `fields` may name any stored number, `*` is all."""
         asked = _asked(filter, include_retracted, filters)
         return Rows(self, {"sort": sort, **({"fields": _listed(fields)} if fields else {}), **asked})
@@ -48,9 +53,16 @@ class Asking(Transport):
         return self._request("GET", f"/v1/results/{job_id}")
 
     def aggregate(
-        self, by: Names = "", metrics: Names = "", filter: str | None = None, *, unit: Unit = "network",
-        allow_mixed: bool = False, include_retracted: bool = False, **filters: Any,
-    ) -> "Aggregate":  # fmt: skip
+        self,
+        by: Names = "",
+        metrics: Names = "",
+        filter: str | None = None,
+        *,
+        unit: Unit = "network",
+        allow_mixed: bool = False,
+        include_retracted: bool = False,
+        **filters: Any,
+    ) -> "Aggregate":
         """Statistics over groups: `by="scale"`, `metrics="robust_accuracy:mean,ci95"`; a row per group.
 
         They are over trained networks, each with the mean of its repeats; with `unit="attack_seed"` over the attack
@@ -68,9 +80,14 @@ class Asking(Transport):
         return self._request("GET", "/v1/results:compare", params={"ids": ",".join(job_ids)})
 
     def leaderboard(
-        self, filter: str | None = None, *, attack: str | None = None, scale: float | str = 1,
-        trusted: bool = True, **filters: Any,
-    ) -> list[Json]:  # fmt: skip
+        self,
+        filter: str | None = None,
+        *,
+        attack: str | None = None,
+        scale: float | str = 1,
+        trusted: bool = True,
+        **filters: Any,
+    ) -> list[Json]:
         """A board for each threat model, data set and number of samples, by worst case; `scale` may be `all`."""
         params = {"scale": scale, "trusted": trusted, **({"attack": attack} if attack else {}), **filters}
         items: list[Json] = self._request(
@@ -85,9 +102,15 @@ class Asking(Transport):
         return items
 
     def correlations(
-        self, measure: str, filter: str | None = None, *, target: str = "robust_accuracy", by: Names = "",
-        trusted: bool = True, **filters: Any,
-    ) -> list[Json]:  # fmt: skip
+        self,
+        measure: str,
+        filter: str | None = None,
+        *,
+        target: str = "robust_accuracy",
+        by: Names = "",
+        trusted: bool = True,
+        **filters: Any,
+    ) -> list[Json]:
         """Kendall's tau-b of a measure with `target`, one point per network at s = 1, with bootstrap intervals."""
         params = {"measure": measure, "target": target, "by": _listed(by), "trusted": trusted, **filters}
         items: list[Json] = self._request(
@@ -107,9 +130,16 @@ class Asking(Transport):
         return items
 
     def retract(
-        self, job_id: str = "", reason: str = "", *, filter: str = "", training: str = "", task: str = "",
-        measure: str = "", rerun: bool = False,
-    ) -> Json:  # fmt: skip
+        self,
+        job_id: str = "",
+        reason: str = "",
+        *,
+        filter: str = "",
+        training: str = "",
+        task: str = "",
+        measure: str = "",
+        rerun: bool = False,
+    ) -> Json:
         """Hide a result and all that show the same numbers, or every result that a filter chooses.
 
         With the `training` of a job, or any `task`, everything that rests on it; with a filter and a further `measure`
@@ -140,9 +170,7 @@ class Asking(Transport):
         path = f"/v1/tasks/{task}:{verb}" if task else f"/v1/results/{job_id}:{verb}"
         return self._request("POST", path, json=said or None, repeatable=True)
 
-    def export(
-        self, path: str | Path, filter: str | None = None, *, format: Format | None = None, **more: Any
-    ) -> Path:  # fmt: skip
+    def export(self, path: str | Path, filter: str | None = None, *, format: Format | None = None, **more: Any) -> Path:
         """Write every row that matches to a file, as it comes; the format is told from the file's name.
 
         `more` is as for `results`. The file is there whole or not at all.

@@ -24,9 +24,14 @@ out = Console(**PLAIN, width=None if sys.stdout.isatty() else WIDE)
 err = Console(**PLAIN, stderr=True)
 NAMES: Mapping[str, str] = {}  # ids that are shown whole
 COLOURS = {
-    "succeeded": "green", "trusted": "green", "failed": "red", "invalid": "red", "held": "red", "suspect": "yellow",
-    "running": "cyan", "cancelled": "dim", "queued": "dim",
-}  # fmt: skip
+    **dict.fromkeys(("succeeded", "trusted"), "green"),
+    **dict.fromkeys(("failed", "invalid", "held"), "red"),
+    **dict.fromkeys(("cancelled", "queued"), "dim"),
+    "suspect": "yellow",
+    "running": "cyan",
+}
+Columns = Mapping[str, Callable[[Json], str]]
+"""The heading of each column of a table, and the text of its cell for a row of the service's answer."""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
@@ -47,6 +52,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
     for row in rows:
         made.add_row(*(coloured(cell) for cell in row))
     return made
+
+
+def table_of(columns: Columns, rows: Sequence[Json], title: str | None = None) -> Table:
+    return table(list(columns), [[cell(row) for cell in columns.values()] for row in rows], title)
 
 
 def show(made: Table, *narrower: Callable[[], Table]) -> None:
@@ -123,60 +132,66 @@ def attack_name(attack: Json) -> str:
     return f"{attack['type']} {norm} {number(attack['eps'])}" if norm else str(attack["type"])
 
 
+def done(job_or_sweep: Json) -> str:
+    return f"{100 * job_or_sweep['progress']:.0f} %"
+
+
+JOBS: Columns = {
+    "state": lambda job: job["state"],
+    "done": done,
+    "architecture": lambda job: job["spec"]["architecture"],
+    "dataset": lambda job: job["spec"]["dataset"],
+    "scale": lambda job: number(job["spec"]["scale"]),
+    "attack": lambda job: attack_name(job["spec"]["attack"]),
+    "user": lambda job: job["user"],
+    "reason": lambda job: job["reason"] or "",
+}
+SWEEPS: Columns = {
+    "name": lambda sweep: sweep["name"],
+    "state": lambda sweep: sweep["state"],
+    "done": done,
+    "succeeded": lambda sweep: f"{sweep['jobs']['succeeded']}/{sweep['jobs']['total']}",
+    "failed": lambda sweep: str(sweep["jobs"]["failed"]),
+    "left": lambda sweep: duration(sweep["eta_seconds"]),
+    "user": lambda sweep: sweep["user"],
+}
+RESULTS: Columns = {
+    "architecture": lambda row: row["architecture"],
+    "dataset": lambda row: row["dataset"],
+    "scale": lambda row: number(row["scale"]),
+    "attack": lambda row: attack_name(row["attack"]),
+    "clean": lambda row: percent(row["clean_accuracy"]),
+    "robust": lambda row: percent(row["robust_accuracy"]),
+    "95 %": lambda row: percents(row["robust_accuracy_ci95_low"], row["robust_accuracy_ci95_high"]),
+    "log sharpness": lambda row: number(row.get("log_relative_sharpness_median")),
+    "zero gradient": lambda row: percent(row["zero_gradient_fraction"]),
+    "masked": lambda row: percent(row["masked_fraction"]),
+    "verdict": lambda row: row["verdict"] or "–",
+}
+
+
 def jobs_table(jobs: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
-    rows = [
-        [
-            short.get(job["id"], job["id"]), job["state"],
-            f"{100 * job['progress']:.0f} %", job["spec"]["architecture"],
-            job["spec"]["dataset"], number(job["spec"]["scale"]), attack_name(job["spec"]["attack"]), job["user"],
-            job["reason"] or "",
-        ]
-        for job in jobs
-    ]  # fmt: skip
-    columns = ["job", "state", "done", "architecture", "dataset", "scale", "attack", "user", "reason"]
     left_out = ((), ("done", "dataset", "user"), ("done", "dataset", "user", "scale", "attack"))[narrow]
-    return table(*without(left_out, columns, rows))
+    return table_of({"job": _id("id", short), **_without(left_out, JOBS)}, jobs)
 
 
 def sweeps_table(sweeps: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
-    rows = [
-        [
-            short.get(sweep["id"], sweep["id"]), sweep["name"], sweep["state"], f"{100 * sweep['progress']:.0f} %",
-            f"{sweep['jobs']['succeeded']}/{sweep['jobs']['total']}", str(sweep["jobs"]["failed"]),
-            duration(sweep["eta_seconds"]), sweep["user"],
-        ]
-        for sweep in sweeps
-    ]  # fmt: skip
-    columns = ["sweep", "name", "state", "done", "succeeded", "failed", "left", "user"]
     left_out = ((), ("done", "left", "user"), ("done", "left", "user", "failed"))[narrow]
-    return table(*without(left_out, columns, rows))
+    return table_of({"sweep": _id("id", short), **_without(left_out, SWEEPS)}, sweeps)
 
 
 def results_table(results: Sequence[Json], short: Mapping[str, str] = NAMES, narrow: int = 0) -> Table:
-    rows = [
-        [
-            short.get(row["job_id"], row["job_id"]),
-            row["architecture"], row["dataset"], number(row["scale"]), attack_name(row["attack"]),
-            percent(row["clean_accuracy"]), percent(row["robust_accuracy"]),
-            percents(row["robust_accuracy_ci95_low"], row["robust_accuracy_ci95_high"]),
-            number(row.get("log_relative_sharpness_median")), percent(row["zero_gradient_fraction"]),
-            percent(row["masked_fraction"]), row["verdict"] or "–",
-        ]
-        for row in results
-    ]  # fmt: skip
-    columns = ["job", "architecture", "dataset", "scale", "attack", "clean", "robust", "95 %", "log sharpness"]
-    columns += ["zero gradient", "masked", "verdict"]
     less = ("dataset", "95 %", "log sharpness", "zero gradient", "masked")
     left_out = ((), less, (*less, "clean", "attack"))[narrow]
-    return table(*without(left_out, columns, rows))
+    return table_of({"job": _id("job_id", short), **_without(left_out, RESULTS)}, results)
 
 
-def without(
-    left_out: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[str]]
-) -> tuple[list[str], list[list[str]]]:
-    """These columns and rows but for some columns."""
-    kept = [i for i, column in enumerate(columns) if column not in left_out]
-    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+def _id(name: str, short: Mapping[str, str]) -> Callable[[Json], str]:
+    return lambda row: short.get(row[name], row[name])
+
+
+def _without(left_out: Sequence[str], columns: Columns) -> Columns:
+    return {name: cell for name, cell in columns.items() if name not in left_out}
 
 
 def fields_table(rows: Sequence[dict[str, Any]], short: Mapping[str, str] = NAMES) -> Table:
@@ -203,9 +218,14 @@ def sweep_progress(name: str) -> Iterator[OnProgress]:
         yield _lines(name)
         return
     bar = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}", markup=False), console=err, transient=True,
-    )  # fmt: skip
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
+        console=err,
+        transient=True,
+    )
     with bar:
         shown = bar.add_task(plain(name), total=1.0, left="")
 

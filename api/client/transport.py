@@ -58,9 +58,14 @@ class Transport:
     """
 
     def __init__(
-        self, url: str | None = None, token: str | None = None, *, user: str | None = None,
-        patience_seconds: float = PATIENCE_SECONDS, reach_seconds: float | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        user: str | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
+        reach_seconds: float | None = None,
+    ) -> None:
         settings = Settings()
         self.url = (url or service_url(settings)).rstrip("/")
         self.patience_seconds = patience_seconds
@@ -70,9 +75,11 @@ class Transport:
         if token or settings.token:
             headers["Authorization"] = f"Bearer {token or settings.token}"
         self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(120, connect=5),
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(120, connect=5),
             trust_env=not is_loopback(httpx.URL(self.url).host),  # no proxy knows this machine
-        )  # fmt: skip
+        )
 
     def close(self) -> None:
         self._http.close()
@@ -99,9 +106,14 @@ class Transport:
                 return
 
     def _request(
-        self, method: str, path: str, *, repeatable: bool | None = None,
-        content: Callable[[], Iterator[bytes]] | None = None, **more: Any,
-    ) -> Json:  # fmt: skip
+        self,
+        method: str,
+        path: str,
+        *,
+        repeatable: bool | None = None,
+        content: Callable[[], Iterator[bytes]] | None = None,
+        **more: Any,
+    ) -> Json:
         """One request, repeated where that is safe: always if nothing was sent or done, else if `repeatable`."""
         repeatable = method in REPEATABLE if repeatable is None else repeatable
         patience = self._patience()

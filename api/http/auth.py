@@ -24,7 +24,13 @@ from service.store.identifying import Kind
 
 HEADER = "X-Uncanny-User"
 NAME = re.compile(r"[\w.@+-]{1,100}")
-PUBLIC = {"/healthz", "/readyz", "/docs", "/"}  # as `/openapi.json` is: none shows anything of the store
+PUBLIC = {
+    "/healthz",
+    "/readyz",
+    "/docs",
+    "/docs/{file}",
+    "/",
+}  # as `/openapi.json` is: none shows anything of the store
 READING = {"GET", "HEAD"}
 ADMIN = {
     ("POST", "/v1/queue:pause"),

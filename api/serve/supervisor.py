@@ -68,10 +68,15 @@ class Part:
     def start(self) -> None:
         sink = _open_log(self.log) if self.log else None
         self.process = subprocess.Popen(
-            self.command, env=self.environment, pass_fds=self.inherited, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=sink or sys.stderr, stderr=subprocess.STDOUT,
+            self.command,
+            env=self.environment,
+            pass_fds=self.inherited,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=sink or sys.stderr,
+            stderr=subprocess.STDOUT,
             preexec_fn=die_with_parent(self.death_signal),
-        )  # fmt: skip
+        )
         self.started_at = time.monotonic()
         if sink is not None:
             sink.close()

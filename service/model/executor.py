@@ -10,9 +10,18 @@ from typing import Any, Literal, Protocol
 
 Numbers = dict[str, float | int | None]
 Reason = Literal[
-    "worker_died", "out_of_memory", "out_of_shared_memory", "stalled", "node_died", "preempted", "executor_lost",
-    "disk_full", "environment", "cancelled", "given_back",
-]  # fmt: skip
+    "worker_died",
+    "out_of_memory",
+    "out_of_shared_memory",
+    "stalled",
+    "node_died",
+    "preempted",
+    "executor_lost",
+    "disk_full",
+    "environment",
+    "cancelled",
+    "given_back",
+]
 """Why an attempt was lost. Only a dead worker, memory of its own and standing still are held against the task.
 
 `disk_full` and `environment` have an owner (`Fault`), which is set aside.

@@ -54,10 +54,14 @@ def not_monotone(mine: Any, others: Sequence[Any], specs: Specs) -> list[Flag]:
         if field is not None and (rise > 0) == (own[field] < theirs[field]):
             flags.append(
                 {
-                    "flag": NOT_MONOTONE, "field": field, "job_id": other.job_id, "value": theirs[field],
-                    "robust_accuracy": other.robust_accuracy, "results": other.results,
+                    "flag": NOT_MONOTONE,
+                    "field": field,
+                    "job_id": other.job_id,
+                    "value": theirs[field],
+                    "robust_accuracy": other.robust_accuracy,
+                    "results": other.results,
                 }
-            )  # fmt: skip
+            )
     return flags
 
 

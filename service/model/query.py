@@ -61,10 +61,19 @@ QUOTED: /"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'/s
 %ignore /\s+/
 """
 EXPECTED = {
-    "FIELD": "a field", "OPERATOR": "an operator (= != < <= > >= ~ in, is null)", "WORD": "a value",
-    "QUOTED": "a value in quotes", "_OR": "`or`", "_AND": "`and`", "LPAR": "`(`", "RPAR": "`)`", "COMMA": "`,`",
-    "_NULL": "`null`", "_NOT": "`not`", "$END": "the end",
-}  # fmt: skip
+    "FIELD": "a field",
+    "OPERATOR": "an operator (= != < <= > >= ~ in, is null)",
+    "WORD": "a value",
+    "QUOTED": "a value in quotes",
+    "_OR": "`or`",
+    "_AND": "`and`",
+    "LPAR": "`(`",
+    "RPAR": "`)`",
+    "COMMA": "`,`",
+    "_NULL": "`null`",
+    "_NOT": "`not`",
+    "$END": "the end",
+}
 
 Operator = Literal["=", "!=", "<", "<=", ">", ">=", "~", "in", "not in", "is null", "is not null"]
 

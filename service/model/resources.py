@@ -35,15 +35,17 @@ def of_bundle(settings: Settings, grants: Iterable[Grant], capacity: Capacity, w
     every = [needs_of(settings, kind, capacity) for kind in {grant.spec["kind"] for grant in grants}]
     gpus = max(one.gpus for one in every)
     return Needs(
-        max(one.cpus for one in every), max(1.0, gpus) if whole and gpus else gpus,
-        max(one.memory_bytes for one in every), next((one.accelerator for one in every if one.accelerator), ""),
+        max(one.cpus for one in every),
+        max(1.0, gpus) if whole and gpus else gpus,
+        max(one.memory_bytes for one in every),
+        next((one.accelerator for one in every if one.accelerator), ""),
         {name: amount for one in every for name, amount in one.custom.items()},
-    )  # fmt: skip
+    )
 
 
 def cluster(
     settings: Settings, capacity: Capacity, handed_over: Iterable[Needs], ended: int = 0, only: Collection[str] = ()
-) -> Cluster:  # fmt: skip
+) -> Cluster:
     """The room that is left, with what was `handed_over`, in order, taken off it; those that do not fit wait.
 
     As many bundles as `ended` since the last claim would end until the next one too: so many may wait instead of

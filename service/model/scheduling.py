@@ -91,9 +91,7 @@ class Decision:
     whole: bool = False
 
 
-def choose(
-    queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: Cluster, now: float
-) -> list[Decision]:  # fmt: skip
+def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: Cluster, now: float) -> list[Decision]:
     """Up to `free_slots` bundles, in the order of the module's docstring. A user at their limit is passed over.
 
     Tasks on one checkpoint are spread over the free slots, so that a short queue uses the whole cluster.

@@ -11,10 +11,12 @@ Adversary = Literal["white_box", "black_box", "transfer", "noise"]
 
 ADVERSARIES: Mapping[str, Adversary] = MappingProxyType(
     {
-        "pgd": "white_box", "fgsm": "white_box", "apgd": "white_box", "autoattack": "white_box", "cw": "white_box",
-        "square": "black_box", "transfer": "transfer", "noise": "noise",
+        **dict.fromkeys(("pgd", "fgsm", "apgd", "autoattack", "cw"), "white_box"),
+        "square": "black_box",
+        "transfer": "transfer",
+        "noise": "noise",
     }
-)  # fmt: skip
+)
 """By the attack's type. Noise looks at nothing: what it breaks is broken, and what it leaves says nothing."""
 
 

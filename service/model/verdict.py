@@ -19,9 +19,17 @@ attacks without a gradient; not_converged looks at the attack itself; nothing_co
 6: not_converged compares with the attack at s = 1, as the panel ran there."""
 CHALLENGERS = ("fgsm", "noise", "margin", "square")
 CHECKS = (
-    "zero_gradient", "masked", "outside_ball", *(f"weaker_than:{name}" for name in CHALLENGERS), "not_converged",
-    "eps_zero", "train_mode", "random_forward", "nothing_correct", "non_finite",
-)  # fmt: skip
+    "zero_gradient",
+    "masked",
+    "outside_ball",
+    *(f"weaker_than:{name}" for name in CHALLENGERS),
+    "not_converged",
+    "eps_zero",
+    "train_mode",
+    "random_forward",
+    "nothing_correct",
+    "non_finite",
+)
 REASONS = (*CHECKS, "weak_loss")
 VERDICTS = ("trusted", "suspect", "invalid", "not_checked")
 OUTCOMES = ("passed", "suspect", "invalid", "not_checked")

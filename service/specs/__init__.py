@@ -6,6 +6,16 @@ from service.specs.sweep import Sweep, problems
 from service.specs.tasks import AttackTask, ControlTask, DatasetRef, MeasureTask, Task, TrainTask
 
 __all__ = [
-    "AttackTask", "ControlTask", "DatasetRef", "JobSpec", "MeasureTask", "Sweep", "Task", "TrainTask",
-    "canonical", "digest", "fields", "problems",
-]  # fmt: skip
+    "AttackTask",
+    "ControlTask",
+    "DatasetRef",
+    "JobSpec",
+    "MeasureTask",
+    "Sweep",
+    "Task",
+    "TrainTask",
+    "canonical",
+    "digest",
+    "fields",
+    "problems",
+]

@@ -68,10 +68,11 @@ class JobSpec(Spec):
     samples: Annotated[
         Whole,
         Field(
-            ge=1, le=1_000_000,
+            ge=1,
+            le=1_000_000,
             description="The first so many of one fixed permutation; left out: 1,000, or all of a smaller test set.",
         ),
-    ] = SAMPLES  # fmt: skip
+    ] = SAMPLES
     order: Annotated[Order, Field(description="The first samples of one fixed permutation, or of the file.")] = (
         "permutation"
     )

@@ -113,9 +113,13 @@ def _network(
 def training(architecture: str, dataset: DatasetRef, recipe: AnyRecipe, seed: int, replicate: int) -> PlannedTask:
     """A train task; its recipe has the augmentation spelled out."""
     spec = TrainTask(
-        version=version_of("train", recipe.name), architecture=architecture, dataset=dataset, recipe=recipe, seed=seed,
+        version=version_of("train", recipe.name),
+        architecture=architecture,
+        dataset=dataset,
+        recipe=recipe,
+        seed=seed,
         replicate=replicate,
-    )  # fmt: skip
+    )
     own = digest(spec)
     return PlannedTask(own, own, spec)
 
@@ -127,23 +131,43 @@ def _measure(
     # A measure with images of its own does not depend on the job's samples.
     samples = getattr(measure, "images", samples)
     spec = MeasureTask(
-        version=version_of("measure", measure.type), checkpoint=checkpoint, measure=measure, scale=scale,
-        scale_bias=_bias(scale, scale_bias), samples=samples, order=order,
-    )  # fmt: skip
+        version=version_of("measure", measure.type),
+        checkpoint=checkpoint,
+        measure=measure,
+        scale=scale,
+        scale_bias=_bias(scale, scale_bias),
+        samples=samples,
+        order=order,
+    )
     return PlannedTask(digest(spec), checkpoint, spec)
 
 
 @lru_cache(maxsize=REMEMBERED)
 def _attack(
-    checkpoint: str, attack: Attack, scale: float, scale_bias: bool, seed: int, samples: int, order: Order,
-    source: str | None, arrays: bool,
-) -> PlannedTask:  # fmt: skip
+    checkpoint: str,
+    attack: Attack,
+    scale: float,
+    scale_bias: bool,
+    seed: int,
+    samples: int,
+    order: Order,
+    source: str | None,
+    arrays: bool,
+) -> PlannedTask:
     if getattr(attack, "source_scale", 1.0) == 1.0:  # else the bias of a transfer's source is scaled, or is not
         scale_bias = _bias(scale, scale_bias)
     spec = AttackTask(
-        version=version_of_attack(attack.model_dump()), checkpoint=checkpoint, attack=attack, scale=scale,
-        scale_bias=scale_bias, attack_seed=seed, samples=samples, order=order, source=source, arrays=arrays,
-    )  # fmt: skip
+        version=version_of_attack(attack.model_dump()),
+        checkpoint=checkpoint,
+        attack=attack,
+        scale=scale,
+        scale_bias=scale_bias,
+        attack_seed=seed,
+        samples=samples,
+        order=order,
+        source=source,
+        arrays=arrays,
+    )
     return PlannedTask(digest(spec), checkpoint, spec)
 
 
@@ -166,9 +190,16 @@ def _control(checkpoint: str, attack: AnyAttack, samples: int, order: Order) -> 
         return None
     step_size, steps = (attack.step_size, attack.steps) if isinstance(attack, Pgd) else (eps / 4, 10)
     spec = ControlTask(
-        version=version_of("control"), checkpoint=checkpoint, norm=norm, eps=eps, step_size=step_size, steps=steps,
-        samples=samples, order=order, twin=_twin(attack, step_size, steps),
-    )  # fmt: skip
+        version=version_of("control"),
+        checkpoint=checkpoint,
+        norm=norm,
+        eps=eps,
+        step_size=step_size,
+        steps=steps,
+        samples=samples,
+        order=order,
+        twin=_twin(attack, step_size, steps),
+    )
     return PlannedTask(digest(spec), checkpoint, spec)
 
 

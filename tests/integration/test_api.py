@@ -5,7 +5,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -682,12 +684,30 @@ def test_names_that_are_none_and_hosts_that_are_not_ours_are_refused(server: Any
     assert server.http.get("/v1/jobs", headers={"Host": "localhost:1"}).status_code == 200
 
 
+PARTS = {"/docs/swagger-ui-bundle.js": "text/javascript", "/docs/swagger-ui.css": "text/css"}  # of the page
+
+
 def test_the_documentation_needs_nothing_from_elsewhere(server: Any) -> None:
     page = server.http.get("/docs")
     assert page.headers["content-type"].startswith("text/html")
-    assert "/v1/results/{job_id}" in page.text
-    assert "//" not in page.text.replace(server.url, "").replace("http://127.0.0.1", "")
+    addresses = re.findall(r"""(?:src|href)="([^"]*)"|url: '([^']*)'""", page.text)
+    assert {one or other for one, other in addresses} == {*PARTS, "/openapi.json", "data:,"}
+    assert "//" not in page.text
+    for part, kind in PARTS.items():
+        answer = server.http.get(part)
+        assert (answer.status_code, answer.headers["content-type"].partition(";")[0]) == (200, kind)
+    refused(server.http.get("/docs/redoc.standalone.js"))
     assert server.http.get("/").text == page.text
+
+
+def test_the_browser_runs_nothing_but_the_documentations_own_scripts(server: Any) -> None:
+    page = server.http.get("/docs")
+    [script] = re.findall("<script>(.*?)</script>", page.text, re.DOTALL)
+    own = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = dict(one.strip().split(" ", 1) for one in page.headers["Content-Security-Policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == f"'self' 'sha256-{own}'"
+    assert policy["connect-src"] == "'self'"
 
 
 def test_the_openapi_document(server: Any) -> None:

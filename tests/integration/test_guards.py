@@ -34,6 +34,7 @@ NEEDED = {
     ("GET", "/openapi.json"): PUBLIC,
     ("GET", "/"): PUBLIC,
     ("GET", "/docs"): PUBLIC,
+    ("GET", "/docs/{file}"): PUBLIC,
     ("GET", "/v1/artifacts/{digest}"): READ,
     ("GET", "/v1/catalog"): READ,
     ("GET", "/v1/checkpoints"): READ,
@@ -145,7 +146,7 @@ def lab(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     hers = {
         "job_id": service.submit(JobSpec.model_validate(CELL), user="ada").body["id"],
         "sweep_id": service.submit_sweep(sweep, user="ada").body["id"],
-        "token_id": tokens["ada"], "digest": "0" * 64, "name": "ada",
+        "token_id": tokens["ada"], "digest": "0" * 64, "name": "ada", "file": "swagger-ui.css",
     }  # fmt: skip
     hers["task_id"] = Insights(service.database).job(hers["job_id"])["tasks"][0]["id"]
     yield Guarded(app, access, secrets, hers)

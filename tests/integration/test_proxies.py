@@ -67,9 +67,8 @@ def test_what_nobody_expected_has_the_prefix(tmp_path: Path, asked: str) -> None
 def test_the_documentation_leads_to_the_document(behind: Any, path: str) -> None:
     page = behind.http.get(f"{PREFIX}{path}")
     assert page.status_code == 200
-    [link] = re.findall("href='([^']*openapi.json)'", page.text)
+    [link] = re.findall("url: '([^']*)'", page.text)
     assert link == f"{PREFIX}/openapi.json"
-    assert f"{behind.url}{PREFIX}/v1/jobs" in page.text
     assert behind.http.get(link).json()["servers"] == [{"url": PREFIX}]
 
 

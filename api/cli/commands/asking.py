@@ -17,7 +17,19 @@ from api.cli.commands.options import (
     print_json,
 )
 from api.client import Json
-from api.client.render import attack_name, fields_table, number, percent, percents, say, show, table, tell
+from api.client.render import (
+    Columns,
+    attack_name,
+    fields_table,
+    number,
+    percent,
+    percents,
+    say,
+    show,
+    table,
+    table_of,
+    tell,
+)
 from service.model.dotted import flat
 from service.model.unit import Unit
 
@@ -82,10 +94,7 @@ def leaderboard(
     for board in boards:
         attacked = f", with {board['preset'] or board['attack']['type']}" if board["attack"] else ""
         title = f"{board['dataset']}, {board['threat_model']}{attacked}, {board['samples']} samples"
-        columns = ["rank", "architecture", "recipe", "scale", "networks", "results", "worst case", "95 %", "attacks"]
-        columns += ["robust", "clean", "flags"]
-        differs = _differing([dict(flat(row["recipe"])) for row in board["rows"]])
-        show(table(columns, [_place(row, differs) for row in board["rows"]], title))
+        show(table_of(_places(board["rows"]), board["rows"], title))
         say("")
     if not boards:
         _tell_nothing(trusted)
@@ -107,9 +116,7 @@ def worst_cases(
         return print_json(rows)
     if not rows:
         return tell("No results match.")
-    columns = ["network", "architecture", "recipe", "dataset", "threat model", "scale", "worst case", "95 %", "attacks"]
-    columns.append("flags")
-    show(table(columns, [_worst_case(row) for row in rows]))
+    show(table_of(WORST_CASES, rows))
     return None
 
 
@@ -237,30 +244,61 @@ def _differing(recipes: list[Json]) -> list[str]:
     ]
 
 
-def _place(row: Json, differing: list[str]) -> list[str]:
+def _places(rows: list[Json]) -> Columns:
+    """The columns of a leaderboard: recipes are told apart by the parameters in which these rows differ."""
+    differing = _differing([dict(flat(row["recipe"])) for row in rows])
+    return {
+        "rank": lambda row: str(row["rank"]),
+        "architecture": lambda row: row["architecture"],
+        "recipe": lambda row: _recipe(row, differing),
+        "scale": lambda row: number(row["scale"]),
+        "networks": lambda row: str(row["networks"]),
+        "results": lambda row: str(row["results"]),
+        "worst case": lambda row: percent(row["robust_accuracy_worst_case"]),
+        "95 %": lambda row: _interval(row) + (" of images" if row["ci95_of"] == "images" else ""),
+        "attacks": _attacks,
+        "robust": lambda row: percent(row["robust_accuracy"]),
+        "clean": lambda row: percent(row["clean_accuracy"]),
+        "flags": _flags,
+    }
+
+
+def _recipe(row: Json, differing: list[str]) -> str:
     recipe = dict(flat(row["recipe"]))
-    shown = [recipe["name"], *(f"{name} {number(recipe[name])}" for name in differing if name in recipe)]
-    interval = percents(row["ci95_low"], row["ci95_high"]) + (" of images" if row["ci95_of"] == "images" else "")
-    return [
-        str(row["rank"]), row["architecture"], ", ".join(shown), number(row["scale"]), str(row["networks"]),
-        str(row["results"]), percent(row["robust_accuracy_worst_case"]), interval, _attacks(row),
-        percent(row["robust_accuracy"]), percent(row["clean_accuracy"]), ", ".join(row["flags"]),
-    ]  # fmt: skip
+    return ", ".join([recipe["name"], *(f"{name} {number(recipe[name])}" for name in differing if name in recipe)])
 
 
-def _worst_case(row: Json) -> list[str]:
-    attacks = ", ".join(attack["preset"] or attack["attack"]["type"] for attack in row["attacks"])
-    return [
-        row["weights_sha256"][:12], row["architecture"], row["recipe"]["name"], row["dataset"], row["threat_model"],
-        number(row["scale"]), percent(row["robust_accuracy_worst_case"]), percents(row["ci95_low"], row["ci95_high"]),
-        f"{row['attack_count']}: {attacks}", ", ".join(row["flags"]),
-    ]  # fmt: skip
+def _interval(row: Json) -> str:
+    return percents(row["ci95_low"], row["ci95_high"])
+
+
+def _flags(row: Json) -> str:
+    return ", ".join(row["flags"])
 
 
 def _attacks(row: Json) -> str:
     """How many, and of how many not every network of the row has met."""
     partly = sum(attack["networks"] < row["networks"] for attack in row["attacks"])
     return str(len(row["attacks"])) + (f", {partly} not on all" if partly else "")
+
+
+def _attack_names(row: Json) -> str:
+    names = ", ".join(attack["preset"] or attack["attack"]["type"] for attack in row["attacks"])
+    return f"{row['attack_count']}: {names}"
+
+
+WORST_CASES: Columns = {
+    "network": lambda row: row["weights_sha256"][:12],
+    "architecture": lambda row: row["architecture"],
+    "recipe": lambda row: row["recipe"]["name"],
+    "dataset": lambda row: row["dataset"],
+    "threat model": lambda row: row["threat_model"],
+    "scale": lambda row: number(row["scale"]),
+    "worst case": lambda row: percent(row["robust_accuracy_worst_case"]),
+    "95 %": _interval,
+    "attacks": _attack_names,
+    "flags": _flags,
+}
 
 
 def _tau(row: Json) -> Json:

@@ -10,7 +10,7 @@ import typer
 from api.cli import written
 from api.cli.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json, whole_number
 from api.client import Json
-from api.client.render import counted, say, show, table
+from api.client.render import Columns, counted, say, show, table_of
 
 Ident = Annotated[str, typer.Argument(metavar="ID", help="A job or a sweep.")]
 SweepIdent = Annotated[str, typer.Argument(metavar="ID", help="A sweep.")]
@@ -126,7 +126,7 @@ def explain(
         return print_json(explained)
     say(f"{ident}: {explained['sentence']}")
     if explained["tasks"]:
-        show(table(["kind", "state", "why"], [_line(task) for task in explained["tasks"]]))
+        show(table_of(WHY, explained["tasks"]))
     return None
 
 
@@ -138,20 +138,22 @@ def queue(home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
         return print_json(seen)
     say(f"paused by {seen['paused_by']}" if seen["paused"] else "the queue goes on")
     say("jobs: " + (", ".join(f"{n} {state}" for state, n in sorted(seen["jobs"].items())) or "none"))
-    columns = ["user", "weight", "device seconds", "devices in use", "GPUs at most", "waits"]
-    return show(table(columns, [_user(user) for user in seen["users"]]))
+    return show(table_of(USERS, seen["users"]))
 
 
-def _line(task: Json) -> list[str]:
-    return [task["kind"], task["state"], task["sentence"]]
-
-
-def _user(user: Json) -> list[str]:
-    most = "" if user["max_gpus"] is None else f"{user['max_gpus']:g}"
-    return [
-        user["user"], f"{user['weight']:g}", f"{user['device_seconds']:.0f}", f"{user['gpus_in_use']:g}", most,
-        "yes" if user["waiting"] else "",
-    ]  # fmt: skip
+WHY: Columns = {
+    "kind": lambda task: task["kind"],
+    "state": lambda task: task["state"],
+    "why": lambda task: task["sentence"],
+}
+USERS: Columns = {
+    "user": lambda user: user["user"],
+    "weight": lambda user: f"{user['weight']:g}",
+    "device seconds": lambda user: f"{user['device_seconds']:.0f}",
+    "devices in use": lambda user: f"{user['gpus_in_use']:g}",
+    "GPUs at most": lambda user: "" if user["max_gpus"] is None else f"{user['max_gpus']:g}",
+    "waits": lambda user: "yes" if user["waiting"] else "",
+}
 
 
 def _report(changed: Json, verb: str, as_json: bool) -> None:

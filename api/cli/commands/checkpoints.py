@@ -10,8 +10,16 @@ from api.client.render import say, show, table
 
 checkpoint = typer.Typer(help="Weights: made elsewhere, or by trainings.", no_args_is_help=True, epilog=EPILOG)
 TRAINED = [
-    "weights_sha256", "architecture", "dataset", "recipe", "seed", "replicate", "test_accuracy", "jobs", "retracted_by"
-]  # fmt: skip
+    "weights_sha256",
+    "architecture",
+    "dataset",
+    "recipe",
+    "seed",
+    "replicate",
+    "test_accuracy",
+    "jobs",
+    "retracted_by",
+]
 PerChannel = Annotated[list[float] | None, typer.Option(help="One number a channel; give the option once for each.")]
 
 

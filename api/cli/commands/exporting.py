@@ -66,9 +66,7 @@ def export(
         if fields:
             raise BadUsage("a snapshot has all fields: leave --fields out")
         with client_of(home, url) as client:
-            made = snapshots.freeze(
-                client, snapshot, filter, include_retracted=include_retracted, **filters_of(given)
-            )  # fmt: skip
+            made = snapshots.freeze(client, snapshot, filter, include_retracted=include_retracted, **filters_of(given))
         text = f"Froze {made['results']} results in {snapshot}, checksum {made['sha256']}."
         return print_json({"path": str(snapshot), **made}) if as_json else say(text)
     if not file.endswith(ENDINGS):

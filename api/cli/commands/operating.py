@@ -59,7 +59,7 @@ def gc(
     database.check_schema()
     report = collect(
         database, of_database(database, settings.artifacts), Policy.of(settings), home=settings.home, dry_run=dry_run
-    )  # fmt: skip
+    )
     database.close()
     if as_json:
         return print_json(report.as_json())

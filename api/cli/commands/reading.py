@@ -24,7 +24,19 @@ from api.cli.commands.options import (
 )
 from api.cli.report import images, meaning
 from api.client import Client, Json
-from api.client.render import fields_table, jobs_table, number, results_table, say, show, sweeps_table, table, tell
+from api.client.render import (
+    Columns,
+    fields_table,
+    jobs_table,
+    number,
+    results_table,
+    say,
+    show,
+    sweeps_table,
+    table,
+    table_of,
+    tell,
+)
 from service.model.dotted import flat
 
 MAX_PAGE = 1000
@@ -75,9 +87,13 @@ def results(
             result = client.result(one)
             return print_json(result) if as_json else _show_result(client, result)
         found = client.results(
-            filter, sort=sort, fields=fields, limit=_page(limit), include_retracted=include_retracted,
+            filter,
+            sort=sort,
+            fields=fields,
+            limit=_page(limit),
+            include_retracted=include_retracted,
             **filters_of(filters),
-        )  # fmt: skip
+        )
         rows = _first(found, limit, "--limit shows more, `uncanny export FILE` writes all of them")
         short = _short(client, rows) if fields and not (as_json or as_csv) else {}
         if not as_json and (hidden := found.retracted):
@@ -151,17 +167,19 @@ def _show_result(client: Client, result: Json) -> None:
     )
 
 
+TASKS: Columns = {
+    "task": lambda task: task["digest"][:12],
+    "kind": lambda task: task["kind"],
+    "part": lambda task: ", ".join(task["roles"]),
+    "state": lambda task: task["state"],
+    "attempt": lambda task: str(task["attempt"]),
+    "reason": lambda task: task["reason"] or "",
+}
+
+
 def _show_job(client: Client, job: Json, as_json: bool) -> None:
     if as_json:
         return print_json(job)
     _show(jobs_table, client, [job], "jobs")
     say("")
-    columns = ["task", "kind", "part", "state", "attempt", "reason"]
-    tasks = [
-        [
-            task["digest"][:12], task["kind"], ", ".join(task["roles"]), task["state"], str(task["attempt"]),
-            task["reason"] or "",
-        ]
-        for task in job["tasks"]
-    ]  # fmt: skip
-    return show(table(columns, tasks))
+    return show(table_of(TASKS, job["tasks"]))
