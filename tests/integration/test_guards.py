@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from store_lab import Lab
 
 from api.http.app import create_app
 from api.http.feed import POLL_SECONDS, RENEW_SECONDS
@@ -300,11 +301,11 @@ class TestTokens:
         with pytest.raises(Conflict, match="revoked before"):
             access.revoke_token(second.token_id or "", by=first)
 
-    def test_each_of_them_is_an_event(self, access: Access, lab_type: Any, artifacts: Any) -> None:
+    def test_each_of_them_is_an_event(self, access: Access, artifacts: Any) -> None:
         _, first = self.token(access, "ada", Caller("root"))
         _, heir = self.token(access, "ada", first)
         access.revoke_token(first.token_id or "", by=Caller("chief"))
-        rows = lab_type(access.database, artifacts).rows(events, kind="token.revoked")
+        rows = Lab(access.database, artifacts).rows(events, kind="token.revoked")
         assert [(row.actor, row.data["id"], row.data.get("with")) for row in rows] == [
             ("chief", first.token_id, None),
             ("chief", heir.token_id, first.token_id),

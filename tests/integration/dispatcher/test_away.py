@@ -24,6 +24,7 @@ from dispatching import (
     wait_for,
 )
 from sqlalchemy import Connection, make_url
+from store_lab import Lab
 
 from service.errors import DatabaseAway
 from service.model.executor import (
@@ -43,13 +44,13 @@ class TestAway:
     """The database goes away at the worst moments."""
 
     def test_outcomes_are_kept_and_written_when_it_is_back(
-        self, start_postgresql: "Callable[[], PostgresServer]", lab_type: Any, artifacts: Any
+        self, start_postgresql: "Callable[[], PostgresServer]", artifacts: Any
     ) -> None:
         server = start_postgresql()
         url = make_url(server.get_uri("postgres")).set(drivername="postgresql+psycopg")
         database = Database(url.render_as_string(hide_password=False))
         database.upgrade()
-        lab = lab_type(database, artifacts)
+        lab = Lab(database, artifacts)
         lab.submit_sweep()
         executor = Scripted()
         with running(dispatcher(lab, executor)):
@@ -66,14 +67,14 @@ class TestAway:
 
     @pytest.mark.parametrize("successor", ["d1", "d2"])
     def test_outcomes_survive_a_dispatcher_that_dies_meanwhile(
-        self, start_postgresql: "Callable[[], PostgresServer]", lab_type: Any, artifacts: Any, successor: str
+        self, start_postgresql: "Callable[[], PostgresServer]", artifacts: Any, successor: str
     ) -> None:
         """They are on disk, and whoever leads next under that home writes them before it takes back what was lost."""
         server = start_postgresql()
         url = make_url(server.get_uri("postgres")).set(drivername="postgresql+psycopg")
         database = Database(url.render_as_string(hide_password=False))
         database.upgrade()
-        lab = lab_type(database, artifacts)
+        lab = Lab(database, artifacts)
         lab.submit_sweep({"seed": [0, 1, 2]})
         executor = Scripted()
         one = dispatcher(lab, executor)
