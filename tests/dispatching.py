@@ -14,6 +14,7 @@ from service.errors import DatabaseAway
 from service.model.executor import (
     Bundle,
     Capacity,
+    Executor,
     Grant,
     Message,
     Started,
@@ -84,7 +85,7 @@ def succeeds(lab: Any) -> Callable[[Grant], Message]:
 
 
 def dispatcher(
-    lab: Any, executor: Scripted, name: str = "d1", settings: Settings = PATIENT, **changed: Any
+    lab: Any, executor: Executor, name: str = "d1", settings: Settings = PATIENT, **changed: Any
 ) -> Dispatcher:
     at_home = settings.model_copy(update={"home": Path(lab.artifacts.root).parent, "stop_seconds": 0.0, **changed})
     return Dispatcher(lab.database, lab.artifacts, executor, at_home, name, CLOCK)

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import psutil
-from serving import wait_until_it_answers
+from benchmarks.serving import wait_until_it_answers
 
 RAY_ALONE = (
     "import ray, time; started = time.perf_counter(); ray.init(address='local', include_dashboard=False, "

@@ -5,14 +5,14 @@ from itertools import count
 from typing import Any
 
 import pytest
-from generated import fill
+from benchmarks.generated import fill
 from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
 from service.store import Database
 
 SIZES = (100, 1_000, 10_000, 100_000)
-GRID = {"scale": [0.25, 0.5, 1, 2.5, 5, 10, 50], "attack": ["pgd_l2", "pgd_linf"]}
+GRID: dict[str, list[Any]] = {"scale": [0.25, 0.5, 1, 2.5, 5, 10, 50], "attack": ["pgd_l2", "pgd_linf"]}
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])

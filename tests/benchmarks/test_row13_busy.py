@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from serving import serving
+from benchmarks.serving import serving
 from sqlalchemy import select
 
 from service.lab.artifacts import Artifacts
@@ -39,6 +40,7 @@ def counting(loads: Path) -> Callable[[Bundle, WorkerSettings], Iterator[list[Me
 
     def body(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Message]]:
         import os
+        from unittest import mock
 
         from workers import context
         from workers.worker import run_bundle
@@ -53,11 +55,8 @@ def counting(loads: Path) -> Callable[[Bundle, WorkerSettings], Iterator[list[Me
 
             return kept(cache, key, loading)
 
-        context.Cache.get = get  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(context.Cache, "get", get):
             yield from run_bundle(bundle, settings)
-        finally:
-            context.Cache.get = kept  # type: ignore[method-assign]
 
     return body
 
@@ -125,11 +124,8 @@ def attack_bundle(home: Path) -> Bundle:
     artifacts, digests = Artifacts(str(home / "artifacts")), []
     for count in (1000, 10_000):
         images = {"x": random.randint(0, 256, (count, 32, 32, 3), dtype=np.uint8), "y": random.randint(0, 10, count)}
-        digests.append(artifacts.write("dataset", lambda path, images=images: savez(path, images)).digest)
-    data = DatasetRef(
-        name="npz:noise", train_sha256=digests[0], test_sha256=digests[1], channels=3, height=32, width=32,
-        classes=10, train_count=1000, test_count=10_000,
-    )  # fmt: skip
+        digests.append(artifacts.write("dataset", partial(savez, images=images)).digest)
+    data = DatasetRef(name="npz:noise", train_sha256=digests[0], test_sha256=digests[1])
     model = build("resnet18", (3, 32, 32), 10, seed=0).eval()
     checkpoint = artifacts.write("checkpoint", lambda path: save_weights(path, model))
     base = {"architecture": "resnet18", "dataset": "npz:noise", "samples": 10_000}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import serving
+from benchmarks.serving import serving
 from sqlalchemy import func, select
 
 from service.lab.artifacts import Artifacts

@@ -19,7 +19,7 @@ ROUNDS = 15
 
 def fill(lab: Any, first: int, last: int) -> None:
     """Queued tasks of three users, nine tenths of them one user's; submitted in between are older and newer ones."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": f"{n:036d}", "digest": f"{n:064d}", "kind": "attack", "version": 1, "spec": {}, "generation": 1,
             "state": "queued", "train_digest": f"{n // 40:064d}", "priority": n % 3, "sequence": n,

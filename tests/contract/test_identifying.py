@@ -65,7 +65,7 @@ def test_what_several_begin_with_is_refused_with_their_names(named: Lab) -> None
     insights = Insights(named.database)
     for kind in ("job", "sweep"):
         with pytest.raises(AmbiguousId, match=f"begins with 01a22d61: .*{IDS[0]}.*{IDS[1]}") as refused:
-            insights.identify(kind, "01a22d61")  # type: ignore[arg-type]
+            insights.identify(kind, "01a22d61")
         assert f"sweep {IDS[2]}" in str(refused.value)
 
 

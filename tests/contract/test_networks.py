@@ -90,13 +90,14 @@ class TestList:
 
     def test_filters(self, lab: Lab) -> None:
         weights = train(lab, {"seed": 0}, {"architecture": "simple_cnn"}, {"recipe": "sam"})
-        for filters, expected in (
+        cases: tuple[tuple[dict[str, Any], list[str]], ...] = (
             ({"architecture": "simple_cnn"}, weights[1:2]),
             ({"recipe": "sam"}, weights[2:]),
             ({"dataset": "digits", "architecture": "mlp"}, [weights[2], weights[0]]),
             ({"weights_sha256": weights[0]}, weights[:1]),
             ({"dataset": "mnist"}, []),
-        ):
+        )
+        for filters, expected in cases:
             assert [item["weights_sha256"] for item in page(lab, **filters)["items"]] == expected, filters
 
     def test_only_what_a_training_of_this_service_has_finished(self, lab: Lab) -> None:
@@ -118,7 +119,7 @@ def test_what_is_no_cursor(lab: Lab, cursor: str) -> None:
 class TestTrainedByDigest:
     @pytest.mark.parametrize("short", [True, False])
     def test_a_job_joins_the_training_and_all_that_was_computed_on_it(self, lab: Lab, short: bool) -> None:
-        asked = {"seed": 3, "recipe": {"epochs": 5, "flip": False}, "scale": 5}
+        asked: dict[str, Any] = {"seed": 3, "recipe": {"epochs": 5, "flip": False}, "scale": 5}
         [weights] = train(lab, asked)
         before = len(lab.rows(tables.tasks))
         named = {"checkpoint": weights} if short else {"recipe": {"name": "imported", "checkpoint": weights}}
@@ -137,7 +138,10 @@ class TestTrainedByDigest:
 
     def test_cells_of_a_sweep_that_are_one_network_are_one_job(self, lab: Lab) -> None:
         [weights] = train(lab, {"scale": 5})
-        grid = {"recipe": ["standard", {"name": "imported", "checkpoint": weights}], "scale": [5, 7]}
+        grid: dict[str, list[Any]] = {
+            "recipe": ["standard", {"name": "imported", "checkpoint": weights}],
+            "scale": [5, 7],
+        }
         accepted = lab.submit_sweep(grid)
         assert (accepted["jobs"], accepted["repetitions"], accepted["known"]["train"]) == (2, 2, 1)
 
@@ -197,9 +201,10 @@ class TestTrainedByDigest:
         """Its weights are there, and they are what was named."""
         [weights] = train(lab, {})
         [row] = lab.rows(tables.tasks, kind="train")
-        values = {"digest": {"digest": "e" * 64}, "recipe": {"spec": {**row.spec, "recipe": {"name": "forgotten"}}}}
+        other = {"digest": "e" * 64, "recipe": {**row.spec, "recipe": {"name": "forgotten"}}}[changed]
+        values = {"spec" if changed == "recipe" else changed: other}
         with lab.database.write() as connection:
-            connection.execute(update(tables.tasks).where(tables.tasks.c.id == row.id).values(values[changed]))
+            connection.execute(update(tables.tasks).where(tables.tasks.c.id == row.id).values(values))
         spec = lab.task(lab.job(lab.submit(checkpoint=weights)).train_task_id).spec
         assert spec["recipe"]["weights_sha256"] == weights
 
@@ -378,7 +383,7 @@ class TestRegistered:
 
 @pytest.mark.parametrize("other", [{"recipe": "sam"}, {"seed": 0}])
 def test_a_checkpoint_stands_in_place_of_recipe_and_seed(other: dict[str, Any]) -> None:
-    job = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "checkpoint": "theirs"}
+    job: dict[str, Any] = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "checkpoint": "theirs"}
     with pytest.raises(ValueError, match=f"`checkpoint` stands in place of `{next(iter(other))}`"):
         JobSpec.model_validate({**job, **other})
     short = JobSpec.model_validate(job)

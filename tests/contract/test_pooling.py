@@ -80,7 +80,7 @@ def test_the_pooler_of_these_tests_is_one_that_forgets_statements(postgresql_url
                 host="127.0.0.1", port=pooler.port, dbname=make_url(postgresql_url).database, user="postgres",
                 autocommit=True, prepare_threshold=0,
             ) as connection:  # fmt: skip
-                row = connection.execute(f"SELECT %s::int + {thread}", (i,)).fetchone()  # type: ignore[arg-type]
+                row = connection.execute(f"SELECT %s::int + {thread}", (i,)).fetchone()
                 return row == (i + thread,)
 
         right, failed = busy(ask)
@@ -213,7 +213,7 @@ def test_an_encoding_that_cannot_keep_every_name_is_refused(
     name = f"encoded_{encoding.lower()}"
     with psycopg.connect(administration.render_as_string(hide_password=False), autocommit=True) as connection:
         how = f"TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
-        connection.execute(f"CREATE DATABASE {name} {how}")  # type: ignore[arg-type]
+        connection.execute(f"CREATE DATABASE {name} {how}")
     url = make_url(postgresql_template).set(database=name).render_as_string(hide_password=False)
     with closing(Database(url)) as database:
         for refused in (lambda: upgrading.upgrade(database), database.revision, database.check_schema):

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, MetaData, Table, column, event, insert, inspect, make_url, select, table, text
+from sqlalchemy import (
+    Connection,
+    Integer,
+    MetaData,
+    Table,
+    column,
+    event,
+    insert,
+    inspect,
+    make_url,
+    select,
+    table,
+    text,
+)
 from sqlalchemy.exc import IntegrityError
 from store_lab import Lab
 
@@ -128,7 +141,7 @@ class TestTransactions:
             with database.read() as connection:
                 connection.execute(select(sweeps).where(sweeps.c.id == "a"))
         with database.read() as connection:
-            plans = select(column("generic_plans") + column("custom_plans")).select_from(
+            plans = select(column("generic_plans", Integer) + column("custom_plans", Integer)).select_from(
                 table("pg_prepared_statements")
             )
             used = connection.scalar(plans.where(column("statement").like("%FROM sweeps%")))

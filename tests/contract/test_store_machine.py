@@ -59,9 +59,9 @@ class Store(Database):
         return self.clock
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(self, *, in_turn: bool = True) -> Iterator[Connection]:
         fault, self.fault = self.fault, None
-        with super().write() as connection:
+        with super().write(in_turn=in_turn) as connection:
             yield connection
             if fault == BEFORE:
                 raise DatabaseAway(fault)
@@ -132,8 +132,8 @@ class Model:
 
     def settle(self) -> None:
         """Tasks follow their parents, jobs their tasks, and what no live job needs ends: until nothing changes."""
-        before = None
-        while before != (before := [one.state for one in (*self.tasks.values(), *self.jobs.values())]):
+        before: tuple[list[str], list[str]] | None = None
+        while before != (before := ([of.state for of in self.tasks.values()], [of.state for of in self.jobs.values()])):
             for task in self.tasks.values():
                 parents = {self.tasks[parent].state for parent in task.parents}
                 if task.state == "blocked" and parents & {"failed", "cancelled"}:
@@ -164,6 +164,7 @@ class Model:
             epoch = last + 1
         elif self.leader is None or (holder, last) != (name, epoch):
             return None
+        assert epoch is not None
         self.leader = (name, epoch, now + LEASE)
         for task_id, task in self.tasks.items():
             if task.holder == name:

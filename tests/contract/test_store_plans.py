@@ -112,7 +112,7 @@ def test_the_number_of_statements_does_not_grow_with_the_jobs(
     def statements(jobs: int, seed: int) -> int:
         """How many it takes to do this to so many jobs of one training."""
         nonlocal counted
-        grid = {"scale": [1 + i / 1000 for i in range(jobs)], "seed": [seed]}
+        grid: dict[str, list[Any]] = {"scale": [1 + i / 1000 for i in range(jobs)], "seed": [seed]}
         before = counted
         sweep = lab.submit_sweep(grid)["id"]
         if verb == "submit":

@@ -4,6 +4,8 @@ import csv
 import importlib
 import io
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -518,7 +520,12 @@ def test_attempts_of_before_have_what_was_missing_in_their_message(lab: Any) -> 
 WORDS = ("submit", "train", "work", "hold", "late", "lose", "lose", "retry", "retry", "cancel", "expire")
 LOST = (("train", 0, 0), ("work", 1, 0), ("lose", 0, 0), ("retry", 0, 0))
 STEPS = st.lists(st.tuples(st.sampled_from(WORDS), st.integers(0, 3), st.integers(0, 2)), min_size=10, max_size=30)
-KINDS = ({}, {"scale": 5}, OTHER, {"attack": {"type": "transfer", "attack": PGD, "source": OTHER}, "scale": 5})
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"scale": 5},
+    OTHER,
+    {"attack": {"type": "transfer", "attack": PGD, "source": OTHER}, "scale": 5},
+)
 
 
 def interleaved(lab: Any, examples: int, **how: Any) -> Counter[str]:
@@ -553,7 +560,7 @@ def test_none_does_so_at_length(lab: Any) -> None:
     assert seen["other weights"] >= 25, seen
 
 
-MUTANTS = {
+MUTANTS: dict[str, tuple[ModuleType, str, Callable[..., object]]] = {
     "it is one task all the same": (trained_again, "other_weights", lambda *_: {}),
     "children stay": (trained_again, "_copy_children", lambda *_: {}),
     "what runs goes on": (trained_again, "_end_children", lambda *_: []),

@@ -435,10 +435,17 @@ class TestThreads:
 
 class TestReaders:
     def test_all_readers_are_told_by_one_look(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        looks = []
-        news, events = Insights.news, Insights.events
-        monkeypatch.setattr(Insights, "news", lambda self, *a, **k: looks.append(1) or news(self, *a, **k))
-        monkeypatch.setattr(Insights, "events", lambda self, *a, **k: looks.append(50) or events(self, *a, **k))
+        looks: list[int] = []
+
+        def noted(weight: int, look: Callable[..., Any]) -> Callable[..., Any]:
+            def noting(*arguments: Any, **more: Any) -> Any:
+                looks.append(weight)
+                return look(*arguments, **more)
+
+            return noting
+
+        monkeypatch.setattr(Insights, "news", noted(1, Insights.news))
+        monkeypatch.setattr(Insights, "events", noted(50, Insights.events))
         readers = [connect(own, EVENTS) for _ in range(50)]
         for reader in readers:
             until(lambda reader=reader: b"id:" in reader.recv(4096))  # type: ignore[misc]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_jobs_are_accepted_before_ray_is_up(tmp_path: Path) -> None:
         job = client.submit(LONG)
         assert client.cluster()["leading"] is False
         until(lambda: job.status()["state"] == "running", 100)
-        dispatcher, head = (until(lambda m=m: half(process, m)) for m in ("workers.dispatch", "workers.head"))
+        dispatcher, head = (until(partial(half, process, m)) for m in ("workers.dispatch", "workers.head"))
         ray = head.children(recursive=True)
         dispatcher.kill()
         assert job.wait()["state"] == "succeeded"
@@ -242,7 +243,7 @@ def test_a_dead_head_takes_the_dispatcher_along_and_both_are_started_again(tmp_p
     with with_ray(tmp_path) as (process, client):
         job = client.submit(LONG)
         until(lambda: job.status()["state"] == "running", 100)
-        dispatcher, head = (until(lambda m=m: half(process, m)) for m in ("workers.dispatch", "workers.head"))
+        dispatcher, head = (until(partial(half, process, m)) for m in ("workers.dispatch", "workers.head"))
         ray = head.children(recursive=True)
         next(member for member in ray if "gcs_server" in member.name()).kill()
         until(lambda: gone([dispatcher, head, *ray]))

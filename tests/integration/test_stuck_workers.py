@@ -35,9 +35,10 @@ def lab(start_postgresql: "Callable[[], PostgresServer]", tmp_path_factory: pyte
 
 def until_it_is_under_way(lab: Lab, seed: int) -> psutil.Process:
     """The worker of that training, which has left an epoch state."""
-    return until(
+    worker: psutil.Process = until(
         lambda: lab.training(seed) and lab.training(seed).resume_digest and lab.worker_of(seed), PATIENCE_SECONDS
     )
+    return worker
 
 
 def is_gone(process: psutil.Process) -> bool:

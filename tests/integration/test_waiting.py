@@ -15,6 +15,7 @@ import yaml
 
 from api.cli.commands import waiting
 from api.cli.commands.waiting import reasons_told
+from api.client import Client
 from service.model.environment import SetAside
 from service.model.executor import Capacity
 from service.store import Database, claiming
@@ -54,8 +55,13 @@ def test_a_reason_is_told_once_and_again_when_it_changes(idle: Any, noun: str, m
     lines: list[str] = []
     monkeypatch.setattr(waiting, "tell", lines.append)
     looked = []
-    explain = waiting.Client.explain
-    monkeypatch.setattr(waiting.Client, "explain", lambda *given: (looked.append(1), explain(*given))[1])
+    explain = Client.explain
+
+    def noted(client: Client, job_id: str) -> Any:
+        looked.append(job_id)
+        return explain(client, job_id)
+
+    monkeypatch.setattr(Client, "explain", noted)
     made = idle.client.submit(JOB) if noun == "job" else idle.client.sweep(name="s", base=JOB, grid={"scale": [1, 5]})
     with reasons_told(idle.url, noun, made.id, first_seconds=0, every_seconds=0.02):
         until(lines, "no dispatcher leads")

@@ -19,13 +19,14 @@ from service.model.executor import (
     Message,
     Outcome,
     Progress,
+    Reason,
     Started,
     Succeeded,
 )
 from service.queue.dispatcher import Dispatcher
 from service.store import tables
 from service.store.tables import attempts, events, tasks
-from workers import run
+from workers import devices, run
 from workers.context import Context
 
 SHARED_MEMORY: Literal["out_of_shared_memory"] = "out_of_shared_memory"
@@ -192,7 +193,7 @@ class TestLosses:
             raise torch.AcceleratorError("an illegal memory access was encountered")
 
         monkeypatch.setattr(run, "run", broken)
-        monkeypatch.setattr(run.devices, "computes", lambda device: False)
+        monkeypatch.setattr(devices, "computes", lambda device: False)
         lab.submit()
         one = dispatcher(lab, scripted)
         for attempt in range(1, PATIENT.max_suspect_losses + 1):
@@ -235,7 +236,8 @@ class TestLosses:
         lab.submit()
         one = dispatcher(lab, scripted, gpus_per_task=0.5, backoff_seconds=10.0)
         waits = []
-        for attempt, reason in enumerate([SHARED_MEMORY] * 3 + ["node_died", SHARED_MEMORY], 1):
+        reasons: list[Reason] = [SHARED_MEMORY, SHARED_MEMORY, SHARED_MEMORY, "node_died", SHARED_MEMORY]
+        for attempt, reason in enumerate(reasons, 1):
             one.tick()
             [row] = lab.rows(tasks, kind="train")
             scripted.said = [Lost(row.id, attempt, reason, "no room")]
@@ -275,7 +277,15 @@ class TestStalled:
         scripted.said = [Started(grant.task_id, 1, "worker") for grant in (still, alive)]
         fraction = 0.0
 
-        def beats() -> None:
+        def is_stalled() -> bool:
+            beat()
+            return [row.task_id for row in lab.rows(events, kind="task.stalled")] == [still.task_id]
+
+        def is_cancelled() -> bool:
+            beat()
+            return bool(scripted.cancelled)
+
+        def beat() -> None:
             nonlocal fraction
             passes(150.0)
             fraction += 0.001
@@ -283,8 +293,8 @@ class TestStalled:
             scripted.said += [Progress(alive.task_id, 1, fraction, {"loss": 1.0})]
             one.tick()
 
-        wait_for(lambda: beats() or [row.task_id for row in lab.rows(events, kind="task.stalled")] == [still.task_id])
-        wait_for(lambda: beats() or bool(scripted.cancelled))
+        wait_for(is_stalled)
+        wait_for(is_cancelled)
         assert scripted.cancelled == [(still.task_id, 1)]
         assert len(lab.rows(events, kind="task.stalled")) == 1, "said once"
         scripted.said = [Lost(still.task_id, 1, "cancelled", "stopped")]
