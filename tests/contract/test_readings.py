@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dispatching import Scripted
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from service.errors import DatabaseAway, InvalidQuery, NotFound
-from service.model.executor import ArtifactRef, Bits, Bundle, Capacity, Grant, Message, Outcome, Progress, Succeeded
+from service.model.executor import ArtifactRef, Bits, Grant, Outcome, Progress
 from service.queue.dispatcher import Dispatcher
 from service.queue.submission import Service
 from service.results.insights import Insights, Question
@@ -28,38 +29,9 @@ def insights(service: Service) -> Insights:
     return Insights(service.database)
 
 
-class Scripted:
-    """An executor that answers as many tasks as it is told to, with made-up numbers; of the others it says `report`."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Grant] = []
-        self.left = 0
-        self.report: tuple[float, dict[str, Any]] | None = None
-
-    def capacity(self) -> Capacity:
-        return Capacity(ready=True, cpus=2.0, gpus=0.0)
-
-    def submit(self, bundle: Bundle) -> None:
-        self.waiting += bundle.grants
-
-    def poll(self, timeout_seconds: float) -> list[Message]:
-        now, self.waiting = self.waiting[: self.left], self.waiting[self.left :]
-        self.left -= len(now)
-        said: list[Message] = [Succeeded(grant.task_id, grant.attempt, made_up(grant)) for grant in now]
-        if self.report:
-            said += [Progress(grant.task_id, grant.attempt, *self.report) for grant in self.waiting]
-        return said
-
-    def cancel(self, task_id: str, attempt: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture
 def executor() -> Scripted:
-    return Scripted()
+    return Scripted(cpus=2.0)
 
 
 @pytest.fixture
@@ -69,10 +41,11 @@ def finish(service: Service, executor: Scripted, tmp_path: Path) -> Callable[...
     dispatcher = Dispatcher(service.database, service.artifacts, executor, settings, "dispatcher-of-tests")
 
     def run(limit: int = 10_000) -> None:
-        executor.left = limit
         dispatcher.tick()
-        while dispatcher.tick() and executor.left:
-            pass
+        while True:
+            limit -= executor.finish(made_up, limit)
+            if not dispatcher.tick() or not limit:
+                return
 
     return run
 
@@ -250,8 +223,8 @@ def test_what_is_not_there(service: Service, insights: Insights) -> None:
 def test_events_and_progress(service: Service, insights: Insights, executor: Scripted, finish: Any) -> None:
     sweep_id = submit(service)
     other = service.submit(JobSpec(**BASE, seed=9), user="ada").body["id"]
-    executor.report = (0.25, {"epoch": 3})
     finish(0)
+    executor.said = [Progress(grant.task_id, grant.attempt, 0.25, {"epoch": 3}) for grant in executor.grants]
     finish(0)
     _, happened, running = insights.events(0, sweep_id=sweep_id)
     assert happened[0]["kind"] == "sweep.submitted"
