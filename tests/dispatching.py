@@ -166,10 +166,3 @@ def running(one: Dispatcher) -> Iterator[threading.Event]:
     finally:
         stop.set()
         thread.join()
-
-
-def wait_for(happens: Callable[[], Any], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.01)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import psutil
+import waiting
 from benchmarks.serving import wait_until_it_answers
 
 RAY_ALONE = (
@@ -38,10 +39,7 @@ def service(home: Path) -> Iterator[tuple[httpx.Client, psutil.Process]]:
 
 
 def until(http: httpx.Client, path: str, reached: Any) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not reached(http.get(path).raise_for_status().json()):
-        assert time.monotonic() < deadline, f"not yet: {path}"
-        time.sleep(0.02)
+    waiting.until(lambda: reached(http.get(path).raise_for_status().json()), PATIENCE_SECONDS)
 
 
 def proportional_bytes(process: psutil.Process) -> int:

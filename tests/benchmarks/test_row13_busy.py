@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from benchmarks.serving import serving
 from sqlalchemy import select
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Bundle, Failed, Grant, Lost, Message, Succeeded
@@ -72,7 +73,7 @@ def test_share_of_a_sweep(table: Any, new_store: Callable[[str], str], tmp_path:
             def run(seed: int, grid: dict[str, Any]) -> None:
                 sweep = {"name": "short tasks", "base": {**BASE, "seed": seed}, "grid": grid}
                 api.http.post("/v1/sweeps", json=sweep).raise_for_status()
-                until(lambda: not unfinished(database))
+                until(lambda: not unfinished(database), PATIENCE_SECONDS)
 
             run(0, {"scale": [1], "attack": ["pgd_l2"]})  # the worker is warm
             loads.unlink()
@@ -150,7 +151,7 @@ def answers(messages: Iterator[Message]) -> list[Message]:
 @contextmanager
 def dispatching(dispatcher: Dispatcher) -> Iterator[None]:
     stop = threading.Event()
-    until(lambda: dispatcher.executor.capacity().ready)
+    until(lambda: dispatcher.executor.capacity().ready, PATIENCE_SECONDS)
     thread = threading.Thread(target=dispatcher.run, args=(stop,))
     thread.start()
     try:
@@ -177,10 +178,3 @@ def measured(database: Database) -> tuple[list[tuple[float, float]], float]:
     rows = [row for row in rows if row.provenance["seed"] == 1]
     ended = sorted((row.ended_at, row.provenance["wall_seconds"]) for row in rows)
     return [(at - seconds, at) for at, seconds in ended], sum(seconds for _, seconds in ended)
-
-
-def until(reached: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from processes import until
 from safetensors.torch import load
 from torch import nn
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import (

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from history_checks import violations
-from processes import until
 from store_lab import Lab
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.store import Database, tables

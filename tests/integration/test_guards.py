@@ -3,7 +3,6 @@
 import asyncio
 import shutil
 import sqlite3
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,6 +14,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from store_lab import Lab
+from waiting import until
 
 from api.http.app import create_app
 from api.http.feed import POLL_SECONDS, RENEW_SECONDS
@@ -221,10 +221,7 @@ def test_to_be_known_takes_no_turn_of_a_writer(lab: Guarded) -> None:
     ):
         writer.execute("BEGIN IMMEDIATE")
         asked = [pool.submit(lab.access.caller, secret) for secret in secrets]
-        deadline = time.monotonic() + 20
-        while sum(one.done() for one in asked) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: sum(one.done() for one in asked) >= 2)
         writer.execute("ROLLBACK")
         assert sorted(one.result().name for one in asked) == ["vic", "wes", "xia"]
 

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from accounts import reached_by_nobody
 from privileges import needs_root
-from processes import command_of, until
+from processes import command_of
+from waiting import until
 
 from service.processes import free_port
 from workers.head import STOP_SECONDS, driver_environment, guard_command, running

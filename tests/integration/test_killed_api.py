@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 from history_checks import violations
-from processes import until
 from sqlalchemy import select
 from store_lab import Lab
+from waiting import until
 
 from api.binding import listen
 from api.client import Client

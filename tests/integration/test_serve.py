@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import httpx
 import psutil
 import pytest
+import waiting
 from processes import SERVE, WITHOUT_RAY, another, gone, half, serving
 
 from api import home as homes
@@ -35,17 +36,12 @@ def no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def until(what: Callable[[], Any], seconds: float = 30) -> Any:
-    """What `what` gives once it is true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if found := what():
-                return found
-        except (httpx.TransportError, psutil.NoSuchProcess):
-            pass
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
+T = TypeVar("T")
+
+
+def until(what: Callable[[], T | None], seconds: float = 30) -> T:
+    """Processes come and go meanwhile, and the one that answers too."""
+    return waiting.until(what, seconds, ignoring=(httpx.TransportError, psutil.NoSuchProcess))
 
 
 def test_the_api_is_started_again_and_requests_wait_meanwhile(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from processes import Lab, running_lab, until
+from processes import Lab, running_lab
+from waiting import until
 
 from service.store.tables import attempts, events, tasks, trainings
 

@@ -1,9 +1,8 @@
 """The database goes away under the dispatcher, at the worst moments."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +20,10 @@ from dispatching import (
     succeeds,
     take_over,
     tick_until_idle,
-    wait_for,
 )
 from sqlalchemy import Connection, make_url
 from store_lab import Lab
+from waiting import until
 
 from service.errors import DatabaseAway
 from service.model.executor import (
@@ -54,13 +53,13 @@ class TestAway:
         lab.submit_sweep()
         executor = Scripted()
         with running(dispatcher(lab, executor)):
-            wait_for(lambda: len(executor.bundles) == 2)
+            until(lambda: len(executor.bundles) == 2)
             server.stop()
             executor.answers = succeeds(lab)
             executor.said = [succeeds(lab)(grant) for grant in executor.grants]
-            wait_for(lambda: executor.said == [])  # it goes on collecting
+            until(lambda: executor.said == [])  # it goes on collecting
             server.ensure_postgres_running()
-            wait_for(lambda: lab.job_states() == {"succeeded": 28}, seconds=60)
+            until(lambda: lab.job_states() == {"succeeded": 28}, seconds=60)
         assert {(row.number, row.end) for row in lab.rows(attempts)} == {(1, "succeeded")}
         lab.check()
         database.close()
@@ -236,14 +235,20 @@ class TestAway:
     def test_it_keeps_trying(self, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("service.queue.dispatcher.AWAY_SECONDS", 0.05)
         lab.submit()
+        tries: list[Database] = []
+
+        def refuse(database: Database) -> AbstractContextManager[Connection]:
+            tries.append(database)
+            return away(database)
+
         with monkeypatch.context() as patch:
-            patch.setattr(Database, "write", away)
-            patch.setattr(Database, "read", away)
+            patch.setattr(Database, "write", refuse)
+            patch.setattr(Database, "read", refuse)
             stop = threading.Event()
             one = dispatcher(lab, Scripted(succeeds(lab)))
             thread = threading.Thread(target=one.run, args=(stop,))
             thread.start()
-            time.sleep(0.3)
-        wait_for(lambda: lab.job_states() == {"succeeded": 1})
+            until(lambda: len(tries) >= 3)
+        until(lambda: lab.job_states() == {"succeeded": 1})
         stop.set()
         thread.join()
