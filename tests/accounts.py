@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 NOBODY = 65534
@@ -27,8 +28,9 @@ def reached_by_nobody(paths: list[Path]) -> list[Path]:
 
 
 def _reached(path: Path) -> bool:
-    tries = [lambda: os.listdir(path), lambda: path.open("rb"), lambda: (path / "planted").symlink_to("/etc/passwd")]
-    tries += [lambda: socket.socket(socket.AF_UNIX).connect(str(path)), lambda: path.lstat()]
+    tries: list[Callable[[], object]] = [lambda: os.listdir(path), lambda: path.open("rb")]
+    tries += [lambda: (path / "planted").symlink_to("/etc/passwd"), lambda: path.lstat()]
+    tries += [lambda: socket.socket(socket.AF_UNIX).connect(str(path))]
     for one in tries:
         try:
             one()

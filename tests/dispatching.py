@@ -14,8 +14,10 @@ from service.errors import DatabaseAway
 from service.model.executor import (
     Bundle,
     Capacity,
+    Executor,
     Grant,
     Message,
+    Outcome,
     Started,
     Succeeded,
 )
@@ -47,10 +49,11 @@ def passes(seconds: float) -> None:
 class Scripted:
     """Remembers what it is given; says only what a test, or `answers` as soon as a bundle comes, tells it to say."""
 
-    def __init__(self, answers: Callable[[Grant], Message] | None = None) -> None:
+    def __init__(self, answers: Callable[[Grant], Message] | None = None, *, cpus: float = 3.0) -> None:
         self.answers = answers
-        self.room = Capacity(ready=True, cpus=3.0, gpus=0.0)
+        self.room = Capacity(ready=True, cpus=cpus, gpus=0.0)
         self.bundles: list[Bundle] = []
+        self.finished: set[tuple[str, int]] = set()
         self.cancelled: list[tuple[str, int]] = []
         self.closed = False
         self.said: list[Message] = []
@@ -78,13 +81,29 @@ class Scripted:
     def grants(self) -> list[Grant]:
         return [grant for bundle in self.bundles for grant in bundle.grants]
 
+    @property
+    def open(self) -> list[Bundle]:
+        """The bundles with a task that `finish` has not finished."""
+        return [one for one in self.bundles if any((g.task_id, g.attempt) not in self.finished for g in one.grants)]
+
+    def finish(self, outcome: Callable[[Grant], Outcome], most: int | None = None) -> int:
+        """Say that the open tasks have succeeded, the first `most` of them; returns how many those are."""
+        grants = [grant for grant in self.grants if (grant.task_id, grant.attempt) not in self.finished][:most]
+        for grant in grants:
+            self.finished.add((grant.task_id, grant.attempt))
+            self.said += [
+                Started(grant.task_id, grant.attempt, "worker 1"),
+                Succeeded(grant.task_id, grant.attempt, outcome(grant)),
+            ]
+        return len(grants)
+
 
 def succeeds(lab: Any) -> Callable[[Grant], Message]:
     return lambda grant: Succeeded(grant.task_id, grant.attempt, lab.outcome(grant))
 
 
 def dispatcher(
-    lab: Any, executor: Scripted, name: str = "d1", settings: Settings = PATIENT, **changed: Any
+    lab: Any, executor: Executor, name: str = "d1", settings: Settings = PATIENT, **changed: Any
 ) -> Dispatcher:
     at_home = settings.model_copy(update={"home": Path(lab.artifacts.root).parent, "stop_seconds": 0.0, **changed})
     return Dispatcher(lab.database, lab.artifacts, executor, at_home, name, CLOCK)
@@ -147,10 +166,3 @@ def running(one: Dispatcher) -> Iterator[threading.Event]:
     finally:
         stop.set()
         thread.join()
-
-
-def wait_for(happens: Callable[[], Any], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.01)

@@ -135,7 +135,7 @@ def over_devices(
     spans: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for attempt in attempts:
         user = sponsor_of.get((attempt.task_id, attempt.started_at))
-        if user in limits:
+        if user is not None and user in limits:
             spans[user, attempt.bundle].append(attempt)
     changes: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for (user, _), of_bundle in spans.items():

@@ -118,10 +118,12 @@ class Pooler:
 
 
 @contextmanager
-def pooling(url: str, backends: int = 3, **options: bool) -> Iterator[tuple[Pooler, str]]:
+def pooling(
+    url: str, backends: int = 3, *, newest_first: bool = True, own_keys: bool = True
+) -> Iterator[tuple[Pooler, str]]:
     """A pooler before the database of this URL, and the URL through it."""
     parsed = make_url(url)
-    pooler = Pooler(f"{parsed.query['host']}/.s.PGSQL.{parsed.port or 5432}", backends, **options)
+    pooler = Pooler(f"{parsed.query['host']}/.s.PGSQL.{parsed.port or 5432}", backends, newest_first, own_keys)
     loop, started, stop = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(pooler.serve(started, stop),))
     thread.start()

@@ -23,7 +23,7 @@ class OnGpu(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnGpu":
-        made: OnGpu = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: OnGpu = Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), dtype=held.dtype, device=DEVICE
         )
         made.held = held
@@ -33,16 +33,18 @@ class OnGpu(Tensor):
         """Torch refuses it of a tensor that is not its own."""
         return self.cpu().tolist()
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, *_args: Any, **_kwargs: Any) -> Any:
+    @classmethod  # torch declares its own as a function without a class
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{func} of a tensor on the pretended GPU, outside of it")
 
 
-class PretendGpu(TorchDispatchMode):
+class PretendGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, `DEVICE` computes. `waits` counts by operation what the host would have waited for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(

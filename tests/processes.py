@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 from sqlalchemy import make_url, select
+from waiting import until
 
 from api.client import Client
 from service.processes import die_with_parent, free_port
@@ -33,14 +34,6 @@ if TYPE_CHECKING:
 
 STORE_BYTES = 80 << 20
 STARTED = b"Ray runtime started"
-
-
-def until(what: Callable[[], Any], seconds: float = 90) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-    return found
 
 
 @dataclass

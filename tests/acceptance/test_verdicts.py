@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typed import linear
 
 from service.model.verdict import AttackBits, Controls, Evidence, Verdict, chance_of, judge
 from workers.science.attacks import ATTACKS, AttackOutput
@@ -87,7 +88,7 @@ class TestHonest:
     def test_a_linear_network_that_is_provably_robust(self, digits_net: Any) -> None:
         """Right by more than `eps ||w_y - w_j||_1` for every j: nothing in the ball can break it, and nothing does."""
         net, model = digits_net.first(N), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
-        head, x = model[1], to_unit(net.x).flatten(1)
+        head, x = linear(model, 1), to_unit(net.x).flatten(1)
         means = torch.stack([x[net.y == label].mean(0) for label in range(10)])
         with torch.no_grad():  # the nearest class mean: 2 <x, mean> - |mean|^2
             head.weight.copy_(2 * means)
@@ -115,6 +116,7 @@ class TestBroken:
             assert {"not_converged", "outside_ball", "eps_zero", "train_mode", "random_forward"}.isdisjoint(
                 found.reasons
             )
+            assert found.masked_fraction is not None
             assert found.masked_fraction > 0.8
 
     def test_the_exact_step_at_the_same_scale_is_trusted(self, digits_net: Any) -> None:

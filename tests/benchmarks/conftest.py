@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from generated import fill
+from benchmarks.generated import fill
 from sqlalchemy import make_url
 from torch import Tensor, nn
 
@@ -286,7 +286,7 @@ def network() -> Callable[..., Network]:
             if norms:
                 model.train()(x[:128])
             model.eval()
-            y = torch.cat([model(part).argmax(1) for part in x.split(256)])
+            y = torch.cat([model(part).argmax(1) for part in torch.split(x, 256)])
         return Network(model, x, y, torch.arange(n))
 
     return make

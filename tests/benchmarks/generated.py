@@ -71,7 +71,9 @@ class Cell:
 
 def fill(database: Database, count: int) -> None:
     """So many results into an empty store, round by round; PostgreSQL's planner is told of them."""
-    indexes = sorted((index for table in (results, tables.jobs) for index in table.indexes), key=lambda one: one.name)
+    indexes = sorted(
+        (index for table in (results, tables.jobs) for index in table.indexes), key=lambda one: str(one.name)
+    )
     with database.write() as connection:
         for index in indexes:
             index.drop(connection)

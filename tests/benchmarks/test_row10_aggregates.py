@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from serving import Serving, serving
+from benchmarks.serving import Serving, serving
 from sqlalchemy import text
 
 from service.store import Database

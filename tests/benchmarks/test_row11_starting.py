@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import psutil
-from serving import wait_until_it_answers
+import waiting
+from benchmarks.serving import wait_until_it_answers
 
 RAY_ALONE = (
     "import ray, time; started = time.perf_counter(); ray.init(address='local', include_dashboard=False, "
@@ -38,10 +39,7 @@ def service(home: Path) -> Iterator[tuple[httpx.Client, psutil.Process]]:
 
 
 def until(http: httpx.Client, path: str, reached: Any) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not reached(http.get(path).raise_for_status().json()):
-        assert time.monotonic() < deadline, f"not yet: {path}"
-        time.sleep(0.02)
+    waiting.until(lambda: reached(http.get(path).raise_for_status().json()), PATIENCE_SECONDS)
 
 
 def proportional_bytes(process: psutil.Process) -> int:

@@ -5,18 +5,19 @@ from itertools import count
 from typing import Any
 
 import pytest
-from generated import fill
+from benchmarks.generated import fill
+from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
 from service.store import Database
 
 SIZES = (100, 1_000, 10_000, 100_000)
-GRID = {"scale": [0.25, 0.5, 1, 2.5, 5, 10, 50], "attack": ["pgd_l2", "pgd_linf"]}
+GRID: dict[str, list[Any]] = {"scale": [0.25, 0.5, 1, 2.5, 5, 10, 50], "attack": ["pgd_l2", "pgd_linf"]}
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_growth(
-    table: Any, new_store: Callable[[str], str], artifacts: Artifacts, lab_type: Any, kind: str
+    table: Any, new_store: Callable[[str], str], artifacts: Artifacts, kind: str
 ) -> None:  # fmt: skip
     seeds, databases = count(), []
 
@@ -24,7 +25,7 @@ def test_growth(
         database = Database(new_store(kind))
         databases.append(database)
         fill(database, size)
-        lab = lab_type(database, artifacts)
+        lab = Lab(database, artifacts)
 
         def run() -> None:
             lab.submit_sweep({**GRID, "seed": [next(seeds)]})

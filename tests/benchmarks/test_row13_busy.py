@@ -8,14 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from serving import serving
+from benchmarks.serving import serving
 from sqlalchemy import select
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Bundle, Failed, Grant, Lost, Message, Succeeded
@@ -39,6 +41,7 @@ def counting(loads: Path) -> Callable[[Bundle, WorkerSettings], Iterator[list[Me
 
     def body(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Message]]:
         import os
+        from unittest import mock
 
         from workers import context
         from workers.worker import run_bundle
@@ -53,11 +56,8 @@ def counting(loads: Path) -> Callable[[Bundle, WorkerSettings], Iterator[list[Me
 
             return kept(cache, key, loading)
 
-        context.Cache.get = get  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(context.Cache, "get", get):
             yield from run_bundle(bundle, settings)
-        finally:
-            context.Cache.get = kept  # type: ignore[method-assign]
 
     return body
 
@@ -73,7 +73,7 @@ def test_share_of_a_sweep(table: Any, new_store: Callable[[str], str], tmp_path:
             def run(seed: int, grid: dict[str, Any]) -> None:
                 sweep = {"name": "short tasks", "base": {**BASE, "seed": seed}, "grid": grid}
                 api.http.post("/v1/sweeps", json=sweep).raise_for_status()
-                until(lambda: not unfinished(database))
+                until(lambda: not unfinished(database), PATIENCE_SECONDS)
 
             run(0, {"scale": [1], "attack": ["pgd_l2"]})  # the worker is warm
             loads.unlink()
@@ -125,11 +125,8 @@ def attack_bundle(home: Path) -> Bundle:
     artifacts, digests = Artifacts(str(home / "artifacts")), []
     for count in (1000, 10_000):
         images = {"x": random.randint(0, 256, (count, 32, 32, 3), dtype=np.uint8), "y": random.randint(0, 10, count)}
-        digests.append(artifacts.write("dataset", lambda path, images=images: savez(path, images)).digest)
-    data = DatasetRef(
-        name="npz:noise", train_sha256=digests[0], test_sha256=digests[1], channels=3, height=32, width=32,
-        classes=10, train_count=1000, test_count=10_000,
-    )  # fmt: skip
+        digests.append(artifacts.write("dataset", partial(savez, images=images)).digest)
+    data = DatasetRef(name="npz:noise", train_sha256=digests[0], test_sha256=digests[1])
     model = build("resnet18", (3, 32, 32), 10, seed=0).eval()
     checkpoint = artifacts.write("checkpoint", lambda path: save_weights(path, model))
     base = {"architecture": "resnet18", "dataset": "npz:noise", "samples": 10_000}
@@ -154,7 +151,7 @@ def answers(messages: Iterator[Message]) -> list[Message]:
 @contextmanager
 def dispatching(dispatcher: Dispatcher) -> Iterator[None]:
     stop = threading.Event()
-    until(lambda: dispatcher.executor.capacity().ready)
+    until(lambda: dispatcher.executor.capacity().ready, PATIENCE_SECONDS)
     thread = threading.Thread(target=dispatcher.run, args=(stop,))
     thread.start()
     try:
@@ -181,10 +178,3 @@ def measured(database: Database) -> tuple[list[tuple[float, float]], float]:
     rows = [row for row in rows if row.provenance["seed"] == 1]
     ended = sorted((row.ended_at, row.provenance["wall_seconds"]) for row in rows)
     return [(at - seconds, at) for at, seconds in ended], sum(seconds for _, seconds in ended)
-
-
-def until(reached: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

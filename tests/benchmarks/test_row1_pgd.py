@@ -19,7 +19,7 @@ from workers.science.attacks.pgd import pgd
 
 EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 10
 BATCH = {"simple_cnn": 128, "mlp": 512, "resnet18": 16, "vgg11_bn": 32, "densenet121": 32, "vit_tiny": 16}
-FAST = {"fold_batch_norm": True, "channels_last": True}
+FAST: dict[str, Any] = {"fold_batch_norm": True, "channels_last": True}
 GOALS = {"simple_cnn": 1.5, "resnet18": 1.15}
 
 
@@ -67,4 +67,5 @@ def test_pgd(table: Any, network: Callable[..., Any], foolbox: ModuleType, name:
 
 @torch.no_grad()
 def classes(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).argmax(1)
+    answers: Tensor = model(x).argmax(1)
+    return answers

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from typed import number
 
 from workers.science.attacks import prepare
 from workers.science.attacks.pgd import pgd
@@ -12,7 +13,7 @@ from workers.science.evaluation import evaluate_attack
 GOALS = {"simple_cnn": 3.3, "resnet18": 2.2}
 BATCH = {"simple_cnn": 128, "resnet18": 16}
 IMAGES = {"simple_cnn": 2000, "resnet18": 256}
-FAST = {"precision": "bf16", "fold_batch_norm": True, "channels_last": True}
+FAST: dict[str, Any] = {"precision": "bf16", "fold_batch_norm": True, "channels_last": True}
 STEPS = 10
 
 
@@ -27,7 +28,7 @@ def test_pgd_in_bf16(table: Any, network: Callable[..., Any], name: str) -> None
         evaluate_attack(net.model, net.x, net.y, net.index, attack="pgd", params=walk, batch_size=256, **options)
         for options in ({}, FAST)
     )
-    points = 100 * (bf16.numbers["robust_accuracy"] - plain.numbers["robust_accuracy"])
+    points = 100 * (number(bf16.numbers, "robust_accuracy") - number(plain.numbers, "robust_accuracy"))
 
     def run(model: Any) -> Callable[[], object]:
         return lambda: pgd(model, batch.x, batch.y, index=batch.index, steps=STEPS)

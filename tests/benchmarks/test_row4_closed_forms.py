@@ -2,9 +2,11 @@
 underflows), Hutchinson's estimate of one of them by curvlinops, and BackPACK's exact diagonal."""
 
 import ctypes
+import importlib
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +24,7 @@ N, M, PROBES = 10_000, 512, 100
 def curvlinops() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated names of Torch's that it imports
-        import curvlinops
-    return curvlinops
+        return importlib.import_module("curvlinops")
 
 
 @pytest.mark.parametrize("k", [10, 100])
@@ -41,7 +42,8 @@ def test_closed_forms(table: Any, curvlinops: ModuleType, k: int) -> None:
         operator = curvlinops.HessianLinearOperator(
             head, nn.CrossEntropyLoss(), [head.weight], [(phi, y)], check_deterministic=False
         )
-        return curvlinops.hutchinson_trace(operator, PROBES)
+        trace: Tensor = curvlinops.hutchinson_trace(operator, PROBES)
+        return trace
 
     def ours() -> Any:
         return closed_forms(phi, head.weight, head.bias)
@@ -79,12 +81,13 @@ def test_memory_is_bounded_by_the_chunk(table: Any) -> None:
     """Ten times the samples: the same memory but for the results themselves."""
     head = nn.Linear(64, 100)
     few, many = torch.randn(20_000, 64), torch.randn(200_000, 64)
-    peaks = {len(phi): peak_mebibytes(lambda phi=phi: closed_forms(phi, head.weight, head.bias)) for phi in (few, many)}
+    calls = {len(phi): partial(closed_forms, phi, head.weight, head.bias) for phi in (few, many)}
+    peaks = {n: peak_mebibytes(call) for n, call in calls.items()}
     result = {n: n * (100 + 9) * 8 / 2**20 for n in peaks}
     table.compare(
         "4",
         "memory, k = 100, m = 64",
-        {f"n = {len(phi):,}": lambda phi=phi: closed_forms(phi, head.weight, head.bias) for phi in (few, many)},
+        {f"n = {n:,}": call for n, call in calls.items()},
         reference=f"n = {len(few):,}",
         notes={f"n = {n:,}": f"{peaks[n]:.0f} MiB, of which {result[n]:.0f} are the result" for n in peaks},
         cost=True,
@@ -108,7 +111,8 @@ def exact_diagonal(head: nn.Linear, phi: Tensor, y: Tensor) -> Callable[[], obje
         layer.zero_grad()
         with backpack(DiagHessian()):
             loss(layer(phi), y).backward()
-        return layer.weight.diag_h.sum()
+        diagonal: Tensor = vars(layer.weight)["diag_h"]
+        return diagonal.sum()
 
     return run
 

@@ -113,7 +113,8 @@ def cifar10(folder: Path) -> ImageData:
 @contextmanager
 def convolutions(precision: Literal["tf32", "ieee"]) -> Iterator[None]:
     """Matrix products stay as torch has them: IEEE."""
-    conv = torch.backends.cudnn.conv
+    cudnn: Any = torch.backends.cudnn  # whose `conv` torch declares nowhere
+    conv = cudnn.conv
     before = conv.fp32_precision
     conv.fp32_precision = precision
     try:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torchattacks
 from torch import Tensor, nn
+from typed import number
 
 from workers.science.attacks import prepare
 from workers.science.attacks.pgd import pgd
@@ -46,12 +47,9 @@ def attacks(table: Any, net: Any, batch: int) -> None:
         eps = few.middling_eps()
         walk = {"eps": eps, "step_size": eps / 4, "steps": STEPS}
         robust = {
-            who: 100 * evaluate_attack(
-                net.model, net.x, net.y, net.index, attack="pgd", params=walk, batch_size=batch, device=net.x.device,
-                **options,
-            ).numbers["robust_accuracy"]
+            who: 100 * number(evaluated(net, walk, batch, **options), "robust_accuracy")
             for who, options in {"ours": {}, **FAST}.items()
-        }  # fmt: skip
+        }
         table.compare(
             "6",
             f"PGD x{STEPS}, resnet18, {len(net.x):,} images",
@@ -68,6 +66,13 @@ def attacks(table: Any, net: Any, batch: int) -> None:
         )
 
 
+def evaluated(net: Any, walk: dict[str, Any], batch: int, **options: Any) -> dict[str, float | int | None]:
+    device = net.x.device
+    how: dict[str, Any] = {"attack": "pgd", "params": walk, "batch_size": batch, "device": device, **options}
+    return evaluate_attack(net.model, net.x, net.y, net.index, **how).numbers
+
+
 @torch.no_grad()
 def classes(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).argmax(1)
+    answers: Tensor = model(x).argmax(1)
+    return answers

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import serving
+from benchmarks.serving import serving
 from sqlalchemy import Column, MetaData, String, Table, Text, func, select
 
 from service.store import Database

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import serving
+from benchmarks.serving import serving
 from sqlalchemy import func, select
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import ArtifactRef, Bits, Bundle, Grant, Message, Outcome
@@ -64,7 +65,7 @@ def test_no_ops(table: Any, new_store: Callable[[str], str], tmp_path: Path, ray
     dispatcher = Dispatcher(database, Artifacts(settings.artifacts), executor, settings, "benchmark")
     thread = threading.Thread(target=dispatcher.run, args=(stop,))
     try:
-        wait_for(lambda: executor.capacity().ready)
+        until(lambda: executor.capacity().ready, PATIENCE_SECONDS)
         thread.start()
         with serving(url, tmp_path) as api:
 
@@ -79,12 +80,12 @@ def test_no_ops(table: Any, new_store: Callable[[str], str], tmp_path: Path, ray
                 api.http.post("/v1/sweeps", json=sweep).raise_for_status()
 
             post(10_000, 1, GRID)
-            wait_for(lambda: not unfinished())  # the workers are warm
+            until(lambda: not unfinished(), PATIENCE_SECONDS)  # the workers are warm
             with database.read() as connection:
                 before = connection.execute(select(func.count()).select_from(tasks)).scalar_one()
             started = time.perf_counter()
             post(0, SEEDS, GRID)
-            wait_for(lambda: not unfinished())
+            until(lambda: not unfinished(), PATIENCE_SECONDS)
             took = time.perf_counter() - started
             with database.read() as connection:
                 done = connection.execute(select(func.count()).select_from(tasks)).scalar_one() - before
@@ -98,7 +99,7 @@ def test_no_ops(table: Any, new_store: Callable[[str], str], tmp_path: Path, ray
             )  # fmt: skip
             for number in range(PICKED_UP):
                 post(20_000 + number, 1, {"scale": [1], "attack": ["pgd_linf"]})
-                wait_for(lambda: not unfinished())
+                until(lambda: not unfinished(), PATIENCE_SECONDS)
         waited = pick_ups(database)[-PICKED_UP:]
         name = "from the commit of the job to the grant"
         for share, goal in ((0.5, 0.02), (0.99, 0.2)):
@@ -108,13 +109,6 @@ def test_no_ops(table: Any, new_store: Callable[[str], str], tmp_path: Path, ray
         thread.join()
         executor.close()
         database.close()
-
-
-def wait_for(reached: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def pick_ups(database: Database) -> list[float]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from generated import fill
-from serving import serving, wait_until_it_answers
+from benchmarks.generated import fill
+from benchmarks.serving import serving, wait_until_it_answers
 from sqlalchemy import make_url
 
 from service.store import Database

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from generated import INDEXED
-from serving import serving
+from benchmarks.generated import INDEXED
+from benchmarks.serving import serving
 from sqlalchemy import text
 
 from service.store import Database

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import history_checks as checks
 import psutil
 import pytest
-from processes import Lab, running_lab, until
+from processes import Lab, running_lab
+from waiting import until
 
 from api.client import ApiError, Client, Unreachable
 from service.errors import DatabaseAway

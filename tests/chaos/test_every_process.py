@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 from history_checks import violations
-from processes import SERVE, command_of, gone, serving, until
+from processes import SERVE, command_of, gone, serving
 from sqlalchemy import select
+from waiting import until
 
 from api.client import Client, Sweep
 from service.store import Database, tables

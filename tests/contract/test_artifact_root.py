@@ -18,7 +18,7 @@ from service.errors import ArtifactRootUnusable
 from service.lab import artifact_root
 from service.lab.artifact_root import RootMark, adopt, of_database
 from service.lab.artifacts import MARK, Artifacts
-from service.model.executor import Bundle, Fault, Grant, Lost
+from service.model.executor import Bundle, Capacity, Fault, Grant, Lost
 from service.operations import doctor
 from service.operations.housekeeping import Policy, collect
 from service.operations.upgrading import prepare_store
@@ -198,7 +198,7 @@ def test_where_the_first_root_is_not_there_it_is_the_root_s_fault(
 
     monkeypatch.setattr(pool.RayExecutor, "_hold_ray", lambda self: None)
     executor: Any = pool.RayExecutor(Settings(home=tmp_path, ray_address="127.0.0.1:1"), root_mark=refused)
-    executor._capacity = pool.Capacity(True, 4.0, 0.0)
+    executor._capacity = Capacity(True, 4.0, 0.0)
     executor.submit(Bundle("b", (Grant("a", 1, "d", {}), Grant("b", 1, "e", {})), {}))
     first, second = executor.poll(0.0)
     assert isinstance(first, Lost)

@@ -7,11 +7,12 @@ import resource
 import threading
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
+from store_lab import Lab
 
 from api.http.app import create_app
 from service.errors import BackupFailed, Conflict
@@ -22,8 +23,6 @@ from service.store import Database, claiming, tables
 
 pytestmark = pytest.mark.slow
 
-if TYPE_CHECKING:
-    from conftest import Lab
 
 QUESTIONS = (
     "/v1/results?limit=1000",
@@ -53,7 +52,7 @@ def answers(url: str, home: Path) -> dict[str, Any]:
     return {question: reply.json() for question, reply in replies.items()}
 
 
-def test_everything_comes_back_and_goes_on(lab: "Lab", path: Path) -> None:
+def test_everything_comes_back_and_goes_on(lab: Lab, path: Path) -> None:
     lab.submit_sweep()
     lab.succeed(*lab.grant("train"))
     half = lab.grant()
@@ -76,11 +75,10 @@ def test_everything_comes_back_and_goes_on(lab: "Lab", path: Path) -> None:
 @pytest.mark.parametrize("to_postgresql", [True, False])
 def test_a_store_moves_between_kinds_of_databases_and_answers_the_same(
     to_postgresql: bool, sqlite_url: str, postgresql_url: str, artifacts: Artifacts, path: Path, tmp_path: Path,
-    lab_type: "type[Lab]",
 ) -> None:  # fmt: skip
     source, target = (sqlite_url, postgresql_url) if to_postgresql else (postgresql_url, sqlite_url)
     with closing(Database(source)) as old, closing(Database(target)) as new:
-        lab, moved = lab_type(old, artifacts), lab_type(new, artifacts)
+        lab, moved = Lab(old, artifacts), Lab(new, artifacts)
         lab.submit_sweep()
         lab.finish()
         lab.submit(seed=1)
@@ -94,7 +92,7 @@ def test_a_store_moves_between_kinds_of_databases_and_answers_the_same(
         assert moved.job_states() == {"succeeded": 30}
 
 
-def test_a_backup_of_a_store_at_work_is_one_state_of_it(lab: "Lab", path: Path) -> None:
+def test_a_backup_of_a_store_at_work_is_one_state_of_it(lab: Lab, path: Path) -> None:
     stop = threading.Event()
     first = lab.submit_sweep({"seed": list(range(5))})["jobs"]
 
@@ -120,7 +118,7 @@ def test_a_backup_of_a_store_at_work_is_one_state_of_it(lab: "Lab", path: Path) 
 
 class TestRefused:
     @pytest.fixture
-    def made(self, lab: "Lab", path: Path) -> Path:
+    def made(self, lab: Lab, path: Path) -> Path:
         """A backup of a store with a finished job; the store is empty again."""
         lab.submit()
         lab.finish()
@@ -132,7 +130,7 @@ class TestRefused:
         backup(lab.database, empty)
         return path
 
-    def test_what_was_cut_off(self, lab: "Lab", made: Path) -> None:
+    def test_what_was_cut_off(self, lab: Lab, made: Path) -> None:
         whole = made.read_bytes()
         for share in (0.0, 0.1, 0.5, 0.9, 0.999):
             made.write_bytes(whole[: int(share * len(whole))])
@@ -141,27 +139,27 @@ class TestRefused:
         made.write_bytes(gzip.compress(b"".join(lines[:-1])))
         refused(lab, made, "no whole backup")
 
-    def test_what_was_changed(self, lab: "Lab", made: Path) -> None:
+    def test_what_was_changed(self, lab: Lab, made: Path) -> None:
         lines = gzip.decompress(made.read_bytes())
         assert b'"succeeded"' in lines
         made.write_bytes(gzip.compress(lines.replace(b'"succeeded"', b'"cancelled"')))
         refused(lab, made, "damaged")
 
-    def test_what_is_something_else(self, lab: "Lab", path: Path) -> None:
+    def test_what_is_something_else(self, lab: Lab, path: Path) -> None:
         refused(lab, path, "there is no")
         path.write_bytes(b"SQLite format 3\0")
         refused(lab, path, "not all of a backup")
         path.write_bytes(gzip.compress(b'{"format": "another"}\n{}\n'))
         refused(lab, path, "no backup that this version")
 
-    def test_another_schema(self, lab: "Lab", made: Path) -> None:
+    def test_another_schema(self, lab: Lab, made: Path) -> None:
         with lab.database.write() as connection:
             schema = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
         rewrite(made, lambda header: {**header, "schema": "0001"})
         with pytest.raises(BackupFailed, match=f"schema 0001, this version has {schema}: restore it with the version"):
             restore(lab.database, lab.artifacts, made)
 
-    def test_a_database_that_is_not_empty(self, lab: "Lab", made: Path) -> None:
+    def test_a_database_that_is_not_empty(self, lab: Lab, made: Path) -> None:
         lab.submit(seed=5)
         before = lab.dump()
         with pytest.raises(Conflict, match=r"not empty \(.*tasks.*--replace"):
@@ -170,13 +168,13 @@ class TestRefused:
         restore(lab.database, lab.artifacts, made, replace=True)
         assert lab.job_states() == {"succeeded": 1}
 
-    def test_a_database_that_a_dispatcher_works_on(self, lab: "Lab", made: Path) -> None:
+    def test_a_database_that_a_dispatcher_works_on(self, lab: Lab, made: Path) -> None:
         with lab.database.write() as connection:
             claiming.lead(connection, lab.database.now(connection), "d1", None, 60.0, {})
         with pytest.raises(Conflict, match="d1 is at work on this database: stop the service first"):
             restore(lab.database, lab.artifacts, made, replace=True)
 
-    def test_a_file_that_is_there_already(self, lab: "Lab", made: Path) -> None:
+    def test_a_file_that_is_there_already(self, lab: Lab, made: Path) -> None:
         before = made.read_bytes()
         with pytest.raises(BackupFailed, match="exists already"):
             backup(lab.database, made)
@@ -185,7 +183,7 @@ class TestRefused:
             backup(lab.database, made.parent / "no" / "folder" / "file")
 
 
-def refused(lab: "Lab", path: Path, sentence: str) -> None:
+def refused(lab: Lab, path: Path, sentence: str) -> None:
     before = lab.dump()
     with pytest.raises(BackupFailed, match=sentence):
         restore(lab.database, lab.artifacts, path, replace=True)
@@ -200,7 +198,7 @@ def rewrite(path: Path, change: Any) -> None:
     path.write_bytes(gzip.compress(body + fitting + b"\n"))
 
 
-def test_who_led_then_leads_no_more(lab: "Lab", path: Path) -> None:
+def test_who_led_then_leads_no_more(lab: Lab, path: Path) -> None:
     with lab.database.write() as connection:
         epoch = claiming.lead(connection, lab.database.now(connection), "d1", None, 0.0, {})
     backup(lab.database, path)
@@ -209,7 +207,7 @@ def test_who_led_then_leads_no_more(lab: "Lab", path: Path) -> None:
         assert not claiming.still_leads(connection, "d1", epoch)
 
 
-def test_bytes_that_are_missing_are_named(lab: "Lab", path: Path, tmp_path: Path) -> None:
+def test_bytes_that_are_missing_are_named(lab: Lab, path: Path, tmp_path: Path) -> None:
     lab.submit()
     lab.submit(seed=1)
     lab.finish()
@@ -221,12 +219,10 @@ def test_bytes_that_are_missing_are_named(lab: "Lab", path: Path, tmp_path: Path
     assert restore(lab.database, elsewhere, path, replace=True).missing_artifacts == (first, second)
 
 
-def test_a_disk_without_room_leaves_nothing(
-    sqlite_url: str, artifacts: Artifacts, lab_type: "type[Lab]", path: Path
-) -> None:
+def test_a_disk_without_room_leaves_nothing(sqlite_url: str, artifacts: Artifacts, path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with closing(Database(sqlite_url)) as database:
-        lab_type(database, artifacts).submit_sweep()
+        Lab(database, artifacts).submit_sweep()
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
             with pytest.raises(BackupFailed, match=r"cannot be written: .*too large"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from store_lab import Lab
 
 from service.model import scheduling
 from service.model.scheduling import Cluster, due
@@ -18,7 +19,7 @@ ROUNDS = 15
 
 def fill(lab: Any, first: int, last: int) -> None:
     """Queued tasks of three users, nine tenths of them one user's; submitted in between are older and newer ones."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": f"{n:036d}", "digest": f"{n:064d}", "kind": "attack", "version": 1, "spec": {}, "generation": 1,
             "state": "queued", "train_digest": f"{n // 40:064d}", "priority": n % 3, "sequence": n,
@@ -53,8 +54,8 @@ def measured(lab: Any) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("many", [1_000_000])
-def test_from_a_thousand_to_a_million(database: Any, artifacts: Any, lab_type: Any, many: int) -> None:
-    lab = lab_type(database, artifacts)
+def test_from_a_thousand_to_a_million(database: Any, artifacts: Any, many: int) -> None:
+    lab = Lab(database, artifacts)
     fill(lab, 0, 1000)
     few = measured(lab)
     for first in range(1000, many, 100_000):

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import (
@@ -82,10 +83,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     port = request.getfixturevalue("ray_head") if start is start_ray else 0
     settings = Settings(home=tmp_path_factory.mktemp("home"), epoch_state_seconds=0, ray_address="", ray_port=port)
     executor = start(settings)
-    deadline = time.monotonic() + READY_SECONDS
-    while not executor.capacity().ready:
-        assert time.monotonic() < deadline, "the executor is not up"
-        time.sleep(0.02)
+    until(lambda: executor.capacity().ready, READY_SECONDS)
     yield Lab(executor, Artifacts(settings.artifacts))
     executor.close()
     assert not executor.capacity().ready

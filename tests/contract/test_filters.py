@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +24,7 @@ from api.http.app import create_app
 from service.errors import InvalidQuery
 from service.model.dotted import flat
 from service.model.executor import Succeeded
-from service.model.query import And, Comparison, Node, Not, Or, Value, names_of, parse
+from service.model.query import And, Comparison, Node, Not, Operator, Or, Value, names_of, parse
 from service.model.verdict import OUTCOMES, VERDICTS
 from service.results import aggregates, exporting
 from service.results.insights import Insights, Question
@@ -167,7 +167,7 @@ def comparison(draw: st.DrawFn, kinds: dict[str, str]) -> Comparison:
     if name in CLOSED:
         values = CLOSED[name] if known else [text[: 1 + len(text) // 2] for text in CLOSED[name]]
     values = draw(st.lists(st.sampled_from(values), min_size=min(many, 1), max_size=many))
-    return Comparison(name, how, tuple(map(Value, values)))
+    return Comparison(name, cast(Operator, how), tuple(map(Value, values)))
 
 
 def trees(kinds: dict[str, str]) -> st.SearchStrategy[Node]:
@@ -217,8 +217,9 @@ def holds(node: Node, row: dict[str, Any], kinds: dict[str, str]) -> bool:
             return any(holds(part, row, kinds) for part in parts)
     assert isinstance(node, Comparison)
     kind, how = kinds[node.field], node.operator
-    value, wanted = row.get(node.field), [typed(kind, given.text) for given in node.values]
-    present = value if kind == "list" else [] if value is None else [value]
+    value: Any = row.get(node.field)
+    wanted = [typed(kind, given.text) for given in node.values]
+    present: list[Any] = value if kind == "list" else [] if value is None else [value]
     if "null" in how:
         return (how == "is null") == (not present)
     if kind == "time":
@@ -263,8 +264,8 @@ def test_a_filter_means_what_its_tree_means(history: Insights) -> None:
 
 
 def test_a_filter_of_jobs(history: Insights) -> None:
-    kinds = {name: field.kind for name, field in JOBS.known.items() if field.kind != "time" and name != "reason"}
-    kinds |= {"labels.for": "text", "verdict_checks.masked": "text"}
+    fields = {name: field.kind for name, field in JOBS.known.items() if field.kind != "time" and name != "reason"}
+    kinds: dict[str, str] = {**fields, "labels.for": "text", "verdict_checks.masked": "text"}
     rows = []
     for item in history.jobs(Question(limit=1000))["items"]:
         result = rows_of([history.result(item["id"])])[0]
@@ -482,12 +483,13 @@ def test_no_question_breaks_the_server(history: Insights, tmp_path: Path) -> Non
         @settings(EASY, max_examples=60)
         @given(listed, listed, listed, metrics, labels, st.sampled_from(["json", "csv", "ndjson", "parquet"]))
         def check(fields: str, sort: str, by: str, metrics: str, label: list[str], format: str) -> None:
-            asked = {"sort": sort or "scale", "label": label}
-            for path, more in (
+            asked: dict[str, Any] = {"sort": sort or "scale", "label": label}
+            cases: list[tuple[str, dict[str, Any]]] = [
                 ("/v1/results", {**asked, "fields": fields, "format": format, "limit": 2}), ("/v1/jobs", asked),
                 ("/v1/results:aggregate", {"by": by, "metrics": metrics, "label": label, "allow_mixed": True}),
                 ("/v1/correlations", {"by": by, "measure": "sam_sharpness", "trusted": False}),
-            ):  # fmt: skip
+            ]  # fmt: skip
+            for path, more in cases:
                 answer = http.get(path, params=more)
                 assert answer.status_code in (200, 422), (path, more, answer.text)
                 if answer.status_code == 200 and path == "/v1/results" and format == "parquet":

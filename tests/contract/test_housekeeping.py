@@ -5,11 +5,12 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from sqlalchemy import insert, update
+from store_lab import Lab
 
 from service import private
 from service.lab.artifacts import Artifacts
@@ -21,22 +22,20 @@ from service.store.history import Event
 
 pytestmark = pytest.mark.slow
 
-if TYPE_CHECKING:
-    from conftest import Lab
 
 HOUR = 3600.0
 AGED = Policy(age_seconds=HOUR)
 
 
-def gc(lab: "Lab", policy: Policy = AGED, **options: Any) -> Report:
+def gc(lab: Lab, policy: Policy = AGED, **options: Any) -> Report:
     return collect(lab.database, lab.artifacts, policy, **options)
 
 
-def write(lab: "Lab", content: bytes, kind: str = "arrays") -> ArtifactRef:
+def write(lab: Lab, content: bytes, kind: str = "arrays") -> ArtifactRef:
     return lab.artifacts.write_chunks(kind, [content])
 
 
-def age(lab: "Lab", *refs: ArtifactRef, hours: float = 2) -> None:
+def age(lab: Lab, *refs: ArtifactRef, hours: float = 2) -> None:
     """As if these had been published so long ago."""
     for ref in refs:
         path = Path(lab.artifacts.root) / ref.digest[:2] / ref.digest
@@ -44,17 +43,17 @@ def age(lab: "Lab", *refs: ArtifactRef, hours: float = 2) -> None:
             os.utime(path, (time.time() - hours * HOUR,) * 2)
 
 
-def age_all(lab: "Lab", hours: float = 2) -> None:
+def age_all(lab: Lab, hours: float = 2) -> None:
     age(lab, *(ArtifactRef(one.digest, one.size_bytes, "") for one in lab.artifacts.stored()), hours=hours)
 
 
-def checkpoint(lab: "Lab", grant: Grant, content: bytes) -> ArtifactRef:
+def checkpoint(lab: Lab, grant: Grant, content: bytes) -> ArtifactRef:
     ref = write(lab, content, "epoch_state")
     lab.record(Progress(grant.task_id, grant.attempt, 0.5, {}, ref))
     return ref
 
 
-def test_bytes_without_a_row_go_once_they_are_old(lab: "Lab") -> None:
+def test_bytes_without_a_row_go_once_they_are_old(lab: Lab) -> None:
     old, young = write(lab, b"old"), write(lab, b"young")
     age(lab, old)
     assert gc(lab, dry_run=True).unreferenced.count == 1
@@ -66,7 +65,7 @@ def test_bytes_without_a_row_go_once_they_are_old(lab: "Lab") -> None:
     assert lab.artifacts.exists(young.digest)
 
 
-def test_what_results_rest_on_stays_whatever_the_quota(lab: "Lab") -> None:
+def test_what_results_rest_on_stays_whatever_the_quota(lab: Lab) -> None:
     lab.submit_sweep()
     lab.finish()
     train, test = write(lab, b"train", "upload"), write(lab, b"test", "upload")
@@ -89,7 +88,7 @@ def test_what_results_rest_on_stays_whatever_the_quota(lab: "Lab") -> None:
     assert report.over_quota_bytes == report.kept.size_bytes > 0
 
 
-def test_epoch_states_that_nothing_would_start_from(lab: "Lab") -> None:
+def test_epoch_states_that_nothing_would_start_from(lab: Lab) -> None:
     """Of a task that waits or runs they stay, of one that failed until they are old, superseded ones go at once."""
     for seed in range(3):
         lab.submit(seed=seed)
@@ -113,7 +112,7 @@ def test_epoch_states_that_nothing_would_start_from(lab: "Lab") -> None:
     assert lab.task(running.task_id).resume_digest == kept.digest
 
 
-def test_a_quota_takes_epoch_states_of_what_is_over_then_arrays_oldest_first(lab: "Lab") -> None:
+def test_a_quota_takes_epoch_states_of_what_is_over_then_arrays_oldest_first(lab: Lab) -> None:
     lab.submit()
     [train] = lab.grant("train")
     lab.succeed(train)
@@ -139,8 +138,8 @@ def test_a_quota_takes_epoch_states_of_what_is_over_then_arrays_oldest_first(lab
     assert gc(lab, Policy(HOUR, quota_bytes=checkpoints)).arrays.count == len(arrays) - 1
 
 
-def test_old_events_go_from_the_oldest_on(database: Database, artifacts: Artifacts, lab_type: "type[Lab]") -> None:
-    lab = lab_type(database, artifacts)
+def test_old_events_go_from_the_oldest_on(database: Database, artifacts: Artifacts) -> None:
+    lab = Lab(database, artifacts)
     with lab.database.write() as connection:
         now = lab.database.now(connection)
         for days in (9, 8, 3, 7, 1):
@@ -156,7 +155,7 @@ def test_old_events_go_from_the_oldest_on(database: Database, artifacts: Artifac
     assert [event.id for event in lab.rows(tables.events)] == [25, 26], "the newest stays, and the next follows it"
 
 
-def test_leftovers_of_processes_that_are_gone(lab: "Lab", tmp_path: Path) -> None:
+def test_leftovers_of_processes_that_are_gone(lab: Lab, tmp_path: Path) -> None:
     write(lab, b"x")
     root, sessions = Path(lab.artifacts.root), tmp_path / "home" / private.SESSIONS
     dead, alive = f"session_2026-01-01_00-00-00_000000_{2**22 + 1}", f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
@@ -172,7 +171,7 @@ def test_leftovers_of_processes_that_are_gone(lab: "Lab", tmp_path: Path) -> Non
     assert [folder.exists() for folder in folders] == [False, True, False, True]
 
 
-def test_nothing_goes_that_is_being_referred_to(lab: "Lab") -> None:
+def test_nothing_goes_that_is_being_referred_to(lab: Lab) -> None:
     """Workers publish new bytes, and old unreferenced ones once more, and rows follow later, while it collects."""
     lab.submit()
     [grant] = lab.grant("train")
@@ -221,7 +220,7 @@ def test_nothing_goes_that_is_being_referred_to(lab: "Lab") -> None:
     assert {one.digest for one in lab.artifacts.stored()} == set(wanted)
 
 
-def test_an_object_store_is_collected_too(lab: "Lab") -> None:
+def test_an_object_store_is_collected_too(lab: Lab) -> None:
     store = Artifacts("memory://lab/artifacts")
     ref = store.write_chunks("arrays", [b"bytes"])
     assert collect(lab.database, store, AGED).unreferenced.count == 0
@@ -240,7 +239,7 @@ def test_what_an_object_store_has_got_anew_since_it_was_listed_stays() -> None:
     assert not store.discard(ref.digest, older_than=time.time() + HOUR), "another collector was faster"
 
 
-def test_only_who_leads_keeps_house(lab: "Lab", tmp_path: Path) -> None:
+def test_only_who_leads_keeps_house(lab: Lab, tmp_path: Path) -> None:
     age(lab, write(lab, b"old"))
     settings = Settings(home=tmp_path, gc_every_seconds=0.01)
     stop = threading.Event()

@@ -1,20 +1,18 @@
 """Ids by their beginnings: what only one has is enough, what several have is refused with their names."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, insert, select
+from store_lab import Lab
 
 from service.errors import AmbiguousId
 from service.lab.artifacts import Artifacts
 from service.results.insights import Insights, Question
 from service.store import Database, identifying
 from service.store.tables import jobs, sweeps, tasks
-
-if TYPE_CHECKING:
-    from conftest import Lab
 
 IDS = [
     "01a22d61-f220-729b-aacb-386ab223e4ba",
@@ -27,9 +25,9 @@ SWEEP = {"name": "s", "user": "ann", "spec": {}, "priority": 0, "labels": {}, "p
 
 
 @pytest.fixture
-def named(lab_type: "type[Lab]", database: Database, artifacts: Artifacts) -> "Lab":
+def named(database: Database, artifacts: Artifacts) -> Lab:
     """Jobs and one sweep with these ids, the sweep's between those of the jobs. No events tell of them."""
-    lab = lab_type(database, artifacts)
+    lab = Lab(database, artifacts)
     [job] = lab.rows(jobs, id=lab.submit())
     with lab.database.write() as connection:
         connection.execute(insert(sweeps).values(**SWEEP, id=IDS[2]))
@@ -38,7 +36,7 @@ def named(lab_type: "type[Lab]", database: Database, artifacts: Artifacts) -> "L
     return lab
 
 
-def test_what_only_one_begins_with_is_that_one(named: "Lab") -> None:
+def test_what_only_one_begins_with_is_that_one(named: Lab) -> None:
     insights = Insights(named.database)
     assert insights.identify("job", IDS[0][:28]) == IDS[0]
     assert insights.identify("job", IDS[1][:28].upper()) == IDS[1]
@@ -49,7 +47,7 @@ def test_what_only_one_begins_with_is_that_one(named: "Lab") -> None:
     assert insights.identify("job", "ffffffff-ffff-7fff-bfff-ffffffffff") == IDS[4]
 
 
-def test_an_id_in_capitals_without_dashes_or_with_blanks_around(named: "Lab") -> None:
+def test_an_id_in_capitals_without_dashes_or_with_blanks_around(named: Lab) -> None:
     insights = Insights(named.database)
     for form in (str.upper, lambda ident: ident.replace("-", ""), lambda ident: f" {ident}\t", lambda ident: ident):
         assert insights.identify("job", form(IDS[0])) == IDS[0]
@@ -63,15 +61,15 @@ def test_an_id_in_capitals_without_dashes_or_with_blanks_around(named: "Lab") ->
     assert insights.identify("job", " Foo ") == " Foo "
 
 
-def test_what_several_begin_with_is_refused_with_their_names(named: "Lab") -> None:
+def test_what_several_begin_with_is_refused_with_their_names(named: Lab) -> None:
     insights = Insights(named.database)
     for kind in ("job", "sweep"):
         with pytest.raises(AmbiguousId, match=f"begins with 01a22d61: .*{IDS[0]}.*{IDS[1]}") as refused:
-            insights.identify(kind, "01a22d61")  # type: ignore[arg-type]
+            insights.identify(kind, "01a22d61")
         assert f"sweep {IDS[2]}" in str(refused.value)
 
 
-def test_a_sweep_is_no_job_and_less_than_eight_are_no_beginning(named: "Lab") -> None:
+def test_a_sweep_is_no_job_and_less_than_eight_are_no_beginning(named: Lab) -> None:
     insights = Insights(named.database)
     assert insights.identify("job", "01a22d61-ff") == "01a22d61-ff"
     assert insights.identify("sweep", "01a22d62") == "01a22d62"
@@ -79,7 +77,7 @@ def test_a_sweep_is_no_job_and_less_than_eight_are_no_beginning(named: "Lab") ->
         assert insights.identify("job", prefix) == prefix
 
 
-def test_a_task_is_found_by_the_beginning_of_its_digest_too(lab: "Lab") -> None:
+def test_a_task_is_found_by_the_beginning_of_its_digest_too(lab: Lab) -> None:
     lab.submit()
     insights = Insights(lab.database)
     for row in lab.rows(tasks):
@@ -88,7 +86,7 @@ def test_a_task_is_found_by_the_beginning_of_its_digest_too(lab: "Lab") -> None:
         insights.identify("task", lab.rows(tasks)[0].id[:8])
 
 
-def test_the_shortest_prefix_is_enough_and_one_less_is_not(named: "Lab") -> None:
+def test_the_shortest_prefix_is_enough_and_one_less_is_not(named: Lab) -> None:
     with named.database.read() as connection:
         everything = [*connection.scalars(select(jobs.c.id)), *connection.scalars(select(sweeps.c.id))]
         shortest = identifying.shortest(connection, everything)

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 from scipy import stats
+from typed import number
 
 from service.model.executor import Outcome, Succeeded
 from service.model.observations import SHARES
@@ -169,8 +170,8 @@ def test_the_names_and_counts_of_shares_are_those_that_attacks_leave() -> None:
     x, y = torch.rand(50, 3, 2, 2), torch.randint(7, (50,))
     params = {"norm": "linf", "eps": 0.2}
     numbers = evaluate_attack(model, x, y, torch.arange(50), attack="fgsm", params=params).numbers
-    counts = {"samples": 50, "n_clean_correct": numbers["n_clean_correct"]}
+    counts = {"samples": 50, "n_clean_correct": number(numbers, "n_clean_correct")}
     assert 0 < counts["n_clean_correct"] < 50
     for name in SHARES.keys() - {"test_accuracy"}:
-        images = numbers[name] * counts[SHARES[name]]
+        images = number(numbers, name) * counts[SHARES[name]]
         assert images == pytest.approx(round(images), abs=1e-9), name

@@ -5,7 +5,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -310,8 +310,8 @@ def test_a_time_that_is_shown_finds_its_row_and_is_the_same_in_every_format(lab:
             as_text = {name: row[name].isoformat(timespec="milliseconds")[:-6] + "Z" for name in names[1:]}
             assert {"job_id": row["job_id"], **as_text} == rows[row["job_id"]]
         assert len(parquet) == 9
-    lines = exporting.json_lines(insights.all_results(Question(fields=names, retracted=True)))
-    assert {row["job_id"]: {name: row[name] for name in names} for row in map(json.loads, lines)} == rows
+    as_json = exporting.json_lines(insights.all_results(Question(fields=names, retracted=True)))
+    assert {row["job_id"]: {name: row[name] for name in names} for row in map(json.loads, as_json)} == rows
 
 
 @given(st.floats(-6e10, 2.5e11))
@@ -456,7 +456,9 @@ def ids_of(text: str) -> list[tuple[str, Any]]:
 
 def test_whole_numbers_of_a_query_are_digits(http: TestClient) -> None:
     """As in specs and filters: Python's `int` and pydantic would take most of these."""
-    pages = [(f"/v1/{noun}", "limit", {}) for noun in ("results", "jobs", "sweeps", "networks")]
+    pages: list[tuple[str, str, dict[str, str]]] = [
+        (f"/v1/{noun}", "limit", {}) for noun in ("results", "jobs", "sweeps", "networks")
+    ]
     for path, name, more in (*pages, ("/v1/events", "after", {"follow": "false"})):
         for text in ("1_0", "+5", "5.0", "5e0", "٥", " 5", "5 ", "05", "", "9" * 5000):
             answer = http.get(path, params={name: text, **more})
@@ -474,7 +476,7 @@ def test_an_event_that_is_not_there_yet(lab: Any, http: TestClient) -> None:
         ({"params": {"after": newest + 1}}, "after"),
         ({"headers": {"Last-Event-ID": "9" * 12}}, "Last"),
     ):
-        answer = http.get("/v1/events", **asked)  # type: ignore[arg-type]
+        answer = http.get("/v1/events", **asked)
         assert answer.status_code == 422
         assert f"the newest is {newest}" in answer.text
         assert name in answer.text
@@ -500,6 +502,7 @@ def test_who_is_behind_when_events_are_dropped_is_told_of_the_gap(lab: Any) -> N
         with lab.database.write() as connection:
             connection.execute(tables.events.delete().where(tables.events.c.id < kept))
         came = [begin, await anext(stream), await anext(stream)]
+        assert isinstance(stream, AsyncGenerator)
         await stream.aclose()
         return came
 

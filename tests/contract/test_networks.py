@@ -1,9 +1,10 @@
 """Weights by name or digest: what a job that names them needs, and the list of the networks that trainings made."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from sqlalchemy import insert, update
+from store_lab import Lab
 
 from service.errors import InvalidQuery, InvalidSpec
 from service.lab.access import NotAllowed
@@ -16,14 +17,11 @@ from service.specs.recipes import Imported
 from service.store import tables
 from service.store.result_tables import results
 
-if TYPE_CHECKING:
-    from conftest import Lab
-
 FOREIGN = "f" * 64
 UNKNOWN = "0" * 64
 
 
-def train(lab: "Lab", *jobs: dict[str, Any], weights: bytes | None = None) -> list[str]:
+def train(lab: Lab, *jobs: dict[str, Any], weights: bytes | None = None) -> list[str]:
     """Submit these jobs and finish them; returns the digests of the weights that they left."""
     ids = [lab.submit(**job) for job in jobs]
     if weights is not None:
@@ -34,13 +32,13 @@ def train(lab: "Lab", *jobs: dict[str, Any], weights: bytes | None = None) -> li
     return [lab.rows(tables.trainings, task_id=task_id)[0].checkpoint_digest for task_id in trainings]
 
 
-def left(lab: "Lab", grant: Grant, weights: bytes) -> Any:
+def left(lab: Lab, grant: Grant, weights: bytes) -> Any:
     ref = lab.artifacts.write_chunks("checkpoint", [weights])
     outcome = lab.outcome(grant)
     return type(outcome)(outcome.numbers, outcome.curves, artifacts=(ref,), provenance=outcome.provenance)
 
 
-def register(lab: "Lab", name: str, **changes: Any) -> None:
+def register(lab: Lab, name: str, **changes: Any) -> None:
     """A registered checkpoint's row, as if its weights had been looked at."""
     row = {
         "name": name,
@@ -65,12 +63,12 @@ def register(lab: "Lab", name: str, **changes: Any) -> None:
         connection.execute(insert(tables.checkpoints).values(row))
 
 
-def page(lab: "Lab", cursor: str | None = None, limit: int = 100, **filters: str) -> dict[str, Any]:
+def page(lab: Lab, cursor: str | None = None, limit: int = 100, **filters: str) -> dict[str, Any]:
     return networks.trained(lab.database, filters, cursor, limit)
 
 
 class TestList:
-    def test_pages_of_the_newest_first_with_the_jobs_of_each(self, lab: "Lab") -> None:
+    def test_pages_of_the_newest_first_with_the_jobs_of_each(self, lab: Lab) -> None:
         weights = train(lab, {"seed": 0}, {"seed": 1}, {"seed": 2, "recipe": {"name": "sam", "epochs": 3}})
         train(lab, {"seed": 1, "scale": 7}, {"recipe": {"name": "imported", "checkpoint": weights[0]}, "scale": 9})
         first = page(lab, limit=2)
@@ -90,18 +88,19 @@ class TestList:
         assert newest["task_digest"] == lab.task(newest["task_id"]).digest
         assert newest["created_at"].endswith("Z")
 
-    def test_filters(self, lab: "Lab") -> None:
+    def test_filters(self, lab: Lab) -> None:
         weights = train(lab, {"seed": 0}, {"architecture": "simple_cnn"}, {"recipe": "sam"})
-        for filters, expected in (
+        cases: tuple[tuple[dict[str, Any], list[str]], ...] = (
             ({"architecture": "simple_cnn"}, weights[1:2]),
             ({"recipe": "sam"}, weights[2:]),
             ({"dataset": "digits", "architecture": "mlp"}, [weights[2], weights[0]]),
             ({"weights_sha256": weights[0]}, weights[:1]),
             ({"dataset": "mnist"}, []),
-        ):
+        )
+        for filters, expected in cases:
             assert [item["weights_sha256"] for item in page(lab, **filters)["items"]] == expected, filters
 
-    def test_only_what_a_training_of_this_service_has_finished(self, lab: "Lab") -> None:
+    def test_only_what_a_training_of_this_service_has_finished(self, lab: Lab) -> None:
         register(lab, "theirs")
         lab.submit(recipe={"name": "imported", "checkpoint": "theirs"})
         lab.finish()
@@ -112,15 +111,15 @@ class TestList:
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "\x00", "0" * 36, "01939d3e-7b1f-7c3e-a2d4-5f60718293a4x"])
-def test_what_is_no_cursor(lab: "Lab", cursor: str) -> None:
+def test_what_is_no_cursor(lab: Lab, cursor: str) -> None:
     with pytest.raises(InvalidQuery, match="cursor: this is not a cursor"):
         page(lab, cursor)
 
 
 class TestTrainedByDigest:
     @pytest.mark.parametrize("short", [True, False])
-    def test_a_job_joins_the_training_and_all_that_was_computed_on_it(self, lab: "Lab", short: bool) -> None:
-        asked = {"seed": 3, "recipe": {"epochs": 5, "flip": False}, "scale": 5}
+    def test_a_job_joins_the_training_and_all_that_was_computed_on_it(self, lab: Lab, short: bool) -> None:
+        asked: dict[str, Any] = {"seed": 3, "recipe": {"epochs": 5, "flip": False}, "scale": 5}
         [weights] = train(lab, asked)
         before = len(lab.rows(tables.tasks))
         named = {"checkpoint": weights} if short else {"recipe": {"name": "imported", "checkpoint": weights}}
@@ -133,17 +132,20 @@ class TestTrainedByDigest:
         further = lab.job(lab.submit(**named, scale=7))
         assert further.train_task_id == again.train_task_id
 
-    def test_what_was_asked_for_by_hand_stays(self, lab: "Lab") -> None:
+    def test_what_was_asked_for_by_hand_stays(self, lab: Lab) -> None:
         [weights] = train(lab, {"recipe": {"epochs": 5, "rotation_degrees": 3}})
         assert lab.job(lab.submit(checkpoint=weights)).spec["recipe"]["rotation_degrees"] == 3
 
-    def test_cells_of_a_sweep_that_are_one_network_are_one_job(self, lab: "Lab") -> None:
+    def test_cells_of_a_sweep_that_are_one_network_are_one_job(self, lab: Lab) -> None:
         [weights] = train(lab, {"scale": 5})
-        grid = {"recipe": ["standard", {"name": "imported", "checkpoint": weights}], "scale": [5, 7]}
+        grid: dict[str, list[Any]] = {
+            "recipe": ["standard", {"name": "imported", "checkpoint": weights}],
+            "scale": [5, 7],
+        }
         accepted = lab.submit_sweep(grid)
         assert (accepted["jobs"], accepted["repetitions"], accepted["known"]["train"]) == (2, 2, 1)
 
-    def test_the_source_of_a_transfer(self, lab: "Lab") -> None:
+    def test_the_source_of_a_transfer(self, lab: Lab) -> None:
         mine, other = train(lab, {"seed": 0}, {"architecture": "simple_cnn", "seed": 4})
         by = {"type": "fgsm", "norm": "linf", "eps": 0.1}
         source = {"architecture": "simple_cnn", "recipe": {"name": "imported", "checkpoint": other}}
@@ -157,7 +159,7 @@ class TestTrainedByDigest:
         with pytest.raises(InvalidSpec, match=f"/attack: the weights {other} are of a simple_cnn on digits"):
             lab.submit(attack={**named, "source": {**source, "architecture": "mlp"}})
 
-    def test_another_network(self, lab: "Lab") -> None:
+    def test_another_network(self, lab: Lab) -> None:
         [weights] = train(lab, {})
         said = f"/recipe: the weights {weights} are of a mlp on digits, not of a "
         with pytest.raises(InvalidSpec, match=f"{said}simple_cnn on digits"):
@@ -165,7 +167,7 @@ class TestTrainedByDigest:
         with pytest.raises(InvalidSpec, match=f"{said}mlp on mnist"):
             lab.submit(dataset="mnist", checkpoint=weights)
 
-    def test_weights_that_nobody_has(self, lab: "Lab") -> None:
+    def test_weights_that_nobody_has(self, lab: Lab) -> None:
         with pytest.raises(InvalidSpec, match=f"no weights with the SHA-256 {UNKNOWN} are registered, and no training"):
             lab.submit(checkpoint=UNKNOWN)
         lab.submit()
@@ -174,19 +176,19 @@ class TestTrainedByDigest:
         with pytest.raises(InvalidSpec, match="no training made them"):
             lab.submit(checkpoint=UNKNOWN)
 
-    def test_equal_weights_of_two_trainings_are_ambiguous(self, lab: "Lab") -> None:
+    def test_equal_weights_of_two_trainings_are_ambiguous(self, lab: Lab) -> None:
         one, two = train(lab, {"seed": 1}, {"seed": 2, "recipe": "sam"}, weights=b"equal")
         assert one == two
         said = r"2 trainings made the weights .*: standard with seed 1 \(task .*\), sam with seed 2 .* name the recipe"
         with pytest.raises(InvalidSpec, match=said):
             lab.submit(checkpoint=one)
 
-    def test_of_two_replicates_the_one_that_is_asked_for(self, lab: "Lab") -> None:
+    def test_of_two_replicates_the_one_that_is_asked_for(self, lab: Lab) -> None:
         [weights, _] = train(lab, {"replicate": 0}, {"replicate": 2}, weights=b"equal")
         assert lab.job(lab.submit(checkpoint=weights)).spec["replicate"] == 0
         assert lab.job(lab.submit(checkpoint=weights, replicate=2)).spec["replicate"] == 2
 
-    def test_a_replicate_that_no_training_is_runs_on_the_same_weights(self, lab: "Lab") -> None:
+    def test_a_replicate_that_no_training_is_runs_on_the_same_weights(self, lab: Lab) -> None:
         [weights] = train(lab, {"replicate": 1})
         assert lab.job(lab.submit(checkpoint=weights)).spec["replicate"] == 1
         rerun = lab.job(lab.submit(checkpoint=weights, replicate=5))
@@ -195,24 +197,25 @@ class TestTrainedByDigest:
         assert (rerun.state, rerun.recipe) == ("queued", "imported")
 
     @pytest.mark.parametrize("changed", ["digest", "recipe"])
-    def test_a_training_of_another_version_is_not_run_again(self, lab: "Lab", changed: str) -> None:
+    def test_a_training_of_another_version_is_not_run_again(self, lab: Lab, changed: str) -> None:
         """Its weights are there, and they are what was named."""
         [weights] = train(lab, {})
         [row] = lab.rows(tables.tasks, kind="train")
-        values = {"digest": {"digest": "e" * 64}, "recipe": {"spec": {**row.spec, "recipe": {"name": "forgotten"}}}}
+        other = {"digest": "e" * 64, "recipe": {**row.spec, "recipe": {"name": "forgotten"}}}[changed]
+        values = {"spec" if changed == "recipe" else changed: other}
         with lab.database.write() as connection:
-            connection.execute(update(tables.tasks).where(tables.tasks.c.id == row.id).values(values[changed]))
+            connection.execute(update(tables.tasks).where(tables.tasks.c.id == row.id).values(values))
         spec = lab.task(lab.job(lab.submit(checkpoint=weights)).train_task_id).spec
         assert spec["recipe"]["weights_sha256"] == weights
 
 
 class TestRetracted:
-    def retract(self, lab: "Lab", job: str) -> None:
+    def retract(self, lab: Lab, job: str) -> None:
         training = lab.job(job).train_task_id
         retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=True)
 
     @pytest.mark.parametrize("replicate", [0, 3])
-    def test_retracted_weights_do_not_come_back_by_their_digest(self, lab: "Lab", replicate: int) -> None:
+    def test_retracted_weights_do_not_come_back_by_their_digest(self, lab: Lab, replicate: int) -> None:
         job = lab.submit()
         lab.finish()
         [weights] = [item["weights_sha256"] for item in page(lab)["items"]]
@@ -227,7 +230,7 @@ class TestRetracted:
         retraction.restore_task(lab.service, lab.job(job).train_task_id, user="ann", admin=True)
         assert lab.job(lab.submit(checkpoint=weights)).train_task_id == lab.job(job).train_task_id
 
-    def test_what_imported_the_weights_before_is_hidden_with_the_training_and_comes_back(self, lab: "Lab") -> None:
+    def test_what_imported_the_weights_before_is_hidden_with_the_training_and_comes_back(self, lab: Lab) -> None:
         job, other = lab.submit(), lab.submit(seed=7)
         lab.finish()
         weights = self.weights_of(lab, job)
@@ -254,7 +257,7 @@ class TestRetracted:
         assert not any(row.former_digest for row in lab.rows(tables.tasks))
         assert lab.job(lab.submit(checkpoint=weights, replicate=5)).train_task_id == lab.job(imported).train_task_id
 
-    def test_what_is_registered_under_a_name_stays_and_is_said(self, lab: "Lab") -> None:
+    def test_what_is_registered_under_a_name_stays_and_is_said(self, lab: Lab) -> None:
         job = lab.submit()
         lab.finish()
         weights = self.weights_of(lab, job)
@@ -269,7 +272,7 @@ class TestRetracted:
         later = lab.job(lab.submit(checkpoint="kept", scale=9))
         assert (later.state, later.train_task_id) == ("running", lab.job(by_name).train_task_id)
 
-    def test_imports_stand_as_long_as_a_training_of_these_weights_does(self, lab: "Lab") -> None:
+    def test_imports_stand_as_long_as_a_training_of_these_weights_does(self, lab: Lab) -> None:
         jobs = [lab.submit(replicate=replicate) for replicate in (0, 2)]
         grants = lab.grant("train")
         lab.record(*(Succeeded(grant.task_id, grant.attempt, left(lab, grant, b"equal")) for grant in grants))
@@ -281,7 +284,7 @@ class TestRetracted:
         self.retract(lab, jobs[1])
         assert self.shown(lab) == set()
 
-    def test_what_is_hidden_by_its_weights_is_not_submitted_again(self, lab: "Lab") -> None:
+    def test_what_is_hidden_by_its_weights_is_not_submitted_again(self, lab: Lab) -> None:
         job = lab.submit()
         lab.finish()
         lab.submit(checkpoint=self.weights_of(lab, job), replicate=5)
@@ -292,7 +295,7 @@ class TestRetracted:
         [again] = done["resubmitted"]
         assert lab.job(again).recipe == "standard"
 
-    def weights_of(self, lab: "Lab", job: str) -> str:
+    def weights_of(self, lab: Lab, job: str) -> str:
         [row] = lab.rows(tables.trainings, task_id=lab.job(job).train_task_id)
         return str(row.checkpoint_digest)
 
@@ -301,10 +304,10 @@ class TestRetracted:
         source = {"architecture": "mlp", "recipe": {"name": "imported", "checkpoint": weights}, "replicate": 5}
         return {"type": "transfer", "attack": {"type": "fgsm", "norm": "linf", "eps": 0.1}, "source": source}
 
-    def shown(self, lab: "Lab") -> set[str]:
+    def shown(self, lab: Lab) -> set[str]:
         return {row.job_id for row in lab.rows(results) if row.retracted_at is None}
 
-    def test_a_newer_generation_with_the_same_weights_is_joined(self, lab: "Lab") -> None:
+    def test_a_newer_generation_with_the_same_weights_is_joined(self, lab: Lab) -> None:
         job = lab.submit()
         lab.finish()
         [weights] = [item["weights_sha256"] for item in page(lab)["items"]]
@@ -313,7 +316,7 @@ class TestRetracted:
         lab.finish()
         assert lab.job(lab.submit(checkpoint=weights)).train_task_id == lab.job(again).train_task_id
 
-    def test_the_list_says_who_retracted_which_and_shows_no_made_up_digest(self, lab: "Lab") -> None:
+    def test_the_list_says_who_retracted_which_and_shows_no_made_up_digest(self, lab: Lab) -> None:
         job = lab.submit()
         lab.submit(seed=1)
         lab.finish()
@@ -327,7 +330,7 @@ class TestRetracted:
 
 
 class TestRegistered:
-    def test_by_name_and_by_digest_it_is_one_network(self, lab: "Lab") -> None:
+    def test_by_name_and_by_digest_it_is_one_network(self, lab: Lab) -> None:
         register(lab, "theirs")
         jobs = [lab.job(lab.submit(checkpoint=name)) for name in ("theirs", FOREIGN)]
         assert jobs[0].train_task_id == jobs[1].train_task_id
@@ -338,7 +341,7 @@ class TestRegistered:
         )
         assert lab.task(jobs[0].train_task_id).digest == expected.train.digest
 
-    def test_what_is_expected_goes_with_the_task(self, lab: "Lab") -> None:
+    def test_what_is_expected_goes_with_the_task(self, lab: Lab) -> None:
         register(lab, "theirs", expected_clean_accuracy=0.95, tolerance=0.02)
         task = lab.task(lab.job(lab.submit(checkpoint="theirs")).train_task_id)
         assert task.spec["recipe"] == {
@@ -349,7 +352,7 @@ class TestRegistered:
             "tolerance": 0.02,
         }
 
-    def test_a_digest_with_several_expectations_is_ambiguous(self, lab: "Lab") -> None:
+    def test_a_digest_with_several_expectations_is_ambiguous(self, lab: Lab) -> None:
         register(lab, "one", expected_clean_accuracy=0.95, tolerance=0.01)
         register(lab, "none")
         [one, by_digest] = [lab.job(lab.submit(checkpoint=name)).train_task_id for name in ("one", FOREIGN)]
@@ -359,7 +362,7 @@ class TestRegistered:
             lab.submit(checkpoint=FOREIGN)
         assert lab.job(lab.submit(checkpoint="two")).state == "queued"
 
-    def test_of_another_network(self, lab: "Lab") -> None:
+    def test_of_another_network(self, lab: Lab) -> None:
         register(lab, "theirs")
         for name in ("theirs", FOREIGN):
             with pytest.raises(InvalidSpec, match="/recipe: checkpoint theirs is a mlp, not a simple_cnn"):
@@ -370,7 +373,7 @@ class TestRegistered:
     @pytest.mark.parametrize(
         "more", [{"weights_sha256": FOREIGN}, {"expected_clean_accuracy": 0.5}, {"tolerance": 0.1}]
     )
-    def test_a_job_says_nothing_else_of_a_checkpoint(self, lab: "Lab", more: dict[str, Any]) -> None:
+    def test_a_job_says_nothing_else_of_a_checkpoint(self, lab: Lab, more: dict[str, Any]) -> None:
         register(lab, "theirs")
         with pytest.raises(
             InvalidSpec, match="/recipe: name a registered checkpoint, or weights by their SHA-256, and"
@@ -380,7 +383,7 @@ class TestRegistered:
 
 @pytest.mark.parametrize("other", [{"recipe": "sam"}, {"seed": 0}])
 def test_a_checkpoint_stands_in_place_of_recipe_and_seed(other: dict[str, Any]) -> None:
-    job = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "checkpoint": "theirs"}
+    job: dict[str, Any] = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_linf", "checkpoint": "theirs"}
     with pytest.raises(ValueError, match=f"`checkpoint` stands in place of `{next(iter(other))}`"):
         JobSpec.model_validate({**job, **other})
     short = JobSpec.model_validate(job)

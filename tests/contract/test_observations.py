@@ -15,6 +15,7 @@ from sqlalchemy import update
 from service.errors import InvalidQuery
 from service.model import verdict
 from service.model.executor import Bits, Outcome, Succeeded
+from service.model.observations import range_of
 from service.results import aggregates, correlating, exporting, leaderboard
 from service.results.insights import Insights
 from service.results.questions import Question, nodes_of
@@ -354,7 +355,7 @@ def test_every_field_of_an_interval_is_of_a_share_and_no_field_itself() -> None:
 
     assert {share for share, _ in INTERVALS.values()} == SHARES.keys()
     assert not INTERVALS.keys() & RESULTS.known.keys()
-    assert all(aggregates.range_of(share) == (0.0, 1.0) for share in SHARES)
+    assert all(range_of(share) == (0.0, 1.0) for share in SHARES)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)

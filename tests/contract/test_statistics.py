@@ -255,8 +255,7 @@ def test_too_much_at_once_is_refused(lab: Any) -> None:
 
 def test_a_measure_with_other_parameters_is_not_averaged(lab: Any, insights: Insights) -> None:
     for seed in range(4):
-        rho = 0.05 if seed < 2 else 0.5
-        lab.submit(seed=seed, measures=[{"type": "sam_sharpness", "rho": rho}])
+        lab.submit(seed=seed, measures=[{"type": "sam_sharpness", "rho": 0.05 if seed < 2 else 0.5}])
     lab.submit(seed=9)
     finish(lab)
     metrics = {"sam_sharpness_loss": ("mean", "count")}

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -29,6 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from sqlalchemy import Connection, delete, func, select, text
+from store_lab import Lab
 
 from service.errors import Conflict, DatabaseAway
 from service.lab.artifacts import Artifacts
@@ -39,9 +40,6 @@ from service.specs import JobSpec, Sweep
 from service.store import Database, claiming, recording, settling, submitting, tables
 from service.store import database as database_module
 from service.store.typed import json_number
-
-if TYPE_CHECKING:
-    from conftest import Lab
 
 LEASE = 20.0
 START = 1e9  # what the database's clock says at first, long before any other clock
@@ -61,9 +59,9 @@ class Store(Database):
         return self.clock
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(self, *, in_turn: bool = True) -> Iterator[Connection]:
         fault, self.fault = self.fault, None
-        with super().write() as connection:
+        with super().write(in_turn=in_turn) as connection:
             yield connection
             if fault == BEFORE:
                 raise DatabaseAway(fault)
@@ -134,8 +132,8 @@ class Model:
 
     def settle(self) -> None:
         """Tasks follow their parents, jobs their tasks, and what no live job needs ends: until nothing changes."""
-        before = None
-        while before != (before := [one.state for one in (*self.tasks.values(), *self.jobs.values())]):
+        before: tuple[list[str], list[str]] | None = None
+        while before != (before := ([of.state for of in self.tasks.values()], [of.state for of in self.jobs.values()])):
             for task in self.tasks.values():
                 parents = {self.tasks[parent].state for parent in task.parents}
                 if task.state == "blocked" and parents & {"failed", "cancelled"}:
@@ -166,6 +164,7 @@ class Model:
             epoch = last + 1
         elif self.leader is None or (holder, last) != (name, epoch):
             return None
+        assert epoch is not None
         self.leader = (name, epoch, now + LEASE)
         for task_id, task in self.tasks.items():
             if task.holder == name:
@@ -206,7 +205,7 @@ class Machine(RuleBasedStateMachine):
 
     grants = Bundle("grants")
 
-    def __init__(self, lab: "Lab", store: Store, intruder: Database) -> None:
+    def __init__(self, lab: Lab, store: Store, intruder: Database) -> None:
         super().__init__()
         self.lab, self.store, self.intruder = lab, store, intruder
         self.store.clock, self.store.fault = START, None
@@ -524,24 +523,24 @@ class Machine(RuleBasedStateMachine):
 EASY = settings(deadline=None, stateful_step_count=25, suppress_health_check=list(HealthCheck))
 
 
-def run(url: str, artifacts: Artifacts, lab_type: "type[Lab]", how: settings) -> None:
+def run(url: str, artifacts: Artifacts, how: settings) -> None:
     with pytest.MonkeyPatch.context() as impatient:
         impatient.setattr(database_module, "BUSY_SECONDS", 0)
         intruder = Database(url)
     with closing(Store(url)) as store, closing(intruder):
-        lab = lab_type(store, artifacts)
+        lab = Lab(store, artifacts)
         run_state_machine_as_test(lambda: Machine(lab, store, intruder), settings=how)  # type: ignore[arg-type]
 
 
 @pytest.mark.timeout(900)  # a failure is made as small as it can be
-def test_the_store_does_what_the_model_says(database_url: str, artifacts: Artifacts, lab_type: "type[Lab]") -> None:
-    run(database_url, artifacts, lab_type, settings(EASY, max_examples=15, derandomize=True, database=None))
+def test_the_store_does_what_the_model_says(database_url: str, artifacts: Artifacts) -> None:
+    run(database_url, artifacts, settings(EASY, max_examples=15, derandomize=True, database=None))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_it_does_so_at_length(database_url: str, artifacts: Artifacts, lab_type: "type[Lab]") -> None:
-    run(database_url, artifacts, lab_type, settings(EASY, max_examples=200, database=None))
+def test_it_does_so_at_length(database_url: str, artifacts: Artifacts) -> None:
+    run(database_url, artifacts, settings(EASY, max_examples=200, database=None))
 
 
 # What somebody might take out of the store: `(function, what it says, what it says then)`.
@@ -577,27 +576,25 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_machine_finds(
-    name: str, sqlite_url: str, artifacts: Artifacts, lab_type: "type[Lab]", monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_machine_finds(name: str, sqlite_url: str, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, *MUTANTS[name])
-    find(sqlite_url, artifacts, lab_type)
+    find(sqlite_url, artifacts)
 
 
 @pytest.mark.slow
 def test_the_machine_finds_that_writers_do_not_take_turns_on_postgresql(
-    postgresql_url: str, artifacts: Artifacts, lab_type: "type[Lab]", monkeypatch: pytest.MonkeyPatch
+    postgresql_url: str, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "TAKE_TURNS", text("SELECT 1"))
-    find(postgresql_url, artifacts, lab_type)
+    find(postgresql_url, artifacts)
 
 
-def find(url: str, artifacts: Artifacts, lab_type: "type[Lab]") -> None:
+def find(url: str, artifacts: Artifacts) -> None:
     how = settings(
         EASY, max_examples=1000, derandomize=True, report_multiple_bugs=False, phases=[Phase.generate], database=None
     )
     with pytest.raises(Exception) as caught:
-        run(url, artifacts, lab_type, how)
+        run(url, artifacts, how)
     assert not isinstance(caught.value, HypothesisException), "it was not the store that failed"
 
 

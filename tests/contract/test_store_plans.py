@@ -1,12 +1,15 @@
 """What the dispatcher does all the time must not cost more, the more there is in the store."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from dispatching import Scripted
 from sqlalchemy import event
+from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
-from service.model.executor import Bundle, Capacity, Lost, Message, Started, Succeeded
+from service.model.executor import Grant, Lost, Message, Succeeded
 from service.queue.dispatcher import Dispatcher
 from service.results import aggregates
 from service.results.insights import Insights
@@ -18,35 +21,21 @@ HIDDEN = "ix_results_retracted"  # by which retracted results are counted beside
 BIG = ("tasks", "jobs", "job_tasks", "task_edges", "events", "attempts", "outcome_bits", "curves", "artifacts")
 
 
-class Instant:
-    """Answers everything at once, and loses the first task that it is given."""
+def losing_the_first(lab: Lab) -> Callable[[Grant], Message]:
+    """Every task succeeds but the first one, whose worker dies."""
+    lost: list[Grant] = []
 
-    def __init__(self, lab: Any) -> None:
-        self.lab, self.said, self.lost = lab, [], False  # type: ignore[var-annotated]
+    def answer(grant: Grant) -> Message:
+        if not lost:
+            lost.append(grant)
+            return Lost(grant.task_id, grant.attempt, "worker_died", "gone")
+        return Succeeded(grant.task_id, grant.attempt, lab.outcome(grant))
 
-    def capacity(self) -> Capacity:
-        return Capacity(ready=True, cpus=2.0, gpus=0.0)
-
-    def submit(self, bundle: Bundle) -> None:
-        for grant in bundle.grants:
-            answer: Message = Succeeded(grant.task_id, grant.attempt, self.lab.outcome(grant))
-            if not self.lost:
-                answer, self.lost = Lost(grant.task_id, grant.attempt, "worker_died", "gone"), True
-            self.said += [Started(grant.task_id, grant.attempt, "w"), answer]
-
-    def poll(self, timeout_seconds: float) -> list[Message]:
-        said, self.said = self.said, []
-        return said
-
-    def cancel(self, task_id: str, attempt: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    return answer
 
 
 @pytest.fixture
-def watched(sqlite_url: str, artifacts: Artifacts, lab_type: Any) -> Any:
+def watched(sqlite_url: str, artifacts: Artifacts) -> Any:
     """A lab on SQLite, and the plans of the statements that are run in it (the planner of PostgreSQL goes by size)."""
     database = Database(sqlite_url)
     plans: dict[str, list[str]] = {}
@@ -57,7 +46,7 @@ def watched(sqlite_url: str, artifacts: Artifacts, lab_type: Any) -> Any:
             one = parameters[0] if many else parameters
             plans[statement] = [row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {statement}", one).fetchall()]
 
-    yield lab_type(database, artifacts), plans
+    yield Lab(database, artifacts), plans
     database.close()
 
 
@@ -65,7 +54,8 @@ def test_no_statement_of_the_loop_scans_a_table(watched: Any) -> None:
     lab, plans = watched
     lab.submit_sweep()
     plans.clear()
-    one = Dispatcher(lab.database, lab.artifacts, Instant(lab), Settings(backoff_seconds=0.0), "d1")
+    executor = Scripted(losing_the_first(lab), cpus=2.0)
+    one = Dispatcher(lab.database, lab.artifacts, executor, Settings(backoff_seconds=0.0), "d1")
     for _ in range(20):
         one._renewed_at = one._looked_at = one._reap_from = 0.0
         one.tick()
@@ -98,9 +88,9 @@ def test_the_queue_is_read_in_order_and_not_sorted(watched: Any) -> None:
 
 @pytest.mark.parametrize("verb", ["submit", "join", "start", "finish training", "fail training", "cancel", "retry"])
 def test_the_number_of_statements_does_not_grow_with_the_jobs(
-    database: Database, artifacts: Artifacts, lab_type: Any, verb: str
+    database: Database, artifacts: Artifacts, verb: str
 ) -> None:
-    lab = lab_type(database, artifacts)
+    lab = Lab(database, artifacts)
     counted = 0
 
     @event.listens_for(database.engine, "before_cursor_execute")
@@ -111,7 +101,7 @@ def test_the_number_of_statements_does_not_grow_with_the_jobs(
     def statements(jobs: int, seed: int) -> int:
         """How many it takes to do this to so many jobs of one training."""
         nonlocal counted
-        grid = {"scale": [1 + i / 1000 for i in range(jobs)], "seed": [seed]}
+        grid: dict[str, list[Any]] = {"scale": [1 + i / 1000 for i in range(jobs)], "seed": [seed]}
         before = counted
         sweep = lab.submit_sweep(grid)["id"]
         if verb == "submit":

@@ -19,7 +19,9 @@ from service.model.executor import (
     Succeeded,
 )
 from service.store import tables
+from service.store.listed import listed
 from service.store.recording import Patience
+from service.store.settling import settle_jobs
 from service.store.tables import artifacts, attempts, events, outcome_bits, tasks, trainings
 
 EPOCH = ArtifactRef("e" * 64, 10, "epoch_state")
@@ -36,7 +38,7 @@ def messages_of(grant: Grant, lab: Any) -> list[Message]:
         Failed(task, attempt, "error", "late"),
         Failed(task, attempt, "configuration", "late", "traceback"),
         *(
-            Lost(task, attempt, reason, "late")  # type: ignore[arg-type]
+            Lost(task, attempt, reason, "late")
             for reason in ("worker_died", "out_of_memory", "node_died", "executor_lost", "cancelled", "given_back")
         ),
     ]
@@ -204,7 +206,7 @@ class TestSuccess:
             from service.store import submitting
 
             submitting.reopen(connection, 0.0, "ann", {train.task_id: TaskState.QUEUED})
-            submitting.settle_jobs(connection, 0.0, "ann", submitting.listed([lab.rows(tables.jobs)[0].id]))
+            settle_jobs(connection, 0.0, "ann", listed([lab.rows(tables.jobs)[0].id]))
         [again] = lab.grant("train")
         lab.record(Succeeded(again.task_id, again.attempt, lab.outcome(again, test_accuracy=0.1)))
         [row] = lab.rows(trainings)

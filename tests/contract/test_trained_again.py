@@ -4,7 +4,9 @@ import csv
 import importlib
 import io
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
+from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Bits, Failed, Grant, Succeeded
@@ -24,9 +27,6 @@ from service.results.insights import Insights, Question
 from service.results.questions import nodes_of
 from service.store import Database, filing, recording, submitting, tables, trained_again
 from service.store.result_tables import results
-
-if TYPE_CHECKING:
-    from conftest import Lab
 
 PGD = {"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.02, "steps": 5}
 OTHER = {"architecture": "simple_cnn"}
@@ -520,7 +520,12 @@ def test_attempts_of_before_have_what_was_missing_in_their_message(lab: Any) -> 
 WORDS = ("submit", "train", "work", "hold", "late", "lose", "lose", "retry", "retry", "cancel", "expire")
 LOST = (("train", 0, 0), ("work", 1, 0), ("lose", 0, 0), ("retry", 0, 0))
 STEPS = st.lists(st.tuples(st.sampled_from(WORDS), st.integers(0, 3), st.integers(0, 2)), min_size=10, max_size=30)
-KINDS = ({}, {"scale": 5}, OTHER, {"attack": {"type": "transfer", "attack": PGD, "source": OTHER}, "scale": 5})
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"scale": 5},
+    OTHER,
+    {"attack": {"type": "transfer", "attack": PGD, "source": OTHER}, "scale": 5},
+)
 
 
 def interleaved(lab: Any, examples: int, **how: Any) -> Counter[str]:
@@ -555,7 +560,7 @@ def test_none_does_so_at_length(lab: Any) -> None:
     assert seen["other weights"] >= 25, seen
 
 
-MUTANTS = {
+MUTANTS: dict[str, tuple[ModuleType, str, Callable[..., object]]] = {
     "it is one task all the same": (trained_again, "other_weights", lambda *_: {}),
     "children stay": (trained_again, "_copy_children", lambda *_: {}),
     "what runs goes on": (trained_again, "_end_children", lambda *_: []),
@@ -564,14 +569,12 @@ MUTANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_it_is_found_that(
-    name: str, database: Database, artifacts: Artifacts, lab_type: "type[Lab]", monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_found_that(name: str, database: Database, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
     module, function, instead = MUTANTS[name]
     monkeypatch.setattr(module, function, instead)
     monkeypatch.setattr(recording, "other_weights", trained_again.other_weights)
     with pytest.raises(AssertionError):
-        interleaved(lab_type(database, artifacts), 100, derandomize=True, phases=[Phase.generate])
+        interleaved(Lab(database, artifacts), 100, derandomize=True, phases=[Phase.generate])
 
 
 def interleave(lab: Any, steps: list[tuple[str, int, int]]) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from dispatching import Scripted
 from sqlalchemy import update
 
 from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
 from service.limits import Limits
 from service.model import estimates
-from service.model.executor import Bundle, Capacity, Lost, Message, Outcome, Started, Succeeded
+from service.model.executor import Lost, Outcome, Started, Succeeded
 from service.model.scheduling import AGEING_SECONDS, Cluster, choose
 from service.queue import decisions
 from service.queue.dispatcher import Dispatcher
@@ -27,36 +28,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = Settings(lookahead=0, backoff_seconds=0.0)
 
 
-class Workers:
-    """Takes bundles; answers for their tasks when told to."""
-
-    def __init__(self, cpus: float = 2.0) -> None:
-        self.cpus, self.bundles, self.said = cpus, [], []  # type: ignore[var-annotated]
-
-    def capacity(self) -> Capacity:
-        return Capacity(ready=True, cpus=self.cpus, gpus=0.0)
-
-    def submit(self, bundle: Bundle) -> None:
-        self.bundles.append(bundle)
-        self.said += [Started(grant.task_id, grant.attempt, "w") for grant in bundle.grants]
-
-    def finish(self, outcome: Callable[[Any], Outcome]) -> None:
-        answers = [(one.task_id, one.attempt, outcome(one)) for bundle in self.bundles for one in bundle.grants]
-        self.said += [Succeeded(*answer) for answer in answers]
-        self.bundles = []
-
-    def poll(self, timeout_seconds: float) -> list[Message]:
-        said, self.said = self.said, []
-        return said
-
-    def cancel(self, task_id: str, attempt: int) -> None:
-        self.said.append(Lost(task_id, attempt, "cancelled", "cancelled"))
-
-    def close(self) -> None:
-        pass
-
-
-def dispatcher(lab: Any, workers: Workers, settings: Settings = SETTINGS) -> Dispatcher:
+def dispatcher(lab: Any, workers: Scripted, settings: Settings = SETTINGS) -> Dispatcher:
     return Dispatcher(lab.database, lab.artifacts, workers, settings, "d1")
 
 
@@ -161,7 +133,7 @@ class TestPause:
 
     def test_a_paused_queue_is_claimed_by_nobody(self, lab: Any) -> None:
         lab.submit()
-        workers = Workers()
+        workers = Scripted(cpus=2.0)
         one = dispatcher(lab, workers)
         lab.service.pause_queue(user="root")
         one.tick()
@@ -345,14 +317,14 @@ class TestLimits:
         limit(lab, "ann", max_gpus=2)
         lab.submit_sweep({"seed": list(range(6))}, priority=5)
         lab.submit_sweep({"seed": list(range(10, 16))}, user="bob")
-        workers = Workers(cpus=5)
+        workers = Scripted(cpus=5)
         one = dispatcher(lab, workers)
         for _ in range(100):
             one.tick()
             assert in_use(lab).get("ann", 0.0) <= 2
-            if not workers.bundles:
+            if not workers.open:
                 break
-            assert len(workers.bundles) == 5 or in_use(lab)["ann"] <= 2
+            assert len(workers.open) == 5 or in_use(lab)["ann"] <= 2
             workers.finish(lab.outcome)
         assert lab.job_states() == {"succeeded": 12}
 
@@ -457,7 +429,7 @@ class TestDecisions:
         limit(lab, "bob", max_gpus=1)
         lab.submit_sweep({"seed": [0, 1, 2], "scale": [1, 5]})
         lab.submit_sweep({"seed": [2, 3, 4], "scale": [1, 10]}, user="bob", priority=1)
-        workers = Workers(cpus=3)
+        workers = Scripted(cpus=3)
         one = dispatcher(lab, workers)
         for _ in range(60):
             one.tick()
@@ -476,7 +448,7 @@ class TestDecisions:
 
     def test_only_the_last_ones_are_kept(self, lab: Any) -> None:
         lab.submit_sweep({"seed": [0, 1, 2, 3, 4]})
-        workers = Workers(cpus=1)
+        workers = Scripted(cpus=1)
         one = dispatcher(lab, workers, Settings(lookahead=0, decision_log=3))
         for _ in range(40):
             one.tick()
@@ -491,7 +463,7 @@ class TestExplain:
     def test_from_submission_to_its_end(self, lab: Any) -> None:
         job = lab.submit()
         assert "no dispatcher leads" in self.explain(lab, job)["sentence"]
-        workers = Workers(cpus=1)
+        workers = Scripted(cpus=1)
         one = dispatcher(lab, workers)
         lab.service.pause_queue(user="root")
         one.tick()
@@ -520,7 +492,7 @@ class TestExplain:
     def test_a_cluster_that_is_full(self, lab: Any) -> None:
         for seed in range(2):
             job = lab.submit(seed=seed)
-        one = dispatcher(lab, Workers(cpus=1.0))
+        one = dispatcher(lab, Scripted(cpus=1.0))
         one.tick()
         one._renewed_at = 0.0  # the leader says again what it has
         one.tick()
@@ -531,7 +503,7 @@ class TestExplain:
     def test_what_no_node_is_large_enough_for(self, lab: Any) -> None:
         job = lab.submit()
         how = Settings.model_validate({"lookahead": 1, "resources": {"train": {"gpus": 1, "memory_bytes": 3 << 29}}})
-        one = dispatcher(lab, Workers(), how)
+        one = dispatcher(lab, Scripted(cpus=2.0), how)
         one._hold_leadership()
         nowhere = ", but no node of the cluster is large enough for it: it takes 1 CPU, 1 GPU, 1.5 GiB of memory"
         waits = explain(lab.database, how, job)["sentence"]
@@ -550,7 +522,7 @@ class TestExplain:
             in (self.explain(lab, job)["sentence"])
         )
         lab.service.resume_sweep(sweep, user="bob")
-        workers = Workers()
+        workers = Scripted(cpus=2.0)
         one = dispatcher(lab, workers)
         one.tick()
         other = lab.submit(user="bob", seed=5)
@@ -592,7 +564,7 @@ class TestEstimates:
         for seed, seconds in enumerate([1.0, 2.0, 3.0, 4.0, 10.0], start=1):
             self.run(lab, seconds, seed=seed)
         assert len(lab.rows(timings)) == 6 * 4
-        dispatcher(lab, Workers(cpus=4)).tick()
+        dispatcher(lab, Scripted(cpus=4)).tick()
         sweep = Sweep(name="s", base=lab.BASE, grid={"seed": [1, 9], "scale": [1, 5]})
         said = lab.service.dry_run(sweep, user="ann")
         assert said["known"] == {"train": 1, "attack": 1, "control": 1, "measure": 1}
@@ -610,7 +582,7 @@ class TestEstimates:
     def test_others_who_wait_and_limits_make_it_longer(self, lab: Any) -> None:
         for seed in range(3):
             self.run(lab, 1.0, seed=seed)
-        dispatcher(lab, Workers(cpus=4)).tick()
+        dispatcher(lab, Scripted(cpus=4)).tick()
         sweep = Sweep(name="s", base=lab.BASE, grid={"seed": list(range(10, 40))})
         alone = lab.service.dry_run(sweep, user="ann")
         lab.submit(user="bob", seed=77)
@@ -636,7 +608,7 @@ class TestEstimates:
 class TestCancel:
     def test_a_shared_task_goes_on_while_another_job_needs_it(self, lab: Any) -> None:
         first, second = lab.submit(), lab.submit(user="bob", scale=5)
-        workers = Workers()
+        workers = Scripted(cpus=2.0)
         one = dispatcher(lab, workers)
         one.tick()
         [grant] = workers.bundles[0].grants

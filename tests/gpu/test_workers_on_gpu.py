@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from processes import until
 from safetensors.torch import load
 from torch import nn
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import (
@@ -42,6 +43,7 @@ from service.specs.plan import JobPlan, plan_job
 from workers import devices, run, tasks
 from workers.context import Context
 from workers.doctor import known_to_the_driver
+from workers.science.seeding import deterministic
 from workers.worker import WorkerSettings, _Warm, run_bundle
 
 ON_CPU = os.environ.get("GPU_TESTS_DEVICE", "cuda") == "cpu"
@@ -237,14 +239,14 @@ def test_a_convolution_whose_workspace_does_not_fit_is_out_of_memory_however_cud
         torch.cuda.empty_cache()
         limit(mebibytes * MEBIBYTE)
         try:
-            with devices.deterministic(DEVICE):
+            with deterministic(DEVICE):
                 torch.autograd.grad(layer(x).square().mean(), [x, layer.weight])
             torch.cuda.synchronize(DEVICE)
         except RuntimeError as error:
             errors[mebibytes] = error.with_traceback(None)  # whose frames would hold what it had allocated
-    for mebibytes, error in errors.items():
-        print(f"\n{mebibytes} MiB: {type(error).__name__}: {str(error).splitlines()[0]}")
-    assert all(devices.ran_out_of_memory(error) for error in errors.values())
+    for mebibytes, seen in errors.items():
+        print(f"\n{mebibytes} MiB: {type(seen).__name__}: {str(seen).splitlines()[0]}")
+    assert all(devices.ran_out_of_memory(seen) for seen in errors.values())
     assert 0 in errors
     assert 8192 not in errors
     assert devices.computes(DEVICE)
@@ -348,7 +350,7 @@ def test_after_a_bundle_the_gpu_has_its_memory_back(
     plan, checkpoint = trained(context)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     monkeypatch.setattr(tasks, "run_measure", measured)
-    says = {"get_gpu_ids": lambda: [] if ON_CPU else [visible]}
+    says: dict[str, Callable[[], object]] = {"get_gpu_ids": lambda: [] if ON_CPU else [visible]}
     says["get_runtime_context"] = lambda: SimpleNamespace(get_node_id=lambda: "node")
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(**says))
     artifacts = str(context.data_dir.parent / "artifacts")
@@ -364,6 +366,10 @@ def test_after_a_bundle_the_gpu_has_its_memory_back(
         until(lambda: torch.cuda.memory_reserved(DEVICE) < ABOUT_NOTHING)
 
 
+def gibibyte(device: torch.device) -> tuple[torch.Tensor, int]:
+    return torch.empty(1 << 30, dtype=torch.uint8, device=device), 1 << 30
+
+
 @only_on_a_gpu
 @on_two
 def test_a_process_that_moves_to_another_gpu_leaves_nothing_on_the_first(context: Context) -> None:
@@ -377,7 +383,7 @@ def test_a_process_that_moves_to_another_gpu_leaves_nothing_on_the_first(context
         made.append(one.outcome)
         left = OTHER if device == DEVICE else DEVICE
         assert torch.cuda.memory_reserved(left) < ABOUT_NOTHING
-        here.cache.get("more", lambda at=device: (torch.empty(1 << 30, dtype=torch.uint8, device=at), 1 << 30))
+        here.cache.get("more", partial(gibibyte, device))
     first, other, again = made
     assert first.provenance["gpu_uuid"] == again.provenance["gpu_uuid"] != other.provenance["gpu_uuid"]
     assert first.artifacts == again.artifacts, "bit-equal on one GPU"
@@ -438,6 +444,8 @@ def lab(ray_head: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
         """The worker's; a measure at scale 555 is a bug, one at 666 breaks the GPU, one at 777 takes most of it, and
         one at 444 comes to a GPU that does not compute.
         """
+        from unittest import mock
+
         import torch
 
         from workers import devices, tasks, worker
@@ -449,7 +457,7 @@ def lab(ray_head: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
 
             devices.probe = unfit  # the process ends after this bundle
             worker._Warm.device = None
-            worker.DEVICE_WAIT_SECONDS = held_seconds
+            vars(worker)["DEVICE_WAIT_SECONDS"] = held_seconds
 
         measure = tasks.run_measure
 
@@ -469,11 +477,8 @@ def lab(ray_head: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
                 torch.empty(size, dtype=torch.uint8, device="cpu" if on_cpu else "cuda")
             return measure(task, *args)
 
-        tasks.run_measure = trouble
-        try:
+        with mock.patch.object(tasks, "run_measure", trouble):
             yield from worker.run_bundle(bundle, settings)
-        finally:
-            tasks.run_measure = measure
 
     lab = Lab(ray_head, tmp_path_factory.mktemp("home"), body)
     yield lab

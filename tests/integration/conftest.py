@@ -1,7 +1,6 @@
 """A real server on loopback whose dispatcher hands tasks to threads that make up numbers: HTTP and SQL are real."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from made_up import made_up
+from waiting import until
 
 from api.binding import listen
 from api.client import ENDED, Client
@@ -44,21 +44,19 @@ class RunningServer:
 
     def idle(self) -> None:
         """Wait until nothing waits or runs, so that nothing changes by itself."""
-        deadline = time.monotonic() + 60
-        while any(
-            count and state in ("blocked", "queued", "running")
-            for of_kind in self.client.queue()["tasks"].values()
-            for state, count in of_kind.items()
-        ):
-            assert time.monotonic() < deadline, self.client.queue()
-            time.sleep(0.05)
+        until(
+            lambda: (
+                not any(
+                    count and state in ("blocked", "queued", "running")
+                    for of_kind in self.client.queue()["tasks"].values()
+                    for state, count in of_kind.items()
+                )
+            )
+        )
 
     def running(self, job_id: str) -> None:
         """Wait until it runs."""
-        deadline = time.monotonic() + 30
-        while self.client.job(job_id)["state"] != "running":
-            assert time.monotonic() < deadline, self.client.job(job_id)
-            time.sleep(0.02)
+        until(lambda: self.client.job(job_id)["state"] == "running")
 
     def ended(self, path: str) -> dict[str, Any]:
         """The job or sweep at this path, at its end."""

@@ -304,7 +304,7 @@ def test_two_requests_with_one_key_at_once(server: Any) -> None:
 
 def test_results_in_pages_stay_stable_while_rows_are_inserted(server: Any) -> None:
     sweep = server.sweep("pages", scale=[1, 2, 3, 4, 5, 6, 7])
-    seen: list[str] = []
+    seen: list[float] = []
     params: dict[str, Any] = {"sweep": sweep["id"], "limit": 3, "sort": "scale"}
     while True:
         page = server.http.get("/v1/results", params=params).json()

@@ -6,16 +6,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+import waiting
 from processes import command_of
 from sqlalchemy import select
 
@@ -79,16 +79,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     process.communicate(timeout=60)
 
 
-def until(what: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if found := what():
-                return found
-        except (psutil.NoSuchProcess, StopIteration, httpx.TransportError):
-            pass
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
+T = TypeVar("T")
+
+
+def until(what: Callable[[], T | None], seconds: float = 120) -> T:
+    """Processes come and go meanwhile, and the one that answers too."""
+    return waiting.until(what, seconds, ignoring=(psutil.NoSuchProcess, StopIteration, httpx.TransportError))
 
 
 def in_the_middle(lab: Lab, seed: int) -> tuple[Any, dict[str, int]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from processes import Lab, running_lab, until
+from processes import Lab, running_lab
+from waiting import until
 
 from service.store.tables import attempts, events, leases, tasks
 

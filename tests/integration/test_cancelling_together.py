@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from history_checks import violations
-from processes import until
+from store_lab import Lab
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.store import Database, tables
@@ -74,7 +75,7 @@ class Crowd:
 
 
 @pytest.fixture
-def crowd(start_server: Any, lab_type: Any, database_url: str, tmp_path: Path) -> Iterator[Crowd]:
+def crowd(start_server: Any, database_url: str, tmp_path: Path) -> Iterator[Crowd]:
     hold = threading.Event()
     with start_server(tmp_path, database_url=database_url, hold=hold) as server:
         sweeps, jobs = {}, {}
@@ -86,7 +87,7 @@ def crowd(start_server: Any, lab_type: Any, database_url: str, tmp_path: Path) -
             sweeps[user] = made.json()["id"]
             jobs[user] = [job["id"] for job in server.client.jobs(sweep=sweeps[user])]
         database = Database(database_url)
-        crowd = Crowd(server, lab_type(database, Artifacts(str(tmp_path / "artifacts"))), hold, sweeps, jobs)
+        crowd = Crowd(server, Lab(database, Artifacts(str(tmp_path / "artifacts"))), hold, sweeps, jobs)
         assert len(crowd.all) == 150
         until(lambda: crowd.training().state == "running")
         yield crowd

@@ -21,6 +21,7 @@ import pytest
 import typer.core
 import typer.main
 import yaml
+from httpx_sse import connect_sse
 from rich.console import Console
 from scipy.stats import binomtest
 
@@ -128,7 +129,7 @@ def test_a_sweep_from_file_to_results(server: Any, files: dict[str, Path]) -> No
 
 
 def test_a_report_of_a_sweep(server: Any, tmp_path: Path) -> None:
-    spec = {"name": "reported", "base": {**JOB, "scale": 5}, "grid": {
+    spec: dict[str, Any] = {"name": "reported", "base": {**JOB, "scale": 5}, "grid": {
         "seed": [311, 312, 313], "attack": ["pgd_l2", "pgd_linf", {"type": "fgsm", "norm": "linf", "eps": "8/255"}],
         "recipe": [{"epochs": 2}, {"epochs": 2, "lr": 0.05}],
     }, "include": [{"seed": 311, "attack_seed": 1, "attack": "pgd_l2", "recipe": {"epochs": 2}}]}  # fmt: skip
@@ -423,7 +424,7 @@ def test_db(tmp_path: Path) -> None:
 
 
 def test_the_installed_command(server: Any, files: dict[str, Path]) -> None:
-    command = [Path(sys.executable).parent / "uncanny", "submit", files["refused.yaml"]]
+    command = [str(Path(sys.executable).parent / "uncanny"), "submit", str(files["refused.yaml"])]
     environment = {**os.environ, "UNCANNY_URL": server.url}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
     assert "resnet18" in sentence(Done(done.returncode, done.stdout, done.stderr), 4)
@@ -471,7 +472,7 @@ def test_rows_that_are_not_shown_are_said(server: Any) -> None:
 def test_watching_goes_on_while_the_database_is_away(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     job = server.client.submit(JOB, seed=304)
     job.wait()
-    stream, refused = client.connect_sse, iter([True, True])
+    stream, refused = connect_sse, iter([True, True])
 
     def moody(http: Any, method: str, path: str, **more: Any) -> Any:
         return stream(http, method, "/v1/away" if next(refused, False) else path, **more)

@@ -245,7 +245,7 @@ class Scripted(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         self.do_GET()
 
-    def answer(self, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
+    def answer(self, status: int, body: bytes, length: int | None = None, /, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -413,7 +413,7 @@ def test_patience_is_longer_than_the_services_own_waits() -> None:
 def test_a_long_export_that_breaks_is_started_again(scripted: Any, clock: Clock, tmp_path: Path) -> None:
     def late(handler: Scripted) -> None:
         clock.now += 1000  # longer than any patience
-        handler.answer(200, b"half", length=8)
+        handler.answer(200, b"half", 8)
         handler.hang_up()
 
     client = scripted(late, late, says(b"all of it", kind="text/csv"))
@@ -483,7 +483,7 @@ def test_every_method_of_the_client_is_called_on_a_real_server(
 ) -> None:
     """In the tests of this module, and here what is left."""
     tests = {name for name in globals() if name.startswith("test_")}
-    if tests - {item.originalname for item in request.session.items if getattr(item, "originalname", None)}:
+    if tests - {item.originalname for item in request.session.items if isinstance(item, pytest.Function)}:
         pytest.skip("not all tests of this module were asked for")
     one = server.client
     job = one.submit(JOB, seed=221)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from processes import Lab, busy, running_lab, until
+from processes import Lab, busy, running_lab
+from waiting import until
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Bundle, Grant, Succeeded

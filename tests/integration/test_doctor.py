@@ -6,11 +6,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from sqlalchemy import text, update
+from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Lost
@@ -23,8 +24,6 @@ from service.store.tables import counters, tasks
 
 pytestmark = pytest.mark.slow
 
-if TYPE_CHECKING:
-    from conftest import Lab
 
 NO_RAY = {"error": "not looked at"}
 
@@ -38,7 +37,7 @@ def settings(database_url: str, tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "home", database_url=database_url)
 
 
-def test_a_sound_store(settings: Settings, lab: "Lab") -> None:
+def test_a_sound_store(settings: Settings, lab: Lab) -> None:
     with lab.database.write() as connection:
         status = {"capacity": {"ready": True}}
         claiming.lead(connection, lab.database.now(connection), "d1", None, 60.0, status)
@@ -51,7 +50,7 @@ def test_a_sound_store(settings: Settings, lab: "Lab") -> None:
     assert not [row.name for row in lab.rows(counters) if row.name.startswith("room ")]
 
 
-def test_what_waits_for_long_or_is_held_is_said(settings: Settings, lab: "Lab") -> None:
+def test_what_waits_for_long_or_is_held_is_said(settings: Settings, lab: Lab) -> None:
     lab.submit()
     lab.submit(dataset="synthetic")
     assert examine(settings)["queue"].state == "ok"
@@ -100,7 +99,7 @@ def test_an_artifact_root_that_cannot_be_written(tmp_path: Path) -> None:
     assert (check.state, "UNCANNY_ARTIFACT_ROOT" in check.advice) == ("fail", True)
 
 
-def test_a_registered_data_set_whose_bytes_have_changed(settings: Settings, lab: "Lab") -> None:
+def test_a_registered_data_set_whose_bytes_have_changed(settings: Settings, lab: Lab) -> None:
     artifacts = Artifacts(settings.artifacts)
     digests = []
     for n in (8, 4):

@@ -1,12 +1,12 @@
 """The live stream: what it sends, where it resumes, when it ends."""
 
 import threading
-import time
 from typing import Any
 
 import httpx
 import pytest
 from httpx_sse import connect_sse
+from waiting import until
 
 from service.errors import DatabaseAway
 from service.results.insights import Insights
@@ -77,9 +77,7 @@ def test_following_sees_what_happens_meanwhile(server: Any) -> None:
 
     thread = threading.Thread(target=follow)
     thread.start()
-    deadline = time.monotonic() + 20
-    while "progress" not in seen and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: "progress" in seen)
     first.client.cancel(first.id)
     thread.join(timeout=20)
     assert not thread.is_alive()

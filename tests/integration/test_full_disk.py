@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from privileges import lacking
-from processes import Lab, running_lab, until
+from processes import Lab, running_lab
+from waiting import until
 
 from service.lab.artifacts import MARK, Artifacts
 from service.model.executor import Bundle, Fault, Grant, Lost, Message, Succeeded

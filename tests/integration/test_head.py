@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import psutil
 import pytest
 from accounts import reached_by_nobody
 from privileges import needs_root
-from processes import command_of, until
+from processes import command_of
+from waiting import until
 
 from service.processes import free_port
 from workers.head import STOP_SECONDS, driver_environment, guard_command, running
@@ -38,8 +40,14 @@ DRIVER = """
 """
 
 
+def runs(what: str, parent: int) -> bool:
+    return any(what in command_of(process) for process in descendants(parent))
+
+
 def listens(port: int) -> bool:
-    return any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in psutil.net_connections("tcp"))
+    return any(
+        c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in psutil.net_connections("tcp")
+    )
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -169,7 +177,7 @@ def test_nothing_is_left_when_the_parent_or_the_guard_is_killed(victim: str, tmp
         try:
             until(lambda: listens(port))
             for last in ("DashboardAgent", "RuntimeEnvAgent"):  # which would stay for a minute
-                until(lambda last=last: any(last in command_of(p) for p in descendants(parent.pid)))
+                until(partial(runs, last, parent.pid))
             family = descendants(parent.pid)
             guard = next(one for one in family if "workers.head" in command_of(one))
             os.kill(parent.pid if victim == "parent" else guard.pid, signal.SIGKILL)

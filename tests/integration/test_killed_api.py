@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 import pytest
 from history_checks import violations
-from processes import until
 from sqlalchemy import select
+from store_lab import Lab
+from waiting import until
 
 from api.binding import listen
 from api.client import Client
@@ -85,7 +86,7 @@ def submit(url: str, number: int, stop: threading.Event, ids: dict[str, list[str
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_each_key_is_one_job_and_is_answered(
-    database_url: str, tmp_path: Path, start_dispatcher: Callable[..., Any], lab_type: Any, artifacts: Any
+    database_url: str, tmp_path: Path, start_dispatcher: Callable[..., Any], artifacts: Any
 ) -> None:
     settings = Settings(home=tmp_path, database_url=database_url, port=0)
     listening, stop = listen("127.0.0.1", 0), threading.Event()
@@ -115,5 +116,5 @@ def test_each_key_is_one_job_and_is_answered(
     assert Counter(map(len, stored.values())) == {1: len(ids)}
     assert {key: {job_id} for key, [job_id] in stored.items()} == {key: set(answered) for key, answered in ids.items()}
     assert not list(violations(database, [job_id for [job_id] in stored.values()]))
-    lab_type(database, artifacts).check()
+    Lab(database, artifacts).check()
     database.close()

@@ -24,6 +24,7 @@ import h11
 import httpx
 import psutil
 import pytest
+from waiting import until
 
 from api.http import feed
 from api.http.feed import Reader
@@ -76,14 +77,6 @@ def answers(server: Any) -> None:
         assert http.get("/healthz").status_code == 200
         assert http.get("/v1/queue").status_code == 200
         assert http.post("/v1/jobs", json={**JOB, "seed": time.time_ns() % 10**6}).status_code == 201
-
-
-def until(what: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 20
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def ended(connection: socket.socket) -> bytes:
@@ -185,15 +178,15 @@ class TestBodies:
         monkeypatch.setattr("api.http.limits.HELD_BYTES", 2_000_000)
         head = b"POST /v1/sweeps HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         head += b"Content-Length: 2000000\r\n\r\n"
-        for seconds in (0.05, 0.2, 1, 5):  # until all of it has been read, or else the other one is refused
-            with closing(connect(own, head + b" " * 1_900_000)):
-                time.sleep(seconds)
-                refused = self.sweep(own, 900_000)
-                answers(own)
-            if refused.status_code == 503:
-                break
-        assert refused.status_code == 503
-        assert refused.headers["Retry-After"].isdigit()
+
+        def refused() -> httpx.Response | None:
+            answer = self.sweep(own, 900_000)
+            return answer if answer.status_code == 503 else None
+
+        with closing(connect(own, head + b" " * 1_900_000)):
+            refusal = until(refused)  # once enough of the other one has been read
+            answers(own)
+        assert refusal.headers["Retry-After"].isdigit()
         until(lambda: self.sweep(own, 900_000).status_code == 422)
 
     def sweep(self, server: Any, size: int) -> httpx.Response:
@@ -435,10 +428,17 @@ class TestThreads:
 
 class TestReaders:
     def test_all_readers_are_told_by_one_look(self, own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        looks = []
-        news, events = Insights.news, Insights.events
-        monkeypatch.setattr(Insights, "news", lambda self, *a, **k: looks.append(1) or news(self, *a, **k))
-        monkeypatch.setattr(Insights, "events", lambda self, *a, **k: looks.append(50) or events(self, *a, **k))
+        looks: list[int] = []
+
+        def noted(weight: int, look: Callable[..., Any]) -> Callable[..., Any]:
+            def noting(*arguments: Any, **more: Any) -> Any:
+                looks.append(weight)
+                return look(*arguments, **more)
+
+            return noting
+
+        monkeypatch.setattr(Insights, "news", noted(1, Insights.news))
+        monkeypatch.setattr(Insights, "events", noted(50, Insights.events))
         readers = [connect(own, EVENTS) for _ in range(50)]
         for reader in readers:
             until(lambda reader=reader: b"id:" in reader.recv(4096))  # type: ignore[misc]

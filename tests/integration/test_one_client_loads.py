@@ -286,8 +286,14 @@ def test_tiny_chunks(api: Api, path: str, size: int, tell: Callable[..., None]) 
     chunks = (f"{size:x}\r\n{' ' * size}\r\n" * (100_000 // (size + 6))).encode()
     senders: list[socket.socket | None] = [None] * 60
     seconds = []
+
+    def close_all() -> None:
+        for sender in senders:
+            if sender is not None:
+                sender.close()
+
     with ExitStack() as stack:
-        stack.callback(lambda: [sender.close() for sender in senders if sender is not None])
+        stack.callback(close_all)
         for _ in range(40):
             for index, sender in enumerate(senders):
                 if sender is None:

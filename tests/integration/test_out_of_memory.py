@@ -9,7 +9,8 @@ from uuid import uuid4
 import psutil
 import pytest
 from privileges import lacking
-from processes import Lab, command_of, running_lab, until
+from processes import Lab, command_of, running_lab
+from waiting import until
 
 from service.store.tables import attempts, tasks
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import until
 from sqlalchemy import select
+from waiting import until
 
 from service.store import Database
 from service.store.tables import tasks

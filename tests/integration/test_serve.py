@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import httpx
 import psutil
 import pytest
+import waiting
 from processes import SERVE, WITHOUT_RAY, another, gone, half, serving
 
 from api import home as homes
@@ -34,17 +36,12 @@ def no_inherited_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def until(what: Callable[[], Any], seconds: float = 30) -> Any:
-    """What `what` gives once it is true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if found := what():
-                return found
-        except (httpx.TransportError, psutil.NoSuchProcess):
-            pass
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
+T = TypeVar("T")
+
+
+def until(what: Callable[[], T | None], seconds: float = 30) -> T:
+    """Processes come and go meanwhile, and the one that answers too."""
+    return waiting.until(what, seconds, ignoring=(httpx.TransportError, psutil.NoSuchProcess))
 
 
 def test_the_api_is_started_again_and_requests_wait_meanwhile(tmp_path: Path) -> None:
@@ -220,7 +217,7 @@ def test_jobs_are_accepted_before_ray_is_up(tmp_path: Path) -> None:
         job = client.submit(LONG)
         assert client.cluster()["leading"] is False
         until(lambda: job.status()["state"] == "running", 100)
-        dispatcher, head = (until(lambda m=m: half(process, m)) for m in ("workers.dispatch", "workers.head"))
+        dispatcher, head = (until(partial(half, process, m)) for m in ("workers.dispatch", "workers.head"))
         ray = head.children(recursive=True)
         dispatcher.kill()
         assert job.wait()["state"] == "succeeded"
@@ -242,7 +239,7 @@ def test_a_dead_head_takes_the_dispatcher_along_and_both_are_started_again(tmp_p
     with with_ray(tmp_path) as (process, client):
         job = client.submit(LONG)
         until(lambda: job.status()["state"] == "running", 100)
-        dispatcher, head = (until(lambda m=m: half(process, m)) for m in ("workers.dispatch", "workers.head"))
+        dispatcher, head = (until(partial(half, process, m)) for m in ("workers.dispatch", "workers.head"))
         ray = head.children(recursive=True)
         next(member for member in ray if "gcs_server" in member.name()).kill()
         until(lambda: gone([dispatcher, head, *ray]))

@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 from accounts import reached_by_nobody
-from processes import Lab, running_lab, until
+from processes import Lab, running_lab
+from waiting import until
 
 from service.processes import free_port
 from service.store import Database

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from processes import Lab, running_lab, until
+from processes import Lab, running_lab
+from waiting import until
 
 from service.store.tables import attempts, events, tasks, trainings
 
@@ -35,9 +36,10 @@ def lab(start_postgresql: "Callable[[], PostgresServer]", tmp_path_factory: pyte
 
 def until_it_is_under_way(lab: Lab, seed: int) -> psutil.Process:
     """The worker of that training, which has left an epoch state."""
-    return until(
+    worker: psutil.Process = until(
         lambda: lab.training(seed) and lab.training(seed).resume_digest and lab.worker_of(seed), PATIENCE_SECONDS
     )
+    return worker
 
 
 def is_gone(process: psutil.Process) -> bool:

@@ -3,6 +3,7 @@
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
@@ -20,7 +21,7 @@ from workers.run import execute
 
 pytestmark = pytest.mark.slow
 
-JOB = {
+JOB: dict[str, Any] = {
     "architecture": "mlp",
     "dataset": "digits",
     "samples": 64,

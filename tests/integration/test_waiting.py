@@ -4,7 +4,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from waiting import until
 
 from api.cli.commands import waiting
 from api.cli.commands.waiting import reasons_told
+from api.client import Client
 from service.model.environment import SetAside
 from service.model.executor import Capacity
 from service.store import Database, claiming
@@ -42,11 +43,8 @@ def lead(server: Any, reason: str) -> None:
     database.close()
 
 
-def until(lines: list[str], wanted: str) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not any(wanted in line for line in lines):
-        assert time.monotonic() < end, lines
-        time.sleep(0.01)
+def until_told(lines: list[str], wanted: str) -> None:
+    until(lambda: any(wanted in line for line in lines), PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("noun", ["job", "sweep"])
@@ -54,19 +52,23 @@ def test_a_reason_is_told_once_and_again_when_it_changes(idle: Any, noun: str, m
     lines: list[str] = []
     monkeypatch.setattr(waiting, "tell", lines.append)
     looked = []
-    explain = waiting.Client.explain
-    monkeypatch.setattr(waiting.Client, "explain", lambda *given: (looked.append(1), explain(*given))[1])
+    explain = Client.explain
+
+    def noted(client: Client, job_id: str) -> Any:
+        looked.append(job_id)
+        return explain(client, job_id)
+
+    monkeypatch.setattr(Client, "explain", noted)
     made = idle.client.submit(JOB) if noun == "job" else idle.client.sweep(name="s", base=JOB, grid={"scale": [1, 5]})
     with reasons_told(idle.url, noun, made.id, first_seconds=0, every_seconds=0.02):
-        until(lines, "no dispatcher leads")
+        until_told(lines, "no dispatcher leads")
         lead(idle, NOT_THERE)
-        until(lines, NOT_THERE)
-        seen, end = len(looked), time.monotonic() + PATIENCE_SECONDS
-        while len(looked) < seen + 5 and time.monotonic() < end:
-            time.sleep(0.01)
+        until_told(lines, NOT_THERE)
+        seen = len(looked)
+        until(lambda: len(looked) >= seen + 5, PATIENCE_SECONDS)
         assert len(lines) == 2, "the seconds until it is tried again are no news"
         lead(idle, "the folder cannot be read")
-        until(lines, "the folder cannot be read")
+        until_told(lines, "the folder cannot be read")
         made.cancel() if noun == "sweep" else idle.client.cancel(made.id)
     assert len(lines) == 3
 

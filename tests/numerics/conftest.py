@@ -30,9 +30,9 @@ def digits_net() -> TrainedNet:
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     order = torch.Generator().manual_seed(0)
     for _ in range(15):
-        for batch in torch.randperm(len(x), generator=order).split(128):
+        for batch in torch.split(torch.randperm(len(x), generator=order), 128):
             optimizer.zero_grad()
-            functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            torch.autograd.backward(functional.cross_entropy(model(x[batch]), y[batch]))
             optimizer.step()
     for parameter in model.parameters():
         parameter.grad = None

@@ -1,6 +1,7 @@
 """Our attacks beside those of torchattacks, Foolbox and adv-lib: same network, same start, same parameters."""
 
 import copy
+import importlib
 import warnings
 from types import ModuleType
 from typing import Any
@@ -32,8 +33,7 @@ def foolbox() -> ModuleType:
 def adv_lib() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the version classes of distutils that it compares with
-        import adv_lib.attacks
-    return adv_lib.attacks
+        return importlib.import_module("adv_lib.attacks")
 
 
 def untrained() -> tuple[nn.Module, Tensor, Tensor]:
@@ -64,7 +64,8 @@ def ours(name: str, model: nn.Module, x: Tensor, y: Tensor, **params: Any) -> Te
 
 def right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x).argmax(1) == y
+        answers: Tensor = model(x).argmax(1)
+    return answers == y
 
 
 def robust(model: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -218,7 +219,8 @@ class TestNeverWeaker:
 
     @pytest.mark.parametrize("norm", ["linf", "l2"])
     def test_the_standard_ensemble_on_a_small_budget(self, digits_net: Any, norm: str) -> None:
-        model, x, y = (v[:48] if isinstance(v, Tensor) else v for v in cases(digits_net)[0])
+        model, x, y = cases(digits_net)[0]
+        x, y = x[:48], y[:48]
         common = {"norm": NORM[norm], "eps": EPS[norm]}
         members = [
             torchattacks.APGD(model, steps=20, **common),
@@ -262,4 +264,5 @@ class CorrectedCW(torchattacks.CW):  # type: ignore[misc]
 def gradient_norm(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), y, reduction="sum"), x)
-    return gradient.flatten(1).norm(dim=1)
+    norms: Tensor = gradient.flatten(1).norm(dim=1)
+    return norms

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from typed import linear
 
 from workers.science.attacks import ATTACKS
 from workers.science.attacks.losses import LOSSES
@@ -33,7 +34,7 @@ def case(seed: int, shape: tuple[int, ...], size: float, kind: str) -> tuple[nn.
         y = torch.randint(5, shape[:1])
     model.eval()
     with torch.no_grad():
-        model[-1].weight.mul_(size)
+        linear(model, -1).weight.mul_(size)
     x = {"noise": x, "black": x * 0, "white": x * 0 + 1, "binary": x.round(), "beyond half": x / 2 + 0.5}[kind]
     with torch.no_grad():
         y = torch.where(y > 0, model(x).argmax(1), y)
@@ -82,13 +83,14 @@ def test_the_others(
     name: str, seed: int, shape: tuple[int, ...], size: float, kind: str, norm: str, eps: float
 ) -> None:
     model, x, y, index = case(seed, shape, size, kind)
-    params: dict[str, Any] = {
+    of: dict[str, dict[str, Any]] = {
         "apgd": {"steps": 6},
         "square": {"queries": 12},
         "autoattack": {"steps": 4, "targets": 2, "queries": 8},
         "noise": {"kind": "uniform", "points": 3},
         "transfer": {"source": copy.deepcopy(model), "step_size": eps / 2, "steps": 3},
-    }.get(name, {})
+    }
+    params = of.get(name, {})
     before = copy.deepcopy(model.state_dict())
     output = ATTACKS[name](model, x, y, index=index, attack_seed=seed, norm=norm, eps=eps, **params)
     check(model, before, x, y, output.x_adv, norm, eps)

@@ -42,7 +42,8 @@ def run(name: str, net: Any, part: slice = slice(0, 60), **params: Any) -> Attac
 
 def wrong(net: Any, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
-        return net.model(x).argmax(1) != y
+        answers: Tensor = net.model(x).argmax(1)
+    return answers != y
 
 
 class TestContract:
@@ -62,7 +63,7 @@ class TestContract:
     @pytest.mark.parametrize("name", EVERY)
     def test_inside_ball_and_box(self, digits_net: Any, name: str) -> None:
         for norm, eps in (("linf", EPS), ("l2", 0.7)):
-            params = {} if name == "cw" else {"norm": norm, "eps": eps}
+            params: dict[str, Any] = {} if name == "cw" else {"norm": norm, "eps": eps}
             output = run(name, digits_net, **params)
             assert float(output.x_adv.min()) >= 0
             assert float(output.x_adv.max()) <= 1
@@ -395,7 +396,8 @@ class TestScaling:
         assert torch.equal(output.broken, made.broken)
 
     def robust(self, net: Any, s: float, params: dict[str, Any]) -> Tensor:
-        return self.report(net, s, params).bits["robust"]
+        robust: Tensor = self.report(net, s, params).bits["robust"]
+        return robust
 
     def report(self, net: Any, s: float, params: dict[str, Any]) -> Any:
         return evaluate_attack(

@@ -23,12 +23,13 @@ OF_CHANCE = 1
 def trained(name: str, digits_net: Any) -> nn.Module:
     """The shared convolutional network, or an mlp that has learnt the images behind the first `N`."""
     if name == "simple_cnn":
-        return copy.deepcopy(digits_net.model)
+        convolutional: nn.Module = copy.deepcopy(digits_net.model)
+        return convolutional
     model = build("mlp", (1, 8, 8), 10, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(100):
         optimizer.zero_grad()
-        functional.cross_entropy(model(digits_net.x[N:]), digits_net.y[N:]).backward()
+        torch.autograd.backward(functional.cross_entropy(model(digits_net.x[N:]), digits_net.y[N:]))
         optimizer.step()
     return model.eval()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev
+from typed import linear
 
 from workers.science.attacks import ATTACKS
 from workers.science.attacks.pgd import pgd
@@ -169,8 +170,8 @@ def test_a_jacobian_of_any_size_has_its_norm(size: float) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(6, 5, bias=False), nn.Linear(5, 2)).eval(), torch.rand(3, 1, 2, 3)
     with torch.no_grad():
-        model[1].weight.mul_(size)
-    norm = float(torch.linalg.matrix_norm(model[1].weight.detach().double(), ord=2))
+        linear(model, 1).weight.mul_(size)
+    norm = float(torch.linalg.matrix_norm(linear(model, 1).weight.detach().double(), ord=2))
     assert lipschitz_jacobian(model, x, iterations=60).tolist() == pytest.approx([norm] * 3, rel=1e-6, abs=0)
     assert lipschitz_upper(model) == pytest.approx(norm, rel=1e-12, abs=0)
 
@@ -217,7 +218,7 @@ def test_bounds_from_the_image_to_what_an_attack_returned(attack: str, s: float)
 def test_what_an_attack_returned_by_a_second_computation() -> None:
     model, x = network(), torch.rand(9, 1, 6, 6)
     y, index, head = torch.arange(9) % 4, torch.arange(9), linear_head(model)
-    params = {"eps": 0.2, "step_size": 0.05, "steps": 5, "random_start": True}
+    params: dict[str, Any] = {"eps": 0.2, "step_size": 0.05, "steps": 5, "random_start": True}
     found = evaluate_attack(model, x, y, index, attack="pgd", params=params, batch_size=4).returned
     x_adv = pgd(model, x, y, index=index, **params).x_adv
     assert found is not None
@@ -287,7 +288,8 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = self.norm(self.first(x)).relu()
         b = self.pool(torch.cat([a + a, torch.relu(a)], 1))
-        return self.head(b.mean((2, 3)))
+        z: Tensor = self.head(b.mean((2, 3)))
+        return z
 
 
 def test_branches_add_and_the_bound_holds_() -> None:

@@ -31,7 +31,8 @@ def dense_hessian(phi: Tensor, weight: Tensor, bias: Tensor, y: int) -> Tensor:
     def loss(w: Tensor) -> Tensor:
         return functional.cross_entropy((w @ phi.double() + bias.double())[None], torch.tensor([y]))
 
-    return hessian(loss)(weight.double())
+    dense: Tensor = hessian(loss)(weight.double())
+    return dense
 
 
 @pytest.mark.parametrize("k", [2, 3, 7])

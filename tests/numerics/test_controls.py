@@ -142,9 +142,9 @@ class TestChecks:
     def test_batch_statistics_of_vectors(self, digits_net: Any) -> None:
         """PyTorch refuses a single vector there; neither the check nor an attack on the only one left falls over it."""
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 10))
+        layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 10))
         x, index, tiny = digits_net.x[:N], digits_net.index[:N], Geometry("linf", 1e-5, 1e-5, 1)
-        model = forgetful(model).eval()
+        model = forgetful(layers).eval()
         right = model(x).argmax(1)
         y = torch.where(torch.arange(N) < 1, right, (right + 1) % 10)
         report = run_controls(model, x, y, index, tiny)

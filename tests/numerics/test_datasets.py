@@ -243,7 +243,8 @@ def test_a_damaged_file_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_threads_of_one_process_download_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    md5, inner = hashlib.md5(b"original").hexdigest(), []
+    md5 = hashlib.md5(b"original").hexdigest()
+    inner: list[str] = []
 
     class Answer(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
@@ -296,10 +297,10 @@ def test_svhn_mat_file(tmp_path: Path) -> None:
 # --- a lab's own images ---
 
 
-def write(folder: Path, **changes: object) -> Path:
+def write(folder: Path, **changes: Any) -> Path:
     """A good folder: 6 + 3 colour images in 3 classes; `changes` replace arrays, as `train_x=...`."""
     rng = np.random.RandomState(0)
-    arrays: dict[str, object] = {
+    arrays: dict[str, Any] = {
         "train_x": rng.randint(0, 256, (6, 4, 5, 3)).astype(np.uint8),
         "train_y": np.array([0, 1, 2, 0, 1, 2]),
         "test_x": rng.randint(0, 256, (3, 4, 5, 3)).astype(np.uint8),

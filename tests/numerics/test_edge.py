@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from typed import linear
 
 from workers.science.architectures import build
 from workers.science.attacks.losses import LOSSES, targeted_dlr
@@ -86,9 +87,9 @@ def two_rows(margin: float, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tens
     """`Linear(4, 2)` with rows (margin / 4, ...) and 0 on an image of ones of class 0."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).to(dtype).eval()
     with torch.no_grad():
-        model[1].weight.zero_()
-        model[1].bias.zero_()
-        model[1].weight[0] = margin / 4
+        linear(model, 1).weight.zero_()
+        linear(model, 1).bias.zero_()
+        linear(model, 1).weight[0] = margin / 4
     return model, torch.ones(1, 1, 2, 2, dtype=dtype), torch.tensor([0])
 
 
@@ -275,19 +276,19 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor, Tensor]:
     x, y = torch.rand(n, 1, 2, 2), torch.randint(0, k, (n,))
     with torch.no_grad():
         if kind in ("zero head", "all zero"):
-            model[3].weight.zero_()
+            linear(model, 3).weight.zero_()
         if kind == "equal rows":
-            model[3].weight[:] = model[3].weight[0].clone()
+            linear(model, 3).weight[:] = linear(model, 3).weight[0].clone()
         if kind == "dead features":
-            model[1].weight.zero_()
-            model[1].bias.fill_(-1e4)
+            linear(model, 1).weight.zero_()
+            linear(model, 1).bias.fill_(-1e4)
         if kind in ("no bias", "all zero"):
-            model[1].bias.zero_()
-            model[3].bias.zero_()
+            linear(model, 1).bias.zero_()
+            linear(model, 3).bias.zero_()
         size = draw(st.sampled_from(SIZES))
         largest = float(model(x).abs().max()) or 1.0
-        model[3].weight.mul_(size / largest)
-        model[3].bias.mul_(size / largest)
+        linear(model, 3).weight.mul_(size / largest)
+        linear(model, 3).bias.mul_(size / largest)
         if draw(st.booleans()):
             y = model(x).argmax(1)
     return model, x, y
@@ -333,7 +334,7 @@ def test_a_convex_loss_only_rises(seed: int, exponent: float, rho: float) -> Non
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double().eval()
     x = torch.rand(5, 1, 2, 2, dtype=torch.float64)
     with torch.no_grad():
-        model[1].weight.mul_(10**exponent)
+        linear(model, 1).weight.mul_(10**exponent)
     y = model(x).argmax(1) if seed % 2 else torch.randint(0, 3, (5,))
     for name in ("sam_sharpness", "asam_sharpness"):
         assert run(name, model, x, y, rho=rho)[f"log_{name}"] is not None
@@ -408,8 +409,8 @@ def test_a_zero_head_leaves_no_trace_elsewhere() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
     with torch.no_grad():
-        model[5].weight.zero_()
-        model[5].bias.zero_()
+        linear(model, 5).weight.zero_()
+        linear(model, 5).bias.zero_()
     x, y = torch.rand(40, 1, 2, 2), torch.randint(0, 3, (40,))
     report = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=16, probes=50)
     assert report.curves["layer"] == ["1", "3", "5"]
@@ -484,6 +485,6 @@ def test_logits_of_a_float32_network_are_float64_from_the_head_on() -> None:
     scaled = scale_head(model, 30_000.0)
     x, y = torch.rand(6, 1, 2, 2), torch.randint(0, 3, (6,))
     head = linear_head(scaled)
-    exact = model[:3](x).double() @ head.weight.double().T + head.bias.double()  # type: ignore[index]
+    exact = model[:3](x).double() @ head.weight.double().T + head.bias.double()
     found = log_odds_of(scaled, parameters_of(scaled), x, y, 6)
     torch.testing.assert_close(found, log_odds(exact, y).detach(), rtol=1e-12, atol=1e-9)

@@ -8,6 +8,7 @@ import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
+from typed import linear
 
 from workers.science.attacks import ATTACKS
 from workers.science.bounds import bound_numbers
@@ -31,6 +32,7 @@ class TestClean:
             logits = digits_net.model(digits_net.x).double()
         assert report.accuracy == float((logits.argmax(1) == digits_net.y).double().mean())
         assert math.isclose(report.loss, float(nn.functional.cross_entropy(logits, digits_net.y)), rel_tol=1e-4)
+        assert report.top5_accuracy is not None
         assert report.accuracy <= report.top5_accuracy <= 1
         assert report.correct.dtype == torch.bool
         assert math.isclose(float(report.losses.mean()), report.loss)
@@ -44,7 +46,7 @@ class TestClean:
     def test_a_tiny_loss_is_not_zero(self) -> None:
         model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3, bias=False)).eval()
         with torch.no_grad():
-            model[1].weight.copy_(torch.tensor([[600.0, 0.0], [0.0, 900.0], [0.0, 0.0]]))
+            linear(model, 1).weight.copy_(torch.tensor([[600.0, 0.0], [0.0, 900.0], [0.0, 0.0]]))
         losses = evaluate_clean(model, torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0])).losses
         assert math.isclose(float(losses[0]), 2 * math.exp(-600), rel_tol=1e-9)
         assert float(losses[1]) == 900
@@ -101,8 +103,8 @@ class TestAttack:
         """On skewed labels that is far above 1/10: a network that always says 3 is as robust as it is right."""
         model = nn.Sequential(nn.Flatten(), nn.Linear(digits_net.x[0].numel(), 10)).eval()
         with torch.no_grad():
-            model[1].weight.zero_()
-            model[1].bias.copy_(torch.nn.functional.one_hot(torch.tensor(3), 10).float())
+            linear(model, 1).weight.zero_()
+            linear(model, 1).bias.copy_(torch.nn.functional.one_hot(torch.tensor(3), 10).float())
         y = torch.where(torch.arange(100) % 10 == 0, 0, 3)
         report = evaluate_attack(
             model, digits_net.x[:100], y, digits_net.index[:100], attack="pgd", params=PARAMS, batch_size=64
@@ -170,8 +172,8 @@ class TestAttack:
         """By pixels of .5 that lose .01: the margin falls by a fiftieth, in one step or in two."""
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
         with torch.no_grad():
-            model[1].bias.zero_()
-            model[1].weight.copy_(torch.tensor([[margin / 2] * 4, [0.0] * 4]))
+            linear(model, 1).bias.zero_()
+            linear(model, 1).weight.copy_(torch.tensor([[margin / 2] * 4, [0.0] * 4]))
         x, y, head = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), linear_head(model)
         recorder = Recorder(head.weight, head.bias)
         params = {"eps": 0.01, "step_size": 0.005, "steps": 2, "loss": "margin"}

@@ -118,7 +118,9 @@ def test_attacks_with_their_trajectory_bounds_and_controls(
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("architecture", NETWORKS)
 def test_measures(architecture: str, measure: str, context: Context, trained: dict[str, ArtifactRef]) -> None:
-    cheaper = {name: value for name, value in CHEAPER.items() if name in MEASURES[measure].model_fields}
+    cheaper: dict[str, float] = {
+        name: value for name, value in CHEAPER.items() if name in MEASURES[measure].model_fields
+    }
     if measure == "detector":  # which needs images that flip
         cheaper |= {"images": 64, "eps": 0.2, "step_size": 0.1}
     plan = planned(architecture, measures=[{"type": measure, **cheaper}])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typed import linear
 
 from workers.science.architectures import build
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY
@@ -39,9 +40,9 @@ def half_spaces() -> tuple[nn.Module, Tensor, Tensor]:
     direction = torch.tensor([1.0, -1.0]).repeat(8) / 4
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
     with torch.no_grad():
-        model[1].bias.zero_()
-        model[1].weight.zero_()
-        model[1].weight[1] = SLOPE * direction
+        linear(model, 1).bias.zero_()
+        linear(model, 1).weight.zero_()
+        linear(model, 1).weight[1] = SLOPE * direction
     x = torch.stack([0.5 - distance * direction for distance in DISTANCES]).view(2, 1, 4, 4)
     return model, x, torch.tensor([0, 0])
 
@@ -215,6 +216,7 @@ def test_the_panel_on_129_images(vectors: tuple[nn.Module, Tensor, Tensor]) -> N
     assert {name: of.tolist() for name, of in one.bits.items()} == {
         name: of.tolist() for name, of in other.bits.items()
     }
+    assert isinstance(model, nn.Sequential)
     left = nn.Sequential(*model)
     left[2] = nn.BatchNorm1d(20, track_running_stats=False)
     found = run_controls(left.eval(), x, y, index, ball, batch_size=128).numbers

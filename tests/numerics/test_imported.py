@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -298,11 +299,10 @@ def test_no_tensor_of_another_network_is_read(
 ) -> None:
     """Names and shapes tell it, and a file may be larger than the memory."""
     path, read = saved(tmp_path, original.state_dict()), []
-    opened = imported.safe_open
 
     class Noted:
         def __init__(self, *arguments: Any, **more: Any) -> None:
-            self._file = opened(*arguments, **more)
+            self._file: Any = safe_open(*arguments, **more)
 
         def __enter__(self) -> Any:
             return self
@@ -312,7 +312,8 @@ def test_no_tensor_of_another_network_is_read(
 
         def get_tensor(self, name: str) -> Tensor:
             read.append(name)
-            return self._file.get_tensor(name)
+            tensor: Tensor = self._file.get_tensor(name)
+            return tensor
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._file, name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 from torch.nn import functional
+from typed import linear
 
 from workers.science.curvature import lanczos
 from workers.science.errors import NonFinite
@@ -49,7 +50,7 @@ def dense(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[Tensor, list[s
     shapes = {n: p.shape for n, p in model.named_parameters()}
 
     def loss(vector: Tensor) -> Tensor:
-        parts = vector.split([s.numel() for s in shapes.values()])
+        parts = torch.split(vector, [s.numel() for s in shapes.values()])
         parameters = {n: part.view(s) for part, (n, s) in zip(parts, shapes.items(), strict=True)}
         return functional.cross_entropy(functional_call(model, parameters, (x,)), y)
 
@@ -133,7 +134,7 @@ def test_lanczos_against_eigvalsh(size: int) -> None:
 def linear_problem(data: tuple[Tensor, Tensor]) -> tuple[nn.Sequential, np.ndarray, np.ndarray, np.ndarray]:
     torch.manual_seed(2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, K, bias=False)).double().eval()
-    return model, model[1].weight.detach().numpy(), data[0].flatten(1).numpy(), np.eye(K)[data[1].numpy()]
+    return model, linear(model, 1).weight.detach().numpy(), data[0].flatten(1).numpy(), np.eye(K)[data[1].numpy()]
 
 
 def numpy_loss(W: np.ndarray, x: np.ndarray, onehot: np.ndarray) -> float:
@@ -144,7 +145,8 @@ def numpy_loss(W: np.ndarray, x: np.ndarray, onehot: np.ndarray) -> float:
 def numpy_gradient(W: np.ndarray, x: np.ndarray, onehot: np.ndarray) -> np.ndarray:
     p = np.exp(x @ W.T)
     p /= p.sum(1, keepdims=True)
-    return (p - onehot).T @ x / len(x)
+    gradient: np.ndarray = (p - onehot).T @ x / len(x)
+    return gradient
 
 
 def test_sam_and_asam_by_their_formulas(data: tuple[Tensor, Tensor]) -> None:

@@ -1,5 +1,6 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,11 +84,14 @@ GOLDEN_RAW = [15_773_348_394_662_272_833, 12_548_639_256_956_580_589]
 
 
 def test_deterministic_sets_the_flags_and_puts_them_back() -> None:
+    cudnn: Any = torch.backends.cudnn  # torch does not declare `conv`
+    memory: Any = torch.utils.deterministic  # or `fill_uninitialized_memory`
+
     def flags() -> tuple[str, bool, bool]:
         return (
-            torch.backends.cudnn.conv.fp32_precision,
+            cudnn.conv.fp32_precision,
             torch.are_deterministic_algorithms_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
+            memory.fill_uninitialized_memory,
         )
 
     before, inside = flags(), []

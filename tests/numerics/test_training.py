@@ -77,7 +77,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe: str, digits: Image
     path = tmp_path / "state.pt"
     killed = build("simple_cnn", digits.shape, 10, 1)
     killed.register_forward_pre_hook(lambda *_: die_after(2))
-    done = []
+    done: list[Any] = []
 
     def die_after(epochs: int) -> None:
         if len(done) == epochs and len(calls) == 2:
@@ -136,10 +136,11 @@ def test_no_number_is_made_of_uninitialised_memory(
 ) -> None:
     """The same training where torch fills such memory with NaN, as it does by default in deterministic mode."""
     filled: list[bool] = []
+    memory: Any = torch.utils.deterministic  # torch does not declare `fill_uninitialized_memory`
     models = [build("simple_cnn", synthetic.shape, 4, 0) for _ in range(2)]
     how: dict[str, Any] = {"recipe": recipe, "recipe_params": {"steps": 1} if recipe == "trades" else {}}
     for model in models:
-        model.register_forward_pre_hook(lambda *_: filled.append(torch.utils.deterministic.fill_uninitialized_memory))
+        model.register_forward_pre_hook(lambda *_: filled.append(memory.fill_uninitialized_memory))
     train(models[0], synthetic, **how, epochs=1, train_samples=256)
     assert set(filled) == {False}
     filled.clear()
@@ -163,7 +164,7 @@ def test_standard_is_torch_sgd_with_a_cosine_schedule(digits: ImageData) -> None
     for epoch in range(4):
         assert report.epochs[epoch].lr == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(by_hand(x).float(), y).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(by_hand(x).float(), y))
         optimizer.step()
         schedule.step()
     for one, other in zip(model.parameters(), by_hand.parameters(), strict=True):

@@ -211,7 +211,9 @@ def test_jobs_that_ask_for_the_same_have_one_digest() -> None:
     """The order of measures, repeated ones, and whether a bias is scaled by 1, are no part of what is computed."""
     job = {**DESIGN_JOB, "scale": 1}
     measures: list[Any] = ["sam_sharpness", {"type": "lipschitz", "images": 8}, "fisher_rao"]
-    same = [{"measures": order} for order in (measures, measures[::-1], [*measures, "fisher_rao"])]
+    same: list[dict[str, Any]] = [
+        {"measures": order} for order in (measures, measures[::-1], [*measures, "fisher_rao"])
+    ]
     same += [{"measures": measures, "scale_bias": False}]
     assert len({digest(JobSpec.model_validate({**job, **change})) for change in same}) == 1
     plans = [plan_job(JobSpec.model_validate({**job, **change}), CIFAR10) for change in same]
@@ -261,7 +263,7 @@ def test_a_new_option_with_a_default_changes_no_old_digest() -> None:
 
 def test_another_version_is_another_digest() -> None:
     class NextTask(AttackTask):
-        version: Literal[2] = 2  # type: ignore[assignment]
+        version: Literal[2] = 2
 
     assert digest(NextTask.model_validate(attack_task().model_dump() | {"version": 2})) != digest(attack_task())
 

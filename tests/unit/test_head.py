@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import until
+from waiting import until
 
 from workers.head import _Core, _name
 

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from processes import until
+from waiting import until
 
 from service.model.executor import Bundle, Grant, Message, Progress
 from service.queue.inprocess import InProcessExecutor

@@ -46,6 +46,7 @@ def test_but_not_where_the_source_of_a_transfer_is_scaled() -> None:
     moved = {"type": "transfer", "attack": {"type": "fgsm", "norm": "linf", "eps": 0.1}, "source_scale": 100}
     plain, alone = (plan(scale=1, attack=moved, scale_bias=bias) for bias in (True, False))
     assert plain.attack.digest != alone.attack.digest
+    assert isinstance(alone.attack.spec, AttackTask)
     assert alone.attack.spec.scale_bias is False
     at_five = plan(scale=5, attack=moved, scale_bias=False)
     assert at_five.baseline.digest == alone.attack.digest, "the baseline is the same attack but for the scale"

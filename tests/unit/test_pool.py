@@ -1,13 +1,16 @@
 """What the pool makes of a cluster, of Ray's errors and of a GPU's memory, told to it as Ray and CUDA tell it."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray.exceptions import (
     GetTimeoutError,
@@ -21,10 +24,12 @@ from ray.exceptions import (
 )
 
 from service.lab.artifacts import Artifacts
-from service.model.executor import Bundle, Failed, Fault, Grant, Lost, Needs, Started
+from service.model.executor import Bundle, Capacity, Failed, Fault, Grant, Lost, Needs, Started
+from service.model.ledger import Ledger
 from service.settings import Settings
 from workers import cluster, devices, dispatch, pool, run
 from workers.context import Context
+from workers.revision import identity
 
 GIGABYTE = 1 << 30
 
@@ -37,7 +42,7 @@ def node(name: str, *, alive: bool = True, reason: int = 0, **resources: float) 
 @pytest.fixture
 def ray_has(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def has(*nodes: dict[str, Any], draining: tuple[str, ...] = ()) -> None:
-        monkeypatch.setattr(cluster.ray, "nodes", lambda: list(nodes))
+        monkeypatch.setattr(ray, "nodes", lambda: list(nodes))
         monkeypatch.setattr(cluster, "state", SimpleNamespace(get_draining_nodes=lambda: dict.fromkeys(draining, 0)))
 
     return has
@@ -76,9 +81,9 @@ class TestLosses:
     @pytest.mark.parametrize(
         ("error", "reason"),
         [
-            (OutOfMemoryError("the node ran low on memory"), "out_of_memory"),
+            (OutOfMemoryError("the node ran low on memory"), "out_of_memory"),  # type: ignore[no-untyped-call]
             (WorkerCrashedError(), "worker_died"),
-            (NodeDiedError("gone"), "node_died"),
+            (NodeDiedError("gone"), "node_died"),  # type: ignore[no-untyped-call]
             (LocalRayletDiedError(), "node_died"),
             (ObjectLostError("ab" * 28, None, ""), "node_died"),
             (GetTimeoutError("too long"), "executor_lost"),
@@ -97,7 +102,7 @@ class TestLosses:
         executor._preempted = {"preempted"}
         for place in ("died", "preempted", "lives"):
             bundle = Bundle(place, (Grant(place, 1, "d", {"kind": "train"}),), {})
-            running = pool._Running(pool.Ledger(bundle), None, act_at=0.0, node=place, crash="it crashed")
+            running = pool._Running(Ledger(bundle), None, act_at=0.0, node=place, crash="it crashed")
             executor._bundles[place] = running
         lost = {message.task_id: message for message in executor.poll(0.0)}
         assert {name: one.reason for name, one in lost.items() if isinstance(one, Lost)} == {
@@ -109,8 +114,8 @@ class TestLosses:
         self, executor: pool.RayExecutor, monkeypatch: pytest.MonkeyPatch, ready: bool, reason: str
     ) -> None:
         bundle = Bundle("b", tuple(Grant(name, 1, "d", {"kind": "measure"}) for name in "ab"), {})
-        executor._bundles["b"] = pool._Running(pool.Ledger(bundle), iter(["started"]))
-        monkeypatch.setattr(pool.ray, "get", lambda _: [Started("a", 1, "gpu7 pid 3, starting", "n7", ready)])
+        executor._bundles["b"] = pool._Running(Ledger(bundle), iter(["started"]))
+        monkeypatch.setattr(ray, "get", lambda _: [Started("a", 1, "gpu7 pid 3, starting", "n7", ready)])
         executor._read("b")
         lost, rest = executor._end("b", "worker_died", "it crashed")
         assert isinstance(lost, Lost)
@@ -124,13 +129,14 @@ class TestLosses:
     ) -> None:
         executor._checks._fit = {"n1"}
         executor._bundles["b"] = pool._Running(
-            pool.Ledger(Bundle("b", (Grant("a", 1, "d", {}),), {})), iter(["the body is not there"])
+            Ledger(Bundle("b", (Grant("a", 1, "d", {}),), {})), iter(["the body is not there"])
         )
 
         def fails(_: object) -> None:
-            raise RayTaskError("run_bundle", "Traceback", ModuleNotFoundError("No module named 'service'"))
+            missing = ModuleNotFoundError("No module named 'service'")
+            raise RayTaskError("run_bundle", "Traceback", missing)  # type: ignore[no-untyped-call]
 
-        monkeypatch.setattr(pool.ray, "get", fails)
+        monkeypatch.setattr(ray, "get", fails)
         [lost] = executor._read("b")
         assert isinstance(lost, Lost)
         assert (lost.reason, lost.fault) == ("environment", Fault("node", "a node of the cluster", ""))
@@ -171,12 +177,12 @@ class TestHeldDevices:
 
     def test_what_is_held_is_no_capacity(self, executor: pool.RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
         nodes = ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0})
-        executor._capacity = pool.Capacity(True, 16.0, 4.0, nodes, ("n1", "n2"))
+        executor._capacity = Capacity(True, 16.0, 4.0, nodes, ("n1", "n2"))
         bundle = Bundle("b", (Grant("a", 1, "d", {}),), {}, needs=Needs(1.0, 1.0))
         fault = Fault("device", "cuda:1 of gpu7", "n2")
         said = [Lost("a", 1, "environment", "no kernel image is available", fault)]
-        executor._bundles["b"] = pool._Running(pool.Ledger(bundle), iter(["its answer"]), needs=bundle.needs)
-        monkeypatch.setattr(pool.ray, "get", lambda _: said)
+        executor._bundles["b"] = pool._Running(Ledger(bundle), iter(["its answer"]), needs=bundle.needs)
+        monkeypatch.setattr(ray, "get", lambda _: said)
         assert executor.capacity().gpus == 4.0
         assert executor._read("b") == said
         left = executor.capacity()
@@ -186,7 +192,7 @@ class TestHeldDevices:
         assert executor.capacity().gpus == 4.0
 
     def test_one_whose_node_is_gone_takes_nothing_from_the_others(self) -> None:
-        capacity = pool.Capacity(True, 8.0, 2.0, ({"CPU": 8.0, "GPU": 2.0},), ("n1",))
+        capacity = Capacity(True, 8.0, 2.0, ({"CPU": 8.0, "GPU": 2.0},), ("n1",))
         assert pool.without(capacity, [("n9", Needs(1.0, 1.0))]) == capacity
 
 
@@ -202,7 +208,7 @@ class TestNeeds:
         assert kept_away == {"ray.io/node-id": "!in(a,b)"}
 
     def test_what_ray_refuses_fails_its_tasks_with_a_sentence(self, executor: pool.RayExecutor) -> None:
-        executor._capacity = pool.Capacity(True, 8.0, 0.0)
+        executor._capacity = Capacity(True, 8.0, 0.0)
         grants = tuple(Grant(name, 1, "d", {"kind": "measure"}) for name in "ab")
         executor.submit(Bundle("b", grants, {}, needs=Needs(custom={"CPU": 1.0})))
         failed = executor._lost
@@ -217,7 +223,7 @@ class TestCode:
     ) -> None:
         one, two = "a" * 56, "b" * 56
         ray_has(node(one, CPU=4), node(two, CPU=4))
-        other = {**cluster.identity(), "code": "0" * 64}
+        other = {**identity(), "code": "0" * 64}
         there = {one: other, two: other}
         now = 100.0
         executor._checks = cluster.NodeChecks(lambda: now)
@@ -231,11 +237,11 @@ class TestCode:
             def remote(self) -> dict[str, str | None]:
                 return there[asked[-1]]
 
-        monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda _: Probe())
-        monkeypatch.setattr(pool.ray, "get", lambda answer, timeout: answer)
+        monkeypatch.setattr(ray, "remote", lambda **_: lambda _: Probe())
+        monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
         with pytest.raises(cluster.OtherCode, match=r"node a{56} has other code than this dispatcher"):
             executor._look()
-        there[one] = cluster.identity()
+        there[one] = identity()
         now += cluster.RETRY_SECONDS
         executor._capacity = capacity = executor._look()
         assert (capacity.ready, capacity.cpus, capacity.names) == (True, 4.0, (one,))
@@ -244,9 +250,9 @@ class TestCode:
         assert asked == [one, two, one, two]
         executor._look()
         assert asked == [one, two, one, two], "each node once; one that is not fit after a while again"
-        there[two] = cluster.identity()
+        there[two] = identity()
         now += 2 * cluster.RETRY_SECONDS
-        assert executor._look() == pool.Capacity(True, 8.0, 0.0, ({"CPU": 4}, {"CPU": 4}), (one, two))
+        assert executor._look() == Capacity(True, 8.0, 0.0, ({"CPU": 4}, {"CPU": 4}), (one, two))
         assert asked[4:] == [two]
         executor._checks.forget()
         executor._look()
@@ -266,11 +272,11 @@ class TestCode:
                 return "probe"
 
         def wait_in_vain(answer: str, timeout: float) -> None:
-            raise cluster.GetTimeoutError
+            raise GetTimeoutError
 
-        monkeypatch.setattr(pool.ray, "remote", lambda **_: lambda _: Probe())
-        monkeypatch.setattr(pool.ray, "get", wait_in_vain)
-        monkeypatch.setattr(pool.ray, "cancel", lambda probe, force: cancelled.append(probe))
+        monkeypatch.setattr(ray, "remote", lambda **_: lambda _: Probe())
+        monkeypatch.setattr(ray, "get", wait_in_vain)
+        monkeypatch.setattr(ray, "cancel", lambda probe, force: cancelled.append(probe))
         with pytest.raises(cluster.NoWorker, match=r"node a{56} starts no worker within 60 s"):
             executor._look()
         assert cancelled == ["probe"]
@@ -282,10 +288,10 @@ class TestSignals:
         handlers: dict[int, Callable[[int, FrameType | None], None]] = {}
         ended: list[int] = []
         now = 100.0
-        monkeypatch.setattr(dispatch.signal, "signal", handlers.__setitem__)
-        monkeypatch.setattr(dispatch.os, "_exit", ended.append)
-        monkeypatch.setattr(dispatch.time, "monotonic", lambda: now)
-        stop = dispatch.threading.Event()
+        monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+        monkeypatch.setattr(os, "_exit", ended.append)
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        stop = threading.Event()
         dispatch._stop_on_signals(stop)
         for _ in range(2):
             handlers[signal.SIGTERM](signal.SIGTERM, None)

@@ -46,9 +46,10 @@ from service.specs.measures import MEASURES
 from service.specs.plan import PlannedTask, plan_job
 from service.specs.recipes import Imported
 from service.store.fields import PROVENANCE
-from service.store.filing import FROM_ATTACK, FROM_MEASURE
+from service.store.filing import FROM_ATTACK
+from service.store.own_weights import FROM_MEASURE
 from service.store.tables import attempts, trainings
-from workers import run, tasks
+from workers import devices, run, tasks
 from workers.context import Cache, Context
 from workers.provenance import cudnn, gpu, of_properties
 from workers.science.architectures import build
@@ -563,12 +564,17 @@ def test_transfer_from_the_same_scale_is_the_attack_itself(
     assert outcome(found, "direct").bits["robust"] == outcome(found, "transfer").bits["robust"]
 
 
+def write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
 def npz(folder: Path, artifacts: Artifacts) -> DatasetRef:
     digits = DATASETS["digits"].read(folder)
     sums = []
     for x, y in ((digits.train_x[:200], digits.train_y[:200]), (digits.test_x[:50], digits.test_y[:50])):
         arrays = {"x": x.permute(0, 2, 3, 1).numpy(), "y": y.numpy()}
-        sums.append(artifacts.write("dataset", lambda path, arrays=arrays: np.savez(path.open("wb"), **arrays)).digest)
+        sums.append(artifacts.write("dataset", partial(write_npz, arrays=arrays)).digest)
     return DatasetRef(name="npz:scans", train_sha256=sums[0], test_sha256=sums[1])
 
 
@@ -594,6 +600,7 @@ def test_what_would_fail_again_is_a_configuration_error_in_a_sentence(
     wild = plan_job(job(recipe={"lr": 1e6}), DatasetRef(name="digits")).train
     nonsense = {**plan.attack.stored_spec, "scale": -1}
     many = {**plan.attack.stored_spec, "samples": 501}
+    cases: dict[str, PlannedTask | dict[str, Any]]
     cases = {"too_small": too_small, "unknown": unknown, "wild": wild, "nonsense": nonsense, "many": many}
     messages = execute(plan.train, *(grant(t, name) for name, t in cases.items()), checkpoint=trained[0])
     failures = {name: answer(messages, name) for name in cases}
@@ -818,7 +825,7 @@ def test_a_training_that_is_tried_again_in_place_goes_on_where_it_was(
 def test_after_an_error_of_the_device_the_rest_is_given_back(
     trained: tuple[ArtifactRef, list[Message]], context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.devices, "computes", lambda device: False)
+    monkeypatch.setattr(devices, "computes", lambda device: False)
     plan = plan_job(job(), DatasetRef(name="digits"))
 
     def broken(*_args: object, **_options: object) -> Outcome:
@@ -845,7 +852,7 @@ def test_the_words_for_memory_of_a_broken_device_are_not_believed(
         tried.append("a measure")
         raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
 
-    monkeypatch.setattr(run.devices, "computes", lambda device: False)
+    monkeypatch.setattr(devices, "computes", lambda device: False)
     monkeypatch.setattr(tasks, "run_measure", broken)
     plan = plan_job(job(), DatasetRef(name="digits"))
     both = (grant(plan.closed_forms, "broken"), grant(plan.attack, "next"))

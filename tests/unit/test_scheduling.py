@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -202,7 +202,7 @@ def test_of_any_queue(queue: list[Waiting], accounts: dict[str, Account], cluste
     by_id = {task.task_id: task for task in queue}
     chosen = [task_id for decision in decisions for task_id in decision.task_ids]
     assert len(chosen) == len(set(chosen))
-    devices = Counter({name: account.devices for name, account in accounts.items()})
+    devices = defaultdict(float, {name: account.devices for name, account in accounts.items()})
     for decision in decisions:
         bundle = [by_id[task_id] for task_id in decision.task_ids]
         assert bundle
@@ -241,7 +241,7 @@ class Simulation:
     def __init__(self, devices: int, weights: dict[str, float], half_life: float = 1e9, **limits: float) -> None:
         self.devices, self.half_life, self.now = devices, half_life, NOW
         self.accounts = {name: Account(weight=weight, max_gpus=limits.get(name)) for name, weight in weights.items()}
-        self.used: Counter[str] = Counter()
+        self.used: dict[str, float] = defaultdict(float)
         self.queue: list[Waiting] = []
         self.running: list[tuple[float, str]] = []
         self.most: Counter[str] = Counter()

@@ -20,7 +20,7 @@ from service.specs.base import number
 from service.specs.catalog import ARCHITECTURES, DATASETS
 from service.specs.fitting import Images, misfits
 from service.specs.measures import MEASURES
-from service.specs.recipes import RECIPES, Standard
+from service.specs.recipes import RECIPES, Imported, Standard
 from service.store.conditions import literal_of
 
 JOB: dict[str, Any] = {"architecture": "resnet18", "dataset": "cifar10", "attack": "pgd_linf"}
@@ -226,6 +226,7 @@ def test_augmentation_suits_the_data_set_unless_it_is_spelled_out() -> None:
     def augmentation(dataset: str, **recipe: Any) -> tuple[int | None, bool | None, float | None]:
         job = JobSpec.model_validate({**JOB, "dataset": dataset, "recipe": recipe, "samples": 100})
         chosen = job.augmented(job.recipe)
+        assert not isinstance(chosen, Imported)
         return chosen.crop_padding, chosen.flip, chosen.rotation_degrees
 
     assert augmentation("cifar10") == (4, True, 0.0)
@@ -263,12 +264,12 @@ def test_one_rule_says_which_texts_are_numbers(text: str) -> None:
         with pytest.raises(ValueError, match=r"not a number|too small|float64|divides by zero"):
             number(text)
         with pytest.raises(ValidationError):
-            Fgsm(norm="l2", eps=text)  # type: ignore[arg-type]
+            Fgsm(norm="l2", eps=text)
         with pytest.raises(InvalidQuery):
             literal_of("number", asked, asked.values[0])
     else:
         assert math.copysign(1, number(text)) == 1
-        assert number(text) == Fgsm(norm="l2", eps=text).eps == literal_of("number", asked, asked.values[0]) == expected  # type: ignore[arg-type]
+        assert number(text) == Fgsm(norm="l2", eps=text).eps == literal_of("number", asked, asked.values[0]) == expected
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -288,7 +289,8 @@ def test_numbers_and_truth_values_never_stand_for_each_other() -> None:
     seen = set()
     for kind in kinds:
         for name, field in kind.model_fields.items():
-            scalar = TypeAdapter(Annotated[field.annotation, *field.metadata, None])
+            annotated: Any = Annotated[field.annotation, *field.metadata, None]
+            scalar = TypeAdapter(annotated)
             if re.search(r"\bbool\b", str(field.annotation)):
                 wrongs: tuple[Any, ...] = (0, 1, 1.0, "true", "false", "yes", "on", "1", "")
             elif re.search(r"\b(int|float)\b", str(field.annotation)):

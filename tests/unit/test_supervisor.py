@@ -1,10 +1,10 @@
 """What the supervisor does for one process, without the others."""
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from api.serve import supervisor
 from api.serve.supervisor import Part
@@ -24,10 +24,7 @@ def test_a_log_is_bounded_while_its_process_lives(tmp_path: Path, monkeypatch: p
     part = Part("api", [sys.executable, "-c", SPEAKS, str(go)], {}, log, ())
     part.start()
     try:
-        deadline = time.monotonic() + 30
-        while log.stat().st_size < 21_000:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: log.stat().st_size >= 21_000)
         part.bound_log()
         assert log.stat().st_size == 0
         earlier = tmp_path / "api.log.1"

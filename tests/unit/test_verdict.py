@@ -187,7 +187,7 @@ def test_up_to_scale_one_an_excess_without_zero_gradients_is_a_weak_loss(scale: 
 )
 def test_weaker_than_a_challenger(name: str, n: int, weaker: int, level: str) -> None:
     """Above max(5, .05 n) and max(10, .20 n)."""
-    verdict = at_one(n, n=n, controls=panel(n, n, **{name: n - weaker}))
+    verdict = at_one(n, n=n, controls=panel(n, n, None, **{name: n - weaker}))
     assert verdict.checks[f"weaker_than:{name}"] == ("passed" if level == "trusted" else level)
     if name == "margin":  # the twin closes its own gap, and the masked fraction has its own thresholds
         assert set(verdict.reasons) <= {"weak_loss"}

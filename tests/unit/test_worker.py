@@ -18,7 +18,7 @@ import psutil
 import pytest
 import ray
 import torch
-from processes import until
+from waiting import until
 
 from service.interrupt import interrupt
 from service.model.environment import DEVICE_WAIT_SECONDS
@@ -78,10 +78,7 @@ def test_what_a_worker_keeps_is_dropped_when_no_bundle_comes() -> None:
     assert _Warm.take(CPU, 1000) is cache
     assert len(cache) == 1
     _Warm.leave(idle_seconds=0.02)
-    deadline = time.monotonic() + 10
-    while len(cache):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: len(cache) == 0)
 
 
 def test_a_worker_without_a_temporary_folder_cannot_get_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,11 +273,12 @@ def test_nobody_is_interrupted_within_an_import(tmp_path: Path, monkeypatch: pyt
 
     thread = threading.Thread(target=work)
     thread.start()
-    deadline = time.monotonic() + 30
-    while thread.is_alive():
-        assert time.monotonic() < deadline
+
+    def has_ended() -> bool:
         interrupt(thread)
-        time.sleep(0.02)
+        return not thread.is_alive()
+
+    until(has_ended)
     assert ends == ["whole"]
 
 

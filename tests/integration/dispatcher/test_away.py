@@ -1,9 +1,8 @@
 """The database goes away under the dispatcher, at the worst moments."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,10 @@ from dispatching import (
     succeeds,
     take_over,
     tick_until_idle,
-    wait_for,
 )
 from sqlalchemy import Connection, make_url
+from store_lab import Lab
+from waiting import until
 
 from service.errors import DatabaseAway
 from service.model.executor import (
@@ -43,37 +43,37 @@ class TestAway:
     """The database goes away at the worst moments."""
 
     def test_outcomes_are_kept_and_written_when_it_is_back(
-        self, start_postgresql: "Callable[[], PostgresServer]", lab_type: Any, artifacts: Any
+        self, start_postgresql: "Callable[[], PostgresServer]", artifacts: Any
     ) -> None:
         server = start_postgresql()
         url = make_url(server.get_uri("postgres")).set(drivername="postgresql+psycopg")
         database = Database(url.render_as_string(hide_password=False))
         database.upgrade()
-        lab = lab_type(database, artifacts)
+        lab = Lab(database, artifacts)
         lab.submit_sweep()
         executor = Scripted()
         with running(dispatcher(lab, executor)):
-            wait_for(lambda: len(executor.bundles) == 2)
+            until(lambda: len(executor.bundles) == 2)
             server.stop()
             executor.answers = succeeds(lab)
             executor.said = [succeeds(lab)(grant) for grant in executor.grants]
-            wait_for(lambda: executor.said == [])  # it goes on collecting
+            until(lambda: executor.said == [])  # it goes on collecting
             server.ensure_postgres_running()
-            wait_for(lambda: lab.job_states() == {"succeeded": 28}, seconds=60)
+            until(lambda: lab.job_states() == {"succeeded": 28}, seconds=60)
         assert {(row.number, row.end) for row in lab.rows(attempts)} == {(1, "succeeded")}
         lab.check()
         database.close()
 
     @pytest.mark.parametrize("successor", ["d1", "d2"])
     def test_outcomes_survive_a_dispatcher_that_dies_meanwhile(
-        self, start_postgresql: "Callable[[], PostgresServer]", lab_type: Any, artifacts: Any, successor: str
+        self, start_postgresql: "Callable[[], PostgresServer]", artifacts: Any, successor: str
     ) -> None:
         """They are on disk, and whoever leads next under that home writes them before it takes back what was lost."""
         server = start_postgresql()
         url = make_url(server.get_uri("postgres")).set(drivername="postgresql+psycopg")
         database = Database(url.render_as_string(hide_password=False))
         database.upgrade()
-        lab = lab_type(database, artifacts)
+        lab = Lab(database, artifacts)
         lab.submit_sweep({"seed": [0, 1, 2]})
         executor = Scripted()
         one = dispatcher(lab, executor)
@@ -235,14 +235,20 @@ class TestAway:
     def test_it_keeps_trying(self, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("service.queue.dispatcher.AWAY_SECONDS", 0.05)
         lab.submit()
+        tries: list[Database] = []
+
+        def refuse(database: Database) -> AbstractContextManager[Connection]:
+            tries.append(database)
+            return away(database)
+
         with monkeypatch.context() as patch:
-            patch.setattr(Database, "write", away)
-            patch.setattr(Database, "read", away)
+            patch.setattr(Database, "write", refuse)
+            patch.setattr(Database, "read", refuse)
             stop = threading.Event()
             one = dispatcher(lab, Scripted(succeeds(lab)))
             thread = threading.Thread(target=one.run, args=(stop,))
             thread.start()
-            time.sleep(0.3)
-        wait_for(lambda: lab.job_states() == {"succeeded": 1})
+            until(lambda: len(tries) >= 3)
+        until(lambda: lab.job_states() == {"succeeded": 1})
         stop.set()
         thread.join()

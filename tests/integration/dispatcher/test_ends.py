@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from dispatching import CLOCK, PATIENT, Scripted, dispatcher, passes, running, succeeds, tick_until_idle, wait_for
+from dispatching import CLOCK, PATIENT, Scripted, dispatcher, passes, running, succeeds, tick_until_idle
+from waiting import until
 
 from service.model.executor import (
     ArtifactRef,
@@ -19,13 +20,14 @@ from service.model.executor import (
     Message,
     Outcome,
     Progress,
+    Reason,
     Started,
     Succeeded,
 )
 from service.queue.dispatcher import Dispatcher
 from service.store import tables
 from service.store.tables import attempts, events, tasks
-from workers import run
+from workers import devices, run
 from workers.context import Context
 
 SHARED_MEMORY: Literal["out_of_shared_memory"] = "out_of_shared_memory"
@@ -75,7 +77,7 @@ class TestStop:
         lab.submit_sweep({"seed": [0, 1]})
         one = dispatcher(lab, scripted)
         with running(one):
-            wait_for(lambda: len(scripted.bundles) == 2)
+            until(lambda: len(scripted.bundles) == 2)
             first = scripted.grants[0]
             scripted.said = [Lost(first.task_id, 1, "given_back", "closed")]  # it owes the other answer for ever
         assert scripted.closed
@@ -89,28 +91,28 @@ class TestStop:
     def test_what_is_finished_in_time_counts(self, lab: Any, scripted: Scripted) -> None:
         lab.submit()
         with running(dispatcher(lab, scripted)):
-            wait_for(lambda: bool(scripted.bundles))
+            until(lambda: bool(scripted.bundles))
             scripted.close = lambda: scripted.said.append(succeeds(lab)(scripted.grants[0]))  # type: ignore[method-assign]
         assert lab.task_states("train") == {"succeeded": 1}
 
     def test_what_runs_may_finish_and_what_waits_is_given_back_at_once(self, lab: Any, scripted: Scripted) -> None:
         lab.submit_sweep({"seed": [0, 1, 2, 3]})
         with running(dispatcher(lab, scripted, settings=PATIENT, stop_seconds=60.0)) as stop:
-            wait_for(lambda: len(scripted.bundles) == 4)
+            until(lambda: len(scripted.bundles) == 4)
             first, second, *waiting = scripted.grants
             scripted.said = [Started(one.task_id, 1, "worker") for one in (first, second)]
-            wait_for(lambda: all(lab.task(one.task_id).worker for one in (first, second)))
+            until(lambda: all(lab.task(one.task_id).worker for one in (first, second)))
             stop.set()
-            wait_for(lambda: len(scripted.cancelled) == 2)
+            until(lambda: len(scripted.cancelled) == 2)
             assert set(scripted.cancelled) == {(one.task_id, 1) for one in waiting}
             epoch = lab.artifacts.write_chunks("epoch_state", [b"epoch 1"])
             scripted.said = [Lost(one.task_id, 1, "cancelled", "before it started") for one in waiting]
             scripted.said += [succeeds(lab)(first), Progress(second.task_id, 1, 0.5, {}, epoch)]
-            wait_for(lambda: len(scripted.cancelled) == 3)
+            until(lambda: len(scripted.cancelled) == 3)
             assert scripted.cancelled[2] == (second.task_id, 1), "once it has left an epoch state"
             assert not scripted.closed
             scripted.said = [Lost(second.task_id, 1, "cancelled", "stopped")]
-            wait_for(lambda: scripted.closed)
+            until(lambda: scripted.closed)
         assert len(scripted.bundles) == 4, "it takes on nothing new"
         assert lab.task(first.task_id).state == "succeeded"
         assert lab.task(second.task_id).resume_digest == epoch.digest
@@ -121,12 +123,12 @@ class TestStop:
     def test_the_time_to_finish_is_bounded(self, lab: Any, scripted: Scripted) -> None:
         lab.submit()
         with running(dispatcher(lab, scripted, stop_seconds=0.5)) as stop:
-            wait_for(lambda: bool(scripted.bundles))
+            until(lambda: bool(scripted.bundles))
             scripted.said = [Started(scripted.grants[0].task_id, 1, "worker")]
-            wait_for(lambda: lab.task(scripted.grants[0].task_id).worker)
+            until(lambda: lab.task(scripted.grants[0].task_id).worker)
             started = time.monotonic()
             stop.set()
-            wait_for(lambda: scripted.closed)
+            until(lambda: scripted.closed)
             assert 0.5 <= time.monotonic() - started < 10
         assert lab.task_states("train") == {"queued": 1}
 
@@ -143,12 +145,23 @@ class TestStop:
         successor.tick()
         assert lab.task_states("train") == {"succeeded": 1}
 
-    def test_one_that_stands_by_leaves_everything_alone(self, lab: Any, scripted: Scripted) -> None:
+    def test_one_that_stands_by_leaves_everything_alone(
+        self, lab: Any, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         lab.submit()
         dispatcher(lab, Scripted()).tick()
         before = lab.dump()
-        with running(dispatcher(lab, scripted, "d2")):
-            time.sleep(0.3)
+        ticks: list[bool] = []
+        other = dispatcher(lab, scripted, "d2")
+        tick = other.tick
+
+        def noted() -> bool:
+            ticks.append(tick())
+            return ticks[-1]
+
+        monkeypatch.setattr(other, "tick", noted)
+        with running(other):
+            until(lambda: len(ticks) >= 3)
         assert scripted.closed
         assert lab.dump() == before
 
@@ -192,7 +205,7 @@ class TestLosses:
             raise torch.AcceleratorError("an illegal memory access was encountered")
 
         monkeypatch.setattr(run, "run", broken)
-        monkeypatch.setattr(run.devices, "computes", lambda device: False)
+        monkeypatch.setattr(devices, "computes", lambda device: False)
         lab.submit()
         one = dispatcher(lab, scripted)
         for attempt in range(1, PATIENT.max_suspect_losses + 1):
@@ -226,7 +239,7 @@ class TestLosses:
         assert [bundle.needs.gpus for bundle in scripted.bundles] == [0.5, 0.5]
         first = scripted.grants[0]
         scripted.said = [Lost(first.task_id, 1, "out_of_shared_memory", "CUDA out of memory")]
-        wait_for(lambda: one.tick() and len(scripted.bundles) == 3)
+        until(lambda: one.tick() and len(scripted.bundles) == 3)
         assert (scripted.grants[2].task_id, scripted.bundles[2].needs.gpus) == (first.task_id, 1.0)
         assert [row.device_share for row in lab.rows(attempts, task_id=first.task_id)] == [0.5, 1.0], "and pays for it"
 
@@ -235,7 +248,8 @@ class TestLosses:
         lab.submit()
         one = dispatcher(lab, scripted, gpus_per_task=0.5, backoff_seconds=10.0)
         waits = []
-        for attempt, reason in enumerate([SHARED_MEMORY] * 3 + ["node_died", SHARED_MEMORY], 1):
+        reasons: list[Reason] = [SHARED_MEMORY, SHARED_MEMORY, SHARED_MEMORY, "node_died", SHARED_MEMORY]
+        for attempt, reason in enumerate(reasons, 1):
             one.tick()
             [row] = lab.rows(tasks, kind="train")
             scripted.said = [Lost(row.id, attempt, reason, "no room")]
@@ -275,7 +289,15 @@ class TestStalled:
         scripted.said = [Started(grant.task_id, 1, "worker") for grant in (still, alive)]
         fraction = 0.0
 
-        def beats() -> None:
+        def is_stalled() -> bool:
+            beat()
+            return [row.task_id for row in lab.rows(events, kind="task.stalled")] == [still.task_id]
+
+        def is_cancelled() -> bool:
+            beat()
+            return bool(scripted.cancelled)
+
+        def beat() -> None:
             nonlocal fraction
             passes(150.0)
             fraction += 0.001
@@ -283,12 +305,12 @@ class TestStalled:
             scripted.said += [Progress(alive.task_id, 1, fraction, {"loss": 1.0})]
             one.tick()
 
-        wait_for(lambda: beats() or [row.task_id for row in lab.rows(events, kind="task.stalled")] == [still.task_id])
-        wait_for(lambda: beats() or bool(scripted.cancelled))
+        until(is_stalled)
+        until(is_cancelled)
         assert scripted.cancelled == [(still.task_id, 1)]
         assert len(lab.rows(events, kind="task.stalled")) == 1, "said once"
         scripted.said = [Lost(still.task_id, 1, "cancelled", "stopped")]
-        wait_for(lambda: one.tick() and len(scripted.grants) == 3)
+        until(lambda: one.tick() and len(scripted.grants) == 3)
         assert (scripted.grants[2].task_id, scripted.grants[2].attempt) == (still.task_id, 2)
         [first] = lab.rows(attempts, task_id=still.task_id, number=1)
         assert first.end == "stalled"

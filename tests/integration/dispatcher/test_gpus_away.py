@@ -11,7 +11,7 @@ from service.settings import Settings
 
 WITH_GPU = Capacity(True, 8.0, 1.0, ({"CPU": 8.0, "GPU": 1.0},), ("n1",))
 WITHOUT = replace(WITH_GPU, gpus=0.0, nodes=({"CPU": 8.0},))
-HOW = {"ray_address": "10.0.0.7:6379", "gpus_per_task": 1.0, "lookahead": 0}
+HOW: dict[str, Any] = {"ray_address": "10.0.0.7:6379", "gpus_per_task": 1.0, "lookahead": 0}
 
 
 def sentence(lab: Any, job: str) -> str:

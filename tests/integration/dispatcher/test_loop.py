@@ -15,8 +15,8 @@ from dispatching import (
     take_over,
     take_the_lead,
     tick_until_idle,
-    wait_for,
 )
+from waiting import until
 
 from service.errors import Conflict
 from service.model.executor import (
@@ -131,7 +131,7 @@ class TestFlow:
         executor = Scripted(succeeds(lab))
         with running(dispatcher(lab, executor)):
             lab.submit_sweep()
-            wait_for(lambda: lab.job_states() == {"succeeded": 28})
+            until(lambda: lab.job_states() == {"succeeded": 28})
         assert executor.closed
 
 
@@ -219,15 +219,15 @@ class TestStandby:
         first, second = (Scripted(succeeds(lab)) for _ in range(2))
         one, two = dispatcher(lab, first, "d1"), dispatcher(lab, second, "d2")
         with running(one) as stop:
-            wait_for(lambda: one.leading)
+            until(lambda: one.leading)
             with running(two):
                 lab.submit_sweep()
-                wait_for(lambda: lab.job_states() == {"succeeded": 28})
+                until(lambda: lab.job_states() == {"succeeded": 28})
                 assert (bool(first.bundles), second.bundles) == (True, [])
                 stop.set()
-                wait_for(lambda: two.leading)
+                until(lambda: two.leading)
                 lab.submit(seed=1)
-                wait_for(lambda: lab.job_states() == {"succeeded": 29})
+                until(lambda: lab.job_states() == {"succeeded": 29})
                 assert second.bundles
         assert {row.number for row in lab.rows(attempts)} == {1}
 
@@ -298,11 +298,11 @@ class TestFrozen:
         frozen.tick()
         assert len(scripted.bundles) == 4
         self.supersede(lab)._stop()
-        wait_for(lambda: frozen.tick() and frozen.leading and len(scripted.cancelled) == 4)
+        until(lambda: frozen.tick() and frozen.leading and len(scripted.cancelled) == 4)
         old = list(scripted.grants)
         assert len(scripted.bundles) == 4, "the old bundles still hold their places"
         scripted.said = [Lost(grant.task_id, grant.attempt, "cancelled", "stopped") for grant in old]
-        wait_for(lambda: frozen.tick() and len(scripted.bundles) == 8)
+        until(lambda: frozen.tick() and len(scripted.bundles) == 8)
         scripted.answers = succeeds(lab)
         scripted.said = [succeeds(lab)(grant) for grant in scripted.grants[4:]]
         tick_until_idle(frozen)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from dispatching import LEASE_SECONDS, dispatcher, passes, wait_for
+from dispatching import LEASE_SECONDS, dispatcher, passes
 from sqlalchemy import Connection, MetaData, Row, text
+from waiting import until
 
 from service.errors import InvalidQuery
 from service.lab.artifacts import Artifacts
@@ -128,7 +129,7 @@ def work(lab: Any) -> list[Grant]:
         one.tick()
         return not set(lab.job_states()) & {"queued", "running"}
 
-    wait_for(is_done, 240.0)
+    until(is_done, 240.0)
     executor.close()
     return executor.begun
 
