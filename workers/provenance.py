@@ -1,4 +1,4 @@
-"""How a number came about: code, versions, machine, seeds, data, seconds, memory (DESIGN.md, "Provenance")."""
+"""How a number came about: code, versions, machine, seeds, data, seconds, memory (service/README.md)."""
 
 import os
 import platform

@@ -21,7 +21,7 @@ from service.specs.recipes import Imported
 from service.store import Connection, Database, Row, artifact_index, checkpoints, datasets, history
 from service.store.history import Event
 
-TOLERANCE = 0.01  # of an expected accuracy (SCIENCE.md section 8)
+TOLERANCE = 0.01  # of an expected accuracy (science/README.md, "Controls")
 DIGEST = re.compile("[0-9a-f]{64}")
 FITTING_SECONDS = 300  # PyTorch is imported, the network built and saved
 TURN_SECONDS = 30  # that a request waits while others are checked

@@ -1,4 +1,6 @@
-"""Does a measure rank networks as their robustness does? Kendall's tau-b with a bootstrap (SCIENCE.md section 9).
+"""Does a measure rank networks as their robustness does? Kendall's tau-b with a bootstrap.
+
+Definition: science/README.md, "Further measures".
 
 What may be compared is the caller's choice: s = 1, one point per trained network, equal data set, attack and samples,
 verdict `trusted`. Points of one network at several scales share the true robust accuracy and must not be mixed in.

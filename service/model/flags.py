@@ -1,4 +1,7 @@
-"""Findings across the history, shown wherever a result is: a verdict never changes by them (SCIENCE.md 8). Pure."""
+"""Findings across the history, shown wherever a result is: a verdict never changes by them. Pure.
+
+Definition: science/README.md, "Controls".
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,6 @@
-"""What one observation is: a trained network. Its repeats are averaged before anything is counted (SCIENCE.md 1, 9).
+"""What one observation is: a trained network. Its repeats are averaged before anything is counted.
+
+Definitions: science/README.md, "Notation" and "Further measures".
 
 Attack seeds, replicates with the same weights and storage options are repeats of a network, not further networks.
 """

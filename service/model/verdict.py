@@ -1,4 +1,6 @@
-"""Can the number be believed? A pure function of stored outcome bits and checks (SCIENCE.md sections 3 and 8).
+"""Can the number be believed? A pure function of stored outcome bits and checks.
+
+Definitions: science/README.md, "Scaling" and "Controls".
 
 A verdict is computed when the last task of a job lands. A changed rule is a new `VERSION`, by which stored bits are
 judged again (`service/operations/upgrading.py`); statistics never mix two.
@@ -95,7 +97,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of `VERDICTS`, the reasons for it, each check's outcome and its counts, and the fractions of section 3.
+    """One of `VERDICTS`, the reasons for it, each check's outcome and its counts, and the masked fractions.
 
     `counts` has `[found, of how many]` for each check that counts images. `masked_fraction` is of the `masked_n` images
     that the margin twin ran on, of all where there is none, and null for attacks without a gradient. Without the same

@@ -272,7 +272,7 @@ class Service:
 
         The same name with the same files again changes nothing; with other files it is a `Conflict`.
         The answer says how many test images are training images too. Raises `InvalidSpec` for files that are not what
-        SCIENCE.md section 4 asks for, `ArtifactMissing`.
+        docs/own-data-and-weights.md asks for, `ArtifactMissing`.
         """
         with self.artifacts.local(train_sha256) as train, self.artifacts.local(test_sha256) as test:
             found, in_both = inspect(name, train, test, train_sha256, test_sha256)

@@ -1,4 +1,7 @@
-"""Does a measure rank networks as their robustness does? Asked of the whole history (SCIENCE.md section 9)."""
+"""Does a measure rank networks as their robustness does? Asked of the whole history.
+
+Definition: science/README.md, "Further measures".
+"""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,7 @@
-"""The worst case of a network in a threat model: images that all stored attacks of it left right (SCIENCE.md 8)."""
+"""The worst case of a network in a threat model: images that all stored attacks of it left right.
+
+Definition: science/README.md, "Controls".
+"""
 
 import json
 from collections import Counter

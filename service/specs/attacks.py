@@ -1,4 +1,7 @@
-"""The attacks that a job can ask for, with their parameters and bounds, and the paper's presets (SCIENCE.md 5)."""
+"""The attacks that a job can ask for, with their parameters and bounds, and the paper's presets.
+
+Definitions: science/README.md, "Attacks".
+"""
 
 from typing import Annotated, Any, Literal, Self
 

@@ -1,4 +1,4 @@
-"""From a spec to its digest, in steps that can be looked at (DESIGN.md, "Three identities").
+"""From a spec to its digest, in steps that can be looked at (docs/architecture.md, "The nouns").
 
 1. `fields(spec)`    every field, presets expanded, except those equal to the default frozen for that `version`
 2. `canonical(spec)` those as JSON: keys sorted, numbers as the shortest float64, no spaces

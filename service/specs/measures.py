@@ -1,4 +1,4 @@
-"""The sharpness measures that a job can ask for (SCIENCE.md sections 2 and 9)."""
+"""The sharpness measures that a job can ask for (science/README.md, "Sharpness" and "Further measures")."""
 
 from typing import Annotated, Literal, Self
 

@@ -12,7 +12,7 @@ from service.specs.measures import ClosedForms, Measure
 from service.specs.recipes import AnyRecipe, Imported
 from service.specs.versions import version_of, version_of_attack
 
-PANEL_SAMPLES = 256  # SCIENCE.md section 8
+PANEL_SAMPLES = 256  # science/README.md, "Controls"
 REMEMBERED = 256  # tasks of each kind, two kilobytes each: building one again takes a few hundredths of a millisecond
 
 

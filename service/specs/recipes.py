@@ -1,4 +1,4 @@
-"""The recipes that a job can ask for (SCIENCE.md section 4). `standard` is the paper's."""
+"""The recipes that a job can ask for (science/README.md, "Training"). `standard` is the paper's."""
 
 from typing import Annotated, Any, Literal, Self
 

@@ -1,4 +1,4 @@
-"""What is computed: the tasks that jobs share. Their digest is their identity (DESIGN.md, "Nouns").
+"""What is computed: the tasks that jobs share. Their digest is their identity (docs/architecture.md, "The nouns").
 
 A change of a default or of what a number means bumps the `version` of that kind and type (`versions.py`).
 """

@@ -102,7 +102,7 @@ def cell_digest(spec: Mapping[str, Any]) -> str:
 
 
 def family(spec: Mapping[str, Any]) -> str:
-    """The same for cells whose attacks differ in nothing but strength (SCIENCE.md 8, `not_monotone`)."""
+    """The same for cells whose attacks differ in nothing but strength, for the flag `not_monotone`."""
     return cell_digest(apart_from_strength(spec))
 
 

@@ -120,7 +120,7 @@ tasks = Table(
     Column("waiting_since", Float(53), nullable=False),
     Column("due", Float(53), nullable=False),  # its place among its sponsor's: `scheduling.due`
     Column("paused", Boolean, nullable=False),  # all live jobs that need it are
-    # Three counters (DESIGN.md, "States"): the fence, application errors, workers that it took down.
+    # Three counters (service/README.md): the fence, application errors, workers that it took down.
     Column("attempt", Integer, nullable=False),
     Column("errors", Integer, nullable=False),
     Column("suspect_losses", Integer, nullable=False),

@@ -1,4 +1,4 @@
-"""The predictions of SCIENCE.md sections 3, 6 and 7, on networks trained here on real images."""
+"""The predictions of science/README.md (Scaling, Trajectory, Bounds), on networks trained here on real images."""
 
 import math
 import runpy
@@ -91,7 +91,7 @@ class TestScaling:
             assert torch.equal(one.feature_moved, eight.feature_moved)
 
     def test_plain_cross_entropy_goes_blind_on_cifar_and_the_exact_step_does_not(self, cifar_net: Any) -> None:
-        """As in the table of section 10: from some s on what is called robust is what has no gradient left."""
+        """As in "Numbers to compare with": from some s on what is called robust is what has no gradient left."""
         reports = {s: attack(cifar_net, PGD_LINF, s) for s in (1.0, 10.0, 25.0, 50.0, 100.0)}
         clean = reports[1.0].numbers["clean_accuracy"] or 0
         robust = [report.numbers["robust_accuracy"] or 0 for report in reports.values()]

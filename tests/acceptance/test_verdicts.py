@@ -1,4 +1,4 @@
-"""Planted broken defences get the right reason, at s = 1 and at another s; honest networks get none (SCIENCE.md 8)."""
+"""Planted broken defences get the right reason, at s = 1 and at another s; honest networks get none."""
 
 import copy
 from collections.abc import Callable

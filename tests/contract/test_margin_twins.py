@@ -1,4 +1,4 @@
-"""Which margin twin a verdict looks at: from the panel's bits in the store to the result (SCIENCE.md section 3)."""
+"""Which margin twin a verdict looks at: from the panel's bits in the store to the result."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Three trained networks are three observations, however often each of them was attacked (SCIENCE.md section 1)."""
+"""Three trained networks are three observations, however often each of them was attacked."""
 
 import time
 from collections.abc import Iterator

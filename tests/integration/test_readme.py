@@ -1,4 +1,4 @@
-"""What the README tells people to paste is pasted here, against a real server."""
+"""What the README and the guides tell people to paste is pasted here, against a real server."""
 
 import os
 import re
@@ -13,8 +13,10 @@ import pytest
 from api.cli.written import read
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.DOTALL)
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md")),
+         *sorted(REPOSITORY.glob("service/**/*.md")), *sorted(REPOSITORY.glob("workers/**/*.md"))]  # fmt: skip
+TEXT = "\n".join(page.read_text() for page in PAGES)
+BLOCKS = list(dict.fromkeys(re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)))
 # Run elsewhere: installing, the demo, the service itself (test_demo, test_serve), the tests and tools, benchmarks.
 ELSEWHERE = ("pip install uv", "uncanny serve", "uv run pytest", "uv run ruff")
 
@@ -66,7 +68,7 @@ def test_block(kind: str, text: str, server: Any, shell: dict[str, str], tmp_pat
 
 def test_every_language_of_a_block_is_run_or_named() -> None:
     assert len(blocks()) >= 6
-    assert all(any(command in README for _, text in BLOCKS if command in text) for command in ELSEWHERE)
+    assert all(any(command in TEXT for _, text in BLOCKS if command in text) for command in ELSEWHERE)
 
 
 def draw(shell: dict[str, str], script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Every attack keeps the promises of the seam, and PGD those of SCIENCE.md sections 3, 5 and 11."""
+"""Every attack keeps the promises of the seam, and PGD those of science/README.md (Scaling, Attacks, Tests)."""
 
 import copy
 import math
@@ -139,7 +139,7 @@ class TestContract:
 
 
 def by_hand(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, step_size: float, steps: int) -> Tensor:
-    """PGD as SCIENCE.md section 5 says it, example by example, in the slow and obvious way."""
+    """PGD as science/README.md, "Attacks" says it, example by example, in the slow and obvious way."""
     out = []
     for x_0, label in zip(x, y, strict=True):
         x_t = x_0
@@ -314,7 +314,7 @@ class TestLosses:
 
 
 class TestScaling:
-    """SCIENCE.md section 3: the truth does not depend on s, and an attack that says otherwise has failed."""
+    """science/README.md, "Scaling": the truth does not depend on s, and an attack that says otherwise has failed."""
 
     @pytest.mark.parametrize("s", SCALES)
     def test_predictions_are_equal_at_every_scale(self, digits_net: Any, s: float) -> None:

@@ -80,7 +80,7 @@ def test_relative_flatness_penalty(batch: tuple[Tensor, Tensor]) -> None:
     flatness = 0.0
     for row, z in zip(phi, logits_of(model, x), strict=True):
         p = torch.tensor(probabilities(z), dtype=torch.float64)
-        spread = (p * head.square().sum(1)).sum() - (p @ head).square().sum()  # the other form of section 2
+        spread = (p * head.square().sum(1)).sum() - (p @ head).square().sum()  # the other form of relative flatness
         flatness += float(row.square().sum() * spread) / N
     plain = loss("standard", model, x, y)
     assert loss("relative_flatness", model, x, y, strength=0.5) == pytest.approx(plain + 0.5 * flatness, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Digests name results for years: these literals may be added to, never changed (DESIGN.md, "Three identities")."""
+"""Digests name results for years: these literals may be added to, never changed (docs/architecture.md)."""
 
 import json
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from service.specs.recipes import RECIPES, Recipe, Standard
 CHECKPOINT = "c" * 64
 CIFAR10 = DatasetRef(name="cifar10")
 
-# The job of DESIGN.md, as a user writes it.
+# The job of docs/architecture.md, as a user writes it.
 DESIGN_JOB = {
     "architecture": "resnet18",
     "dataset": "cifar10",

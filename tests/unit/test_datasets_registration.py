@@ -319,8 +319,8 @@ def test_bombs_around_the_arrays(tmp_path: Path, test: Path, content: Any, sente
     assert (pointer, sentence in said) == ("/train", True), said
 
 
-def test_the_readme_says_what_is_taken() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_guide_says_what_is_taken() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "own-data-and-weights.md").read_text(encoding="utf-8")
     sizes = (f"{datasets.MAX_IMAGE_BYTES >> 20} MiB", f"{datasets.LARGE_BYTES >> 20} MiB")
     for said in (
         *sizes,
@@ -328,7 +328,7 @@ def test_the_readme_says_what_is_taken() -> None:
         f"{datasets.MAX_RATIO} times",
         f"{datasets.MAX_BYTES >> 30} GiB",
     ):
-        assert said in readme, said
+        assert said in guide, said
 
 
 @pytest.mark.parametrize(("what", "refusal"), [("y", "`y` of train.npz"), ("x", "save np.ascontiguousarray(x)")])

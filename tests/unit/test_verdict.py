@@ -1,4 +1,4 @@
-"""The verdict on hand-made bits: every threshold of SCIENCE.md section 8 just below and just above its edge."""
+"""The verdict on hand-made bits: every threshold of science/README.md (Controls) just below and just above its edge."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Augmentation on the device: random crop, flip and rotation of a whole batch of bytes (SCIENCE.md section 4).
+"""Augmentation on the device: random crop, flip and rotation of a whole batch of bytes (README.md, "Training").
 
 What is drawn is drawn on the CPU, so that equal seeds give equal crops on every device.
 """

@@ -1,4 +1,4 @@
-"""Upper bounds on the loss increase of an attack, and how often an attack breaks them (SCIENCE.md section 7).
+"""Upper bounds on the loss increase of an attack, and how often an attack breaks them (README.md, "Bounds").
 
 With `r = ||phi(x)||`, `D_y = max_j ||w_j - w_y||`, `D = max_ij ||w_i - w_j||`, `log S = logsumexp_{j != y} z_j - z_y`
 (the log odds of `cross_entropy`) and `||phi(xi) - phi(x)|| <= L d`:
@@ -128,7 +128,7 @@ def violations(at: Anchor, moved: Tensor, distance: Tensor, increase: Tensor) ->
     1e-9 (min(l, 1) + |increase|).
 
     That is what logits that are 1e-9 wrong do to an increase: confident images, whose losses are far below 1e-9, are
-    held to their bounds too. Never more than SCIENCE.md's 1e-9 + 1e-9 |increase|.
+    held to their bounds too. Never more than 1e-9 + 1e-9 |increase|.
     """
     allowed = TINY + 1e-9 * (softplus(at.log_s).clamp(max=1) + increase.abs())
     return {name: increase > bound + allowed for name, bound in bounds(at, moved, distance).items()}

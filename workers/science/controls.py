@@ -1,4 +1,6 @@
-"""The fixed panel of controls: other attacks in the same ball, and checks of the network itself (SCIENCE.md section 8).
+"""The fixed panel of controls: other attacks in the same ball, and checks of the network itself.
+
+Definition: README.md, "Controls".
 
 Run once per checkpoint and attack geometry, at s = 1. With the bias scaled too, its bits hold at every s.
 """

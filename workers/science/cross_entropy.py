@@ -1,4 +1,4 @@
-"""Cross-entropy for logits of any size: nothing cancels and nothing underflows before it must (SCIENCE.md section 2).
+"""Cross-entropy for logits of any size: nothing cancels and nothing underflows before it must (README.md, "Sharpness").
 
 With the log odds `g = logsumexp_{j != y} z_j - z_y` the loss is `softplus(g) = log(1 + exp g)`, `1 - p_y = sigmoid(g)`,
 and the gradient `sigmoid(g) grad g`. From a margin of 37 on, `1 - p_y` computed from p_y is exactly 0 in float64;

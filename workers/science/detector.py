@@ -1,4 +1,4 @@
-"""Can an attacked image be told by its sharpness? A decision stump on log relative sharpness (SCIENCE.md section 6).
+"""Can an attacked image be told by its sharpness? A decision stump on log relative sharpness (README.md, "Trajectory").
 
 Source: arXiv 2510.14231, appendix D.4. Folds are grouped by image; the adaptive attack also hides its sharpness.
 """

@@ -1,6 +1,6 @@
-"""What a network gets right, clean and under attack: numbers and per-example bits (SCIENCE.md sections 3 and 5).
+"""What a network gets right, clean and under attack: numbers and per-example bits (README.md, "Scaling" and "Attacks").
 
-Classes are decided by the float32 logits; losses come in float64 from the float32 features (section 1, Precision).
+Classes are decided by the float32 logits; losses come in float64 from the float32 features (README.md, "Notation").
 """
 
 from collections.abc import Callable, Mapping
@@ -272,7 +272,7 @@ def _numbers(seen: Mapping[str, Tensor], *, norm: str, eps: float | None) -> Num
 
 
 def ball_limit(norm: str, eps: float) -> float:
-    """The size from which on an example counts as outside the ball, in float64 (SCIENCE.md section 8)."""
+    """The size from which on an example counts as outside the ball, in float64 (README.md, "Controls")."""
     return eps + 1e-6 if norm == "linf" else eps * (1 + 1e-5) + 1e-6
 
 

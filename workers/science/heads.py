@@ -1,4 +1,4 @@
-"""The linear head of a network `f(x) = W phi(x) + b`: find it, look through it, scale it (SCIENCE.md sections 1, 3)."""
+"""The linear head of a network `f(x) = W phi(x) + b`: find it, look through it, scale it (README.md, "Scaling")."""
 
 import copy
 

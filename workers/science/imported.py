@@ -20,7 +20,7 @@ MEAN, STD = "normalise.mean", "normalise.std"
 
 
 class Normalised(nn.Module):
-    """`body((x - mean) / std)`: images in [0, 1] go in, as everywhere (SCIENCE.md section 1)."""
+    """`body((x - mean) / std)`: images in [0, 1] go in, as everywhere (README.md, "Notation")."""
 
     def __init__(self, body: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()

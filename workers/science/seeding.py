@@ -1,6 +1,6 @@
 """Every random number comes from an explicit seed, and every flag that changes numbers is set in one place.
 
-The random numbers of an example depend on (attack_seed, dataset index, restart, stream) only (SCIENCE.md section 1):
+The random numbers of an example depend on (attack_seed, dataset index, restart, stream) only (README.md, "Notation"):
 Philox4x64 (Salmon et al. 2011), a counter-based generator, is keyed with the seed and started at a counter made of the
 other three. They are made on the CPU and then moved, so that a GPU attacks with the same numbers: the generators of a
 GPU give other numbers on another model of GPU.

@@ -1,4 +1,4 @@
-"""Order statistics and log-domain means, as they are stored (SCIENCE.md section 1, Summaries)."""
+"""Order statistics and log-domain means, as they are stored (README.md, "Notation", Summaries)."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Training: the one loop of all recipes (SCIENCE.md section 4).
+"""Training: the one loop of all recipes (README.md, "Training").
 
 The data set lies on the device as one tensor of bytes; order and augmentation draw from one generator, the noise of a
 recipe from another stream, so that with equal seeds every recipe sees the same batches. Both are drawn on the CPU: the

@@ -1,4 +1,4 @@
-"""What happens along an attack's path: sharpness, loss and distance per iterate (SCIENCE.md section 6).
+"""What happens along an attack's path: sharpness, loss and distance per iterate (README.md, "Trajectory").
 
 `Recorder` watches the forward passes that the attack does anyway; `analyse` turns them into numbers and curves.
 """
@@ -184,7 +184,7 @@ class _Batch:
 
 
 def analyse(trajectory: Trajectory, norm: Literal["linf", "l2"]) -> tuple[Numbers, Curves]:
-    """Valley, basin width, take-off, loss increase and flips as section 6 defines them, and the curves per step.
+    """Valley, basin width, take-off, loss increase and flips as README.md, "Trajectory" has them, and curves per step.
 
     No basin width for a path that does not start at the clean image.
 

@@ -167,7 +167,7 @@ class TestStop:
 
 
 class TestLosses:
-    """What is held against a task and what is not (DESIGN.md, "States")."""
+    """What is held against a task and what is not (service/README.md)."""
 
     @pytest.mark.parametrize(
         ("reason", "held_against"),

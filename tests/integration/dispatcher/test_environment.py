@@ -97,7 +97,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sweep_of_eight_on_two_nodes_of_which_one_is_broken(lab: Any, way: str) -> None:
-    """DESIGN.md, "Shown by": it succeeds with at most 5 attempts lost."""
+    """It succeeds with at most 5 attempts lost."""
     body = lab.submit_sweep({"seed": list(range(8))})
     executor = Nodes(lab, WAYS[way])
     one = dispatcher(lab, executor)

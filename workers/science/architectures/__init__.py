@@ -1,4 +1,4 @@
-"""The networks that can be trained, by name (SCIENCE.md section 4). A new one is a file and a line here."""
+"""The networks that can be trained, by name (README.md, "Training"). A new one is a file and a line here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

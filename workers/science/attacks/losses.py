@@ -1,4 +1,4 @@
-"""The losses that an attack climbs (SCIENCE.md section 5), per example, from float32 logits.
+"""The losses that an attack climbs (README.md, "Attacks"), per example, from float32 logits.
 
 All take `logits [n, k]`, `y [n]` and the scale `s` of the head, and give `[n]`. Higher is nearer to a wrong class.
 Targeted, an attack climbs minus the loss at the target; only `dlr` has a targeted form of its own.

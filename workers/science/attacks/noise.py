@@ -1,4 +1,4 @@
-"""Random noise: the control path of SCIENCE.md section 5. What noise breaks was never robust; what it does to a
+"""Random noise: the control path of README.md, "Attacks". What noise breaks was never robust; what it does to a
 trajectory's sharpness is not the attack's doing."""
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Projected gradient descent (Madry et al. 2018; SCIENCE.md section 5): step, project on the ball, clip to [0, 1]."""
+"""Projected gradient descent (Madry et al. 2018; README.md, "Attacks"): step, project on the ball, clip to [0, 1]."""
 
 from functools import partial
 

@@ -70,7 +70,7 @@ def to_unit(x: Tensor) -> Tensor:
 
 
 def sample_indices(n_total: int, n: int, order: Order = "permutation") -> NDArray[np.int64]:
-    """The first `n` of the one fixed permutation of `n_total` examples (SCIENCE.md section 1), so n < n' nest; or, by
+    """The first `n` of the one fixed permutation of `n_total` examples (README.md, "Notation"), so n < n' nest; or, by
     `order` "file", the first `n` of the data set as it is stored, as RobustBench and AutoAttack take them.
 
     Raises `WrongShape` where more are asked for than there are.

@@ -1,4 +1,4 @@
-"""The ways to train, by name (SCIENCE.md section 4). A new one is a file and a line here."""
+"""The ways to train, by name (README.md, "Training"). A new one is a file and a line here."""
 
 from workers.science.recipes import (
     adversarial,

@@ -8,7 +8,7 @@ from workers.science.recipes.common import LossAndLogits
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor, _noise: object, /, strength: float) -> LossAndLogits:
-    """`CE + strength * mean_i relative_flatness_i`, the closed form of SCIENCE.md section 2, which has a gradient."""
+    """`CE + strength * mean_i relative_flatness_i`, the closed form of README.md, "Sharpness", which has a gradient."""
     model = getattr(model, "_orig_mod", model)  # a compiled network would not call the hook that sees phi
     phi, logits = features_and_logits(model, x)
     flatness = relative_flatness(phi.float(), logits.float(), linear_head(model).weight.float())

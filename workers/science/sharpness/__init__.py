@@ -1,4 +1,7 @@
-"""Every sharpness measure by name (SCIENCE.md sections 2 and 9). An entry is a function that fills `base.Measure`."""
+"""Every sharpness measure by name: an entry is a function that fills `base.Measure`.
+
+Definitions: README.md of the science, "Sharpness" and "Further measures".
+"""
 
 from collections.abc import Callable
 

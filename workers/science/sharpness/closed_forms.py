@@ -1,4 +1,4 @@
-"""Sharpness of the penultimate layer in closed form, in the log domain and float64 (SCIENCE.md section 2).
+"""Sharpness of the penultimate layer in closed form, in the log domain and float64 (README.md, "Sharpness").
 
 Per sample the Hessian of the cross-entropy with respect to the head's weight is `S(p) (x) phi phi^T` with
 `S(p) = diag(p) - p p^T`. With the top class left out, `tau = 1 - p_top` and `q = p / tau` over the others:
@@ -170,7 +170,7 @@ class ClosedForms:
 
 
 def closed_forms(phi: Tensor, weight: Tensor, bias: Tensor | None, *, chunk: int = 2048) -> ClosedForms:
-    """All closed forms of section 2 from features `phi [n, m]` and a head `W [k, m]`, `b [k]`, scale applied.
+    """All closed forms, from features `phi [n, m]` and a head `W [k, m]`, `b [k]`, scale applied.
 
     Memory beyond the result: `chunk * (m + 8 k)` float64. Raises `WrongShape`, or `NonFinite` for NaN or infinite
     features. Source: see the module.

@@ -1,4 +1,4 @@
-"""The detector of arXiv 2510.14231, appendix D.4, with the attack that hides from it (SCIENCE.md section 6)."""
+"""The detector of arXiv 2510.14231, appendix D.4, with the attack that hides from it (README.md, "Trajectory")."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Lipschitz constants of the features, and the certificate's radius with them (SCIENCE.md section 7)."""
+"""Lipschitz constants of the features, and the certificate's radius with them (README.md, "Bounds")."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""All closed forms of the penultimate layer, summarised over the test and train samples (SCIENCE.md section 2)."""
+"""All closed forms of the penultimate layer, summarised over the test and train samples (README.md, "Sharpness")."""
 
 import math
 
