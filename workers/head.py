@@ -39,6 +39,7 @@ ANYWHERE = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else it rebuilds the environment in every worker
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # which prints a stack at SIGTERM
+    "RAY_task_events_report_interval_ms": "0",  # nobody reads them, and the GCS would keep those of 100,000 tasks
 }
 
 
