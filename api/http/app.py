@@ -27,7 +27,7 @@ from api.http import (
     tasks,
 )
 from api.http.accepting import acceptable
-from api.http.auth import ASKING, Limiter, current_caller
+from api.http.auth import ASKING, Limiter
 from api.http.conditional import Conditional
 from api.http.deps import only_documented_parameters
 from api.http.feed import Feed
@@ -62,7 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # such a redirect names the host, and `http` where a proxy speaks TLS
-        dependencies=[Depends(current_caller), Depends(only_documented_parameters), Depends(acceptable)],
+        dependencies=[Depends(only_documented_parameters), Depends(acceptable)],
     )
     app.state.settings = settings
     app.state.service = Service(

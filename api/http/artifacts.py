@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 
 from api.http.deps import ArtifactRoot, User
 from api.http.errors import documented
+from api.http.permissions import scope
 from api.http.routing import UploadRoute
 from api.http.schemas import Artifact
 from service.lab.artifacts import CHUNK_BYTES
@@ -24,6 +25,7 @@ OCTETS: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "strin
 
 @router.put(
     "/{digest}",
+    dependencies=[scope("submit")],
     status_code=201,
     response_model=Artifact,
     responses=documented(413, 422, 507),
@@ -45,6 +47,7 @@ async def put_artifact(digest: Digest, request: Request, artifacts: ArtifactRoot
 
 @router.get(
     "/{digest}",
+    dependencies=[scope("read")],
     response_class=Response,
     responses={
         200: {"content": OCTETS},

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 
+from api.http.permissions import open_to_all
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #1b1b1b } a { color: #8cf } }
@@ -19,11 +21,11 @@ td, th { text-align: left; vertical-align: top; padding: .1rem .8rem .1rem 0 } d
 
 
 def install(app: FastAPI) -> None:
-    @app.get("/docs", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False, dependencies=[open_to_all()])
     def docs(request: Request) -> HTMLResponse:
         return HTMLResponse(page(app.openapi(), str(request.base_url).rstrip("/")))
 
-    @app.get("/", include_in_schema=False)
+    @app.get("/", include_in_schema=False, dependencies=[open_to_all()])
     def home(request: Request) -> HTMLResponse:
         return docs(request)
 

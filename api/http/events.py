@@ -16,6 +16,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from api.http.deps import CurrentCaller, EventFeed, Questions, SaysTruth, SaysWhole, Users
 from api.http.errors import documented
 from api.http.feed import RENEW_SECONDS, Feed, Reader, event_piece, may_see, progress_piece
+from api.http.permissions import scope
 from api.http.schemas import JOB_ID
 from service.errors import DatabaseAway, InvalidQuery, Unauthenticated
 from service.lab.access import Access, Caller
@@ -84,6 +85,7 @@ def _start(
 
 @router.get(
     "",
+    dependencies=[scope("read")],
     response_class=Response,
     responses={200: {"content": {MEDIA_TYPE: {"itemSchema": EVENT}}}, **documented(404, 409, 422)},
 )

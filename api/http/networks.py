@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from api.http.deps import Cursor, Limit, Verbs
 from api.http.errors import documented
 from api.http.paging import linked
+from api.http.permissions import scope
 from api.http.routing import StrictRoute
 from api.http.schemas import DIGEST, JOB_EXAMPLE, JOB_ID
 from service.results.networks import trained
@@ -44,7 +45,7 @@ class NetworkPage(BaseModel):
     next_cursor: str | None = Field(examples=[None])
 
 
-@router.get("", response_model=NetworkPage, responses=documented(422))
+@router.get("", dependencies=[scope("read")], response_model=NetworkPage, responses=documented(422))
 def list_networks(
     request: Request,
     response: Response,

@@ -7,10 +7,10 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 
-from api.http.auth import READING, current_caller
+from api.http.auth import READING
+from api.http.permissions import Permission, declared
 from api.http.strict import StrictRequest
 from api.http.turns import Turns
-from service.lab.access import Caller
 
 WRITERS, REGISTRATIONS, UPLOADS = "writers", "registrations", "uploads"
 QUESTIONS, DOWNLOADS = "questions", "downloads"
@@ -45,9 +45,10 @@ class StrictRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        permission = declared(self)
 
         async def strict(request: Request) -> Response:
-            user = _name(await current_caller(request))
+            user = (await permission.admit(request)).name if isinstance(permission, Permission) else ""
             request = StrictRequest(request.scope, request.receive)
             if request.method in READING:
                 reading = self._reading()
@@ -88,7 +89,3 @@ async def _asked(
     if isinstance(response, StreamingResponse):
         response.body_iterator = turns.each(aiter(response.body_iterator), user)
     return response
-
-
-def _name(caller: Caller | None) -> str:
-    return caller.name if caller is not None else ""

@@ -13,11 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from access_table import ADMIN, NEEDED, PUBLIC, READ, SUBMIT
+from fastapi import APIRouter, FastAPI
 
+from api.http import permissions
 from api.http.app import create_app
 from api.http.feed import POLL_SECONDS, RENEW_SECONDS
-from api.http.routing import OF_MANY
+from api.http.permissions import Permission, open_to_all, owner_of
+from api.http.routing import OF_MANY, StrictRoute
 from service.errors import Conflict, NotFound, Unauthenticated
 from service.lab.access import Access, Caller
 from service.queue.submission import Service
@@ -27,71 +30,6 @@ from service.specs import JobSpec, Sweep
 from service.store import Database
 from service.store.tables import events
 
-PUBLIC, READ, SUBMIT, ADMIN = "public", "read", "submit", "admin"
-NEEDED = {
-    ("GET", "/healthz"): PUBLIC,
-    ("GET", "/readyz"): PUBLIC,
-    ("GET", "/openapi.json"): PUBLIC,
-    ("GET", "/"): PUBLIC,
-    ("GET", "/docs"): PUBLIC,
-    ("GET", "/v1/artifacts/{digest}"): READ,
-    ("GET", "/v1/catalog"): READ,
-    ("GET", "/v1/checkpoints"): READ,
-    ("GET", "/v1/cluster"): READ,
-    ("GET", "/v1/correlations"): READ,
-    ("GET", "/v1/datasets"): READ,
-    ("GET", "/v1/events"): READ,
-    ("GET", "/v1/ids"): READ,
-    ("GET", "/v1/networks"): READ,
-    ("GET", "/v1/jobs"): READ,
-    ("GET", "/v1/jobs/{job_id}"): READ,
-    ("GET", "/v1/jobs/{job_id}/explain"): READ,
-    ("GET", "/v1/leaderboard"): READ,
-    ("GET", "/v1/me"): READ,
-    ("GET", "/v1/queue"): READ,
-    ("GET", "/v1/results"): READ,
-    ("GET", "/v1/results/{job_id}"): READ,
-    ("GET", "/v1/results/{job_id}/trajectory"): READ,
-    ("GET", "/v1/results:aggregate"): READ,
-    ("GET", "/v1/results:compare"): READ,
-    ("GET", "/v1/results:trajectories"): READ,
-    ("GET", "/v1/sweeps"): READ,
-    ("GET", "/v1/sweeps/{sweep_id}"): READ,
-    ("GET", "/v1/tasks/{task_id}"): READ,
-    ("GET", "/v1/tokens"): READ,
-    ("GET", "/v1/worst-cases"): READ,
-    ("DELETE", "/v1/tokens/{token_id}"): SUBMIT,
-    ("PATCH", "/v1/jobs/{job_id}"): SUBMIT,
-    ("PATCH", "/v1/sweeps/{sweep_id}"): SUBMIT,
-    ("POST", "/v1/checkpoints"): SUBMIT,
-    ("POST", "/v1/datasets"): SUBMIT,
-    ("POST", "/v1/jobs"): SUBMIT,
-    ("POST", "/v1/jobs/{job_id}:cancel"): SUBMIT,
-    ("POST", "/v1/jobs/{job_id}:retry"): SUBMIT,
-    ("POST", "/v1/results/{job_id}:restore"): SUBMIT,
-    ("POST", "/v1/results/{job_id}:retract"): SUBMIT,
-    ("POST", "/v1/tasks/{task_id}:restore"): SUBMIT,
-    ("POST", "/v1/tasks/{task_id}:retract"): SUBMIT,
-    ("POST", "/v1/sweeps"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:cancel"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:extend"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:pause"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:resume"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:retry-failed"): SUBMIT,
-    ("POST", "/v1/tokens"): SUBMIT,
-    ("PUT", "/v1/artifacts/{digest}"): SUBMIT,
-    ("DELETE", "/v1/users/{name}"): ADMIN,
-    ("GET", "/v1/users"): ADMIN,
-    ("POST", "/v1/jobs/{job_id}:boost"): ADMIN,
-    ("POST", "/v1/jobs/{job_id}:unboost"): ADMIN,
-    ("POST", "/v1/queue:pause"): ADMIN,
-    ("POST", "/v1/queue:resume"): ADMIN,
-    ("POST", "/v1/results:restore"): ADMIN,
-    ("POST", "/v1/results:retract"): ADMIN,
-    ("POST", "/v1/sweeps/{sweep_id}:boost"): ADMIN,
-    ("POST", "/v1/sweeps/{sweep_id}:unboost"): ADMIN,
-    ("PUT", "/v1/users/{name}"): ADMIN,
-}
 GUARDED = [pair for pair, needed in NEEDED.items() if needed != PUBLIC]
 CHANGING = [(method, path) for method, path in GUARDED if method != "GET"]
 OWNED = {"job_id", "sweep_id", "task_id", "token_id"}  # what a path names that is somebody's
@@ -175,6 +113,34 @@ def test_the_table_has_every_route_and_no_other(lab: Guarded) -> None:
     assert documented <= routes
     named = {name.split("}")[0] for _, path in CHANGING for name in path.split("{")[1:]}
     assert named <= OWNED | NOBODYS, "a route changes something of which this test does not know whose it is"
+
+
+def test_every_route_declares_what_the_table_says(lab: Guarded) -> None:
+    for route in routes_of(lab.app.routes):
+        if route.path == "/openapi.json":  # the framework's own
+            continue
+        permission = permissions.declared(route)
+        needed = permission.scope if isinstance(permission, Permission) else PUBLIC
+        assert {needed} == {NEEDED[method, route.path] for method in route.methods}, route.path
+
+
+PLANTED = [
+    ("POST", "/planted", [], "declares 0 permissions"),
+    ("GET", "/planted", [], "declares 0 permissions"),
+    ("GET", "/planted", [permissions.scope("read"), permissions.scope("admin")], "declares 2 permissions"),
+    ("POST", "/planted", [permissions.scope("read")], "changes something"),
+    ("DELETE", "/planted", [open_to_all()], "changes something"),
+    ("POST", "/planted/{name}", [owner_of("job")], "has no job_id in its path"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "dependencies", "why"), PLANTED)
+def test_a_planted_route_without_a_fitting_permission_is_refused(
+    method: str, path: str, dependencies: list[Any], why: str
+) -> None:
+    router = APIRouter(route_class=StrictRoute)
+    with pytest.raises(TypeError, match=why):
+        router.add_api_route(path, lambda: None, methods=[method], dependencies=dependencies)
 
 
 def test_every_question_about_many_rows_takes_a_turn(lab: Guarded) -> None:
