@@ -2,16 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.http.auth import NAME
 from api.http.deps import CurrentCaller, Users
 from api.http.errors import documented
 from api.http.permissions import Scope, scope, submitter_or_own_token
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["access"])
+router = Router(prefix="/v1", tags=["access"])
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$")]
 MOST = 2**31 - 1  # what the column holds
 EXAMPLE = "ada"

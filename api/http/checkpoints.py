@@ -2,19 +2,18 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.http.deps import User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import RegistrationRoute
+from api.http.routing import RegistrationRoute, Router
 from service.errors import InvalidSpec
 from service.lab.checkpoints import TOLERANCE, Upload, register, registered
 from service.specs.base import Number
 from service.specs.names import Architecture
 
-router = APIRouter(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
+router = Router(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
 SHA256 = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
 PerChannel = Annotated[list[float], Field(max_length=16)]
 

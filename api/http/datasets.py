@@ -2,16 +2,14 @@
 
 from typing import Any
 
-from fastapi import APIRouter
-
 from api.http.deps import Questions, User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import RegistrationRoute
+from api.http.routing import RegistrationRoute, Router
 from api.http.schemas import Dataset, DatasetList, DatasetSubmission
 from service.errors import InvalidSpec
 
-router = APIRouter(route_class=RegistrationRoute, prefix="/v1/datasets", tags=["datasets"])
+router = Router(route_class=RegistrationRoute, prefix="/v1/datasets", tags=["datasets"])
 
 
 @router.post(

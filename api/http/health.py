@@ -2,15 +2,16 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
 from api.http.answers import Alive, Cluster, Ready
 from api.http.deps import ArtifactRoot, Questions
 from api.http.errors import documented
 from api.http.permissions import open_to_all, scope
+from api.http.routing import Router
 from service.lab import artifact_root
 
-router = APIRouter(tags=["health"])
+router = Router(tags=["health"])
 
 
 @router.get("/healthz", dependencies=[open_to_all()], response_model=Alive)

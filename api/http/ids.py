@@ -2,17 +2,17 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from api.http.deps import Questions
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import JOB_ID, ShortIds
 from service.errors import InvalidQuery
 from service.model.query import names_of
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/ids", tags=["jobs"])
+router = Router(prefix="/v1/ids", tags=["jobs"])
 MAX_IDS = 200
 
 

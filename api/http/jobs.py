@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from api.http.deps import Cursor, IsDryRun, Key, Limit, Questions, ServerSettings, User, Verbs, Wait, idempotency
@@ -15,14 +15,14 @@ from api.http.paging import linked
 from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
 from api.http.prefix import public
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
 from service.queue.explaining import explain
 from service.results.insights import NEWEST_FIRST, Question
 from service.store.fields import JOBS
 from service.store.replies import Reply
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/jobs", tags=["jobs"])
+router = Router(prefix="/v1/jobs", tags=["jobs"])
 POLL_SECONDS = 0.2
 ENDED = ("succeeded", "failed", "cancelled", "held")
 MOST_WAITING = 32

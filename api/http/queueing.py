@@ -2,18 +2,16 @@
 
 from typing import Any
 
-from fastapi import APIRouter
-
 from api.http.deps import Questions, ServerSettings, User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import Queue
 from service.queue.explaining import queue_status
 from service.results.insights import Insights
 from service.settings import Settings
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["queue"])
+router = Router(prefix="/v1", tags=["queue"])
 
 
 @router.get("/queue", dependencies=[scope("read")], response_model=Queue, responses=documented())

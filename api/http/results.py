@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
@@ -14,7 +14,7 @@ from api.http.errors import documented
 from api.http.filters import Filter, Sort, documented_filters, filters_of
 from api.http.paging import next_link
 from api.http.permissions import owner_of, scope
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import Restorations, Result, ResultPage, Retraction, Retractions
 from service.model.query import names_of
 from service.queue import retraction
@@ -23,7 +23,7 @@ from service.results.insights import Insights
 from service.results.questions import NEWEST_FIRST, Question, nodes_of
 from service.store.fields import RESULTS
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/results", tags=["results"])
+router = Router(prefix="/v1/results", tags=["results"])
 Format = Literal["json", "csv", "ndjson", "parquet"]
 PARQUET = "application/vnd.apache.parquet"
 MEDIA: dict[str, Format] = {

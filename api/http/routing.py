@@ -1,11 +1,13 @@
 """The routes of the API: who asks is known before the body is read, no thread waits for a body, and all take turns."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from enum import Enum
 from typing import Any, ClassVar
 
-from fastapi import Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
 from api.http.auth import READING
 from api.http.permissions import Permission, declared
@@ -46,6 +48,7 @@ class StrictRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
         permission = declared(self)
+        _check_closed(self)
 
         async def strict(request: Request) -> Response:
             user = (await permission.admit(request)).name if isinstance(permission, Permission) else ""
@@ -78,6 +81,38 @@ class UploadRoute(StrictRoute):
 
     def _reading(self) -> str | None:
         return DOWNLOADS
+
+
+class Router(APIRouter):
+    """A router whose routes are strict unless they name another strict class."""
+
+    def __init__(
+        self, *, prefix: str = "", tags: list[str | Enum], route_class: type[StrictRoute] = StrictRoute
+    ) -> None:
+        super().__init__(prefix=prefix, tags=tags, route_class=route_class)
+
+
+def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
+    """Make the routes of an application strict: its own from now on, and those of these routers.
+
+    Raises `TypeError` for a router with a route that is not strict, because nothing is checked before its body is read.
+    """
+    app.router.route_class = StrictRoute
+    for router in routers:
+        for route in router.routes:
+            if not isinstance(route, StrictRoute):
+                raise TypeError(f"{route} is not strict: make its router with `Router`")
+        app.include_router(router)
+
+
+def _check_closed(route: APIRoute) -> None:
+    """Raises `TypeError` if unknown fields of the body would be dropped in silence."""
+    if route.body_field is not None:
+        model = route.body_field.field_info.annotation
+        if not (
+            isinstance(model, type) and issubclass(model, BaseModel) and model.model_config.get("extra") == "forbid"
+        ):
+            raise TypeError(f'{route.path}: the body must be a model with `extra="forbid"`, not {model}')
 
 
 async def _asked(

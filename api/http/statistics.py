@@ -2,14 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 
 from api.http.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories, WorstCases
 from api.http.deps import Questions, SaysNumber, SaysTruth
 from api.http.errors import documented
 from api.http.filters import Filter, documented_filters, filters_of
 from api.http.permissions import scope
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import JOB_ID
 from service.model.query import names_of
 from service.model.unit import Unit
@@ -18,7 +18,7 @@ from service.results.insights import Insights
 from service.results.questions import nodes_of
 from service.store.fields import RESULTS
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["statistics"])
+router = Router(prefix="/v1", tags=["statistics"])
 Retracted = Annotated[bool, SaysTruth, Query(description="Count retracted results too.")]
 OWN = ("attack", "scale")  # parameters of the leaderboard itself
 Trusted = Annotated[

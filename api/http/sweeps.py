@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import Body, Query, Request, Response
 
 from api.http.deps import Cursor, IsDryRun, Key, Limit, Questions, User, Verbs, Wait, idempotency
 from api.http.errors import documented
@@ -10,7 +10,7 @@ from api.http.jobs import answer, wait_for
 from api.http.paging import linked
 from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import (
     SWEEP_EXAMPLE,
     AcceptedSweep,
@@ -27,7 +27,7 @@ from service.errors import InvalidQuery
 from service.model.dotted import or_rather
 from service.model.jobs import RETRIABLE
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/sweeps", tags=["sweeps"])
+router = Router(prefix="/v1/sweeps", tags=["sweeps"])
 ENDED = ("succeeded", "failed", "cancelled")
 States = Annotated[
     str,

@@ -2,17 +2,15 @@
 
 from typing import Any
 
-from fastapi import APIRouter
-
 from api.http.answers import Restored, Retracted
 from api.http.deps import CurrentCaller, Questions, User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import Retraction, Task
 from service.queue import retraction
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/tasks", tags=["tasks"])
+router = Router(prefix="/v1/tasks", tags=["tasks"])
 
 
 @router.get("/{task_id}", dependencies=[scope("read")], response_model=Task, responses=documented(404))

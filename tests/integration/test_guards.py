@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import httpx
 import pytest
 from access_table import ADMIN, NEEDED, PUBLIC, READ, SUBMIT
 from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel, ConfigDict
 
 from api.http import permissions
 from api.http.app import create_app
 from api.http.feed import POLL_SECONDS, RENEW_SECONDS
 from api.http.permissions import Permission, open_to_all, owner_of
-from api.http.routing import OF_MANY, StrictRoute
+from api.http.routing import OF_MANY, Router, install
 from service.errors import Conflict, NotFound, Unauthenticated
 from service.lab.access import Access, Caller
 from service.queue.submission import Service
@@ -138,9 +139,57 @@ PLANTED = [
 def test_a_planted_route_without_a_fitting_permission_is_refused(
     method: str, path: str, dependencies: list[Any], why: str
 ) -> None:
-    router = APIRouter(route_class=StrictRoute)
+    router = Router(tags=["planted"])
     with pytest.raises(TypeError, match=why):
         router.add_api_route(path, lambda: None, methods=[method], dependencies=dependencies)
+
+
+class Open(BaseModel):
+    """A body that drops fields which it does not know."""
+
+    name: str
+
+
+class Closed(Open):
+    model_config = ConfigDict(extra="forbid")
+
+
+def test_a_planted_route_that_drops_unknown_fields_is_refused() -> None:
+    def drops(body: Open) -> None: ...
+
+    with pytest.raises(TypeError, match="forbid"):
+        Router(tags=[]).add_api_route("/planted", drops, methods=["POST"], dependencies=[permissions.scope("submit")])
+
+
+def test_a_planted_router_that_is_not_strict_is_refused() -> None:
+    lax = APIRouter()
+    lax.add_api_route("/planted", lambda: None)
+    with pytest.raises(TypeError, match="not strict"):
+        install(FastAPI(), [lax])
+    app = FastAPI()
+    install(app, [])
+    with pytest.raises(TypeError, match="declares 0 permissions"):
+        app.add_api_route("/planted", lambda: None)
+
+
+def test_a_planted_route_is_strict_without_being_told(lab: Guarded) -> None:
+    def planted(body: Closed) -> dict[str, str]:
+        """Answers with the name."""
+        return {"name": body.name}
+
+    app = create_app(lab.app.state.settings)
+    app.add_api_route("/v1/planted", planted, methods=["POST"], dependencies=[permissions.scope("submit")])
+    asking = replace(lab, app=app)
+    ada = lab.secrets["ada"]
+    assert asking.ask("POST", "/v1/planted", ada, content=b'{"name": "a"}').status_code == 200
+    for path, body, status in (
+        ("/v1/planted", b'{"name": "a", "name": "b"}', 400),
+        ("/v1/planted", b'{"name": "a", "more": 1}', 422),
+        ("/v1/planted?more=1", b'{"name": "a"}', 422),
+    ):
+        assert asking.ask("POST", path, ada, content=body).status_code == status
+    assert asking.ask("POST", "/v1/planted", lab.secrets["rita"], content=untouched()).status_code == 403
+    app.state.access.database.close()
 
 
 def test_every_question_about_many_rows_takes_a_turn(lab: Guarded) -> None:
