@@ -22,18 +22,18 @@ from api.http import (
     networks,
     queueing,
     results,
+    routing,
     statistics,
     sweeps,
     tasks,
 )
 from api.http.accepting import acceptable
-from api.http.auth import ASKING, Limiter, current_caller
+from api.http.auth import ASKING, Limiter
 from api.http.conditional import Conditional
 from api.http.deps import only_documented_parameters
 from api.http.feed import Feed
 from api.http.limits import BodyLimit
 from api.http.prefix import Prefix
-from api.http.routing import new_turns
 from api.http.security import SecurityHeaders
 from api.http.shares import Shares
 from service.lab.access import Access
@@ -62,7 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # such a redirect names the host, and `http` where a proxy speaks TLS
-        dependencies=[Depends(current_caller), Depends(only_documented_parameters), Depends(acceptable)],
+        dependencies=[Depends(only_documented_parameters), Depends(acceptable)],
     )
     app.state.settings = settings
     app.state.service = Service(
@@ -71,12 +71,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.access = Access(database)
     app.state.limiter = Limiter()
     app.state.asking = CapacityLimiter(ASKING)
-    app.state.turns = new_turns()
+    app.state.turns = routing.new_turns()
     app.state.open_by, app.state.held_by = Counter[str](), Counter[str]()
     app.state.insights = Insights(database)
     app.state.feed = Feed(app.state.insights, app.state.access, lambda: getattr(app.state, "stopping", False))
-    for module in ROUTERS:
-        app.include_router(module.router)
+    routing.install(app, [module.router for module in ROUTERS])
     docs.install(app)
     errors.install(app)
     app.add_middleware(Conditional)

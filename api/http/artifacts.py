@@ -4,18 +4,19 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, HTTPException, Path, Request, Response
+from fastapi import Header, HTTPException, Path, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from api.http.deps import ArtifactRoot, User
 from api.http.errors import documented
-from api.http.routing import UploadRoute
+from api.http.permissions import scope
+from api.http.routing import Router, UploadRoute
 from api.http.schemas import Artifact
 from service.lab.artifacts import CHUNK_BYTES
 from service.model.executor import ArtifactRef
 
-router = APIRouter(route_class=UploadRoute, prefix="/v1/artifacts", tags=["artifacts"])
+router = Router(route_class=UploadRoute, prefix="/v1/artifacts", tags=["artifacts"])
 Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
 FOR_EVER = "private, max-age=31536000, immutable"
 RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
@@ -24,6 +25,7 @@ OCTETS: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "strin
 
 @router.put(
     "/{digest}",
+    dependencies=[scope("submit")],
     status_code=201,
     response_model=Artifact,
     responses=documented(413, 422, 507),
@@ -45,6 +47,7 @@ async def put_artifact(digest: Digest, request: Request, artifacts: ArtifactRoot
 
 @router.get(
     "/{digest}",
+    dependencies=[scope("read")],
     response_class=Response,
     responses={
         200: {"content": OCTETS},

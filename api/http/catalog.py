@@ -3,12 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter
 from pydantic import BaseModel
 
 from api.http.answers import Catalog
 from api.http.deps import Questions
 from api.http.errors import documented
+from api.http.permissions import scope
+from api.http.routing import Router
 from api.http.schemas import with_bounds
 from service.specs import JobSpec, Sweep, catalog, fields
 from service.specs.attacks import ATTACKS, PRESETS
@@ -16,10 +17,10 @@ from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES
 from service.specs.recipes import KNOWN
 from service.specs.recipes import PRESETS as RECIPE_PRESETS
 
-router = APIRouter(prefix="/v1", tags=["catalog"])
+router = Router(prefix="/v1", tags=["catalog"])
 
 
-@router.get("/catalog", response_model=Catalog, responses=documented())
+@router.get("/catalog", dependencies=[scope("read")], response_model=Catalog, responses=documented())
 def get_catalog(insights: Questions) -> Any:
     """Architectures, data sets (the registered ones too), recipes, attacks with presets, and measures."""
     return {

@@ -2,18 +2,18 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.http.deps import User, Verbs
 from api.http.errors import documented
-from api.http.routing import RegistrationRoute
+from api.http.permissions import scope
+from api.http.routing import RegistrationRoute, Router
 from service.errors import InvalidSpec
 from service.lab.checkpoints import TOLERANCE, Upload, register, registered
 from service.specs.base import Number
 from service.specs.names import Architecture
 
-router = APIRouter(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
+router = Router(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
 SHA256 = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
 PerChannel = Annotated[list[float], Field(max_length=16)]
 
@@ -76,7 +76,13 @@ class CheckpointList(BaseModel):
     items: list[Checkpoint]
 
 
-@router.post("", status_code=201, response_model=Checkpoint, responses=documented(404, 409, 413, 422, 507))
+@router.post(
+    "",
+    dependencies=[scope("submit")],
+    status_code=201,
+    response_model=Checkpoint,
+    responses=documented(404, 409, 413, 422, 507),
+)
 def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) -> Any:
     """Register weights for an architecture: names and shapes are checked now. Jobs name them as `"checkpoint": NAME`,
     in place of recipe and seed. Again with the same: no change."""
@@ -90,7 +96,7 @@ def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) 
     return register(service.database, service.artifacts, upload, user=user)
 
 
-@router.get("", response_model=CheckpointList, responses=documented())
+@router.get("", dependencies=[scope("read")], response_model=CheckpointList, responses=documented())
 def list_checkpoints(service: Verbs) -> Any:
     """The registered checkpoints. Those that trainings made are at `/v1/networks`."""
     return {"items": registered(service.database)}

@@ -2,18 +2,19 @@
 
 from typing import Any
 
-from fastapi import APIRouter
-
 from api.http.deps import Questions, User, Verbs
 from api.http.errors import documented
-from api.http.routing import RegistrationRoute
+from api.http.permissions import scope
+from api.http.routing import RegistrationRoute, Router
 from api.http.schemas import Dataset, DatasetList, DatasetSubmission
 from service.errors import InvalidSpec
 
-router = APIRouter(route_class=RegistrationRoute, prefix="/v1/datasets", tags=["datasets"])
+router = Router(route_class=RegistrationRoute, prefix="/v1/datasets", tags=["datasets"])
 
 
-@router.post("", status_code=201, response_model=Dataset, responses=documented(404, 409, 422))
+@router.post(
+    "", dependencies=[scope("submit")], status_code=201, response_model=Dataset, responses=documented(404, 409, 422)
+)
 def register_dataset(body: DatasetSubmission, service: Verbs, user: User) -> Any:
     """Register two uploaded files (`train.npz`, `test.npz`) as `npz:NAME`. Again with the same files: no change."""
     digests = {"train_sha256": body.train_sha256, "test_sha256": body.test_sha256}
@@ -24,7 +25,7 @@ def register_dataset(body: DatasetSubmission, service: Verbs, user: User) -> Any
     return service.register_dataset(body.name, body.train_sha256, body.test_sha256, user=user)
 
 
-@router.get("", response_model=DatasetList, responses=documented())
+@router.get("", dependencies=[scope("read")], response_model=DatasetList, responses=documented())
 def list_datasets(insights: Questions) -> Any:
     """The registered data sets; the known ones are in the catalogue."""
     return {"items": insights.datasets()}

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse
 
+from api.http.permissions import open_to_all
 from api.http.prefix import public
 
 SWAGGER_UI = Path(str(files("fastapi_offline"))) / "static"
@@ -23,8 +24,8 @@ PARAMETERS = {"docExpansion": "none", "defaultModelsExpandDepth": 0}  # a page t
 
 
 def install(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    @app.get("/docs", include_in_schema=False)
+    @app.get("/", include_in_schema=False, dependencies=[open_to_all()])
+    @app.get("/docs", include_in_schema=False, dependencies=[open_to_all()])
     def docs(request: Request) -> HTMLResponse:
         page = get_swagger_ui_html(
             openapi_url=public(request, "/openapi.json"),
@@ -38,6 +39,6 @@ def install(app: FastAPI) -> None:
         page.headers["Content-Security-Policy"] = POLICY.format(b64encode(sha256(script).digest()).decode())
         return page
 
-    @app.get("/docs/{file}", include_in_schema=False)
+    @app.get("/docs/{file}", include_in_schema=False, dependencies=[open_to_all()])
     def part_of_the_page(file: Literal["swagger-ui-bundle.js", "swagger-ui.css"]) -> FileResponse:
         return FileResponse(SWAGGER_UI / file)

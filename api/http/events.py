@@ -9,19 +9,21 @@ from functools import partial
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import Depends, Header, Query, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from api.http.deps import CurrentCaller, EventFeed, Questions, SaysTruth, SaysWhole, Users
 from api.http.errors import documented
 from api.http.feed import RENEW_SECONDS, Feed, Reader, event_piece, may_see, progress_piece
+from api.http.permissions import scope
+from api.http.routing import Router
 from api.http.schemas import JOB_ID
 from service.errors import DatabaseAway, InvalidQuery, Unauthenticated
 from service.lab.access import Access, Caller
 from service.results.insights import Insights
 
-router = APIRouter(prefix="/v1/events", tags=["events"])
+router = Router(prefix="/v1/events", tags=["events"])
 PING_SECONDS = 15.0  # in which a stream is never silent
 CATCHING_UP = CapacityLimiter(4)  # threads that read what happened before a reader came
 END = "end"  # of a stream that does not go on
@@ -84,6 +86,7 @@ def _start(
 
 @router.get(
     "",
+    dependencies=[scope("read")],
     response_class=Response,
     responses={200: {"content": {MEDIA_TYPE: {"itemSchema": EVENT}}}, **documented(404, 409, 422)},
 )

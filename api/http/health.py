@@ -2,23 +2,25 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
 from api.http.answers import Alive, Cluster, Ready
 from api.http.deps import ArtifactRoot, Questions
 from api.http.errors import documented
+from api.http.permissions import open_to_all, scope
+from api.http.routing import Router
 from service.lab import artifact_root
 
-router = APIRouter(tags=["health"])
+router = Router(tags=["health"])
 
 
-@router.get("/healthz", response_model=Alive)
+@router.get("/healthz", dependencies=[open_to_all()], response_model=Alive)
 async def healthz() -> Any:
     """This process answers."""  # without a thread: all of them may be waiting for a database
     return {"status": "ok"}
 
 
-@router.get("/readyz", response_model=Ready, responses=documented())
+@router.get("/readyz", dependencies=[open_to_all()], response_model=Ready, responses=documented())
 def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> Any:
     """The database answers and has the right schema, and room left; the artifact root is there.
 
@@ -34,7 +36,7 @@ def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> An
     return {"status": "ready", "version": version, "dispatcher_leads": cluster["leading"]}
 
 
-@router.get("/v1/cluster", response_model=Cluster, responses=documented())
+@router.get("/v1/cluster", dependencies=[scope("read")], response_model=Cluster, responses=documented())
 def get_cluster(insights: Questions) -> Any:
     """The leading dispatcher and what it last said of its cluster."""
     return insights.cluster()

@@ -2,20 +2,21 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from api.http.deps import Questions
 from api.http.errors import documented
-from api.http.routing import StrictRoute
+from api.http.permissions import scope
+from api.http.routing import Router
 from api.http.schemas import JOB_ID, ShortIds
 from service.errors import InvalidQuery
 from service.model.query import names_of
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/ids", tags=["jobs"])
+router = Router(prefix="/v1/ids", tags=["jobs"])
 MAX_IDS = 200
 
 
-@router.get("", response_model=ShortIds, responses=documented(422))
+@router.get("", dependencies=[scope("read")], response_model=ShortIds, responses=documented(422))
 def shorten_ids(
     insights: Questions,
     ids: Annotated[str, Query(description="Of jobs and sweeps, by comma.", min_length=1, examples=[JOB_ID])],

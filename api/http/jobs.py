@@ -5,23 +5,24 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from api.http.deps import Cursor, IsDryRun, Key, Limit, Questions, ServerSettings, User, Verbs, Wait, idempotency
 from api.http.errors import documented
 from api.http.filters import Filter, Sort, documented_filters, filters_of
 from api.http.paging import linked
+from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
 from api.http.prefix import public
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
 from service.queue.explaining import explain
 from service.results.insights import NEWEST_FIRST, Question
 from service.store.fields import JOBS
 from service.store.replies import Reply
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/jobs", tags=["jobs"])
+router = Router(prefix="/v1/jobs", tags=["jobs"])
 POLL_SECONDS = 0.2
 ENDED = ("succeeded", "failed", "cancelled", "held")
 MOST_WAITING = 32
@@ -29,6 +30,7 @@ MOST_WAITING = 32
 
 @router.post(
     "",
+    dependencies=[scope("submit")],
     status_code=201,
     response_model=Accepted | DryRun,
     responses={200: {"model": DryRun, "description": "Dry run"}, **documented(409, 413, 422)},
@@ -53,8 +55,12 @@ def submit_job(
 
 
 @router.get(
-    "", response_model=JobPage, responses=documented(422), openapi_extra=documented_filters(JOBS)
-)  # fmt: skip
+    "",
+    dependencies=[scope("read")],
+    response_model=JobPage,
+    responses=documented(422),
+    openapi_extra=documented_filters(JOBS),
+)
 def list_jobs(
     request: Request,
     response: Response,
@@ -69,13 +75,15 @@ def list_jobs(
     return linked(page, request, response)
 
 
-@router.get("/{job_id}", response_model=JobDetail, responses=documented(404))
+@router.get("/{job_id}", dependencies=[scope("read")], response_model=JobDetail, responses=documented(404))
 async def get_job(job_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Any:
     """One job with its tasks. `ETag` is for `If-Match` too: it goes stale there with priority or labels only."""
     return tag(await wait_for(request, lambda: insights.job(job_id), ENDED, wait), response)
 
 
-@router.patch("/{job_id}", response_model=JobDetail, responses=documented(404, 409, 412, 422, 428))
+@router.patch(
+    "/{job_id}", dependencies=[owner_of("job")], response_model=JobDetail, responses=documented(404, 409, 412, 422, 428)
+)
 def change_job(
     job_id: str, body: Change, seen: Seen, response: Response, service: Verbs, insights: Questions, user: User
 ) -> Any:
@@ -84,34 +92,40 @@ def change_job(
     return tag(insights.job(job_id), response)
 
 
-@router.get("/{job_id}/explain", response_model=Explanation, responses=documented(404))
+@router.get("/{job_id}/explain", dependencies=[scope("read")], response_model=Explanation, responses=documented(404))
 def explain_job(job_id: str, insights: Questions, settings: ServerSettings) -> Any:
     """Why it is not running, in a sentence, and the same for each of its tasks; what comes before it."""
     return explain(insights.database, settings, job_id)
 
 
-@router.post("/{job_id}:cancel", response_model=JobDetail, responses=documented(404, 409))
+@router.post(
+    "/{job_id}:cancel", dependencies=[owner_of("job")], response_model=JobDetail, responses=documented(404, 409)
+)
 def cancel_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
     """Cancel a job. What no other job needs stops within seconds."""
     service.cancel_job(job_id, user=user)
     return insights.job(job_id)
 
 
-@router.post("/{job_id}:retry", response_model=JobDetail, responses=documented(404, 409))
+@router.post(
+    "/{job_id}:retry", dependencies=[owner_of("job")], response_model=JobDetail, responses=documented(404, 409)
+)
 def retry_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
     """Run a failed, held or cancelled job again; what had succeeded is kept."""
     service.retry_job(job_id, user=user)
     return insights.job(job_id)
 
 
-@router.post("/{job_id}:boost", response_model=JobDetail, responses=documented(404, 409))
+@router.post("/{job_id}:boost", dependencies=[scope("admin")], response_model=JobDetail, responses=documented(404, 409))
 def boost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
     """Let a job go before all other users' work, whatever they have used (admin). What runs goes on."""
     service.boost_job(job_id, user=user)
     return insights.job(job_id)
 
 
-@router.post("/{job_id}:unboost", response_model=JobDetail, responses=documented(404, 409))
+@router.post(
+    "/{job_id}:unboost", dependencies=[scope("admin")], response_model=JobDetail, responses=documented(404, 409)
+)
 def unboost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
     """Let a boosted job wait for its owner's turn again (admin)."""
     service.boost_job(job_id, user=user, boosted=False)

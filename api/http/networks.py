@@ -2,17 +2,18 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, Field
 
 from api.http.deps import Cursor, Limit, Verbs
 from api.http.errors import documented
 from api.http.paging import linked
-from api.http.routing import StrictRoute
+from api.http.permissions import scope
+from api.http.routing import Router
 from api.http.schemas import DIGEST, JOB_EXAMPLE, JOB_ID
 from service.results.networks import trained
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/networks", tags=["checkpoints"])
+router = Router(prefix="/v1/networks", tags=["checkpoints"])
 TEXT = r"^[^\x00]*$"
 Only = Annotated[str | None, Query(description="Only networks of this one.", pattern=TEXT)]
 
@@ -44,7 +45,7 @@ class NetworkPage(BaseModel):
     next_cursor: str | None = Field(examples=[None])
 
 
-@router.get("", response_model=NetworkPage, responses=documented(422))
+@router.get("", dependencies=[scope("read")], response_model=NetworkPage, responses=documented(422))
 def list_networks(
     request: Request,
     response: Response,

@@ -2,33 +2,32 @@
 
 from typing import Any
 
-from fastapi import APIRouter
-
 from api.http.deps import Questions, ServerSettings, User, Verbs
 from api.http.errors import documented
-from api.http.routing import StrictRoute
+from api.http.permissions import scope
+from api.http.routing import Router
 from api.http.schemas import Queue
 from service.queue.explaining import queue_status
 from service.results.insights import Insights
 from service.settings import Settings
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["queue"])
+router = Router(prefix="/v1", tags=["queue"])
 
 
-@router.get("/queue", response_model=Queue, responses=documented())
+@router.get("/queue", dependencies=[scope("read")], response_model=Queue, responses=documented())
 def get_queue(insights: Questions, settings: ServerSettings) -> Any:
     """Jobs by state, tasks by kind and state, whether the queue is paused, and each user's share and usage."""
     return _status(insights, settings)
 
 
-@router.post("/queue:pause", response_model=Queue, responses=documented())
+@router.post("/queue:pause", dependencies=[scope("admin")], response_model=Queue, responses=documented())
 def pause_queue(service: Verbs, insights: Questions, settings: ServerSettings, user: User) -> Any:
     """Claim nothing more, of nobody. What runs is finished; jobs are accepted as always."""
     service.pause_queue(user=user)
     return _status(insights, settings)
 
 
-@router.post("/queue:resume", response_model=Queue, responses=documented())
+@router.post("/queue:resume", dependencies=[scope("admin")], response_model=Queue, responses=documented())
 def resume_queue(service: Verbs, insights: Questions, settings: ServerSettings, user: User) -> Any:
     """Go on."""
     service.resume_queue(user=user)

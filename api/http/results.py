@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
@@ -13,7 +13,8 @@ from api.http.deps import CurrentCaller, Cursor, Limit, Questions, SaysTruth, Us
 from api.http.errors import documented
 from api.http.filters import Filter, Sort, documented_filters, filters_of
 from api.http.paging import next_link
-from api.http.routing import StrictRoute
+from api.http.permissions import owner_of, scope
+from api.http.routing import Router
 from api.http.schemas import Restorations, Result, ResultPage, Retraction, Retractions
 from service.model.query import names_of
 from service.queue import retraction
@@ -22,7 +23,7 @@ from service.results.insights import Insights
 from service.results.questions import NEWEST_FIRST, Question, nodes_of
 from service.store.fields import RESULTS
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/results", tags=["results"])
+router = Router(prefix="/v1/results", tags=["results"])
 Format = Literal["json", "csv", "ndjson", "parquet"]
 PARQUET = "application/vnd.apache.parquet"
 MEDIA: dict[str, Format] = {
@@ -47,6 +48,7 @@ WithRetracted = Annotated[bool, SaysTruth, Query(description="Show retracted res
 
 @router.get(
     "",
+    dependencies=[scope("read")],
     response_model=None,
     responses={200: {"model": ResultPage, "content": STREAMED, "headers": SAYS_HIDDEN}, **documented(422)},
     openapi_extra=documented_filters(RESULTS),
@@ -98,7 +100,7 @@ def _stream(wanted: Literal["csv", "ndjson", "parquet"], insights: Insights, que
     return StreamingResponse(rows, media_type=media, headers=headers)
 
 
-@router.post(":retract", response_model=Retracted, responses=documented(422))
+@router.post(":retract", dependencies=[scope("admin")], response_model=Retracted, responses=documented(422))
 def retract_results(body: Retractions, service: Verbs, user: User) -> Any:
     """Retract every result that a filter chooses, such as all of one version of a task; or their numbers of one
     further measure, such as `sam_sharpness` where `measures.sam_sharpness.version = 1`."""
@@ -106,31 +108,35 @@ def retract_results(body: Retractions, service: Verbs, user: User) -> Any:
     return retraction.retract_all(service, nodes, body.reason, user=user, rerun=body.rerun, measure=body.measure)
 
 
-@router.post(":restore", response_model=Restored, responses=documented(422))
+@router.post(":restore", dependencies=[scope("admin")], response_model=Restored, responses=documented(422))
 def restore_results(body: Restorations, service: Verbs, user: User) -> Any:
     """Take back every retraction that hides one of the results, or measures, that a filter chooses."""
     return retraction.restore_all(service, nodes_of(body.filter), user=user, measure=body.measure)
 
 
-@router.get("/{job_id}", response_model=Result, responses=documented(404))
+@router.get("/{job_id}", dependencies=[scope("read")], response_model=Result, responses=documented(404))
 def get_result(job_id: str, insights: Questions) -> Any:
     """One result whole: every number of the tasks it rests on, their provenance, and which curves there are."""
     return insights.result(job_id)
 
 
-@router.get("/{job_id}/trajectory", response_model=Trajectory, responses=documented(404))
+@router.get("/{job_id}/trajectory", dependencies=[scope("read")], response_model=Trajectory, responses=documented(404))
 def get_trajectory(job_id: str, insights: Questions) -> Any:
     """The curves of a result: along the steps of the attack, and over the epochs of the training."""
     return insights.trajectory(job_id)
 
 
-@router.post("/{job_id}:retract", response_model=Retracted, responses=documented(404, 409, 422))
+@router.post(
+    "/{job_id}:retract", dependencies=[owner_of("job")], response_model=Retracted, responses=documented(404, 409, 422)
+)
 def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, caller: CurrentCaller) -> Any:
     """Hide a result, and all others that show the same numbers, from now on. Nothing is deleted."""
     return retraction.retract(service, job_id, body.reason, user=user, rerun=body.rerun, admin=caller.may("admin"))
 
 
-@router.post("/{job_id}:restore", response_model=Restored, responses=documented(404, 409))
+@router.post(
+    "/{job_id}:restore", dependencies=[owner_of("job")], response_model=Restored, responses=documented(404, 409)
+)
 def restore_result(job_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Any:
     """Take back the retraction that hides a result, of all that it hides."""
     return retraction.restore(service, job_id, user=user, admin=caller.may("admin"))

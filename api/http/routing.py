@@ -1,16 +1,18 @@
 """The routes of the API: who asks is known before the body is read, no thread waits for a body, and all take turns."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from enum import Enum
 from typing import Any, ClassVar
 
-from fastapi import Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
-from api.http.auth import READING, current_caller
+from api.http.auth import READING
+from api.http.permissions import Permission, declared
 from api.http.strict import StrictRequest
 from api.http.turns import Turns
-from service.lab.access import Caller
 
 WRITERS, REGISTRATIONS, UPLOADS = "writers", "registrations", "uploads"
 QUESTIONS, DOWNLOADS = "questions", "downloads"
@@ -45,9 +47,11 @@ class StrictRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
+        permission = declared(self)
+        _check_closed(self)
 
         async def strict(request: Request) -> Response:
-            user = _name(await current_caller(request))
+            user = (await permission.admit(request)).name if isinstance(permission, Permission) else ""
             request = StrictRequest(request.scope, request.receive)
             if request.method in READING:
                 reading = self._reading()
@@ -79,6 +83,38 @@ class UploadRoute(StrictRoute):
         return DOWNLOADS
 
 
+class Router(APIRouter):
+    """A router whose routes are strict unless they name another strict class."""
+
+    def __init__(
+        self, *, prefix: str = "", tags: list[str | Enum], route_class: type[StrictRoute] = StrictRoute
+    ) -> None:
+        super().__init__(prefix=prefix, tags=tags, route_class=route_class)
+
+
+def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
+    """Make the routes of an application strict: its own from now on, and those of these routers.
+
+    Raises `TypeError` for a router with a route that is not strict, because nothing is checked before its body is read.
+    """
+    app.router.route_class = StrictRoute
+    for router in routers:
+        for route in router.routes:
+            if not isinstance(route, StrictRoute):
+                raise TypeError(f"{route} is not strict: make its router with `Router`")
+        app.include_router(router)
+
+
+def _check_closed(route: APIRoute) -> None:
+    """Raises `TypeError` if unknown fields of the body would be dropped in silence."""
+    if route.body_field is not None:
+        model = route.body_field.field_info.annotation
+        if not (
+            isinstance(model, type) and issubclass(model, BaseModel) and model.model_config.get("extra") == "forbid"
+        ):
+            raise TypeError(f'{route.path}: the body must be a model with `extra="forbid"`, not {model}')
+
+
 async def _asked(
     request: Request, handle: Callable[[Request], Coroutine[Any, Any, Response]], which: str, user: str
 ) -> Response:
@@ -88,7 +124,3 @@ async def _asked(
     if isinstance(response, StreamingResponse):
         response.body_iterator = turns.each(aiter(response.body_iterator), user)
     return response
-
-
-def _name(caller: Caller | None) -> str:
-    return caller.name if caller is not None else ""

@@ -2,13 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 
 from api.http.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories, WorstCases
 from api.http.deps import Questions, SaysNumber, SaysTruth
 from api.http.errors import documented
 from api.http.filters import Filter, documented_filters, filters_of
-from api.http.routing import StrictRoute
+from api.http.permissions import scope
+from api.http.routing import Router
 from api.http.schemas import JOB_ID
 from service.model.query import names_of
 from service.model.unit import Unit
@@ -17,7 +18,7 @@ from service.results.insights import Insights
 from service.results.questions import nodes_of
 from service.store.fields import RESULTS
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1", tags=["statistics"])
+router = Router(prefix="/v1", tags=["statistics"])
 Retracted = Annotated[bool, SaysTruth, Query(description="Count retracted results too.")]
 OWN = ("attack", "scale")  # parameters of the leaderboard itself
 Trusted = Annotated[
@@ -27,7 +28,11 @@ Ids = Annotated[str, Query(description="Job ids by comma.", min_length=1, exampl
 
 
 @router.get(
-    "/results:aggregate", response_model=Aggregate, responses=documented(422), openapi_extra=documented_filters(RESULTS)
+    "/results:aggregate",
+    dependencies=[scope("read")],
+    response_model=Aggregate,
+    responses=documented(422),
+    openapi_extra=documented_filters(RESULTS),
 )
 def aggregate_results(
     request: Request,
@@ -68,14 +73,21 @@ def aggregate_results(
     )
 
 
-@router.get("/results:compare", response_model=Comparison, responses=documented(404, 409, 422))
+@router.get(
+    "/results:compare", dependencies=[scope("read")], response_model=Comparison, responses=documented(404, 409, 422)
+)
 def compare_results(insights: Questions, ids: Ids) -> Any:
     """Results side by side: the fields that differ, McNemar's exact test and a bootstrap interval for every two on
     the examples that all have, and the worst case per example where they are attacks on one network in one ball."""
     return comparing.compare(insights.database, _whole(insights, ids))
 
 
-@router.get("/results:trajectories", response_model=Trajectories, responses=documented(404, 409, 422))
+@router.get(
+    "/results:trajectories",
+    dependencies=[scope("read")],
+    response_model=Trajectories,
+    responses=documented(404, 409, 422),
+)
 def get_trajectories(
     insights: Questions,
     ids: Ids,
@@ -89,6 +101,7 @@ def get_trajectories(
 
 @router.get(
     "/leaderboard",
+    dependencies=[scope("read")],
     response_model=Leaderboard,
     responses=documented(422),
     openapi_extra=documented_filters(RESULTS, OWN),
@@ -117,7 +130,11 @@ def get_leaderboard(
 
 
 @router.get(
-    "/worst-cases", response_model=WorstCases, responses=documented(422), openapi_extra=documented_filters(RESULTS)
+    "/worst-cases",
+    dependencies=[scope("read")],
+    response_model=WorstCases,
+    responses=documented(422),
+    openapi_extra=documented_filters(RESULTS),
 )
 def get_worst_cases(request: Request, insights: Questions, filter: Filter = None) -> Any:
     """The share of images that every stored attack of a threat model left right, by network and threat model.
@@ -128,7 +145,11 @@ def get_worst_cases(request: Request, insights: Questions, filter: Filter = None
 
 
 @router.get(
-    "/correlations", response_model=Correlations, responses=documented(422), openapi_extra=documented_filters(RESULTS)
+    "/correlations",
+    dependencies=[scope("read")],
+    response_model=Correlations,
+    responses=documented(422),
+    openapi_extra=documented_filters(RESULTS),
 )
 def get_correlations(
     request: Request,

@@ -2,14 +2,15 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi import Body, Query, Request, Response
 
 from api.http.deps import Cursor, IsDryRun, Key, Limit, Questions, User, Verbs, Wait, idempotency
 from api.http.errors import documented
 from api.http.jobs import answer, wait_for
 from api.http.paging import linked
+from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
-from api.http.routing import StrictRoute
+from api.http.routing import Router
 from api.http.schemas import (
     SWEEP_EXAMPLE,
     AcceptedSweep,
@@ -26,7 +27,7 @@ from service.errors import InvalidQuery
 from service.model.dotted import or_rather
 from service.model.jobs import RETRIABLE
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/sweeps", tags=["sweeps"])
+router = Router(prefix="/v1/sweeps", tags=["sweeps"])
 ENDED = ("succeeded", "failed", "cancelled")
 States = Annotated[
     str,
@@ -38,6 +39,7 @@ States = Annotated[
 
 @router.post(
     "",
+    dependencies=[scope("submit")],
     status_code=201,
     response_model=AcceptedSweep | DryRun,
     responses={200: {"model": DryRun, "description": "Dry run"}, **documented(409, 413, 422)},
@@ -58,7 +60,7 @@ def submit_sweep(
     return answer(service.submit_sweep(body, user=user, idempotency=idempotency(key, request, body)), request, response)
 
 
-@router.get("", response_model=SweepPage, responses=documented(422))
+@router.get("", dependencies=[scope("read")], response_model=SweepPage, responses=documented(422))
 def list_sweeps(
     request: Request, response: Response, insights: Questions,
     user: str | None = None, limit: Limit = 20, cursor: Cursor = None,
@@ -67,7 +69,7 @@ def list_sweeps(
     return linked(insights.sweeps(user=user, cursor=cursor, limit=limit), request, response)
 
 
-@router.get("/{sweep_id}", response_model=SweepDetail, responses=documented(404))
+@router.get("/{sweep_id}", dependencies=[scope("read")], response_model=SweepDetail, responses=documented(404))
 async def get_sweep(sweep_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Any:
     """One sweep: counts of its jobs and tasks, and the seconds that are left, once that can be said.
 
@@ -76,7 +78,12 @@ async def get_sweep(sweep_id: str, insights: Questions, request: Request, respon
     return tag(await wait_for(request, lambda: insights.sweep(sweep_id), ENDED, wait), response)
 
 
-@router.patch("/{sweep_id}", response_model=SweepDetail, responses=documented(404, 412, 422, 428))
+@router.patch(
+    "/{sweep_id}",
+    dependencies=[owner_of("sweep")],
+    response_model=SweepDetail,
+    responses=documented(404, 412, 422, 428),
+)
 def change_sweep(
     sweep_id: str, body: Change, seen: Seen, response: Response, service: Verbs, insights: Questions, user: User
 ) -> Any:
@@ -85,21 +92,30 @@ def change_sweep(
     return tag(insights.sweep(sweep_id), response)
 
 
-@router.post("/{sweep_id}:pause", response_model=SweepDetail, responses=documented(404, 409))
+@router.post(
+    "/{sweep_id}:pause", dependencies=[owner_of("sweep")], response_model=SweepDetail, responses=documented(404, 409)
+)
 def pause_sweep(sweep_id: str, service: Verbs, insights: Questions, user: User) -> Any:
     """Start nothing more for this sweep. What runs is finished; what other jobs need too goes on for them."""
     service.pause_sweep(sweep_id, user=user)
     return insights.sweep(sweep_id)
 
 
-@router.post("/{sweep_id}:resume", response_model=SweepDetail, responses=documented(404))
+@router.post(
+    "/{sweep_id}:resume", dependencies=[owner_of("sweep")], response_model=SweepDetail, responses=documented(404)
+)
 def resume_sweep(sweep_id: str, service: Verbs, insights: Questions, user: User) -> Any:
     """Let a paused sweep go on."""
     service.resume_sweep(sweep_id, user=user)
     return insights.sweep(sweep_id)
 
 
-@router.post("/{sweep_id}:extend", response_model=AcceptedSweep, responses=documented(404, 409, 413, 422))
+@router.post(
+    "/{sweep_id}:extend",
+    dependencies=[owner_of("sweep")],
+    response_model=AcceptedSweep,
+    responses=documented(404, 409, 413, 422),
+)
 def extend_sweep(
     sweep_id: str, body: Extension, request: Request, response: Response, service: Verbs, user: User, key: Key = None
 ) -> Any:
@@ -108,13 +124,15 @@ def extend_sweep(
     return answer(reply, request, response)
 
 
-@router.post("/{sweep_id}:cancel", response_model=Changed, responses=documented(404))
+@router.post("/{sweep_id}:cancel", dependencies=[owner_of("sweep")], response_model=Changed, responses=documented(404))
 def cancel_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
     """Cancel the jobs of a sweep that have not ended."""
     return {"id": sweep_id, "jobs": service.cancel_sweep(sweep_id, user=user)}
 
 
-@router.post("/{sweep_id}:retry-failed", response_model=Retried, responses=documented(404, 422))
+@router.post(
+    "/{sweep_id}:retry-failed", dependencies=[owner_of("sweep")], response_model=Retried, responses=documented(404, 422)
+)
 def retry_failed(sweep_id: str, service: Verbs, user: User, states: States = "failed") -> Any:
     """Run the failed jobs of a sweep again, or those in `states`; what had succeeded is kept."""
     chosen = [state.strip() for state in states.split(",")]
@@ -125,13 +143,13 @@ def retry_failed(sweep_id: str, service: Verbs, user: User, states: States = "fa
     return {"id": sweep_id, "jobs": retried, "states": there_were}
 
 
-@router.post("/{sweep_id}:boost", response_model=Changed, responses=documented(404))
+@router.post("/{sweep_id}:boost", dependencies=[scope("admin")], response_model=Changed, responses=documented(404))
 def boost_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
     """Let the live jobs of a sweep go before all other users' work, whatever they have used (admin)."""
     return {"id": sweep_id, "jobs": service.boost_sweep(sweep_id, user=user)}
 
 
-@router.post("/{sweep_id}:unboost", response_model=Changed, responses=documented(404))
+@router.post("/{sweep_id}:unboost", dependencies=[scope("admin")], response_model=Changed, responses=documented(404))
 def unboost_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
     """Let the boosted jobs of a sweep wait for their owner's turn again (admin)."""
     return {"id": sweep_id, "jobs": service.boost_sweep(sweep_id, user=user, boosted=False)}

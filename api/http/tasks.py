@@ -2,25 +2,29 @@
 
 from typing import Any
 
-from fastapi import APIRouter
-
 from api.http.answers import Restored, Retracted
 from api.http.deps import CurrentCaller, Questions, User, Verbs
 from api.http.errors import documented
-from api.http.routing import StrictRoute
+from api.http.permissions import scope
+from api.http.routing import Router
 from api.http.schemas import Retraction, Task
 from service.queue import retraction
 
-router = APIRouter(route_class=StrictRoute, prefix="/v1/tasks", tags=["tasks"])
+router = Router(prefix="/v1/tasks", tags=["tasks"])
 
 
-@router.get("/{task_id}", response_model=Task, responses=documented(404))
+@router.get("/{task_id}", dependencies=[scope("read")], response_model=Task, responses=documented(404))
 def get_task(task_id: str, insights: Questions) -> Any:
     """One task by id or digest: state, attempts with provenance, worker, progress, and how its digest came about."""
     return insights.task(task_id)
 
 
-@router.post("/{task_id}:retract", response_model=Retracted, responses=documented(403, 404, 409, 422))
+@router.post(
+    "/{task_id}:retract",
+    dependencies=[scope("submit")],
+    response_model=Retracted,
+    responses=documented(403, 404, 409, 422),
+)
 def retract_task(task_id: str, body: Retraction, service: Verbs, user: User, caller: CurrentCaller) -> Any:
     """Hide everything that rests on a task: for a training all its scales, attacks and measures, whoever asked.
 
@@ -31,7 +35,9 @@ def retract_task(task_id: str, body: Retraction, service: Verbs, user: User, cal
     return retraction.retract_task(service, task_id, body.reason, user=user, rerun=body.rerun, admin=admin)
 
 
-@router.post("/{task_id}:restore", response_model=Restored, responses=documented(403, 404, 409))
+@router.post(
+    "/{task_id}:restore", dependencies=[scope("submit")], response_model=Restored, responses=documented(403, 404, 409)
+)
 def restore_task(task_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Any:
     """Take a retraction back, of all that was retracted with the task."""
     return retraction.restore_task(service, task_id, user=user, admin=caller.may("admin"))

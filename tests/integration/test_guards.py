@@ -6,19 +6,23 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from access_table import ADMIN, NEEDED, PUBLIC, READ, SUBMIT
+from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel, ConfigDict
 from store_lab import Lab
 from waiting import until
 
+from api.http import permissions
 from api.http.app import create_app
 from api.http.feed import POLL_SECONDS, RENEW_SECONDS
-from api.http.routing import OF_MANY
+from api.http.permissions import Permission, open_to_all, owner_of
+from api.http.routing import OF_MANY, Router, install
 from service.errors import Conflict, NotFound, Unauthenticated
 from service.lab.access import Access, Caller
 from service.queue.submission import Service
@@ -28,72 +32,6 @@ from service.specs import JobSpec, Sweep
 from service.store import Database
 from service.store.tables import events
 
-PUBLIC, READ, SUBMIT, ADMIN = "public", "read", "submit", "admin"
-NEEDED = {
-    ("GET", "/healthz"): PUBLIC,
-    ("GET", "/readyz"): PUBLIC,
-    ("GET", "/openapi.json"): PUBLIC,
-    ("GET", "/"): PUBLIC,
-    ("GET", "/docs"): PUBLIC,
-    ("GET", "/docs/{file}"): PUBLIC,
-    ("GET", "/v1/artifacts/{digest}"): READ,
-    ("GET", "/v1/catalog"): READ,
-    ("GET", "/v1/checkpoints"): READ,
-    ("GET", "/v1/cluster"): READ,
-    ("GET", "/v1/correlations"): READ,
-    ("GET", "/v1/datasets"): READ,
-    ("GET", "/v1/events"): READ,
-    ("GET", "/v1/ids"): READ,
-    ("GET", "/v1/networks"): READ,
-    ("GET", "/v1/jobs"): READ,
-    ("GET", "/v1/jobs/{job_id}"): READ,
-    ("GET", "/v1/jobs/{job_id}/explain"): READ,
-    ("GET", "/v1/leaderboard"): READ,
-    ("GET", "/v1/me"): READ,
-    ("GET", "/v1/queue"): READ,
-    ("GET", "/v1/results"): READ,
-    ("GET", "/v1/results/{job_id}"): READ,
-    ("GET", "/v1/results/{job_id}/trajectory"): READ,
-    ("GET", "/v1/results:aggregate"): READ,
-    ("GET", "/v1/results:compare"): READ,
-    ("GET", "/v1/results:trajectories"): READ,
-    ("GET", "/v1/sweeps"): READ,
-    ("GET", "/v1/sweeps/{sweep_id}"): READ,
-    ("GET", "/v1/tasks/{task_id}"): READ,
-    ("GET", "/v1/tokens"): READ,
-    ("GET", "/v1/worst-cases"): READ,
-    ("DELETE", "/v1/tokens/{token_id}"): SUBMIT,
-    ("PATCH", "/v1/jobs/{job_id}"): SUBMIT,
-    ("PATCH", "/v1/sweeps/{sweep_id}"): SUBMIT,
-    ("POST", "/v1/checkpoints"): SUBMIT,
-    ("POST", "/v1/datasets"): SUBMIT,
-    ("POST", "/v1/jobs"): SUBMIT,
-    ("POST", "/v1/jobs/{job_id}:cancel"): SUBMIT,
-    ("POST", "/v1/jobs/{job_id}:retry"): SUBMIT,
-    ("POST", "/v1/results/{job_id}:restore"): SUBMIT,
-    ("POST", "/v1/results/{job_id}:retract"): SUBMIT,
-    ("POST", "/v1/tasks/{task_id}:restore"): SUBMIT,
-    ("POST", "/v1/tasks/{task_id}:retract"): SUBMIT,
-    ("POST", "/v1/sweeps"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:cancel"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:extend"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:pause"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:resume"): SUBMIT,
-    ("POST", "/v1/sweeps/{sweep_id}:retry-failed"): SUBMIT,
-    ("POST", "/v1/tokens"): SUBMIT,
-    ("PUT", "/v1/artifacts/{digest}"): SUBMIT,
-    ("DELETE", "/v1/users/{name}"): ADMIN,
-    ("GET", "/v1/users"): ADMIN,
-    ("POST", "/v1/jobs/{job_id}:boost"): ADMIN,
-    ("POST", "/v1/jobs/{job_id}:unboost"): ADMIN,
-    ("POST", "/v1/queue:pause"): ADMIN,
-    ("POST", "/v1/queue:resume"): ADMIN,
-    ("POST", "/v1/results:restore"): ADMIN,
-    ("POST", "/v1/results:retract"): ADMIN,
-    ("POST", "/v1/sweeps/{sweep_id}:boost"): ADMIN,
-    ("POST", "/v1/sweeps/{sweep_id}:unboost"): ADMIN,
-    ("PUT", "/v1/users/{name}"): ADMIN,
-}
 GUARDED = [pair for pair, needed in NEEDED.items() if needed != PUBLIC]
 CHANGING = [(method, path) for method, path in GUARDED if method != "GET"]
 OWNED = {"job_id", "sweep_id", "task_id", "token_id"}  # what a path names that is somebody's
@@ -177,6 +115,82 @@ def test_the_table_has_every_route_and_no_other(lab: Guarded) -> None:
     assert documented <= routes
     named = {name.split("}")[0] for _, path in CHANGING for name in path.split("{")[1:]}
     assert named <= OWNED | NOBODYS, "a route changes something of which this test does not know whose it is"
+
+
+def test_every_route_declares_what_the_table_says(lab: Guarded) -> None:
+    for route in routes_of(lab.app.routes):
+        if route.path == "/openapi.json":  # the framework's own
+            continue
+        permission = permissions.declared(route)
+        needed = permission.scope if isinstance(permission, Permission) else PUBLIC
+        assert {needed} == {NEEDED[method, route.path] for method in route.methods}, route.path
+
+
+PLANTED = [
+    ("POST", "/planted", [], "declares 0 permissions"),
+    ("GET", "/planted", [], "declares 0 permissions"),
+    ("GET", "/planted", [permissions.scope("read"), permissions.scope("admin")], "declares 2 permissions"),
+    ("POST", "/planted", [permissions.scope("read")], "changes something"),
+    ("DELETE", "/planted", [open_to_all()], "changes something"),
+    ("POST", "/planted/{name}", [owner_of("job")], "has no job_id in its path"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "dependencies", "why"), PLANTED)
+def test_a_planted_route_without_a_fitting_permission_is_refused(
+    method: str, path: str, dependencies: list[Any], why: str
+) -> None:
+    router = Router(tags=["planted"])
+    with pytest.raises(TypeError, match=why):
+        router.add_api_route(path, lambda: None, methods=[method], dependencies=dependencies)
+
+
+class Open(BaseModel):
+    """A body that drops fields which it does not know."""
+
+    name: str
+
+
+class Closed(Open):
+    model_config = ConfigDict(extra="forbid")
+
+
+def test_a_planted_route_that_drops_unknown_fields_is_refused() -> None:
+    def drops(body: Open) -> None: ...
+
+    with pytest.raises(TypeError, match="forbid"):
+        Router(tags=[]).add_api_route("/planted", drops, methods=["POST"], dependencies=[permissions.scope("submit")])
+
+
+def test_a_planted_router_that_is_not_strict_is_refused() -> None:
+    lax = APIRouter()
+    lax.add_api_route("/planted", lambda: None)
+    with pytest.raises(TypeError, match="not strict"):
+        install(FastAPI(), [lax])
+    app = FastAPI()
+    install(app, [])
+    with pytest.raises(TypeError, match="declares 0 permissions"):
+        app.add_api_route("/planted", lambda: None)
+
+
+def test_a_planted_route_is_strict_without_being_told(lab: Guarded) -> None:
+    def planted(body: Closed) -> dict[str, str]:
+        """Answers with the name."""
+        return {"name": body.name}
+
+    app = create_app(lab.app.state.settings)
+    app.add_api_route("/v1/planted", planted, methods=["POST"], dependencies=[permissions.scope("submit")])
+    asking = replace(lab, app=app)
+    ada = lab.secrets["ada"]
+    assert asking.ask("POST", "/v1/planted", ada, content=b'{"name": "a"}').status_code == 200
+    for path, body, status in (
+        ("/v1/planted", b'{"name": "a", "name": "b"}', 400),
+        ("/v1/planted", b'{"name": "a", "more": 1}', 422),
+        ("/v1/planted?more=1", b'{"name": "a"}', 422),
+    ):
+        assert asking.ask("POST", path, ada, content=body).status_code == status
+    assert asking.ask("POST", "/v1/planted", lab.secrets["rita"], content=untouched()).status_code == 403
+    app.state.access.database.close()
 
 
 def test_every_question_about_many_rows_takes_a_turn(lab: Guarded) -> None:
