@@ -112,9 +112,14 @@ def evaluate_attack(
         raise ValueError("nothing to evaluate: no examples")
     probe = unit_interval(x[:PROBES], device)
     climbed = prepare(
-        model, precision=precision, channels_last=channels_last, fold_batch_norm=fold_batch_norm, compile=compile,
-        batch_size=min(batch_size, len(y)), probe=probe,
-    )  # fmt: skip
+        model,
+        precision=precision,
+        channels_last=channels_last,
+        fold_batch_norm=fold_batch_norm,
+        compile=compile,
+        batch_size=min(batch_size, len(y)),
+        probe=probe,
+    )
     parts = _batches(len(y), batch_size)
     batches: list[dict[str, Tensor]] = []
     gradient_calls = forward_calls = 0
