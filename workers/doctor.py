@@ -179,9 +179,7 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
                 continue
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ask = ray.remote(num_cpus=0, max_retries=0)
-            report = {
-                "name": node["NodeManagerHostname"], "cpus": resources["CPU"], "gpus": resources.get("GPU", 0.0)
-            }  # fmt: skip
+            report = {"name": node["NodeManagerHostname"], "cpus": resources["CPU"], "gpus": resources.get("GPU", 0.0)}
             try:
                 once = ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its contexts on the GPUs go with it
                 asked = once(examine).options(scheduling_strategy=there)

@@ -105,9 +105,13 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[He
         driver_environment(home, local=True)  # the token is there before whoever wants to connect
         with private.opened(home / LOG, "wb") as log:
             guard = subprocess.Popen(
-                guard_command(home, port, cpus), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=die_with_parent(),
-            )  # fmt: skip
+                guard_command(home, port, cpus),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
         try:
             yield Head(home, port, guard)
         finally:
@@ -138,9 +142,12 @@ def main(arguments: list[str] | None = None) -> int:
     environment = driver_environment(options.home, local=True)
     environment |= WORKER_ENVIRONMENT | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # else SIGTERM takes 30 s
     head = subprocess.Popen(
-        _ray_start(sessions, options.port, options.cpus), env=environment, stdin=subprocess.DEVNULL,
-        start_new_session=True, preexec_fn=die_with_parent(signal.SIGKILL),
-    )  # fmt: skip
+        _ray_start(sessions, options.port, options.cpus),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=die_with_parent(signal.SIGKILL),
+    )
     try:
         core = _Core(head.pid)
         while head.poll() is None and not stop.is_set() and os.getppid() == parent and core.lives():
@@ -180,11 +187,20 @@ def _name(process: psutil.Process) -> str:
 
 def _ray_start(sessions: Path, port: int, cpus: int | None) -> list[str]:
     return [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}",
-        f"--temp-dir={sessions}", "--node-ip-address=127.0.0.1", *([f"--num-cpus={cpus}"] if cpus is not None else []),
-        "--include-dashboard=false", "--disable-usage-stats", "--no-monitor", "--include-log-monitor=false",
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        f"--temp-dir={sessions}",
+        "--node-ip-address=127.0.0.1",
+        *([f"--num-cpus={cpus}"] if cpus is not None else []),
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+        "--no-monitor",
+        "--include-log-monitor=false",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
-    ]  # fmt: skip
+    ]
 
 
 def _end(head: "subprocess.Popen[bytes]") -> None:

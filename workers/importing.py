@@ -24,9 +24,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         model = build(request["architecture"], shape, request["classes"], seed=0)
         fitted = fit(
-            model, Path(request["weights"]), keys=request["keys"], mean=request["mean"], std=request["std"],
+            model,
+            Path(request["weights"]),
+            keys=request["keys"],
+            mean=request["mean"],
+            std=request["std"],
             channels=shape[0],
-        )  # fmt: skip
+        )
         linear_head(fitted.model)
         save_weights(Path(request["out"]), fitted.model)
     except WrongTensors as error:

@@ -67,9 +67,13 @@ class RayExecutor:
     """
 
     def __init__(
-        self, settings: Settings, *,
-        body: Body = run_bundle, grace_seconds: float = 3.0, root_mark: Callable[[], str] = lambda: "",
-    ) -> None:  # fmt: skip
+        self,
+        settings: Settings,
+        *,
+        body: Body = run_bundle,
+        grace_seconds: float = 3.0,
+        root_mark: Callable[[], str] = lambda: "",
+    ) -> None:
         self._settings = settings
         self._root_mark = root_mark
         self._grace_seconds = grace_seconds

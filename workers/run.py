@@ -185,9 +185,12 @@ def _gather(arrived: "queue.SimpleQueue[Message | _Ended]") -> list[Message | _E
 
 
 def _produce(
-    bundle: Bundle, context: Context, put: Callable[[Message | _Ended], None],
-    begun: threading.Event, stopped: threading.Event,
-) -> None:  # fmt: skip
+    bundle: Bundle,
+    context: Context,
+    put: Callable[[Message | _Ended], None],
+    begun: threading.Event,
+    stopped: threading.Event,
+) -> None:
     worker = f"{socket.gethostname()} pid {os.getpid()} {context.device}"
     device_broken = False
     unfit = ""  # why the rest of the bundle is not begun here

@@ -145,22 +145,42 @@ def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Contex
 
 
 def _trained(
-    task: TrainTask, data: ImageData, context: Context, resume: State | None,
-    on_epoch: Callable[[EpochReport, Callable[[], State]], None], on_step: Callable[[StepReport], None],
-) -> tuple[nn.Module, TrainReport]:  # fmt: skip
+    task: TrainTask,
+    data: ImageData,
+    context: Context,
+    resume: State | None,
+    on_epoch: Callable[[EpochReport, Callable[[], State]], None],
+    on_step: Callable[[StepReport], None],
+) -> tuple[nn.Module, TrainReport]:
     """The network that the recipe makes, from the start or from the state `resume`. Errors as `train`."""
     recipe, model = task.recipe, build(task.architecture, data, task.seed)
     assert not isinstance(recipe, Imported)
     augmentation = Augmentation(recipe.crop_padding or 0, bool(recipe.flip), recipe.rotation_degrees or 0.0)
     done = train(
-        model, data, seed=task.seed, device=context.device, resume=resume, on_epoch=on_epoch, on_step=on_step,
-        recipe=recipe.name, recipe_params=recipe_parameters(recipe), augmentation=augmentation,
-        epochs=recipe.epochs, batch_size=recipe.batch_size, train_samples=recipe.train_samples,
-        keep=getattr(recipe, "keep", "last"), held_out=getattr(recipe, "held_out", 0),
-        lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, schedule=recipe.schedule,
-        precision=recipe.precision, channels_last=recipe.channels_last, compile=recipe.compile,
+        model,
+        data,
+        seed=task.seed,
+        device=context.device,
+        resume=resume,
+        on_epoch=on_epoch,
+        on_step=on_step,
+        recipe=recipe.name,
+        recipe_params=recipe_parameters(recipe),
+        augmentation=augmentation,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        train_samples=recipe.train_samples,
+        keep=getattr(recipe, "keep", "last"),
+        held_out=getattr(recipe, "held_out", 0),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        schedule=recipe.schedule,
+        precision=recipe.precision,
+        channels_last=recipe.channels_last,
+        compile=recipe.compile,
         cuda_graphs=recipe.cuda_graphs,
-    )  # fmt: skip
+    )
     return model, done
 
 
@@ -257,10 +277,20 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
     params, numerics = _attack_arguments(task, (source or subject).network(), subject)
     try:
         found = evaluate_attack(
-            model, x, y, index, attack=task.attack.type, params=params, attack_seed=task.attack_seed, scale=task.scale,
-            batch_size=subject.context.batch_images, device=subject.context.device,
-            observer_factory=recorder, on_progress=on_progress, **numerics,
-        )  # fmt: skip
+            model,
+            x,
+            y,
+            index,
+            attack=task.attack.type,
+            params=params,
+            attack_seed=task.attack_seed,
+            scale=task.scale,
+            batch_size=subject.context.batch_images,
+            device=subject.context.device,
+            observer_factory=recorder,
+            on_progress=on_progress,
+            **numerics,
+        )
     except ValueError as error:  # parameters that make no sense together
         raise ScienceError(str(error)) from error
     chosen = (task.samples, task.order)

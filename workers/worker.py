@@ -96,9 +96,15 @@ def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: 
     cache = _Warm.take(device, cache_bytes(device, share, settings.cache_bytes))
     artifacts = Artifacts(settings.artifact_root, settings.root_mark)
     return Context(
-        artifacts, settings.data_dir, device, share, settings.epoch_state_seconds, cache, node,
+        artifacts,
+        settings.data_dir,
+        device,
+        share,
+        settings.epoch_state_seconds,
+        cache,
+        node,
         batch_images(device, share),
-    )  # fmt: skip
+    )
 
 
 def unprepared(bundle: Bundle, device: str, node: str, error: Exception) -> list[Message]:

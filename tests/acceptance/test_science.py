@@ -13,10 +13,10 @@ from torch import Tensor
 from typed import number
 
 from workers.science.bounds import Anchor, bound_numbers, radius
+from workers.science.closed_forms import closed_forms
 from workers.science.datasets import to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
 from workers.science.heads import features_and_logits, linear_head, scale_head
-from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.sharpness.detection import detection
 from workers.science.trajectory import Recorder, Trajectory, analyse
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workers.science.sharpness.closed_forms import closed_forms
+from workers.science.closed_forms import closed_forms
 
 N, M, PROBES = 10_000, 512, 100
 

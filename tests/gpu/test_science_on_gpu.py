@@ -24,6 +24,7 @@ from workers.science.attacks import prepare
 from workers.science.attacks.norms import NORMS
 from workers.science.attacks.pgd import pgd
 from workers.science.augmentation import Augmentation, augment
+from workers.science.closed_forms import LOG_MEASURES, closed_forms
 from workers.science.controls import Geometry, run_controls
 from workers.science.datasets import DATASETS, ImageData, to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
@@ -32,7 +33,6 @@ from workers.science.recipes import RECIPES
 from workers.science.recipes.common import BatchNoise
 from workers.science.seeding import deterministic
 from workers.science.sharpness import MEASURES
-from workers.science.sharpness.closed_forms import LOG_MEASURES, closed_forms
 from workers.science.training import TrainReport, train
 from workers.science.weights import load_state, save_state
 

@@ -27,10 +27,10 @@ from workers.science.bounds import (
     returned_bound_numbers,
     violations,
 )
+from workers.science.closed_forms import closed_forms
 from workers.science.cross_entropy import log_odds, loss_increase
 from workers.science.evaluation import evaluate_attack
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.trajectory import Recorder
 
 

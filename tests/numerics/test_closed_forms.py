@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import hessian
 from torch.nn import functional
 
+from workers.science.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
 from workers.science.errors import NonFinite, WrongShape
-from workers.science.sharpness.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
 
 # torch.func.hessian imports a module of torch that still uses the deprecated torch.jit.script
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")

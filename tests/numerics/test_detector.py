@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from workers.science.attacks.pgd import pgd
+from workers.science.closed_forms import closed_forms
 from workers.science.detector import (
     LAMBDAS,
     auroc,
@@ -22,7 +23,6 @@ from workers.science.detector import (
     stump,
 )
 from workers.science.heads import linear_head
-from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.sharpness.detection import detection
 from workers.science.trajectory import Recorder, Trajectory
 

@@ -12,11 +12,11 @@ from torch.func import functional_call, hessian
 from torch.nn import functional
 from typed import linear
 
+from workers.science.closed_forms import closed_forms
 from workers.science.curvature import lanczos
 from workers.science.errors import NonFinite
 from workers.science.heads import linear_head, scale_head
 from workers.science.sharpness import MEASURES
-from workers.science.sharpness.closed_forms import closed_forms
 
 # torch.func.hessian imports a module of torch that still uses the deprecated torch.jit.script
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")

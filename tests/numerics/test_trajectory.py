@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from workers.science.attacks.pgd import pgd
+from workers.science.closed_forms import closed_forms
 from workers.science.cross_entropy import log_odds
 from workers.science.errors import NonFinite, WrongShape
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.trajectory import Recorder, Trajectory, analyse, basin_widths, first_flip, take_off, valleys
 
 

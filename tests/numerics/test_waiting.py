@@ -20,10 +20,10 @@ from workers.science.attacks import ATTACKS
 from workers.science.attacks.losses import LOSSES
 from workers.science.attacks.norms import NORMS
 from workers.science.augmentation import Augmentation
+from workers.science.closed_forms import closed_forms
 from workers.science.datasets import digits
 from workers.science.heads import linear_head
 from workers.science.recipes import RECIPES
-from workers.science.sharpness.closed_forms import closed_forms
 from workers.science.sharpness.penultimate import penultimate
 
 SEE = 2

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from workers.science.attacks.norms import geometry
+from workers.science.closed_forms import Head, Softmax
 from workers.science.cross_entropy import log_cost, log_odds, log_sigmoid, loss_increase, softplus
 from workers.science.errors import NonFinite
-from workers.science.evaluation import Returned
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.sharpness.base import Numbers
-from workers.science.sharpness.closed_forms import Head, Softmax
-from workers.science.summaries import QUANTILES, finite, label_of, mean, merged, quantile, summary
+from workers.science.summaries import QUANTILES, Numbers, finite, label_of, mean, merged, quantile, summary
 from workers.science.trajectory import Trajectory
 
 BOUNDS = ("relayed_relative_sharpness", "relayed_relative_flatness", "corrected_taylor", "certificate")
@@ -71,6 +69,23 @@ class Anchor:
             classes=weight.shape[0],
             features=weight.shape[1],
         )
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The way from each clean image to the example that the attack returned, by the plain network; on the CPU, of the
+    finite examples.
+
+    y `[n]` int64: label. phi `[n, m]` float32: features of the clean image. `[n]` float64: `feature_moved`
+    `||phi(x_adv) - phi(x)||`, `l2` `||x_adv - x||` over C x H x W, `clean_log_odds` and `log_odds` against the label.
+    """
+
+    y: Tensor
+    phi: Tensor
+    feature_moved: Tensor
+    l2: Tensor
+    clean_log_odds: Tensor
+    log_odds: Tensor
 
 
 def relayed(at: Anchor, sharpness: Tensor, moved: Tensor, distance: Tensor) -> Tensor:

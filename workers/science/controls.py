@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from workers.science.attacks import ATTACKS
 from workers.science.attacks.base import index_of, look, misclassified
 from workers.science.errors import NonFinite
-from workers.science.evaluation import Numbers, unit_interval
+from workers.science.evaluation import unit_interval
+from workers.science.summaries import Numbers
 
 PANEL_SAMPLES = 256
 NOISE_DRAWS = 5

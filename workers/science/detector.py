@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.science.sharpness.base import Numbers
-from workers.science.sharpness.closed_forms import Head, Softmax
-from workers.science.summaries import mean, merged
+from workers.science.closed_forms import Head, Softmax
+from workers.science.summaries import Numbers, mean, merged
 from workers.science.trajectory import Trajectory
 
 Floats = NDArray[np.float64]

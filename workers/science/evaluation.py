@@ -13,13 +13,13 @@ from torch.nn import functional
 from workers.science.ahead import ahead_of
 from workers.science.attacks import ATTACKS, AttackOutput, Observer, OnProgress, prepare
 from workers.science.attacks.norms import geometry
+from workers.science.bounds import Returned
 from workers.science.cross_entropy import log_odds, loss_increase, softplus
 from workers.science.datasets import to_unit
 from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.summaries import majority_share, mean, merged, summary
+from workers.science.summaries import Numbers, majority_share, mean, merged, summary
 
-Numbers = dict[str, float | int | None]
 TOP = 5
 """A class among the five highest of no more than five says nothing: top-5 numbers are null there."""
 
@@ -40,23 +40,6 @@ class CleanReport:
     correct: Tensor
     losses: Tensor
     non_finite: Tensor
-
-
-@dataclass(frozen=True)
-class Returned:
-    """The way from each clean image to the example that the attack returned, by the plain network; on the CPU, of the
-    finite examples.
-
-    y `[n]` int64: label. phi `[n, m]` float32: features of the clean image. `[n]` float64: `feature_moved`
-    `||phi(x_adv) - phi(x)||`, `l2` `||x_adv - x||` over C x H x W, `clean_log_odds` and `log_odds` against the label.
-    """
-
-    y: Tensor
-    phi: Tensor
-    feature_moved: Tensor
-    l2: Tensor
-    clean_log_odds: Tensor
-    log_odds: Tensor
 
 
 @dataclass(frozen=True)
@@ -129,9 +112,14 @@ def evaluate_attack(
         raise ValueError("nothing to evaluate: no examples")
     probe = unit_interval(x[:PROBES], device)
     climbed = prepare(
-        model, precision=precision, channels_last=channels_last, fold_batch_norm=fold_batch_norm, compile=compile,
-        batch_size=min(batch_size, len(y)), probe=probe,
-    )  # fmt: skip
+        model,
+        precision=precision,
+        channels_last=channels_last,
+        fold_batch_norm=fold_batch_norm,
+        compile=compile,
+        batch_size=min(batch_size, len(y)),
+        probe=probe,
+    )
     parts = _batches(len(y), batch_size)
     batches: list[dict[str, Tensor]] = []
     gradient_calls = forward_calls = 0

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+Numbers = dict[str, float | int | None]
+"""Numbers by name, null where there is none."""
 V = TypeVar("V")
 
 

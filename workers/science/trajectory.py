@@ -10,11 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from workers.science.closed_forms import Head, Softmax
 from workers.science.cross_entropy import log_odds, loss_increase, softplus
 from workers.science.errors import NonFinite, WrongShape
-from workers.science.sharpness.base import Numbers
-from workers.science.sharpness.closed_forms import Head, Softmax
-from workers.science.summaries import QUANTILES, label_of, merged, quantile, row_summaries, summary
+from workers.science.summaries import QUANTILES, Numbers, label_of, merged, quantile, row_summaries, summary
 
 Curves = dict[str, list[float | int | None]]
 THRESHOLDS = ("e001", "e01", "log2", "logk")

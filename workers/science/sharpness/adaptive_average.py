@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from workers.science.cross_entropy import mean_increase
 from workers.science.curvature import gaussian_like, log_odds_of, parameters_of
-from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.summaries import Numbers
 
 
 def adaptive_average(

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-Numbers = dict[str, float | int | None]
+from workers.science.summaries import Numbers
+
 Curves = dict[str, list[float | int | str | None]]
 OnProgress = Callable[[int, int], None]
 """`on_progress(done, total)`, called after every unit of work; what it raises ends the measure."""

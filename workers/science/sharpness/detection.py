@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from workers.science.attacks.base import FeatureLoss
 from workers.science.attacks.pgd import pgd
 from workers.science.curvature import batches
+from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
 from workers.science.heads import linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.trajectory import Recorder, Trajectory
 
 
 def detection(
@@ -30,10 +32,6 @@ def detection(
     Curves: by fold, for the plain attack. The paper's are at s = 1. Null where fewer than five images flip. No
     adaptive attack, and none of its numbers, where no clean-correct image has a log kappa to hide.
     """
-    # Here, because trajectories rest on this package's closed forms.
-    from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
-    from workers.science.trajectory import Recorder, Trajectory
-
     x, y = first(test_x, test_y, images)
     head = linear_head(model)
     rounds, report = 1 + len(LAMBDAS), on_progress or no_progress

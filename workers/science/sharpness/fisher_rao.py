@@ -9,12 +9,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from workers.science.closed_forms import Head
 from workers.science.cross_entropy import log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
-from workers.science.sharpness.closed_forms import Head
 from workers.science.summaries import log_mean
 
 

@@ -26,7 +26,8 @@ from workers.science.curvature import (
     rademacher_like,
 )
 from workers.science.heads import linear_head
-from workers.science.sharpness.base import Curves, MeasureReport, Numbers, OnProgress, first, no_progress
+from workers.science.sharpness.base import Curves, MeasureReport, OnProgress, first, no_progress
+from workers.science.summaries import Numbers
 
 
 def hessian_trace_network(

@@ -9,11 +9,11 @@ nothing to do with confidence, and `log(1 - p_t)` is added. A lower estimate, cl
 import torch
 from torch import Tensor, nn
 
+from workers.science.closed_forms import Head
 from workers.science.cross_entropy import at, log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.heads import linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
-from workers.science.sharpness.closed_forms import Head
 from workers.science.sharpness.input_gradient import both_populations, require_finite, watched
 
 

@@ -7,12 +7,12 @@ first factor is known to the last bit in the log domain: the number does not und
 import torch
 from torch import Tensor, nn
 
+from workers.science.closed_forms import Head
 from workers.science.cross_entropy import log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
-from workers.science.sharpness.closed_forms import Head
 from workers.science.summaries import merged, summary
 
 

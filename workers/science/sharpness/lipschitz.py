@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from workers.science.bounds import Anchor, lipschitz_jacobian, lipschitz_upper, radius_numbers
 from workers.science.curvature import batches
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, first, no_progress
-from workers.science.summaries import merged, quantile, summary
+from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.summaries import Numbers, merged, quantile, summary
 
 
 def lipschitz(
@@ -36,9 +37,6 @@ def lipschitz(
     >>> numbers["lipschitz_upper"], round(numbers["lipschitz_jacobian_max"], 3)
     (4.0, 4.0)
     """
-    # Here, because the bounds rest on this package's closed forms.
-    from workers.science.bounds import Anchor, lipschitz_jacobian, lipschitz_upper, radius_numbers
-
     x, y = first(test_x, test_y, images)
     head = linear_head(model)
     features, norms = [], []

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from workers.science.curvature import Parameters, batches, gaussian_like, log_odds_of, parameters_of
-from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.summaries import Numbers
 
 DOUBLINGS = 20
 

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from workers.science.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
 from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.sharpness.base import MeasureReport, Numbers, OnProgress, no_progress
-from workers.science.sharpness.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
-from workers.science.summaries import finite, merged, quantile, summary
+from workers.science.sharpness.base import MeasureReport, OnProgress, no_progress
+from workers.science.summaries import Numbers, finite, merged, quantile, summary
 
 
 @torch.no_grad()
