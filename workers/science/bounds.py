@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from workers.science.attacks.norms import geometry
 from workers.science.closed_forms import Head, Softmax
-from workers.science.cross_entropy import log_cost, log_odds, log_sigmoid, loss_increase, softplus
+from workers.science.cross_entropy import log_cost, log_odds, log_sigmoid, loss_increase, others, softplus
 from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
 from workers.science.summaries import QUANTILES, Numbers, finite, label_of, mean, merged, quantile, summary
@@ -57,7 +57,7 @@ class Anchor:
         head = Head(weight, bias)
         z = head.logits(phi)
         softmax, log_s = Softmax.of(z), log_odds(z, y)
-        pull = z.scatter(1, y[:, None], -math.inf).softmax(1) @ head.weight - head.weight[y]
+        pull = others(z, y).softmax(1) @ head.weight - head.weight[y]
         return cls(
             norm=torch.linalg.vector_norm(phi, dim=1, dtype=torch.float64),
             sharpness=(softmax.log_trace + 2 * head.log_norm).exp(),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from workers.science.cross_entropy import log_odds, softplus
+from workers.science.cross_entropy import log_odds, log_sigmoid, softplus
 from workers.science.curvature import TopEigenvalue, lanczos
 from workers.science.errors import NonFinite, WrongShape
 
@@ -86,11 +86,11 @@ class Softmax:
 
     @property
     def log_p_top(self) -> Tensor:
-        return -softplus(self.log_odds)
+        return log_sigmoid(-self.log_odds)
 
     @property
     def log_rest(self) -> Tensor:
-        return -softplus(-self.log_odds)
+        return log_sigmoid(self.log_odds)
 
     @property
     def log_trace(self) -> Tensor:

@@ -17,13 +17,17 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
     >>> log_odds(torch.tensor([[98.0, 0.0]]), torch.tensor([0])).item()
     -98.0
     """
-    others = logits.scatter(1, classes[:, None], -math.inf)
-    return others.logsumexp(1) - at(logits, classes)
+    return others(logits, classes).logsumexp(1) - at(logits, classes)
 
 
 def at(logits: Tensor, classes: Tensor) -> Tensor:
     """`z_c` `[n]` of `logits [n, k]` and `classes [n]`."""
     return logits.gather(1, classes[:, None])[:, 0]
+
+
+def others(logits: Tensor, classes: Tensor) -> Tensor:
+    """`logits [n, k]` with -inf in the place of `classes [n]`: what is left for a maximum, a sum or a softmax."""
+    return logits.scatter(1, classes[:, None], -math.inf)
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.science.closed_forms import Head, Softmax
-from workers.science.summaries import Numbers, mean, merged
+from workers.science.summaries import Numbers, mean, merged, share
 from workers.science.trajectory import Trajectory
 
 Floats = NDArray[np.float64]
@@ -135,9 +135,7 @@ def detector_numbers(plain: Trajectory, adaptive: Mapping[float, Trajectory]) ->
     """
     parts, measured = [detector(*flipped_pairs(plain))[0]], []
     for strength, trajectory in adaptive.items():
-        correct = trajectory.clean_correct
-        wrong = (trajectory.predicted[-1] != trajectory.y) & correct
-        flip_rate = int(wrong.sum()) / int(correct.sum()) if correct.any() else None
+        flip_rate = share(trajectory.predicted[-1] != trajectory.y, trajectory.clean_correct)
         one = merged(detector(*flipped_pairs(trajectory))[0], {"detector_flip_rate": flip_rate})
         parts.append(_renamed(one, f"detector_adaptive_lambda{str(strength).rstrip('0').replace('.', '')}"))
         if one["detector_accuracy"] is not None:

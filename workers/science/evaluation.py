@@ -18,7 +18,7 @@ from workers.science.cross_entropy import log_odds, loss_increase, softplus
 from workers.science.datasets import to_unit
 from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.summaries import Numbers, majority_share, mean, merged, summary
+from workers.science.summaries import Numbers, majority_share, mean, merged, share, summary
 
 TOP = 5
 """A class among the five highest of no more than five says nothing: top-5 numbers are null there."""
@@ -230,7 +230,6 @@ def _returned(seen: Mapping[str, Tensor], y: Tensor) -> Returned | None:
 
 def _numbers(seen: Mapping[str, Tensor], *, norm: str, eps: float | None) -> Numbers:
     n, correct, finite = len(seen["robust"]), seen["clean_correct"], ~seen["non_finite"]
-    n_correct = int(correct.sum())
     zero, top5 = seen.get("zero_gradient"), seen.get("robust_top5")
     clean_loss, loss = (softplus(seen[name][finite]) for name in ("clean_log_odds", "log_odds"))
     rise = loss_increase(seen["clean_log_odds"], seen["log_odds"])
@@ -238,7 +237,7 @@ def _numbers(seen: Mapping[str, Tensor], *, norm: str, eps: float | None) -> Num
         {
             "n": n,
             "n_non_finite": n - int(finite.sum()),
-            "n_clean_correct": n_correct,
+            "n_clean_correct": int(correct.sum()),
             "clean_accuracy": mean(correct),
             "clean_loss": mean(clean_loss),
             "robust_accuracy": mean(seen["robust"]),
@@ -246,7 +245,7 @@ def _numbers(seen: Mapping[str, Tensor], *, norm: str, eps: float | None) -> Num
             "robust_accuracy_any_iterate": mean(seen["robust_any_iterate"]),
             "robust_top5_accuracy": None if top5 is None else mean(top5),
             "robust_loss": mean(loss),
-            "flip_rate": _share(int((correct & ~seen["robust"]).sum()), n_correct),
+            "flip_rate": share(~seen["robust"], correct),
             "zero_gradient_fraction": None if zero is None else mean(zero[correct]),
             "zero_gradient_fraction_of_all": None if zero is None else mean(zero),
             "max_perturbation_linf": float(seen["linf"][finite].max()),
@@ -266,10 +265,6 @@ def ball_limit(norm: str, eps: float) -> float:
 
 def _batches(n: int, batch_size: int) -> list[slice]:
     return [slice(i, i + batch_size) for i in range(0, n, batch_size)]
-
-
-def _share(count: int, n: int) -> float | None:
-    return count / n if n else None
 
 
 def _of_all(on_progress: OnProgress | None, number: int, batches: int) -> OnProgress | None:

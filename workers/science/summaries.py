@@ -47,6 +47,16 @@ def mean(values: Tensor) -> float | None:
     return finite(float(values.double().mean())) if values.numel() else None
 
 
+def share(mask: Tensor, population: Tensor) -> float | None:
+    """The part of `population [n]` bool where `mask [n]` is true as well; null for an empty population.
+
+    >>> share(torch.tensor([True, True, False]), torch.tensor([True, False, True]))
+    0.5
+    """
+    n = int(population.sum())
+    return int((mask & population).sum()) / n if n else None
+
+
 def majority_share(y: Tensor) -> float:
     """The share of the most frequent label among `y [n]`, n > 0: what the best constant answer gets right.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.science.closed_forms import Head, Softmax
 from workers.science.cross_entropy import log_odds, loss_increase, softplus
 from workers.science.errors import NonFinite, WrongShape
-from workers.science.summaries import QUANTILES, Numbers, label_of, merged, quantile, row_summaries, summary
+from workers.science.summaries import QUANTILES, Numbers, label_of, merged, quantile, row_summaries, share, summary
 
 Curves = dict[str, list[float | int | None]]
 THRESHOLDS = ("e001", "e01", "log2", "logk")
@@ -223,9 +223,9 @@ def valleys(trajectory: Trajectory) -> Numbers:
         ("feature_norm_squared", 2 * trajectory.log_feature_norm),
     ):
         t_peak, valley, loose = valley_bits(log_v, trajectory.loss)
-        numbers[f"valley_{name}"] = _share(valley, population)
-        numbers[f"valley_loose_{name}"] = _share(loose, torch.ones_like(population))
-        numbers[f"peak_at_start_{name}"] = _share(t_peak == 0, population)
+        numbers[f"valley_{name}"] = share(valley, population)
+        numbers[f"valley_loose_{name}"] = share(loose, torch.ones_like(population))
+        numbers[f"peak_at_start_{name}"] = share(t_peak == 0, population)
     return numbers
 
 
@@ -271,7 +271,7 @@ def basin_widths(trajectory: Trajectory, norm: Literal["linf", "l2"]) -> Numbers
             values = values.masked_fill(censored, math.inf)
             for q in QUANTILES:
                 numbers[f"basin_{label}_{name}_{label_of(q)}"] = quantile(values, q)
-        numbers[f"basin_censored_fraction_{name}"] = _share(censored, torch.ones_like(censored))
+        numbers[f"basin_censored_fraction_{name}"] = share(censored, torch.ones_like(censored))
     return numbers
 
 
@@ -359,13 +359,13 @@ def _loss_increase(trajectory: Trajectory) -> Numbers:
     odds, correct = trajectory.log_odds, trajectory.clean_correct
     increase = loss_increase(odds[0], odds[-1])
     of_correct = summary(increase[correct], "trajectory_loss_increase")
-    rising = _share(odds[-1] > odds[-2], correct) if len(odds) > 1 else None
+    rising = share(odds[-1] > odds[-2], correct) if len(odds) > 1 else None
     return merged(
         summary(increase, "trajectory_loss_increase"),
         {f"{name}_clean_correct": value for name, value in of_correct.items()},
         {
-            "trajectory_flip_rate": _share(trajectory.predicted[-1] != trajectory.y, correct),
-            "trajectory_flip_rate_any_iterate": _share(first_flip(trajectory) >= 0, correct),
+            "trajectory_flip_rate": share(trajectory.predicted[-1] != trajectory.y, correct),
+            "trajectory_flip_rate_any_iterate": share(first_flip(trajectory) >= 0, correct),
             "trajectory_still_rising_fraction": rising,
         },
     )
@@ -378,7 +378,3 @@ def _first_true(mask: Tensor) -> Tensor:
 
 def _count(mask: Tensor) -> int:
     return int(mask.sum())
-
-
-def _share(mask: Tensor, population: Tensor) -> float | None:
-    return _count(mask & population) / _count(population) if population.any() else None

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from workers.science.cross_entropy import others
 from workers.science.heads import features_and_logits
 
 OnProgress = Callable[[int, int], None]
@@ -118,13 +119,12 @@ def misclassified(logits: Tensor, y: Tensor) -> Tensor:
 
 def highest_wrong(logits: Tensor, y: Tensor) -> Tensor:
     """[n] int64: the class with the highest logit that is not `y`."""
-    return logits.scatter(1, y[:, None], -torch.inf).argmax(1)
+    return others(logits, y).argmax(1)
 
 
 def highest_wrong_classes(logits: Tensor, y: Tensor, count: int) -> Tensor:
     """[n, min(count, k - 1)] int64: the wrong classes with the highest logits, in this order."""
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
+    return others(logits, y).topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
 def per_example(values: Tensor, like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from workers.science.attacks.base import (
     take_gradient,
 )
 from workers.science.attacks.norms import geometry
+from workers.science.cross_entropy import at
 
 NEWTON_STEPS = 25
 
@@ -65,7 +66,7 @@ def fab(
         for t in range(steps):
             if not len(alive):
                 break
-            step = take_gradient(model, x_t, lambda z, y=y_0, k=target: _at(z, k) - _at(z, y))  # type: ignore[misc]
+            step = take_gradient(model, x_t, lambda z, y=y_0, k=target: at(z, k) - at(z, y))  # type: ignore[misc]
             found.count(alive, step)
             if run == 0 and t == 0:
                 found.zero_gradient[alive] = (step.gradient == 0).flatten(1).all(1)
@@ -116,7 +117,3 @@ def to_hyperplane(x: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tenso
         t = torch.where((slope > 0) & (missing > 0), t + missing / slope.clamp_min(1e-30), t)
     full = (weight * room).sum(1, keepdim=True) <= gap.abs()
     return (direction * torch.where(full, room, torch.minimum(t * speed, room))).reshape(x.shape)
-
-
-def _at(logits: Tensor, classes: Tensor) -> Tensor:
-    return logits.gather(1, classes[:, None]).squeeze(1)

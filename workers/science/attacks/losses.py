@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from workers.science.cross_entropy import at, log_odds, others
 from workers.science.errors import WrongShape
 
 Loss = Callable[[Tensor, Tensor, float], Tensor]
@@ -30,8 +31,7 @@ def stable_cross_entropy(logits: Tensor, y: Tensor, scale: float = 1.0) -> Tenso
     >>> stable_cross_entropy(torch.tensor([[200.0, 0.0]]), torch.tensor([0])).item()
     -200.0
     """
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return torch.logsumexp(others, 1) - _at(logits, y)
+    return log_odds(logits, y)
 
 
 def rescaled_cross_entropy(logits: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
@@ -41,7 +41,7 @@ def rescaled_cross_entropy(logits: Tensor, y: Tensor, scale: float = 1.0) -> Ten
 
 def margin(logits: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
     """`max_{j != y} z_j - z_y` (Carlini & Wagner 2017): positive exactly where misclassified, up to ties."""
-    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - _at(logits, y)
+    return others(logits, y).amax(1) - at(logits, y)
 
 
 def dlr(logits: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
@@ -50,7 +50,7 @@ def dlr(logits: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
         raise WrongShape("the dlr loss needs at least 3 classes")
     top = logits.topk(3, dim=1)
     best_wrong = torch.where(top.indices[:, 0] == y, top.values[:, 1], top.values[:, 0])
-    return (best_wrong - _at(logits, y)) / (top.values[:, 0] - top.values[:, 2] + 1e-12)
+    return (best_wrong - at(logits, y)) / (top.values[:, 0] - top.values[:, 2] + 1e-12)
 
 
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     if logits.shape[1] < 4:
         raise WrongShape("the targeted dlr loss needs at least 4 classes")
     top = logits.topk(4, dim=1).values
-    return (_at(logits, target) - _at(logits, y)) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+    return (at(logits, target) - at(logits, y)) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
 
 
 LOSSES: dict[str, Loss] = {
@@ -80,7 +80,3 @@ def objective(name: str, y: Tensor, scale: float, target: Tensor | None = None) 
     if name == "dlr":
         return lambda logits: targeted_dlr(logits, y, target)
     return lambda logits: -loss(logits, target, scale)
-
-
-def _at(logits: Tensor, classes: Tensor) -> Tensor:
-    return logits.gather(1, classes[:, None]).squeeze(1)

@@ -1,8 +1,8 @@
 """The multi-class hinge (Crammer, Singer 2001): it stops pushing at a margin of 1, so confidence stays bounded."""
 
-import torch
 from torch import Tensor, nn
 
+from workers.science.cross_entropy import others
 from workers.science.recipes.common import LossAndLogits
 
 
@@ -11,5 +11,5 @@ def loss(model: nn.Module, x: Tensor, y: Tensor, _noise: object, /) -> LossAndLo
     logits = model(x)
     z = logits.float()
     true = z.gather(1, y[:, None])
-    highest_wrong = z.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)
+    highest_wrong = others(z, y).amax(1, keepdim=True)
     return (1 + highest_wrong - true).clamp_min(0).mean(), logits

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.science.closed_forms import Head
-from workers.science.cross_entropy import log_odds, log_sigmoid
+from workers.science.cross_entropy import log_odds, log_sigmoid, others
 from workers.science.curvature import batches
 from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
@@ -46,8 +46,7 @@ def fisher_rao(
     log_squares, done = [], 0
     for xb, yb in batches(x, y, batch_size):
         z = head.logits(features_and_logits(model, xb)[0])
-        others = z.scatter(1, yb[:, None], -math.inf)
-        gap = (others.softmax(1) * (z - z.gather(1, yb[:, None]))).sum(1)
+        gap = (others(z, yb).softmax(1) * (z - z.gather(1, yb[:, None]))).sum(1)
         log_squares.append(2 * (log_sigmoid(log_odds(z, yb)) + gap.abs().log()))
         done += len(xb)
         (on_progress or no_progress)(done, len(x))
