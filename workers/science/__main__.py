@@ -82,10 +82,21 @@ def _train(options: argparse.Namespace) -> Report:
     data = _data(options)
     model = build(options.architecture, data.shape, data.n_classes, options.seed)
     done = train(
-        model, data, recipe=options.recipe, recipe_params=dict(options.option), epochs=options.epochs, lr=options.lr,
-        batch_size=options.batch_size, momentum=options.momentum, weight_decay=options.weight_decay, seed=options.seed,
-        train_samples=options.train_samples, device=options.device, precision=options.precision, on_epoch=on_epoch,
-    )  # fmt: skip
+        model,
+        data,
+        recipe=options.recipe,
+        recipe_params=dict(options.option),
+        epochs=options.epochs,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        train_samples=options.train_samples,
+        device=options.device,
+        precision=options.precision,
+        on_epoch=on_epoch,
+    )
     save_weights(options.out, model)
     numbers = {name: value for name, value in vars(done).items() if name not in {"epochs", "seconds"}}
     return {"weights": str(options.out), "numbers": numbers, "curves": {"epochs": [vars(e) for e in done.epochs]}}
@@ -120,9 +131,17 @@ def _attack(options: argparse.Namespace) -> Report:
     recorder = Recorder(head.weight, head.bias) if options.trajectory and name in WITH_TRAJECTORY else None
     with deterministic(options.device):
         found = evaluate_attack(
-            model, data.test_x[index], data.test_y[index], index, attack=name, params=params, scale=options.scale,
-            attack_seed=options.attack_seed, device=options.device, observer_factory=recorder,
-        )  # fmt: skip
+            model,
+            data.test_x[index],
+            data.test_y[index],
+            index,
+            attack=name,
+            params=params,
+            scale=options.scale,
+            attack_seed=options.attack_seed,
+            device=options.device,
+            observer_factory=recorder,
+        )
     report: Report = {"attack": name, "parameters": params, "scale": options.scale, "numbers": found.numbers}
     if recorder is not None:
         along, report["curves"] = analyse(recorder.trajectory(found.bits["non_finite"]), norm)
@@ -167,19 +186,23 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--dataset", required=True, help="a name, or npz:FOLDER with train.npz and test.npz")
     common.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets lie, or are downloaded to")
     common.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    common.add_argument("-o", "--option", type=_option, action="append", default=[], metavar="NAME=VALUE",
-                        help="a parameter of the recipe, the measure or the attack")  # fmt: skip
+    help_of_option = "a parameter of the recipe, the measure or the attack"
+    common.add_argument(
+        "-o", "--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help=help_of_option
+    )
 
     training = commands.add_parser("train", parents=[common], help="train a network and write its weights")
     training.set_defaults(run=_train)
     training.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     training.add_argument("--recipe", choices=RECIPES, default="standard")
     training.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32")
-    for name, kind, default in (
-        ("epochs", int, 100), ("batch-size", int, 128), ("seed", int, 0), ("train-samples", int, None),
-        ("lr", _number, 0.1), ("momentum", _number, 0.9), ("weight-decay", _number, 1e-4),
-    ):  # fmt: skip
-        training.add_argument(f"--{name}", type=kind, default=default)
+    training.add_argument("--epochs", type=int, default=100)
+    training.add_argument("--batch-size", type=int, default=128)
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--train-samples", type=int)
+    training.add_argument("--lr", type=_number, default=0.1)
+    training.add_argument("--momentum", type=_number, default=0.9)
+    training.add_argument("--weight-decay", type=_number, default=1e-4)
 
     trained = _Parser(add_help=False)
     trained.add_argument("--weights", type=Path, required=True, help="safetensors file that `train` wrote")
