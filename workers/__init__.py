@@ -1,1 +1,5 @@
-"""The GPU side: runs tasks. Only the pool, the cluster, the worker and the doctor know Ray."""
+"""Runs the tasks, on Ray and on the GPUs.
+
+`pool`, `cluster`, `worker` and `doctor` import Ray; `head` starts a Ray head as a process of its own. `science` needs
+neither Ray nor the service.
+"""

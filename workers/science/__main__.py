@@ -1,4 +1,4 @@
-"""`python -m workers.science`: train, measure and attack from the shell, where there is torch and nothing of ours.
+"""`python -m workers.science`: train, measure and attack from the shell, without the service, Ray or a database.
 
     python -m workers.science list
     python -m workers.science train --architecture mlp --dataset digits --epochs 5 --out weights.safetensors
@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _number(text: str) -> float:
-    """A decimal, or one over another, by the rule of `service/specs/base.py`, which is not there on such a machine."""
+    """A decimal or a fraction, by the rule of `service/specs/base.py`, which the science must not import."""
     decimal, fraction = NUMBER.fullmatch(text), FRACTION.fullmatch(text)
     try:
         if fraction is not None:
