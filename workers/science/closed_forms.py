@@ -77,6 +77,7 @@ class Softmax:
 
     @classmethod
     def of(cls, logits: Tensor) -> "Softmax":
+        """From `logits [n, k]`, k >= 2."""
         top_logit, top = logits.max(1, keepdim=True)
         below = (logits - top_logit).scatter_(1, top, -math.inf)
         second = below.amax(1, keepdim=True)
@@ -86,10 +87,12 @@ class Softmax:
 
     @property
     def log_p_top(self) -> Tensor:
+        """`log p_top [n]`."""
         return log_sigmoid(-self.log_odds)
 
     @property
     def log_rest(self) -> Tensor:
+        """`log(1 - p_top) [n]`."""
         return log_sigmoid(self.log_odds)
 
     @property

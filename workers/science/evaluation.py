@@ -165,7 +165,8 @@ def unit_interval(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
 class _Look:
     """What one forward pass says of each example, on the CPU: `correct`, `top5` (None for up to five classes) and
     `finite` [n] bool, `log_odds` [n] float64 against the label; on the device, features `phi` [n, m] (None without a
-    linear head). An example that is not finite is neither correct nor among the five."""
+    linear head). An example that is not finite is neither correct nor among the five.
+    """
 
     correct: Tensor
     top5: Tensor | None

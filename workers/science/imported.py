@@ -28,6 +28,7 @@ class Normalised(nn.Module):
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x [n, C, H, W]` in [0, 1] -> logits `[n, k]`."""
         logits: Tensor = self.body(self.normalise(x))
         return logits
 

@@ -44,6 +44,7 @@ def log_mean(log_values: Tensor) -> float | None:
 
 
 def mean(values: Tensor) -> float | None:
+    """The mean of `values [n]` in float64; null for no values, and where it is not finite."""
     return finite(float(values.double().mean())) if values.numel() else None
 
 

@@ -85,6 +85,7 @@ class TrainReport:
 
     @property
     def kept(self) -> EpochReport:
+        """The epoch whose weights the network has now."""
         return self.epochs[self.kept_epoch - 1]
 
 

@@ -58,10 +58,12 @@ class Trajectory:
 
     @property
     def log_hessian_trace(self) -> Tensor:
+        """`log Tr H [T + 1, n]`, of the Hessian with respect to the head's weight."""
         return self.log_softmax_trace + 2 * self.log_feature_norm
 
     @property
     def log_relative_sharpness(self) -> Tensor:
+        """`log (||W||_F^2 Tr H) [T + 1, n]`."""
         return self.log_hessian_trace + 2 * self.log_weight_norm
 
     @property

@@ -18,6 +18,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x [n, inputs, H, W]` -> `[n, outputs, H / stride, W / stride]`."""
         out = functional.relu(self.bn1(self.conv1(x)))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         if self.new_channels:
@@ -27,7 +28,10 @@ class Block(nn.Module):
 
 
 class MeanOverPixels(nn.Module):
+    """Global average pooling."""
+
     def forward(self, x: Tensor) -> Tensor:
+        """`x [n, C, H, W]` -> `[n, C]`."""
         return x.mean((2, 3))
 
 

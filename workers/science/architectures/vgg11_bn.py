@@ -8,6 +8,7 @@ class PoolTo2x2(nn.Module):
     """`nn.AdaptiveAvgPool2d(2)`, whose gradient is not deterministic on a GPU, as four means."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x [n, C, H, W]` -> `[n, C, 2, 2]`."""
         rows, columns = _halves(x.shape[2]), _halves(x.shape[3])
         means = [[x[:, :, top, left].mean((2, 3)) for left in columns] for top in rows]
         return torch.stack([torch.stack(row, dim=2) for row in means], dim=2)

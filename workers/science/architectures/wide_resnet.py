@@ -19,12 +19,15 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x [n, inputs, H, W]` -> `[n, outputs, H / stride, W / stride]`."""
         active = relu(self.norm1(x))
         out: Tensor = self.conv2(relu(self.norm2(self.conv1(active))))
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 
 class WideResNet(nn.Module):
+    """Three groups of blocks of rising width, then the mean over pixels and the head."""
+
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
@@ -43,6 +46,7 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x [n, C, H, W]` -> logits `[n, k]`."""
         out = relu(self.norm(self.blocks(self.stem(x))))
         logits: Tensor = self.head(out.mean((2, 3)))
         return logits

@@ -49,7 +49,8 @@ class AttackOutput:
 class FeatureLoss(Protocol):
     """What an attack may climb instead of a loss of the logits: `[n]` from features `phi [n, m]` and labels `y [n]`."""
 
-    def __call__(self, phi: Tensor, y: Tensor) -> Tensor: ...
+    def __call__(self, phi: Tensor, y: Tensor) -> Tensor:
+        """`[n]`, higher is nearer to what the attack wants; differentiable in `phi`."""
 
 
 class Attack(Protocol):
@@ -73,7 +74,8 @@ class Attack(Protocol):
         observer: Observer | None = None,
         on_progress: OnProgress | None = None,
         scale: float = 1.0,
-    ) -> AttackOutput: ...
+    ) -> AttackOutput:
+        """What the attack found for `x`."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def index_of(alive: Tensor, index: Tensor) -> Tensor:
 
 
 def refuse_observer(observer: Observer | None, attack: str) -> None:
+    """Raises `ValueError` if there is an observer: `attack` has no iterates to show."""
     if observer is not None:
         raise ValueError(f"{attack} has no trajectory to record")
 
@@ -201,6 +204,7 @@ class Found:
         return (~self.broken & ~self.clean_wrong & ~self.non_finite).nonzero().squeeze(1)
 
     def output(self, norm: str, eps: float | None) -> AttackOutput:
+        """What an attack in the ball `eps` of `norm` hands back; a non-finite example comes back as it was."""
         self.met(self.x_adv)
         lost = self.non_finite
         return AttackOutput(

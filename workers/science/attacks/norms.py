@@ -30,21 +30,28 @@ class Norm(Protocol):
 
 
 class Linf:
+    """The largest change of a pixel."""
+
     def random_start(self, like: Tensor, eps: float, *, seed: int, index: Tensor, restart: int) -> Tensor:
         """Uniform in the box."""
         return eps * (2 * moved(uniform_per_example(seed, index, restart, like.shape[1:]), like.device).to(like) - 1)
 
     def normalize(self, gradient: Tensor) -> Tensor:
+        """The sign of each pixel's derivative."""
         return gradient.sign()
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
+        """Each pixel's change, cut to [-eps, eps]."""
         return delta.clamp(-eps, eps)
 
     def size(self, delta: Tensor) -> Tensor:
+        """The largest absolute change `[n]`."""
         return delta.abs().flatten(1).amax(1)
 
 
 class L2:
+    """The Euclidean norm over C x H x W."""
+
     def random_start(self, like: Tensor, eps: float, *, seed: int, index: Tensor, restart: int) -> Tensor:
         """Gaussian direction, radius `eps u^(1/n)`: uniform in the ball."""
         direction = self.normalize(
@@ -62,11 +69,13 @@ class L2:
         return unit / norm.clamp_min(1.0)
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
+        """Scaled back to the sphere of radius eps where it lies outside."""
         # squares of float32 underflow only below 1e-19, where a step moves no pixel
         norm: Tensor = torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.ndim)), keepdim=True)
         return delta * (eps / norm.clamp_min(1e-30)).clamp_max(1.0)
 
     def size(self, delta: Tensor) -> Tensor:
+        """The Euclidean norm `[n]`."""
         norm: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         return norm
 

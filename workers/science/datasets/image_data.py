@@ -48,6 +48,7 @@ class ImageData:
 
     @property
     def n_classes(self) -> int:
+        """The number k of classes."""
         return len(self.classes)
 
     def to(self, device: torch.device | str) -> "ImageData":

@@ -42,7 +42,8 @@ class Measure(Protocol):
         seed: int,
         batch_size: int,
         on_progress: OnProgress | None = None,
-    ) -> MeasureReport: ...
+    ) -> MeasureReport:
+        """The numbers of one network."""
 
 
 def no_progress(_done: int, _total: int) -> None:
