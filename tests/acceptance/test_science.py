@@ -17,7 +17,7 @@ from workers.science.closed_forms import closed_forms
 from workers.science.datasets import to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
 from workers.science.heads import features_and_logits, linear_head, scale_head
-from workers.science.sharpness.detection import detection
+from workers.science.sharpness.detector import detection
 from workers.science.trajectory import Recorder, Trajectory, analyse
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a fixture trains a network

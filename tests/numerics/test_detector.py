@@ -23,7 +23,7 @@ from workers.science.detector import (
     stump,
 )
 from workers.science.heads import linear_head
-from workers.science.sharpness.detection import detection
+from workers.science.sharpness.detector import detection
 from workers.science.trajectory import Recorder, Trajectory
 
 numbers = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)

@@ -24,7 +24,7 @@ from workers.science.closed_forms import closed_forms
 from workers.science.datasets import digits
 from workers.science.heads import linear_head
 from workers.science.recipes import RECIPES
-from workers.science.sharpness.penultimate import penultimate
+from workers.science.sharpness.closed_forms import penultimate
 
 SEE = 2
 """Looks with which an attack notes what one restart has broken, after its last step."""

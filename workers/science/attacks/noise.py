@@ -1,5 +1,6 @@
 """Random noise: the control path of README.md, "Attacks". What noise breaks was never robust; what it does to a
-trajectory's sharpness is not the attack's doing."""
+trajectory's sharpness is not the attack's doing.
+"""
 
 import numpy as np
 import torch

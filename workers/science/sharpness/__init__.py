@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 from workers.science.sharpness.adaptive_average import adaptive_average
 from workers.science.sharpness.adaptive_worst import adaptive_worst
-from workers.science.sharpness.asam import asam_sharpness
+from workers.science.sharpness.asam_sharpness import asam_sharpness
 from workers.science.sharpness.base import Measure, MeasureReport
-from workers.science.sharpness.detection import detection
+from workers.science.sharpness.closed_forms import penultimate
+from workers.science.sharpness.detector import detection
 from workers.science.sharpness.fisher_rao import fisher_rao
-from workers.science.sharpness.hutchinson import hessian_trace_network
+from workers.science.sharpness.hessian_trace_network import hessian_trace_network
 from workers.science.sharpness.input_curvature import input_curvature
-from workers.science.sharpness.input_gradient import input_gradient_norm
+from workers.science.sharpness.input_gradient_norm import input_gradient_norm
 from workers.science.sharpness.lipschitz import lipschitz
-from workers.science.sharpness.pac_bayes import pac_bayes_flatness
-from workers.science.sharpness.penultimate import penultimate
-from workers.science.sharpness.sam import sam_sharpness
-from workers.science.sharpness.top_eigenvalue import top_eigenvalue_network
+from workers.science.sharpness.pac_bayes_flatness import pac_bayes_flatness
+from workers.science.sharpness.sam_sharpness import sam_sharpness
+from workers.science.sharpness.top_eigenvalue_network import top_eigenvalue_network
 
 MEASURES: dict[str, Callable[..., MeasureReport]] = {
     "closed_forms": penultimate,

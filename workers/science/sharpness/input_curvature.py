@@ -14,7 +14,7 @@ from workers.science.cross_entropy import at, log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.heads import linear_head
 from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
-from workers.science.sharpness.input_gradient import both_populations, require_finite, watched
+from workers.science.sharpness.input_gradient_norm import both_populations, require_finite, watched
 
 
 def input_curvature(

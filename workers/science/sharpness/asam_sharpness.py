@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from workers.science.curvature import parameters_of
 from workers.science.sharpness.base import MeasureReport, OnProgress, first
-from workers.science.sharpness.sam import one_step
+from workers.science.sharpness.sam_sharpness import one_step
 
 
 def asam_sharpness(
