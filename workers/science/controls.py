@@ -14,7 +14,6 @@ from workers.science.attacks.base import index_of, look, misclassified
 from workers.science.errors import NonFinite
 from workers.science.evaluation import Numbers, unit_interval
 
-PANEL_SAMPLES = 256
 NOISE_DRAWS = 5
 SQUARE_QUERIES = 500
 MORE_STEPS = 4
