@@ -48,6 +48,25 @@ class Cluster(BaseModel):
     )
 
 
+class StoredNumber(BaseModel):
+    """A number that results can have, or all those whose names follow one pattern."""
+
+    name: str = Field(examples=["{split}loss_{statistic}{population}"])
+    formula: str
+    unit: str = Field(examples=["nats"])
+    low: float | None = Field(description="The least value; null is no bound.", examples=[0.0])
+    high: float | None = Field(description="The largest value.", examples=[None])
+    null: str = Field(description="When it is null.", examples=["no such image"])
+    source: str
+    group: str
+    task_kind: str = Field(description="The kind of task that leaves it; `job`: the service computes it.")
+    of: str = Field(description="Which tasks of the kind leave it, or the type of measure.", examples=["closed_forms"])
+    file: str = Field(description="Where it is computed.")
+    names: list[str] = Field(description="Every name that the pattern stands for.")
+    columns: list[str] = Field(description="Those of them that have a column of their own, by the column's name.")
+    indexed: list[str] = Field(description="The columns by which results are sorted fast.")
+
+
 class Catalog(BaseModel):
     """By name, with parameters, bounds and defaults as JSON schemas."""
 
@@ -63,6 +82,7 @@ class Catalog(BaseModel):
     attack_presets: dict[str, dict[str, Any]] = Field(examples=[{"pgd_linf": JOB_EXAMPLE["attack"]}])
     measures: dict[str, dict[str, Any]]
     always_measured: list[str]
+    numbers: list[StoredNumber] = Field(description="The dictionary of every number that a result can have.")
     job: dict[str, Any] = Field(description="The JSON schema of a job.")
     sweep: dict[str, Any] = Field(description="The JSON schema of a sweep.")
 

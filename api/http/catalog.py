@@ -11,7 +11,7 @@ from api.http.errors import documented
 from api.http.permissions import scope
 from api.http.routing import Router
 from api.http.schemas import with_bounds
-from service.specs import JobSpec, Sweep, catalog, fields
+from service.specs import JobSpec, Sweep, catalog, fields, numbers
 from service.specs.attacks import ATTACKS, PRESETS
 from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES
 from service.specs.recipes import KNOWN
@@ -22,7 +22,7 @@ router = Router(prefix="/v1", tags=["catalog"])
 
 @router.get("/catalog", dependencies=[scope("read")], response_model=Catalog, responses=documented())
 def get_catalog(insights: Questions) -> Any:
-    """Architectures, data sets (the registered ones too), recipes, attacks with presets, and measures."""
+    """Architectures, data sets (the registered ones too), recipes, attacks with presets, measures, and the numbers."""
     return {
         "architectures": {name: asdict(info) for name, info in catalog.ARCHITECTURES.items()},
         "datasets": {name: asdict(info) for name, info in catalog.DATASETS.items()},
@@ -33,6 +33,7 @@ def get_catalog(insights: Questions) -> Any:
         "attack_presets": {name: fields(attack) for name, attack in PRESETS.items()},
         "measures": {name: _described(model) for name, model in MEASURES.items()},
         "always_measured": CLOSED_FORM_QUANTITIES,
+        "numbers": numbers.described(),
         "job": with_bounds(JobSpec.model_json_schema()),
         "sweep": with_bounds(Sweep.model_json_schema()),
     }

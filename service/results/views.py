@@ -14,10 +14,10 @@ from service.model.observations import Count, intervals_of
 from service.model.threat_model import threat_model
 from service.model.times import iso
 from service.specs.canonical import canonical
+from service.specs.numbers import METRICS
 from service.specs.tasks import Task
 from service.specs.versions import LATER
 from service.store import Row, reading
-from service.store.result_tables import METRICS
 
 # A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
 DETAIL = re.compile(r"^train_|_q\d\d(_|$)|_clean_correct|_n_zero$|_iterations$|_converged$")

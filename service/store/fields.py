@@ -17,14 +17,15 @@ from service.model.query import LABEL, plain
 from service.model.threat_model import ADVERSARIES
 from service.model.verdict import CHECKS, OUTCOMES, REASONS, VERDICTS
 from service.specs.measures import MEASURES
+from service.specs.numbers import METRICS, filed
 from service.specs.parameters import closed_lists, parameters, scalars
 from service.specs.tasks import TASK_KINDS
 from service.specs.versions import LATER
 from service.store import meanings
 from service.store.listed import elements
 from service.store.meanings import Meaning, one_of
-from service.store.own_weights import FROM_MEASURE, FROM_TRAINING, left_out
-from service.store.result_tables import METRICS, cells, number_names, results
+from service.store.own_weights import left_out
+from service.store.result_tables import cells, number_names, results
 from service.store.states import DIGEST
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
 from service.store.typed import json_flag, json_list, json_number, json_text
@@ -346,9 +347,7 @@ JOBS = Fields(
     {"labels": LABEL_OF_JOB, "verdict_checks": CHECK_OF_JOB},
 )  # fmt: skip
 
-VERSIONS = {
-    f"versions.{kind}": _cell_field(f"versions.{kind}", "integer") for kind in ("train", "measure", "attack", "control")
-}
+VERSIONS = {f"versions.{kind}": _cell_field(f"versions.{kind}", "integer") for kind in TASK_KINDS}
 SPEC: dict[str, Field] = {
     name: Field(kind, results.c[name], meaning=SPEC_MEANINGS.get(name))
     if name in results.c
@@ -371,8 +370,9 @@ THREAT_MODEL = {
     ),
 }
 COMPUTED_BY = {
-    **dict.fromkeys(FROM_MEASURE, results.c.measure_task_id), **dict.fromkeys(FROM_TRAINING, results.c.train_task_id)
-}  # fmt: skip
+    **dict.fromkeys(filed("measure"), results.c.measure_task_id),
+    **dict.fromkeys(filed("train"), results.c.train_task_id),
+}
 HEADLINE: dict[str, Field] = {
     **{name: Field("number", results.c[name], task=COMPUTED_BY.get(name)) for name in METRICS},
     "masked_n": Field("integer", results.c.masked_n), "verdict": _named(results.c.verdict, VERDICT),

@@ -5,28 +5,29 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, Select, and_, func, insert, select, update
 
 from service.model.flags import apart_from_strength
 from service.model.threat_model import threat_model
+from service.specs.numbers import filed
+from service.specs.tasks import TASK_KINDS
 from service.specs.versions import LATER
 from service.store import flagging
 from service.store.listed import insert_rows, listed
-from service.store.own_weights import FROM_MEASURE, FROM_TRAINING, leave_out
+from service.store.own_weights import leave_out
 from service.store.result_tables import cells, number_names, results
 from service.store.retracting import RETRACTION, retraction_of
 from service.store.states import WEIGHTS_USED
-from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
+from service.store.tables import NUMBERS, attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
 
 AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.
 OF_SPEC = ("seed", "attack_seed", "replicate", "arrays")
 OWN = frozenset({*OF_SPEC, "measures"})
-FROM_JOB = (
-    "masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction", "verdict", "verdict_version",
-)  # fmt: skip
-FROM_ATTACK = ("clean_accuracy", "clean_loss", "robust_accuracy", "robust_loss", "zero_gradient_fraction")
-PARTS = {kind: f"{kind}_task_id" for kind in ("train", "measure", "attack", "control")}
+FROM_JOB = (*filed("job"), "masked_n", "verdict", "verdict_version")
+FROM_TASKS = {name: (kind, of.c[number]) for kind, of in NUMBERS.items() for name, number in filed(kind).items()}
+"""The columns of `results` that repeat a number of a task: which kind of task it is, and that number's own column."""
+PARTS = {kind: f"{kind}_task_id" for kind in TASK_KINDS}
 NOT_RETRACTED: dict[str, Any] = dict.fromkeys(RETRACTION)
 
 
@@ -70,18 +71,13 @@ def note_names(connection: Connection, kind: str, numbers: Iterable[Mapping[str,
 def refresh(connection: Connection, task_ids: Collection[str]) -> None:
     """Carry the numbers of tasks that were computed again over to the results that rest on them."""
     of_them = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
-    attack = {name: _number(attack_results, name, results.c.attack_task_id) for name in FROM_ATTACK}
-    measure = {name: _number(measurements, name, results.c.measure_task_id) for name in FROM_MEASURE}
-    train = {
-        "test_accuracy": _number(trainings, "test_accuracy", results.c.train_task_id),
-        "train_seconds": _number(trainings, "seconds", results.c.train_task_id),
-    }
+    numbers = {name: _number(number, results.c[PARTS[kind]]) for name, (kind, number) in FROM_TASKS.items()}
     made_by = (tasks.c.id == results.c.attack_task_id) & (attempts.c.task_id == tasks.c.id)
     used = select(WEIGHTS_USED).where(made_by, attempts.c.number == tasks.c.attempt).scalar_subquery()
     # Other weights may be those of another result by now: statistics look closer where a network may be repeated.
     network = {"weights_sha256": func.coalesce(used, results.c.weights_sha256), "repeats_network": True}
     network["mixed_weights"] = False  # looked at again below
-    values = {**attack, **measure, **train, **network}
+    values = {**numbers, **network}
     connection.execute(update(results).where(results.c.job_id.in_(of_them)).values(values))
     job_ids = connection.scalars(of_them).all()
     leave_out(connection, job_ids)
@@ -120,11 +116,10 @@ def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:
 def _finished(job_ids: Sequence[str]) -> Select[Any]:
     columns = [jobs.c[name] for name in ("id", "sequence", "user", "sweep_id", "spec", "created_at", *FROM_JOB)]
     parts = [jobs.c[name] for name in ("finished_at", *PARTS.values())]
-    numbers = [*(attack_results.c[name] for name in FROM_ATTACK), *(measurements.c[name] for name in FROM_MEASURE)]
-    training = (trainings.c.test_accuracy, trainings.c.seconds.label("train_seconds"))
+    numbers = [number.label(name) for name, (_, number) in FROM_TASKS.items()]
     weights = func.coalesce(WEIGHTS_USED, trainings.c.checkpoint_digest).label("weights_sha256")
     return (
-        select(*columns, *parts, *numbers, *training, weights)
+        select(*columns, *parts, *numbers, weights)
         .join(attack_results, attack_results.c.task_id == jobs.c.attack_task_id)
         .outerjoin(measurements, measurements.c.task_id == jobs.c.measure_task_id)
         .outerjoin(trainings, trainings.c.task_id == jobs.c.train_task_id)
@@ -174,12 +169,13 @@ def _known_cells(connection: Connection, digests: Sequence[str]) -> dict[str, in
 
 def _row(row: Row[Any], cell_id: int) -> dict[str, Any]:
     kept = ("sequence", "user", "sweep_id", "train_task_id", "measure_task_id", "attack_task_id", "created_at")
-    numbers = (*FROM_JOB, *FROM_ATTACK, *FROM_MEASURE, *FROM_TRAINING, "weights_sha256")
+    numbers = (*FROM_JOB, *FROM_TASKS, "weights_sha256")
     return {
         "job_id": row.id, "cell_id": cell_id, "finished_at": row.finished_at,
         **{name: getattr(row, name) for name in (*kept, *numbers)}, **{name: row.spec[name] for name in OF_SPEC},
     }  # fmt: skip
 
 
-def _number(table: Any, name: str, task_id: Any) -> Any:
-    return select(table.c[name]).where(table.c.task_id == task_id).scalar_subquery()
+def _number(number: Column[Any], task_id: Column[Any]) -> ColumnElement[Any]:
+    """What the task has in this column."""
+    return select(number).where(number.table.c.task_id == task_id).scalar_subquery()

@@ -10,14 +10,12 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, Connection, exists, literal, or_, select, update
 
 from service.model.flags import MIXED_WEIGHTS, Flag
+from service.specs.numbers import filed
 from service.store.listed import listed
 from service.store.result_tables import results
 from service.store.states import CURRENT, WEIGHTS_USED
 from service.store.tables import attempts, job_tasks, tasks, trainings
 from service.store.typed import json_text
-
-FROM_MEASURE = ("log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median")
-FROM_TRAINING = ("test_accuracy", "train_seconds")
 
 
 def used_others(task_id: Column[Any]) -> ColumnElement[bool]:
@@ -48,7 +46,7 @@ def leave_out(connection: Connection, job_ids: Collection[str]) -> None:
     if not found:
         return
     mixed = results.c.job_id.in_(listed(found))
-    for others, names in ((training, FROM_TRAINING), (used_others(results.c.measure_task_id), FROM_MEASURE)):
+    for others, names in ((training, filed("train")), (used_others(results.c.measure_task_id), filed("measure"))):
         connection.execute(update(results).where(mixed, others).values(dict.fromkeys(names)))
 
 

@@ -6,6 +6,7 @@ million of them can be filtered, sorted and aggregated by index. `filing` writes
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Index, Integer, String, Table, Text, text
 
+from service.specs.numbers import INDEXED, METRICS
 from service.store.tables import Json, metadata
 
 # Two results are comparable but for their seeds where they have the same cell: everything that was asked for, except
@@ -32,17 +33,6 @@ cells = Table(
     Index("ix_cells_asked", "architecture", "dataset", "attack", "scale", "norm", "eps", "recipe", "samples"),
 )
 
-METRICS = (
-    "clean_accuracy", "clean_loss", "robust_accuracy", "robust_loss", "masked_fraction", "masked_fraction_of_correct",
-    "reverse_fraction", "zero_gradient_fraction", "log_hessian_trace_median", "log_relative_sharpness_median",
-    "log_relative_flatness_median", "test_accuracy", "train_seconds",
-)  # fmt: skip
-# Those that a page can be sorted by without looking at all rows: of everything, where the cell and the user can be told
-# from the index, and within each cell, where a filter asks for few of them.
-INDEXED = (
-    "clean_accuracy", "robust_accuracy", "robust_loss", "masked_fraction", "zero_gradient_fraction",
-    "log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median",
-)  # fmt: skip
 SHOWN = text("retracted_at IS NULL")
 HIDDEN = text("retracted_at IS NOT NULL")
 
@@ -84,6 +74,8 @@ results = Table(
     Column("retracted_with", String(36)),  # the task whose retraction hides it; null where itself was retracted
     Index("ix_results_retracted", "retracted_with", "sequence", postgresql_where=HIDDEN, sqlite_where=HIDDEN),
     Index("ix_results_retracted_training", "train_task_id", postgresql_where=HIDDEN, sqlite_where=HIDDEN),
+    # A page can be sorted by an indexed number without looking at all rows: of everything, where the cell and the user
+    # can be told from the index, and within each cell, where a filter asks for few of them.
     *(
         Index(f"ix_results_{name}", name, "sequence", "cell_id", "user", postgresql_where=SHOWN, sqlite_where=SHOWN)
         for name in INDEXED

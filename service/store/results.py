@@ -11,31 +11,30 @@ from service.model.flags import FLAGS
 from service.model.jobs import TaskState
 from service.model.query import Node
 from service.model.verdict import BitArray, unpack
+from service.specs.numbers import INDEXED, METRICS
 from service.specs.versions import LATER
 from service.store.conditions import by_cell, condition
 from service.store.fields import RESULTS, Column
 from service.store.keyset import Among, Order, Position
 from service.store.listed import listed, numbered
 from service.store.own_weights import left_out
-from service.store.result_tables import INDEXED, METRICS, cells, results
+from service.store.result_tables import cells, results
 from service.store.states import CURRENT, DIGEST, WEIGHTS_USED
 from service.store.tables import (
+    NUMBERS,
     artifacts,
     attack_results,
     attempts,
-    control_results,
     curves,
     job_tasks,
     jobs,
     measurements,
     outcome_bits,
     tasks,
-    trainings,
 )  # fmt: skip
 
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
 MOST_HIDDEN = 1000
-NUMBERS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
 
 
 @cache  # SQLAlchemy compiles a statement once that it is given again

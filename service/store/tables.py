@@ -22,6 +22,8 @@ from sqlalchemy import (
     text,
 )  # fmt: skip
 
+from service.specs.numbers import stored
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -252,7 +254,12 @@ job_tasks = Table(
     Index("ix_job_tasks_task", "task_id"),
 )
 
-# Numbers belong to the task and are stored once. The headline ones have columns of their own, the rest is JSON.
+
+def _numbers(kind: str) -> tuple[Column[Any], ...]:
+    """Numbers belong to the task and are stored once: all of them as JSON, the headline ones also as columns."""
+    return *(Column(name, Float(53)) for name in stored(kind)), Column("numbers", Json, nullable=False)
+
+
 trainings = Table(
     "trainings",
     metadata,
@@ -261,11 +268,7 @@ trainings = Table(
     Column("checkpoint_bytes", BigInteger, nullable=False),
     # The weights that the same training gave when it ran again, after these were lost (`store/trained_again.py`).
     Column("trained_again_as", String(64)),
-    Column("test_accuracy", Float(53)),
-    Column("test_loss", Float(53)),
-    Column("train_loss", Float(53)),
-    Column("seconds", Float(53)),
-    Column("numbers", Json, nullable=False),
+    *_numbers("train"),
     Index("ix_trainings_checkpoint", "checkpoint_digest"),
 )
 
@@ -273,30 +276,30 @@ measurements = Table(
     "measurements",
     metadata,
     Column("task_id", ForeignKey("tasks.id"), primary_key=True),
-    Column("log_hessian_trace_median", Float(53)),
-    Column("log_relative_sharpness_median", Float(53)),
-    Column("log_relative_flatness_median", Float(53)),
-    Column("numbers", Json, nullable=False),
+    *_numbers("measure"),
 )
 
 attack_results = Table(
     "attack_results",
     metadata,
     Column("task_id", ForeignKey("tasks.id"), primary_key=True),
-    Column("clean_accuracy", Float(53)),
-    Column("clean_loss", Float(53)),
-    Column("robust_accuracy", Float(53)),
-    Column("robust_loss", Float(53)),
-    Column("zero_gradient_fraction", Float(53)),
-    Column("numbers", Json, nullable=False),
+    *_numbers("attack"),
 )
 
 control_results = Table(
     "control_results",
     metadata,
     Column("task_id", ForeignKey("tasks.id"), primary_key=True),
-    Column("numbers", Json, nullable=False),
+    *_numbers("control"),
 )
+
+# The numbers of each kind of task.
+NUMBERS: dict[str, Table] = {
+    "train": trainings,
+    "measure": measurements,
+    "attack": attack_results,
+    "control": control_results,
+}
 
 outcome_bits = Table(
     "outcome_bits",

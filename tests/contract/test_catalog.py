@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from api.http.catalog import _described
+from service.model.verdict import chance_of, wilson
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
 from service.specs.base import FRACTION, NUMBER
@@ -24,8 +25,10 @@ from workers.science.attacks import prepare
 from workers.science.augmentation import default_augmentation
 from workers.science.datasets import DATASETS
 from workers.science.errors import WrongShape
+from workers.science.imported import is_at_chance
 from workers.science.recipes import RECIPES as RECIPE_FUNCTIONS
 from workers.science.sharpness import MEASURES as MEASURE_FUNCTIONS
+from workers.science.summaries import majority_share
 
 # What the runner hands to every attack or measure, and what only exists inside a worker.
 NOT_IN_ATTACK_SPECS = {
@@ -141,6 +144,13 @@ def test_attack_parameters_are_those_of_the_function(name: str) -> None:
 
 def test_the_catalogue_says_of_which_code_autoattack_is_a_re_implementation() -> None:
     assert "A re-implementation of `fra31/auto-attack` 0.1" in _described(ATTACKS["autoattack"])["summary"]
+
+
+def test_weights_at_chance_are_those_on_which_an_attack_would_have_nothing_correct() -> None:
+    for right, n in ((5, 40), (15, 40), (20, 40), (40, 40), (0, 3)):
+        y, correct = torch.arange(n) % 3, torch.arange(n) < right
+        by_the_verdict = wilson(right, n)[0] <= chance_of(majority_share(y), 3)
+        assert is_at_chance(correct, y) == by_the_verdict, (right, n)
 
 
 def test_every_attack_of_the_science_can_be_asked_for() -> None:

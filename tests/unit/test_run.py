@@ -43,11 +43,10 @@ from service.settings import Settings
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import PRESETS, AnyAttack, Transfer
 from service.specs.measures import MEASURES
+from service.specs.numbers import filed
 from service.specs.plan import PlannedTask, plan_job
 from service.specs.recipes import Imported
 from service.store.fields import PROVENANCE
-from service.store.filing import FROM_ATTACK
-from service.store.own_weights import FROM_MEASURE
 from service.store.tables import attempts, trainings
 from workers import devices, run, tasks
 from workers.context import Cache, Context
@@ -531,7 +530,7 @@ def test_no_two_tasks_of_a_job_leave_another_number_of_one_name(
         counted = Counter(name for part in names for name in part)
         assert [name for name, times in counted.items() if times > 1] == [], attack
         # No number takes the place of what else a result row has, or of what another task gives it.
-        assert set(ROW_FIELDS) & counted.keys() <= {*FROM_ATTACK, *FROM_MEASURE}
+        assert set(ROW_FIELDS) & counted.keys() <= {*filed("attack"), *filed("measure")}
     with pytest.raises(KeyError, match="two numbers are called clean_loss"):
         merged(numbers["pgd_linf"], {"clean_loss": 0.0})
 

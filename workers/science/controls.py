@@ -17,7 +17,6 @@ from workers.science.errors import NonFinite
 from workers.science.evaluation import unit_interval
 from workers.science.summaries import Numbers
 
-PANEL_SAMPLES = 256
 NOISE_DRAWS = 5
 SQUARE_QUERIES = 500
 MORE_STEPS = 4

@@ -127,7 +127,8 @@ def require_accuracy(measured: float, images: int, expected: float | None, toler
 def is_at_chance(correct: Tensor, y: Tensor) -> bool:
     """Whether `correct [n]` is not above what the best constant answer to the labels `y [n]` gets right.
 
-    Above is: with the lower end of its Wilson 95 % interval (Wilson 1927). An attack's verdict has the same rule.
+    Above is: with the lower end of its Wilson 95 % interval (Wilson 1927). An attack's verdict has the same rule
+    (`service/model/verdict.py`; `tests/contract/test_catalog.py` compares them).
     """
     n, share = len(y), float(correct.double().mean())
     z = 1.959963984540054
