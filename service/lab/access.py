@@ -4,10 +4,11 @@ import hashlib
 import secrets
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
+from service.model.records import Admission, Token, User
 from service.model.times import iso
 from service.store import Connection, Database, accounts, history, meanings
 from service.store.history import Event
@@ -47,12 +48,13 @@ class Access:
     def caller(self, secret: str) -> Caller:
         """Who this token stands for. Raises `Unauthenticated` for one that is unknown, revoked or expired."""
         with self.database.read() as connection:
-            row = accounts.admission(connection, sha256=_hash(secret))
+            found = accounts.admission(connection, sha256=_hash(secret))
             now = self.database.now(connection)
-        caller = _admitted(row, now)
-        if row.last_used_at is None or now - row.last_used_at > USED_EVERY_SECONDS:
-            self._note_use(row.id, now)
-        return caller
+        admission = _valid(found, now)
+        last_used_at = admission.token.last_used_at
+        if last_used_at is None or now - last_used_at > USED_EVERY_SECONDS:
+            self._note_use(admission.token.id, now)
+        return _caller(admission)
 
     def _note_use(self, token_id: str, now: float) -> None:
         """Write down that a token was used, unless a thread waits to already: not all may wait for a writer."""
@@ -68,8 +70,8 @@ class Access:
         if caller.token_id is None:
             return caller
         with self.database.read() as connection:
-            row = accounts.admission(connection, token_id=caller.token_id)
-            return _admitted(row, self.database.now(connection))
+            admission = accounts.admission(connection, token_id=caller.token_id)
+            return _caller(_valid(admission, self.database.now(connection)))
 
     def put_user(self, name: str, changes: dict[str, Any], *, actor: str) -> dict[str, Any]:
         """Make a user, or change role, weight and quotas (None: the default of the settings) of one.
@@ -81,25 +83,25 @@ class Access:
         disabled, changes = changes.get("disabled"), {name: of for name, of in changes.items() if name != "disabled"}
         with self.database.write() as connection:
             now = self.database.now(connection)
-            row = accounts.user(connection, name)
+            existing = accounts.user(connection, name)
             if disabled is not None:
-                self._user(row, name)
+                _there(existing, name)
             if disabled or changes.get("role", "admin") != "admin":
                 _check_admins(connection, name)
             happened = []
-            if row is None or changes:
-                verb = "created" if row is None else "changed"
+            if existing is None or changes:
+                verb = "created" if existing is None else "changed"
                 happened.append(Event(f"user.{verb}", data={"name": name, **changes}))
-            if disabled is not None and disabled != (row.disabled_at is not None):
+            if existing is not None and disabled is not None and disabled != (existing.disabled_at is not None):
                 happened.append(Event("user.disabled" if disabled else "user.enabled", data={"name": name}))
                 changes["disabled_at"] = now if disabled else None
-            accounts.put_user(connection, now, name, changes)
+            user = accounts.put_user(connection, now, name, changes)
             history.append(connection, now, actor, happened)
-            return _user_view(accounts.user(connection, name))
+            return _user_view(user)
 
     def users(self) -> list[dict[str, Any]]:
         with self.database.read() as connection:
-            return [_user_view(row) for row in accounts.users_by_name(connection)]
+            return [_user_view(user) for user in accounts.users_by_name(connection)]
 
     def create_token(
         self, user: str, name: str, scope: str, expires_in_days: float | None, *, by: Caller
@@ -117,16 +119,16 @@ class Access:
         secret = f"unc_{secrets.token_hex(PREFIX_LETTERS // 2)}_{secrets.token_urlsafe(32)}"
         with self.database.write() as connection:
             now = self.database.now(connection)
-            row = self._user(accounts.user(connection, user), user)
-            if row.disabled_at is not None:
+            owner = _there(accounts.user(connection, user), user)
+            if owner.disabled_at is not None:
                 raise Conflict(f"{user} is disabled: `uncanny user enable {user}` lets them in again")
-            if SCOPES.index(scope) > SCOPES.index(ROLES[row.role]):
-                raise NotAllowed(f"{user} is a {row.role}, whose tokens have at most the scope {ROLES[row.role]!r}")
+            if SCOPES.index(scope) > SCOPES.index(ROLES[owner.role]):
+                raise NotAllowed(f"{user} is a {owner.role}, whose tokens have at most the scope {ROLES[owner.role]!r}")
             expires_at = None if expires_in_days is None else now + expires_in_days * DAY_SECONDS
             parent = None
             if by.token_id is not None:
-                parent = accounts.admission(connection, token_id=by.token_id)
-                _admitted(parent, now)  # it may have been revoked since the request came
+                # It may have been revoked since the request came.
+                parent = _valid(accounts.admission(connection, token_id=by.token_id), now).token
             if parent is not None and not by.may("admin"):
                 expires_at = _earlier(expires_at, parent.expires_at)
             made = accounts.insert_token(
@@ -145,7 +147,7 @@ class Access:
         with self.database.read() as connection:
             if user != by.name:
                 meanings.checked(connection, meanings.user, "user", user)
-            return [_token_view(row) for row in accounts.tokens_of(connection, user)]
+            return [_token_view(token) for token in accounts.tokens_of(connection, user)]
 
     def revoke_token(self, token_id: str, *, by: Caller) -> dict[str, Any]:
         """From now on this token is refused, and with it those made with it, with these, and so on: whoever had it may
@@ -154,10 +156,10 @@ class Access:
         """
         with self.database.write() as connection:
             now = self.database.now(connection)
-            row = accounts.token(connection, token_id)
-            if row is None or (row.user != by.name and not by.may("admin")):
+            token = accounts.token(connection, token_id)
+            if token is None or (token.user != by.name and not by.may("admin")):
                 raise NotFound(f"there is no token {token_id} of yours")
-            if row.revoked_at is not None:
+            if token.revoked_at is not None:
                 raise Conflict(f"token {token_id} was revoked before")
             revoked = accounts.revoke(connection, token_id, now)
             told = [
@@ -166,7 +168,7 @@ class Access:
                 for one in sorted(revoked, key=lambda one: (one.id != token_id, one.id))
             ]  # fmt: skip
             history.append(connection, now, by.name, [Event("token.revoked", data=data) for data in told])
-            return {**_token_view(accounts.token(connection, token_id)), "revoked_children": len(revoked) - 1}
+            return {**_token_view(replace(token, revoked_at=now)), "revoked_children": len(revoked) - 1}
 
     def owner(self, *, job_id: str | None, sweep_id: str | None) -> str | None:
         """Whose job or sweep that is; None where there is no such thing."""
@@ -176,32 +178,39 @@ class Access:
     def me(self, caller: Caller) -> dict[str, Any]:
         """The caller, their role and quotas (those of the row, where there is one)."""
         with self.database.read() as connection:
-            row = accounts.user(connection, caller.name)
-        known = _user_view(row) if row is not None else {"name": caller.name, "role": None}
+            user = accounts.user(connection, caller.name)
+        known = _user_view(user) if user is not None else {"name": caller.name, "role": None}
         return {**known, "scope": caller.scope, "token_id": caller.token_id}
 
-    def _user(self, row: Any, name: str) -> Any:
-        if row is None:
-            raise NotFound(f"there is no user {name}: `uncanny user set {name}` makes one")
-        return row
+
+def _there(user: User | None, name: str) -> User:
+    if user is None:
+        raise NotFound(f"there is no user {name}: `uncanny user set {name}` makes one")
+    return user
 
 
 def _check_admins(connection: Connection, name: str) -> None:
     """Raises `Conflict` where this user is the only admin."""
-    admins = [row.name for row in accounts.users_by_name(connection) if row.role == "admin" and row.disabled_at is None]
+    users = accounts.users_by_name(connection)
+    admins = [user.name for user in users if user.role == "admin" and user.disabled_at is None]
     if admins == [name]:
         raise Conflict(
             f"{name} is the last admin, and nobody could make another: `uncanny user set NAME --role admin` first"
         )
 
 
-def _admitted(row: Any, now: float) -> Caller:
-    """Who that row of `accounts.admission` stands for. Raises `Unauthenticated` where nobody, or nobody any more."""
-    if row is None or row.revoked_at is not None or row.disabled_at is not None:
+def _valid(admission: Admission | None, now: float) -> Admission:
+    """The same token, if it lets its user in. Raises `Unauthenticated` where it lets nobody in, or nobody any more."""
+    if admission is None or admission.token.revoked_at is not None or admission.disabled_at is not None:
         raise Unauthenticated("this token is unknown or was revoked: make a new one with `uncanny token create`")
-    if row.expires_at is not None and row.expires_at <= now:
+    if admission.token.expires_at is not None and admission.token.expires_at <= now:
         raise Unauthenticated("this token has expired: make a new one with `uncanny token create`")
-    return Caller(row.user, min(row.scope, ROLES[row.role], key=SCOPES.index), row.id)
+    return admission
+
+
+def _caller(admission: Admission) -> Caller:
+    token = admission.token
+    return Caller(token.user, min(token.scope, ROLES[admission.role], key=SCOPES.index), token.id)
 
 
 def _earlier(a: float | None, b: float | None) -> float | None:
@@ -213,14 +222,16 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _user_view(row: Any) -> dict[str, Any]:
+def _user_view(user: User) -> dict[str, Any]:
     """A user as the API shows it; None stands for the default of the settings."""
-    shown = {name: getattr(row, name) for name in ("name", "role", "weight", "max_queued_jobs", "max_gpus")}
-    return {**shown, "created_at": iso(row.created_at), "disabled_at": iso(row.disabled_at)}
+    shown = {name: getattr(user, name) for name in ("name", "role", "weight", "max_queued_jobs", "max_gpus")}
+    return {**shown, "created_at": iso(user.created_at), "disabled_at": iso(user.disabled_at)}
 
 
-def _token_view(row: Any) -> dict[str, Any]:
+def _token_view(token: Token) -> dict[str, Any]:
     """A token as the API shows it: never its hash."""
-    shown = {name: getattr(row, name) for name in ("id", "user", "name", "prefix", "scope", "created_by", "parent_id")}
+    shown = {
+        name: getattr(token, name) for name in ("id", "user", "name", "prefix", "scope", "created_by", "parent_id")
+    }
     times = ("created_at", "expires_at", "last_used_at", "revoked_at")
-    return {**shown, **{name: iso(getattr(row, name)) for name in times}}
+    return {**shown, **{name: iso(getattr(token, name)) for name in times}}

@@ -8,17 +8,18 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from service.errors import Conflict, InvalidSpec, UncannyError
 from service.lab.artifacts import Artifacts
 from service.lab.datasets import NAME
+from service.model.records import RegisteredCheckpoint
 from service.model.times import iso
 from service.specs import catalog
 from service.specs.recipes import Imported
-from service.store import Connection, Database, Row, artifact_index, checkpoints, datasets, history
+from service.store import Connection, Database, artifact_index, checkpoints, datasets, history
 from service.store.history import Event
 
 TOLERANCE = 0.01  # of an expected accuracy (science/README.md, "Controls")
@@ -104,9 +105,9 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
         artifact_index.keep_uploads(connection, now, "checkpoint", {ref.digest: ref.size_bytes})
         data = {"name": upload.name, "weights_sha256": ref.digest}
         history.append(connection, now, user, [Event("checkpoint.registered", data=data)])
-        made_row = checkpoints.named(connection, upload.name)
-        assert made_row is not None
-        return view(made_row)
+        checkpoint = checkpoints.named(connection, upload.name)
+        assert checkpoint is not None
+        return view(checkpoint)
 
 
 def _check(upload: Upload) -> None:
@@ -138,7 +139,7 @@ def _grey_levels(values: Sequence[float], name: str) -> str:
     )
 
 
-def _the_same(known: Row[Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _the_same(known: RegisteredCheckpoint, asked: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint that is asked for again. Raises `Conflict` where it is another of that name."""
     if any(getattr(known, name) != value for name, value in asked.items()):
         raise Conflict(f"checkpoint {known.name} is registered with other weights or options: take a new name")
@@ -148,7 +149,7 @@ def _the_same(known: Row[Any], asked: Mapping[str, Any]) -> dict[str, Any]:
 def registered(database: Database) -> list[dict[str, Any]]:
     """All of them, by name."""
     with database.read() as connection:
-        return [view(row) for row in checkpoints.registered(connection)]
+        return [view(one) for one in checkpoints.registered(connection)]
 
 
 def is_registered(connection: Connection, name: str) -> bool:
@@ -161,17 +162,17 @@ def weights_of(connection: Connection, name: str, architecture: str, dataset: st
 
     Raises `ValueError` where they are not of such a network, or are registered with several expectations.
     """
-    rows = _named(connection, name)
-    if not rows:
+    found = _named(connection, name)
+    if not found:
         raise ValueError(_not_there(connection, name))
-    refused = [_of_another(connection, row, architecture, dataset) for row in rows]
-    fitting = [row for row, said in zip(rows, refused, strict=True) if not said]
+    refused = [_of_another(connection, one, architecture, dataset) for one in found]
+    fitting = [one for one, said in zip(found, refused, strict=True) if not said]
     if not fitting:
         raise ValueError(refused[0])
-    expecting = [row for row in fitting if row.expected_clean_accuracy is not None]
-    expected = {(row.expected_clean_accuracy, row.tolerance) for row in expecting}
+    expecting = [one for one in fitting if one.expected_clean_accuracy is not None]
+    expected = {(one.expected_clean_accuracy, one.tolerance) for one in expecting}
     if len(expected) > 1:
-        names = ", ".join(row.name for row in expecting)
+        names = ", ".join(one.name for one in expecting)
         raise ValueError(f"these weights are registered with different expectations, as {names}: name one of these")
     accuracy, tolerance = next(iter(expected), (None, None))
     return Imported(weights_sha256=fitting[0].weights_sha256, expected_clean_accuracy=accuracy, tolerance=tolerance)
@@ -187,21 +188,20 @@ def _not_there(connection: Connection, name: str) -> str:
     return f"checkpoint {name!r} is not registered (registered: {known}): `uncanny checkpoint add`"
 
 
-def _of_another(connection: Connection, row: Row[Any], architecture: str, dataset: str) -> str:
+def _of_another(connection: Connection, checkpoint: RegisteredCheckpoint, architecture: str, dataset: str) -> str:
     """Why the weights are not of such a network; nothing where they are."""
-    if row.architecture != architecture:
-        return f"checkpoint {row.name} is a {row.architecture}, not a {architecture}"
+    if checkpoint.architecture != architecture:
+        return f"checkpoint {checkpoint.name} is a {checkpoint.architecture}, not a {architecture}"
     shape, classes = _shape(connection, dataset)
-    if (shape, classes) == ((row.channels, row.height, row.width), row.classes):
+    if (shape, classes) == (checkpoint.shape, checkpoint.classes):
         return ""
-    return (
-        f"checkpoint {row.name} is for {row.classes} classes of {row.channels}x{row.height}x{row.width} images, "
-        f"{dataset} has {classes} of {'x'.join(map(str, shape))}"
-    )
+    own = f"{checkpoint.classes} classes of {'x'.join(map(str, checkpoint.shape))}"
+    return f"checkpoint {checkpoint.name} is for {own} images, {dataset} has {classes} of {'x'.join(map(str, shape))}"
 
 
-def view(row: Row[Any]) -> dict[str, Any]:
-    return {**row._mapping, "converted_from": row.converted_from or [], "created_at": iso(row.created_at)}
+def view(checkpoint: RegisteredCheckpoint) -> dict[str, Any]:
+    converted_from, created_at = checkpoint.converted_from or [], iso(checkpoint.created_at)
+    return {**asdict(checkpoint), "converted_from": converted_from, "created_at": created_at}
 
 
 def _fitted(request: dict[str, Any]) -> dict[str, Any]:
@@ -241,13 +241,13 @@ def _turn() -> Iterator[None]:
 def _shape(connection: Connection, dataset: str) -> tuple[tuple[int, int, int], int]:
     if dataset in catalog.DATASETS:
         return catalog.DATASETS[dataset].shape, catalog.DATASETS[dataset].classes
-    row = datasets.named(connection, dataset) if dataset.startswith(datasets.OWN_DATASET) else None
-    if row is None:
+    own = datasets.named(connection, dataset) if dataset.startswith(datasets.OWN_DATASET) else None
+    if own is None:
         raise InvalidSpec([("/dataset", f"{dataset} is no known or registered data set: see /v1/catalog")])
-    return (row.channels, row.height, row.width), row.classes
+    return own.shape, own.classes
 
 
-def _named(connection: Connection, name: str) -> list[Row[Any]]:
+def _named(connection: Connection, name: str) -> list[RegisteredCheckpoint]:
     """The checkpoint of that name, else those whose weights have that SHA-256."""
-    row = checkpoints.named(connection, name)
-    return checkpoints.of_weights(connection, name) if row is None else [row]
+    checkpoint = checkpoints.named(connection, name)
+    return checkpoints.of_weights(connection, name) if checkpoint is None else [checkpoint]

@@ -180,13 +180,13 @@ class Dispatcher:
         Where the database has been away, whoever led gets a lease of time to come back: it could not renew either.
         """
         with self.database.read() as connection:
-            row, now = claiming.leader(connection), self.database.now(connection)
+            leader, now = claiming.leader(connection), self.database.now(connection)
         lease = self.settings.lease_seconds
         if math.isfinite(self._seen_at) and self.clock() - self._seen_at > lease / 2:
             self._lead_from = now + lease
-        if row is not None and row.holder != self.name and now < self._lead_from:
+        if leader is not None and leader.holder != self.name and now < self._lead_from:
             return True
-        return claiming.led_by_another(row, now, self.name)
+        return claiming.led_by_another(leader, now, self.name)
 
     def _step_down(self) -> None:
         log.warning("%s no longer leads: stopping what it runs", self.name)
@@ -194,7 +194,8 @@ class Dispatcher:
         self._outbox.drop()
         self._cancel_unwanted({})
         with self.database.read() as connection:
-            if claiming.leader(connection).holder == self.name:
+            leader = claiming.leader(connection)
+            if leader is not None and leader.holder == self.name:
                 raise Conflict(f"another dispatcher was started as {self.name}: each needs a name of its own")
 
     def _heed_cancellations(self) -> None:

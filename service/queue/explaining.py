@@ -9,11 +9,11 @@ from service.model import resources, scheduling
 from service.model.environment import SetAside, hindrance, names_of, reported
 from service.model.executor import Capacity
 from service.model.jobs import LIVE_JOB, TaskState
+from service.model.records import Job, Task
 from service.model.scheduling import Account, Cluster
 from service.model.times import iso
-from service.results import views
 from service.settings import Settings
-from service.store import Connection, Database, Row, changing, claiming, reading, users
+from service.store import Connection, Database, changing, claiming, reading, users
 
 WINDOW = 512  # tasks of the queue that are ranked to tell what comes before
 NO_SHARE = Account()
@@ -94,7 +94,7 @@ def _without_room(database: Database) -> str | None:
 
 
 def _look(
-    connection: Connection, now: float, settings: Settings, tasks: Sequence[Row[Any]], dataset: str, full: str | None
+    connection: Connection, now: float, settings: Settings, tasks: Sequence[Task], dataset: str, full: str | None
 ) -> _Look:  # fmt: skip
     queued = [task for task in tasks if task.state == TaskState.QUEUED and not task.paused]
     leader, row = claiming.leader(connection), changing.queue(connection)
@@ -136,7 +136,7 @@ def _no_gpu(capacity: Capacity, aside: Sequence[SetAside], now: float) -> str:
     return f", but the cluster has no GPU now, and it waits for one: {why} (UNCANNY_GPUS_PER_TASK=0 uses CPUs)"
 
 
-def _task_line(connection: Connection, look: _Look, task: Row[Any], tasks: Sequence[Row[Any]]) -> dict[str, Any]:
+def _task_line(connection: Connection, look: _Look, task: Task, tasks: Sequence[Task]) -> dict[str, Any]:
     sentence, before = f"it is {task.state}", None
     match task.state:
         case TaskState.RUNNING if task.worker is None:
@@ -146,7 +146,7 @@ def _task_line(connection: Connection, look: _Look, task: Row[Any], tasks: Seque
         case TaskState.BLOCKED:
             waits = [one for one in tasks if one.kind == "train" and one.state != TaskState.SUCCEEDED]
             sentence = "it waits for " + " and ".join(
-                f"training {views.digest_of(one)[:10]}, which is {one.state}" for one in waits
+                f"training {one.own_digest[:10]}, which is {one.state}" for one in waits
             )
         case TaskState.QUEUED:
             sentence, before = _queued(look, task)
@@ -157,7 +157,7 @@ def _task_line(connection: Connection, look: _Look, task: Row[Any], tasks: Seque
     return {"id": task.id, "kind": task.kind, "state": task.state, "sentence": sentence, "tasks_before": before}
 
 
-def _queued(look: _Look, task: Row[Any]) -> tuple[str, int | None]:
+def _queued(look: _Look, task: Task) -> tuple[str, int | None]:
     """Why a queued task is not claimed, and how many would be before it, if that is why."""
     if task.paused:
         return "all jobs that need it are paused", None
@@ -182,7 +182,7 @@ def _queued(look: _Look, task: Row[Any]) -> tuple[str, int | None]:
     return f"{turn} ({why}){_nowhere(look, task) or _full(look)}", count
 
 
-def _nowhere(look: _Look, task: Row[Any]) -> str:
+def _nowhere(look: _Look, task: Task) -> str:
     takes = look.too_large.get(task.kind)
     if takes and look.no_gpu:
         return look.no_gpu
@@ -194,7 +194,7 @@ def _full(look: _Look) -> str:
     return f"; all {look.places:g} places of the cluster are taken" if full else ""
 
 
-def _sentence(job: Row[Any], tasks: Sequence[Row[Any]], lines: Sequence[dict[str, Any]], paused: bool) -> str:
+def _sentence(job: Job, tasks: Sequence[Task], lines: Sequence[dict[str, Any]], paused: bool) -> str:
     """The one thing about a job that says most."""
     if job.state not in LIVE_JOB:
         return f"it has ended: {job.state}" + (f" ({job.reason})" if job.reason else "")

@@ -8,13 +8,14 @@ from typing import Any
 from service.errors import InvalidSpec
 from service.model.jobs import TaskState
 from service.model.pointers import pointer_to
+from service.model.records import RegisteredDataset
 from service.results.networks import Trained, named
 from service.specs import DatasetRef, JobSpec
 from service.specs.attacks import Transfer
 from service.specs.fitting import Images, misfits
 from service.specs.plan import JobPlan, PlannedTask, plan_job, with_arrays
 from service.specs.recipes import Imported
-from service.store import Connection, Row, datasets, submitting
+from service.store import Connection, datasets, submitting
 
 REOPENED = (TaskState.FAILED, TaskState.CANCELLED)
 Known = Mapping[str, tuple[str, TaskState]]
@@ -31,17 +32,17 @@ def plans_of(
     Two jobs that are the same once the `samples` that one of them leaves out are known, or the training whose weights
     one of them names, have one plan. An attack that is there with its arrays is not computed again without.
     """
-    own: dict[str, Row[Any]] = {}
+    own: dict[str, RegisteredDataset] = {}
     weights = _Weights(connection, own)
     plans: dict[JobSpec, JobPlan] = {}
     for job in cells:
         try:
             if job.dataset.startswith(datasets.OWN_DATASET) and job.dataset not in own:
                 own[job.dataset] = _own_dataset(connection, job.dataset)
-            row = own.get(job.dataset)
-            whole, imported = weights.of(_sampled(job, row))
+            dataset = own.get(job.dataset)
+            whole, imported = weights.of(_sampled(job, dataset))
             if whole not in plans:
-                plans[whole] = plan_job(whole, _reference(job.dataset, row), imported)
+                plans[whole] = plan_job(whole, _reference(job.dataset, dataset), imported)
         except InvalidSpec as error:
             raise error if located is None else located(job, error) from None
     return _with_arrays_that_are_there(connection, list(plans.values()))
@@ -99,7 +100,7 @@ def _with_arrays_that_are_there(connection: Connection, plans: Sequence[JobPlan]
 class _Weights:
     """The checkpoints that jobs name, each looked up once."""
 
-    def __init__(self, connection: Connection, own: Mapping[str, Row[Any]]) -> None:
+    def __init__(self, connection: Connection, own: Mapping[str, RegisteredDataset]) -> None:
         self._connection, self._own = connection, own
         self._known: dict[tuple[str, str, str, int], Trained | Imported] = {}
 
@@ -146,31 +147,32 @@ class _Weights:
         return {}
 
 
-def _own_dataset(connection: Connection, name: str) -> Row[Any]:
-    """The row that a data set's name stands for; nothing else of it is read when jobs are submitted."""
-    row = datasets.named(connection, name)
-    if row is None:
+def _own_dataset(connection: Connection, name: str) -> RegisteredDataset:
+    """What is stored of a lab's data set; its files are not read when jobs are submitted."""
+    dataset = datasets.named(connection, name)
+    if dataset is None:
         known = ", ".join(datasets.some_names(connection)) or "none"
         sentence = f"{name} is not registered (registered: {known}): `uncanny data add NAME DIR`"
         raise InvalidSpec([("/dataset", sentence)])
-    return row
+    return dataset
 
 
-def _sampled(job: JobSpec, row: Row[Any] | None) -> JobSpec:
+def _sampled(job: JobSpec, dataset: RegisteredDataset | None) -> JobSpec:
     """The job with as many samples as its own data set has, where it says nothing of them; for images that it suits."""
-    if row is None:
+    if dataset is None:
         return job
-    images = Images((row.channels, row.height, row.width), row.classes, row.train_count)
+    images = Images(dataset.shape, dataset.classes, dataset.train_count)
     if found := misfits(job.architecture, job.recipe, job.attack, images):
         raise InvalidSpec([(pointer_to(*path), sentence) for path, sentence in found])
-    if job.samples <= row.test_count:
+    if job.samples <= dataset.test_count:
         return job
     if "samples" in job.model_fields_set:
-        sentence = f"{job.dataset} has {row.test_count} test images, {job.samples} were asked for"
+        sentence = f"{job.dataset} has {dataset.test_count} test images, {job.samples} were asked for"
         raise InvalidSpec([("/samples", sentence)])
-    return job.model_copy(update={"samples": row.test_count})
+    return job.model_copy(update={"samples": dataset.test_count})
 
 
-def _reference(name: str, row: Row[Any] | None) -> DatasetRef:
-    files = {} if row is None else {"train_sha256": row.train_sha256, "test_sha256": row.test_sha256}
-    return DatasetRef(name=name, **files)
+def _reference(name: str, dataset: RegisteredDataset | None) -> DatasetRef:
+    if dataset is None:
+        return DatasetRef(name=name)
+    return DatasetRef(name=name, train_sha256=dataset.train_sha256, test_sha256=dataset.test_sha256)

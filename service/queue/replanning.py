@@ -2,18 +2,18 @@
 
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
 from pydantic import ValidationError
 
 from service.errors import Conflict, InvalidSpec
 from service.model.executor import Grant
 from service.model.jobs import RETRIABLE
+from service.model.records import Job
 from service.queue.planning import plans_of
 from service.specs import JobSpec, problems
 from service.specs.plan import JobPlan
 from service.specs.versions import version_of_spec
-from service.store import Connection, Row, reading, retracting, submitting
+from service.store import Connection, reading, retracting, submitting
 
 log = logging.getLogger("uncanny.replanning")
 
@@ -32,13 +32,12 @@ def replan(connection: Connection, now: float, actor: str, task_ids: Collection[
 
     One whose spec this version refuses is cancelled, and its reason says why.
     """
-    rows = reading.live_jobs_needing(connection, task_ids)
-    plans: list[tuple[Row[Any], JobPlan]] = []
-    for row in rows:
+    plans: list[tuple[Job, JobPlan]] = []
+    for job in reading.live_jobs_needing(connection, task_ids):
         try:
-            plans.append((row, _plan(connection, row)))
+            plans.append((job, _plan(connection, job)))
         except _Refused as refused:
-            submitting.cancel_jobs(connection, now, actor, [row.id], str(refused))
+            submitting.cancel_jobs(connection, now, actor, [job.id], str(refused))
     if plans:
         submitting.replan_jobs(connection, now, actor, plans)
         log.info("%d jobs were planned again: their tasks are of an older version, or retracted", len(plans))
@@ -52,18 +51,18 @@ def before_retry(
 
     Raises `Conflict` where this version refuses a spec.
     """
-    rows = reading.jobs_in(connection, retracting.outlived(connection, job_ids), states)
+    ended = reading.jobs_in(connection, retracting.outlived(connection, job_ids), states)
     try:
-        plans = [(row, _plan(connection, row)) for row in rows]
+        plans = [(job, _plan(connection, job)) for job in ended]
     except _Refused as refused:
         raise Conflict(f"it needs a retracted task, and {refused}: submit it anew") from None
     if plans:
         submitting.replan_jobs(connection, now, actor, plans)
 
 
-def _plan(connection: Connection, row: Row[Any]) -> JobPlan:
+def _plan(connection: Connection, job: Job) -> JobPlan:
     try:
-        [plan] = plans_of(connection, [JobSpec.model_validate(row.spec)])
+        [plan] = plans_of(connection, [JobSpec.model_validate(job.spec)])
     except (InvalidSpec, ValidationError) as error:
         refused = problems(error) if isinstance(error, ValidationError) else error.errors
         raise _Refused("this version refuses its spec: " + "; ".join(map(": ".join, refused))) from None

@@ -15,6 +15,7 @@ from service.errors import Conflict, InvalidQuery, InvalidSpec, NotFound
 from service.lab.access import NotAllowed
 from service.model.dotted import or_rather
 from service.model.query import Node
+from service.model.records import Task
 from service.queue import replanning
 from service.queue.planning import plans_of
 from service.queue.submission import Service
@@ -22,7 +23,7 @@ from service.results.judging import judge_results
 from service.results.results import found
 from service.specs import JobSpec, problems
 from service.specs.measures import MEASURES
-from service.store import Connection, Row, flagging, history, reading, retracting
+from service.store import Connection, flagging, history, reading, retracting
 from service.store import results as store
 from service.store.fields import Column
 from service.store.history import Event
@@ -97,10 +98,10 @@ def retract_task(
     `NotAllowed` for who is no admin where others' jobs rest on it, or none of the user's: nothing is done.
     """
     with service.database.write() as connection:
-        row = _task(connection, id_or_digest)
-        if row.retracted_at is not None:
-            raise Conflict(f"{row.kind} {row.id} is retracted already: {row.retraction_reason}")
-        task_ids = retracting.with_equal_numbers(connection, [row.id])
+        task = _task(connection, id_or_digest)
+        if task.retracted_at is not None:
+            raise Conflict(f"{task.kind} {task.id} is retracted already: {task.retraction_reason}")
+        task_ids = retracting.with_equal_numbers(connection, [task.id])
         if not admin:
             _check_users(connection, task_ids, user)
         return _retract_tasks(service, connection, task_ids, reason, user, rerun)
@@ -134,16 +135,16 @@ def restore_task(service: Service, id_or_digest: str, *, user: str, admin: bool)
     Raises `NotFound`, `Conflict` where it is not retracted, or was with its training, and `NotAllowed`.
     """
     with service.database.write() as connection:
-        row = _task(connection, id_or_digest)
-        if row.retracted_at is None:
-            raise Conflict(f"{row.kind} {row.id} is not retracted")
-        if row.retracted_with != row.id:
-            raise Conflict(f"{row.kind} {row.id} is retracted with training {row.retracted_with}: restore that")
+        task = _task(connection, id_or_digest)
+        if task.retracted_at is None:
+            raise Conflict(f"{task.kind} {task.id} is not retracted")
+        if task.retracted_with != task.id:
+            raise Conflict(f"{task.kind} {task.id} is retracted with training {task.retracted_with}: restore that")
         if not admin:
-            if row.retracted_by != user:
-                raise NotAllowed(f"{row.retracted_by} retracted {row.kind} {row.id}: ask an admin to restore it")
-            _check_users(connection, retracting.with_equal_numbers(connection, [row.id]), user)
-        return _restore(service, connection, user, [], [row.id])
+            if task.retracted_by != user:
+                raise NotAllowed(f"{task.retracted_by} retracted {task.kind} {task.id}: ask an admin to restore it")
+            _check_users(connection, retracting.with_equal_numbers(connection, [task.id]), user)
+        return _restore(service, connection, user, [], [task.id])
 
 
 def restore_all(service: Service, nodes: Sequence[Node], *, user: str, measure: str | None = None) -> dict[str, Any]:
@@ -212,11 +213,11 @@ def _judge_without(connection: Connection, now: float, user: str, attack_ids: Se
         judge_results(connection, now, user, before)
 
 
-def _task(connection: Connection, id_or_digest: str) -> Row[Any]:
-    row = reading.task(connection, id_or_digest)
-    if row is None:
+def _task(connection: Connection, id_or_digest: str) -> Task:
+    task = reading.task(connection, id_or_digest)
+    if task is None:
         raise NotFound(f"there is no task {id_or_digest}")
-    return row
+    return task
 
 
 def _chosen(connection: Connection, nodes: Sequence[Node], verb: str) -> list[Column]:

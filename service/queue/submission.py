@@ -8,7 +8,9 @@ from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceed
 from service.lab.artifacts import Artifacts
 from service.lab.datasets import inspect
 from service.limits import MAX_SWEEP_JOBS, Limits
+from service.model import records
 from service.model.jobs import LIVE_JOB, RETRIABLE, JobState
+from service.model.records import Job
 from service.queue import replanning
 from service.queue.planning import counted, distinct_tasks, plans_of
 from service.queue.preview import preview
@@ -17,7 +19,6 @@ from service.specs import JobSpec, Sweep, digest
 from service.specs.plan import JobPlan
 from service.store import (
     Connection,
-    Row,
     artifact_index,
     changing,
     datasets,
@@ -126,8 +127,8 @@ class Service:
         is no axis, `Conflict` where somebody else extends it at the same time.
         """
         with self.database.read() as connection:
-            row = _sweep(connection, sweep_id)
-            before = Sweep.model_validate(row.spec)
+            stored = _sweep(connection, sweep_id)
+            before = Sweep.model_validate(stored.spec)
             sweep = before.extended(grid)
             have = reading.spec_digests_of_sweep(connection, sweep_id)
             try:
@@ -142,7 +143,7 @@ class Service:
         def write(connection: Connection, now: float) -> Reply:
             self._check_quota(connection, user, len(plans))
             current = _sweep(connection, sweep_id)
-            if current.spec != row.spec:
+            if current.spec != stored.spec:
                 raise Conflict(f"sweep {sweep_id} was extended by somebody else just now: look at it, then try again")
             known = submitting.known_tasks(connection, needed)
             if plans:
@@ -227,12 +228,12 @@ class Service:
         `Conflict` for the priority of a job that has ended.
         """
         with self.database.write() as connection:
-            row = reading.job(connection, job_id)
-            if row is None:
+            job = reading.job(connection, job_id)
+            if job is None:
                 raise NotFound(f"there is no job {job_id}")
-            _check_seen(row, seen, f"job {job_id}")
-            if priority is not None and row.state not in LIVE_JOB:
-                raise Conflict(f"job {job_id} is {row.state}, so its priority cannot be changed")
+            _check_seen(job, seen, f"job {job_id}")
+            if priority is not None and job.state not in LIVE_JOB:
+                raise Conflict(f"job {job_id} is {job.state}, so its priority cannot be changed")
             now = self.database.now(connection)
             changing.change_job(connection, now, user, job_id, priority=priority, labels=labels)
 
@@ -333,16 +334,16 @@ class Service:
             )
 
 
-def _check_seen(row: Row[Any], seen: Collection[str] | None, name: str) -> None:
-    if seen is not None and version(row.id, row.priority, row.labels) not in seen:
+def _check_seen(value: Job | records.Sweep, seen: Collection[str] | None, name: str) -> None:
+    if seen is not None and version(value.id, value.priority, value.labels) not in seen:
         raise Changed(f"{name} was changed since you looked at it: get it again, then say what to change")
 
 
-def _sweep(connection: Connection, sweep_id: str) -> Row[Any]:
-    row = reading.sweep(connection, sweep_id)
-    if row is None:
+def _sweep(connection: Connection, sweep_id: str) -> records.Sweep:
+    sweep = reading.sweep(connection, sweep_id)
+    if sweep is None:
         raise NotFound(f"there is no sweep {sweep_id}")
-    return row
+    return sweep
 
 
 def _jobs_of(connection: Connection, sweep_id: str) -> list[str]:

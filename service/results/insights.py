@@ -1,22 +1,24 @@
 """Read-only questions, shared by API, CLI and whatever shows something: plain JSON comes back."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
 from service.errors import InvalidQuery, NotFound
 from service.model.environment import reported
+from service.model.records import Sweep
 from service.model.times import iso
 from service.results import views
 from service.results.questions import ALL_FIELDS, MAX_LIMIT, NEWEST_FIRST, Question
 from service.results.results import Results
 from service.specs import Task
-from service.store import Connection, Row, claiming, datasets, history, identifying, meanings, reading
+from service.store import Connection, claiming, datasets, history, identifying, meanings, reading
 from service.store.fields import JOBS
 from service.store.keyset import decode_id, encode_id
 from service.store.tables import jobs
 
+T = TypeVar("T")
 TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
 
@@ -27,17 +29,17 @@ class Insights(Results):
         """A page of jobs. Raises `InvalidQuery`."""
         with self.database.read() as connection:
             order = question.order(connection, JOBS, jobs.c.sequence)
-            rows = reading.jobs_page(connection, question.nodes, order, question.after(order), question.limit + 1)
-            rows, cursor = question.cut(order, rows)
-            progress = reading.progress_of_jobs(connection, [row.id for row in rows])
-        return {"items": [views.job_view(row, progress.get(row.id, 0.0)) for row in rows], "next_cursor": cursor}
+            page, end = reading.jobs_page(connection, question.nodes, order, question.after(order), question.limit)
+            progress = reading.progress_of_jobs(connection, [job.id for job in page])
+        items = [views.job_view(job, progress.get(job.id, 0.0)) for job in page]
+        return {"items": items, "next_cursor": question.cursor_at(order, end)}
 
     def job(self, job_id: str) -> dict[str, Any]:
         with self.database.read() as connection:
-            row = _found(reading.job(connection, job_id), f"there is no job {job_id}")
+            job = _found(reading.job(connection, job_id), f"there is no job {job_id}")
             tasks = reading.tasks_of_job(connection, job_id)
         progress = sum(task.progress for task in tasks) / len(tasks)
-        return {**views.job_view(row, progress), "tasks": views.roles_of(row, tasks)}
+        return {**views.job_view(job, progress), "tasks": views.roles_of(job, tasks)}
 
     def sweeps(self, *, user: str | None, cursor: str | None, limit: int) -> dict[str, Any]:
         """A page of sweeps, the newest first. Raises `InvalidQuery` for an unknown user and what is no cursor."""
@@ -46,29 +48,29 @@ class Insights(Results):
         with self.database.read() as connection:
             if user is not None:
                 meanings.checked(connection, meanings.user, "user", user)
-            rows = reading.sweeps_page(connection, user, after, limit + 1)
-            items = self._sweeps(connection, rows[:limit])
-        return {"items": items, "next_cursor": encode_id(question, rows[limit - 1].id) if len(rows) > limit else None}
+            page = reading.sweeps_page(connection, user, after, limit + 1)
+            items = self._sweeps(connection, page[:limit])
+        return {"items": items, "next_cursor": encode_id(question, page[limit - 1].id) if len(page) > limit else None}
 
     def sweep(self, sweep_id: str) -> dict[str, Any]:
         with self.database.read() as connection:
-            row = _found(reading.sweep(connection, sweep_id), f"there is no sweep {sweep_id}")
-            [view] = self._sweeps(connection, [row])
-        return {**view, "spec": row.spec}
+            sweep = _found(reading.sweep(connection, sweep_id), f"there is no sweep {sweep_id}")
+            [view] = self._sweeps(connection, [sweep])
+        return {**view, "spec": sweep.spec}
 
-    def _sweeps(self, connection: Connection, rows: Sequence[Row[Any]]) -> list[dict[str, Any]]:
-        ids = [row.id for row in rows]
+    def _sweeps(self, connection: Connection, sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
+        ids = [sweep.id for sweep in sweeps]
         jobs, counts = reading.job_counts(connection, ids), reading.task_counts(connection, ids)
         seconds, slots = reading.seconds_by_kind(connection, ids), claiming.places(connection)
         mine = {sweep_id: [count for count in counts if count.sweep_id == sweep_id] for sweep_id in ids}
-        return [views.sweep_view(row, jobs[row.id], mine[row.id], seconds[row.id], slots) for row in rows]
+        return [views.sweep_view(of, jobs[of.id], mine[of.id], seconds[of.id], slots) for of in sweeps]
 
     def task(self, id_or_digest: str) -> dict[str, Any]:
         with self.database.read() as connection:
-            row = _found(reading.task(connection, id_or_digest), f"there is no task {id_or_digest}")
-            attempts = reading.attempts_of(connection, row.id)
-            jobs = reading.jobs_of_task(connection, row.id, MAX_LIMIT)
-        return views.task_view(row, TASK.validate_python(row.spec), attempts, jobs)
+            task = _found(reading.task(connection, id_or_digest), f"there is no task {id_or_digest}")
+            attempts = reading.attempts_of(connection, task.id)
+            jobs = reading.jobs_of_task(connection, task.id, MAX_LIMIT)
+        return views.task_view(task, TASK.validate_python(task.spec), attempts, jobs)
 
     def identify(self, kind: identifying.Kind, given: str, *, user: str | None = None) -> str:
         """The id of which `given` is all, or a prefix that no other has; raises `AmbiguousId`."""
@@ -94,16 +96,16 @@ class Insights(Results):
     def cluster(self) -> dict[str, Any]:
         """Who leads, since when nobody does, and what the leader last said of its cluster."""
         with self.database.read() as connection:
-            row, now = claiming.leader(connection), self.database.now(connection)
-        if row is None:
+            lease, now = claiming.leader(connection), self.database.now(connection)
+        if lease is None:
             return {"leading": False, "dispatcher": None, "lease_expires_at": None, "set_aside": [], "status": {}}
-        expires = iso(row.expires_at)
+        expires = iso(lease.expires_at)
         return {
-            "leading": row.expires_at > now,
-            "dispatcher": row.holder,
+            "leading": lease.expires_at > now,
+            "dispatcher": lease.holder,
             "lease_expires_at": expires,
-            "set_aside": [views.set_aside(one) for one in reported(row.status)],
-            "status": row.status,
+            "set_aside": [views.set_aside(one) for one in reported(lease.status)],
+            "status": lease.status,
         }
 
     def last_event(self) -> int:
@@ -157,10 +159,10 @@ class Insights(Results):
         return happened, progress, {task_id: needed_by[task_id] for task_id in tasks}
 
 
-def _found(row: Row[Any] | None, otherwise: str) -> Row[Any]:
-    if row is None:
+def _found(value: T | None, otherwise: str) -> T:
+    if value is None:
         raise NotFound(otherwise)
-    return row
+    return value
 
 
 __all__ = ["ALL_FIELDS", "MAX_LIMIT", "NEWEST_FIRST", "Insights", "InvalidQuery", "Question"]

@@ -66,9 +66,12 @@ class Question:
 
     def cut(self, order: Order, rows: list[Row[Any]]) -> tuple[list[Row[Any]], str | None]:
         """The rows of the page, and the cursor of the next one where a row more was found."""
-        if len(rows) <= self.limit:
-            return rows, None
-        return rows[: self.limit], encode_cursor(self._identity(order), order.position(rows[self.limit - 1]))
+        end = order.position(rows[self.limit - 1]) if len(rows) > self.limit else None
+        return rows[: self.limit], self.cursor_at(order, end)
+
+    def cursor_at(self, order: Order, end: Position | None) -> str | None:
+        """The cursor of the page that begins behind `end`; None where there is none."""
+        return None if end is None else encode_cursor(self._identity(order), end)
 
 
 def nodes_of(text: str | None, filters: Mapping[str, Sequence[str]] | None = None) -> list[query.Node]:

@@ -93,7 +93,7 @@ class Results:
                 made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]
                 part = {
                     "task_id": task.id,
-                    "digest": views.digest_of(task),
+                    "digest": task.own_digest,
                     "kind": task.kind,
                     "version": task.version,
                     "failed": task.reason if task.state == TaskState.FAILED else None,
@@ -106,7 +106,7 @@ class Results:
                 }
                 for role in reading.roles(row, task):
                     name = task.spec["measure"]["type"] if role == "measure" else role
-                    parts[name if name not in parts else f"{name}:{views.digest_of(task)[:8]}"] = part
+                    parts[name if name not in parts else f"{name}:{task.own_digest[:8]}"] = part
             sizes = test_samples(connection, [row.spec["dataset"]])
         size = sizes.get(row.spec["dataset"])
         shown = views.result_row(row, further, specs[row.cell_id], test_samples=size, whole=False)

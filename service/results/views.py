@@ -4,13 +4,16 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
+from service.model import records
 from service.model.environment import SetAside
 from service.model.flags import FLAGS, names_of
 from service.model.jobs import JobState, TaskState
 from service.model.observations import Count, intervals_of
+from service.model.records import Attempt, Job, RegisteredDataset, RunningTask, Sweep, TaskCount
 from service.model.threat_model import threat_model
 from service.model.times import iso
 from service.specs.canonical import canonical
@@ -25,12 +28,12 @@ VERDICT = ("verdict", "verdict_reasons", "verdict_checks", "verdict_counts", "ve
 TASK_STATES = tuple(str(state) for state in TaskState)
 
 
-def job_view(row: Row[Any], progress: float) -> dict[str, Any]:
+def job_view(job: Job, progress: float) -> dict[str, Any]:
     return {
-        "id": row.id, "state": row.state, "reason": row.reason, "progress": round(progress, 4),
-        "sweep_id": row.sweep_id, "user": row.user, "priority": row.priority, "boosted": row.boosted,
-        "labels": row.labels, "spec": row.spec, "spec_digest": row.spec_digest, "verdict": row.verdict,
-        "created_at": iso(row.created_at), "finished_at": iso(row.finished_at),
+        "id": job.id, "state": job.state, "reason": job.reason, "progress": round(progress, 4),
+        "sweep_id": job.sweep_id, "user": job.user, "priority": job.priority, "boosted": job.boosted,
+        "labels": job.labels, "spec": job.spec, "spec_digest": job.spec_digest, "verdict": job.verdict,
+        "created_at": iso(job.created_at), "finished_at": iso(job.finished_at),
     }  # fmt: skip
 
 
@@ -39,21 +42,16 @@ def version(ident: str, priority: int, labels: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps([ident, priority, sorted(labels.items())]).encode()).hexdigest()[:32]
 
 
-def digest_of(task: Row[Any]) -> str:
-    """What it is the computation of, also where a newer generation is what new jobs join."""
-    return str(task.former_digest or task.digest)
-
-
-def task_line(task: Row[Any], roles: list[str]) -> dict[str, Any]:
+def task_line(task: records.Task, roles: list[str]) -> dict[str, Any]:
     """A task as one line of its job."""
     return {
-        "id": task.id, "digest": digest_of(task), "kind": task.kind, "roles": roles, "state": task.state,
+        "id": task.id, "digest": task.own_digest, "kind": task.kind, "roles": roles, "state": task.state,
         "reason": task.reason, "progress": task.progress, "attempt": task.attempt, "worker": task.worker,
         "started_at": iso(task.started_at), "finished_at": iso(task.finished_at),
     }  # fmt: skip
 
 
-def task_view(task: Row[Any], spec: Task, attempts: Sequence[Row[Any]], jobs: list[str]) -> dict[str, Any]:
+def task_view(task: records.Task, spec: Task, attempts: Sequence[Attempt], jobs: list[str]) -> dict[str, Any]:
     """A task whole: its spec and the canonical form that its digest is the SHA-256 of, and every attempt."""
     return {
         **{key: value for key, value in task_line(task, []).items() if key != "roles"},
@@ -78,16 +76,16 @@ def set_aside(one: SetAside) -> dict[str, Any]:
 
 
 def sweep_view(
-    row: Row[Any], jobs: dict[str, int], counts: Sequence[Row[Any]], seconds: dict[str, float], slots: float
+    sweep: Sweep, jobs: dict[str, int], counts: Sequence[TaskCount], seconds: dict[str, float], slots: float
 ) -> dict[str, Any]:
     total = sum(count.n for count in counts)
     done = sum(count.n if count.state == TaskState.SUCCEEDED else count.progress for count in counts)
     by_state = {state: sum(c.n for c in counts if c.state == state) for state in TASK_STATES}
-    state = sweep_state(jobs, row.paused)
+    state = sweep_state(jobs, sweep.paused)
     return {
-        "id": row.id, "name": row.name, "user": row.user, "state": state, "priority": row.priority,
-        "labels": row.labels, "created_at": iso(row.created_at),
-        "pause_reason": row.pause_reason if state == "paused" else None,
+        "id": sweep.id, "name": sweep.name, "user": sweep.user, "state": state, "priority": sweep.priority,
+        "labels": sweep.labels, "created_at": iso(sweep.created_at),
+        "pause_reason": sweep.pause_reason if state == "paused" else None,
         "jobs": {"total": sum(jobs.values()), **jobs}, "tasks": {"total": total, **by_state},
         "progress": round(done / total, 4) if total else 1.0,
         "eta_seconds": eta_seconds(counts, seconds, slots) if state == "running" else None,
@@ -103,7 +101,7 @@ def sweep_state(jobs: Mapping[str, int], paused: bool) -> str:
     return "cancelled" if jobs[JobState.CANCELLED] else "succeeded"
 
 
-def eta_seconds(counts: Sequence[Row[Any]], seconds: Mapping[str, float], slots: float) -> float | None:
+def eta_seconds(counts: Sequence[TaskCount], seconds: Mapping[str, float], slots: float) -> float | None:
     """What is left, at what a task of each kind took so far, over the places to run; None while nothing is known."""
     if not seconds or slots <= 0:
         return None
@@ -152,8 +150,8 @@ def result_row(
     }  # fmt: skip
 
 
-def retracted(row: Row[Any]) -> dict[str, Any]:
-    """When, by whom and why a result was retracted; nulls for one that stands. Shown where one is named by its id."""
+def retracted(row: records.Task | Row[Any]) -> dict[str, Any]:
+    """When, by whom and why a task or a result was retracted; nulls for one that stands."""
     return {
         "retracted_at": iso(row.retracted_at), "retracted_by": row.retracted_by,
         "retraction_reason": row.retraction_reason,
@@ -165,25 +163,21 @@ def _is_detail(name: str) -> bool:
     return DETAIL.search(name) is not None
 
 
-def registered_dataset(row: Row[Any]) -> dict[str, Any]:
-    return {
-        "name": f"npz:{row.name}", "train_sha256": row.train_sha256, "test_sha256": row.test_sha256,
-        "channels": row.channels, "height": row.height, "width": row.width, "classes": row.classes,
-        "train_count": row.train_count, "test_count": row.test_count, "created_by": row.created_by,
-        "created_at": iso(row.created_at),
-    }  # fmt: skip
+def registered_dataset(dataset: RegisteredDataset) -> dict[str, Any]:
+    shown = asdict(dataset)
+    return {**shown, "name": f"npz:{dataset.name}", "created_at": iso(dataset.created_at)}
 
 
 def event_view(event: Mapping[str, Any]) -> dict[str, Any]:
     return {**event, "at": iso(event["at"])}
 
 
-def running_view(task: Row[Any]) -> dict[str, Any]:
+def running_view(task: RunningTask) -> dict[str, Any]:
     return {
         "task_id": task.id, "digest": task.digest, "kind": task.kind, "attempt": task.attempt, "worker": task.worker,
         "progress": task.progress, "detail": task.detail,
     }  # fmt: skip
 
 
-def roles_of(job_row: Row[Any], tasks: Sequence[Row[Any]]) -> list[dict[str, Any]]:
-    return [task_line(task, reading.roles(job_row, task)) for task in tasks]
+def roles_of(job: Job, tasks: Sequence[records.Task]) -> list[dict[str, Any]]:
+    return [task_line(task, reading.roles(job, task)) for task in tasks]

@@ -1,64 +1,67 @@
 """The rows of users and of their tokens."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 from uuid_utils import uuid7
 
+from service.model.records import Admission, Token, User
 from service.store.listed import listed
 from service.store.tables import jobs, sweeps, tokens, users
+from service.store.values import every, one
 
 NEW_USER = {"role": "researcher", "weight": None, "max_queued_jobs": None, "max_gpus": None, "disabled_at": None}
 
 
-def user(connection: Connection, name: str) -> Any:
-    return connection.execute(select(users).where(users.c.name == name)).one_or_none()
+def user(connection: Connection, name: str) -> User | None:
+    return one(connection, User, select(users).where(users.c.name == name))
 
 
-def users_by_name(connection: Connection) -> Sequence[Any]:
-    return connection.execute(select(users).order_by(users.c.name)).all()
+def users_by_name(connection: Connection) -> list[User]:
+    return every(connection, User, select(users).order_by(users.c.name))
 
 
-def put_user(connection: Connection, now: float, name: str, changes: dict[str, Any]) -> None:
-    """Make or change a user; what the changes do not name stays as it is."""
+def put_user(connection: Connection, now: float, name: str, changes: dict[str, Any]) -> User:
+    """Make or change a user; what the changes do not name stays as it is. Returns the user as they are now."""
     if user(connection, name) is None:
         connection.execute(insert(users).values({**NEW_USER, **changes, "name": name, "created_at": now}))
     elif changes:
         connection.execute(update(users).where(users.c.name == name).values(changes))
+    return User(*connection.execute(select(users).where(users.c.name == name)).one())
 
 
-def insert_token(connection: Connection, now: float, **values: Any) -> Any:
+def insert_token(connection: Connection, now: float, **values: Any) -> Token:
     row = {"id": str(uuid7()), "created_at": now, **values}
-    return connection.execute(insert(tokens).values(row).returning(tokens)).one()
+    return Token(*connection.execute(insert(tokens).values(row).returning(tokens)).one())
 
 
-def token(connection: Connection, token_id: str) -> Any:
-    return connection.execute(select(tokens).where(tokens.c.id == token_id)).one_or_none()
+def token(connection: Connection, token_id: str) -> Token | None:
+    return one(connection, Token, select(tokens).where(tokens.c.id == token_id))
 
 
-def tokens_of(connection: Connection, user: str) -> Sequence[Any]:
-    return connection.execute(select(tokens).where(tokens.c.user == user).order_by(tokens.c.id)).all()
+def tokens_of(connection: Connection, user: str) -> list[Token]:
+    return every(connection, Token, select(tokens).where(tokens.c.user == user).order_by(tokens.c.id))
 
 
-def admission(connection: Connection, *, sha256: str | None = None, token_id: str | None = None) -> Any:
-    """The token of that hash or id, with what matters of its user: `role`, `disabled_at`; None where there is none."""
+def admission(connection: Connection, *, sha256: str | None = None, token_id: str | None = None) -> Admission | None:
+    """The token of that hash or id, with what matters of its user; None where there is none."""
     which = tokens.c.sha256 == sha256 if token_id is None else tokens.c.id == token_id
     query = select(tokens, users.c.role, users.c.disabled_at).join(users, users.c.name == tokens.c.user)
-    return connection.execute(query.where(which)).one_or_none()
+    row = connection.execute(query.where(which)).one_or_none()
+    return None if row is None else Admission(Token(*row[:-2]), *row[-2:])
 
 
 def note_use(connection: Connection, token_id: str, now: float) -> None:
     connection.execute(update(tokens).where(tokens.c.id == token_id).values(last_used_at=now))
 
 
-def revoke(connection: Connection, token_id: str, now: float) -> Sequence[Any]:
-    """Revoke a token, those made with it, those made with these, and so on. Returns the rows that were valid."""
+def revoke(connection: Connection, token_id: str, now: float) -> list[Token]:
+    """Revoke a token, those made with it, those made with these, and so on. Returns those that were valid."""
     family = select(tokens.c.id).where(tokens.c.id == token_id).cte("family", recursive=True)
     family = family.union(select(tokens.c.id).join(family, tokens.c.parent_id == family.c.id))
     made_with_it = list(connection.scalars(select(family.c.id)))
     valid = update(tokens).where(tokens.c.id.in_(listed(made_with_it)), tokens.c.revoked_at.is_(None))
-    return connection.execute(valid.values(revoked_at=now).returning(tokens)).all()
+    return every(connection, Token, valid.values(revoked_at=now).returning(tokens))
 
 
 def owner(connection: Connection, *, job_id: str | None, sweep_id: str | None) -> str | None:

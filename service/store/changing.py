@@ -3,15 +3,17 @@
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, literal, select, update
 
 from service.model.jobs import ENDED_TASK, LIVE_JOB, TaskState
+from service.model.records import Queue
 from service.store import history
 from service.store.claiming import QUEUE
 from service.store.history import Event
 from service.store.listed import listed
 from service.store.settling import rank_anew
 from service.store.tables import Json, job_tasks, jobs, queues, sweeps, tasks
+from service.store.values import one
 
 
 def pause_sweep(
@@ -55,9 +57,9 @@ def pause_queue(connection: Connection, now: float, actor: str, *, paused: bool)
     return True
 
 
-def queue(connection: Connection) -> Row[Any] | None:
+def queue(connection: Connection) -> Queue | None:
     """Whether the queue is paused, by whom and since when; None where it never was."""
-    return connection.execute(select(queues).where(queues.c.name == QUEUE)).one_or_none()
+    return one(connection, Queue, select(queues).where(queues.c.name == QUEUE))
 
 
 def _change_jobs(

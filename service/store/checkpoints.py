@@ -3,24 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, insert, select
 
+from service.model.records import RegisteredCheckpoint
 from service.store.tables import checkpoints
+from service.store.values import every, one
 
 
-def named(connection: Connection, name: str) -> Row[Any] | None:
-    return connection.execute(select(checkpoints).where(checkpoints.c.name == name)).one_or_none()
+def named(connection: Connection, name: str) -> RegisteredCheckpoint | None:
+    return one(connection, RegisteredCheckpoint, select(checkpoints).where(checkpoints.c.name == name))
 
 
-def of_weights(connection: Connection, weights_sha256: str) -> list[Row[Any]]:
+def of_weights(connection: Connection, weights_sha256: str) -> list[RegisteredCheckpoint]:
     """Those that have these weights, by name."""
     query = select(checkpoints).where(checkpoints.c.weights_sha256 == weights_sha256)
-    return list(connection.execute(query.order_by(checkpoints.c.name)))
+    return every(connection, RegisteredCheckpoint, query.order_by(checkpoints.c.name))
 
 
-def registered(connection: Connection) -> list[Row[Any]]:
+def registered(connection: Connection) -> list[RegisteredCheckpoint]:
     """All of them, by name."""
-    return list(connection.execute(select(checkpoints).order_by(checkpoints.c.name)))
+    return every(connection, RegisteredCheckpoint, select(checkpoints).order_by(checkpoints.c.name))
 
 
 def some_names(connection: Connection) -> list[str]:

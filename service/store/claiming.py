@@ -26,6 +26,7 @@ from sqlalchemy.sql import ColumnElement
 
 from service.model.executor import ArtifactRef, Grant
 from service.model.jobs import LIVE_JOB, TaskState
+from service.model.records import Lease
 from service.model.scheduling import MAX_BUNDLE, Waiting
 from service.settings import KINDS
 from service.store import history, users
@@ -34,6 +35,7 @@ from service.store.listed import listed
 from service.store.settling import UNPAUSED, UNWANTED, rank_anew, settle, start_jobs
 from service.store.states import CLAIMABLE, RUNNING, SHARED
 from service.store.tables import attempts, job_tasks, jobs, leases, queues, sweeps, tasks, trainings
+from service.store.values import one
 
 LEADER = "dispatcher"
 QUEUE = "default"
@@ -69,9 +71,9 @@ def leads_now(connection: Connection, now: float) -> bool:
     return row is not None and row.expires_at > now
 
 
-def led_by_another(row: Any, now: float, holder: str) -> bool:
-    """Whether that row of `leader` is a valid lease of another dispatcher."""
-    return row is not None and row.holder != holder and row.expires_at > now
+def led_by_another(lease: Lease | None, now: float, holder: str) -> bool:
+    """Whether that lease of `leader` is a valid one of another dispatcher."""
+    return lease is not None and lease.holder != holder and lease.expires_at > now
 
 
 def still_leads(connection: Connection, holder: str, epoch: int | None) -> bool:
@@ -86,9 +88,9 @@ def resign(connection: Connection, now: float, holder: str) -> None:
     connection.execute(update(leases).where(mine).values(expires_at=now))
 
 
-def leader(connection: Connection) -> Any:
-    """The row of the leading dispatcher: holder, expires_at and its last status; None before the first one."""
-    return connection.execute(select(leases).where(leases.c.role == LEADER)).one_or_none()
+def leader(connection: Connection) -> Lease | None:
+    """The lease of the last dispatcher that led, expired or not; None before the first one."""
+    return one(connection, Lease, select(leases).where(leases.c.role == LEADER))
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,26 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Column, Connection, Row, insert, select
+from sqlalchemy import Column, Connection, insert, select
 
+from service.model.records import RegisteredDataset
 from service.specs import catalog
 from service.store.listed import listed
 from service.store.tables import datasets
+from service.store.values import every, one
 
 OWN_DATASET = "npz:"
 
 
-def named(connection: Connection, name: str) -> Row[Any] | None:
+def named(connection: Connection, name: str) -> RegisteredDataset | None:
     """The data set of that name, with or without `npz:`."""
     query = select(datasets).where(datasets.c.name == name.removeprefix(OWN_DATASET))
-    return connection.execute(query).one_or_none()
+    return one(connection, RegisteredDataset, query)
 
 
-def registered(connection: Connection) -> list[Row[Any]]:
+def registered(connection: Connection) -> list[RegisteredDataset]:
     """All of them, by name."""
-    return list(connection.execute(select(datasets).order_by(datasets.c.name)))
+    return every(connection, RegisteredDataset, select(datasets).order_by(datasets.c.name))
 
 
 def some_names(connection: Connection) -> list[str]:

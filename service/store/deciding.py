@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select
 
+from service.model.records import Decision
 from service.store import counters
 from service.store.tables import decisions
+from service.store.values import every
 
 
 def keep(connection: Connection, now: float, actor: str, seen: bytes, decided: list[dict[str, Any]], most: int) -> None:
@@ -16,6 +18,6 @@ def keep(connection: Connection, now: float, actor: str, seen: bytes, decided: l
     connection.execute(delete(decisions).where(decisions.c.id <= number - most))
 
 
-def recorded(connection: Connection) -> list[Row[Any]]:
+def recorded(connection: Connection) -> list[Decision]:
     """All that are kept, oldest first."""
-    return list(connection.execute(select(decisions).order_by(decisions.c.id)))
+    return every(connection, Decision, select(decisions).order_by(decisions.c.id))

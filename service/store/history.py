@@ -6,8 +6,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, exists, func, insert, literal, select
 
+from service.model.records import FirstEvent
 from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
+from service.store.values import one
 
 PAGE = 1000  # events that are read at once
 
@@ -92,9 +94,9 @@ def after(
     return [dict(row._mapping) for row in connection.execute(query)]
 
 
-def first(connection: Connection) -> Any:
-    """The `id` and `at` of the oldest event that is kept; None where there is none."""
-    return connection.execute(select(events.c.id, events.c.at).order_by(events.c.id).limit(1)).one_or_none()
+def first(connection: Connection) -> FirstEvent | None:
+    """The oldest event that is kept; None where there is none."""
+    return one(connection, FirstEvent, select(events.c.id, events.c.at).order_by(events.c.id).limit(1))
 
 
 def older_than(connection: Connection, at: float) -> tuple[int, int]:

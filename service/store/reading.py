@@ -1,20 +1,23 @@
 """Questions about jobs, sweeps, tasks, data sets and the queue. They change nothing."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from typing import Any
 
 from sqlalchemy import Connection, Float, Row, cast, exists, func, or_, select
 
 from service.model.jobs import LIVE_JOB, JobState, TaskState
 from service.model.query import Node
+from service.model.records import Attempt, Job, RunningTask, Sweep, Task, TaskCount
 from service.store.conditions import condition
 from service.store.fields import JOBS
 from service.store.keyset import Order, Position
 from service.store.listed import listed
 from service.store.states import DIGEST
 from service.store.tables import attempts, job_tasks, jobs, sweeps, tasks
+from service.store.values import every, one
 
-Rows = list[Row[Any]]
+JOB_COLUMNS = len(fields(Job))
 
 # The parts that tasks play in a job, and the columns that name them; further measures are found by their kind.
 ROLES = {
@@ -26,25 +29,31 @@ ROLES = {
 }
 
 
-def jobs_page(connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int) -> Rows:
-    return order.page(connection, select(jobs).where(condition(connection, nodes, JOBS)), after, limit)
+def jobs_page(
+    connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int
+) -> tuple[list[Job], Position | None]:
+    """Up to `limit` jobs behind `after`, and where the next page begins: None where there is none."""
+    query = select(jobs).where(condition(connection, nodes, JOBS))
+    rows = order.page(connection, query, after, limit + 1)
+    end = order.position(rows[limit - 1]) if len(rows) > limit else None
+    return [Job(*row[:JOB_COLUMNS]) for row in rows[:limit]], end
 
 
-def job(connection: Connection, job_id: str) -> Row[Any] | None:
-    return connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+def job(connection: Connection, job_id: str) -> Job | None:
+    return one(connection, Job, select(jobs).where(jobs.c.id == job_id))
 
 
-def live_jobs_needing(connection: Connection, task_ids: Collection[str]) -> Rows:
+def live_jobs_needing(connection: Connection, task_ids: Collection[str]) -> list[Job]:
     """In the order in which they were submitted."""
     needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
     live = jobs.c.id.in_(needing) & jobs.c.state.in_(LIVE_JOB)
-    return list(connection.execute(select(jobs).where(live).order_by(jobs.c.sequence)))
+    return every(connection, Job, select(jobs).where(live).order_by(jobs.c.sequence))
 
 
-def jobs_in(connection: Connection, job_ids: Collection[str], states: Collection[str]) -> Rows:
+def jobs_in(connection: Connection, job_ids: Collection[str], states: Collection[str]) -> list[Job]:
     """Those of these jobs that are in one of these states, in the order in which they were submitted."""
     query = select(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states))
-    return list(connection.execute(query.order_by(jobs.c.sequence)))
+    return every(connection, Job, query.order_by(jobs.c.sequence))
 
 
 def job_state(connection: Connection, job_id: str) -> str | None:
@@ -65,14 +74,14 @@ def has_live_jobs(connection: Connection, sweep_id: str) -> bool:
     return connection.execute(select(jobs.c.id).where(live).limit(1)).one_or_none() is not None
 
 
-def tasks_of_job(connection: Connection, job_id: str) -> Rows:
+def tasks_of_job(connection: Connection, job_id: str) -> list[Task]:
     query = select(tasks).join(job_tasks, job_tasks.c.task_id == tasks.c.id).where(job_tasks.c.job_id == job_id)
-    return list(connection.execute(query.order_by(tasks.c.sequence, tasks.c.id)))
+    return every(connection, Task, query.order_by(tasks.c.sequence, tasks.c.id))
 
 
-def roles(job_row: Row[Any], task: Row[Any]) -> list[str]:
+def roles(job: Job | Row[Any], task: Task) -> list[str]:
     """Which parts this task plays in the job: at s = 1 the attack is its own baseline; a transfer has a source."""
-    found = [role for role, column in ROLES.items() if getattr(job_row, column.name) == task.id]
+    found = [role for role, column in ROLES.items() if getattr(job, column.name) == task.id]
     return found or ["source" if task.kind == "train" else "measure"]
 
 
@@ -87,18 +96,18 @@ def progress_of_jobs(connection: Connection, job_ids: Sequence[str]) -> dict[str
     return {job_id: float(fraction) for job_id, fraction in connection.execute(query)}
 
 
-def sweeps_page(connection: Connection, user: str | None, after: str | None, limit: int) -> Rows:
+def sweeps_page(connection: Connection, user: str | None, after: str | None, limit: int) -> list[Sweep]:
     """The newest first; `after` is the id where the page before ended (UUIDv7: in the order of their making)."""
     query = select(sweeps).order_by(sweeps.c.id.desc()).limit(limit)
     if user is not None:
         query = query.where(sweeps.c.user == user)
     if after is not None:
         query = query.where(sweeps.c.id < after)
-    return list(connection.execute(query))
+    return every(connection, Sweep, query)
 
 
-def sweep(connection: Connection, sweep_id: str) -> Row[Any] | None:
-    return connection.execute(select(sweeps).where(sweeps.c.id == sweep_id)).one_or_none()
+def sweep(connection: Connection, sweep_id: str) -> Sweep | None:
+    return one(connection, Sweep, select(sweeps).where(sweeps.c.id == sweep_id))
 
 
 def job_counts(connection: Connection, sweep_ids: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -110,8 +119,8 @@ def job_counts(connection: Connection, sweep_ids: Sequence[str]) -> dict[str, di
     return counts
 
 
-def task_counts(connection: Connection, sweep_ids: Sequence[str]) -> Rows:
-    """Per sweep, kind and state of its distinct tasks: `sweep_id, kind, state, n, progress` (the sum of it)."""
+def task_counts(connection: Connection, sweep_ids: Sequence[str]) -> list[TaskCount]:
+    """The distinct tasks of each sweep by kind and state."""
     needed = (
         select(jobs.c.sweep_id, tasks.c.id, tasks.c.kind, tasks.c.state, tasks.c.progress)
         .join(job_tasks, job_tasks.c.job_id == jobs.c.id)
@@ -122,7 +131,7 @@ def task_counts(connection: Connection, sweep_ids: Sequence[str]) -> Rows:
     )
     key = (needed.c.sweep_id, needed.c.kind, needed.c.state)
     totals = (func.count().label("n"), func.sum(needed.c.progress).label("progress"))
-    return list(connection.execute(select(*key, *totals).group_by(*key)))
+    return every(connection, TaskCount, select(*key, *totals).group_by(*key))
 
 
 def seconds_by_kind(connection: Connection, sweep_ids: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -143,17 +152,19 @@ def seconds_by_kind(connection: Connection, sweep_ids: Sequence[str]) -> dict[st
     return found
 
 
-def task(connection: Connection, id_or_digest: str) -> Row[Any] | None:
+def task(connection: Connection, id_or_digest: str) -> Task | None:
     """By a digest the one that new jobs join, else the last generation of the retracted ones."""
     if len(id_or_digest) != 64:
-        return connection.execute(select(tasks).where(tasks.c.id == id_or_digest)).one_or_none()
+        return one(connection, Task, select(tasks).where(tasks.c.id == id_or_digest))
     named = or_(tasks.c.digest == id_or_digest, tasks.c.former_digest == id_or_digest)
     newest = (tasks.c.former_digest.is_not(None), tasks.c.generation.desc())
-    return connection.execute(select(tasks).where(named).order_by(*newest).limit(1)).one_or_none()
+    return one(connection, Task, select(tasks).where(named).order_by(*newest).limit(1))
 
 
-def attempts_of(connection: Connection, task_id: str) -> Rows:
-    return list(connection.execute(select(attempts).where(attempts.c.task_id == task_id).order_by(attempts.c.number)))
+def attempts_of(connection: Connection, task_id: str) -> list[Attempt]:
+    """In the order of their numbers."""
+    query = select(attempts).where(attempts.c.task_id == task_id)
+    return every(connection, Attempt, query.order_by(attempts.c.number))
 
 
 def jobs_of_task(connection: Connection, task_id: str, limit: int) -> list[str]:
@@ -161,7 +172,9 @@ def jobs_of_task(connection: Connection, task_id: str, limit: int) -> list[str]:
     return list(connection.scalars(query.order_by(jobs.c.sequence).limit(limit)))
 
 
-def running_tasks(connection: Connection, *, sweep_id: str | None = None, job_id: str | None = None) -> Rows:
+def running_tasks(
+    connection: Connection, *, sweep_id: str | None = None, job_id: str | None = None
+) -> list[RunningTask]:
     """What runs now, with its progress: of everything, or of one sweep or job."""
     query = select(
         tasks.c.id, DIGEST.label("digest"), tasks.c.kind, tasks.c.attempt, tasks.c.worker, tasks.c.progress,
@@ -172,7 +185,7 @@ def running_tasks(connection: Connection, *, sweep_id: str | None = None, job_id
         query = query.where(exists().where(needed, jobs.c.sweep_id == sweep_id))
     if job_id is not None:
         query = query.where(exists().where(needed, jobs.c.id == job_id))
-    return list(connection.execute(query.order_by(tasks.c.sequence)))
+    return every(connection, RunningTask, query.order_by(tasks.c.sequence))
 
 
 def waiting_since(connection: Connection, before: float) -> tuple[int, float | None]:

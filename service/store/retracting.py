@@ -7,7 +7,7 @@ need: a result loses that measure's numbers only.
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -30,6 +30,7 @@ from service.store.fields import Column
 from service.store.listed import listed
 from service.store.result_tables import results
 from service.store.tables import checkpoints, job_tasks, jobs, task_edges, tasks, trainings
+from service.store.values import every
 
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
 MARK = (*RETRACTION, "retracted_with")
@@ -254,10 +255,17 @@ def outlived(connection: Connection, job_ids: Sequence[str]) -> list[str]:
     return list(connection.scalars(query.distinct()))
 
 
-def specs_of(connection: Connection, job_ids: Sequence[str]) -> list[Row[Any]]:
-    """The `cell_id`, `seed` and `spec` of these results."""
+class ResultSpec(NamedTuple):
+    """What a result is of."""
+
+    cell_id: int
+    seed: int
+    spec: dict[str, Any]
+
+
+def specs_of(connection: Connection, job_ids: Sequence[str]) -> list[ResultSpec]:
     query = select(results.c.cell_id, results.c.seed, jobs.c.spec).join(jobs, jobs.c.id == results.c.job_id)
-    return list(connection.execute(query.where(results.c.job_id.in_(listed(job_ids)))))
+    return every(connection, ResultSpec, query.where(results.c.job_id.in_(listed(job_ids))))
 
 
 def last_replicate(connection: Connection, cell_id: int, seed: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
     and_,
     bindparam,
     case,
@@ -23,6 +22,7 @@ from sqlalchemy import (
 from uuid_utils import uuid7
 
 from service.model.jobs import LIVE_JOB, RETRIABLE, JobState, TaskState
+from service.model.records import Job
 from service.model.scheduling import AGEING_SECONDS, due
 from service.specs import JobSpec, digest
 from service.specs.plan import JobPlan, PlannedTask
@@ -211,22 +211,22 @@ def _generations(connection: Connection, digests: Iterable[str]) -> dict[str, in
     return dict.fromkeys(digests, 1) | {digest: last + 1 for digest, last in connection.execute(query)}
 
 
-def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[tuple[Row[Any], JobPlan]]) -> None:
-    """Give jobs, by their rows, the tasks of new plans; a task of before that no live job needs ends.
+def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[tuple[Job, JobPlan]]) -> None:
+    """Give jobs the tasks of new plans; a task of before that no live job needs ends.
 
     They are live, or a retry in the same transaction makes them so.
     """
-    job_ids = [row.id for row, _ in plans]
-    ranked = [(plan, row.sequence, Rank(row.user, row.priority, row.created_at)) for row, plan in plans]
+    job_ids = [job.id for job, _ in plans]
+    ranked = [(plan, job.sequence, Rank(job.user, job.priority, job.created_at)) for job, plan in plans]
     known = known_tasks(connection, {task_digest for _, plan in plans for task_digest in plan.tasks})
     ids, states, _, fresh, again, lost = _join_tasks(connection, now, ranked, known)
     mine = job_tasks.c.job_id.in_(listed(job_ids))
     before = set(connection.scalars(select(job_tasks.c.task_id).where(mine)))
     connection.execute(delete(job_tasks).where(mine))
-    roles = [{"job": row.id, **_roles(plan, ids)} for row, plan in plans]
+    roles = [{"job": job.id, **_roles(plan, ids)} for job, plan in plans]
     moved: dict[str, Any] = {name: bindparam(name) for name in roles[0] if name != "job"}
     connection.execute(update(jobs).where(jobs.c.id == bindparam("job")).values(moved), roles)
-    _insert_needs(connection, jobs.c.id.in_(listed(job_ids)), [(row.id, plan) for row, plan in plans], ids)
+    _insert_needs(connection, jobs.c.id.in_(listed(job_ids)), [(job.id, plan) for job, plan in plans], ids)
     history.append_for_jobs(connection, now, actor, "job.replanned", listed(job_ids))
     kind = json_object(kind=tasks.c.kind)
     history.append_for_tasks(connection, now, actor, None, listed(ids[task_digest] for task_digest in fresh), kind)
