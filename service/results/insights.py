@@ -27,10 +27,10 @@ class Insights(Results):
         """A page of jobs. Raises `InvalidQuery`."""
         with self.database.read() as connection:
             order = question.order(connection, JOBS, jobs.c.sequence)
-            rows = reading.jobs_page(connection, question.nodes, order, question.after(order), question.limit + 1)
-            rows, cursor = question.cut(order, rows)
-            progress = reading.progress_of_jobs(connection, [row.id for row in rows])
-        return {"items": [views.job_view(row, progress.get(row.id, 0.0)) for row in rows], "next_cursor": cursor}
+            page = reading.jobs_page(connection, question.nodes, order, question.after(order), question.limit)
+            progress = reading.progress_of_jobs(connection, [row.id for row in page.rows])
+        items = [views.job_view(row, progress.get(row.id, 0.0)) for row in page.rows]
+        return {"items": items, "next_cursor": question.next_cursor(order, page.end)}
 
     def job(self, job_id: str) -> dict[str, Any]:
         with self.database.read() as connection:

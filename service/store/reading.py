@@ -7,9 +7,10 @@ from sqlalchemy import Connection, Float, Row, cast, exists, func, or_, select
 
 from service.model.jobs import LIVE_JOB, JobState, TaskState
 from service.model.query import Node
+from service.model.results import Result
 from service.store.conditions import condition
 from service.store.fields import JOBS
-from service.store.keyset import Order, Position
+from service.store.keyset import Order, Page, Position
 from service.store.listed import listed
 from service.store.states import DIGEST
 from service.store.tables import attempts, job_tasks, jobs, sweeps, tasks
@@ -26,7 +27,9 @@ ROLES = {
 }
 
 
-def jobs_page(connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int) -> Rows:
+def jobs_page(
+    connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int
+) -> Page[Row[Any]]:
     return order.page(connection, select(jobs).where(condition(connection, nodes, JOBS)), after, limit)
 
 
@@ -70,7 +73,7 @@ def tasks_of_job(connection: Connection, job_id: str) -> Rows:
     return list(connection.execute(query.order_by(tasks.c.sequence, tasks.c.id)))
 
 
-def roles(job_row: Row[Any], task: Row[Any]) -> list[str]:
+def roles(job_row: Row[Any] | Result, task: Row[Any]) -> list[str]:
     """Which parts this task plays in the job: at s = 1 the attack is its own baseline; a transfer has a source."""
     found = [role for role, column in ROLES.items() if getattr(job_row, column.name) == task.id]
     return found or ["source" if task.kind == "train" else "measure"]
