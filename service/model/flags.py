@@ -24,10 +24,20 @@ class Place(NamedTuple):
     cell_id: int
 
 
-def found(means: Sequence[Any], specs: Specs) -> dict[Place, list[Flag]]:
-    """The flags of each place that has any; `means` have `weights_sha256, cell_id, family, robust_accuracy, results`
-    and the `job_id` of their first result."""
-    together: dict[tuple[str, str], list[Any]] = defaultdict(list)
+class Mean(NamedTuple):
+    """The mean robust accuracy of the `results` that a network has in a cell; `job_id` is that of the first of them."""
+
+    weights_sha256: str
+    cell_id: int
+    family: str
+    robust_accuracy: float | None
+    results: int
+    job_id: str
+
+
+def found(means: Sequence[Mean], specs: Specs) -> dict[Place, list[Flag]]:
+    """The flags of each place that has any."""
+    together: dict[tuple[str, str], list[Mean]] = defaultdict(list)
     for mean in means:
         together[mean.weights_sha256, mean.family].append(mean)
     return {
@@ -39,7 +49,7 @@ def found(means: Sequence[Any], specs: Specs) -> dict[Place, list[Flag]]:
     }
 
 
-def not_monotone(mine: Any, others: Sequence[Any], specs: Specs) -> list[Flag]:
+def not_monotone(mine: Mean, others: Sequence[Mean], specs: Specs) -> list[Flag]:
     """The results, equal but for eps, steps or restarts, where more of it left more examples robust.
 
     More than max(.02, 3/n), by either of the two; `specs` are those of the cells of `mine` and `others`.
@@ -47,7 +57,7 @@ def not_monotone(mine: Any, others: Sequence[Any], specs: Specs) -> list[Flag]:
     flags, own = [], specs[mine.cell_id]
     least = max(0.02, 3 / own["samples"]) + 1e-9
     for other in others:
-        if None in (mine.robust_accuracy, other.robust_accuracy):
+        if mine.robust_accuracy is None or other.robust_accuracy is None:
             continue
         rise = other.robust_accuracy - mine.robust_accuracy
         if abs(rise) <= least:

@@ -39,12 +39,12 @@ def judge_again(database: Database) -> Upgraded:
     judged = changed = after = 0
     while True:
         with database.write() as connection:
-            rows = judging.outdated(connection, after, AT_ONCE)
-            if not rows:
+            outdated = judging.outdated(connection, after, AT_ONCE)
+            if not outdated:
                 break
-            before = {row.id: row.verdict for row in rows}
+            before = {job.job_id: job.verdict for job in outdated}
             changed += judge_results(connection, database.now(connection), ACTOR, before)
-            judged, after = judged + len(rows), rows[-1].sequence
+            judged, after = judged + len(outdated), outdated[-1].sequence
     if judged:
         log.info("%d results were judged again by version %d of the rule, %d differently", judged, VERSION, changed)
     return Upgraded(judged, changed)

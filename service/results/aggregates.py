@@ -17,11 +17,13 @@ from service.model.dotted import flat
 from service.model.observations import SHARES, Moments, Observations, accuracy_interval, range_of
 from service.model.observations import interval as interval
 from service.model.query import Node, fields_of
+from service.model.results import CellSpec, JsonObject
 from service.model.times import iso
 from service.model.unit import UNITS, Unit
 from service.results.distinct_images import DistinctImages
-from service.store import Connection, Row, aggregating
+from service.store import Connection, aggregating
 from service.store import results as store
+from service.store.aggregating import CellSums
 from service.store.database import Database
 from service.store.fields import RESULTS, Column, Field
 from service.store.result_tables import results
@@ -34,12 +36,12 @@ MAX_GROUPS = 10_000
 MAX_METRICS = MAX_KEYS = 20
 MAX_BEST = 1000  # groups whose best or worst result is looked up
 LONG = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
-SUMS = ("n", "sum", "squares", "low", "high")
+SUMS = 5  # values that `CellSums` has for each metric
 SPREADS = ("std", "ci95")
 VERDICT_VERSION = "verdict_version"
 OF_VERDICT = ("masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction")
 """Numbers that the rule of verdicts counts; so do the fields of the verdict itself."""
-Key = tuple[Any, ...]
+Key = tuple[Any, ...]  # Any: the values of the fields that are grouped by
 
 
 @dataclass
@@ -94,7 +96,7 @@ def aggregate(
     unit: Unit = "network",
     allow_mixed: bool = False,
     retracted: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Statistics of `metrics` in groups of equal `by`, in their order, over networks or over attack seeds of one.
 
     Raises `InvalidQuery`, also for mixed groups.
@@ -121,9 +123,15 @@ class Grouping:
     """Results in groups of equal `keys` (fields by name), with statistics of `metrics` over their `unit`s."""
 
     def __init__(
-        self, connection: Connection, where: Sequence[Column], keys: Mapping[str, Field],
-        metrics: Mapping[str, Sequence[str]], unit: Unit = "network", *, judged: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        connection: Connection,
+        where: Sequence[Column],
+        keys: Mapping[str, Field],
+        metrics: Mapping[str, Sequence[str]],
+        unit: Unit = "network",
+        *,
+        judged: bool = False,
+    ) -> None:
         self.connection, self.where, self.by, self.asked, self.unit = connection, where, list(keys), metrics, unit
         self.keys, self.judged = list(keys.values()), judged
         self.metrics = {name: _number(connection, name) for name in metrics}
@@ -137,28 +145,26 @@ class Grouping:
         shared = [key.of_cell for key in self.keys if key.of_cell is not None]
         groups: dict[Key, Group] = defaultdict(Group)
         with closing(aggregating.moments(self.connection, self.where, self.own, columns)) as batches:
-            for rows in batches:
-                fresh = {row.cell_id for row in rows} - self.of_cell.keys()
+            for batch in batches:
+                fresh = {sums.cell_id for sums in batch} - self.of_cell.keys()
                 self.of_cell |= aggregating.of_cells(self.connection, fresh, shared)
-                self._take(rows, groups)
+                self._take(batch, groups)
         return groups
 
-    def _take(self, rows: Sequence[Row[Any]], groups: dict[Key, Group]) -> None:
-        own, width = 1 + len(self.own), len(SUMS)
-        for row in rows:
-            cell_id, count, repeats = row[0], row[own], row[own + 1]
-            group = groups[self._key(cell_id, row[1:own])]
+    def _take(self, batch: Sequence[CellSums], groups: dict[Key, Group]) -> None:
+        starts = {name: SUMS * i for i, name in enumerate(self.metrics)}
+        for cell_id, keys, count, repeats, sums in batch:
+            group = groups[self._key(cell_id, keys)]
             group.cells.add(cell_id)
             group.rows += count
             group.repeats += repeats
             group.networks += count
-            for start, name in enumerate(self.metrics):
-                first = own + 2 + width * start
-                group.metrics[name].add(*row[first : first + width])
+            for name, start in starts.items():
+                group.metrics[name].add(*sums[start : start + SUMS])
             if len(groups) > MAX_GROUPS:
                 raise InvalidQuery("by", f"that makes more than {MAX_GROUPS:,} groups: filter, or group by less")
 
-    def _key(self, cell_id: int, own: Sequence[Any]) -> Key:
+    def _key(self, cell_id: int, own: Sequence[object]) -> Key:
         shared, mine = iter(self.of_cell[cell_id]), iter(own)
         return tuple(next(mine) if key.of_cell is None else next(shared) for key in self.keys)
 
@@ -186,14 +192,14 @@ class Grouping:
         further measures, and the version of the verdict that counted what is masked, or chose the results."""
         differing: dict[str, dict[Any, None]] = {}
         for name, metric in self.metrics.items():
-            found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+            found: dict[Key, list[JsonObject]] = defaultdict(list)
             if self.judged or name in OF_VERDICT:
-                for row in aggregating.verdict_versions(self.connection, self.where, self.own, metric.column):
-                    cell_id, *own, version = tuple(row)
+                judged = aggregating.verdict_versions(self.connection, self.where, self.own, metric.column)
+                for cell_id, own, (version,) in judged:
                     found[self._key(cell_id, own)].append({VERDICT_VERSION: version})
             if metric.measure is not None:
-                for row in aggregating.measures(self.connection, self.where, self.own, metric.column, metric.measure):
-                    cell_id, *own, measure, version = tuple(row)
+                made_by = aggregating.measures(self.connection, self.where, self.own, metric.column, metric.measure)
+                for cell_id, own, (measure, version) in made_by:
                     spec = {**json.loads(measure), "version": version}
                     named = {f"measures.{spec['type']}.{part}": value for part, value in spec.items()}
                     found[self._key(cell_id, own)].append(named)
@@ -230,17 +236,16 @@ class Grouping:
     def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
         """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
         columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
-        observed, start = Observations(len(columns)), 1 + len(self.own)
-        of_place: dict[Any, int] = {}  # a group's number is hashed in a fraction of the time of its key
+        observed = Observations(len(columns))
+        of_place: dict[tuple[Any, ...], int] = {}  # a group's number is hashed in a fraction of the time of its key
         numbers: dict[Key, int] = {}
         with closing(aggregating.observations(self.connection, self.where, self.own, columns, of_cells)) as batches:
-            for rows in batches:
-                cell_ids, *every = zip(*rows, strict=True)
-                places = list(zip(cell_ids, *every[: start - 1], strict=True)) if self.own else cell_ids
+            for batch in batches:
+                places = list(zip(batch.cell_ids, *batch.keys, strict=True))
                 for place in set(places) - of_place.keys():
-                    key = self._key(place[0], place[1:]) if self.own else self._key(place, ())
-                    of_place[place] = numbers.setdefault(key, len(numbers))
-                observed.add([of_place[place] for place in places], *every[start - 1 :])
+                    of_place[place] = numbers.setdefault(self._key(place[0], place[1:]), len(numbers))
+                groups_of = [of_place[place] for place in places]
+                observed.add(groups_of, batch.networks, batch.attack_seeds, *batch.metrics)
         keys = list(numbers)
         networks = observed.networks()
         for number, count in networks.items():
@@ -252,7 +257,7 @@ class Grouping:
             for number, values in observed.values(i, self.unit).items():
                 groups[keys[number]].metrics[name].take(values)
 
-    def item(self, key: Key, group: Group) -> dict[str, Any]:
+    def item(self, key: Key, group: Group) -> JsonObject:
         named = {
             name: iso(value) if field.kind == "time" else value
             for name, field, value in zip(self.by, self.keys, key, strict=True)
@@ -315,7 +320,7 @@ def is_judged(names: Iterable[str]) -> bool:
     return any(name in OF_VERDICT or (name.startswith("verdict") and name != VERDICT_VERSION) for name in names)
 
 
-def _without_common(specs: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _without_common(specs: Mapping[int, CellSpec]) -> dict[int, CellSpec]:
     """The specs without the fields in which all are equal: no two of these need to be compared in them."""
     if not specs:
         return {}
@@ -371,5 +376,5 @@ def _refusal(mixed: Mapping[str, Sequence[Any]]) -> str:
     )
 
 
-def _rank(key: Key) -> list[tuple[bool, Any]]:
+def _rank(key: Key) -> list[tuple[bool, Any]]:  # Any: parts of one field are of one kind
     return [(part is None, "" if part is None else part) for part in key]

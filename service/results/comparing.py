@@ -8,6 +8,7 @@ import numpy as np
 
 from service.errors import InvalidQuery
 from service.model.dotted import flat
+from service.model.results import CellSpec, JsonObject, Result
 from service.model.threat_model import threat_model
 from service.model.verdict import BitArray
 from service.results.results import found
@@ -20,11 +21,9 @@ from service.store.database import Database
 MAX_COMPARED = 20
 RESAMPLES = 10_000
 RETRACTED = "retracted"
-SHOWN = ("architecture", "dataset", "scale", "seed", "samples", "clean_accuracy", "robust_accuracy", "verdict",
-         "weights_sha256")  # fmt: skip
 
 
-def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
+def compare(database: Database, job_ids: Sequence[str]) -> JsonObject:
     """The fields that differ, a paired test for every two, and the union of attacks where they are on one network.
 
     Examples are paired by position: the first so many of one fixed permutation, or of the file, as many as all have.
@@ -35,45 +34,57 @@ def compare(database: Database, job_ids: Sequence[str]) -> dict[str, Any]:
     if not 2 <= len(ids) <= MAX_COMPARED:
         raise InvalidQuery("ids", f"between 2 and {MAX_COMPARED} results can be compared, not {len(ids)}")
     with database.read() as connection:
-        rows = [found(connection, job_id) for job_id in ids]
-        cells = store.cell_specs(connection, {row.cell_id for row in rows})
-        robust = store.bits_of(connection, [row.attack_task_id for row in rows], "robust")
-    if len(names := sorted({row.dataset for row in rows})) > 1:
+        results = [found(connection, job_id) for job_id in ids]
+        by_id = store.cell_specs(connection, {result.cell_id for result in results})
+        robust = store.bits_of(connection, [result.attack_task_id for result in results], "robust")
+    if len(names := sorted({result.dataset for result in results})) > 1:
         raise InvalidQuery("ids", f"results on different data sets have no examples in common: {', '.join(names)}")
-    specs = [dict(flat({**LATER, **row.spec, "versions": cells[row.cell_id]["versions"]})) for row in rows]
+    cells = [by_id[result.cell_id] for result in results]
+    specs = [
+        dict(flat({**LATER, **result.spec, "versions": cell["versions"]}))
+        for result, cell in zip(results, cells, strict=True)
+    ]
     if len({spec["order"] for spec in specs}) > 1:
         raise InvalidQuery("ids", "their images are in different orders: one place has other examples")
-    bits = [robust[row.attack_task_id] for row in rows]
-    n = min(of.size for of in bits)
-    union, why = _union(rows, [cells[row.cell_id] for row in rows], [of[:n] for of in bits])
+    n = min(robust[result.attack_task_id].size for result in results)
+    bits = [robust[result.attack_task_id][:n] for result in results]
+    union, why = _union(results, cells, bits)
+    pairs = combinations(zip(ids, bits, strict=True), 2)
     return {
-        "results": [
-            {
-                "job_id": row.id,
-                **{name: getattr(row, name) for name in SHOWN},
-                "threat_model": threat_model(row.spec["attack"]).ball,
-                **retracted(row),
-            }
-            for row in rows
-        ],
+        "results": [_shown(result) for result in results],
         "examples": n,
         "differing": differing(specs),
-        "pairs": [
-            {"a": ids[i], "b": ids[j], **paired(bits[i][:n], bits[j][:n])} for i, j in combinations(range(len(ids)), 2)
-        ],
+        "pairs": [{"a": a, "b": b, **paired(bits_a, bits_b)} for (a, bits_a), (b, bits_b) in pairs],
         "union": union,
         "union_refused": why,
     }
 
 
-def differing(specs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def _shown(result: Result) -> JsonObject:
+    return {
+        "job_id": result.job_id,
+        "architecture": result.architecture,
+        "dataset": result.dataset,
+        "scale": result.scale,
+        "seed": result.seed,
+        "samples": result.spec["samples"],
+        "clean_accuracy": result.metrics["clean_accuracy"],
+        "robust_accuracy": result.metrics["robust_accuracy"],
+        "verdict": result.verdict,
+        "weights_sha256": result.weights_sha256,
+        "threat_model": threat_model(result.spec["attack"]).ball,
+        **retracted(result),
+    }
+
+
+def differing(specs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The fields that are not equal everywhere, with the value of each."""
     names = dict.fromkeys(name for spec in specs for name in spec)
     values = {name: [spec.get(name) for spec in specs] for name in names}
     return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
 
 
-def paired(a: BitArray, b: BitArray) -> dict[str, Any]:
+def paired(a: BitArray, b: BitArray) -> dict[str, float]:
     """McNemar's exact test on outcomes `a [n]`, `b [n]` of the same examples, and the difference of their means.
 
     The interval is a percentile bootstrap over examples: those resampled are a multinomial of the three differences.
@@ -87,33 +98,38 @@ def paired(a: BitArray, b: BitArray) -> dict[str, Any]:
     draws = np.random.RandomState(0).multinomial(n, shares, RESAMPLES)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, (0.025, 0.975))
     return {
-        "only_a": only_a, "only_b": only_b, "both": int((a & b).sum()), "neither": int((~a & ~b).sum()),
-        "difference": (only_a - only_b) / n, "difference_low": float(low), "difference_high": float(high),
+        "only_a": only_a,
+        "only_b": only_b,
+        "both": int((a & b).sum()),
+        "neither": int((~a & ~b).sum()),
+        "difference": (only_a - only_b) / n,
+        "difference_low": float(low),
+        "difference_high": float(high),
         "p_value": p_value,
-    }  # fmt: skip
+    }
 
 
 def _union(
-    rows: Sequence[Any], cells: Sequence[Mapping[str, Any]], bits: Sequence[BitArray]
-) -> tuple[dict[str, Any] | None, str | None]:
+    results: Sequence[Result], cells: Sequence[CellSpec], bits: Sequence[BitArray]
+) -> tuple[JsonObject | None, str | None]:
     """The worst case per example over attacks on one network in one ball, or why there is none.
 
     A result that a network's worst case leaves out is left out here too: `left_out` names it and says why.
     """
-    if len({row.weights_sha256 or row.train_task_id for row in rows}) > 1:
+    if len({result.weights_sha256 or result.train_task_id for result in results}) > 1:
         return None, "these are attacks on different networks"
-    balls = dict.fromkeys(threat_model(row.spec["attack"]).ball for row in rows)
+    balls = dict.fromkeys(threat_model(result.spec["attack"]).ball for result in results)
     if len(balls) > 1 or None in balls:
         named = ", ".join("no ball" if ball is None else ball for ball in balls)
         return None, f"a worst case is over one threat model, and these are attacks in {named}"
-    if len({1 if row.spec["scale_bias"] else row.scale for row in rows}) > 1:
+    if len({1 if result.spec["scale_bias"] else result.scale for result in results}) > 1:
         return None, "without the bias scaled too, a network predicts other classes at another scale"
     reasons = {
-        row.id: RETRACTED if row.retracted_at is not None else why_left_out(row.verdict_reasons, cell)
-        for row, cell in zip(rows, cells, strict=True)
+        result.job_id: RETRACTED if result.retracted_at is not None else why_left_out(result.verdict_reasons, cell)
+        for result, cell in zip(results, cells, strict=True)
     }
     left_out = {job_id: reason for job_id, reason in reasons.items() if reason is not None}
-    kept = {row.id: of for row, of in zip(rows, bits, strict=True) if row.id not in left_out}
+    kept = {result.job_id: of for result, of in zip(results, bits, strict=True) if result.job_id not in left_out}
     if not kept:
         return None, f"none of these proves anything: {', '.join(dict.fromkeys(left_out.values()))}"
     alone = {

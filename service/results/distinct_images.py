@@ -10,7 +10,7 @@ from service.store.datasets import test_samples
 from service.store.fields import Column
 from service.store.result_tables import cells
 
-Key = tuple[Any, ...]
+Key = tuple[object, ...]
 Counts = dict[tuple[Key, str], int | None]
 
 
@@ -22,7 +22,7 @@ class DistinctImages:
         connection: Connection,
         where: Sequence[Column],
         own: Sequence[Column],
-        key_of: Callable[[int, Sequence[Any]], Key],
+        key_of: Callable[[int, Sequence[object]], Key],
     ) -> None:
         self._connection, self._where, self._own, self._key_of = connection, where, own, key_of
         self._samples: dict[int, tuple[Any, ...]] = {}  # data set and samples by cell
@@ -60,8 +60,8 @@ class DistinctImages:
         """The most images that a network of each group gets right without an attack, read once for all groups."""
         if share not in self._correct:
             found = self._correct[share] = {}
-            for row in aggregating.clean_correct(self._connection, self._where, self._own, column):
-                cell_id, *own, most, untold = tuple(row)
+            of_keys = aggregating.clean_correct(self._connection, self._where, self._own, column)
+            for cell_id, own, (most, untold) in of_keys:
                 place = self._key_of(cell_id, own), self._samples[cell_id][0]
                 before = found.get(place, 0)
                 found[place] = None if untold or before is None else max(before, most)

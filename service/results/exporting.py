@@ -7,17 +7,18 @@ The columns are known before the first row is read: those that were asked for, e
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from service.model import flags
 from service.model.dotted import FAMILIES, flat
 from service.model.observations import INTERVALS, SHARES, Count, accuracy_interval
+from service.model.results import JsonObject
 from service.model.threat_model import threat_model
 from service.model.times import iso, milliseconds, seconds_of
 from service.results.questions import ALL_FIELDS, Question
-from service.results.results import check_fields, order_of, other_names, rows_of
+from service.results.results import check_fields, keys_of, order_of, other_names, rows_of
 from service.store import Connection
 from service.store import results as store
 from service.store.database import Database
@@ -43,17 +44,29 @@ IN_COLUMNS = tuple(
 )
 """The intervals whose shares and counts need no whole row."""
 COLUMNS = (
-    "job_id", "sweep_id", "user", *(name for name in SPEC if not name.startswith(RARE)), *THREAT_MODEL, *HEADLINE,
-    *IN_COLUMNS, FLAGS, "versions.train", "versions.measure", "versions.attack", "created_at", "finished_at",
-)  # fmt: skip
+    *("job_id", "sweep_id", "user"),
+    *(name for name in SPEC if not name.startswith(RARE)),
+    *THREAT_MODEL,
+    *HEADLINE,
+    *IN_COLUMNS,
+    FLAGS,
+    *("versions.train", "versions.measure", "versions.attack", "created_at", "finished_at"),
+)
 FURTHER = (
-    *(name for name in SPEC if name.startswith(RARE)), "versions.control", "measures", "measures_failed",
-    "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version", "weights_sha256", "spec_digest",
-    "attack_digest", "retracted_at", "retracted_by", "retraction_reason", "labels", "provenance",
+    *(name for name in SPEC if name.startswith(RARE)),
+    *("versions.control", "measures", "measures_failed"),
+    *("verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version"),
+    *("weights_sha256", "spec_digest", "attack_digest"),
+    *("retracted_at", "retracted_by", "retraction_reason", "labels", "provenance"),
     *(field for field in INTERVALS if field not in IN_COLUMNS),
-)  # fmt: skip
+)
 MADE_HERE = frozenset({FLAGS, *IN_COLUMNS})  # columns that are no fields
 WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # of which a table has room for the name
+
+
+Batch = list[list[Any]]  # Any: the values of each column, of its kind
+Fetch = Callable[[Connection, Question, Order, Sequence[str]], tuple[Batch, str | None]]
+"""The columns of these names, of one page of a question, and the cursor of the next page."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Table:
 
     names: tuple[str, ...]
     kinds: tuple[Kind, ...]
-    batches: Callable[[], Iterator[list[list[Any]]]]
+    batches: Callable[[], Iterator[Batch]]
 
 
 def table(database: Database, question: Question) -> Table:
@@ -74,9 +87,9 @@ def table(database: Database, question: Question) -> Table:
         question.after(order)
         store.selected(connection, question.nodes)
     known = all(name in MADE_HERE or (name in RESULTS.known and RESULTS.known[name].any_of is None) for name in names)
-    fetch = _Columns(names) if known else _whole_rows
-    rows = BATCH_ROWS if known else ROWS_OF_JSON
-    return Table(names, tuple(map(_kind, names)), lambda: _batches(database, question, order, names, fetch, rows))
+    fetch: Fetch = _Columns(names) if known else _whole_rows
+    question = replace(question, limit=BATCH_ROWS if known else ROWS_OF_JSON)
+    return Table(names, tuple(map(_kind, names)), lambda: _batches(database, question, order, names, fetch))
 
 
 def csv_lines(of: Table) -> Iterator[str]:
@@ -84,8 +97,8 @@ def csv_lines(of: Table) -> Iterator[str]:
     writer = csv.writer(buffer)
     writer.writerow(of.names)
     for batch in of.batches():
-        shown = [list(map(iso, column)) if kind == "time" else column
-                 for column, kind in zip(batch, of.kinds, strict=True)]  # fmt: skip
+        pairs = zip(batch, of.kinds, strict=True)
+        shown = [list(map(iso, column)) if kind == "time" else column for column, kind in pairs]
         writer.writerows(zip(*shown, strict=True))
         yield buffer.getvalue()
         buffer.seek(0)
@@ -93,7 +106,7 @@ def csv_lines(of: Table) -> Iterator[str]:
     yield buffer.getvalue()
 
 
-def json_lines(rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+def json_lines(rows: Iterator[JsonObject]) -> Iterator[str]:
     return (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
 
 
@@ -103,9 +116,13 @@ def parquet_bytes(of: Table) -> Iterator[bytes]:
     import pyarrow.parquet as pq
 
     types = {
-        "text": pa.string(), "list": pa.string(), "number": pa.float64(), "integer": pa.int64(), "boolean": pa.bool_(),
+        "text": pa.string(),
+        "list": pa.string(),
+        "number": pa.float64(),
+        "integer": pa.int64(),
+        "boolean": pa.bool_(),
         "time": pa.timestamp("ms", tz="UTC"),
-    }  # fmt: skip
+    }
     schema = pa.schema([(name, types[kind]) for name, kind in zip(of.names, of.kinds, strict=True)])
     group_rows = max(1, min(GROUP_ROWS, GROUP_VALUES // len(of.names)))
     sink = _Pieces()
@@ -173,13 +190,11 @@ def _kind(name: str) -> Kind:
 
 
 def _batches(
-    database: Database, question: Question, order: Order, names: Sequence[str],
-    fetch: Callable[[Connection, Question, Order, Sequence[str], int], tuple[list[list[Any]], str | None]], rows: int,
-) -> Iterator[list[list[Any]]]:  # fmt: skip
-    question = replace(question, limit=rows)
+    database: Database, question: Question, order: Order, names: Sequence[str], fetch: Fetch
+) -> Iterator[Batch]:
     while True:
         with database.read() as connection:
-            columns, cursor = fetch(connection, question, order, names, rows)
+            columns, cursor = fetch(connection, question, order, names)
         yield columns
         if cursor is None:
             return
@@ -202,31 +217,24 @@ class _Columns:
         self._cells: dict[int, tuple[Any, ...]] = {}  # the values of `_shared`
 
     def __call__(
-        self, connection: Connection, question: Question, order: Order, names: Sequence[str], rows: int
-    ) -> tuple[list[list[Any]], str | None]:
+        self, connection: Connection, question: Question, order: Order, names: Sequence[str]
+    ) -> tuple[Batch, str | None]:
         flagged = [results.c[name] for name in flags.FLAGS]
         wanted = [*flagged, *(RESULTS.known[name].column for name in self._own)]
-        found = store.columns(
-            connection, question.nodes, order, question.after(order), rows + 1, wanted, retracted=question.retracted
-        )
-        found, cursor = question.cut(order, found)
-        if not found:
+        after, limit = question.after(order), question.limit
+        page = store.columns(connection, question.nodes, order, after, limit, wanted, retracted=question.retracted)
+        cursor = question.next_cursor(order, page.end)
+        if not page.cell_ids:
             return [[] for _ in names], cursor
-        cell_ids, *by_column = zip(*found, strict=True)  # and after ours what they are sorted by
-        raised, by_column = by_column[: len(flagged)], by_column[len(flagged) :]
-        columns = dict(zip(self._own, map(list, by_column), strict=False))
-        self._look_up(connection, set(cell_ids))
+        raised, own = page.values[: len(flagged)], page.values[len(flagged) :]
+        columns = dict(zip(self._own, map(list, own), strict=True))
+        self._look_up(connection, set(page.cell_ids))
         if self._shared:
-            shared = zip(*map(self._cells.__getitem__, cell_ids), strict=True)
+            shared = zip(*map(self._cells.__getitem__, page.cell_ids), strict=True)
             columns |= dict(zip(self._shared, map(list, shared), strict=True))
         columns[FLAGS] = [";".join(flags.names_of(*of)) for of in zip(*raised, strict=True)]
         for name in self._intervals:
-            share, bound = INTERVALS[name]
-            counts = columns[COUNTED_BY[SHARES[share]]]
-            if SHARES[share] == "test_samples":
-                counts = list(map(test_samples(connection, set(counts)).get, counts))
-            pairs = zip(columns[share], counts, strict=True)
-            columns[name] = [accuracy_interval(value, images)[bound] for value, images in pairs]
+            columns[name] = _bounds(connection, name, columns)
         return [columns[name] for name in names], cursor
 
     def _look_up(self, connection: Connection, cell_ids: set[int]) -> None:
@@ -240,21 +248,30 @@ class _Columns:
             self._cells[cell_id] = tuple(values.get(WHOLE.get(name, name)) for name in self._shared)
 
 
+def _bounds(connection: Connection, name: str, columns: Mapping[str, list[Any]]) -> list[float | None]:
+    """A bound of the interval of a share, for each row of these columns."""
+    share, bound = INTERVALS[name]
+    counts = columns[COUNTED_BY[SHARES[share]]]
+    if SHARES[share] == "test_samples":
+        counts = list(map(test_samples(connection, set(counts)).get, counts))
+    pairs = zip(columns[share], counts, strict=True)
+    return [accuracy_interval(value, images)[bound] for value, images in pairs]
+
+
 def _whole_rows(
-    connection: Connection, question: Question, order: Order, names: Sequence[str], rows: int
-) -> tuple[list[list[Any]], str | None]:
+    connection: Connection, question: Question, order: Order, names: Sequence[str]
+) -> tuple[Batch, str | None]:
     """The same from whole rows, for stored numbers, labels and provenance."""
-    keys = store.keys(connection, question.nodes, order, question.after(order), rows + 1, retracted=question.retracted)
-    keys, cursor = question.cut(order, keys)
-    made: list[list[Any]] = [[] for _ in names]
-    for row in rows_of(connection, [key.job_id for key in keys], (ALL_FIELDS,)):
+    page = keys_of(connection, question, order)
+    made: Batch = [[] for _ in names]
+    for row in rows_of(connection, [key.job_id for key in page.rows], (ALL_FIELDS,)):
         values = {**dict(flat(row)), **other_names(row)}
         for name, column in zip(names, made, strict=True):
             column.append(_value(row, values, name))
-    return made, cursor
+    return made, question.next_cursor(order, page.end)
 
 
-def _value(row: dict[str, Any], values: dict[str, Any], name: str) -> Any:
+def _value(row: JsonObject, values: JsonObject, name: str) -> object:
     if name in RESULTS.known and RESULTS.known[name].kind == "time":
         text = values.get(name)
         return None if text is None else seconds_of(text)

@@ -29,10 +29,10 @@ class Insights(Results):
         """A page of jobs. Raises `InvalidQuery`."""
         with self.database.read() as connection:
             order = question.order(connection, JOBS, jobs.c.sequence)
-            page, end = reading.jobs_page(connection, question.nodes, order, question.after(order), question.limit)
-            progress = reading.progress_of_jobs(connection, [job.id for job in page])
-        items = [views.job_view(job, progress.get(job.id, 0.0)) for job in page]
-        return {"items": items, "next_cursor": question.cursor_at(order, end)}
+            page = reading.jobs_page(connection, question.nodes, order, question.after(order), question.limit)
+            progress = reading.progress_of_jobs(connection, [job.id for job in page.rows])
+        items = [views.job_view(job, progress.get(job.id, 0.0)) for job in page.rows]
+        return {"items": items, "next_cursor": question.next_cursor(order, page.end)}
 
     def job(self, job_id: str) -> dict[str, Any]:
         with self.database.read() as connection:

@@ -9,16 +9,13 @@ from service.store.history import Event
 
 def judge_results(connection: Connection, now: float, actor: str, before: Mapping[str, str]) -> int:
     """Judge these jobs again, whose verdicts were `before`; an event names each change. Returns how many changed."""
-    found = judging.verdicts(connection, list(before))
-    judging.write_verdicts(connection, found)
+    judged = judging.verdicts(connection, list(before))
+    judging.write_verdicts(connection, judged)
     filing.file_verdicts(connection, list(before))
+    changed = [(job_id, verdict.verdict) for job_id, verdict in judged if verdict.verdict != before[job_id]]
     events = [
-        Event(
-            "result.judged", job_id=row["id"],
-            data={"version": VERSION, "before": before[row["id"]], "verdict": row["verdict"]},
-        )
-        for row in found
-        if row["verdict"] != before[row["id"]]
-    ]  # fmt: skip
+        Event("result.judged", job_id=job_id, data={"version": VERSION, "before": before[job_id], "verdict": verdict})
+        for job_id, verdict in changed
+    ]
     history.append(connection, now, actor, events)
     return len(events)

@@ -9,19 +9,18 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Any
 
 from service.errors import InvalidQuery
 from service.model.dotted import or_rather
-from service.model.flags import FLAGS, names_of
 from service.model.observations import accuracy_interval, interval
 from service.model.query import Comparison, Node, Value
+from service.model.results import CellSpec, JsonObject, NetworkCell
 from service.model.threat_model import of_adversaries, threat_model
 from service.model.verdict import VERSION
-from service.results.worst_case import Cell, Place, WorstCase, is_current, place_of, preset_of, presets, worst_cases
+from service.results.worst_case import Place, WorstCase, is_current, place_of, preset_of, presets, worst_cases
 from service.specs.attacks import PRESETS
 from service.specs.base import shorten
-from service.store import Row, network_results
+from service.store import network_results
 from service.store import results as store
 from service.store.database import Database
 
@@ -39,11 +38,11 @@ class Network:
     flags: set[str] = field(default_factory=set)
     worst: WorstCase | None = None
 
-    def add(self, row: Row[Any], cell: Cell) -> None:
-        self.by_attack[json.dumps(cell["attack"], sort_keys=True)].append(row.robust_accuracy)
-        self.clean += [] if row.clean_accuracy is None else [row.clean_accuracy]
-        self.results += row.results
-        self.flags |= set(names_of(*(getattr(row, name) > 0 for name in FLAGS)))
+    def add(self, of_cell: NetworkCell, cell: CellSpec) -> None:
+        self.by_attack[json.dumps(cell["attack"], sort_keys=True)].append(of_cell.robust_accuracy)
+        self.clean += [] if of_cell.clean_accuracy is None else [of_cell.clean_accuracy]
+        self.results += of_cell.results
+        self.flags.update(of_cell.flags)
 
     @property
     def robust_accuracy(self) -> float:
@@ -55,9 +54,13 @@ Networks = dict[str, Network]  # those of a row, by their weights
 
 
 def leaderboard(
-    database: Database, nodes: Sequence[Node], *, attack: str | None = None, scale: float | None = 1.0,
+    database: Database,
+    nodes: Sequence[Node],
+    *,
+    attack: str | None = None,
+    scale: float | None = 1.0,
     trusted: bool = True,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[JsonObject]:
     """The boards of the networks that `nodes` choose by their results, best worst case first.
 
     `attack`, a preset, `scale` and `trusted` choose results too. Whatever chose a network, its worst case is over all
@@ -70,7 +73,7 @@ def leaderboard(
     if scale is not None:
         asked.append(Comparison("scale", "=", (Value(repr(scale)),), parameter="scale"))
     with database.read() as connection:
-        rows = network_results.asked(connection, store.selected(connection, asked))
+        rows = network_results.by_network(connection, store.selected(connection, asked))
         specs = store.cell_specs(connection, {row.cell_id for row in rows})
         rows = [row for row in rows if _ranks(specs[row.cell_id], attack)]
         boards = _boards(rows, specs)
@@ -78,14 +81,14 @@ def leaderboard(
         worst = dict(worst_cases(connection, {network.place for network in every}))
     for network in every:
         network.worst = worst.get(network.place)
-    return [_board(json.loads(key), rows, attack) for key, rows in sorted(boards.items())]
+    return [_board(json.loads(key), rows) for key, rows in sorted(boards.items())]
 
 
-def _ranks(cell: Cell, attack: str | None) -> bool:
+def _ranks(cell: CellSpec, attack: str | None) -> bool:
     return is_current(cell) and (attack is None or cell["attack"] == presets()[attack])
 
 
-def _boards(rows: Sequence[Row[Any]], specs: Mapping[int, Cell]) -> dict[str, dict[str, Networks]]:
+def _boards(rows: Sequence[NetworkCell], specs: Mapping[int, CellSpec]) -> dict[str, dict[str, Networks]]:
     """The networks by board and row, whose keys are JSON of what they have in common."""
     boards: dict[str, dict[str, Networks]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -94,9 +97,14 @@ def _boards(rows: Sequence[Row[Any]], specs: Mapping[int, Cell]) -> dict[str, di
             continue
         threat = threat_model(cell["attack"])
         board = {
-            "dataset": place.dataset, "threat_model": place.threat_model, "norm": threat.norm, "eps": threat.eps,
-            "samples": place.samples, "order": place.order, "scale_bias": cell["scale_bias"],
-        }  # fmt: skip
+            "dataset": place.dataset,
+            "threat_model": place.threat_model,
+            "norm": threat.norm,
+            "eps": threat.eps,
+            "samples": place.samples,
+            "order": place.order,
+            "scale_bias": cell["scale_bias"],
+        }
         same = {
             **{name: cell[name] for name in ("architecture", "recipe", "scale")},
             "version": cell["versions"]["train"],
@@ -106,7 +114,7 @@ def _boards(rows: Sequence[Row[Any]], specs: Mapping[int, Cell]) -> dict[str, di
     return boards
 
 
-def _board(board: dict[str, Any], rows: Mapping[str, Networks], attack: str | None) -> dict[str, Any]:
+def _board(board: JsonObject, rows: Mapping[str, Networks]) -> JsonObject:
     made = [made for same, of in rows.items() if (made := _row(json.loads(same), list(of.values()))) is not None]
     best_first = sorted(made, key=_best_first)
     named = {name for row in rows.values() for network in row.values() for name in network.by_attack}
@@ -114,44 +122,54 @@ def _board(board: dict[str, Any], rows: Mapping[str, Networks], attack: str | No
     versions = [of["version"] for row in made for of in row["attacks"]]
     order = board.pop("order")
     return {
-        **board, **({} if order is None else {"order": order}), "attack": spec,
-        "preset": None if spec is None else preset_of(spec), "version": max(versions, default=0),
+        **board,
+        **({} if order is None else {"order": order}),
+        "attack": spec,
+        "preset": None if spec is None else preset_of(spec),
+        "version": max(versions, default=0),
         "rows": [{"rank": rank, **row} for rank, row in enumerate(best_first, 1)],
-    }  # fmt: skip
+    }
 
 
-def _best_first(row: Mapping[str, Any]) -> tuple[float, str, str, float, int]:
+def _best_first(row: JsonObject) -> tuple[float, str, str, float, int]:
     """By the worst case, and equal ones by their names: a board is the same however often it is asked for."""
     recipe = json.dumps(row["recipe"], sort_keys=True)
     worst_case, version = row["robust_accuracy_worst_case"], row["train_version"] or 0
     return -worst_case, row["architecture"], recipe, row["scale"], version
 
 
-def _row(same: dict[str, Any], of: Sequence[Network]) -> dict[str, Any] | None:
+def _row(same: JsonObject, of: Sequence[Network]) -> JsonObject | None:
     """A row of networks that were trained alike; None where nothing proves anything about any of them."""
     known = [(network, network.worst) for network in of if network.worst is not None]
     if not known:
         return None
     shares = [worst.robust_accuracy for _, worst in known]
     low, high = spread(shares, known[0][1].n)
-    of_images = min(shares) == max(shares)
     clean = [fmean(network.clean) for network, _ in known if network.clean]
     return {
-        "architecture": same["architecture"], "recipe": same["recipe"], "train_version": same["version"],
-        "scale": same["scale"], "networks": len(known), "seeds": len(known),
-        "results": sum(network.results for network, _ in known), "robust_accuracy_worst_case": fmean(shares),
-        "ci95_low": low, "ci95_high": high,
-        "ci95_of": "images" if of_images else "networks", "best": max(shares),
+        "architecture": same["architecture"],
+        "recipe": same["recipe"],
+        "train_version": same["version"],
+        "scale": same["scale"],
+        "networks": len(known),
+        "seeds": len(known),
+        "results": sum(network.results for network, _ in known),
+        "robust_accuracy_worst_case": fmean(shares),
+        "ci95_low": low,
+        "ci95_high": high,
+        "ci95_of": "images" if min(shares) == max(shares) else "networks",
+        "best": max(shares),
         "robust_accuracy": fmean(network.robust_accuracy for network, _ in known),
-        "clean_accuracy": fmean(clean) if clean else None, "attacks": _attacks([worst for _, worst in known]),
+        "clean_accuracy": fmean(clean) if clean else None,
+        "attacks": _attacks([worst for _, worst in known]),
         "left_out": dict(sum((worst.left_out for _, worst in known), start=Counter[str]())),
         "flags": sorted(set().union(*(network.flags | worst.flags for network, worst in known))),
-    }  # fmt: skip
+    }
 
 
-def _attacks(worst: Sequence[WorstCase]) -> list[dict[str, Any]]:
+def _attacks(worst: Sequence[WorstCase]) -> list[JsonObject]:
     """The attacks that these worst cases are over, with how many of the networks each of them met."""
-    counted: dict[str, dict[str, Any]] = {}
+    counted: dict[str, JsonObject] = {}
     for of in worst:
         for name, attack in of.attacks.items():
             same = {"attack": attack.spec, "preset": preset_of(attack.spec), "version": attack.version}

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from service.errors import InvalidQuery
 from service.model import query
-from service.store import Connection, Row
+from service.store import Connection
 from service.store.fields import Column, Fields
 from service.store.keyset import Order, Position, Term, decode_cursor, encode_cursor
 
@@ -59,18 +58,13 @@ class Question:
     def after(self, order: Order) -> Position | None:
         return None if self.cursor is None else decode_cursor(self._identity(order), self.cursor, order)
 
-    def _identity(self, order: Order) -> Any:
+    def _identity(self, order: Order) -> list[object]:
         """What a cursor belongs to: this question, of the table that `order` is of."""
         simple = sorted((name, sorted(values)) for name, values in self.filters.items())
         return [str(order.sequence), self.sort, simple, self.filter, self.retracted]
 
-    def cut(self, order: Order, rows: list[Row[Any]]) -> tuple[list[Row[Any]], str | None]:
-        """The rows of the page, and the cursor of the next one where a row more was found."""
-        end = order.position(rows[self.limit - 1]) if len(rows) > self.limit else None
-        return rows[: self.limit], self.cursor_at(order, end)
-
-    def cursor_at(self, order: Order, end: Position | None) -> str | None:
-        """The cursor of the page that begins behind `end`; None where there is none."""
+    def next_cursor(self, order: Order, end: Position | None) -> str | None:
+        """The cursor of the page that follows the one that ends here; None where none follows."""
         return None if end is None else encode_cursor(self._identity(order), end)
 
 

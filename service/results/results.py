@@ -10,16 +10,17 @@ from service.model.flags import Place
 from service.model.jobs import TaskState
 from service.model.observations import INTERVALS
 from service.model.query import Node
+from service.model.results import JsonObject, Result, ResultKey
 from service.results import views
 from service.results.questions import ALL_FIELDS, Question
 from service.results.worst_case import worst_case_of
-from service.store import Connection, Row, reading
+from service.store import Connection, reading
 from service.store import results as store
 from service.store.database import Database
 from service.store.datasets import test_samples
 from service.store.fields import RESULTS, stored_numbers, unknown
 from service.store.flagging import flags_of, trained_again
-from service.store.keyset import Order
+from service.store.keyset import Order, Page
 from service.store.own_weights import mixed_weights
 from service.store.result_tables import results
 
@@ -35,7 +36,7 @@ class Results:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    def results(self, question: Question) -> dict[str, Any]:
+    def results(self, question: Question) -> JsonObject:
         """A page of results; the first one says how many are hidden because they are retracted.
 
         Raises `InvalidQuery`.
@@ -52,7 +53,7 @@ class Results:
         with self.database.read() as connection:
             return store.hidden(connection, nodes)
 
-    def all_results(self, question: Question) -> Iterator[dict[str, Any]]:
+    def all_results(self, question: Question) -> Iterator[JsonObject]:
         """Every row, page by page, so that neither memory nor a transaction grows with them.
 
         Raises `InvalidQuery` at once, before the first row is taken.
@@ -63,7 +64,7 @@ class Results:
             store.selected(connection, question.nodes)
         return self._all(replace(question, limit=STREAM_ROWS))
 
-    def _all(self, question: Question) -> Iterator[dict[str, Any]]:
+    def _all(self, question: Question) -> Iterator[JsonObject]:
         while True:
             with self.database.read() as connection:
                 rows, cursor = self._page(connection, question)
@@ -72,100 +73,93 @@ class Results:
                 return
             question = replace(question, cursor=cursor)
 
-    def _page(self, connection: Connection, question: Question) -> tuple[list[dict[str, Any]], str | None]:
-        keys, cursor = keys_of(connection, question)
-        return rows_of(connection, [key.job_id for key in keys], question.fields), cursor
+    def _page(self, connection: Connection, question: Question) -> tuple[list[JsonObject], str | None]:
+        order = order_of(connection, question)
+        page = keys_of(connection, question, order)
+        rows = rows_of(connection, [key.job_id for key in page.rows], question.fields)
+        return rows, question.next_cursor(order, page.end)
 
-    def result(self, job_id: str) -> dict[str, Any]:
+    def result(self, job_id: str) -> JsonObject:
         """One result whole: all numbers by the part that their task plays, with provenance and names of curves.
 
         Its `flags` are what other results may say against it, its `worst_case` what all of its threat model say.
         """
         with self.database.read() as connection:
-            row = found(connection, job_id)
-            further = store.further_measures(connection, [row])[job_id]
-            specs = store.cell_specs(connection, [row.cell_id])
-            flags = flags_of(connection, Place(row.weights_sha256, row.cell_id)) + trained_again(connection, job_id)
-            flags += mixed_weights(connection, job_id, row.weights_sha256)
-            worst_case = worst_case_of(connection, row.weights_sha256, specs[row.cell_id])
-            parts: dict[str, Any] = {}
-            for task in reading.tasks_of_job(connection, job_id):
-                made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]
-                part = {
-                    "task_id": task.id,
-                    "digest": task.own_digest,
-                    "kind": task.kind,
-                    "version": task.version,
-                    "failed": task.reason if task.state == TaskState.FAILED else None,
-                    **views.retracted(task),
-                    "numbers": store.numbers_of(connection, task.id, task.kind),
-                    "curves": store.curve_names(connection, task.id),
-                    "bits": store.bit_names(connection, task.id),
-                    "artifacts": store.artifacts_of(connection, task.id),
-                    "provenance": made_by[0].provenance if made_by else None,
-                }
-                for role in reading.roles(row, task):
-                    name = task.spec["measure"]["type"] if role == "measure" else role
-                    parts[name if name not in parts else f"{name}:{task.own_digest[:8]}"] = part
-            sizes = test_samples(connection, [row.spec["dataset"]])
-        size = sizes.get(row.spec["dataset"])
-        shown = views.result_row(row, further, specs[row.cell_id], test_samples=size, whole=False)
-        return {**shown, "flags": flags, "worst_case": worst_case, "parts": parts}
+            result = found(connection, job_id)
+            network, cell_id = result.weights_sha256, result.cell_id
+            further = store.further_measures(connection, [result])[job_id]
+            cell = store.cell_specs(connection, [cell_id])[cell_id]
+            flags = flags_of(connection, Place(network, cell_id)) + trained_again(connection, job_id)
+            flags += mixed_weights(connection, job_id, network)
+            worst_case = worst_case_of(connection, network, cell)
+            parts = _parts(connection, result)
+            size = test_samples(connection, [result.dataset]).get(result.dataset)
+        row = views.result_row(result, further, cell, test_samples=size, whole=False)
+        return {**row, "flags": flags, "worst_case": worst_case, "parts": parts}
 
-    def trajectory(self, job_id: str) -> dict[str, Any]:
+    def trajectory(self, job_id: str) -> JsonObject:
         """The curves of a result: along the attack's steps, and over the epochs of the training."""
         with self.database.read() as connection:
-            row = found(connection, job_id)
-            return {"job_id": job_id, **views.retracted(row), "curves": _curves(connection, row)}
+            result = found(connection, job_id)
+            return {"job_id": job_id, **views.retracted(result), "curves": _curves(connection, result)}
 
-    def trajectories(self, job_ids: Sequence[str], parts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    def trajectories(self, job_ids: Sequence[str], parts: Sequence[str] = ()) -> list[JsonObject]:
         """The curves of several results at once, of these parts or of all. Raises `InvalidQuery`, `NotFound`."""
         if not 1 <= len(job_ids) <= MAX_TRAJECTORIES:
             raise InvalidQuery("ids", f"between 1 and {MAX_TRAJECTORIES} ids can be asked for, not {len(job_ids)}")
         if wrong := [part for part in parts if part not in reading.ROLES]:
             raise unknown("parts", wrong[0], list(reading.ROLES))
-        items = []
         with self.database.read() as connection:
-            for job_id in dict.fromkeys(job_ids):
-                row = found(connection, job_id)
-                asked = {
-                    name: getattr(row, name) for name in ("architecture", "dataset", "scale", "seed", "robust_accuracy")
-                }
-                asked |= views.retracted(row)
-                items.append({"job_id": job_id, **asked, "curves": _curves(connection, row, parts)})
-        return items
+            return [
+                {**_named(result), "curves": _curves(connection, result, parts)}
+                for result in (found(connection, job_id) for job_id in dict.fromkeys(job_ids))
+            ]
+
+
+def _named(result: Result) -> JsonObject:
+    """What tells the curves of several results apart."""
+    return {
+        "job_id": result.job_id,
+        "architecture": result.architecture,
+        "dataset": result.dataset,
+        "scale": result.scale,
+        "seed": result.seed,
+        "robust_accuracy": result.metrics["robust_accuracy"],
+        **views.retracted(result),
+    }
 
 
 def order_of(connection: Connection, question: Question) -> Order:
     return question.order(connection, RESULTS, results.c.sequence)
 
 
-def keys_of(connection: Connection, question: Question) -> tuple[list[Row[Any]], str | None]:
-    """The `job_id` and `cell_id` of the rows of a page, and the cursor of the next."""
-    order = order_of(connection, question)
-    after, limit = question.after(order), question.limit + 1
-    rows = store.keys(connection, question.nodes, order, after, limit, retracted=question.retracted)
-    return question.cut(order, rows)
+def keys_of(connection: Connection, question: Question, order: Order) -> Page[ResultKey]:
+    after = question.after(order)
+    return store.keys(connection, question.nodes, order, after, question.limit, retracted=question.retracted)
 
 
-def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str]) -> list[dict[str, Any]]:
+def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str]) -> list[JsonObject]:
     """These results as rows, cut to the fields that were asked for."""
-    rows = store.rows_of(connection, job_ids)
-    further = store.further_measures(connection, rows)
-    specs = store.cell_specs(connection, {row.cell_id for row in rows})
-    sizes = test_samples(connection, {row.spec["dataset"] for row in rows})
+    results = store.of_jobs(connection, job_ids)
+    further = store.further_measures(connection, results)
+    specs = store.cell_specs(connection, {result.cell_id for result in results})
+    sizes = test_samples(connection, {result.dataset for result in results})
     shown = [
         views.result_row(
-            row, further[row.id], specs[row.cell_id], test_samples=sizes.get(row.spec["dataset"]), whole=bool(fields)
+            result,
+            further[result.job_id],
+            specs[result.cell_id],
+            test_samples=sizes.get(result.dataset),
+            whole=bool(fields),
         )
-        for row in rows
+        for result in results
     ]
     if not fields or ALL_FIELDS in fields:
         return shown
     return [chosen({**row, **other_names(row)}, fields) for row in shown]
 
 
-def other_names(row: Mapping[str, Any]) -> dict[str, Any]:
+def other_names(row: Mapping[str, Any]) -> JsonObject:
     """What fields of a row are called too; the ball of a transfer is that of the attack that makes its examples."""
     ball = row["attack"].get("attack", row["attack"])
     return {"sweep": row["sweep_id"], "owner": row["user"], "norm": ball.get("norm")}
@@ -184,18 +178,42 @@ def check_fields(connection: Connection, fields: Sequence[str]) -> None:
                 raise unknown("fields", name, ROW_FIELDS, others=stored)
 
 
-def found(connection: Connection, job_id: str) -> Row[Any]:
+def found(connection: Connection, job_id: str) -> Result:
     """The result of a job. Raises `NotFound`."""
-    row = store.one(connection, job_id)
-    if row is None:
+    result = store.of_job(connection, job_id)
+    if result is None:
         job = reading.job(connection, job_id)
         if job is None:
             raise NotFound(f"there is no job {job_id}")
         raise NotFound(f"job {job_id} is {job.state}: it has no result" + (f" ({job.reason})" if job.reason else ""))
-    return row
+    return result
 
 
-def _curves(connection: Connection, row: Row[Any], parts: Sequence[str] = ()) -> dict[str, Any]:
-    tasks = {role: getattr(row, column.name) for role, column in reading.ROLES.items() if not parts or role in parts}
+def _parts(connection: Connection, result: Result) -> JsonObject:
+    """What each task of a result left, by the part that the task plays; a second one has its digest in the name."""
+    parts: JsonObject = {}
+    for task in reading.tasks_of_job(connection, result.job_id):
+        made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]
+        part = {
+            "task_id": task.id,
+            "digest": task.own_digest,
+            "kind": task.kind,
+            "version": task.version,
+            "failed": task.reason if task.state == TaskState.FAILED else None,
+            **views.retracted(task),
+            "numbers": store.numbers_of(connection, task.id, task.kind),
+            "curves": store.curve_names(connection, task.id),
+            "bits": store.bit_names(connection, task.id),
+            "artifacts": store.artifacts_of(connection, task.id),
+            "provenance": made_by[0].provenance if made_by else None,
+        }
+        for role in reading.roles(result, task):
+            name = task.spec["measure"]["type"] if role == "measure" else role
+            parts[name if name not in parts else f"{name}:{task.own_digest[:8]}"] = part
+    return parts
+
+
+def _curves(connection: Connection, result: Result, parts: Sequence[str] = ()) -> JsonObject:
+    tasks = {role: getattr(result, column.name) for role, column in reading.ROLES.items() if not parts or role in parts}
     curves = {role: store.curves_of(connection, task_id) for role, task_id in tasks.items() if task_id is not None}
     return {role: points for role, points in curves.items() if points}

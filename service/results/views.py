@@ -6,21 +6,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from service.model import records
 from service.model.environment import SetAside
-from service.model.flags import FLAGS, names_of
 from service.model.jobs import JobState, TaskState
 from service.model.observations import Count, intervals_of
 from service.model.records import Attempt, Job, RegisteredDataset, RunningTask, Sweep, TaskCount
+from service.model.results import CellSpec, FurtherMeasure, JsonObject, Result
 from service.model.threat_model import threat_model
 from service.model.times import iso
 from service.specs.canonical import canonical
-from service.specs.numbers import METRICS
 from service.specs.tasks import Task
 from service.specs.versions import LATER
-from service.store import Row, reading
+from service.store import reading
 
 # A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
 DETAIL = re.compile(r"^train_|_q\d\d(_|$)|_clean_correct|_n_zero$|_iterations$|_converged$")
@@ -115,47 +114,71 @@ def eta_seconds(counts: Sequence[TaskCount], seconds: Mapping[str, float], slots
 
 
 def result_row(
-    row: Row[Any], further: Sequence[dict[str, Any]], cell: Mapping[str, Any], *, test_samples: int | None, whole: bool
-) -> dict[str, Any]:
+    result: Result, further: Sequence[FurtherMeasure], cell: CellSpec, *, test_samples: int | None, whole: bool
+) -> JsonObject:
     """One result: what was asked for, the headline numbers, the verdict, each measure's summary, times, provenance.
 
-    `test_samples` is how many test images the data set has.
+    `test_samples` is how many test images the data set has. Only a `whole` row has the details of the numbers.
     """
-    numbers: dict[str, Any] = {**(row.measure_numbers or {})}
-    for more in (*(measure["numbers"] for measure in further), row.attack_numbers):
-        numbers |= {name: value for name, value in more.items() if value is not None or name not in numbers}
-    headline = {
-        **{name: getattr(row, name) for name in (*METRICS, "masked_n", *VERDICT)},
-        "weights_sha256": row.weights_sha256,
-    }  # fmt: skip
-    shown = {name: value for name, value in numbers.items() if whole or not _is_detail(name)}
-    correct = (row.attack_numbers or {}).get("n_clean_correct")
+    verdict = {name: getattr(result, name) for name in VERDICT}
+    headline = {**result.metrics, "masked_n": result.masked_n, **verdict, "weights_sha256": result.weights_sha256}
+    shown = {name: value for name, value in _numbers(result, further).items() if whole or not _is_detail(name)}
     counts: dict[Count, int | None] = {
-        "samples": row.spec["samples"],
-        "n_clean_correct": correct,
+        "samples": result.spec["samples"],
+        "n_clean_correct": result.attack_numbers.get("n_clean_correct"),
         "test_samples": test_samples,
     }
-    threat, flags = threat_model(row.spec["attack"]), names_of(*(getattr(row, name) for name in FLAGS))
+    threat = threat_model(result.spec["attack"])
     return {
-        "job_id": row.id, "sweep_id": row.sweep_id, "user": row.user, "labels": row.labels,
-        **{name: value for name, value in {**LATER, **row.spec}.items() if name != "measures"},
-        "measures": [measure["type"] for measure in row.spec["measures"]],
-        "measures_failed": {of["measure"]["type"]: of["failed"] for of in further if of["failed"] is not None},
-        "threat_model": threat.ball, "adversary": threat.adversary, **headline, "flags": flags,
+        "job_id": result.job_id,
+        "sweep_id": result.sweep_id,
+        "user": result.user,
+        "labels": result.labels,
+        **{name: value for name, value in {**LATER, **result.spec}.items() if name != "measures"},
+        "measures": [measure["type"] for measure in result.spec["measures"]],
+        "measures_failed": {measure.type: measure.failed for measure in further if measure.failed is not None},
+        "threat_model": threat.ball,
+        "adversary": threat.adversary,
+        **headline,
+        "flags": result.flags,
         **{name: value for name, value in shown.items() if name not in headline},
         **intervals_of({**shown, **headline}, counts),
-        "versions": cell["versions"], "spec_digest": row.spec_digest, "attack_digest": row.attack_digest,
-        "created_at": iso(row.created_at), "finished_at": iso(row.finished_at), **retracted(row),
-        "provenance": row.provenance,
-    }  # fmt: skip
+        "versions": cell["versions"],
+        "spec_digest": result.spec_digest,
+        "attack_digest": result.attack_digest,
+        "created_at": iso(result.created_at),
+        "finished_at": iso(result.finished_at),
+        **retracted(result),
+        "provenance": result.provenance,
+    }
 
 
-def retracted(row: records.Task | Row[Any]) -> dict[str, Any]:
-    """When, by whom and why a task or a result was retracted; nulls for one that stands."""
+def _numbers(result: Result, further: Sequence[FurtherMeasure]) -> JsonObject:
+    """All numbers of a result by name. Of two with one name the later one counts, unless that is null."""
+    numbers: JsonObject = dict(result.measure_numbers or {})
+    for later in (*(measure.numbers for measure in further), result.attack_numbers):
+        numbers |= {name: value for name, value in later.items() if value is not None or name not in numbers}
+    return numbers
+
+
+class Retractable(Protocol):
+    """A result or a task, which stands as long as `retracted_at` is None."""
+
+    @property
+    def retracted_at(self) -> float | None: ...
+    @property
+    def retracted_by(self) -> str | None: ...
+    @property
+    def retraction_reason(self) -> str | None: ...
+
+
+def retracted(of: Retractable) -> dict[str, str | None]:
+    """When, by whom and why a result was retracted; nulls for one that stands. Shown where one is named by its id."""
     return {
-        "retracted_at": iso(row.retracted_at), "retracted_by": row.retracted_by,
-        "retraction_reason": row.retraction_reason,
-    }  # fmt: skip
+        "retracted_at": iso(of.retracted_at),
+        "retracted_by": of.retracted_by,
+        "retraction_reason": of.retraction_reason,
+    }
 
 
 @lru_cache(maxsize=10_000)

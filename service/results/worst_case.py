@@ -9,16 +9,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
-from typing import Any
 
 from service.errors import InvalidQuery
-from service.model.flags import FLAGS, names_of
 from service.model.query import Node
+from service.model.results import AttackBits, CellSpec, JsonObject
 from service.model.threat_model import of_adversaries, threat_model
 from service.model.verdict import wilson
 from service.specs.attacks import PRESETS
 from service.specs.versions import version_of_attack
-from service.store import Connection, Row, network_results
+from service.store import Connection, network_results
 from service.store import results as store
 from service.store.database import Database
 
@@ -27,7 +26,6 @@ NO_EVIDENCE = ("outside_ball", "non_finite", "eps_zero", "train_mode", "random_f
 attack is none of them: it breaks too few, which the others make up for."""
 SUPERSEDED = "superseded"
 MAX_PLACES = 10_000  # that one answer has
-Cell = Mapping[str, Any]  # the spec of one
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Place:
 class Attack:
     """What results of one attack add up to: the bits of the images that all of them left right, `n` of them."""
 
-    spec: dict[str, Any]
+    spec: JsonObject
     version: int
     n: int
     robust: int
@@ -57,6 +55,16 @@ class Attack:
     @property
     def robust_accuracy(self) -> float:
         return self.robust.bit_count() / self.n
+
+    def as_json(self) -> JsonObject:
+        return {
+            "attack": self.spec,
+            "preset": preset_of(self.spec),
+            "version": self.version,
+            "results": self.results,
+            "scales": sorted(self.scales),
+            "robust_accuracy": self.robust_accuracy,
+        }
 
 
 @dataclass
@@ -80,26 +88,23 @@ class WorstCase:
     def robust_accuracy(self) -> float:
         return self.robust.bit_count() / self.n
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """With the Wilson interval over the images, and every attack by name, the strongest first."""
         low, high = wilson(self.robust.bit_count(), self.n)
         strongest = sorted(self.attacks.values(), key=lambda attack: attack.robust.bit_count())
         return {
-            "robust_accuracy": self.robust_accuracy, "ci95_low": low, "ci95_high": high, "n": self.n,
-            "attacks": [
-                {
-                    "attack": attack.spec, "preset": preset_of(attack.spec), "version": attack.version,
-                    "results": attack.results, "scales": sorted(attack.scales),
-                    "robust_accuracy": attack.robust_accuracy,
-                }
-                for attack in strongest
-            ],
-            "results": sum(attack.results for attack in strongest), "left_out": dict(self.left_out),
+            "robust_accuracy": self.robust_accuracy,
+            "ci95_low": low,
+            "ci95_high": high,
+            "n": self.n,
+            "attacks": [attack.as_json() for attack in strongest],
+            "results": sum(attack.results for attack in strongest),
+            "left_out": dict(self.left_out),
             "flags": sorted(self.flags),
-        }  # fmt: skip
+        }
 
 
-def place_of(network: str | None, cell: Cell) -> Place | None:
+def place_of(network: str | None, cell: CellSpec) -> Place | None:
     """The worst case that a result bears on; None without a ball, and of a network that nobody knows."""
     ball = threat_model(cell["attack"]).ball
     if network is None or ball is None:
@@ -108,12 +113,12 @@ def place_of(network: str | None, cell: Cell) -> Place | None:
     return Place(network, ball, cell["dataset"], cell["samples"], cell.get("order"), scale)
 
 
-def is_current(cell: Cell) -> bool:
+def is_current(cell: CellSpec) -> bool:
     """Whether this version's attack computed it; what an older one computed is never mixed with that."""
     return bool(cell["versions"]["attack"] == version_of_attack(cell["attack"]))
 
 
-def why_left_out(verdict_reasons: Iterable[str] | None, cell: Cell) -> str | None:
+def why_left_out(verdict_reasons: Iterable[str] | None, cell: CellSpec) -> str | None:
     """The reason for which a result proves nothing in a worst case; None where it counts."""
     if not is_current(cell):
         return SUPERSEDED
@@ -123,31 +128,31 @@ def why_left_out(verdict_reasons: Iterable[str] | None, cell: Cell) -> str | Non
 def worst_cases(connection: Connection, places: Collection[Place]) -> Iterator[tuple[Place, WorstCase]]:
     """The worst case of each of these, some networks at a time; none where no attack of this version says anything."""
     wanted = set(places)
-    specs: dict[int, dict[str, Any]] = {}
-    for rows in network_results.attacks_in_a_ball(connection, {place.network for place in wanted}):
-        specs |= store.cell_specs(connection, {row.cell_id for row in rows} - specs.keys())
+    specs: dict[int, CellSpec] = {}
+    for attacks in network_results.attacks_in_a_ball(connection, {place.network for place in wanted}):
+        specs |= store.cell_specs(connection, {attack.cell_id for attack in attacks} - specs.keys())
         found: dict[Place, WorstCase] = {}
-        for row in rows:
-            place = place_of(row.weights_sha256, specs[row.cell_id])
+        for attack in attacks:
+            place = place_of(attack.weights_sha256, specs[attack.cell_id])
             if place in wanted:
-                _add(found.setdefault(place, WorstCase(row.n)), row, specs[row.cell_id])
+                _add(found.setdefault(place, WorstCase(attack.n)), attack, specs[attack.cell_id])
         yield from ((place, worst) for place, worst in found.items() if worst.attacks)
 
 
-def of_networks(database: Database, nodes: Sequence[Node]) -> list[dict[str, Any]]:
+def of_networks(database: Database, nodes: Sequence[Node]) -> list[JsonObject]:
     """The worst case of each network that `nodes` choose by their results, in each threat model of those results.
 
     Whatever chose a network, its worst case is over all stored attacks of the threat model. Raises `InvalidQuery`, also
     for more than `MAX_PLACES`.
     """
-    places: dict[Place, Cell] = {}
+    places: dict[Place, CellSpec] = {}
     with database.read() as connection:
-        rows = network_results.asked(connection, store.selected(connection, [*nodes, *of_adversaries()]))
-        specs = store.cell_specs(connection, {row.cell_id for row in rows})
-        for row in rows:
-            place = place_of(row.weights_sha256, specs[row.cell_id])
+        networks = network_results.by_network(connection, store.selected(connection, [*nodes, *of_adversaries()]))
+        specs = store.cell_specs(connection, {network.cell_id for network in networks})
+        for network in networks:
+            place = place_of(network.weights_sha256, specs[network.cell_id])
             if place is not None:
-                places.setdefault(place, specs[row.cell_id])
+                places.setdefault(place, specs[network.cell_id])
         if len(places) > MAX_PLACES:
             raise InvalidQuery("filter", f"that chooses {len(places):,} worst cases, at most {MAX_PLACES:,}: filter")
         found = [_item(place, places[place], worst) for place, worst in worst_cases(connection, places.keys())]
@@ -155,7 +160,7 @@ def of_networks(database: Database, nodes: Sequence[Node]) -> list[dict[str, Any
     return sorted(found, key=key)
 
 
-def worst_case_of(connection: Connection, network: str | None, cell: Cell) -> dict[str, Any] | None:
+def worst_case_of(connection: Connection, network: str | None, cell: CellSpec) -> JsonObject | None:
     """Of one result's network in its threat model, as JSON; None where there is none."""
     place = place_of(network, cell)
     if place is None:
@@ -164,37 +169,45 @@ def worst_case_of(connection: Connection, network: str | None, cell: Cell) -> di
     return {"threat_model": place.threat_model, **found[place].as_json()} if place in found else None
 
 
-def preset_of(attack: Mapping[str, Any]) -> str | None:
+def preset_of(attack: Mapping[str, object]) -> str | None:
     """The name that a spec is a preset by."""
     return next((name for name, preset in presets().items() if attack == preset), None)
 
 
 @cache
-def presets() -> dict[str, dict[str, Any]]:
+def presets() -> dict[str, JsonObject]:
     """The spec of each preset, as it is stored."""
     return {name: attack.model_dump(mode="json") for name, attack in PRESETS.items()}
 
 
-def _item(place: Place, cell: Cell, worst: WorstCase) -> dict[str, Any]:
+def _item(place: Place, cell: CellSpec, worst: WorstCase) -> JsonObject:
     found = worst.as_json()
     return {
-        "weights_sha256": place.network, "architecture": cell["architecture"], "recipe": cell["recipe"],
-        "train_version": cell["versions"]["train"], "dataset": place.dataset, "threat_model": place.threat_model,
-        "samples": place.samples, **({} if place.order is None else {"order": place.order}), "scale": place.scale,
-        "robust_accuracy_worst_case": found.pop("robust_accuracy"), "attack_count": len(worst.attacks), **found,
-    }  # fmt: skip
+        "weights_sha256": place.network,
+        "architecture": cell["architecture"],
+        "recipe": cell["recipe"],
+        "train_version": cell["versions"]["train"],
+        "dataset": place.dataset,
+        "threat_model": place.threat_model,
+        "samples": place.samples,
+        **({} if place.order is None else {"order": place.order}),
+        "scale": place.scale,
+        "robust_accuracy_worst_case": found.pop("robust_accuracy"),
+        "attack_count": len(worst.attacks),
+        **found,
+    }
 
 
-def _add(worst: WorstCase, row: Row[Any], cell: Cell) -> None:
-    if unfit := why_left_out(row.verdict_reasons, cell):
+def _add(worst: WorstCase, result: AttackBits, cell: CellSpec) -> None:
+    if unfit := why_left_out(result.verdict_reasons, cell):
         worst.left_out[unfit] += 1
         return
-    worst.flags |= set(names_of(*(getattr(row, name) for name in FLAGS)))
-    bits = int.from_bytes(row.packed)
+    worst.flags.update(result.flags)
+    bits = int.from_bytes(result.robust)
     name = json.dumps(cell["attack"], sort_keys=True)
     attack = worst.attacks.get(name)
     if attack is None:
-        attack = worst.attacks[name] = Attack(cell["attack"], cell["versions"]["attack"], row.n, bits)
+        attack = worst.attacks[name] = Attack(cell["attack"], cell["versions"]["attack"], result.n, bits)
     attack.robust &= bits
     attack.results += 1
     attack.scales.add(cell["scale"])

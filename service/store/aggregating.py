@@ -3,9 +3,9 @@
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Float, Integer, Row, Select, Text, bindparam, case, cast, func, literal, select
+from sqlalchemy import Connection, Float, Integer, Select, Text, bindparam, case, cast, func, literal, select
 
 from service.model.observations import LARGE, SMALL
 from service.store.fields import Column
@@ -19,31 +19,70 @@ FETCHED = 10_000
 NETWORK = func.coalesce(results.c.weights_sha256, results.c.train_task_id)
 
 
+class CellSums(NamedTuple):
+    """Of the results of a cell with equal `keys`: how many they are, how many are `repeats`, and sums by metric.
+
+    `sums` has five values for each metric: its number, sum, sum of squares, least and greatest.
+    """
+
+    cell_id: int
+    keys: tuple[object, ...]
+    rows: int
+    repeats: int
+    sums: tuple[Any, ...]  # Any: integers, floats, and null where no result has a value
+
+
+class OfKeys(NamedTuple):
+    """Something about results of a cell with equal `keys`."""
+
+    cell_id: int
+    keys: tuple[object, ...]
+    values: tuple[Any, ...]  # Any: each question says what they are
+
+
+class Observed(NamedTuple):
+    """Results by column. `metrics` are the task that computed the first one, its value, the task of the second ..."""
+
+    cell_ids: Sequence[int]
+    keys: Sequence[Sequence[object]]
+    networks: Sequence[str]
+    attack_seeds: Sequence[int]
+    metrics: Sequence[Sequence[Any]]  # Any: ids and numbers in turn
+
+
 def moments(
     connection: Connection, where: Sequence[Column], keys: Sequence[Column], metrics: Sequence[Column]
-) -> Generator[Sequence[Row[Any]], None, None]:
-    """Per cell and `keys`: `rows`, how many are `repeats`, and of metric i `n_i, sum_i, squares_i, low_i, high_i`.
+) -> Generator[list[CellSums], None, None]:
+    """The sums per cell and `keys`.
 
     They come in batches, to be closed: with keys that are not of the cell there may be as many as results.
     """
-    named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
-    of = [
-        part.label(f"{name}_{i}")
-        for i, metric in enumerate(metrics)
-        for name, part in (
-            ("n", func.count(metric)), ("sum", func.sum(_in_range(_real(metric)))),
-            ("squares", func.sum(_square(_real(metric)))),
-            ("low", func.min(metric)), ("high", func.max(metric)),
-        )
-    ]  # fmt: skip
+    sums = [part.label(f"sum_{i}") for i, part in enumerate(chain.from_iterable(map(_sums, metrics)))]
     # SQLite has no maximum of booleans, PostgreSQL none either.
     repeats = func.count(func.nullif(results.c.repeats_network, False)).label("repeats")
-    query: Select[Any] = select(results.c.cell_id, *named, func.count().label("rows"), repeats, *of)
-    query = query.where(*where).group_by(results.c.cell_id, *named)
+    query: Select[Any] = select(results.c.cell_id, *_named(keys), func.count().label("rows"), repeats, *sums)
+    query = query.where(*where).group_by(results.c.cell_id, *_named(keys))
     if keys:  # else all of it at once, which a database may plan for
         query = query.execution_options(yield_per=FETCHED)
+    end = 1 + len(keys)
     with connection.execute(query) as rows:
-        yield from rows.partitions(FETCHED)
+        for batch in rows.partitions(FETCHED):
+            yield [CellSums(row[0], row[1:end], row[end], row[end + 1], row[end + 2 :]) for row in batch]
+
+
+def _sums(metric: Column) -> tuple[Column, ...]:
+    real = _real(metric)
+    return (
+        func.count(metric),
+        func.sum(_in_range(real)),
+        func.sum(_square(real)),
+        func.min(metric),
+        func.max(metric),
+    )
+
+
+def _named(keys: Sequence[Column]) -> list[Column]:
+    return [key.label(f"key_{i}") for i, key in enumerate(keys)]
 
 
 def _real(metric: Column) -> Column:
@@ -64,44 +103,49 @@ def _square(metric: Column) -> Column:
 
 def measures(
     connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column, task_id: Column
-) -> Iterator[Row[Any]]:
-    """`(cell_id, *keys, measure, version)`, each once, of the measure tasks that computed a metric; specs as texts."""
-    named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
+) -> Iterator[OfKeys]:
+    """The spec, as text, and the version of each measure task that computed a metric, each once."""
     spec = cast(tasks.c.spec["measure"], Text).label("measure")
-    query: Select[Any] = select(results.c.cell_id, *named, spec, tasks.c.version)
+    query: Select[Any] = select(results.c.cell_id, *_named(keys), spec, tasks.c.version)
     query = query.select_from(results.join(tasks, tasks.c.id == task_id))
-    return iter(connection.execute(query.where(*where, metric.is_not(None)).distinct()))
+    return _of_keys(connection, query.where(*where, metric.is_not(None)).distinct(), keys)
 
 
 def verdict_versions(
     connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column
-) -> Iterator[Row[Any]]:
-    """`(cell_id, *keys, verdict_version)`, each once, of the results that have a metric."""
-    named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
-    query: Select[Any] = select(results.c.cell_id, *named, results.c.verdict_version.label("verdict_version"))
-    return iter(connection.execute(query.where(*where, metric.is_not(None)).distinct()))
+) -> Iterator[OfKeys]:
+    """The version of the verdict on each result that has a metric, each once."""
+    version = results.c.verdict_version.label("verdict_version")
+    query: Select[Any] = select(results.c.cell_id, *_named(keys), version)
+    return _of_keys(connection, query.where(*where, metric.is_not(None)).distinct(), keys)
 
 
 def clean_correct(
     connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column
-) -> Iterator[Row[Any]]:
-    """Per cell and `keys`, of the results that have a metric: the most images that a network gets right without an
-    attack, and how many results do not tell it, as those of early versions."""
-    named = [key.label(f"key_{i}") for i, key in enumerate(keys)]
+) -> Iterator[OfKeys]:
+    """Of the results that have a metric: the most images that a network gets right without an attack, and how many
+    results do not tell it, as those of early versions."""
     correct = json_number(attack_results.c.numbers, literal("n_clean_correct"))
     counted = func.max(cast(correct, Integer)).label("most"), (func.count() - func.count(correct)).label("untold")
-    query: Select[Any] = select(results.c.cell_id, *named, *counted)
+    query: Select[Any] = select(results.c.cell_id, *_named(keys), *counted)
     query = query.select_from(results.join(attack_results, attack_results.c.task_id == results.c.attack_task_id))
-    return iter(connection.execute(query.where(*where, metric.is_not(None)).group_by(results.c.cell_id, *named)))
+    query = query.where(*where, metric.is_not(None)).group_by(results.c.cell_id, *_named(keys))
+    return _of_keys(connection, query, keys)
+
+
+def _of_keys(connection: Connection, query: Select[Any], keys: Sequence[Column]) -> Iterator[OfKeys]:
+    end = 1 + len(keys)
+    return (OfKeys(row[0], row[1:end], row[end:]) for row in connection.execute(query))
 
 
 def observations(
-    connection: Connection, where: Sequence[Column], keys: Sequence[Column],
-    metrics: Sequence[tuple[Column, Column]], of_cells: Iterable[int] | None,
-) -> Generator[Sequence[Row[Any]], None, None]:  # fmt: skip
-    """`(cell_id, *keys, network, attack_seed, task_0, value_0, task_1 ...)` of each result, in batches.
-
-    Of these cells, or of all, which are read in the order in which they lie there.
+    connection: Connection,
+    where: Sequence[Column],
+    keys: Sequence[Column],
+    metrics: Sequence[tuple[Column, Column]],
+    of_cells: Iterable[int] | None,
+) -> Generator[Observed, None, None]:
+    """What is observed in each result, in batches: of these cells, or of all, which are read in the order of the table.
 
     `metrics` are `(id of the task that computed it, value)`.
     """
@@ -111,8 +155,11 @@ def observations(
     if of_cells is not None:
         wanted = elements(bindparam(None, json.dumps([str(cell_id) for cell_id in of_cells]), Text))
         query = query.where(results.c.cell_id.in_(select(cast(wanted.c.value, Integer))))
+    end = 1 + len(keys)
     with connection.execute(query.execution_options(yield_per=FETCHED)) as rows:
-        yield from rows.partitions(FETCHED)
+        for batch in rows.partitions(FETCHED):
+            columns = list(zip(*batch, strict=True))
+            yield Observed(columns[0], columns[1:end], columns[end], columns[end + 1], columns[end + 2 :])
 
 
 def first(connection: Connection, where: Sequence[Column], condition: Column) -> str | None:

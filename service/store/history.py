@@ -11,6 +11,8 @@ from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
 from service.store.values import one
 
+Ids = Select[tuple[str]]
+Value = ColumnElement[Any]  # Any: of whichever type the column has
 PAGE = 1000  # events that are read at once
 
 
@@ -31,48 +33,46 @@ def append(connection: Connection, now: float, actor: str, happened: list[Event]
     if not happened:
         return
     first = counters.take(connection, "events", len(happened))
-    connection.execute(
-        insert(events),
-        [
-            {
-                "id": first + offset, "at": now, "actor": actor, "kind": event.kind, "sweep_id": event.sweep_id,
-                "job_id": event.job_id, "task_id": event.task_id, "attempt": event.attempt, "data": event.data,
-            }
-            for offset, event in enumerate(happened)
-        ],
-    )  # fmt: skip
+    rows = [{**vars(event), "id": first + i, "at": now, "actor": actor} for i, event in enumerate(happened)]
+    connection.execute(insert(events), rows)
 
 
 def append_for_jobs(
-    connection: Connection, now: float, actor: str, kind: str, which: Select[tuple[str]],
-    data: ColumnElement[Any] | None = None,
-) -> None:  # fmt: skip
+    connection: Connection, now: float, actor: str, kind: str, which: Ids, data: Value | None = None
+) -> None:
     """The same event for each job of `which` (a query of ids), in the order they were submitted.
 
     `data` is made of columns of `jobs`, as they are at this moment.
     """
     columns = {"sweep_id": jobs.c.sweep_id, "job_id": jobs.c.id}
-    _append_for(connection, now, actor, literal(kind), jobs, which, columns, data)
+    _append_for(connection, now, actor, jobs, which, {**columns, "kind": literal(kind)}, data)
 
 
 def append_for_tasks(
-    connection: Connection, now: float, actor: str, kind: str | None, which: Select[tuple[str]],
-    data: ColumnElement[Any] | None = None,
-) -> None:  # fmt: skip
+    connection: Connection, now: float, actor: str, kind: str | None, which: Ids, data: Value | None = None
+) -> None:
     """The same for tasks; without a `kind` it is `task.` and the state that each is in at this moment."""
     named = literal(kind) if kind else "task." + tasks.c.state
-    _append_for(connection, now, actor, named, tasks, which, {"task_id": tasks.c.id}, data)
+    _append_for(connection, now, actor, tasks, which, {"task_id": tasks.c.id, "kind": named}, data)
 
 
 def _append_for(
-    connection: Connection, now: float, actor: str, kind: ColumnElement[str], table: Table,
-    which: Select[tuple[str]], columns: Mapping[str, ColumnElement[Any]], data: ColumnElement[Any] | None,
-) -> None:  # fmt: skip
+    connection: Connection,
+    now: float,
+    actor: str,
+    table: Table,
+    which: Ids,
+    columns: Mapping[str, Value],
+    data: Value | None,
+) -> None:
     place = func.row_number().over(order_by=(table.c.sequence, table.c.id))
     values = {
-        "id": counters.current("events") + place, "at": literal(now), "actor": literal(actor), "kind": kind, **columns,
+        **columns,
+        "id": counters.current("events") + place,
+        "at": literal(now),
+        "actor": literal(actor),
         "data": literal({}, Json) if data is None else data,
-    }  # fmt: skip
+    }
     rows = select(*values.values()).where(table.c.id.in_(which))
     statement = insert(events).from_select(list(values), rows).execution_options(preserve_rowcount=True)
     counters.take(connection, "events", connection.execute(statement).rowcount)

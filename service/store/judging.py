@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
-from service.model.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, chance_of, judge, unpack
+from service.model.results import JsonObject
+from service.model.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, Verdict, chance_of, judge, unpack
 from service.store.datasets import classes
 from service.store.listed import listed
 from service.store.retracting import retraction_of
@@ -18,36 +19,54 @@ AT_ONCE = 200  # jobs whose bits are in memory together
 COLUMNS = {name: f"verdict_{name}" for name in ("reasons", "checks", "counts", "version")}
 
 
-def verdicts(connection: Connection, job_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The verdict on each of these jobs, as values of its columns in `jobs`, with its `id`."""
-    found = []
+class Judged(NamedTuple):
+    """A job with the verdict on it."""
+
+    job_id: str
+    verdict: Verdict
+
+
+class Outdated(NamedTuple):
+    """A job with the verdict that another version of the rule gave."""
+
+    job_id: str
+    sequence: int
+    verdict: str
+
+
+def verdicts(connection: Connection, job_ids: Sequence[str]) -> list[Judged]:
+    """The verdict on each of these jobs."""
+    judged = []
     for start in range(0, len(job_ids), AT_ONCE):
         these = listed(job_ids[start : start + AT_ONCE])
         rows = connection.execute(select(jobs).where(jobs.c.id.in_(these)).order_by(jobs.c.sequence)).all()
         evidence = _Evidence(connection, rows)
-        found += [{"id": row.id, **evidence.verdict(row)} for row in rows]
-    return found
+        judged += [Judged(row.id, evidence.verdict(row)) for row in rows]
+    return judged
 
 
-def write_verdicts(connection: Connection, found: Sequence[dict[str, Any]]) -> None:
-    """Store what `verdicts` gave on the jobs."""
-    if not found:
+def write_verdicts(connection: Connection, judged: Sequence[Judged]) -> None:
+    """Store these verdicts with their jobs."""
+    if not judged:
         return
-    columns: dict[str, Any] = {name: bindparam(f"new_{name}") for name in found[0] if name != "id"}
+    columns: dict[str, Any] = {
+        COLUMNS.get(field.name, field.name): bindparam(f"new_{field.name}") for field in fields(Verdict)
+    }
     statement = update(jobs).where(jobs.c.id == bindparam("new_id")).values(columns)
-    connection.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in found])
+    rows = [{"id": of.job_id, **asdict(of.verdict)} for of in judged]
+    connection.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in rows])
 
 
-def outdated(connection: Connection, after: int, limit: int) -> list[Row[Any]]:
-    """The `id, sequence, verdict` of jobs that were judged by another version of the rule, in their order.
+def outdated(connection: Connection, after: int, limit: int) -> list[Outdated]:
+    """Jobs that were judged by another version of the rule, in their order.
 
-    Those whose bits are not there cannot be judged again, and keep what they have.
+    Those whose bits are not there cannot be judged again, and keep their verdict.
     """
     of_another = jobs.c.verdict.is_not(None) & jobs.c.verdict_version.is_distinct_from(VERSION)
     for task_id in (jobs.c.attack_task_id, jobs.c.baseline_task_id):
         of_another &= exists().where(outcome_bits.c.task_id == task_id, outcome_bits.c.name == "robust")
     query = select(jobs.c.id, jobs.c.sequence, jobs.c.verdict).where(of_another, jobs.c.sequence > after)
-    return list(connection.execute(query.order_by(jobs.c.sequence).limit(limit)))
+    return [Outdated(*row) for row in connection.execute(query.order_by(jobs.c.sequence).limit(limit))]
 
 
 class _Evidence:
@@ -66,7 +85,7 @@ class _Evidence:
         self._weights = _weights(connection, attacks | controls)
         self._retracted = retraction_of(connection, {row.baseline_task_id for row in rows})
 
-    def verdict(self, row: Row[Any]) -> dict[str, Any]:
+    def verdict(self, row: Row[Any]) -> Verdict:
         # The panel ran at s = 1; elsewhere its bits hold only while no predicted class changes.
         holds = row.control_task_id is not None and (row.scale == 1 or row.spec["scale_bias"])
         holds = holds and self._of_one_network(row.attack_task_id, row.control_task_id)
@@ -76,22 +95,23 @@ class _Evidence:
             row.baseline_task_id not in self._retracted or row.attack_task_id == row.baseline_task_id
         )
         majority_share = self._numbers[row.attack_task_id].get("majority_share")
-        verdict = judge(
-            Evidence(
-                row.attack, row.scale, chance_of(majority_share, self._classes[row.dataset]),
-                self._attack(row.attack_task_id), self._attack(row.baseline_task_id) if baseline else None,
-                self._controls(row.control_task_id) if holds else None,
-                self._twin(row.control_task_id, row.spec["attack"]) if holds else None,
-            )
-        )  # fmt: skip
-        return {COLUMNS.get(name, name): value for name, value in asdict(verdict).items()}
+        evidence = Evidence(
+            row.attack,
+            row.scale,
+            chance_of(majority_share, self._classes[row.dataset]),
+            at_scale=self._attack(row.attack_task_id),
+            at_one=self._attack(row.baseline_task_id) if baseline else None,
+            controls=self._controls(row.control_task_id) if holds else None,
+            twin=self._twin(row.control_task_id, row.spec["attack"]) if holds else None,
+        )
+        return judge(evidence)
 
     def _of_one_network(self, attack: str, other: str) -> bool:
         """Whether no attempt says that these two tasks were computed on different weights, or a transfer's on those."""
         pairs = zip(self._weights.get(attack, ()), self._weights.get(other, ()), strict=False)
         return all(mine == theirs or None in (mine, theirs) for mine, theirs in pairs)
 
-    def _twin(self, task_id: str, attack: Mapping[str, Any]) -> BitArray | None:
+    def _twin(self, task_id: str, attack: Mapping[str, object]) -> BitArray | None:
         """The panel's PGD on the margin is that of plain PGD; another attack's is there if its panel ran it."""
         bits = self._bits[task_id]
         plain = attack["type"] == "pgd" and not (attack["random_start"] or attack["targeted"])
@@ -103,16 +123,19 @@ class _Evidence:
         bits, numbers = self._bits[task_id], self._numbers[task_id]
         outside = [numbers[name] for name in ("outside_ball", "outside_box") if numbers.get(name) is not None]
         return AttackBits(
-            bits["clean_correct"], bits["robust"], bits.get("zero_gradient"), int(max(outside)) if outside else None,
+            bits["clean_correct"],
+            bits["robust"],
+            bits.get("zero_gradient"),
+            int(max(outside)) if outside else None,
             bits.get("non_finite"),
-        )  # fmt: skip
+        )
 
     def _controls(self, task_id: str) -> Controls:
         bits = {name.removeprefix("robust_"): bits for name, bits in self._bits[task_id].items()}
         return Controls(bits, self._numbers[task_id])
 
 
-def _numbers(connection: Connection, table: Table, task_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _numbers(connection: Connection, table: Table, task_ids: Iterable[str]) -> dict[str, JsonObject]:
     query = select(table.c.task_id, table.c.numbers).where(table.c.task_id.in_(listed(task_ids)))
     return {task_id: numbers for task_id, numbers in connection.execute(query)}
 

@@ -7,16 +7,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeGuard, TypeVar
 
 from sqlalchemy import Column as SchemaColumn
 from sqlalchemy import Connection, Row, Select, and_, false, or_, select, true, tuple_
 
 from service.errors import InvalidQuery
-from service.store.fields import Column, Field
+from service.store.fields import Column, Field, Kind
 from service.store.typed import bytewise, unsorted
 
-Position = tuple[list[Any], int]  # the values that the last row is sorted by, and its sequence number
+Position = tuple[list[object], int]  # the values that the last row is sorted by, and its sequence number
+T = TypeVar("T")
 NO_CURSOR = "this is not a cursor: take `next_cursor` of the page before"
 CHECKSUM_BYTES = 6
 ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -43,6 +44,14 @@ class Among:
     ids: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """The rows of a page in their order; `end` is the position of the last one where more rows follow."""
+
+    rows: list[T]
+    end: Position | None
+
+
 @dataclass(frozen=True)
 class Order:
     """The fields to sort by, the first one first, and then the order of submission."""
@@ -53,11 +62,18 @@ class Order:
 
     def page(
         self, connection: Connection, query: Select[Any], after: Position | None, limit: int, among: Among | None = None
-    ) -> list[Row[Any]]:
-        """Up to `limit` rows of `query` behind `after`, with the values that they are sorted by as `sort_0`, ...
+    ) -> Page[Row[Any]]:
+        """Up to `limit` rows of `query` behind `after`; their columns are those of `query`, then those of the order.
 
         `among` says which groups of rows have them, where the order of each group is that of an index.
         """
+        rows = self._rows(connection, query, after, limit + 1, among)
+        return Page(rows[:limit], self._position(rows[limit - 1]) if len(rows) > limit else None)
+
+    def _rows(
+        self, connection: Connection, query: Select[Any], after: Position | None, limit: int, among: Among | None
+    ) -> list[Row[Any]]:
+        """Up to `limit` rows, with the values that they are sorted by as `sort_sequence, sort_0, ...`."""
         named = [term.column.label(f"sort_{i}") for i, term in enumerate(self.terms)]
         query = query.add_columns(self.sequence.label("sort_sequence"), *named)
         if len(self.terms) == 1:
@@ -69,7 +85,7 @@ class Order:
         order = [part for term in self.terms for part in (term.column.is_(None), _directed(term))]
         return list(connection.execute(query.order_by(*order, self._tie).limit(limit)))
 
-    def position(self, row: Row[Any]) -> Position:
+    def _position(self, row: Row[Any]) -> Position:
         return [getattr(row, f"sort_{i}") for i in range(len(self.terms))], row.sort_sequence
 
     @property
@@ -124,7 +140,7 @@ class Order:
 
     def _end(
         self, connection: Connection, query: Select[Any], key: tuple[Column, ...], limit: int, among: Among
-    ) -> tuple[Any, ...] | None:
+    ) -> tuple[object, ...] | None:
         """A key with at least `limit` rows up to it, from where each group's n-th row is; None where there are few."""
         directed = [column.desc() if self.descending else column.asc() for column in key]
         for n in dict.fromkeys((-(-limit // len(among.ids)), limit)):
@@ -146,7 +162,7 @@ class Order:
     def _later(self, sequence: int) -> Column:
         return self.sequence < sequence if self.descending else self.sequence > sequence
 
-    def _behind(self, values: Sequence[Any], sequence: int) -> Column:
+    def _behind(self, values: Sequence[object], sequence: int) -> Column:
         """Behind in the first term in which they differ, or equal in all and later."""
         either: list[Column] = []
         equal: list[Column] = []
@@ -161,18 +177,18 @@ def _directed(term: Term) -> Column:
     return term.column.desc() if term.descending else term.column.asc()
 
 
-def _beyond(term: Term, value: Any) -> Column:
+def _beyond(term: Term, value: object) -> Column:
     if value is None:
         return false()
     return or_(term.column < value if term.descending else term.column > value, term.column.is_(None))
 
 
-def encode_cursor(question: Any, position: Position) -> str:
+def encode_cursor(question: object, position: Position) -> str:
     """Where a page ended, bound to the question that it answers."""
     return _sealed(_fingerprint(question), list(position))
 
 
-def decode_cursor(question: Any, cursor: str, order: Order) -> Position:
+def decode_cursor(question: object, cursor: str, order: Order) -> Position:
     """Raises `InvalidQuery` where it is none of ours, a damaged one, or one of another question."""
     values, sequence = _opened(question, cursor, 2)
     kinds = [term.field.kind for term in order.terms]
@@ -182,12 +198,12 @@ def decode_cursor(question: Any, cursor: str, order: Order) -> Position:
     return values, sequence
 
 
-def encode_id(question: Any, ident: str) -> str:
+def encode_id(question: object, ident: str) -> str:
     """The same of a list in the order of its ids."""
     return _sealed(_fingerprint(question), [ident])
 
 
-def decode_id(question: Any, cursor: str) -> str:
+def decode_id(question: object, cursor: str) -> str:
     """Raises `InvalidQuery` as `decode_cursor` does."""
     [ident] = _opened(question, cursor, 1)
     if not (isinstance(ident, str) and ID.fullmatch(ident)):
@@ -195,13 +211,13 @@ def decode_id(question: Any, cursor: str) -> str:
     return ident
 
 
-def _sealed(fingerprint: Any, position: list[Any]) -> str:
+def _sealed(fingerprint: object, position: list[object]) -> str:
     packed = json.dumps([fingerprint, *position], separators=(",", ":")).encode()
     checksum = hashlib.sha256(packed).digest()[:CHECKSUM_BYTES]
     return base64.urlsafe_b64encode(checksum + packed).decode().rstrip("=")
 
 
-def _opened(question: Any, cursor: str, parts: int) -> list[Any]:
+def _opened(question: object, cursor: str, parts: int) -> list[Any]:
     """The parts of a cursor's position. It is one only as this version writes it, so any damage shows."""
     try:
         packed = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))[CHECKSUM_BYTES:]
@@ -217,7 +233,7 @@ def _opened(question: Any, cursor: str, parts: int) -> list[Any]:
     return position
 
 
-def _fits(kind: str, value: Any) -> bool:
+def _fits(kind: Kind, value: object) -> bool:
     match kind:
         case "text":
             return isinstance(value, str) and not re.search("[\x00\ud800-\udfff]", value)
@@ -228,9 +244,9 @@ def _fits(kind: str, value: Any) -> bool:
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62
 
 
-def _fingerprint(question: Any) -> str:
+def _fingerprint(question: object) -> str:
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]

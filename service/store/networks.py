@@ -1,11 +1,12 @@
 """Trained networks: the weights that trainings of this service made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, Select, func, select
+from sqlalchemy import Column, ColumnElement, Connection, Select, func, select
 
 from service.model.jobs import TaskState
+from service.model.results import TrainedNetwork
 from service.store.listed import listed
 from service.store.tables import job_tasks, tasks, trainings
 
@@ -17,31 +18,46 @@ FIELDS: Mapping[str, ColumnElement[str] | Column[str]] = {
     "recipe": RECIPE,
 }
 """What networks can be asked for by."""
-MARKS = (tasks.c.retracted_at, tasks.c.retracted_by, tasks.c.retraction_reason)
 
 
-def page(connection: Connection, filters: Mapping[str, str], after: str | None, limit: int) -> list[Row[Any]]:
+def page(connection: Connection, filters: Mapping[str, str], after: str | None, limit: int) -> list[TrainedNetwork]:
     """The newest first; `after` is the task's id where the page before ended (UUIDv7: in the order of their making)."""
     query = _made_here().where(*(FIELDS[name] == value for name, value in filters.items()))
     if after is not None:
         query = query.where(trainings.c.task_id < after)
-    return list(connection.execute(query.order_by(trainings.c.task_id.desc()).limit(limit)))
+    return _networks(connection, query.order_by(trainings.c.task_id.desc()).limit(limit))
 
 
-def by_weights(connection: Connection, sha256: str) -> list[Row[Any]]:
+def by_weights(connection: Connection, sha256: str) -> list[TrainedNetwork]:
     """The trainings that made these weights, the earliest first."""
     query = _made_here().where(trainings.c.checkpoint_digest == sha256)
-    return list(connection.execute(query.order_by(trainings.c.task_id)))
+    return _networks(connection, query.order_by(trainings.c.task_id))
 
 
-def job_counts(connection: Connection, task_ids: list[str]) -> dict[str, int]:
+def job_counts(connection: Connection, task_ids: Sequence[str]) -> dict[str, int]:
     """How many jobs rest on each of these trainings."""
     query = select(job_tasks.c.task_id, func.count()).where(job_tasks.c.task_id.in_(listed(task_ids)))
     return {task_id: count for task_id, count in connection.execute(query.group_by(job_tasks.c.task_id))}
 
 
+def _networks(connection: Connection, query: Select[Any]) -> list[TrainedNetwork]:
+    return [TrainedNetwork(*row) for row in connection.execute(query)]
+
+
 def _made_here() -> Select[Any]:
-    """Trainings whose weights are there; imported weights were made elsewhere."""
-    columns = (tasks.c.digest, tasks.c.former_digest, tasks.c.spec, tasks.c.finished_at, *MARKS, *trainings.columns)
-    joined = select(*columns).join(tasks, tasks.c.id == trainings.c.task_id)
+    """Trainings whose weights are there, as `TrainedNetwork` has them; imported weights were made elsewhere."""
+    query = select(
+        trainings.c.task_id,
+        tasks.c.digest,
+        tasks.c.former_digest,
+        tasks.c.spec,
+        trainings.c.checkpoint_digest,
+        trainings.c.checkpoint_bytes,
+        trainings.c.test_accuracy,
+        tasks.c.finished_at,
+        tasks.c.retracted_at,
+        tasks.c.retracted_by,
+        tasks.c.retraction_reason,
+    )
+    joined = query.join(tasks, tasks.c.id == trainings.c.task_id)
     return joined.where(tasks.c.state == TaskState.SUCCEEDED, RECIPE != "imported")

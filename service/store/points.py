@@ -1,11 +1,11 @@
 """Two numbers of each result beside each other, with what each rests on: the points of a correlation."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from sqlalchemy import Connection, Row, null, select
+from sqlalchemy import Connection, null, select
 
 from service.model.query import Node
+from service.model.results import Point
 from service.store.aggregating import NETWORK
 from service.store.fields import Column, Field
 from service.store.listed import json_object
@@ -15,27 +15,23 @@ from service.store.tables import tasks
 
 
 def points(
-    connection: Connection, nodes: Sequence[Node], numbers: Mapping[str, Field], keys: Sequence[Field], limit: int
-) -> list[Row[Any]]:
-    """The results that have all of these `numbers`, in the order of their submission, at most `limit`.
-
-    Each with its `cell_id, network, attack_seed, judged_by`, the numbers by their names, for each of them the task that
-    left it (`NAME_task`) and the spec of the further measure that computed it (`NAME_spec`), and last the `keys`.
-    """
-    columns = {name: number.column for name, number in numbers.items()}
+    connection: Connection, nodes: Sequence[Node], measure: Field, target: Field, keys: Sequence[Field], limit: int
+) -> list[Point]:
+    """The results that have both numbers, in the order of their submission, at most `limit`."""
+    numbers = (measure, target)
     wanted = [
         results.c.cell_id,
-        NETWORK.label("network"),
+        NETWORK,
         results.c.attack_seed,
-        results.c.verdict_version.label("judged_by"),
-        *(column.label(name) for name, column in columns.items()),
-        *(_task_of(number).label(f"{name}_task") for name, number in numbers.items()),
-        *(_measure_of(number).label(f"{name}_spec") for name, number in numbers.items()),
-        *(key.column for key in keys),
+        results.c.verdict_version,
+        *(number.column for number in numbers),
+        *(_task_of(number) for number in numbers),
+        *(_measure_of(number) for number in numbers),
     ]
-    known = [column.is_not(None) for column in columns.values()]
-    query = select(*wanted).where(*selected(connection, nodes), *known).order_by(results.c.sequence).limit(limit)
-    return list(connection.execute(query))
+    labelled = [column.label(f"column_{i}") for i, column in enumerate((*wanted, *(key.column for key in keys)))]
+    known = [number.column.is_not(None) for number in numbers]
+    query = select(*labelled).where(*selected(connection, nodes), *known).order_by(results.c.sequence).limit(limit)
+    return [Point._make((*row[: len(wanted)], row[len(wanted) :])) for row in connection.execute(query)]
 
 
 def _task_of(number: Field) -> Column:

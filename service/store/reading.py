@@ -2,16 +2,16 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import fields
-from typing import Any
 
-from sqlalchemy import Connection, Float, Row, cast, exists, func, or_, select
+from sqlalchemy import Connection, Float, cast, exists, func, or_, select
 
 from service.model.jobs import LIVE_JOB, JobState, TaskState
 from service.model.query import Node
 from service.model.records import Attempt, Job, RunningTask, Sweep, Task, TaskCount
+from service.model.results import Result
 from service.store.conditions import condition
 from service.store.fields import JOBS
-from service.store.keyset import Order, Position
+from service.store.keyset import Order, Page, Position
 from service.store.listed import listed
 from service.store.states import DIGEST
 from service.store.tables import attempts, job_tasks, jobs, sweeps, tasks
@@ -31,12 +31,11 @@ ROLES = {
 
 def jobs_page(
     connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int
-) -> tuple[list[Job], Position | None]:
-    """Up to `limit` jobs behind `after`, and where the next page begins: None where there is none."""
+) -> Page[Job]:
+    """Up to `limit` jobs behind `after`."""
     query = select(jobs).where(condition(connection, nodes, JOBS))
-    rows = order.page(connection, query, after, limit + 1)
-    end = order.position(rows[limit - 1]) if len(rows) > limit else None
-    return [Job(*row[:JOB_COLUMNS]) for row in rows[:limit]], end
+    page = order.page(connection, query, after, limit)
+    return Page([Job(*row[:JOB_COLUMNS]) for row in page.rows], page.end)
 
 
 def job(connection: Connection, job_id: str) -> Job | None:
@@ -79,7 +78,7 @@ def tasks_of_job(connection: Connection, job_id: str) -> list[Task]:
     return every(connection, Task, query.order_by(tasks.c.sequence, tasks.c.id))
 
 
-def roles(job: Job | Row[Any], task: Task) -> list[str]:
+def roles(job: Job | Result, task: Task) -> list[str]:
     """Which parts this task plays in the job: at s = 1 the attack is its own baseline; a transfer has a source."""
     found = [role for role, column in ROLES.items() if getattr(job, column.name) == task.id]
     return found or ["source" if task.kind == "train" else "measure"]

@@ -2,20 +2,22 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, case, func, select
 
-from service.model.flags import FLAGS
+from service.model.flags import FLAGS, names_of
 from service.model.jobs import TaskState
 from service.model.query import Node
+from service.model.results import CellSpec, FurtherMeasure, JsonObject, Result, ResultKey
 from service.model.verdict import BitArray, unpack
 from service.specs.numbers import INDEXED, METRICS
 from service.specs.versions import LATER
 from service.store.conditions import by_cell, condition
 from service.store.fields import RESULTS, Column
-from service.store.keyset import Among, Order, Position
+from service.store.keyset import Among, Order, Page, Position
 from service.store.listed import listed, numbered
 from service.store.own_weights import left_out
 from service.store.result_tables import cells, results
@@ -31,14 +33,26 @@ from service.store.tables import (
     measurements,
     outcome_bits,
     tasks,
-)  # fmt: skip
+)
 
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
 MOST_HIDDEN = 1000
 
 
-@cache  # SQLAlchemy compiles a statement once that it is given again
-def _rows() -> Select[Any]:
+MADE = ("job_id", "flags", "metrics")  # fields of `Result` that are no columns of the query
+AS_STORED = tuple(field.name for field in fields(Result) if field.name not in MADE)
+
+
+class Columns(NamedTuple):
+    """A page of results by column: the cell of each, and the values of the columns that were asked for."""
+
+    cell_ids: Sequence[int]
+    values: Sequence[Sequence[Any]]  # Any: whatever the columns hold
+    end: Position | None
+
+
+@cache  # SQLAlchemy compiles a statement only once if it gets the same object again
+def _whole() -> Select[Any]:
     attack = tasks.alias("attack_task")
     measured = [results.c[name] for name in METRICS]
     return (
@@ -61,21 +75,30 @@ def _rows() -> Select[Any]:
 
 def keys(
     connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int, *, retracted: bool
-) -> list[Row[Any]]:
-    """The `job_id` and `cell_id` of a page of results, in order; retracted ones only where they are asked for."""
+) -> Page[ResultKey]:
+    """A page of results, in order; retracted ones only if `retracted`."""
     where, among = _where(connection, nodes, order, retracted)
-    return order.page(connection, select(results.c.job_id, results.c.cell_id).where(*where), after, limit, among)
+    page = order.page(connection, select(results.c.job_id, results.c.cell_id).where(*where), after, limit, among)
+    return Page([ResultKey(row.job_id, row.cell_id) for row in page.rows], page.end)
 
 
 def columns(
-    connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int,
-    wanted: Sequence[Column], *, retracted: bool,
-) -> list[Row[Any]]:  # fmt: skip
-    """The cell's id and these columns, in this order, of a page of results."""
+    connection: Connection,
+    nodes: Sequence[Node],
+    order: Order,
+    after: Position | None,
+    limit: int,
+    wanted: Sequence[Column],
+    *,
+    retracted: bool,
+) -> Columns:
+    """The columns `wanted` of a page of results."""
     where, among = _where(connection, nodes, order, retracted)
     named = [column.label(f"column_{i}") for i, column in enumerate(wanted)]
     query = select(results.c.cell_id, *named).where(*where)
-    return order.page(connection, query, after, limit, among)
+    page = order.page(connection, query, after, limit, among)
+    cell_ids, *values = zip(*page.rows, strict=True) if page.rows else ([] for _ in range(1 + len(wanted)))
+    return Columns(cell_ids, values[: len(wanted)], page.end)
 
 
 def selected(
@@ -110,31 +133,41 @@ def _is_indexed(order: Order) -> bool:
     return not columns or (len(columns) == 1 and any(columns[0] is results.c[name] for name in INDEXED))
 
 
-def rows_of(connection: Connection, job_ids: Sequence[str]) -> list[Row[Any]]:
+def of_jobs(connection: Connection, job_ids: Sequence[str]) -> list[Result]:
     """The results of these jobs, whole and in this order."""
-    found = {row.id: row for row in connection.execute(_rows().where(jobs.c.id.in_(listed(job_ids))))}
-    return [found[job_id] for job_id in job_ids if job_id in found]
+    rows = {row.id: row for row in connection.execute(_whole().where(jobs.c.id.in_(listed(job_ids))))}
+    return [_result(rows[job_id]) for job_id in job_ids if job_id in rows]
 
 
-def one(connection: Connection, job_id: str) -> Row[Any] | None:
-    return connection.execute(_rows().where(jobs.c.id == job_id)).one_or_none()
+def of_job(connection: Connection, job_id: str) -> Result | None:
+    row = connection.execute(_whole().where(jobs.c.id == job_id)).one_or_none()
+    return None if row is None else _result(row)
 
 
-def cell_specs(connection: Connection, ids: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """What each of these cells is: a spec without seeds, with the versions of its tasks."""
+def _result(row: Row[Any]) -> Result:
+    return Result(
+        job_id=row.id,
+        flags=names_of(*(getattr(row, name) for name in FLAGS)),
+        metrics={name: getattr(row, name) for name in METRICS},
+        **{name: getattr(row, name) for name in AS_STORED},
+    )
+
+
+def cell_specs(connection: Connection, ids: Iterable[int]) -> dict[int, CellSpec]:
+    """The spec of each of these cells, without seeds and with the versions of its tasks."""
     wanted = list(ids)
     query = select(cells.c.id, cells.c.spec).where(cells.c.id.in_(numbered(wanted)))
     return {cell_id: {**LATER, **spec} for cell_id, spec in connection.execute(query)} if wanted else {}
 
 
-def further_measures(connection: Connection, job_rows: Sequence[Row[Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The measures beyond the closed forms: `job id -> [{"measure": its spec, "numbers": ..., "failed": why or None}]`.
+def further_measures(connection: Connection, of: Sequence[Result]) -> dict[str, list[FurtherMeasure]]:
+    """The measures of these results beyond the closed forms, by the id of the job.
 
     One that failed or was retracted has no numbers, and neither has one that used other weights than the attack.
     """
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    result = {row.id: row for row in job_rows}
-    asked = [row.id for row in job_rows if row.spec["measures"]]
+    measures: dict[str, list[FurtherMeasure]] = defaultdict(list)
+    by_job = {result.job_id: result for result in of}
+    asked = [result.job_id for result in of if result.spec["measures"]]
     retraction = (tasks.c.retracted_at, tasks.c.retraction_reason)
     of_task = (tasks.c.id, tasks.c.spec, tasks.c.state, tasks.c.reason, *retraction, measurements.c.numbers)
     used = WEIGHTS_USED.label("used")
@@ -147,19 +180,22 @@ def further_measures(connection: Connection, job_rows: Sequence[Row[Any]]) -> di
         .order_by(DIGEST)
     )
     for row in connection.execute(query) if asked else ():
-        of = result[row.job_id]
-        if row.id != of.measure_task_id:
-            failed = row.reason if row.state == TaskState.FAILED else None
-            numbers = row.numbers or {}
-            if row.retracted_at is not None:
-                numbers, failed = {}, f"retracted: {row.retraction_reason}"
-            elif of.mixed_weights and row.used not in (None, of.weights_sha256):
-                numbers, failed = {}, f"it used other weights ({row.used}) than the attack"
-            found[row.job_id].append({"measure": row.spec["measure"], "numbers": numbers, "failed": failed})
-    return found
+        result = by_job[row.job_id]
+        if row.id != result.measure_task_id:
+            measures[row.job_id].append(_further(row, result))
+    return measures
 
 
-def numbers_of(connection: Connection, task_id: str, kind: str) -> dict[str, Any]:
+def _further(row: Row[Any], result: Result) -> FurtherMeasure:
+    spec = row.spec["measure"]
+    if row.retracted_at is not None:
+        return FurtherMeasure(spec, {}, f"retracted: {row.retraction_reason}")
+    if result.mixed_weights and row.used not in (None, result.weights_sha256):
+        return FurtherMeasure(spec, {}, f"it used other weights ({row.used}) than the attack")
+    return FurtherMeasure(spec, row.numbers or {}, row.reason if row.state == TaskState.FAILED else None)
+
+
+def numbers_of(connection: Connection, task_id: str, kind: str) -> JsonObject:
     table = NUMBERS[kind]
     numbers = connection.execute(select(table.c.numbers).where(table.c.task_id == task_id)).scalar_one_or_none()
     return dict(numbers or {})
@@ -169,7 +205,7 @@ def curve_names(connection: Connection, task_id: str) -> list[str]:
     return list(connection.scalars(select(curves.c.name).where(curves.c.task_id == task_id).order_by(curves.c.name)))
 
 
-def curves_of(connection: Connection, task_id: str) -> dict[str, Any]:
+def curves_of(connection: Connection, task_id: str) -> JsonObject:
     query = select(curves.c.name, curves.c.points).where(curves.c.task_id == task_id).order_by(curves.c.name)
     return {name: points for name, points in connection.execute(query)}
 
@@ -180,7 +216,7 @@ def bit_names(connection: Connection, task_id: str) -> dict[str, int]:
     return {name: n for name, n in connection.execute(query.order_by(outcome_bits.c.name))}
 
 
-def artifacts_of(connection: Connection, task_id: str) -> dict[str, dict[str, Any]]:
+def artifacts_of(connection: Connection, task_id: str) -> dict[str, dict[str, str | int]]:
     """The bytes that a task left, by what they are: `arrays`, `checkpoint`, ..."""
     query = select(artifacts).where(artifacts.c.task_id == task_id).order_by(artifacts.c.kind, artifacts.c.created_at)
     return {row.kind: {"digest": row.digest, "size_bytes": row.size_bytes} for row in connection.execute(query)}

@@ -28,12 +28,18 @@ COLUMNS: Mapping[str, Sequence[Column[Any]]] = {
     "attack": (jobs.c.attack_task_id, jobs.c.baseline_task_id),
     "control": (jobs.c.control_task_id,),
 }
-UNTOUCHED: Mapping[str, Any] = {
-    "attempt": 0, "errors": 0, "suspect_losses": 0, "not_before": 0.0, "holder": None, "lease_expires_at": None,
-    "cancel_requested": False, "worker": None, "progress": 0.0, "detail": {}, "resume_digest": None,
-    "resume_bytes": None, "started_at": None, "finished_at": None, "reason": None, "retracted_at": None,
-    "retracted_by": None, "retraction_reason": None, "retracted_with": None, "former_digest": None,
-}  # fmt: skip
+NOT_YET = (
+    *("holder", "lease_expires_at", "worker", "resume_digest", "resume_bytes", "started_at", "finished_at", "reason"),
+    *("retracted_at", "retracted_by", "retraction_reason", "retracted_with", "former_digest"),
+)
+UNTOUCHED: Mapping[str, object] = {
+    **dict.fromkeys(NOT_YET),
+    **dict.fromkeys(("attempt", "errors", "suspect_losses"), 0),
+    **dict.fromkeys(("not_before", "progress"), 0.0),
+    "cancel_requested": False,
+    "detail": {},
+}
+"""The columns of a task that nobody has run yet."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +148,8 @@ def _copy_children(
             copy = copies.setdefault(child.own, _copy(child, now))
             instead.setdefault(child.kind, {})[child.id] = copy["id"]
     insert_rows(connection, tasks, list(copies.values()))
-    _copy_edges(connection, {old: new for of_kind in instead.values() for old, new in of_kind.items()},
-                {old_parent: new_parent})  # fmt: skip
+    by_old = {old: new for of_kind in instead.values() for old, new in of_kind.items()}
+    _copy_edges(connection, by_old, {old_parent: new_parent})
     return instead
 
 
@@ -151,9 +157,15 @@ def _copy(child: Row[Any], now: float) -> dict[str, Any]:
     values = {name: value for name, value in child._mapping.items() if name != "own"}
     waiting_since = now if child.finished_at is not None else child.waiting_since
     return {
-        **values, **UNTOUCHED, "id": str(uuid7()), "digest": child.own, "state": str(TaskState.BLOCKED),
-        "generation": child.generation + 1, "waiting_since": waiting_since, "created_at": now,
-    }  # fmt: skip
+        **values,
+        **UNTOUCHED,
+        "id": str(uuid7()),
+        "digest": child.own,
+        "state": str(TaskState.BLOCKED),
+        "generation": child.generation + 1,
+        "waiting_since": waiting_since,
+        "created_at": now,
+    }
 
 
 def _copy_edges(connection: Connection, copies: Mapping[str, str], parents: Mapping[str, str]) -> None:

@@ -4,7 +4,6 @@ import csv
 import importlib
 import io
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import select, update
 
 from service.model.executor import Succeeded
-from service.model.flags import not_monotone
+from service.model.flags import Mean, not_monotone
 from service.queue import retraction
 from service.results import exporting, leaderboard, worst_case
 from service.results.insights import Insights, Question
@@ -138,15 +137,13 @@ def test_a_flag_at_another_scale_is_seen_where_its_attack_counts(lab: Any) -> No
 @pytest.mark.parametrize(("n", "rise", "flagged"), [(1000, 0.02, False), (1000, 0.021, True), (50, 0.06, False)])
 @pytest.mark.parametrize("field", ["attack.eps", "attack.steps", "attack.restarts", "attack.attack.eps"])
 def test_the_threshold(n: int, rise: float, flagged: bool, field: str) -> None:
-    weak, strong = (
-        SimpleNamespace(job_id=str(i), cell_id=i, robust_accuracy=0.3 + i * rise, results=1) for i in (0, 1)
-    )
+    weak, strong = (Mean("network", i, "family", 0.3 + i * rise, results=1, job_id=str(i)) for i in (0, 1))
     specs = {i: {"samples": n, "scale": 1.0, field: 1 + i} for i in (0, 1)}
     assert bool(not_monotone(weak, [strong], specs)) == bool(not_monotone(strong, [weak], specs)) == flagged
-    strong.robust_accuracy = 0.3 - rise
+    strong = strong._replace(robust_accuracy=0.3 - rise)
     assert not_monotone(weak, [strong], specs) == not_monotone(strong, [weak], specs) == []
     specs[1]["scale"] = 5.0
-    strong.robust_accuracy = 0.9
+    strong = strong._replace(robust_accuracy=0.9)
     assert not_monotone(weak, [strong], specs) == []
-    strong.robust_accuracy = None
+    strong = strong._replace(robust_accuracy=None)
     assert not_monotone(weak, [strong], {**specs, 1: {**specs[1], "scale": 1.0}}) == []

@@ -1,6 +1,7 @@
 """What the store hands out has the columns of its table as fields, in their order: values are built by position."""
 
 from dataclasses import FrozenInstanceError, fields
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("record", TABLES, ids=lambda record: record.__name__)
-def test_a_record_has_the_columns_of_its_table(record):
+def test_a_record_has_the_columns_of_its_table(record: Any) -> None:
     columns = TABLES[record].columns
     assert [field.name for field in fields(record)] == [column.name for column in columns]
     optional = {field.name for field in fields(record) if "None" in str(field.type)}
@@ -31,7 +32,7 @@ def test_a_record_has_the_columns_of_its_table(record):
 
 
 @pytest.mark.parametrize("record", TABLES, ids=lambda record: record.__name__)
-def test_a_record_is_frozen_and_is_printed_in_a_few_words(record):
+def test_a_record_is_frozen_and_is_printed_in_a_few_words(record: Any) -> None:
     value = record(*(f"<{field.name}>" for field in fields(record)))
     with pytest.raises(FrozenInstanceError):
         setattr(value, fields(record)[0].name, "other")
@@ -39,6 +40,6 @@ def test_a_record_is_frozen_and_is_printed_in_a_few_words(record):
     assert "sha256" not in repr(value) or record is not records.Token
 
 
-def test_a_job_is_printed_with_its_id_and_state():
-    job = records.Job(*(field.name for field in fields(records.Job)))
-    assert str(job) == "job id (state)"
+def test_a_job_is_printed_with_its_id_and_state() -> None:
+    job: Any = records.Job
+    assert str(job(*(field.name for field in fields(job)))) == "job id (state)"

@@ -1,0 +1,147 @@
+"""Results as values: what the store hands out of them. Pure.
+
+Times are seconds since 1970 by the database's clock.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+JsonObject = dict[str, Any]  # Any: stored JSON, whose keys and values are those of whichever version wrote it
+CellSpec = Mapping[str, Any]  # Any: the same; a cell's spec without seeds, with the versions of its tasks
+
+
+class ResultKey(NamedTuple):
+    """A result by its job, and the cell that it lies in."""
+
+    job_id: str
+    cell_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The numbers of a succeeded job, from its tasks. The fields of the verdict are None until it is judged.
+
+    `metrics` are the headline numbers by name. `measure_numbers` and `attack_numbers` are all that these tasks stored;
+    the former are None where the closed forms were computed on other weights than the attack.
+    """
+
+    job_id: str
+    cell_id: int
+    sweep_id: str | None
+    user: str
+    labels: dict[str, str]
+    spec: JsonObject
+    spec_digest: str
+    architecture: str
+    dataset: str
+    scale: float
+    seed: int
+    created_at: float
+    finished_at: float | None
+    train_task_id: str
+    measure_task_id: str
+    attack_task_id: str
+    baseline_task_id: str
+    control_task_id: str | None
+    weights_sha256: str | None
+    mixed_weights: bool
+    flags: Sequence[str]
+    metrics: Mapping[str, float | None]
+    masked_n: int | None
+    verdict: str | None
+    verdict_reasons: list[str] | None
+    verdict_checks: dict[str, str] | None
+    verdict_counts: dict[str, list[int]] | None
+    verdict_version: int | None
+    retracted_at: float | None
+    retracted_by: str | None
+    retraction_reason: str | None
+    retracted_with: str | None
+    measure_numbers: JsonObject | None
+    attack_numbers: JsonObject
+    attack_digest: str
+    provenance: JsonObject | None
+
+    def __str__(self) -> str:
+        return f"result of job {self.job_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class FurtherMeasure:
+    """A measure of a result beyond the closed forms: its spec and its numbers, or why it failed and has none."""
+
+    spec: JsonObject
+    numbers: JsonObject
+    failed: str | None
+
+    @property
+    def type(self) -> str:
+        return str(self.spec["type"])
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedNetwork:
+    """The weights that a training of this service made.
+
+    A training gives its `digest` up, and keeps it as `former_digest`, where new jobs join another task instead.
+    """
+
+    task_id: str
+    digest: str
+    former_digest: str | None
+    spec: JsonObject
+    weights_sha256: str
+    size_bytes: int
+    test_accuracy: float | None
+    finished_at: float | None
+    retracted_at: float | None
+    retracted_by: str | None
+    retraction_reason: str | None
+
+    @property
+    def task_digest(self) -> str:
+        """The digest of the computation, which the training may have given up."""
+        return self.former_digest or self.digest
+
+
+class NetworkCell(NamedTuple):
+    """What the `results` of a network in a cell say: the means over distinct computations, and which flags any has."""
+
+    weights_sha256: str
+    cell_id: int
+    results: int
+    robust_accuracy: float
+    clean_accuracy: float | None
+    flags: Sequence[str]
+
+
+class AttackBits(NamedTuple):
+    """One attack in a ball on a network. Each of the `n` bits packed in `robust` is an example that the attack left
+    right."""
+
+    job_id: str
+    weights_sha256: str
+    cell_id: int
+    robust_accuracy: float | None
+    flags: Sequence[str]
+    verdict_reasons: list[str] | None
+    n: int
+    robust: bytes
+
+
+class Point(NamedTuple):
+    """Two numbers of one result beside each other: for each of them the task that left it, and the spec and version of
+    the further measure that computed it, if one did. `keys` are the values of further fields."""
+
+    cell_id: int
+    network: str
+    attack_seed: int
+    verdict_version: int | None
+    measure: float
+    target: float
+    measure_task: str
+    target_task: str
+    measure_spec: JsonObject | None
+    target_spec: JsonObject | None
+    keys: tuple[object, ...]
