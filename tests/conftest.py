@@ -25,6 +25,7 @@ from service.store import Database
 from workers.head import running
 
 pytest_plugins = ["databases"]
+collect_ignore = ["run_folder.py"]  # a search for doctests would import it again, and the run would have two folders
 REPOSITORY = Path(__file__).resolve().parent.parent
 settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None, database=None)
 settings.load_profile("ci")

@@ -329,7 +329,7 @@ class TestThreads:
     ) -> None:
         """Fifty took all threads while SQLite's writer was busy."""
         turns = new_turns() | {"writers": Turns("writers", 8, 30, 0.5)}
-        monkeypatch.setattr("api.http.app.new_turns", lambda: turns)
+        monkeypatch.setattr("api.http.routing.new_turns", lambda: turns)
         with start_server(home, dispatching=False) as server, ThreadPoolExecutor(50) as pool:
             http = httpx.Client(base_url=server.url, timeout=30, limits=httpx.Limits(max_connections=50))
             with closing(sqlite3.connect(home / "uncanny.db", isolation_level=None)) as writer:
