@@ -482,6 +482,7 @@ class TestExplain:
         assert "it is next" in self.explain(lab, job)["sentence"]
         one.tick()
         assert "handed over and waits for a free worker" in self.explain(lab, job)["sentence"]
+        workers.said = [Started(grant.task_id, grant.attempt, "w") for grant in workers.grants]
         one.tick()
         assert "it runs on w, 0 % done" in self.explain(lab, job)["sentence"]
         lab.service.cancel_job(job, user="ann")
@@ -619,5 +620,7 @@ class TestCancel:
         lab.service.cancel_job(second, user="bob")
         one._looked_at = 0.0
         one.tick()
+        assert workers.cancelled == [(grant.task_id, grant.attempt)]
+        workers.said = [Lost(grant.task_id, grant.attempt, "cancelled", "cancelled")]
         one.tick()
         assert lab.task(grant.task_id).state == "cancelled"
