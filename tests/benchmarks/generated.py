@@ -24,10 +24,12 @@ ARCHITECTURES = (
 DATASETS = ("cifar10", "cifar100", "svhn", "fashion_mnist", "mnist")
 SCALES = (0.1, 0.25, 0.5, 1, 2, 2.5, 4, 5, 7.5, 10, 20, 25, 50, 100)
 ATTACKS = (
-    "pgd_linf", "pgd_l2", {"type": "fgsm", "norm": "linf", "eps": "8/255"},
+    "pgd_linf",
+    "pgd_l2",
+    {"type": "fgsm", "norm": "linf", "eps": "8/255"},
     *({"type": "pgd", "norm": "linf", "eps": f"{n}/255", "step_size": "1/255", "steps": 10} for n in (1, 2, 4, 16)),
     *({"type": "pgd", "norm": "l2", "eps": eps, "step_size": eps / 4, "steps": 10} for eps in (0.1, 0.5, 1.0)),
-)  # fmt: skip
+)
 USERS = ("ada", "bob", "cyd", "dan", "eve")
 VERSIONS = {"train": 1, "measure": 1, "attack": 1, "control": None}
 DAY = 86_400.0
@@ -54,7 +56,7 @@ INDEXED: dict[str, dict[str, Any]] = {
     "architecture, owner": {"architecture": "mlp", "owner": "ada", "sort": "-log_relative_sharpness_median"},
     "architecture, dataset, newest": {"architecture": "densenet121_cifar", "dataset": "svhn"},
     "architecture, time": {"filter": "architecture = mlp and created_at > 2023-11-20", "sort": "-robust_accuracy"},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -126,29 +128,36 @@ def _round(connection: Connection, grid: list[Cell], number: int, rng: np.random
         clean = round(float(accuracy[cell.network]), 3)
         blind = scale / (scale + 15 * (0.5 + one))
         numbers = {
-            "clean_accuracy": clean, "clean_loss": float(two),
+            "clean_accuracy": clean,
+            "clean_loss": float(two),
             "robust_accuracy": round(clean * (0.05 * cell.attack * two + (1 - 0.05 * cell.attack * two) * blind), 3),
             "robust_loss": float(8 * three * (1 - blind)),
             "zero_gradient_fraction": round(max(0.0, blind - 0.2), 3) if cell.id % 50 else None,
-        }  # fmt: skip
+        }
         log_sharpness = float(sharpness[place])
         measured = {
-            "log_hessian_trace_median": log_sharpness + 2, "log_relative_sharpness_median": log_sharpness,
+            "log_hessian_trace_median": log_sharpness + 2,
+            "log_relative_sharpness_median": log_sharpness,
             "log_relative_flatness_median": log_sharpness - 1,
-        }  # fmt: skip
+        }
         verdict = {
-            "masked_fraction": round(blind / 2, 3), "masked_fraction_of_correct": round(blind / 2, 3),
-            "reverse_fraction": 0.0, "verdict": ("trusted", "suspect", "invalid")[min(2, int(3 * blind))],
-        }  # fmt: skip
+            "masked_fraction": round(blind / 2, 3),
+            "masked_fraction_of_correct": round(blind / 2, 3),
+            "reverse_fraction": 0.0,
+            "verdict": ("trusted", "suspect", "invalid")[min(2, int(3 * blind))],
+        }
         parts = {
-            "train_task_id": trainings[cell.network], "measure_task_id": measurements[place],
+            "train_task_id": trainings[cell.network],
+            "measure_task_id": measurements[place],
             "attack_task_id": _id("3", n),
-        }  # fmt: skip
+        }
         times = {"created_at": at, "finished_at": at + 60 + cell.id}
         own = {"sequence": n + 1, "user": user, "sweep_id": sweep, "seed": number}
         spec = {"attack_seed": 0, "replicate": 0, "arrays": False}
-        named = {name: cell.row[name] for name in
-                 ("architecture", "dataset", "scale", "attack", "norm", "eps", "recipe", "samples")}  # fmt: skip
+        named = {
+            name: cell.row[name]
+            for name in ("architecture", "dataset", "scale", "attack", "norm", "eps", "recipe", "samples")
+        }
         jobs.append({
             "id": _id("4", n), **own, **named, "spec": f'{cell.spec}, "seed": {number}}}', "spec_digest": f"{n:064x}",
             "priority": 0, "labels": '{"study": "generated"}', "state": "succeeded", **times, **parts, **verdict,
@@ -184,9 +193,7 @@ def _round(connection: Connection, grid: list[Cell], number: int, rng: np.random
     insert_rows(connection, results, filed)
 
 
-def _tasks(
-    connection: Connection, kind: str, ids: list[str], trainings: list[str], user: str, at: float
-) -> None:  # fmt: skip
+def _tasks(connection: Connection, kind: str, ids: list[str], trainings: list[str], user: str, at: float) -> None:
     """Succeeded tasks of one kind, each on its training, with their one attempt."""
     spec = json.dumps({"kind": kind, "arrays": False})
     rows = [

@@ -16,9 +16,7 @@ GRID: dict[str, list[Any]] = {"scale": [0.25, 0.5, 1, 2.5, 5, 10, 50], "attack":
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_growth(
-    table: Any, new_store: Callable[[str], str], artifacts: Artifacts, kind: str
-) -> None:  # fmt: skip
+def test_growth(table: Any, new_store: Callable[[str], str], artifacts: Artifacts, kind: str) -> None:
     seeds, databases = count(), []
 
     def cycle(size: int) -> Callable[[], None]:

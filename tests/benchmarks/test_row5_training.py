@@ -130,10 +130,12 @@ class Images(Dataset[tuple[Any, int]]):
         self.x, self.y = data.train_x, data.train_y.tolist()
         self.change = transforms.Compose(
             [
-                transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+                transforms.ToPILImage(),
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
             ]
-        )  # fmt: skip
+        )
 
     def __len__(self) -> int:
         return len(self.y)

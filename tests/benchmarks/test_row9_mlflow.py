@@ -23,9 +23,11 @@ MLFLOW = ("--with", "mlflow==3.17.2", "--with", "psycopg2-binary")
 DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg2"}
 ASKED = {"architecture": "resnet18", "scale": 5, "sort": "-robust_accuracy", "limit": 100}
 ASKED_OF_MLFLOW = {
-    "experiment_ids": ["1"], "filter": "params.architecture = 'resnet18' and params.scale = '5'",
-    "order_by": ["metrics.robust_accuracy DESC"], "max_results": 100,
-}  # fmt: skip
+    "experiment_ids": ["1"],
+    "filter": "params.architecture = 'resnet18' and params.scale = '5'",
+    "order_by": ["metrics.robust_accuracy DESC"],
+    "max_results": 100,
+}
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])

@@ -19,7 +19,7 @@ OTHERS = {
     "provenance, scale": {"filter": "provenance.device ~ A100 and scale = 5", "sort": "-robust_accuracy"},
     "reason, scale": {"filter": "verdict_reasons = masked and scale = 5", "sort": "robust_accuracy"},
     "measure, scale": {"filter": "measures = fisher_rao and scale = 5", "sort": "robust_accuracy"},
-}  # fmt: skip
+}
 BARE = """
 CREATE TABLE bare AS SELECT results.*, cells.architecture, cells.dataset, cells.attack, cells.scale
 FROM results JOIN cells ON cells.id = results.cell_id

@@ -133,12 +133,13 @@ class Faults:
         return {
             "api": {"api killed": self.kill_api, "api frozen": self.freeze_api},
             "dispatchers": {
-                "dispatcher killed": self.kill_dispatcher, "leader frozen past its lease": self.freeze_leader,
+                "dispatcher killed": self.kill_dispatcher,
+                "leader frozen past its lease": self.freeze_leader,
                 "dispatcher restarted": self.restart_dispatcher,
             },
             "workers": {"worker killed": self.kill_worker, "worker frozen": self.freeze_worker},
             "database": of_database,
-        }  # fmt: skip
+        }
 
     def kill_api(self, _: random.Random) -> Fault:
         self.lab.kill("api")
@@ -224,8 +225,10 @@ def lab(
     request: pytest.FixtureRequest, start_postgresql: "Callable[[], PostgresServer]", tmp_path: Path
 ) -> Iterator[Lab]:
     settings = {
-        "UNCANNY_DECISION_LOG": "1000000", "UNCANNY_BACKOFF_SECONDS": "0.2", "UNCANNY_CHAOS": str(time.time_ns()),
-    }  # fmt: skip
+        "UNCANNY_DECISION_LOG": "1000000",
+        "UNCANNY_BACKOFF_SECONDS": "0.2",
+        "UNCANNY_CHAOS": str(time.time_ns()),
+    }
     server = start_postgresql() if request.param == "postgresql" else None
     with running_lab(server, tmp_path, lease_seconds=LEASE_SECONDS, **settings) as lab:
         with lab.client("ann") as client:

@@ -41,9 +41,11 @@ from service.store.keyset import CHECKSUM_BYTES
 from service.store.result_tables import cells
 
 EASY = settings(
-    max_examples=100, deadline=None, derandomize=True,
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 PYTHON: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
     "~": lambda text, part: part in text,
@@ -62,9 +64,10 @@ VALUES: dict[str, list[str]] = {
     "list": ["masked", "zero_gradient", "sam_sharpness", "fisher_rao", "e"],
 }  # fmt: skip
 OPERATORS = {
-    "text": ["=", "!=", "<", "<=", ">", ">=", "~", "in", "not in"], "boolean": ["=", "!=", "in", "not in"],
+    "text": ["=", "!=", "<", "<=", ">", ">=", "~", "in", "not in"],
+    "boolean": ["=", "!=", "in", "not in"],
     "list": ["=", "in", "~"],
-}  # fmt: skip
+}
 ORDER = ("<", "<=", ">", ">=")
 CLOSED: dict[str, list[str]] = {
     **{name: list(texts) for name, texts in closed_lists().items()},
@@ -291,22 +294,22 @@ def test_missing_values() -> None:
 
 
 REFUSED = [
-        ("architecture = mlp and atack.eps = 1", 23, "did you mean attack.eps"),
-        ("flip_rat > 0", 0, "did you mean flip_rate"),
-        ("scale = five", 8, "not a number or a fraction"),
-        ("scale in (1, 2/0)", 13, "divides by zero"),
-        ("seed = 1.5", 7, "not a whole number"),
-        ("seed = 99999999999999999999", 7, "not a whole number"),
-        ("attack.random_start = maybe", 22, "neither true nor false"),
-        ("created_at > yesterday", 13, "no time such as"),
-        ("attack.random_start < true", 0, "is a boolean"),
-        ("scale ~ 5", 0, "is a number"),
-        ("verdict_reasons != masked", 0, "use `not (verdict_reasons in"),
-        ("architecture = ", 15, "it ends where there could be a value"),
-        ("architecture mlp", 13, "an operator"),
-        ("provenance.tourch = 2", 0, "did you mean provenance.torch"),
-        ("user = 'a\x00'", 7, "control character"),
-    ]  # fmt: skip
+    ("architecture = mlp and atack.eps = 1", 23, "did you mean attack.eps"),
+    ("flip_rat > 0", 0, "did you mean flip_rate"),
+    ("scale = five", 8, "not a number or a fraction"),
+    ("scale in (1, 2/0)", 13, "divides by zero"),
+    ("seed = 1.5", 7, "not a whole number"),
+    ("seed = 99999999999999999999", 7, "not a whole number"),
+    ("attack.random_start = maybe", 22, "neither true nor false"),
+    ("created_at > yesterday", 13, "no time such as"),
+    ("attack.random_start < true", 0, "is a boolean"),
+    ("scale ~ 5", 0, "is a number"),
+    ("verdict_reasons != masked", 0, "use `not (verdict_reasons in"),
+    ("architecture = ", 15, "it ends where there could be a value"),
+    ("architecture mlp", 13, "an operator"),
+    ("provenance.tourch = 2", 0, "did you mean provenance.torch"),
+    ("user = 'a\x00'", 7, "control character"),
+]
 
 
 def test_what_is_refused_says_where(history: Insights) -> None:
@@ -429,8 +432,10 @@ def test_a_whole_number_that_no_column_holds_breaks_no_question(lab: Any) -> Non
     assert len(insights.jobs(Question(filter="recipe.train_samples > 5"))["items"]) == 2
     assert len(insights.jobs(Question(filter="recipe.train_samples = 100"))["items"]) == 1
     assert [job["id"] for job in insights.jobs(Question(sort="-recipe.train_samples"))["items"]] == [
-        ids[0], ids[2], ids[1],
-    ]  # fmt: skip
+        ids[0],
+        ids[2],
+        ids[1],
+    ]
     assert insights.results(Question(filter="recipe.train_samples > 5"))["items"] == []
 
 
@@ -485,10 +490,11 @@ def test_no_question_breaks_the_server(history: Insights, tmp_path: Path) -> Non
         def check(fields: str, sort: str, by: str, metrics: str, label: list[str], format: str) -> None:
             asked: dict[str, Any] = {"sort": sort or "scale", "label": label}
             cases: list[tuple[str, dict[str, Any]]] = [
-                ("/v1/results", {**asked, "fields": fields, "format": format, "limit": 2}), ("/v1/jobs", asked),
+                ("/v1/results", {**asked, "fields": fields, "format": format, "limit": 2}),
+                ("/v1/jobs", asked),
                 ("/v1/results:aggregate", {"by": by, "metrics": metrics, "label": label, "allow_mixed": True}),
                 ("/v1/correlations", {"by": by, "measure": "sam_sharpness", "trusted": False}),
-            ]  # fmt: skip
+            ]
             for path, more in cases:
                 answer = http.get(path, params=more)
                 assert answer.status_code in (200, 422), (path, more, answer.text)

@@ -102,7 +102,7 @@ TYPING_ERRORS = [
     ("spec_digest = foo", 14, "'foo' is no spec_digest, which is a SHA-256 of 64 hexadecimal digits"),
     ("spec_digest ~ foo", 14, "'foo' is no part of a spec_digest"),
     ("sweep = my-nam", 8, "there is no sweep with the id or the name 'my-nam'; did you mean my-name?"),
-]  # fmt: skip
+]
 OF_JOBS = [
     ("state > succeedd", 0, "state is a text without an order, which"),
     ("state = faild", 8, "unknown state 'faild'; did you mean failed?"),
@@ -131,7 +131,7 @@ OF_RESULTS = [
     ("provenance.task_kind = atack", 23, "did you mean attack"),
     ("provenance.dataset = digit", 21, "did you mean digits"),
     ("sweep_id = nothing", 11, "there is no sweep_id with the id or the name 'nothing'"),
-]  # fmt: skip
+]
 
 
 def test_an_unknown_value_is_refused_with_the_nearest(insights: Insights) -> None:
@@ -393,8 +393,7 @@ ALSO_NEEDED = {
     "/v1/results:compare": {"ids": "0" * 8 + "," + "1" * 8},
     "/v1/results:trajectories": {"ids": "0" * 8},
 }
-OF_WHAT_IS_NOT_THERE = {("/v1/results:trajectories", "ids"), ("/v1/events", "sweep"),
-                        ("/v1/events", "job")}  # fmt: skip
+OF_WHAT_IS_NOT_THERE = {("/v1/results:trajectories", "ids"), ("/v1/events", "sweep"), ("/v1/events", "job")}
 """Names of things: 404, as in a path."""
 
 

@@ -137,8 +137,9 @@ def test_one_set_of_names_for_rows_and_tables(lab: Any, insights: Insights, fini
         if name not in ("attack", "recipe", *FAMILIES) and frame[name].dtype in (pl.Float64, pl.Int64, pl.String):
             assert frame[name].to_list() == [row.get(name) for row in rows], name
     assert [row["norm"] for row in insights.results(Question(fields=("norm",), sort="created_at"))["items"]] == [
-        "l2", "linf",
-    ]  # fmt: skip
+        "l2",
+        "linf",
+    ]
     with pytest.raises(InvalidQuery, match="at most 200 can be named"):
         insights.results(Question(fields=tuple(f"labels.{i}" for i in range(201))))
     with pytest.raises(InvalidQuery, match="at most 200 can be named"):
@@ -150,10 +151,12 @@ def test_parts_of_what_is_no_object(lab: Any, insights: Insights, finish: Any) -
     for fields, shown in (
         (("provenance.torch", "provenance.torch.x"), {"provenance": {"torch": "2", "torch.x": None}}),
         (("labels.a", "labels.a.b"), {"labels": {"a": None, "a.b": None}}),
-        (("versions", "versions.train", "versions.x"), {"versions": dict.fromkeys(
-            ("train", "measure", "attack", "control"), 1)}),
+        (
+            ("versions", "versions.train", "versions.x"),
+            {"versions": dict.fromkeys(("train", "measure", "attack", "control"), 1)},
+        ),
         (("attack.source.seed", "attack.norm"), {"attack": {"source": {"seed": None}, "norm": "linf"}}),
-    ):  # fmt: skip
+    ):
         assert insights.results(Question(fields=fields))["items"] == [shown]
     [row] = insights.results(Question(fields=("attack.source.seed", "attack")))["items"]
     assert row["attack"]["type"] == "pgd"
@@ -207,8 +210,9 @@ def test_tables_say_the_same_as_rows(insights: Insights, finish: Any, monkeypatc
     assert '"torch":"2"' in wide["provenance"][0]
     named = exporting.table(insights.database, Question(fields=("seed", "provenance.torch", "flip_rate", "recipe")))
     assert "".join(exporting.csv_lines(named)).splitlines()[:2] == [
-        "seed,provenance.torch,flip_rate,recipe", "2,2,0.5,standard",
-    ]  # fmt: skip
+        "seed,provenance.torch,flip_rate,recipe",
+        "2,2,0.5,standard",
+    ]
     empty = exporting.table(insights.database, Question(filter="scale > 100"))
     assert pl.read_parquet(io.BytesIO(b"".join(exporting.parquet_bytes(empty)))).shape == (0, len(exporting.COLUMNS))
 

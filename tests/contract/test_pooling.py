@@ -250,10 +250,12 @@ def test_a_foreign_url_is_one_sentence_without_its_password(url: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "postgresql://ann:secret@db:many/lab", "postgresql://ann:secret@[::1/lab", "sqlite:/secret",
+        "postgresql://ann:secret@db:many/lab",
+        "postgresql://ann:secret@[::1/lab",
+        "sqlite:/secret",
         "postgres://ann:secret@127.0.0.1/lab?colour=red",
     ],
-)  # fmt: skip
+)
 def test_a_malformed_url_is_one_sentence_without_its_password(url: str) -> None:
     with pytest.raises((UnfitDatabase, BadSettings), match="URL") as refused:
         Database(Settings(database_url=url).database).revision()

@@ -337,8 +337,10 @@ def test_verdicts_do_not_rest_on_a_retracted_attack_at_one(lab: Any, by: str) ->
     insights = Insights(lab.database)
     before = insights.result(at_five)
     assert (before["verdict"], before["masked_fraction"], before["verdict_checks"]["masked"]) == (
-        "trusted", 0.0, "passed",
-    )  # fmt: skip
+        "trusted",
+        0.0,
+        "passed",
+    )
     untouched = insights.result(other)
     nodes = nodes_of("scale = 1")
     if by == "job":
@@ -347,8 +349,10 @@ def test_verdicts_do_not_rest_on_a_retracted_attack_at_one(lab: Any, by: str) ->
         retraction.retract_all(lab.service, nodes, "a bug", user="ann")
     without = insights.result(at_five)
     assert (without["verdict"], without["masked_fraction"], without["verdict_checks"]["masked"]) == (
-        "not_checked", None, "not_checked",
-    )  # fmt: skip
+        "not_checked",
+        None,
+        "not_checked",
+    )
     assert shown(lab, filter="verdict = trusted") == {other: 0.25}
     later = lab.submit(scale=7)
     answer(lab, 0.25)
@@ -363,5 +367,6 @@ def test_verdicts_do_not_rest_on_a_retracted_attack_at_one(lab: Any, by: str) ->
     assert insights.result(later)["verdict"] == "trusted"
     events = [event for event in lab.rows(tables.events, kind="result.judged") if event.job_id == at_five]
     assert [(event.actor, event.data["before"], event.data["verdict"]) for event in events] == [
-        ("ann", "trusted", "not_checked"), ("ann", "not_checked", "trusted"),
-    ]  # fmt: skip
+        ("ann", "trusted", "not_checked"),
+        ("ann", "not_checked", "trusted"),
+    ]

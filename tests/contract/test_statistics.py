@@ -82,9 +82,11 @@ def test_groups(lab: Any, insights: Insights) -> None:
     assert len(rows) == 28
     asked = aggregates.metrics_of("robust_accuracy:mean,std,ci95,median,q05,min,max,count,best,worst,flip_rate")
     for text, by in [
-        (None, ["architecture", "scale"]), ("user = bob", ["scale", "architecture"]),
-        (None, ["user", "architecture", "scale"]), ("seed < 3", ["architecture", "scale", "seed"]),
-    ]:  # fmt: skip
+        (None, ["architecture", "scale"]),
+        ("user = bob", ["scale", "architecture"]),
+        (None, ["user", "architecture", "scale"]),
+        ("seed < 3", ["architecture", "scale", "seed"]),
+    ]:
         found = aggregates.aggregate(lab.database, nodes_of(text), by, asked)
         assert found["mixed"] == {}
         these = [row for row in rows if text is None or (row["seed"] < 3 if "seed" in text else row["user"] == "bob")]
@@ -132,9 +134,10 @@ def test_a_number_of_a_measure_is_counted_once_however_many_attacks_it_stands_be
         ]
         assert item["results"] == 20
         assert item[name] == {
-            "count": 2, "mean": pytest.approx(np.mean(list(of.values()))),
+            "count": 2,
+            "mean": pytest.approx(np.mean(list(of.values()))),
             "std": pytest.approx(np.std(list(of.values()), ddof=1)),
-        }  # fmt: skip
+        }
     metrics = {"robust_accuracy": ("count", "mean")}
     [item] = aggregates.aggregate(lab.database, [], ["scale"], metrics, allow_mixed=True)["items"]
     of = {row["attack_digest"]: row["robust_accuracy"] for row in rows}  # five of each network, twice
@@ -191,9 +194,11 @@ def test_what_differs_in_more_than_seeds_is_not_averaged(lab: Any, insights: Ins
         assert item["test_accuracy"]["count"] == 2
         assert item["test_accuracy"]["mean"] == pytest.approx(np.mean(list(trained.values())))
     for by, metric, said in [
-        (["colour"], "robust_accuracy", "colour"), (["measures"], "robust_accuracy", "list"),
-        (["scale"], "verdict", "numbers"), (["scale"], "robust_acuracy", "robust_accuracy"),
-    ]:  # fmt: skip
+        (["colour"], "robust_accuracy", "colour"),
+        (["measures"], "robust_accuracy", "list"),
+        (["scale"], "verdict", "numbers"),
+        (["scale"], "robust_acuracy", "robust_accuracy"),
+    ]:
         with pytest.raises(InvalidQuery, match=said):
             aggregates.aggregate(lab.database, [], by, {metric: ("mean",)})
     for text in ("mean", "robust_accuracy:mode", ":mean,x"):

@@ -274,8 +274,10 @@ class TestFailure:
         row = lab.task(grant.task_id)
         assert (row.state, row.errors, row.reason) == ("failed", 3, "bad luck 3")
         assert [(row.end, row.message) for row in lab.rows(attempts)] == [
-            ("error", "bad luck 1"), ("error", "bad luck 2"), ("failed", "bad luck 3"),
-        ]  # fmt: skip
+            ("error", "bad luck 1"),
+            ("error", "bad luck 2"),
+            ("failed", "bad luck 3"),
+        ]
         assert lab.rows(attempts)[0].traceback == "Traceback ..."
         assert (lab.job(job).state, lab.job(job).reason) == ("failed", "bad luck 3")
 

@@ -335,8 +335,9 @@ class TestLostCheckpoint:
         not_found(lab, attack, made_on=source.digest)
         lab.service.retry_job(job, user="ann")
         assert {row.spec["architecture"]: row.state for row in lab.rows(tasks, kind="train")} == {
-            "simple_cnn": "queued", "mlp": "succeeded",
-        }  # fmt: skip
+            "simple_cnn": "queued",
+            "mlp": "succeeded",
+        }
         assert lab.task(attack.task_id).state == "blocked"
         lab.finish()
         assert lab.job(job).state == "succeeded"
@@ -486,7 +487,7 @@ class TestOwnDatasets:
                 "/recipe/held_out: 0 of",
             ),
         ],
-    )  # fmt: skip
+    )
     def test_what_its_images_or_classes_do_not_allow(
         self, lab: Any, files: tuple[str, str], changed: dict[str, Any], said: str
     ) -> None:

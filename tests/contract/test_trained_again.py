@@ -325,8 +325,10 @@ def test_a_verdict_uses_no_evidence_of_other_weights(lab: Any, part: str, verdic
     assert judge_again(lab.database).changed == 1
     row = lab.job(job)
     assert (row.verdict, row.masked_fraction, row.verdict_checks["masked"] == "not_checked") == (
-        verdict, masked, masked is None
-    )  # fmt: skip
+        verdict,
+        masked,
+        masked is None,
+    )
     assert (row.reverse_fraction is None) == (masked is None)
 
 
@@ -346,8 +348,10 @@ def answer_as(lab: Any, number: float, part: str, used: str | None) -> None:
 
 
 PARTS = {
-    "closed_forms": "log_relative_sharpness_median", "sam_sharpness": "sam_sharpness_loss", "train": "test_accuracy",
-}  # fmt: skip
+    "closed_forms": "log_relative_sharpness_median",
+    "sam_sharpness": "sam_sharpness_loss",
+    "train": "test_accuracy",
+}
 
 
 def left_out_of(lab: Any, job_id: str, part: str, used: str) -> None:

@@ -143,8 +143,9 @@ class TestPause:
         one.tick()
         assert len(workers.bundles) == 1
         assert [event.kind for event in lab.rows(events) if event.kind.startswith("queue")] == [
-            "queue.paused", "queue.resumed",
-        ]  # fmt: skip
+            "queue.paused",
+            "queue.resumed",
+        ]
 
 
 class TestChange:
@@ -356,8 +357,9 @@ class TestUsage:
         with lab.database.write() as connection:
             claiming.renew(connection, 1040.0, "d1", 1e9)
         assert {row.user: row.recent_seconds for row in lab.rows(usage)} == {
-            "ann": pytest.approx(30.0), "bob": pytest.approx(10.0),
-        }  # fmt: skip
+            "ann": pytest.approx(30.0),
+            "bob": pytest.approx(10.0),
+        }
 
     def test_it_decays_by_the_half_life(self, lab: Any) -> None:
         with lab.database.write() as connection:

@@ -62,10 +62,12 @@ def by_attack(spec: Spec) -> set[int]:
 
 def test_every_attack_of_the_threat_model_counts_at_every_scale(lab: Any, insights: Insights) -> None:
     inside = [
-        lab.submit(attack=BALL, samples=N), lab.submit(attack=BALL, samples=N, scale=5),
-        lab.submit(attack=OTHER_BALL, samples=N), lab.submit(attack={"type": "transfer", "attack": BALL}, samples=N),
+        lab.submit(attack=BALL, samples=N),
+        lab.submit(attack=BALL, samples=N, scale=5),
+        lab.submit(attack=OTHER_BALL, samples=N),
+        lab.submit(attack={"type": "transfer", "attack": BALL}, samples=N),
         lab.submit(attack={"type": "noise", "kind": "uniform", "eps": 0.15}, samples=N),
-    ]  # fmt: skip
+    ]
     outside = {
         "cw": lab.submit(attack="cw", samples=N), "gaussian": lab.submit(attack="noise", samples=N),
         "eps": lab.submit(attack={**BALL, "eps": 0.1}, samples=N), "norm": lab.submit(attack="pgd_l2", samples=N),
@@ -108,9 +110,11 @@ def test_every_network_and_ball_is_listed_with_its_attacks(lab: Any, insights: I
         for row in rows
     }
     assert found == {
-        (first, "linf 0.15", 1.0): ((N - 3) / N, 2), (first, "linf 0.15", 5.0): ((N - 1) / N, 1),
-        (first, "l2 0.025", 1.0): ((N - 1) / N, 1), (other, "linf 0.15", 1.0): ((N - 2) / N, 1),
-    }  # fmt: skip
+        (first, "linf 0.15", 1.0): ((N - 3) / N, 2),
+        (first, "linf 0.15", 5.0): ((N - 1) / N, 1),
+        (first, "l2 0.025", 1.0): ((N - 1) / N, 1),
+        (other, "linf 0.15", 1.0): ((N - 2) / N, 1),
+    }
     of_result = insights.result(inside[0])["worst_case"]
     of_network = next(row for row in rows if row["attack_count"] == 2)
     assert {name: of_network[name] for name in of_result.keys() - {"robust_accuracy"}} == {
@@ -145,9 +149,11 @@ def test_the_threat_model_is_a_field(lab: Any, insights: Insights) -> None:
     rows = insights.results(Question(limit=100))["items"]
     assert {row["job_id"]: (row["threat_model"], row["adversary"]) for row in rows} == ids
     for text, count in (
-        ('threat_model = "linf 8/255"', 4), ("threat_model is null", 2), ("adversary = noise", 2),
+        ('threat_model = "linf 8/255"', 4),
+        ("threat_model is null", 2),
+        ("adversary = noise", 2),
         ("threat_model ~ l2 and adversary != noise", 1),
-    ):  # fmt: skip
+    ):
         assert len(insights.results(Question(filter=text))["items"]) == count
     found = leaderboard.leaderboard(lab.database, [], trusted=False)
     assert [board["threat_model"] for board in found] == ["l2 0.025", "linf 8/255"]
@@ -223,14 +229,17 @@ def test_boards_sort_by_the_worst_case_over_what_is_stored(lab: Any) -> None:
     assert boards.keys() == {"linf 0.15", "linf 0.1"}
     rows = boards["linf 0.15"]["rows"]
     assert [(row["rank"], row["architecture"], row["robust_accuracy_worst_case"]) for row in rows] == [
-        (1, "mlp", (N - 4) / N), (2, "simple_cnn", (N - 5) / N),
-    ]  # fmt: skip
+        (1, "mlp", (N - 4) / N),
+        (2, "simple_cnn", (N - 5) / N),
+    ]
     assert [row["robust_accuracy"] for row in rows] == [(N - 3) / N, (N - 3) / N]  # the strongest single one
     assert [len(row["attacks"]) for row in rows] == [1, 2]
     assert (rows[0]["ci95_low"], rows[0]["ci95_high"]) == wilson(N - 4, N)  # one network: over its images
     assert (boards["linf 0.15"]["attack"], boards["linf 0.15"]["norm"], boards["linf 0.15"]["eps"]) == (
-        None, "linf", 0.15,
-    )  # fmt: skip
+        None,
+        "linf",
+        0.15,
+    )
     [board] = leaderboard.leaderboard(lab.database, nodes_of("attack = square"))
     assert [row["architecture"] for row in board["rows"]] == ["simple_cnn"]
     assert board["rows"][0]["robust_accuracy_worst_case"] == (N - 5) / N  # still over every stored attack
@@ -328,9 +337,7 @@ def test_a_union_leaves_out_what_a_worst_case_does_and_names_it(
     assert union["left_out"] == {outside: "outside_ball", wrong: "retracted", square: "superseded"}
     assert union["broken_only_by"] == {first: 1}
     none = comparing.compare(lab.database, [outside, square])
-    assert (none["union"], none["union_refused"]) == (
-        None, "none of these proves anything: outside_ball, superseded"
-    )  # fmt: skip
+    assert (none["union"], none["union_refused"]) == (None, "none of these proves anything: outside_ball, superseded")
 
 
 def test_a_union_is_not_over_two_ways_to_scale(lab: Any) -> None:

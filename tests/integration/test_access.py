@@ -386,8 +386,9 @@ def test_the_first_admin_comes_from_the_shell(
         assert run(cli, ["user", "set", "ada", "--weight", "2"]).exit_code == 0
         listed = run(cli, ["user", "list", "--json"])
         assert [(row["name"], row["role"]) for row in httpx.Response(200, text=listed.stdout).json()] == [
-            ("ada", "researcher"), ("chief", "admin"),
-        ]  # fmt: skip
+            ("ada", "researcher"),
+            ("chief", "admin"),
+        ]
         mine = run(cli, ["token", "create", "laptop", "--days", "30"])
         assert mine.exit_code == 0
         assert mine.stdout.strip().startswith("unc_")

@@ -193,9 +193,11 @@ def test_samples_left_out_are_a_thousand_or_the_whole_test_set(server: Any) -> N
 
 def test_sweeps(server: Any) -> None:
     body = {
-        "name": "two scales", "base": {k: v for k, v in JOB.items() if k != "scale"} | {"seed": 5},
-        "grid": {"scale": [1, 5], "attack": ["pgd_l2", "pgd_linf"]}, "labels": {"paper": "yes"},
-    }  # fmt: skip
+        "name": "two scales",
+        "base": {k: v for k, v in JOB.items() if k != "scale"} | {"seed": 5},
+        "grid": {"scale": [1, 5], "attack": ["pgd_l2", "pgd_linf"]},
+        "labels": {"paper": "yes"},
+    }
     preview = server.http.post("/v1/sweeps", params={"dry_run": "true"}, json=body)
     assert preview.status_code == 200
     assert preview.json()["tasks"] == {"train": 1, "measure": 2, "attack": 4, "control": 2}
@@ -410,7 +412,7 @@ def test_an_export_says_how_many_retracted_results_it_leaves_out(server: Any, fo
         (f"/v1/jobs?{'&'.join(['label=a:b'] * 999)}", "filter", "more than 200 comparisons"),
         (f"/v1/events?follow=false&after={2**63}", "after", "less than or equal to"),
     ],
-)  # fmt: skip
+)
 def test_bad_questions_name_the_parameter(server: Any, path: str, parameter: str, listed: str) -> None:
     problem = refused(server.http.get(path))
     assert listed in pointers(problem)[parameter]

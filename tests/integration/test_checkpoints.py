@@ -266,8 +266,6 @@ def test_weights_that_cannot_be_checked_now(
     for name, value in change.items():
         monkeypatch.setattr(checkpoints, name, value)
     with Client(server.url, user="ada", patience_seconds=0) as client, pytest.raises(ApiError, match=said) as refused:
-        client.register_checkpoint(
-            "unchecked", foreign[1], architecture="mlp", dataset="digits", keys={"module.": ""}
-        )  # fmt: skip
+        client.register_checkpoint("unchecked", foreign[1], architecture="mlp", dataset="digits", keys={"module.": ""})
     assert refused.value.status == 503
     assert "unchecked" not in {row["name"] for row in server.client.checkpoints()}

@@ -79,8 +79,10 @@ def test_a_leader_that_is_frozen_is_succeeded_and_writes_nothing_when_it_wakes(l
         until(lambda: lab.leader not in ("", frozen))
         took_seconds = time.monotonic() - at
         until(lambda: lab.training(2).attempt == 2)
-        print(f"\nleading after {took_seconds:.2f} s of a lease of {LEASE_SECONDS:g}; its task granted again after "
-              f"{time.monotonic() - at:.2f} s")  # fmt: skip
+        print(
+            f"\nleading after {took_seconds:.2f} s of a lease of {LEASE_SECONDS:g}; its task granted again after "
+            f"{time.monotonic() - at:.2f} s"
+        )
         assert took_seconds < LEASE_SECONDS + 3
         until(lambda: busy(worker))  # the frozen one's Ray task still runs
         since = max(row.id for row in lab.rows(events))

@@ -22,9 +22,11 @@ def paths(server: Any) -> list[str]:
     digest = hashlib.sha256(data).hexdigest()
     server.http.put(f"/v1/artifacts/{digest}", content=data)
     found = {
-        "job_id": job, "sweep_id": sweep["id"], "digest": digest,
+        "job_id": job,
+        "sweep_id": sweep["id"],
+        "digest": digest,
         "task_id": server.client.job(job)["tasks"][0]["id"],
-    }  # fmt: skip
+    }
     document = server.http.get("/openapi.json").json()["paths"]
     readable = [path for path, operations in document.items() if "get" in operations and path != "/v1/events"]
     return [

@@ -198,11 +198,13 @@ class TestValues:
     @pytest.mark.parametrize(
         ("path", "depth", "keys"),
         [
-            ("/v1/jobs", "", 70_000), ("/v1/jobs", "attack", 70_000), ("/v1/sweeps", "base", 70_000),
+            ("/v1/jobs", "", 70_000),
+            ("/v1/jobs", "attack", 70_000),
+            ("/v1/sweeps", "base", 70_000),
             pytest.param("/v1/sweeps", "", 1_500_000, marks=pytest.mark.slow),
             pytest.param("/v1/sweeps", "labels", 1_200_000, marks=pytest.mark.slow),
         ],
-    )  # fmt: skip
+    )
     def test_a_flood_of_unknown_keys_is_refused_before_it_is_looked_at(
         self, own: Any, path: str, depth: str, keys: int
     ) -> None:

@@ -142,9 +142,11 @@ def test_results_come_as_the_client_likes_them_best(behind: Any, accept: str, gi
 def test_what_cannot_be_given_is_refused_before_anything_is_done(behind: Any) -> None:
     before = behind.http.get("/v1/queue").json()["jobs"]
     for method, path, accept in (
-        ("GET", "/v1/jobs", CSV), ("GET", "/v1/events?follow=false", JSON), ("GET", f"/v1/artifacts/{'0' * 64}", JSON),
+        ("GET", "/v1/jobs", CSV),
+        ("GET", "/v1/events?follow=false", JSON),
+        ("GET", f"/v1/artifacts/{'0' * 64}", JSON),
         ("POST", "/v1/jobs", "text/html"),
-    ):  # fmt: skip
+    ):
         refused = behind.http.request(
             method, path, headers={"Accept": accept}, json=JOB | {"seed": 9} if method == "POST" else None
         )

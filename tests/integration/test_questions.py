@@ -182,8 +182,10 @@ def test_commands_for_rows_and_groups(lab: Lab) -> None:
 def test_files(lab: Lab, tmp_path: Path, suffix: str) -> None:
     path = lab.client.export(tmp_path / f"rows{suffix}", RESNET, sort="scale,seed", fields="scale,seed")
     read: dict[str, Callable[[Path], pl.DataFrame]] = {
-        ".csv": pl.read_csv, ".ndjson": pl.read_ndjson, ".parquet": pl.read_parquet,
-    }  # fmt: skip
+        ".csv": pl.read_csv,
+        ".ndjson": pl.read_ndjson,
+        ".parquet": pl.read_parquet,
+    }
     assert read[suffix](path)["scale"].to_list() == [s for s in SCALES for _ in SEEDS]
     lab.uncanny(
         "export", tmp_path / f"again{suffix}", "--fields", "scale,seed", "--sort", "scale,seed", "--filter", RESNET
@@ -397,9 +399,11 @@ def test_a_progress_bar_where_somebody_looks(lab: Lab, monkeypatch: pytest.Monke
 
 def test_a_filter_that_is_wrong_says_where(lab: Lab) -> None:
     for path, text, position in (
-        ("/v1/results", "architecture = mlp and atack.eps = 1", 23), ("/v1/jobs", "scale = five", 8),
-        ("/v1/results:aggregate", "scale = 1 or (seed = 1", 22), ("/v1/leaderboard", "scale ~ 5", 0),
-    ):  # fmt: skip
+        ("/v1/results", "architecture = mlp and atack.eps = 1", 23),
+        ("/v1/jobs", "scale = five", 8),
+        ("/v1/results:aggregate", "scale = 1 or (seed = 1", 22),
+        ("/v1/leaderboard", "scale ~ 5", 0),
+    ):
         refused = lab.server.http.get(path, params={"filter": text})
         assert refused.status_code == 422
         [error] = refused.json()["errors"]

@@ -46,9 +46,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     temporary = tempfile.mkdtemp(prefix="u-", dir="/tmp")
     os.chmod(temporary, 0o1777)
-    yield {
-        "PATH": path, "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "2", "RAY_TMPDIR": temporary
-    }  # fmt: skip
+    yield {"PATH": path, "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "2", "RAY_TMPDIR": temporary}
     shutil.rmtree(temporary, ignore_errors=True)
 
 

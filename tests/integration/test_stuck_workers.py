@@ -26,9 +26,11 @@ ENDLESS = {"epochs": 10_000}
 @pytest.fixture(scope="module")
 def lab(start_postgresql: "Callable[[], PostgresServer]", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     settings = {
-        "UNCANNY_STALLED_SECONDS": "10", "UNCANNY_STALLED_LIMIT_SECONDS": str(LIMIT_SECONDS),
-        "UNCANNY_MAX_SUSPECT_LOSSES": "10", "UNCANNY_BACKOFF_SECONDS": "0.5",
-    }  # fmt: skip
+        "UNCANNY_STALLED_SECONDS": "10",
+        "UNCANNY_STALLED_LIMIT_SECONDS": str(LIMIT_SECONDS),
+        "UNCANNY_MAX_SUSPECT_LOSSES": "10",
+        "UNCANNY_BACKOFF_SECONDS": "0.5",
+    }
     home = tmp_path_factory.mktemp("home")
     with running_lab(start_postgresql(), home, lease_seconds=8.0, **settings) as lab:
         yield lab

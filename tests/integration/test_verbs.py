@@ -215,9 +215,7 @@ class TestCommands:
         assert run("boost", sweep) == (0, f"5 jobs of sweep {sweep} boosted\n")
         assert json.loads(run("boost", sweep, "--off", "--json")[1])["jobs"] == 5
 
-    def test_of_a_job_and_the_queue(
-        self, quiet: Any, run: Callable[..., tuple[int, str]], tmp_path: Path
-    ) -> None:  # fmt: skip
+    def test_of_a_job_and_the_queue(self, quiet: Any, run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
         job = quiet.client.submit(BASE, seed=15).id
         code, said = run("explain", job)
         assert code == 0

@@ -141,8 +141,10 @@ class TestKernels:
     def test_one_of_many_is_enough(self) -> None:
         wheel = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
         assert [gpu for gpu in ("6.1", "7.0", "7.5", "8.9", "11.0", "12.1") if has_kernels(gpu, wheel)] == [
-            "7.5", "8.9", "12.1",
-        ]  # fmt: skip
+            "7.5",
+            "8.9",
+            "12.1",
+        ]
         assert has_kernels("9.0", ["sm_90a"])
 
     def test_what_the_driver_compiles_is_for_all_later_ones(self) -> None:

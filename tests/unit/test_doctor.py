@@ -66,7 +66,7 @@ def test_a_sound_cluster_has_nothing_to_be_said_against_it() -> None:
         ({"free_bytes": 1000}, "room", "fail", "0.0 GiB free"),
         ({"data": {"cifar10": {"state": "damaged", "files": ["/d/x"]}}}, "data cifar10", "fail", "checksums"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_a_node_is_named(change: dict[str, Any], name: str, state: str, said: str) -> None:
     report = deepcopy(REPORT)
     report["nodes"][0].update(change)  # type: ignore[index]

@@ -106,8 +106,10 @@ class TestLosses:
             executor._bundles[place] = running
         lost = {message.task_id: message for message in executor.poll(0.0)}
         assert {name: one.reason for name, one in lost.items() if isinstance(one, Lost)} == {
-            "died": "node_died", "preempted": "preempted", "lives": "worker_died",
-        }  # fmt: skip
+            "died": "node_died",
+            "preempted": "preempted",
+            "lives": "worker_died",
+        }
 
     @pytest.mark.parametrize(("ready", "reason"), [(False, "environment"), (True, "worker_died")])
     def test_a_worker_that_dies_before_it_is_ready_is_the_nodes_fault(

@@ -238,9 +238,11 @@ def test_what_is_noted_of_a_gpu() -> None:
         multi_processor_count=132,
     )
     assert of_properties(properties) == {
-        "gpu_uuid": "GPU-5e24eac9-0b6d-5ae8-b0ae-7ad7a9a1a6a1", "gpu_memory_bytes": 85 * 10**9,
-        "gpu_capability": "9.0", "gpu_sm_count": 132,
-    }  # fmt: skip
+        "gpu_uuid": "GPU-5e24eac9-0b6d-5ae8-b0ae-7ad7a9a1a6a1",
+        "gpu_memory_bytes": 85 * 10**9,
+        "gpu_capability": "9.0",
+        "gpu_sm_count": 132,
+    }
     assert gpu(torch.device("cpu")) == dict.fromkeys(of_properties(properties))
 
 

@@ -22,7 +22,7 @@ from service.model.verdict import (
     Verdict,
     unpack,
     wilson,
-)  # fmt: skip
+)
 from service.model.verdict import judge as judge_evidence
 
 N = 1000

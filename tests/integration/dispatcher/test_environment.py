@@ -177,8 +177,9 @@ class TestFullDisk:
         tick_until_idle(full)
         assert lab.job_states() == {"succeeded": 14}
         assert [event.kind for event in lab.rows(events) if event.kind.startswith("environment.")] == [
-            "environment.set_aside", "environment.returned",
-        ]  # fmt: skip
+            "environment.set_aside",
+            "environment.returned",
+        ]
         full.tick()
         assert Insights(lab.database).cluster()["set_aside"] == []
 
