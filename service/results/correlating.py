@@ -107,7 +107,7 @@ def _group(
     mixed = len({bias for scale, bias in zip(scales, biases, strict=True) if scale != 1}) > 1
     over_scales = {"n": len(every), "tau": None if mixed else tau(x, y), "note": TWO_SCALINGS if mixed else CONFOUNDED}
     counted = {"results": sum(scale == 1 for scale in scales), "over_scales": {**over_scales, "results": len(of_group)}}
-    return {**same, **dict(zip(keys, values, strict=True)), **asdict(found), **counted}
+    return {**dict(zip(keys, values, strict=True)), **same, **asdict(found), **counted}  # `attack` is the whole attack
 
 
 def _spec(measure: JsonObject | None) -> JsonObject | None:

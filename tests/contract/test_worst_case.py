@@ -416,3 +416,11 @@ def test_correlations_are_of_attacks_in_a_ball(lab: Any, trusted: bool) -> None:
     finish(lab, by_attack)
     groups = correlating.correlations(lab.database, [], "test_accuracy", trusted=trusted)
     assert [group["attack"]["type"] for group in groups] == ["pgd"]
+
+
+def test_correlations_by_attack_show_the_whole_attack(lab: Any) -> None:
+    lab.submit(attack="pgd_linf")
+    lab.finish()
+    [group] = correlating.correlations(lab.database, [], "test_accuracy", by=["attack", "samples"], trusted=False)
+    assert group["attack"]["type"] == "pgd"
+    assert group["samples"] == 16
