@@ -89,6 +89,3 @@ class ControlTask(Spec):
 
 
 Task = Annotated[TrainTask | MeasureTask | AttackTask | ControlTask, Field(discriminator="kind")]
-TASK_KINDS: tuple[str, ...] = tuple(
-    kind.model_fields["kind"].default for kind in (TrainTask, MeasureTask, AttackTask, ControlTask)
-)
