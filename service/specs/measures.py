@@ -170,3 +170,4 @@ MEASURES: dict[str, type[Spec]] = {
     "lipschitz": Lipschitz,
     "detector": Detector,
 }
+FURTHER_MEASURES = tuple(name for name in MEASURES if name != "closed_forms")

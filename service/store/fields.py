@@ -16,7 +16,7 @@ from service.model.jobs import JobState
 from service.model.query import LABEL, plain
 from service.model.threat_model import ADVERSARIES
 from service.model.verdict import CHECKS, OUTCOMES, REASONS, VERDICTS
-from service.specs.measures import MEASURES
+from service.specs.measures import FURTHER_MEASURES, MEASURES
 from service.specs.numbers import METRICS, filed
 from service.specs.parameters import closed_lists, parameters, scalars
 from service.specs.versions import LATER
@@ -118,7 +118,6 @@ SPEC_MEANINGS: dict[str, Meaning] = {
         for name, meaning in (("checkpoint", meanings.checkpoint), ("weights_sha256", meanings.digest))
     },
 }  # fmt: skip
-FURTHER_MEASURES = tuple(name for name in MEASURES if name != "closed_forms")
 SHORT = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
 COLUMNS = {"attack.type": "attack", "attack.norm": "norm", "attack.eps": "eps", "recipe.name": "recipe"}
 PROVENANCE: dict[str, Kind] = {
