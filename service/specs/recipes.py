@@ -146,6 +146,7 @@ AnyRecipe = Annotated[
     Field(discriminator="name"),
 ]
 
+# `workers/science/recipes` has the functions: `tests/contract/test_catalog.py` compares them, and their parameters.
 RECIPES: dict[str, type[Recipe]] = {
     "standard": Standard,
     "label_smoothing": LabelSmoothing,
