@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+MAX_LIMIT = 1000  # rows of a page
 MAX_SWEEP_JOBS = 100_000  # of one sweep, where no setting says otherwise
 
 

@@ -1,5 +1,6 @@
 """What a worker keeps at hand while it lives: where bytes are, which device it has, and what it has loaded already."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from service.lab.artifacts import Artifacts
 from workers.devices import BATCH_IMAGES
 
 T = TypeVar("T")
-CACHE_BYTES = 4 << 30
 
 
 class Cache:
@@ -21,7 +21,7 @@ class Cache:
     What holds them is replaced, never changed, so an interrupt that lands anywhere leaves either the old or the new.
     """
 
-    def __init__(self, capacity_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, capacity_bytes: float = math.inf) -> None:
         self.capacity_bytes = capacity_bytes
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
 

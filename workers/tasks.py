@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from service.errors import ArtifactMissing
 from service.model.executor import ArtifactRef, Bits, Grant, Numbers, Outcome, Progress
+from service.model.names import OWN_DATASET
 from service.specs import AttackTask, ControlTask, DatasetRef, MeasureTask, TrainTask
 from service.specs.attacks import AnyAttack, Transfer
 from service.specs.attacks import parameters as attack_parameters
@@ -333,7 +334,7 @@ def read_dataset(dataset: DatasetRef, context: Context) -> ImageData:
 
     Raises `DataFolderUnusable` where another machine, or this one later, may have the files.
     """
-    if not dataset.name.startswith("npz:"):
+    if not dataset.name.startswith(OWN_DATASET):
         if dataset.name not in DATASETS:
             raise ScienceError(f"this worker knows no data set {dataset.name!r}: it runs other code than the service")
         try:
@@ -342,7 +343,7 @@ def read_dataset(dataset: DatasetRef, context: Context) -> ImageData:
             raise DataFolderUnusable(f"the data folder cannot give {dataset.name}: {error}") from error
     digests = {"train.npz": dataset.train_sha256, "test.npz": dataset.test_sha256}
     with tempfile.TemporaryDirectory(prefix="uncanny-") as parent, ExitStack() as stack:
-        folder = Path(parent) / dataset.name.removeprefix("npz:")
+        folder = Path(parent) / dataset.name.removeprefix(OWN_DATASET)
         folder.mkdir()
         for file, digest in digests.items():
             (folder / file).symlink_to(stack.enter_context(stored(context, digest or "")).absolute())

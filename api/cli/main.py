@@ -10,6 +10,7 @@ import typer
 from api.cli.commands import (
     access,
     asking,
+    catalog,
     changing,
     checkpoints,
     exporting,
@@ -52,6 +53,7 @@ for command in (
     reading.jobs,
     reading.sweeps,
     reading.results,
+    catalog.catalog,
     asking.aggregate,
     asking.leaderboard,
     asking.worst_cases,

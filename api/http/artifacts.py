@@ -15,9 +15,10 @@ from api.http.routing import Router, UploadRoute
 from api.http.schemas import Artifact
 from service.lab.artifacts import CHUNK_BYTES
 from service.model.executor import ArtifactRef
+from service.model.names import DIGEST_PATTERN
 
 router = Router(route_class=UploadRoute, prefix="/v1/artifacts", tags=["artifacts"])
-Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Path(pattern=DIGEST_PATTERN)]
 FOR_EVER = "private, max-age=31536000, immutable"
 RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 OCTETS: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}

@@ -8,13 +8,14 @@ from api.http.deps import User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
 from api.http.routing import RegistrationRoute, Router
+from api.http.schemas import DIGEST
 from service.errors import InvalidSpec
 from service.lab.checkpoints import TOLERANCE, Upload, register, registered
+from service.model.names import DIGEST_PATTERN
 from service.specs.base import Number
 from service.specs.names import Architecture
 
 router = Router(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
-SHA256 = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
 PerChannel = Annotated[list[float], Field(max_length=16)]
 
 
@@ -22,7 +23,7 @@ class CheckpointSubmission(BaseModel):
     """A safetensors file, uploaded as an artifact first. Pickles are refused."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{
-        "name": "resnet18_from_the_hub", "architecture": "resnet18", "dataset": "cifar10", "weights_sha256": SHA256,
+        "name": "resnet18_from_the_hub", "architecture": "resnet18", "dataset": "cifar10", "weights_sha256": DIGEST,
         "keys": {"module.": ""}, "mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616],
         "expected_clean_accuracy": 0.95,
     }]})  # fmt: skip
@@ -30,7 +31,7 @@ class CheckpointSubmission(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=100)]
     architecture: Architecture
     dataset: Annotated[str, Field(max_length=200, description="Whose images and classes the network is for.")]
-    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    weights_sha256: Annotated[str, Field(pattern=DIGEST_PATTERN)]
     keys: Annotated[dict[str, str], Field(max_length=1000)] = Field(
         default_factory=dict, description="Prefixes of the file's tensor names, and what the network has instead."
     )
@@ -55,10 +56,10 @@ class Checkpoint(BaseModel):
     height: int = Field(examples=[32])
     width: int = Field(examples=[32])
     classes: int = Field(examples=[10])
-    weights_sha256: str = Field(examples=[SHA256])
+    weights_sha256: str = Field(examples=[DIGEST])
     size_bytes: int = Field(examples=[44_730_000])
     parameters: int = Field(examples=[11_173_962])
-    uploaded_sha256: str = Field(examples=[SHA256])
+    uploaded_sha256: str = Field(examples=[DIGEST])
     keys: dict[str, str] = Field(examples=[{"module.": ""}])
     mean: list[float] = Field(examples=[[0.4914, 0.4822, 0.4465]])
     std: list[float] = Field(examples=[[0.247, 0.2435, 0.2616]])

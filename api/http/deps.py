@@ -11,9 +11,10 @@ from api.http.feed import Feed
 from service.errors import InvalidQuery
 from service.lab.access import Access, Caller
 from service.lab.artifacts import Artifacts
+from service.limits import MAX_LIMIT
 from service.model.dotted import or_rather
 from service.queue.submission import Idempotency, Service
-from service.results.insights import MAX_LIMIT, Insights
+from service.results.insights import Insights
 from service.settings import Settings
 from service.specs.base import number, truth, whole
 

@@ -11,6 +11,7 @@ from api.http.paging import linked
 from api.http.permissions import scope
 from api.http.routing import Router
 from api.http.schemas import DIGEST, JOB_EXAMPLE, JOB_ID
+from service.model.names import DIGEST_PATTERN
 from service.results.networks import trained
 
 router = Router(prefix="/v1/networks", tags=["checkpoints"])
@@ -53,7 +54,7 @@ def list_networks(
     architecture: Only = None,
     dataset: Only = None,
     recipe: Annotated[str | None, Query(description="Only networks of the recipe of this name.", pattern=TEXT)] = None,
-    weights_sha256: Annotated[str | None, Query(description="Only of these weights.", pattern="^[0-9a-f]{64}$")] = None,
+    weights_sha256: Annotated[str | None, Query(description="Only of these weights.", pattern=DIGEST_PATTERN)] = None,
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> Any:

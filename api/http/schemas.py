@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
+from service.model.names import DIGEST_PATTERN
 from service.specs import JobSpec
 from service.specs.base import Labels, Priority
 
@@ -78,8 +79,8 @@ class DatasetSubmission(BaseModel):
     ]})  # fmt: skip
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
-    train_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    test_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    train_sha256: Annotated[str, Field(pattern=DIGEST_PATTERN)]
+    test_sha256: Annotated[str, Field(pattern=DIGEST_PATTERN)]
 
 
 class Accepted(BaseModel):

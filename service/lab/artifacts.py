@@ -4,7 +4,6 @@ import errno
 import hashlib
 import math
 import os
-import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ import fsspec
 
 from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable, InvalidSpec, UnfitArtifactRoot
 from service.model.executor import ArtifactRef
+from service.model.names import DIGEST
 
 CHUNK_BYTES = 1 << 20
 FULL_BYTES = 64 << 10  # a disk with less room than that is full
@@ -29,7 +29,6 @@ MOUNT = (
 )
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-DIGEST = re.compile("[0-9a-f]{64}")
 READ_ONLY = ("http", "https", "github", "git", "data", "zip", "tar")
 MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")  # what file systems call it
 

@@ -1,7 +1,6 @@
 """Weights made elsewhere: checked and fitted to a known architecture once, and named by jobs from then on."""
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 
 from service.errors import Conflict, InvalidSpec, UncannyError
 from service.lab.artifacts import Artifacts
-from service.lab.datasets import NAME
+from service.model.names import DIGEST, OWN_DATASET, REGISTERED, REGISTERED_RULE
 from service.model.records import RegisteredCheckpoint
 from service.model.times import iso
 from service.specs import catalog
@@ -23,7 +22,6 @@ from service.store import Connection, Database, artifact_index, checkpoints, dat
 from service.store.history import Event
 
 TOLERANCE = 0.01  # of an expected accuracy (science/README.md, "Controls")
-DIGEST = re.compile("[0-9a-f]{64}")
 FITTING_SECONDS = 300  # PyTorch is imported, the network built and saved
 TURN_SECONDS = 30  # that a request waits while others are checked
 FITTING = threading.BoundedSemaphore(2)  # processes at once: each has PyTorch and a network in memory
@@ -113,8 +111,8 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
 def _check(upload: Upload) -> None:
     """Raises `InvalidSpec` for what is wrong whatever the weights are."""
     errors: list[tuple[str, str]] = []
-    if not NAME.fullmatch(upload.name):
-        said = f"{upload.name!r} cannot be a name: letters, digits, `_`, `.` and `-`, at most 100"
+    if not REGISTERED.fullmatch(upload.name):
+        said = f"{upload.name!r} cannot be a name: {REGISTERED_RULE}"
         errors.append(("/name", said))
     elif DIGEST.fullmatch(upload.name):
         errors.append(("/name", "64 hexadecimal digits name weights by their SHA-256: take another name"))
@@ -241,7 +239,7 @@ def _turn() -> Iterator[None]:
 def _shape(connection: Connection, dataset: str) -> tuple[tuple[int, int, int], int]:
     if dataset in catalog.DATASETS:
         return catalog.DATASETS[dataset].shape, catalog.DATASETS[dataset].classes
-    own = datasets.named(connection, dataset) if dataset.startswith(datasets.OWN_DATASET) else None
+    own = datasets.named(connection, dataset) if dataset.startswith(OWN_DATASET) else None
     if own is None:
         raise InvalidSpec([("/dataset", f"{dataset} is no known or registered data set: see /v1/catalog")])
     return own.shape, own.classes

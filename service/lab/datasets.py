@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from service.errors import InvalidSpec
+from service.model.names import REGISTERED, REGISTERED_RULE
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 MAX_BYTES = 2**35  # of an array, unfolded: workers hold it in memory
 MAX_WHOLE_BYTES = 2**28  # of one that is not read piece by piece: labels, and images in Fortran's order
 MAX_IMAGES = 5_000_000  # of a file
@@ -142,8 +141,8 @@ def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: 
     Says too how many test images are training images as well. No array of images is in memory as a whole.
     Raises `InvalidSpec` with a sentence for whatever is wrong.
     """
-    if not NAME.fullmatch(name):
-        raise _refusal("/name", f"{name!r} cannot be a name: letters, digits, `_`, `.` and `-`, at most 100")
+    if not REGISTERED.fullmatch(name):
+        raise _refusal("/name", f"{name!r} cannot be a name: {REGISTERED_RULE}")
     if train_sha256 == test_sha256:
         sentence = "train.npz and test.npz are the same file: an accuracy on it would be that on training images"
         raise _refusal("/test", sentence)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from service.model.task_kinds import method_of
+
 
 @dataclass(frozen=True)
 class Likeness:
@@ -39,15 +41,7 @@ class Estimate:
 
 def likeness(spec: Mapping[str, Any], train_spec: Mapping[str, Any]) -> Likeness:
     """Of a task by its stored spec and that of the training it works on."""
-    match spec["kind"]:
-        case "train":
-            method = spec["recipe"]["name"]
-        case "measure":
-            method = spec["measure"]["type"]
-        case "attack":
-            method = spec["attack"]["type"]
-        case _:
-            method = "panel"
+    method = method_of(spec) or "panel"
     return Likeness(spec["kind"], method, train_spec["architecture"], train_spec["dataset"]["name"])
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from service.model.names import OWN_DATASET
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -214,8 +216,13 @@ class RegisteredDataset:
         """Of one image: `[channels, height, width]`."""
         return self.channels, self.height, self.width
 
+    @property
+    def reference(self) -> str:
+        """The name by which jobs call it."""
+        return OWN_DATASET + self.name
+
     def __str__(self) -> str:
-        return f"data set npz:{self.name}"
+        return f"data set {self.reference}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from service.errors import InvalidSpec
 from service.model.jobs import TaskState
+from service.model.names import OWN_DATASET
 from service.model.pointers import pointer_to
 from service.model.records import RegisteredDataset
 from service.results.networks import Trained, named
@@ -37,7 +38,7 @@ def plans_of(
     plans: dict[JobSpec, JobPlan] = {}
     for job in cells:
         try:
-            if job.dataset.startswith(datasets.OWN_DATASET) and job.dataset not in own:
+            if job.dataset.startswith(OWN_DATASET) and job.dataset not in own:
                 own[job.dataset] = _own_dataset(connection, job.dataset)
             dataset = own.get(job.dataset)
             whole, imported = weights.of(_sampled(job, dataset))

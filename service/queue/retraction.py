@@ -22,14 +22,13 @@ from service.queue.submission import Service
 from service.results.judging import judge_results
 from service.results.results import found
 from service.specs import JobSpec, problems
-from service.specs.measures import MEASURES
+from service.specs.measures import FURTHER_MEASURES
 from service.store import Connection, flagging, history, reading, retracting
 from service.store import results as store
 from service.store.fields import Column
 from service.store.history import Event
 
 MAX_AGAIN = 10_000  # jobs that one request may submit anew
-FURTHER_MEASURES = [name for name in MEASURES if name != "closed_forms"]
 RETRACT, RESTORE = "retract", "restore"
 
 

@@ -10,6 +10,7 @@ from service.lab.datasets import inspect
 from service.limits import MAX_SWEEP_JOBS, Limits
 from service.model import records
 from service.model.jobs import LIVE_JOB, RETRIABLE, JobState
+from service.model.names import OWN_DATASET
 from service.model.records import Job
 from service.queue import replanning
 from service.queue.planning import counted, distinct_tasks, plans_of
@@ -282,7 +283,8 @@ class Service:
             now = self.database.now(connection)
             row = datasets.named(connection, name)
             if row is not None and (row.train_sha256, row.test_sha256) != (train_sha256, test_sha256):
-                raise Conflict(f"npz:{name} is registered with other files; results rest on them, so take a new name")
+                sentence = "is registered with other files; results rest on them, so take a new name"
+                raise Conflict(f"{row.reference} {sentence}")
             if row is None:
                 datasets.register(connection, {**vars(found), "created_by": user, "created_at": now})
                 artifact_index.keep_uploads(connection, now, "dataset", sizes)
@@ -292,7 +294,7 @@ class Service:
                     user,
                     [Event("dataset.registered", data={"name": name, "test_images_in_train": in_both})],
                 )
-        return {**vars(found), "name": f"npz:{name}", "test_images_in_train": in_both}
+        return {**vars(found), "name": OWN_DATASET + name, "test_images_in_train": in_both}
 
     def _change(self, ids: list[str], user: str, verb: str, change: Callable[..., list[str]], *more: str) -> None:
         with self.database.write() as connection:

@@ -6,11 +6,12 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from service.errors import InvalidQuery, NotFound
+from service.limits import MAX_LIMIT
 from service.model.environment import reported
 from service.model.records import Sweep
 from service.model.times import iso
 from service.results import views
-from service.results.questions import ALL_FIELDS, MAX_LIMIT, NEWEST_FIRST, Question
+from service.results.questions import ALL_FIELDS, NEWEST_FIRST, Question
 from service.results.results import Results
 from service.specs import Task
 from service.store import Connection, claiming, datasets, history, identifying, meanings, reading
@@ -165,4 +166,4 @@ def _found(value: T | None, otherwise: str) -> T:
     return value
 
 
-__all__ = ["ALL_FIELDS", "MAX_LIMIT", "NEWEST_FIRST", "Insights", "InvalidQuery", "Question"]
+__all__ = ["ALL_FIELDS", "NEWEST_FIRST", "Insights", "InvalidQuery", "Question"]

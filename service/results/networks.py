@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from service.lab.checkpoints import DIGEST, is_registered, weights_of
+from service.lab.checkpoints import is_registered, weights_of
+from service.model.names import DIGEST
 from service.model.results import JsonObject, TrainedNetwork
 from service.model.times import iso
 from service.results.views import retracted

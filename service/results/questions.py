@@ -11,7 +11,6 @@ from service.store.keyset import Order, Position, Term, decode_cursor, encode_cu
 
 CREATED = "created_at"
 NEWEST_FIRST = "-created_at"
-MAX_LIMIT = 1000
 ALL_FIELDS = "*"
 SORT = "sort"
 MAX_SORTED = 8  # fields that an order has

@@ -23,6 +23,7 @@ from service.store.flagging import flags_of, trained_again
 from service.store.keyset import Order, Page
 from service.store.own_weights import mixed_weights
 from service.store.result_tables import results
+from service.store.task_kinds import ROLES
 
 STREAM_ROWS = 500
 ROW_FIELDS = (*RESULTS.known, *INTERVALS, *FAMILIES)
@@ -107,8 +108,8 @@ class Results:
         """The curves of several results at once, of these parts or of all. Raises `InvalidQuery`, `NotFound`."""
         if not 1 <= len(job_ids) <= MAX_TRAJECTORIES:
             raise InvalidQuery("ids", f"between 1 and {MAX_TRAJECTORIES} ids can be asked for, not {len(job_ids)}")
-        if wrong := [part for part in parts if part not in reading.ROLES]:
-            raise unknown("parts", wrong[0], list(reading.ROLES))
+        if wrong := [part for part in parts if part not in ROLES]:
+            raise unknown("parts", wrong[0], list(ROLES))
         with self.database.read() as connection:
             return [
                 {**_named(result), "curves": _curves(connection, result, parts)}
@@ -214,6 +215,6 @@ def _parts(connection: Connection, result: Result) -> JsonObject:
 
 
 def _curves(connection: Connection, result: Result, parts: Sequence[str] = ()) -> JsonObject:
-    tasks = {role: getattr(result, column.name) for role, column in reading.ROLES.items() if not parts or role in parts}
+    tasks = {role: getattr(result, column.name) for role, column in ROLES.items() if not parts or role in parts}
     curves = {role: store.curves_of(connection, task_id) for role, task_id in tasks.items() if task_id is not None}
     return {role: points for role, points in curves.items() if points}

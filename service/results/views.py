@@ -188,7 +188,7 @@ def _is_detail(name: str) -> bool:
 
 def registered_dataset(dataset: RegisteredDataset) -> dict[str, Any]:
     shown = asdict(dataset)
-    return {**shown, "name": f"npz:{dataset.name}", "created_at": iso(dataset.created_at)}
+    return {**shown, "name": dataset.reference, "created_at": iso(dataset.created_at)}
 
 
 def event_view(event: Mapping[str, Any]) -> dict[str, Any]:

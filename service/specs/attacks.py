@@ -160,6 +160,7 @@ class Transfer(Spec):
 AnyAttack = Pgd | Fgsm | Apgd | Square | AutoAttack | Cw | Noise | Transfer
 Attack = Annotated[AnyAttack, Field(discriminator="type")]
 
+# `workers/science/attacks` has the functions: `tests/contract/test_catalog.py` compares them, and their parameters.
 ATTACKS: dict[str, type[AnyAttack]] = {
     "pgd": Pgd,
     "fgsm": Fgsm,

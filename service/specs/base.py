@@ -25,6 +25,7 @@ def without_effect(spec: Spec, *names: str, **values: Any) -> None:
 
 
 TOO_SMALL = "is too small: it would be taken for 0"
+# `workers/science/__main__.py` has these patterns too: `tests/contract/test_catalog.py` compares them.
 DECIMAL = r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|\.[0-9]+)"
 WHOLE_NUMBER = re.compile("-?(?:0|[1-9][0-9]{0,29})")
 FRACTION = re.compile(r" *(-?(?:0|[1-9][0-9]*)) */ *(-?(?:0|[1-9][0-9]*)) *")

@@ -1,6 +1,6 @@
 """What can be named in a job: architectures and data sets, as far as the torch-free half needs to know them.
 
-A contract test holds these tables against the ones of `workers/science`.
+`workers/science` has the same facts beside the networks and files: `tests/contract/test_catalog.py` compares them.
 """
 
 from dataclasses import dataclass

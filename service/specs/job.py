@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
+from service.model.names import OWN_DATASET, REGISTERED
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, PRESETS, Attack
 from service.specs.base import Order, Scale, Spec, Truth, Whole, across
@@ -19,12 +20,12 @@ from service.specs.recipes import AnyRecipe, Imported, Standard
 
 SAMPLES = 1000  # where nothing is said
 AUGMENTATION = ("crop_padding", "flip", "rotation_degrees")
-OWN_DATASET = re.compile(r"npz:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+OWN_DATASET_NAME = re.compile(OWN_DATASET + REGISTERED.pattern)
 
 
 def _dataset(value: Any) -> Any:
-    if not (isinstance(value, str) and OWN_DATASET.fullmatch(value)):
-        known("dataset", value, catalog.DATASETS, "npz:NAME (after `uncanny data add NAME DIR`)")
+    if not (isinstance(value, str) and OWN_DATASET_NAME.fullmatch(value)):
+        known("dataset", value, catalog.DATASETS, f"{OWN_DATASET}NAME (after `uncanny data add NAME DIR`)")
     return value
 
 

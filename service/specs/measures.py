@@ -155,6 +155,7 @@ Measure = Annotated[
     Field(discriminator="type"),
 ]
 
+# `workers/science/sharpness` has the functions: `tests/contract/test_catalog.py` compares them, and their parameters.
 MEASURES: dict[str, type[Spec]] = {
     "closed_forms": ClosedForms,
     "hessian_trace_network": HessianTraceNetwork,
@@ -170,3 +171,4 @@ MEASURES: dict[str, type[Spec]] = {
     "lipschitz": Lipschitz,
     "detector": Detector,
 }
+FURTHER_MEASURES = tuple(name for name in MEASURES if name != "closed_forms")

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from service.model.names import DIGEST_PATTERN
 from service.specs.base import Number, Spec, Truth, Whole, of_images, without_effect
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
@@ -135,7 +136,7 @@ class Imported(Spec):
     checkpoint: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00]*$")] | None = Field(
         default=None, description="The name of a registered checkpoint, or the SHA-256 of weights: see /v1/networks."
     )
-    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(default=None, description=FILLED_IN)
+    weights_sha256: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = Field(default=None, description=FILLED_IN)
     expected_clean_accuracy: Annotated[Number, Field(ge=0, le=1)] | None = Field(default=None, description=FILLED_IN)
     tolerance: Annotated[Number, Field(ge=0, lt=1)] | None = Field(default=None, description=FILLED_IN)
 
@@ -145,6 +146,7 @@ AnyRecipe = Annotated[
     Field(discriminator="name"),
 ]
 
+# `workers/science/recipes` has the functions: `tests/contract/test_catalog.py` compares them, and their parameters.
 RECIPES: dict[str, type[Recipe]] = {
     "standard": Standard,
     "label_smoothing": LabelSmoothing,

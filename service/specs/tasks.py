@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from service.model.names import DIGEST_PATTERN
 from service.specs.attacks import Apgd, Attack, Eps, Norm, Pgd, Steps, StepSize
 from service.specs.base import Order, Scale, Spec, Truth, Whole
 from service.specs.measures import Measure
 from service.specs.recipes import AnyRecipe
 
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
 Version = Annotated[Whole, Field(ge=1)]
 MarginTwin = Annotated[Pgd | Apgd, Field(discriminator="type")]
 
@@ -89,6 +90,3 @@ class ControlTask(Spec):
 
 
 Task = Annotated[TrainTask | MeasureTask | AttackTask | ControlTask, Field(discriminator="kind")]
-TASK_KINDS: tuple[str, ...] = tuple(
-    kind.model_fields["kind"].default for kind in (TrainTask, MeasureTask, AttackTask, ControlTask)
-)

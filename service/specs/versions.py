@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from service.model.task_kinds import method_of
+
 VERSIONS: Mapping[str, int] = MappingProxyType(
     {
         # 2: the noise of the recipe is a stream of its own, by seed, epoch and image.
@@ -49,15 +51,9 @@ def version_of(kind: str, name: str = "") -> int:
 
 def version_of_spec(spec: Mapping[str, Any]) -> int:
     """The version that a task of this stored spec would have if it were planned now."""
-    match spec["kind"]:
-        case "train":
-            return version_of("train", spec["recipe"]["name"])
-        case "measure":
-            return version_of("measure", spec["measure"]["type"])
-        case "attack":
-            return version_of_attack(spec["attack"])
-        case kind:
-            return version_of(kind)
+    if spec["kind"] == "attack":
+        return version_of_attack(spec["attack"])
+    return version_of(spec["kind"], method_of(spec))
 
 
 def version_of_attack(attack: Mapping[str, Any]) -> int:

@@ -5,13 +5,12 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, insert, select
 
+from service.model.names import OWN_DATASET
 from service.model.records import RegisteredDataset
 from service.specs import catalog
 from service.store.listed import listed
 from service.store.tables import datasets
 from service.store.values import every, one
-
-OWN_DATASET = "npz:"
 
 
 def named(connection: Connection, name: str) -> RegisteredDataset | None:

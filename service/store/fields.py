@@ -16,10 +16,9 @@ from service.model.jobs import JobState
 from service.model.query import LABEL, plain
 from service.model.threat_model import ADVERSARIES
 from service.model.verdict import CHECKS, OUTCOMES, REASONS, VERDICTS
-from service.specs.measures import MEASURES
+from service.specs.measures import FURTHER_MEASURES, MEASURES
 from service.specs.numbers import METRICS, filed
 from service.specs.parameters import closed_lists, parameters, scalars
-from service.specs.tasks import TASK_KINDS
 from service.specs.versions import LATER
 from service.store import meanings
 from service.store.listed import elements
@@ -28,6 +27,7 @@ from service.store.own_weights import left_out
 from service.store.result_tables import cells, number_names, results
 from service.store.states import DIGEST
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks
+from service.store.task_kinds import TASK_KINDS
 from service.store.typed import json_flag, json_list, json_number, json_text
 
 Column = ColumnElement[Any]
@@ -118,7 +118,6 @@ SPEC_MEANINGS: dict[str, Meaning] = {
         for name, meaning in (("checkpoint", meanings.checkpoint), ("weights_sha256", meanings.digest))
     },
 }  # fmt: skip
-FURTHER_MEASURES = tuple(name for name in MEASURES if name != "closed_forms")
 SHORT = {"attack": "attack.type", "norm": "attack.norm", "recipe": "recipe.name"}
 COLUMNS = {"attack.type": "attack", "attack.norm": "norm", "attack.eps": "eps", "recipe.name": "recipe"}
 PROVENANCE: dict[str, Kind] = {

@@ -10,7 +10,6 @@ from sqlalchemy import Column, ColumnElement, Connection, Row, Select, and_, fun
 from service.model.flags import apart_from_strength
 from service.model.threat_model import threat_model
 from service.specs.numbers import filed
-from service.specs.tasks import TASK_KINDS
 from service.specs.versions import LATER
 from service.store import flagging
 from service.store.listed import insert_rows, listed
@@ -18,16 +17,19 @@ from service.store.own_weights import leave_out
 from service.store.result_tables import cells, number_names, results
 from service.store.retracting import RETRACTION, retraction_of
 from service.store.states import WEIGHTS_USED
-from service.store.tables import NUMBERS, attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
+from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
+from service.store.task_kinds import TASK_KINDS
 
 AT_ONCE = 1000
 # What seeds of one cell may differ in; further measures say more about the same network.
 OF_SPEC = ("seed", "attack_seed", "replicate", "arrays")
 OWN = frozenset({*OF_SPEC, "measures"})
 FROM_JOB = (*filed("job"), "masked_n", "verdict", "verdict_version")
-FROM_TASKS = {name: (kind, of.c[number]) for kind, of in NUMBERS.items() for name, number in filed(kind).items()}
+FROM_TASKS = {
+    name: (kind, of.numbers.c[number]) for kind, of in TASK_KINDS.items() for name, number in filed(kind).items()
+}
 """The columns of `results` that repeat a number of a task: which kind of task it is, and that number's own column."""
-PARTS = {kind: f"{kind}_task_id" for kind in TASK_KINDS}
+PARTS = {kind: of.column for kind, of in TASK_KINDS.items()}
 NOT_RETRACTED: dict[str, Any] = dict.fromkeys(RETRACTION)
 
 

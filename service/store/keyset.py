@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeGuard, TypeVar
@@ -13,6 +12,7 @@ from sqlalchemy import Column as SchemaColumn
 from sqlalchemy import Connection, Row, Select, and_, false, or_, select, true, tuple_
 
 from service.errors import InvalidQuery
+from service.model.names import ID, UNSTORABLE
 from service.store.fields import Column, Field, Kind
 from service.store.typed import bytewise, unsorted
 
@@ -20,7 +20,6 @@ Position = tuple[list[object], int]  # the values that the last row is sorted by
 T = TypeVar("T")
 NO_CURSOR = "this is not a cursor: take `next_cursor` of the page before"
 CHECKSUM_BYTES = 6
-ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def _opened(question: object, cursor: str, parts: int) -> list[Any]:
 def _fits(kind: Kind, value: object) -> bool:
     match kind:
         case "text":
-            return isinstance(value, str) and not re.search("[\x00\ud800-\udfff]", value)
+            return isinstance(value, str) and not UNSTORABLE.search(value)
         case "boolean":
             return isinstance(value, bool)
         case "integer":

@@ -11,6 +11,7 @@ from sqlalchemy import Column, ColumnElement, Connection, select, union
 
 from service.errors import InvalidQuery
 from service.model.dotted import near, or_rather
+from service.model.names import DIGEST, ID, OWN_DATASET, UNSTORABLE
 from service.model.threat_model import ball_of
 from service.specs import catalog
 from service.specs.base import number, shorten
@@ -32,10 +33,7 @@ class Meaning:
     check_part: Callable[[Connection, str, str], None]
 
 
-UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 PREFIX = re.compile("[0-9a-f-]{8,36}")  # of a sweep's id
-ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-DIGEST = re.compile("[0-9a-f]{64}")
 AN_ID = "01a22e44-9123-71d6-aad1-a6e470f2988b"  # as an example
 NORMS = closed_lists()["attack.norm"]
 LOOKED_AT = 1000  # names that an unknown one is compared with, the newest
@@ -68,7 +66,7 @@ def among(known: Callable[[Connection], Collection[str]]) -> Meaning:
 def _datasets(connection: Connection) -> Collection[str]:
     """The known data sets, and the registered ones as `npz:NAME`."""
     registered = connection.scalars(select(datasets.c.name).order_by(datasets.c.name))
-    return (*catalog.DATASETS, *(f"npz:{name}" for name in registered))
+    return (*catalog.DATASETS, *(OWN_DATASET + name for name in registered))
 
 
 def _balls(connection: Connection) -> list[str]:

@@ -15,18 +15,10 @@ from service.store.keyset import Order, Page, Position
 from service.store.listed import listed
 from service.store.states import DIGEST
 from service.store.tables import attempts, job_tasks, jobs, sweeps, tasks
+from service.store.task_kinds import TASK_KINDS
 from service.store.values import every, one
 
 JOB_COLUMNS = len(fields(Job))
-
-# The parts that tasks play in a job, and the columns that name them; further measures are found by their kind.
-ROLES = {
-    "train": jobs.c.train_task_id,
-    "closed_forms": jobs.c.measure_task_id,
-    "attack": jobs.c.attack_task_id,
-    "baseline": jobs.c.baseline_task_id,
-    "control": jobs.c.control_task_id,
-}
 
 
 def jobs_page(
@@ -80,8 +72,9 @@ def tasks_of_job(connection: Connection, job_id: str) -> list[Task]:
 
 def roles(job: Job | Result, task: Task) -> list[str]:
     """Which parts this task plays in the job: at s = 1 the attack is its own baseline; a transfer has a source."""
-    found = [role for role, column in ROLES.items() if getattr(job, column.name) == task.id]
-    return found or ["source" if task.kind == "train" else "measure"]
+    kind = TASK_KINDS[task.kind]
+    named = [role for role, column in kind.roles.items() if getattr(job, column.name) == task.id]
+    return named or [kind.unnamed]
 
 
 def progress_of_jobs(connection: Connection, job_ids: Sequence[str]) -> dict[str, float]:

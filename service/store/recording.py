@@ -16,20 +16,10 @@ from service.store import filing, history
 from service.store.history import Event
 from service.store.listed import listed
 from service.store.settling import MISSING_CHECKPOINT, UNWANTED, settle
-from service.store.tables import (
-    artifacts,
-    attack_results,
-    attempts,
-    control_results,
-    curves,
-    measurements,
-    outcome_bits,
-    tasks,
-    trainings,
-)  # fmt: skip
+from service.store.tables import artifacts, attempts, curves, outcome_bits, tasks
+from service.store.task_kinds import TASK_KINDS
 from service.store.trained_again import Made, Replaced, other_weights
 
-RESULTS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
 THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
 Key = tuple[str, int]
 COSTLY = {"worker_died", "out_of_memory", "stalled"}  # losses that may be the task's own doing
@@ -182,7 +172,7 @@ def _progress(connection: Connection, now: float, message: Progress) -> list[str
 
 def _store_outcomes(connection: Connection, now: float, kind: str, outcomes: Mapping[str, Outcome]) -> None:
     """Numbers into the table of their kind: known ones in their columns, all of them in `numbers`."""
-    table = RESULTS[kind]
+    table = TASK_KINDS[kind].numbers
     named = [column.name for column in table.columns if column.name not in ("task_id", "numbers")]
     rows, bits, points = [], [], []
     # A reopened task replaces what an earlier generation left.
@@ -201,7 +191,7 @@ def _store_outcomes(connection: Connection, now: float, kind: str, outcomes: Map
     for into, these in ((table, rows), (outcome_bits, bits), (curves, points)):
         if these:
             connection.execute(insert(into), these)
-    if kind in ("attack", "measure"):
+    if TASK_KINDS[kind].asked_for:
         filing.note_names(connection, kind, [row["numbers"] for row in rows])
 
 

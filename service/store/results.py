@@ -23,7 +23,6 @@ from service.store.own_weights import left_out
 from service.store.result_tables import cells, results
 from service.store.states import CURRENT, DIGEST, WEIGHTS_USED
 from service.store.tables import (
-    NUMBERS,
     artifacts,
     attack_results,
     attempts,
@@ -34,6 +33,7 @@ from service.store.tables import (
     outcome_bits,
     tasks,
 )
+from service.store.task_kinds import TASK_KINDS
 
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
 MOST_HIDDEN = 1000
@@ -196,7 +196,7 @@ def _further(row: Row[Any], result: Result) -> FurtherMeasure:
 
 
 def numbers_of(connection: Connection, task_id: str, kind: str) -> JsonObject:
-    table = NUMBERS[kind]
+    table = TASK_KINDS[kind].numbers
     numbers = connection.execute(select(table.c.numbers).where(table.c.task_id == task_id)).scalar_one_or_none()
     return dict(numbers or {})
 

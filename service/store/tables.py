@@ -293,14 +293,6 @@ control_results = Table(
     *_numbers("control"),
 )
 
-# The numbers of each kind of task.
-NUMBERS: dict[str, Table] = {
-    "train": trainings,
-    "measure": measurements,
-    "attack": attack_results,
-    "control": control_results,
-}
-
 outcome_bits = Table(
     "outcome_bits",
     metadata,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Column, Connection, Row, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, or_, select, update
 from uuid_utils import uuid7
 
 from service.model.jobs import LIVE_JOB, TaskState
@@ -20,14 +20,9 @@ from service.store.retracting import GIVEN_UP, give_digests_up, new_digest
 from service.store.settling import rank_anew, settle_jobs
 from service.store.states import DIGEST
 from service.store.tables import artifacts, attempts, job_tasks, jobs, task_edges, tasks, trainings
+from service.store.task_kinds import TASK_KINDS
 
 WHY = "its network was trained again, with other weights"
-COLUMNS: Mapping[str, Sequence[Column[Any]]] = {
-    "train": (jobs.c.train_task_id,),
-    "measure": (jobs.c.measure_task_id,),
-    "attack": (jobs.c.attack_task_id, jobs.c.baseline_task_id),
-    "control": (jobs.c.control_task_id,),
-}
 NOT_YET = (
     *("holder", "lease_expires_at", "worker", "resume_digest", "resume_bytes", "started_at", "finished_at", "reason"),
     *("retracted_at", "retracted_by", "retraction_reason", "retracted_with", "former_digest"),
@@ -183,7 +178,7 @@ def _need_instead(connection: Connection, live: Sequence[str], instead: Mapping[
         pairs = [{"old": old, "new": new} for old, new in of_kind.items()]
         connection.execute(needs.values(task_id=bindparam("new")), pairs)
         needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id == bindparam("new"))
-        for column in COLUMNS[kind]:
+        for column in TASK_KINDS[kind].roles.values():
             moved = update(jobs).where(jobs.c.id.in_(needing), jobs.c.id.in_(of_live), column == bindparam("old"))
             connection.execute(moved.values({column: bindparam("new")}), pairs)
 

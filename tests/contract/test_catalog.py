@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from api.http.catalog import _described
+from service.model.names import OWN_DATASET
 from service.model.verdict import chance_of, wilson
 from service.specs import catalog
 from service.specs.attacks import ATTACKS, NUMERICS, PRESETS, Fgsm, Pgd
@@ -24,6 +25,7 @@ from workers.science.attacks import ATTACKS as ATTACK_FUNCTIONS
 from workers.science.attacks import prepare
 from workers.science.augmentation import default_augmentation
 from workers.science.datasets import DATASETS
+from workers.science.datasets.npz import PREFIX
 from workers.science.errors import WrongShape
 from workers.science.imported import is_at_chance
 from workers.science.recipes import RECIPES as RECIPE_FUNCTIONS
@@ -183,6 +185,10 @@ def test_the_presets_are_those_of_the_paper() -> None:
     assert PRESETS["pgd_l2"] == Pgd(norm="l2", eps=0.025, step_size=0.001, steps=25)
     assert PRESETS["pgd_linf"] == Pgd(norm="linf", eps=8 / 255, step_size=2 / 255, steps=10)
     assert PRESETS["fgsm"] == Fgsm(norm="linf", eps=8 / 255)
+
+
+def test_a_labs_own_data_set_is_written_alike() -> None:
+    assert PREFIX == OWN_DATASET
 
 
 def test_the_shell_reads_the_same_numbers() -> None:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,16 +14,17 @@ from api.http.schemas import Result
 from service.lab.artifacts import Artifacts
 from service.model.executor import ArtifactRef, Bundle, Grant, Numbers, Outcome, Succeeded
 from service.model.observations import Count, intervals_of
+from service.model.task_kinds import METHODS
 from service.model.verdict import AttackBits, Controls, Evidence, judge, unpack
 from service.settings import KINDS
-from service.specs import DatasetRef, JobSpec
+from service.specs import DatasetRef, JobSpec, Task
 from service.specs.attacks import PRESETS, AnyAttack, Transfer
 from service.specs.measures import MEASURES
 from service.specs.numbers import COLUMNS, GROUPS, METRICS, described, markdown
 from service.specs.numbers.base import PARTS, Number
 from service.specs.plan import JobPlan, PlannedTask, plan_job
 from service.specs.recipes import Imported
-from service.specs.tasks import TASK_KINDS
+from service.store.task_kinds import TASK_KINDS
 from workers import run
 from workers.context import Context
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY
@@ -188,7 +189,9 @@ def test_a_name_stands_once_among_the_numbers_of_one_task() -> None:
 
 
 def test_kinds_of_tasks_are_those_of_the_settings() -> None:
-    assert TASK_KINDS == KINDS
+    specs = get_args(get_args(Task)[0])
+    assert tuple(spec.model_fields["kind"].default for spec in specs) == KINDS
+    assert tuple(METHODS) == tuple(TASK_KINDS) == KINDS
     assert {group.kind for group in GROUPS} == {*KINDS, "job"}
 
 

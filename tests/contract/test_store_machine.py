@@ -39,6 +39,7 @@ from service.queue.submission import Idempotency, Service
 from service.specs import JobSpec, Sweep
 from service.store import Database, claiming, recording, settling, submitting, tables
 from service.store import database as database_module
+from service.store.task_kinds import TASK_KINDS
 from service.store.typed import json_number
 
 LEASE = 20.0
@@ -500,7 +501,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def agree(self) -> None:
         """The store says what the model says, of every task and job."""
-        kinds = list(recording.RESULTS.values())
+        kinds = [kind.numbers for kind in TASK_KINDS.values()]
         recorded = json_number(func.coalesce(*(table.c.numbers for table in kinds)), "attempt")
         query = select(tables.tasks, recorded.label("recorded"))
         for table in kinds:

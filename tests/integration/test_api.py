@@ -627,6 +627,9 @@ def test_the_catalogue(server: Any) -> None:
     assert found["attacks"]["pgd"]["parameters"]["steps"]["minimum"] == 1
     assert "closed_forms" in found["measures"]
     assert "relative_sharpness" in found["always_measured"]
+    columns = {column: number for number in found["numbers"] for column in number["columns"]}
+    assert (columns["robust_accuracy"]["low"], columns["robust_accuracy"]["high"]) == (0, 1)
+    assert columns["train_seconds"]["task_kind"] == "train"
 
 
 def test_health(server: Any) -> None:

@@ -30,9 +30,9 @@ BY_PROCESS = ("dispatch",)  # it becomes another program
 # Commands that ask a service over HTTP, and those that neither ask nor look: all others open the database.
 OVER_HTTP = {
     "submit", "watch", "cancel", "retry", "pause", "resume", "extend", "priority", "boost", "explain", "queue", "jobs",
-    "sweeps", "results", "aggregate", "leaderboard", "worst-cases", "compare", "correlations", "report", "export",
-    "retract", "data add", "data list", "checkpoint add", "checkpoint list", "user set", "user list", "user disable",
-    "user enable", "token list", "token revoke",
+    "sweeps", "results", "catalog", "aggregate", "leaderboard", "worst-cases", "compare", "correlations", "report",
+    "export", "retract", "data add", "data list", "checkpoint add", "checkpoint list", "user set", "user list",
+    "user disable", "user enable", "token list", "token revoke",
 }  # fmt: skip
 OF_FILES = {"verify"}
 OVER_A_SERVICE = {"demo"}  # `serve`, whose process has the sentence in its log

@@ -453,6 +453,17 @@ def test_a_script_for_the_shell_completes_commands(shell: str) -> None:
     assert sorted(done.stdout.split()) == ["results", "resume"]
 
 
+def test_the_catalogue_has_what_jobs_can_name_and_every_number(server: Any) -> None:
+    shown = uncanny("catalog", url=server.url).stdout
+    assert all(word in shown for word in ("resnet18", "pgd_linf", "sam_sharpness", "robust_accuracy", "share, 0..1"))
+    some = uncanny("catalog", "valley", url=server.url).stdout
+    assert "valley_loose_{valley}" in some
+    assert "robust_accuracy" not in some
+    whole = json.loads(uncanny("catalog", "--json", url=server.url).stdout)
+    assert whole == server.client.catalog()
+    assert "has 'no such' in its name" in uncanny("catalog", "no such", url=server.url).stderr
+
+
 def test_rows_that_are_not_shown_are_said(server: Any) -> None:
     sweep = server.sweep("many", seed=303, scale=[1, 2, 3])
     for command in (["results", f"sweep={sweep['id']}"], ["jobs", f"sweep={sweep['id']}"], ["sweeps"]):

@@ -130,7 +130,7 @@ LISTING = (
     "results --fields job_id,sweep_id,weights_sha256", "aggregate sweep={sweep} --by architecture,attack.norm,scale",
     "aggregate --by job_id --metrics robust_accuracy:best,worst", "leaderboard", "compare {job} {other}",
     "correlations log_relative_sharpness_median --any-verdict", "queue", "user list", "token list",
-    "checkpoint list", "checkpoint list --trained", "data list",
+    "checkpoint list", "checkpoint list --trained", "data list", "catalog valley",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from workers.science.architectures import ARCHITECTURES, build
 from workers.science.attacks import ATTACKS, WITH_TRAJECTORY
 from workers.science.datasets import DATASETS, ImageData, read_npz, sample_indices, to_unit
+from workers.science.datasets.npz import PREFIX
 from workers.science.errors import ScienceError
 from workers.science.evaluation import evaluate_attack
 from workers.science.heads import linear_head, scale_head
@@ -38,6 +39,7 @@ from workers.science.weights import load_weights, save_weights
 
 Report = dict[str, Any]
 DEFAULT_SAMPLES = 1000
+# How numbers and presets are written is so in `service/specs` too: `tests/contract/test_catalog.py` compares them.
 DECIMAL = r"-?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]+)?|\.[0-9]+)"
 FRACTION = re.compile(r" *(-?(?:0|[1-9][0-9]*)) */ *(-?(?:0|[1-9][0-9]*)) *")
 NUMBER = re.compile(rf" *({DECIMAL})([eE][+-]?[0-9]+)? *")
@@ -150,10 +152,10 @@ def _attack(options: argparse.Namespace) -> Report:
 
 
 def _data(options: argparse.Namespace) -> ImageData:
-    if options.dataset.startswith("npz:"):
-        return read_npz(Path(options.dataset.removeprefix("npz:")))
+    if options.dataset.startswith(PREFIX):
+        return read_npz(Path(options.dataset.removeprefix(PREFIX)))
     if options.dataset not in DATASETS:
-        raise ScienceError(f"unknown data set {options.dataset!r}; there are {', '.join(DATASETS)} and npz:FOLDER")
+        raise ScienceError(f"unknown data set {options.dataset!r}; there are {', '.join(DATASETS)} and {PREFIX}FOLDER")
     return DATASETS[options.dataset].read(options.data_dir)
 
 

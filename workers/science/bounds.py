@@ -26,6 +26,7 @@ from workers.science.heads import features_and_logits, linear_head
 from workers.science.summaries import QUANTILES, Numbers, finite, label_of, mean, merged, quantile, summary
 from workers.science.trajectory import Trajectory
 
+# `service/specs/numbers/base.py` names numbers by these: `tests/contract/test_numbers.py` compares them.
 BOUNDS = ("relayed_relative_sharpness", "relayed_relative_flatness", "corrected_taylor", "certificate")
 GRAM_BYTES = 1 << 26
 """Of the matrices of a convolution whose eigenvalues are computed together: those of all frequencies are gigabytes."""

@@ -17,6 +17,7 @@ from workers.science.trajectory import Trajectory
 
 Floats = NDArray[np.float64]
 FOLDS = 5
+# `service/specs/numbers/base.py` names numbers by these: `tests/contract/test_numbers.py` compares them.
 LAMBDAS = (0.01, 0.1, 1.0)
 FAINT = 1e-30
 """The hiding loss counts a smaller `||phi||` as this: its logarithm has no slope at 0, and none in float32 near it."""

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+# `service/specs/numbers/base.py` has the names that follow from it: `tests/contract/test_numbers.py` compares them.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 Numbers = dict[str, float | int | None]
 """Numbers by name, null where there is none."""

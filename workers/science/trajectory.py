@@ -16,6 +16,7 @@ from workers.science.errors import NonFinite, WrongShape
 from workers.science.summaries import QUANTILES, Numbers, label_of, merged, quantile, row_summaries, share, summary
 
 Curves = dict[str, list[float | int | None]]
+# `service/specs/numbers/base.py` names numbers by these: `tests/contract/test_numbers.py` compares them.
 THRESHOLDS = ("e001", "e01", "log2", "logk")
 VALLEY_RATIO = 10.0
 ROUNDING = 1e-5

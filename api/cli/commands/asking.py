@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from api.cli.commands.options import (
+    FAILED,
     AsJson,
     BadUsage,
     Filter,
@@ -33,7 +34,6 @@ from api.client.render import (
 from service.model.dotted import flat
 from service.model.unit import Unit
 
-FAILED = 1
 COUNTED = {
     "networks": "n is the number of trained networks: repeats of one are averaged first.",
     "attack_seeds": "n is the number of attack seeds: the spread is that of the attack on one network.",

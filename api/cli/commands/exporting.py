@@ -7,6 +7,7 @@ import typer
 
 from api.cli import snapshots
 from api.cli.commands.options import (
+    FAILED,
     AsJson,
     BadUsage,
     Filter,
@@ -22,7 +23,6 @@ from api.cli.report import report as report_of
 from api.client.asking import ENDINGS, whole
 from api.client.render import say, tell
 
-FAILED = 1
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by `uncanny export --snapshot DIR`.")]
 
 

@@ -58,6 +58,7 @@ Filters = Annotated[
 Filter = Annotated[str, typer.Option("--filter", help='As "architecture = resnet18 and attack.eps <= 8/255".')]
 Retracted = Annotated[bool, typer.Option("--include-retracted", help="Take retracted results too.")]
 
+FAILED = 1  # the exit code
 EPILOG = "Exit codes: 0 done; 1 failed jobs or an error; 2 bad usage; 3 no service answers; 4 the service refuses."
 REACH_SECONDS = 2.0  # for an address at which nothing listens; what is there and busy gets the client's own patience
 

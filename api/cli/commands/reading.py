@@ -37,9 +37,9 @@ from api.client.render import (
     table_of,
     tell,
 )
+from service.limits import MAX_LIMIT
 from service.model.dotted import flat
 
-MAX_PAGE = 1000
 Limit = Annotated[int, typer.Option("--limit", "-n", metavar="N", parser=whole_number(1), help="At most so many rows.")]
 Sort = Annotated[str, typer.Option("--sort", help="A field; `-` in front for descending.")]
 
@@ -133,7 +133,7 @@ def _tell_nothing(noun: str) -> None:
 
 def _page(limit: int) -> int:
     """Rows of a page: one more than are shown, which tells whether there are more."""
-    return min(limit + 1, MAX_PAGE)
+    return min(limit + 1, MAX_LIMIT)
 
 
 def _first(found: Iterable[Json], limit: int, advice: str) -> list[Json]:

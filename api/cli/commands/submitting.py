@@ -9,12 +9,21 @@ from typing import Annotated, Any
 import typer
 
 from api.cli import written
-from api.cli.commands.options import AsJson, BadUsage, Home, Url, client_of, print_json, print_line, program
+from api.cli.commands.options import (
+    FAILED,
+    AsJson,
+    BadUsage,
+    Home,
+    Url,
+    client_of,
+    print_json,
+    print_line,
+    program,
+)
 from api.cli.commands.waiting import reasons_told
 from api.client import ENDED, SWEEP_FIELDS, ApiError, Client, Event, Job, Json, Sweep
 from api.client.render import attack_name, counted, number, say, sweep_progress, tell
 
-FAILED = 1
 STDIN = Path("-")
 NAMED = 5  # of the cells of a sweep that failed
 

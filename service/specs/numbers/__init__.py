@@ -132,7 +132,7 @@ KINDS: dict[Kind, str] = {
 HEAD = """# Every stored number
 
 Generated from `service/specs/numbers`; `python -m service.specs.numbers > workers/science/NUMBERS.md` writes it anew.
-`GET /v1/catalog` shows the same.
+`GET /v1/catalog` and `uncanny catalog` show the same.
 
 Braces stand for parts of a name: `{split}` nothing (test images) or `train_`; `{population}` nothing (all images) or
 `_clean_correct`; `{quantile}` `q05`, `q25`, `median`, `q75`, `q95`, order statistics; `{statistic}` a quantile or

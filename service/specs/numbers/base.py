@@ -67,7 +67,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "end": ("low", "high"),
     "check": tuple(check for check in CHECKS if check != "train_mode"),  # which counts no images
 }
-"""What may stand for a part of a name in braces, as `{quantile}` in `take_off_{quantile}`."""
+"""What may stand for a part of a name in braces, as `{quantile}` in `take_off_{quantile}`.
+
+`workers/science` has quantiles, thresholds, bounds and strengths too: `tests/contract/test_numbers.py` compares them.
+"""
 
 
 @dataclass(frozen=True)

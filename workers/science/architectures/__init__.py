@@ -41,6 +41,7 @@ class Architecture:
     multiple_of: int = 1
 
 
+# `service/specs/catalog.py` has these facts without torch: `tests/contract/test_catalog.py` compares them.
 ARCHITECTURES: dict[str, Architecture] = {
     "simple_cnn": Architecture(simple_cnn.build, "three small convolutions, for a laptop and for tests", 128, 8),
     "mlp": Architecture(mlp.build, "two hidden layers, for a laptop and for tests", 128),

@@ -13,6 +13,7 @@ from workers.science.attacks.prepare import prepare
 from workers.science.attacks.square import square
 from workers.science.attacks.transfer import transfer
 
+# `service/specs/attacks.py` has the names and parameters: `tests/contract/test_catalog.py` compares them.
 ATTACKS: dict[str, Callable[..., AttackOutput]] = {
     "pgd": pgd,
     "fgsm": fgsm,

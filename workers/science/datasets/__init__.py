@@ -33,6 +33,7 @@ class Dataset:
     test: int
 
 
+# `service/specs/catalog.py` has these facts without torch: `tests/contract/test_catalog.py` compares them.
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(digits.read, "scikit-learn's bundled scans of handwritten digits", (1, 8, 8), 10, 1_297, 500),
     "synthetic": Dataset(synthetic.read, "generated patterns, for tests", (3, 16, 16), 4, 800, 400),

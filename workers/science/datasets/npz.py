@@ -14,6 +14,7 @@ from workers.science.datasets.files import checksum
 from workers.science.datasets.image_data import ImageData
 from workers.science.errors import DatasetCorrupt, DatasetMissing
 
+PREFIX = "npz:"  # `service/model/names.py` has it too: `tests/contract/test_catalog.py` compares them
 FILES = ("train.npz", "test.npz")
 
 
@@ -43,7 +44,7 @@ def read_npz(folder: Path, sha256: Mapping[str, str] | None = None) -> ImageData
     if train_x.shape[1:] != test_x.shape[1:]:
         raise DatasetCorrupt(f"{folder}: training images are {train_x.shape[1:]}, test images {test_x.shape[1:]} (HWC)")
     return ImageData(
-        f"npz:{folder.name}",
+        PREFIX + folder.name,
         _channels_first(train_x),
         torch.from_numpy(train_y),
         _channels_first(test_x),

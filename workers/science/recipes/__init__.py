@@ -11,6 +11,7 @@ from workers.science.recipes import (
 )
 from workers.science.recipes.common import Recipe
 
+# `service/specs/recipes.py` has the names and parameters: `tests/contract/test_catalog.py` compares them.
 RECIPES: dict[str, Recipe] = {
     "standard": Recipe(standard.loss, "cross-entropy, the paper's recipe"),
     "label_smoothing": Recipe(label_smoothing.loss, "cross-entropy with smoothed labels", {"smoothing": 0.1}),

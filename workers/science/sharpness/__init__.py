@@ -20,6 +20,7 @@ from workers.science.sharpness.pac_bayes_flatness import pac_bayes_flatness
 from workers.science.sharpness.sam_sharpness import sam_sharpness
 from workers.science.sharpness.top_eigenvalue_network import top_eigenvalue_network
 
+# `service/specs/measures.py` has the names and parameters: `tests/contract/test_catalog.py` compares them.
 MEASURES: dict[str, Callable[..., MeasureReport]] = {
     "closed_forms": penultimate,
     "hessian_trace_network": hessian_trace_network,
