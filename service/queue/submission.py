@@ -9,6 +9,7 @@ from service.lab.artifacts import Artifacts
 from service.lab.datasets import inspect
 from service.limits import MAX_SWEEP_JOBS, Limits
 from service.model import records
+from service.model.events import EventKind
 from service.model.jobs import LIVE_JOB, RETRIABLE, JobState
 from service.model.records import Job
 from service.queue import replanning
@@ -148,7 +149,7 @@ class Service:
             known = submitting.known_tasks(connection, needed)
             if plans:
                 submitting.extend_sweep(connection, sweep_id, sweep.model_dump(mode="json"))
-                happened = Event("sweep.extended", sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
+                happened = Event(EventKind.SWEEP_EXTENDED, sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
                 history.append(connection, now, user, [happened])
                 submitting.insert_jobs(
                     connection, now, plans, known, user=user, sweep_id=sweep_id,
@@ -290,7 +291,7 @@ class Service:
                     connection,
                     now,
                     user,
-                    [Event("dataset.registered", data={"name": name, "test_images_in_train": in_both})],
+                    [Event(EventKind.DATASET_REGISTERED, data={"name": name, "test_images_in_train": in_both})],
                 )
         return {**vars(found), "name": f"npz:{name}", "test_images_in_train": in_both}
 

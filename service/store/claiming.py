@@ -24,6 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql import ColumnElement
 
+from service.model.events import EventKind
 from service.model.executor import ArtifactRef, Grant
 from service.model.jobs import LIVE_JOB, TaskState
 from service.model.records import Lease
@@ -221,7 +222,7 @@ def grant(
     if granted:
         given = [granted[task_id] for task_id in task_ids if task_id in granted]
         connection.execute(insert(attempts), [_attempt(one, now, holder, placements) for one in given])
-        happened = [Event("task.running", task_id=one.task_id, attempt=one.attempt) for one in given]
+        happened = [Event(EventKind.TASK_RUNNING, task_id=one.task_id, attempt=one.attempt) for one in given]
         history.append(connection, now, holder, happened)
         start_jobs(connection, now, holder, list(granted))
     return granted
@@ -300,7 +301,9 @@ def _requeue(connection: Connection, now: float, actor: str, which: ColumnElemen
     ended = update(attempts).where(this).values(ended_at=now, end=end)
     connection.execute(ended, [{"task": row.id, "attempt": row.attempt} for row in rows])
     happened = [
-        Event(f"task.{row.state}", task_id=row.id, attempt=row.attempt, data={"end": end, "reason": REASONS[end]})
+        Event(
+            EventKind.of_task(row.state), task_id=row.id, attempt=row.attempt, data={"end": end, "reason": REASONS[end]}
+        )
         for row in rows
     ]
     history.append(connection, now, actor, happened)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, String, and_, bindparam, cast, delete, insert, select, update
 
+from service.model.events import EventKind
 from service.model.executor import Failed, Lost, Message, Outcome, Progress, Started, Succeeded
 from service.model.jobs import TaskState
 from service.store import filing, history
@@ -138,7 +139,7 @@ def _write_successes(connection: Connection, now: float, actor: str, reports: Ma
         _store_outcomes(connection, now, kind, {row.id: outcomes[row.id] for row in done if row.kind == kind})
     if again := [row.id for row in done if row.generation > 1]:
         filing.refresh(connection, again)
-    happened = [Event("task.succeeded", task_id=row.id, attempt=row.attempt) for row in done]
+    happened = [Event(EventKind.TASK_SUCCEEDED, task_id=row.id, attempt=row.attempt) for row in done]
     history.append(connection, now, actor, happened)
     return [*outcomes, *chain.from_iterable(one.ended for one in replaced.values())]
 
@@ -175,7 +176,7 @@ def _progress(connection: Connection, now: float, message: Progress) -> list[str
     superseded = _forget_epoch_states(connection, [message.task_id], keep=message.resume.digest)
     _artifact(connection, now, message.task_id, message.resume.digest, "epoch_state", message.resume.size_bytes)
     data = {"detail": detail}
-    happened = Event("task.checkpointed", task_id=message.task_id, attempt=message.attempt, data=data)
+    happened = Event(EventKind.TASK_CHECKPOINTED, task_id=message.task_id, attempt=message.attempt, data=data)
     history.append(connection, now, "worker", [happened])
     return superseded
 
@@ -243,7 +244,7 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
         more = {"traceback": message.traceback or None, "missing_digest": message.missing}
     _attempt(connection, message, ended_at=now, end=end, message=message.message, **more)
     data = {"end": end, "reason": why}
-    happened = Event(f"task.{state}", task_id=message.task_id, attempt=message.attempt, data=data)
+    happened = Event(EventKind.of_task(state), task_id=message.task_id, attempt=message.attempt, data=data)
     history.append(connection, now, actor, [happened])
     return True
 
@@ -279,7 +280,9 @@ def note_stalled(connection: Connection, now: float, actor: str, still_seconds: 
             still = {"stalled_seconds": round(seconds, 1)}
             connection.execute(update(tasks).where(tasks.c.id == task_id).values(detail={**task.detail, **still}))
             data = {**still, "progress": task.progress}
-            history.append(connection, now, actor, [Event("task.stalled", task_id=task_id, attempt=attempt, data=data)])
+            history.append(
+                connection, now, actor, [Event(EventKind.TASK_STALLED, task_id=task_id, attempt=attempt, data=data)]
+            )
 
 
 def _artifact(connection: Connection, now: float, task_id: str, digest: str, kind: str, size_bytes: int) -> None:

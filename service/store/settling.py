@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, distinct, exists, func, select, update
 
+from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
 from service.model.scheduling import AGEING_SECONDS, BOOST_SECONDS, HEAD_START_SECONDS
 from service.store import filing, history, timings, users
@@ -30,7 +31,7 @@ def start_jobs(connection: Connection, now: float, actor: str, running: Collecti
     """The jobs that have waited run, now that these tasks of theirs do."""
     theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(running)))
     waiting = and_(jobs.c.id.in_(theirs), jobs.c.state == JobState.QUEUED)
-    history.append_for_jobs(connection, now, actor, "job.running", select(jobs.c.id).where(waiting))
+    history.append_for_jobs(connection, now, actor, EventKind.JOB_RUNNING, select(jobs.c.id).where(waiting))
     connection.execute(update(jobs).where(waiting).values(state=JobState.RUNNING))
 
 
@@ -61,7 +62,7 @@ def _unblock(connection: Connection, now: float, actor: str, changed: Collection
         parent.c.state != TaskState.SUCCEEDED,
     )
     free = and_(tasks.c.id.in_(children), tasks.c.state == TaskState.BLOCKED, ~waits)
-    history.append_for_tasks(connection, now, actor, "task.queued", select(tasks.c.id).where(free))
+    history.append_for_tasks(connection, now, actor, EventKind.TASK_QUEUED, select(tasks.c.id).where(free))
     connection.execute(update(tasks).where(free).values(state=TaskState.QUEUED))
 
 
@@ -77,7 +78,7 @@ def _cancel_upstream(connection: Connection, now: float, actor: str, changed: Co
         cancelled += connection.scalars(statement.values(values).returning(tasks.c.id))
     if cancelled:
         why = json_object(reason=tasks.c.reason)
-        history.append_for_tasks(connection, now, actor, "task.cancelled", listed(cancelled), why)
+        history.append_for_tasks(connection, now, actor, EventKind.TASK_CANCELLED, listed(cancelled), why)
     return cancelled
 
 
@@ -132,7 +133,7 @@ def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
     if state is JobState.SUCCEEDED:
         filing.file(connection, job_ids)
     data = json_object(reason=jobs.c.reason) if stopped else None
-    history.append_for_jobs(connection, now, actor, f"job.{state}", listed(job_ids), data)
+    history.append_for_jobs(connection, now, actor, EventKind.of_job(state), listed(job_ids), data)
     if state is JobState.FAILED:
         release(connection, now, actor, job_ids)
 
@@ -164,7 +165,7 @@ def release_tasks(connection: Connection, now: float, actor: str, which: Select[
     ended = connection.scalars(update(tasks).where(unneeded, ~running).values(values).returning(tasks.c.id)).all()
     if ended:
         why = json_object(reason=tasks.c.reason)
-        history.append_for_tasks(connection, now, actor, "task.cancelled", listed(ended), why)
+        history.append_for_tasks(connection, now, actor, EventKind.TASK_CANCELLED, listed(ended), why)
     rank_anew(connection, now, theirs)
 
 

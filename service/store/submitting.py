@@ -21,6 +21,7 @@ from sqlalchemy import (
 )  # fmt: skip
 from uuid_utils import uuid7
 
+from service.model.events import EventKind
 from service.model.jobs import LIVE_JOB, RETRIABLE, JobState, TaskState
 from service.model.records import Job
 from service.model.scheduling import AGEING_SECONDS, due
@@ -62,7 +63,7 @@ def insert_sweep(
     sweep_id = new_id()
     row = {"id": sweep_id, "name": name, "user": user, "spec": spec, "priority": priority, "labels": labels}
     connection.execute(insert(sweeps).values(**row, paused=False, created_at=now))
-    history.append(connection, now, user, [Event("sweep.submitted", sweep_id=sweep_id, data={"name": name})])
+    history.append(connection, now, user, [Event(EventKind.SWEEP_SUBMITTED, sweep_id=sweep_id, data={"name": name})])
     return sweep_id
 
 
@@ -113,7 +114,7 @@ def insert_jobs(
     these = jobs.c.sequence.between(rows[0]["sequence"], rows[-1]["sequence"])
     _insert_needs(connection, these, [(row["id"], plan) for row, plan in zip(rows, plans, strict=True)], ids)
     job_ids = [row["id"] for row in rows]
-    history.append_for_jobs(connection, now, user, "job.submitted", listed(job_ids))
+    history.append_for_jobs(connection, now, user, EventKind.JOB_SUBMITTED, listed(job_ids))
     kind = json_object(kind=tasks.c.kind)
     history.append_for_tasks(connection, now, user, None, listed(ids[task_digest] for task_digest in fresh), kind)
 
@@ -227,7 +228,7 @@ def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[
     moved: dict[str, Any] = {name: bindparam(name) for name in roles[0] if name != "job"}
     connection.execute(update(jobs).where(jobs.c.id == bindparam("job")).values(moved), roles)
     _insert_needs(connection, jobs.c.id.in_(listed(job_ids)), [(job.id, plan) for job, plan in plans], ids)
-    history.append_for_jobs(connection, now, actor, "job.replanned", listed(job_ids))
+    history.append_for_jobs(connection, now, actor, EventKind.JOB_REPLANNED, listed(job_ids))
     kind = json_object(kind=tasks.c.kind)
     history.append_for_tasks(connection, now, actor, None, listed(ids[task_digest] for task_digest in fresh), kind)
     reopen(connection, now, actor, {ids[task_digest]: states[task_digest] for task_digest in again})
@@ -320,7 +321,7 @@ def cancel_jobs(connection: Connection, now: float, actor: str, job_ids: Sequenc
     values = {"state": JobState.CANCELLED, "reason": reason, "finished_at": now}
     cancelled = list(connection.scalars(live.values(values).returning(jobs.c.id)))
     why = json_object(reason=jobs.c.reason)
-    history.append_for_jobs(connection, now, actor, "job.cancelled", listed(cancelled), why)
+    history.append_for_jobs(connection, now, actor, EventKind.JOB_CANCELLED, listed(cancelled), why)
     release(connection, now, actor, cancelled)
     return cancelled
 
@@ -353,7 +354,7 @@ def retry_jobs(
     retried = list(connection.scalars(statement.values(values).returning(jobs.c.id)))
     if not retried:
         return []
-    history.append_for_jobs(connection, now, actor, "job.retried", listed(retried))
+    history.append_for_jobs(connection, now, actor, EventKind.JOB_RETRIED, listed(retried))
     mine = tasks.c.id.in_(select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(retried))))
     connection.execute(update(tasks).where(mine, tasks.c.cancel_requested).values(cancel_requested=False))
     columns = (tasks.c.id, tasks.c.digest, tasks.c.train_digest, tasks.c.state, tasks.c.spec)
