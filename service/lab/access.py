@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
+from service.model.events import EventKind
 from service.model.records import Admission, Token, User
 from service.model.times import iso
 from service.store import Connection, Database, accounts, history, meanings
@@ -90,10 +91,11 @@ class Access:
                 _check_admins(connection, name)
             happened = []
             if existing is None or changes:
-                verb = "created" if existing is None else "changed"
-                happened.append(Event(f"user.{verb}", data={"name": name, **changes}))
+                kind = EventKind.USER_CREATED if existing is None else EventKind.USER_CHANGED
+                happened.append(Event(kind, data={"name": name, **changes}))
             if existing is not None and disabled is not None and disabled != (existing.disabled_at is not None):
-                happened.append(Event("user.disabled" if disabled else "user.enabled", data={"name": name}))
+                kind = EventKind.USER_DISABLED if disabled else EventKind.USER_ENABLED
+                happened.append(Event(kind, data={"name": name}))
                 changes["disabled_at"] = now if disabled else None
             user = accounts.put_user(connection, now, name, changes)
             history.append(connection, now, actor, happened)
@@ -136,7 +138,7 @@ class Access:
                 sha256=_hash(secret), scope=scope, created_by=by.name, expires_at=expires_at, parent_id=by.token_id,
             )  # fmt: skip
             data = {"id": made.id, "user": user, "name": name, "scope": scope}
-            history.append(connection, now, by.name, [Event("token.created", data=data)])
+            history.append(connection, now, by.name, [Event(EventKind.TOKEN_CREATED, data=data)])
             return {**_token_view(made), "secret": secret}
 
     def tokens(self, *, by: Caller, user: str | None = None) -> list[dict[str, Any]]:
@@ -167,7 +169,7 @@ class Access:
                 | ({"with": token_id} if one.id != token_id else {})
                 for one in sorted(revoked, key=lambda one: (one.id != token_id, one.id))
             ]  # fmt: skip
-            history.append(connection, now, by.name, [Event("token.revoked", data=data) for data in told])
+            history.append(connection, now, by.name, [Event(EventKind.TOKEN_REVOKED, data=data) for data in told])
             return {**_token_view(replace(token, revoked_at=now)), "revoked_children": len(revoked) - 1}
 
     def owner(self, *, job_id: str | None, sweep_id: str | None) -> str | None:

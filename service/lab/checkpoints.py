@@ -13,6 +13,7 @@ from typing import Any
 
 from service.errors import Conflict, InvalidSpec, UncannyError
 from service.lab.artifacts import Artifacts
+from service.model.events import EventKind
 from service.model.names import DIGEST, OWN_DATASET, REGISTERED, REGISTERED_RULE
 from service.model.records import RegisteredCheckpoint
 from service.model.times import iso
@@ -102,7 +103,7 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
         checkpoints.register(connection, row)
         artifact_index.keep_uploads(connection, now, "checkpoint", {ref.digest: ref.size_bytes})
         data = {"name": upload.name, "weights_sha256": ref.digest}
-        history.append(connection, now, user, [Event("checkpoint.registered", data=data)])
+        history.append(connection, now, user, [Event(EventKind.CHECKPOINT_REGISTERED, data=data)])
         checkpoint = checkpoints.named(connection, upload.name)
         assert checkpoint is not None
         return view(checkpoint)

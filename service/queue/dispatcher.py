@@ -11,6 +11,7 @@ from service.errors import Conflict, DatabaseAway
 from service.lab.artifacts import Artifacts
 from service.model import environment
 from service.model.environment import Environment
+from service.model.events import EventKind
 from service.model.executor import (
     Bundle,
     Executor,
@@ -31,6 +32,7 @@ from service.store.waking import Waking, waking
 
 log = logging.getLogger("uncanny.dispatcher")
 
+NEWS = {"set_aside": EventKind.ENVIRONMENT_SET_ASIDE, "returned": EventKind.ENVIRONMENT_RETURNED}
 POLL_SECONDS = 0.05
 IDLE_SECONDS = 0.1
 GATHER_SECONDS = 0.02  # what comes so close together is written together: a transaction costs more than a row in it
@@ -151,7 +153,7 @@ class Dispatcher:
             status["set_aside"] = self._environment.told(now)
             epoch = claiming.lead(connection, now, self.name, self._epoch, lease, status)
             if epoch is not None:
-                happened = [Event(f"environment.{verb}", data=one.as_data()) for verb, one in news]
+                happened = [Event(NEWS[verb], data=one.as_data()) for verb, one in news]
                 history.append(connection, now, self.name, happened)
                 if wall - self._seen_at > lease / 2:
                     self._reap_from = now + lease  # the database may have been away: others could not renew either

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from service.errors import Conflict, InvalidQuery, InvalidSpec, NotFound
 from service.lab.access import NotAllowed
 from service.model.dotted import or_rather
+from service.model.events import EventKind
 from service.model.query import Node
 from service.model.records import Task
 from service.queue import replanning
@@ -53,7 +54,7 @@ def retract(
             # A later result of these numbers is hidden as it is filed, which only an admin may decide for others.
             retracting.give_digests_up(connection, attacks)
         flagging.renew(connection, retracted)
-        _tell(connection, now, user, "result.retracted", retracted, {"reason": reason})
+        _tell(connection, now, user, EventKind.RESULT_RETRACTED, retracted, {"reason": reason})
         _judge_without(connection, now, user, attacks)
         again = _submit(service, connection, now, _replicates(connection, [job_id]), user) if rerun else []
     return {"retracted": retracted, "resubmitted": again}
@@ -78,7 +79,7 @@ def retract_all(
         now = service.database.now(connection)
         retracted = retracting.retract(connection, now, user, reason, attacks)
         flagging.renew(connection, retracted)
-        _tell(connection, now, user, "result.retracted", retracted, {"reason": reason})
+        _tell(connection, now, user, EventKind.RESULT_RETRACTED, retracted, {"reason": reason})
         _judge_without(connection, now, user, attacks)
         again = _submit(service, connection, now, _replicates(connection, retracted), user) if rerun else []
     return {"retracted": retracted, "resubmitted": again}
@@ -169,11 +170,11 @@ def _retract_tasks(
     retracted = retracting.hide_resting_on(connection, marked)
     unmeasured = retracting.unmeasured_by(connection, marked)
     why = {"reason": reason}
-    events = [Event("task.retracted", task_id=task_id, data=why) for task_id in marked]
+    events = [Event(EventKind.TASK_RETRACTED, task_id=task_id, data=why) for task_id in marked]
     history.append(connection, now, user, events)
     flagging.renew(connection, retracted)
-    _tell(connection, now, user, "result.retracted", retracted, why)
-    _tell(connection, now, user, "result.unmeasured", unmeasured, why)
+    _tell(connection, now, user, EventKind.RESULT_RETRACTED, retracted, why)
+    _tell(connection, now, user, EventKind.RESULT_UNMEASURED, unmeasured, why)
     replanned = replanning.replan(connection, now, user, marked)
     again: list[str] = []
     if rerun:
@@ -197,11 +198,13 @@ def _restore(
     superseded = retracting.give_digests_back(connection, [*tasks, *attack_ids])
     unmeasured = retracting.unmeasured_by(connection, tasks)
     restored = sorted({*restored, *shown})
-    events = [Event("task.restored", task_id=task_id, data={"joined": task_id not in superseded}) for task_id in tasks]
+    events = [
+        Event(EventKind.TASK_RESTORED, task_id=task_id, data={"joined": task_id not in superseded}) for task_id in tasks
+    ]
     history.append(connection, now, user, events)
     flagging.renew(connection, restored)
-    _tell(connection, now, user, "result.restored", restored)
-    _tell(connection, now, user, "result.measured", unmeasured)
+    _tell(connection, now, user, EventKind.RESULT_RESTORED, restored)
+    _tell(connection, now, user, EventKind.RESULT_MEASURED, unmeasured)
     _judge_without(connection, now, user, attack_ids)
     return {"restored": restored, "tasks": tasks, "superseded": superseded, "measured": unmeasured}
 
@@ -290,7 +293,12 @@ def _check_users(connection: Connection, task_ids: Sequence[str], user: str) -> 
 
 
 def _tell(
-    connection: Connection, now: float, user: str, kind: str, job_ids: Sequence[str], data: dict[str, Any] | None = None
+    connection: Connection,
+    now: float,
+    user: str,
+    kind: EventKind,
+    job_ids: Sequence[str],
+    data: dict[str, Any] | None = None,
 ) -> None:
     events = [Event(kind, job_id=job_id, data=data or {}) for job_id in job_ids]
     history.append(connection, now, user, events)

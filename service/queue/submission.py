@@ -9,6 +9,7 @@ from service.lab.artifacts import Artifacts
 from service.lab.datasets import inspect
 from service.limits import MAX_SWEEP_JOBS, Limits
 from service.model import records
+from service.model.events import EventKind
 from service.model.jobs import LIVE_JOB, RETRIABLE, JobState
 from service.model.names import OWN_DATASET
 from service.model.records import Job
@@ -149,7 +150,7 @@ class Service:
             known = submitting.known_tasks(connection, needed)
             if plans:
                 submitting.extend_sweep(connection, sweep_id, sweep.model_dump(mode="json"))
-                happened = Event("sweep.extended", sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
+                happened = Event(EventKind.SWEEP_EXTENDED, sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
                 history.append(connection, now, user, [happened])
                 submitting.insert_jobs(
                     connection, now, plans, known, user=user, sweep_id=sweep_id,
@@ -190,7 +191,8 @@ class Service:
         with self.database.write() as connection:
             ids = _jobs_of(connection, sweep_id)
             there_were = submitting.states_of(connection, ids)
-            retried = self._retry(connection, self.database.now(connection), user, ids, states)
+            ended = [JobState(state) for state in states]
+            retried = self._retry(connection, self.database.now(connection), user, ids, ended)
             return len(retried), {state: there_were[state] for state in RETRIABLE}
 
     def pause_sweep(self, sweep_id: str, *, user: str) -> None:
@@ -292,7 +294,7 @@ class Service:
                     connection,
                     now,
                     user,
-                    [Event("dataset.registered", data={"name": name, "test_images_in_train": in_both})],
+                    [Event(EventKind.DATASET_REGISTERED, data={"name": name, "test_images_in_train": in_both})],
                 )
         return {**vars(found), "name": OWN_DATASET + name, "test_images_in_train": in_both}
 
@@ -306,7 +308,7 @@ class Service:
 
     def _retry(
         self, connection: Connection, now: float, user: str, ids: list[str],
-        states: Collection[str] = RETRIABLE,
+        states: Collection[JobState] = RETRIABLE,
     ) -> list[str]:  # fmt: skip
         for owner, count in submitting.reopening(connection, ids, states).items():
             self._check_quota(connection, owner, count)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from service.model.events import EventKind
 from service.model.verdict import VERSION
 from service.store import Connection, filing, history, judging
 from service.store.history import Event
@@ -12,10 +13,11 @@ def judge_results(connection: Connection, now: float, actor: str, before: Mappin
     judged = judging.verdicts(connection, list(before))
     judging.write_verdicts(connection, judged)
     filing.file_verdicts(connection, list(before))
-    changed = [(job_id, verdict.verdict) for job_id, verdict in judged if verdict.verdict != before[job_id]]
-    events = [
-        Event("result.judged", job_id=job_id, data={"version": VERSION, "before": before[job_id], "verdict": verdict})
-        for job_id, verdict in changed
-    ]
+    changed = {
+        job_id: {"version": VERSION, "before": before[job_id], "verdict": verdict.verdict}
+        for job_id, verdict in judged
+        if verdict.verdict != before[job_id]
+    }
+    events = [Event(EventKind.RESULT_JUDGED, job_id=job_id, data=data) for job_id, data in changed.items()]
     history.append(connection, now, actor, events)
     return len(events)

@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, literal, select, update
 
+from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, TaskState
 from service.model.records import Queue
 from service.store import history
@@ -27,8 +28,8 @@ def pause_sweep(
     changed = update(sweeps).where(sweeps.c.id == sweep_id, sweeps.c.paused.is_not(paused))
     if connection.execute(changed.values(paused=paused, pause_reason=reason)).rowcount == 0:
         return False
-    verb, data = "paused" if paused else "resumed", {"reason": reason} if reason else {}
-    history.append(connection, now, actor, [Event(f"sweep.{verb}", sweep_id=sweep_id, data=data)])
+    kind, data = EventKind.SWEEP_PAUSED if paused else EventKind.SWEEP_RESUMED, {"reason": reason} if reason else {}
+    history.append(connection, now, actor, [Event(kind, sweep_id=sweep_id, data=data)])
     rank_anew(connection, now, _open_tasks_of(jobs.c.sweep_id == sweep_id))
     return True
 
@@ -53,7 +54,7 @@ def pause_queue(connection: Connection, now: float, actor: str, *, paused: bool)
         connection.execute(insert(queues).values(name=QUEUE, **values))
     else:
         connection.execute(update(queues).where(queues.c.name == QUEUE).values(values))
-    history.append(connection, now, actor, [Event("queue.paused" if paused else "queue.resumed")])
+    history.append(connection, now, actor, [Event(EventKind.QUEUE_PAUSED if paused else EventKind.QUEUE_RESUMED)])
     return True
 
 
@@ -73,7 +74,9 @@ def _change_jobs(
         connection.execute(update(jobs).where(which, jobs.c.state.in_(LIVE_JOB)).values(priority=priority))
         rank_anew(connection, now, _open_tasks_of(which))
     given = _given(priority, labels)
-    history.append_for_jobs(connection, now, actor, "job.changed", select(jobs.c.id).where(which), literal(given, Json))
+    history.append_for_jobs(
+        connection, now, actor, EventKind.JOB_CHANGED, select(jobs.c.id).where(which), literal(given, Json)
+    )
     return int(connection.execute(select(func.count()).select_from(jobs).where(which)).scalar_one())
 
 
@@ -84,7 +87,7 @@ def change_sweep(
     """The same for a sweep and all of its jobs; returns how many those are."""
     given = _given(priority, labels)
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(given))
-    history.append(connection, now, actor, [Event("sweep.changed", sweep_id=sweep_id, data=given)])
+    history.append(connection, now, actor, [Event(EventKind.SWEEP_CHANGED, sweep_id=sweep_id, data=given)])
     return _change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
 
 
@@ -111,8 +114,8 @@ def _boost_jobs(connection: Connection, now: float, actor: str, which: ColumnEle
     ids = list(connection.scalars(update(jobs).where(changed).values(boosted=boosted).returning(jobs.c.id)))
     if ids:
         rank_anew(connection, now, _open_tasks_of(jobs.c.id.in_(listed(ids))))
-        verb = "boosted" if boosted else "unboosted"
-        history.append_for_jobs(connection, now, actor, f"job.{verb}", listed(ids))
+        kind = EventKind.JOB_BOOSTED if boosted else EventKind.JOB_UNBOOSTED
+        history.append_for_jobs(connection, now, actor, kind, listed(ids))
     return len(ids)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, exists, func, insert, literal, select
 
+from service.model.events import EventKind
 from service.model.records import FirstEvent
 from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
@@ -18,9 +19,9 @@ PAGE = 1000  # events that are read at once
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened to a job, a task or a sweep: `kind` is `noun.verb`, as in `task.succeeded`."""
+    """Something happened, mostly to a job, a task or a sweep."""
 
-    kind: str
+    kind: EventKind
     sweep_id: str | None = None
     job_id: str | None = None
     task_id: str | None = None
@@ -38,22 +39,22 @@ def append(connection: Connection, now: float, actor: str, happened: list[Event]
 
 
 def append_for_jobs(
-    connection: Connection, now: float, actor: str, kind: str, which: Ids, data: Value | None = None
+    connection: Connection, now: float, actor: str, kind: EventKind, which: Ids, data: Value | None = None
 ) -> None:
     """The same event for each job of `which` (a query of ids), in the order they were submitted.
 
     `data` is made of columns of `jobs`, as they are at this moment.
     """
     columns = {"sweep_id": jobs.c.sweep_id, "job_id": jobs.c.id}
-    _append_for(connection, now, actor, jobs, which, {**columns, "kind": literal(kind)}, data)
+    _append_for(connection, now, actor, jobs, which, {**columns, "kind": literal(str(kind))}, data)
 
 
 def append_for_tasks(
-    connection: Connection, now: float, actor: str, kind: str | None, which: Ids, data: Value | None = None
+    connection: Connection, now: float, actor: str, kind: EventKind | None, which: Ids, data: Value | None = None
 ) -> None:
     """The same for tasks; without a `kind` it is `task.` and the state that each is in at this moment."""
-    named = literal(kind) if kind else "task." + tasks.c.state
-    _append_for(connection, now, actor, tasks, which, {"task_id": tasks.c.id, "kind": named}, data)
+    stored = literal(str(kind)) if kind else "task." + tasks.c.state
+    _append_for(connection, now, actor, tasks, which, {"task_id": tasks.c.id, "kind": stored}, data)
 
 
 def _append_for(

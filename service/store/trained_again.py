@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, insert, or_, select, update
 from uuid_utils import uuid7
 
+from service.model.events import EventKind
 from service.model.jobs import LIVE_JOB, TaskState
 from service.store import history
 from service.store.history import Event
@@ -18,7 +19,7 @@ from service.store.listed import insert_rows, listed
 from service.store.result_tables import results
 from service.store.retracting import GIVEN_UP, give_digests_up, new_digest
 from service.store.settling import rank_anew, settle_jobs
-from service.store.states import DIGEST
+from service.store.states import DIGEST, move_tasks
 from service.store.tables import artifacts, attempts, job_tasks, jobs, task_edges, tasks, trainings
 from service.store.task_kinds import TASK_KINDS
 
@@ -77,18 +78,18 @@ def _replace(connection: Connection, now: float, actor: str, made: Made, weights
     connection.execute(replaced.values(trained_again_as=made.weights_sha256))
     data = {"weights_sha256": weights, "trained_again_as": made.weights_sha256, "task_id": new_id}
     happened = [
-        Event("task.other_weights", task_id=row.id, attempt=made.attempt, data=data),
-        Event("task.succeeded", task_id=row.id, attempt=earlier),
-        Event("task.queued", task_id=new_id, data={"kind": row.kind}),
-        Event("task.running", task_id=new_id, attempt=made.attempt - earlier),
+        Event(EventKind.TASK_OTHER_WEIGHTS, task_id=row.id, attempt=made.attempt, data=data),
+        Event(EventKind.TASK_SUCCEEDED, task_id=row.id, attempt=earlier),
+        Event(EventKind.TASK_QUEUED, task_id=new_id, data={"kind": row.kind}),
+        Event(EventKind.TASK_RUNNING, task_id=new_id, attempt=made.attempt - earlier),
     ]
     history.append(connection, now, actor, happened)
     live = _live_jobs(connection, row.id)
     instead = _copy_children(connection, now, row.id, new_id, live)
     _need_instead(connection, live, {"train": {row.id: new_id}} | instead)
     copies = listed(copy for of_kind in instead.values() for copy in of_kind.values())
-    history.append_for_tasks(connection, now, actor, "task.blocked", copies)
-    history.append_for_jobs(connection, now, actor, "job.replanned", listed(live))
+    history.append_for_tasks(connection, now, actor, EventKind.TASK_BLOCKED, copies)
+    history.append_for_jobs(connection, now, actor, EventKind.JOB_REPLANNED, listed(live))
     rank_anew(connection, now, or_(tasks.c.id == new_id, tasks.c.id.in_(copies)))
     ended = _end_children(connection, now, actor, row.id)
     settle_jobs(connection, now, actor, listed(live))
@@ -187,12 +188,12 @@ def _end_children(connection: Connection, now: float, actor: str, parent: str) -
     """No job needs what has not ended on the old weights; what runs is taken back at no cost."""
     children = tasks.c.id.in_(select(task_edges.c.child_id).where(task_edges.c.parent_id == parent))
     open_states = (TaskState.BLOCKED, TaskState.QUEUED, TaskState.RUNNING, TaskState.HELD)
-    values = {"state": TaskState.CANCELLED, "reason": WHY, "finished_at": now, "holder": None, "lease_expires_at": None}
-    theirs = update(tasks).where(children, tasks.c.state.in_(open_states))
+    values = {"reason": WHY, "finished_at": now, "holder": None, "lease_expires_at": None}
+    theirs = move_tasks(open_states, TaskState.CANCELLED).where(children)
     ended = list(connection.scalars(theirs.values(values).returning(tasks.c.id)))
     running = (attempts.c.task_id.in_(listed(ended)), attempts.c.ended_at.is_(None))
     taken_back = {"ended_at": now, "end": "given_back", "message": WHY}
     connection.execute(update(attempts).where(*running).values(taken_back))
-    events = [Event("task.cancelled", task_id=task_id, data={"reason": WHY}) for task_id in ended]
+    events = [Event(EventKind.TASK_CANCELLED, task_id=task_id, data={"reason": WHY}) for task_id in ended]
     history.append(connection, now, actor, events)
     return ended

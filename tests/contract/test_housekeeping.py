@@ -14,6 +14,7 @@ from store_lab import Lab
 
 from service import private
 from service.lab.artifacts import Artifacts
+from service.model.events import EventKind
 from service.model.executor import ArtifactRef, Grant, Progress
 from service.operations.housekeeping import Policy, Report, collect, keep_house
 from service.settings import Settings
@@ -143,7 +144,7 @@ def test_old_events_go_from_the_oldest_on(database: Database, artifacts: Artifac
     with lab.database.write() as connection:
         now = lab.database.now(connection)
         for days in (9, 8, 3, 7, 1):
-            history.append(connection, now - days * 86_400, "ann", [Event("sweep.submitted")] * 5)
+            history.append(connection, now - days * 86_400, "ann", [Event(EventKind.SWEEP_SUBMITTED)] * 5)
     assert gc(lab).events.count == 0, "they are the audit log"
     week = Policy(HOUR, event_seconds=5 * 86_400)
     assert gc(lab, week, dry_run=True).events.count == 10
@@ -151,7 +152,7 @@ def test_old_events_go_from_the_oldest_on(database: Database, artifacts: Artifac
     assert [event.id for event in lab.rows(tables.events)] == list(range(11, 26))
     assert gc(lab, Policy(HOUR, event_seconds=1)).events.count == 14
     with lab.database.write() as connection:
-        history.append(connection, now, "ann", [Event("sweep.submitted")])
+        history.append(connection, now, "ann", [Event(EventKind.SWEEP_SUBMITTED)])
     assert [event.id for event in lab.rows(tables.events)] == [25, 26], "the newest stays, and the next follows it"
 
 

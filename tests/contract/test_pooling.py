@@ -19,6 +19,7 @@ from api.http.app import create_app
 from service.errors import DatabaseAway, UnfitDatabase
 from service.lab.artifact_root import of_database
 from service.lab.artifacts import Artifacts
+from service.model.events import EventKind
 from service.operations import doctor, upgrading
 from service.settings import BadSettings, Settings
 from service.store import Database, history
@@ -174,7 +175,7 @@ def test_news_are_looked_for_where_notices_are_lost(pooled: Database) -> None:
     with closing(waking(pooled)) as waiting:
         for _ in range(2):
             with pooled.write() as connection:
-                history.append(connection, pooled.now(connection), "ann", [Event("sweep.paused")])
+                history.append(connection, pooled.now(connection), "ann", [Event(EventKind.SWEEP_PAUSED)])
             started = time.monotonic()
             waiting.wait(0.2)
             assert 0.2 <= time.monotonic() - started < 5
@@ -230,7 +231,7 @@ def test_what_the_environment_says_of_encodings_changes_nothing(
 ) -> None:
     monkeypatch.setenv("PGCLIENTENCODING", setting)
     with closing(Database(postgresql_url)) as database, database.write() as connection:
-        history.append(connection, database.now(connection), "Žofie 你好", [Event("sweep.paused")])
+        history.append(connection, database.now(connection), "Žofie 你好", [Event(EventKind.SWEEP_PAUSED)])
         assert connection.execute(text("SELECT actor FROM events")).scalar_one() == "Žofie 你好"
 
 

@@ -30,6 +30,7 @@ from waiting import until
 
 from service.errors import DatabaseAway, DatabaseFull, SchemaOutdated
 from service.lab.artifacts import Artifacts
+from service.model.events import EventKind
 from service.queue.submission import Idempotency
 from service.specs import JobSpec
 from service.store import Database, history
@@ -88,7 +89,7 @@ class TestTransactions:
             for number in range(15):
                 try:
                     with database.write() as connection:
-                        happened = [Event("sweep.submitted", data={"n": number})] * (1 + number % 3)
+                        happened = [Event(EventKind.SWEEP_SUBMITTED, data={"n": number})] * (1 + number % 3)
                         history.append(connection, database.now(connection), actor, happened)
                         if number % 5 == 4:
                             raise RuntimeError("a transaction that comes to nothing leaves no gap")
@@ -424,7 +425,7 @@ class TestAway:
 
 
 def append(connection: Connection, actor: str = "ann") -> None:
-    history.append(connection, 0.0, actor, [Event("sweep.submitted")])
+    history.append(connection, 0.0, actor, [Event(EventKind.SWEEP_SUBMITTED)])
 
 
 def fill_first_schema(database: Database) -> None:

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DatabaseError
 
+from service.model.events import EventKind
 from service.store import Database, history
 from service.store.history import Event
 from service.store.waking import Waking, waking
@@ -38,7 +39,7 @@ def other(database: Database) -> Iterator[Database]:
 def write(database: Database, seconds: float = 0.0) -> None:
     time.sleep(seconds)
     with database.write() as connection:
-        history.append(connection, database.now(connection), "ann", [Event("sweep.paused")])
+        history.append(connection, database.now(connection), "ann", [Event(EventKind.SWEEP_PAUSED)])
 
 
 def test_it_ends_soon_after_a_commit(waiting: Waking, other: Database) -> None:
