@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.http.schemas import JOB_EXAMPLE, JOB_ID, NetworkWorstCase
+from api.http.examples import JOB_EXAMPLE, JOB_ID
+from api.http.schemas import NetworkWorstCase
 
 Curves = dict[str, dict[str, Any]]  # by part and name; a curve has a list of numbers for each of its columns
 CURVES: Any = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
@@ -177,8 +178,9 @@ class Union(BaseModel):
     broken_only_by: dict[str, int] = Field(description="Examples that no other of the attacks breaks, by job.")
     left_out: dict[str, str] = Field(
         description="Results that prove nothing, by job, and why: one of the reasons of verdicts, `superseded` by a "
-        "newer version of the attack, or `retracted`.", examples=[{}],
-    )  # fmt: skip
+        "newer version of the attack, or `retracted`.",
+        examples=[{}],
+    )
 
 
 class Compared(Standing):
@@ -300,9 +302,10 @@ class Correlation(BaseModel):
     version: int = Field(examples=[1])
     measure_version: int = Field(examples=[1])
     verdict_version: int | None = Field(
-        default=None, description="Of the rule that chose the results by their verdict, or counted a number.",
+        default=None,
+        description="Of the rule that chose the results by their verdict, or counted a number.",
         examples=[5],
-    )  # fmt: skip
+    )
     measure_spec: dict[str, Any] | None = Field(
         default=None,
         description="Of the further measure that `measure` is a number of: its parameters and version.",

@@ -15,17 +15,23 @@ from service.specs.names import Architecture
 
 router = Router(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
 SHA256 = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
+EXAMPLE: dict[str, Any] = {
+    "name": "resnet18_from_the_hub",
+    "architecture": "resnet18",
+    "dataset": "cifar10",
+    "weights_sha256": SHA256,
+    "keys": {"module.": ""},
+    "mean": [0.4914, 0.4822, 0.4465],
+    "std": [0.247, 0.2435, 0.2616],
+    "expected_clean_accuracy": 0.95,
+}
 PerChannel = Annotated[list[float], Field(max_length=16)]
 
 
 class CheckpointSubmission(BaseModel):
     """A safetensors file, uploaded as an artifact first. Pickles are refused."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{
-        "name": "resnet18_from_the_hub", "architecture": "resnet18", "dataset": "cifar10", "weights_sha256": SHA256,
-        "keys": {"module.": ""}, "mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616],
-        "expected_clean_accuracy": 0.95,
-    }]})  # fmt: skip
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     architecture: Architecture
@@ -43,6 +49,20 @@ class CheckpointSubmission(BaseModel):
     tolerance: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
         default=None, description=f"How far from `expected_clean_accuracy` it may be; {TOLERANCE} when left out."
     )
+
+    @property
+    def upload(self) -> Upload:
+        return Upload(
+            name=self.name,
+            architecture=self.architecture,
+            dataset=self.dataset,
+            uploaded_sha256=self.weights_sha256,
+            keys=self.keys,
+            mean=self.mean,
+            std=self.std,
+            expected_clean_accuracy=self.expected_clean_accuracy,
+            tolerance=self.tolerance,
+        )
 
 
 class Checkpoint(BaseModel):
@@ -89,11 +109,7 @@ def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) 
     if not service.artifacts.exists(body.weights_sha256):
         said = f"it has not been uploaded: PUT /v1/artifacts/{body.weights_sha256} first"
         raise InvalidSpec([("/weights_sha256", said)])
-    upload = Upload(
-        body.name, body.architecture, body.dataset, body.weights_sha256, body.keys, body.mean, body.std,
-        body.expected_clean_accuracy, body.tolerance,
-    )  # fmt: skip
-    return register(service.database, service.artifacts, upload, user=user)
+    return register(service.database, service.artifacts, body.upload, user=user)
 
 
 @router.get("", dependencies=[scope("read")], response_model=CheckpointList, responses=documented())

@@ -18,8 +18,9 @@ router = Router(route_class=RegistrationRoute, prefix="/v1/datasets", tags=["dat
 def register_dataset(body: DatasetSubmission, service: Verbs, user: User) -> Any:
     """Register two uploaded files (`train.npz`, `test.npz`) as `npz:NAME`. Again with the same files: no change."""
     digests = {"train_sha256": body.train_sha256, "test_sha256": body.test_sha256}
-    missing = [(f"/{name}", f"artifact {digest} has not been uploaded: PUT /v1/artifacts/{digest} first")
-               for name, digest in digests.items() if not service.artifacts.exists(digest)]  # fmt: skip
+    missing = [
+        (f"/{name}", _not_uploaded(digest)) for name, digest in digests.items() if not service.artifacts.exists(digest)
+    ]
     if missing:
         raise InvalidSpec(missing)
     return service.register_dataset(body.name, body.train_sha256, body.test_sha256, user=user)
@@ -29,3 +30,7 @@ def register_dataset(body: DatasetSubmission, service: Verbs, user: User) -> Any
 def list_datasets(insights: Questions) -> Any:
     """The registered data sets; the known ones are in the catalogue."""
     return {"items": insights.datasets()}
+
+
+def _not_uploaded(digest: str) -> str:
+    return f"artifact {digest} has not been uploaded: PUT /v1/artifacts/{digest} first"

@@ -35,9 +35,12 @@ REPLAYED = {
 }
 RETRY_AFTER = {"description": "Seconds until it is worth while to ask again.", "schema": {"type": "string"}}
 IF_NONE_MATCH = {
-    "name": "If-None-Match", "in": "header", "required": False, "schema": {"type": "string"},
+    "name": "If-None-Match",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
     "description": "The `ETag` of what you have: 304 without a body where that is still the answer.",
-}  # fmt: skip
+}
 TAGS = [
     {"name": "jobs", "description": "One benchmark cell each."},
     {"name": "sweeps", "description": "Named grids of jobs."},

@@ -37,7 +37,7 @@ from service.errors import (
     Unauthenticated,
     UncannyError,
     UnfitDatabase,
-)  # fmt: skip
+)
 from service.lab.access import NotAllowed
 from service.lab.checkpoints import NotChecked, TensorsDiffer
 from service.model.pointers import pointer_to

@@ -7,10 +7,10 @@ from pydantic import BaseModel, Field
 
 from api.http.deps import Cursor, Limit, Verbs
 from api.http.errors import documented
+from api.http.examples import DIGEST, JOB_EXAMPLE, JOB_ID
 from api.http.paging import linked
 from api.http.permissions import scope
 from api.http.routing import Router
-from api.http.schemas import DIGEST, JOB_EXAMPLE, JOB_ID
 from service.results.networks import trained
 
 router = Router(prefix="/v1/networks", tags=["checkpoints"])

@@ -27,8 +27,11 @@ router = Router(prefix="/v1/results", tags=["results"])
 Format = Literal["json", "csv", "ndjson", "parquet"]
 PARQUET = "application/vnd.apache.parquet"
 MEDIA: dict[str, Format] = {
-    "application/json": "json", "text/csv": "csv", "application/x-ndjson": "ndjson", PARQUET: "parquet",
-}  # fmt: skip
+    "application/json": "json",
+    "text/csv": "csv",
+    "application/x-ndjson": "ndjson",
+    PARQUET: "parquet",
+}
 VARY = {"Vary": "Accept"}
 STREAMED: dict[str, Any] = {
     "text/csv": {"schema": {"type": "string"}},

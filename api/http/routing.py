@@ -16,10 +16,18 @@ from api.http.turns import Turns
 
 WRITERS, REGISTRATIONS, UPLOADS = "writers", "registrations", "uploads"
 QUESTIONS, DOWNLOADS = "questions", "downloads"
-OF_MANY = frozenset({
-    "/v1/correlations", "/v1/jobs", "/v1/leaderboard", "/v1/networks", "/v1/results", "/v1/results:aggregate",
-    "/v1/results:compare", "/v1/results:trajectories", "/v1/sweeps", "/v1/worst-cases",
-})  # fmt: skip
+OF_MANY = {
+    "/v1/correlations",
+    "/v1/jobs",
+    "/v1/leaderboard",
+    "/v1/networks",
+    "/v1/results",
+    "/v1/results:aggregate",
+    "/v1/results:compare",
+    "/v1/results:trajectories",
+    "/v1/sweeps",
+    "/v1/worst-cases",
+}
 """Questions that take the longer, the more the store has. What looks at one thing, or counts, is always answered."""
 
 

@@ -4,43 +4,24 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
+from api.http.examples import (
+    ATTEMPT_EXAMPLE,
+    CANONICAL_EXAMPLE,
+    DATASET_EXAMPLE,
+    DIGEST,
+    JOB_EXAMPLE,
+    JOB_ID,
+    MEASURE_DIGEST,
+    MEASURE_EXAMPLE,
+    RESTORATIONS_EXAMPLE,
+    RESULT_EXAMPLE,
+    RETRACTION_EXAMPLE,
+    RETRACTIONS_EXAMPLE,
+    SWEEP_EXAMPLE,
+)
 from service.specs import JobSpec
 from service.specs.base import Labels, Priority
 
-JOB_ID = "01939d3e-7b1f-7c3e-a2d4-5f60718293a4"
-DIGEST = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
-JOB_EXAMPLE: dict[str, Any] = {
-    "architecture": "simple_cnn",
-    "dataset": "digits",
-    "scale": 5,
-    "attack": {"type": "pgd", "norm": "linf", "eps": "8/255", "step_size": "2/255", "steps": 10},
-    "recipe": {"name": "standard", "epochs": 5},
-    "samples": 200,
-}
-SWEEP_EXAMPLE: dict[str, Any] = {
-    "name": "scales of a small net",
-    "base": {"dataset": "digits", "recipe": {"name": "standard", "epochs": 5}, "samples": 200},
-    "grid": {"architecture": ["simple_cnn", "mlp"], "scale": [0.5, 1, 5], "attack": ["pgd_l2", "pgd_linf"]},
-}
-MEASURE_EXAMPLE: dict[str, Any] = {
-    "kind": "measure", "version": 1, "checkpoint": DIGEST, "measure": {"type": "closed_forms"}, "scale": 5.0,
-    "scale_bias": True, "samples": 200,
-}  # fmt: skip
-MEASURE_DIGEST = "2ff9f2560789cbcb77919ee22236745c2e66c44cdf316a4a181251b8c43cf979"
-CANONICAL_EXAMPLE = (
-    f'{{"checkpoint":"{DIGEST}","kind":"measure","measure":{{"type":"closed_forms"}},"samples":200,"scale":5.0,'
-    '"version":1}'
-)
-ATTEMPT_EXAMPLE: dict[str, Any] = {
-    "number": 1, "holder": "node-1", "worker": "node-3 pid 4711 cuda:0", "started_at": "2026-01-01T12:00:00.000Z",
-    "ended_at": "2026-01-01T12:00:04.000Z", "end": "succeeded", "message": None, "traceback": None,
-    "provenance": {"torch": "2.11.0", "device": "NVIDIA H100 80GB HBM3", "wall_seconds": 3.9},
-}  # fmt: skip
-RESULT_EXAMPLE: dict[str, Any] = {
-    **JOB_EXAMPLE, "job_id": JOB_ID, "clean_accuracy": 0.97, "robust_accuracy": 0.55,
-    "robust_accuracy_ci95_low": 0.481, "robust_accuracy_ci95_high": 0.617, "verdict": "trusted",
-    "verdict_reasons": [], "log_relative_sharpness_median": -34.1,
-}  # fmt: skip
 WILSON = "Of the 95 % interval from its images (Wilson), for this one network."
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
@@ -73,9 +54,7 @@ class JobSubmission(JobSpec):
 class DatasetSubmission(BaseModel):
     """A data set of your own: its two files are uploaded as artifacts first."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [
-        {"name": "my_images", "train_sha256": DIGEST, "test_sha256": DIGEST}
-    ]})  # fmt: skip
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [DATASET_EXAMPLE]})
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     train_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -499,9 +478,7 @@ Measure = Annotated[
 class Retraction(BaseModel):
     """Why results are retracted, and whether their jobs are to be computed again, as another replicate."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [
-        {"reason": "the attack clipped to [0, 255]", "rerun": True}
-    ]})  # fmt: skip
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [RETRACTION_EXAMPLE]})
 
     reason: Annotated[str, Field(min_length=3, max_length=2000, pattern=r"^[^\x00]*$")]
     rerun: StrictBool = False
@@ -510,9 +487,7 @@ class Retraction(BaseModel):
 class Retractions(Retraction):
     """The same for every result that a filter chooses."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [
-        {"filter": "versions.attack = 1 and attack = apgd", "reason": "wrong step size", "rerun": False}
-    ]})  # fmt: skip
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [RETRACTIONS_EXAMPLE]})
 
     filter: Annotated[str, Field(pattern=r"\S", description="As for `GET /v1/results`; a blank one is refused.")]
     measure: Measure = None
@@ -521,9 +496,7 @@ class Retractions(Retraction):
 class Restorations(BaseModel):
     """Which retractions are taken back: those that hide results which a filter chooses."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [
-        {"filter": "retraction_reason = 'wrong step size'"}
-    ]})  # fmt: skip
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [RESTORATIONS_EXAMPLE]})
 
     filter: Annotated[str, Field(pattern=r"\S", description="As for `GET /v1/results`; a blank one is refused.")]
     measure: Measure = None

@@ -7,10 +7,10 @@ from fastapi import Query, Request
 from api.http.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories, WorstCases
 from api.http.deps import Questions, SaysNumber, SaysTruth
 from api.http.errors import documented
+from api.http.examples import JOB_ID
 from api.http.filters import Filter, documented_filters, filters_of
 from api.http.permissions import scope
 from api.http.routing import Router
-from api.http.schemas import JOB_ID
 from service.model.query import names_of
 from service.model.unit import Unit
 from service.results import aggregates, comparing, correlating, leaderboard, worst_case

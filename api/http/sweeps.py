@@ -6,13 +6,13 @@ from fastapi import Body, Query, Request, Response
 
 from api.http.deps import Cursor, IsDryRun, Key, Limit, Questions, User, Verbs, Wait, idempotency
 from api.http.errors import documented
+from api.http.examples import SWEEP_EXAMPLE
 from api.http.jobs import answer, wait_for
 from api.http.paging import linked
 from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
 from api.http.routing import Router
 from api.http.schemas import (
-    SWEEP_EXAMPLE,
     AcceptedSweep,
     Change,
     Changed,
@@ -62,9 +62,13 @@ def submit_sweep(
 
 @router.get("", dependencies=[scope("read")], response_model=SweepPage, responses=documented(422))
 def list_sweeps(
-    request: Request, response: Response, insights: Questions,
-    user: str | None = None, limit: Limit = 20, cursor: Cursor = None,
-) -> Any:  # fmt: skip
+    request: Request,
+    response: Response,
+    insights: Questions,
+    user: str | None = None,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+) -> Any:
     """Sweeps with their progress, the newest first."""
     return linked(insights.sweeps(user=user, cursor=cursor, limit=limit), request, response)
 
