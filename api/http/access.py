@@ -1,6 +1,6 @@
 """Users and their tokens, and who one is."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,7 +9,7 @@ from api.http.auth import NAME
 from api.http.deps import CurrentCaller, Users
 from api.http.errors import documented
 from api.http.permissions import Scope, scope, submitter_or_own_token
-from api.http.routing import Router
+from api.http.routing import Answer, Router
 
 router = Router(prefix="/v1", tags=["access"])
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$")]
@@ -117,25 +117,25 @@ class TokenList(BaseModel):
 
 
 @router.get("/me", dependencies=[scope("read")], response_model=Me, responses=documented())
-def get_me(users: Users, caller: CurrentCaller) -> Any:
+def get_me(users: Users, caller: CurrentCaller) -> Answer:
     """Who you are, your role, quotas, and what your token may do."""
     return users.me(caller)
 
 
 @router.get("/users", dependencies=[scope("admin")], response_model=UserList, responses=documented())
-def list_users(users: Users) -> Any:
+def list_users(users: Users) -> Answer:
     """All users (admin)."""
     return {"items": users.users()}
 
 
 @router.put("/users/{name}", dependencies=[scope("admin")], response_model=User, responses=documented(404, 409, 422))
-def put_user(name: Name, body: UserChange, users: Users, caller: CurrentCaller) -> Any:
+def put_user(name: Name, body: UserChange, users: Users, caller: CurrentCaller) -> Answer:
     """Make a user, or change role, weight and quotas of one; `disabled: false` lets one in again (admin)."""
     return users.put_user(name, body.model_dump(exclude_unset=True), actor=caller.name)
 
 
 @router.delete("/users/{name}", dependencies=[scope("admin")], response_model=User, responses=documented(404, 409, 422))
-def disable_user(name: Name, users: Users, caller: CurrentCaller) -> Any:
+def disable_user(name: Name, users: Users, caller: CurrentCaller) -> Answer:
     """Refuse all tokens of a user from now on; what they measured stays (admin)."""
     return users.put_user(name, {"disabled": True}, actor=caller.name)
 
@@ -143,7 +143,7 @@ def disable_user(name: Name, users: Users, caller: CurrentCaller) -> Any:
 @router.get("/tokens", dependencies=[scope("read")], response_model=TokenList, responses=documented(403, 422))
 def list_tokens(
     users: Users, caller: CurrentCaller, user: Annotated[str | None, Query(description="Another's: admin.")] = None
-) -> Any:
+) -> Answer:
     """Your tokens, also revoked ones. No secret is ever shown again."""
     return {"items": users.tokens(by=caller, user=user)}
 
@@ -155,7 +155,7 @@ def list_tokens(
     response_model=NewToken,
     responses=documented(403, 404, 409, 422),
 )
-def create_token(body: TokenRequest, users: Users, caller: CurrentCaller) -> Any:
+def create_token(body: TokenRequest, users: Users, caller: CurrentCaller) -> Answer:
     """Make a token for yourself, or, as an admin, for a user. Its secret is in this answer only."""
     return users.create_token(body.user or caller.name, body.name, body.scope, body.expires_in_days, by=caller)
 
@@ -166,6 +166,6 @@ def create_token(body: TokenRequest, users: Users, caller: CurrentCaller) -> Any
     response_model=RevokedToken,
     responses=documented(404, 409),
 )
-def revoke_token(token_id: str, users: Users, caller: CurrentCaller) -> Any:
+def revoke_token(token_id: str, users: Users, caller: CurrentCaller) -> Answer:
     """Refuse this token from now on, and all that were made with it."""
     return users.revoke_token(token_id, by=caller)

@@ -1,14 +1,15 @@
 """The shapes of what is said about many results, and of the service itself: answers only, for the OpenAPI document."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.http.examples import JOB_EXAMPLE, JOB_ID
 from api.http.schemas import NetworkWorstCase
+from service.model.json import JsonObject
 
-Curves = dict[str, dict[str, Any]]  # by part and name; a curve has a list of numbers for each of its columns
-CURVES: Any = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
+Curves = dict[str, JsonObject]  # by part and name; a curve has a list of numbers for each of its columns
+CURVES: JsonObject = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
 HIDDEN: int = Field(
     default=0, description="Results of the filter that are hidden because they are retracted, counted up to 1,000."
 )
@@ -44,9 +45,7 @@ class Cluster(BaseModel):
     dispatcher: str | None
     lease_expires_at: str | None
     set_aside: list[SetAside] = Field(default=[], description="What gets no work for now, with the reason.")
-    status: dict[str, Any] = Field(
-        description="Of the cluster: ready, cpus, gpus, nodes ...", examples=[{"cpus": 16.0}]
-    )
+    status: JsonObject = Field(description="Of the cluster: ready, cpus, gpus, nodes ...", examples=[{"cpus": 16.0}])
 
 
 class StoredNumber(BaseModel):
@@ -71,21 +70,21 @@ class StoredNumber(BaseModel):
 class Catalog(BaseModel):
     """By name, with parameters, bounds and defaults as JSON schemas."""
 
-    architectures: dict[str, dict[str, Any]]
-    datasets: dict[str, dict[str, Any]]
-    registered_datasets: list[dict[str, Any]] = Field(description="As in `GET /v1/datasets`.")
-    recipes: dict[str, dict[str, Any]]
-    recipe_presets: dict[str, dict[str, Any]] = Field(
+    architectures: dict[str, JsonObject]
+    datasets: dict[str, JsonObject]
+    registered_datasets: list[JsonObject] = Field(description="As in `GET /v1/datasets`.")
+    recipes: dict[str, JsonObject]
+    recipe_presets: dict[str, JsonObject] = Field(
         description="By a name that stands for a whole recipe, what differs from the recipe's defaults.",
         examples=[{"adversarial_literature": {"name": "adversarial", "weight_decay": 5e-4}}],
     )
-    attacks: dict[str, dict[str, Any]]
-    attack_presets: dict[str, dict[str, Any]] = Field(examples=[{"pgd_linf": JOB_EXAMPLE["attack"]}])
-    measures: dict[str, dict[str, Any]]
+    attacks: dict[str, JsonObject]
+    attack_presets: dict[str, JsonObject] = Field(examples=[{"pgd_linf": JOB_EXAMPLE["attack"]}])
+    measures: dict[str, JsonObject]
     always_measured: list[str]
     numbers: list[StoredNumber] = Field(description="The dictionary of every number that a result can have.")
-    job: dict[str, Any] = Field(description="The JSON schema of a job.")
-    sweep: dict[str, Any] = Field(description="The JSON schema of a sweep.")
+    job: JsonObject = Field(description="The JSON schema of a job.")
+    sweep: JsonObject = Field(description="The JSON schema of a sweep.")
 
 
 class Standing(BaseModel):
@@ -144,7 +143,7 @@ class Aggregate(BaseModel):
 
     by: list[str] = Field(examples=[["scale"]])
     metrics: dict[str, list[str]] = Field(examples=[{"robust_accuracy": ["mean", "count"]}])
-    items: list[dict[str, Any]] = Field(
+    items: list[JsonObject] = Field(
         description="Each group: the values of `by`, the numbers of `results` and of `networks`, and the statistics of "
         "each metric. `ci95_of` says what an interval is of: `networks` (or `attack_seeds`), by Student's t, cut at 0 "
         "and 1 for shares; or `images`, by Wilson, for an accuracy where a single network or several without a spread "
@@ -152,7 +151,7 @@ class Aggregate(BaseModel):
         examples=[[{"scale": 5.0, "results": 15, "networks": 3, "robust_accuracy": {"mean": 0.57, "count": 3}}]],
     )
     spread_of: Literal["networks", "attack_seeds"] = Field(description="What is counted and what spreads.")
-    mixed: dict[str, list[Any]] = Field(description="Fields, other than seeds, that differ within a group.")
+    mixed: dict[str, list[object]] = Field(description="Fields, other than seeds, that differ within a group.")
     retracted: int = HIDDEN
 
 
@@ -200,7 +199,7 @@ class Compared(Standing):
 class Comparison(BaseModel):
     results: list[Compared]
     examples: int = Field(description="Which all of them have: the first of one fixed permutation, or of the file.")
-    differing: dict[str, list[Any]] = Field(description="Fields of the specs, with each one's value.")
+    differing: dict[str, list[object]] = Field(description="Fields of the specs, with each one's value.")
     pairs: list[Pair]
     union: Union | None
     union_refused: str | None = Field(description="Why there is no union.")
@@ -209,7 +208,7 @@ class Comparison(BaseModel):
 class CountedAttack(BaseModel):
     """An attack that a row's worst cases are over, and how many of the row's networks it met."""
 
-    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    attack: JsonObject = Field(examples=[JOB_EXAMPLE["attack"]])
     preset: str | None = Field(examples=["pgd_linf"])
     version: int = Field(examples=[1])
     networks: int = Field(examples=[3])
@@ -221,7 +220,7 @@ class Rank(BaseModel):
 
     rank: int
     architecture: str
-    recipe: dict[str, Any]
+    recipe: JsonObject
     train_version: int | None = Field(description="Of the training task.", examples=[1])
     scale: float = Field(description="Of the results that were asked for.")
     networks: int = Field(description="Distinct weights.", examples=[3])
@@ -264,7 +263,7 @@ class Board(BaseModel):
     samples: int
     order: str = Field(examples=["permutation"])
     scale_bias: bool
-    attack: dict[str, Any] | None = Field(
+    attack: JsonObject | None = Field(
         description="Where the results that were asked for have one alone.", examples=[JOB_EXAMPLE["attack"]]
     )
     preset: str | None = Field(examples=["pgd_linf"])
@@ -295,7 +294,7 @@ class Correlation(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     dataset: str = Field(examples=["cifar10"])
-    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    attack: JsonObject = Field(examples=[JOB_EXAMPLE["attack"]])
     samples: int = Field(examples=[1000])
     order: str = Field(examples=["permutation"])
     threat_model: str | None = Field(default=None, examples=["linf 8/255"])
@@ -306,12 +305,12 @@ class Correlation(BaseModel):
         description="Of the rule that chose the results by their verdict, or counted a number.",
         examples=[5],
     )
-    measure_spec: dict[str, Any] | None = Field(
+    measure_spec: JsonObject | None = Field(
         default=None,
         description="Of the further measure that `measure` is a number of: its parameters and version.",
         examples=[{"type": "sam_sharpness", "images": 1024, "rho": 0.05, "m": 128, "version": 1}],
     )
-    target_spec: dict[str, Any] | None = Field(default=None, description="The same of `target`.")
+    target_spec: JsonObject | None = Field(default=None, description="The same of `target`.")
     n: int = Field(description="Trained networks at s = 1.", examples=[48])
     results: int = Field(description="At s = 1, which are averaged within a network first.", examples=[144])
     architectures: int = Field(examples=[4])

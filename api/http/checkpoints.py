@@ -1,21 +1,22 @@
 """Checkpoints: weights made elsewhere, for jobs to name instead of a recipe that trains."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.http.deps import User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import RegistrationRoute, Router
+from api.http.routing import Answer, RegistrationRoute, Router
 from service.errors import InvalidSpec
 from service.lab.checkpoints import TOLERANCE, Upload, register, registered
+from service.model.json import JsonObject
 from service.specs.base import Number
 from service.specs.names import Architecture
 
 router = Router(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
 SHA256 = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
-EXAMPLE: dict[str, Any] = {
+EXAMPLE: JsonObject = {
     "name": "resnet18_from_the_hub",
     "architecture": "resnet18",
     "dataset": "cifar10",
@@ -103,7 +104,7 @@ class CheckpointList(BaseModel):
     response_model=Checkpoint,
     responses=documented(404, 409, 413, 422, 507),
 )
-def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) -> Any:
+def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) -> Answer:
     """Register weights for an architecture: names and shapes are checked now. Jobs name them as `"checkpoint": NAME`,
     in place of recipe and seed. Again with the same: no change."""
     if not service.artifacts.exists(body.weights_sha256):
@@ -113,6 +114,6 @@ def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) 
 
 
 @router.get("", dependencies=[scope("read")], response_model=CheckpointList, responses=documented())
-def list_checkpoints(service: Verbs) -> Any:
+def list_checkpoints(service: Verbs) -> Answer:
     """The registered checkpoints. Those that trainings made are at `/v1/networks`."""
     return {"items": registered(service.database)}

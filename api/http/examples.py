@@ -1,10 +1,10 @@
 """What the OpenAPI document shows as examples: requests that work, and answers as they come."""
 
-from typing import Any
+from service.model.json import JsonObject
 
 JOB_ID = "01939d3e-7b1f-7c3e-a2d4-5f60718293a4"
 DIGEST = "9c818143cfd10e15676234d9e38dbf9e0d968d847d151aa08a8cf4f190080b17"
-JOB_EXAMPLE: dict[str, Any] = {
+JOB_EXAMPLE: JsonObject = {
     "architecture": "simple_cnn",
     "dataset": "digits",
     "scale": 5,
@@ -12,12 +12,12 @@ JOB_EXAMPLE: dict[str, Any] = {
     "recipe": {"name": "standard", "epochs": 5},
     "samples": 200,
 }
-SWEEP_EXAMPLE: dict[str, Any] = {
+SWEEP_EXAMPLE: JsonObject = {
     "name": "scales of a small net",
     "base": {"dataset": "digits", "recipe": {"name": "standard", "epochs": 5}, "samples": 200},
     "grid": {"architecture": ["simple_cnn", "mlp"], "scale": [0.5, 1, 5], "attack": ["pgd_l2", "pgd_linf"]},
 }
-MEASURE_EXAMPLE: dict[str, Any] = {
+MEASURE_EXAMPLE: JsonObject = {
     "kind": "measure",
     "version": 1,
     "checkpoint": DIGEST,
@@ -31,7 +31,7 @@ CANONICAL_EXAMPLE = (
     f'{{"checkpoint":"{DIGEST}","kind":"measure","measure":{{"type":"closed_forms"}},"samples":200,"scale":5.0,'
     '"version":1}'
 )
-ATTEMPT_EXAMPLE: dict[str, Any] = {
+ATTEMPT_EXAMPLE: JsonObject = {
     "number": 1,
     "holder": "node-1",
     "worker": "node-3 pid 4711 cuda:0",
@@ -42,7 +42,7 @@ ATTEMPT_EXAMPLE: dict[str, Any] = {
     "traceback": None,
     "provenance": {"torch": "2.11.0", "device": "NVIDIA H100 80GB HBM3", "wall_seconds": 3.9},
 }
-RESULT_EXAMPLE: dict[str, Any] = {
+RESULT_EXAMPLE: JsonObject = {
     **JOB_EXAMPLE,
     "job_id": JOB_ID,
     "clean_accuracy": 0.97,
@@ -53,11 +53,11 @@ RESULT_EXAMPLE: dict[str, Any] = {
     "verdict_reasons": [],
     "log_relative_sharpness_median": -34.1,
 }
-DATASET_EXAMPLE: dict[str, Any] = {"name": "my_images", "train_sha256": DIGEST, "test_sha256": DIGEST}
-RETRACTION_EXAMPLE: dict[str, Any] = {"reason": "the attack clipped to [0, 255]", "rerun": True}
-RETRACTIONS_EXAMPLE: dict[str, Any] = {
+DATASET_EXAMPLE: JsonObject = {"name": "my_images", "train_sha256": DIGEST, "test_sha256": DIGEST}
+RETRACTION_EXAMPLE: JsonObject = {"reason": "the attack clipped to [0, 255]", "rerun": True}
+RETRACTIONS_EXAMPLE: JsonObject = {
     "filter": "versions.attack = 1 and attack = apgd",
     "reason": "wrong step size",
     "rerun": False,
 }
-RESTORATIONS_EXAMPLE: dict[str, Any] = {"filter": "retraction_reason = 'wrong step size'"}
+RESTORATIONS_EXAMPLE: JsonObject = {"filter": "retraction_reason = 'wrong step size'"}

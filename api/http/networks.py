@@ -1,6 +1,6 @@
 """Trained networks: the weights that trainings of this service made, for jobs to name."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Query, Request, Response
 from pydantic import BaseModel, Field
@@ -10,7 +10,8 @@ from api.http.errors import documented
 from api.http.examples import DIGEST, JOB_EXAMPLE, JOB_ID
 from api.http.paging import linked
 from api.http.permissions import scope
-from api.http.routing import Router
+from api.http.routing import Answer, Router
+from service.model.json import JsonObject
 from service.results.networks import trained
 
 router = Router(prefix="/v1/networks", tags=["checkpoints"])
@@ -24,7 +25,7 @@ class Network(BaseModel):
     weights_sha256: str = Field(examples=[DIGEST])
     architecture: str = Field(examples=["simple_cnn"])
     dataset: str = Field(examples=["digits"])
-    recipe: dict[str, Any] = Field(description="Whole, with its augmentation.", examples=[JOB_EXAMPLE["recipe"]])
+    recipe: JsonObject = Field(description="Whole, with its augmentation.", examples=[JOB_EXAMPLE["recipe"]])
     seed: int = Field(examples=[0])
     replicate: int = Field(examples=[0])
     test_accuracy: float | None = Field(description="On all test images.", examples=[0.97])
@@ -56,7 +57,7 @@ def list_networks(
     weights_sha256: Annotated[str | None, Query(description="Only of these weights.", pattern="^[0-9a-f]{64}$")] = None,
     limit: Limit = 100,
     cursor: Cursor = None,
-) -> Any:
+) -> Answer:
     """The networks that trainings made, the newest first. Jobs name one as `"checkpoint": WEIGHTS_SHA256`, in place of
     recipe and seed: they join its training, and what was computed on it."""
     asked = {"architecture": architecture, "dataset": dataset, "recipe": recipe, "weights_sha256": weights_sha256}

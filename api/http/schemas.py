@@ -1,6 +1,6 @@
 """The shapes of requests and answers, for the OpenAPI document; every answer is checked against them."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
@@ -19,6 +19,7 @@ from api.http.examples import (
     RETRACTIONS_EXAMPLE,
     SWEEP_EXAMPLE,
 )
+from service.model.json import JsonObject
 from service.specs import JobSpec
 from service.specs.base import Labels, Priority
 
@@ -26,11 +27,15 @@ WILSON = "Of the 95 % interval from its images (Wilson), for this one network."
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
-def with_bounds(schema: Any) -> Any:
+def with_bounds(schema: JsonObject) -> JsonObject:
     """A JSON schema whose bounds are in its own words: pydantic leaves `ge` and so on where a validator comes first."""
-    if isinstance(schema, dict):
-        return {BOUNDS.get(name, name): with_bounds(value) for name, value in schema.items()}
-    return [with_bounds(item) for item in schema] if isinstance(schema, list) else schema
+    return {BOUNDS.get(name, name): _bounded(value) for name, value in schema.items()}
+
+
+def _bounded(value: object) -> object:
+    if isinstance(value, dict):
+        return with_bounds(value)
+    return [_bounded(item) for item in value] if isinstance(value, list) else value
 
 
 class JobSubmission(JobSpec):
@@ -161,7 +166,7 @@ class Job(BaseModel):
     priority: int
     boosted: bool = Field(default=False, description="By an admin: it goes before all other users' work.")
     labels: dict[str, str]
-    spec: dict[str, Any] = Field(examples=[JOB_EXAMPLE])
+    spec: JsonObject = Field(examples=[JOB_EXAMPLE])
     spec_digest: str
     verdict: str | None = Field(examples=["trusted"])
     created_at: str = Field(examples=["2026-01-01T12:00:00.000Z"])
@@ -193,7 +198,7 @@ class Sweep(BaseModel):
 
 
 class SweepDetail(Sweep):
-    spec: dict[str, Any] = Field(examples=[SWEEP_EXAMPLE])
+    spec: JsonObject = Field(examples=[SWEEP_EXAMPLE])
 
 
 class SweepPage(BaseModel):
@@ -225,7 +230,7 @@ class Extension(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"grid": {"scale": [100]}}]})
 
-    grid: Annotated[dict[str, list[Any]], Field(min_length=1)]
+    grid: Annotated[dict[str, list[object]], Field(min_length=1)]
 
 
 class TaskExplanation(BaseModel):
@@ -297,10 +302,10 @@ class Task(BaseModel):
     progress: float = Field(examples=[1.0])
     attempt: int = Field(examples=[1])
     worker: str | None = Field(examples=["node-3 pid 4711 cuda:0"])
-    spec: dict[str, Any] = Field(examples=[MEASURE_EXAMPLE])
+    spec: JsonObject = Field(examples=[MEASURE_EXAMPLE])
     canonical: str = Field(examples=[CANONICAL_EXAMPLE])
-    detail: dict[str, Any] = Field(examples=[{"step": 4, "steps": 4}])
-    attempts: list[dict[str, Any]] = Field(examples=[[ATTEMPT_EXAMPLE]])
+    detail: JsonObject = Field(examples=[{"step": 4, "steps": 4}])
+    attempts: list[JsonObject] = Field(examples=[[ATTEMPT_EXAMPLE]])
     jobs: list[str] = Field(examples=[[JOB_ID]])
     retracted_at: str | None = Field(default=None, examples=[None])
     retracted_with: str | None = Field(default=None, description="The task that was retracted.", examples=[None])
@@ -373,7 +378,7 @@ class MixedWeights(BaseModel):
 class NamedAttack(BaseModel):
     """An attack that a worst case is over."""
 
-    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    attack: JsonObject = Field(examples=[JOB_EXAMPLE["attack"]])
     preset: str | None = Field(examples=["pgd_linf"])
     version: int = Field(examples=[1])
     results: int = Field(description="Its seeds, replicates and scales.", examples=[4])
@@ -410,7 +415,7 @@ class NetworkWorstCase(AllAttacks):
 
     weights_sha256: str = Field(examples=["4f2978e34179abf6991c70fe5fcbd7a4d2a6002b8174c0e9f81e029971d73bb1"])
     architecture: str = Field(examples=["simple_cnn"])
-    recipe: dict[str, Any]
+    recipe: JsonObject
     train_version: int | None = Field(description="Of the training task.", examples=[1])
     dataset: str = Field(examples=["digits"])
     samples: int = Field(examples=[1000])
@@ -434,8 +439,8 @@ class Result(BaseModel):
     architecture: str = Field(examples=["simple_cnn"])
     dataset: str = Field(examples=["digits"])
     scale: float = Field(examples=[5.0])
-    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
-    recipe: dict[str, Any]
+    attack: JsonObject = Field(examples=[JOB_EXAMPLE["attack"]])
+    recipe: JsonObject
     clean_accuracy: float | None = Field(examples=[0.97])
     robust_accuracy: float | None = Field(examples=[0.568])
     clean_accuracy_ci95_low: float | None = Field(description=WILSON, examples=[0.936])
@@ -454,11 +459,11 @@ class Result(BaseModel):
         examples=[[]],
     )
     worst_case: WorstCase | None = Field(description="Of the network, over all attacks of the threat model.")
-    parts: dict[str, Any] = Field(description="All numbers of each task it rests on, with their provenance.")
+    parts: JsonObject = Field(description="All numbers of each task it rests on, with their provenance.")
 
 
 class ResultPage(BaseModel):
-    items: list[dict[str, Any]] = Field(
+    items: list[JsonObject] = Field(
         description="Rows as in Result, or the fields asked for.", examples=[[RESULT_EXAMPLE]]
     )
     next_cursor: str | None = Field(examples=[None])

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter, ValidationError
 
 from service.lab.checkpoints import DIGEST, is_registered, weights_of
-from service.model.results import JsonObject, TrainedNetwork
+from service.model.json import JsonObject
+from service.model.results import TrainedNetwork
 from service.model.times import iso
 from service.results.views import retracted
 from service.specs import DatasetRef, JobSpec
