@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +12,17 @@ import httpx
 from httpx_sse import SSEError, connect_sse
 
 from api.client.asking import Aggregate, Asking, Rows
-from api.client.transport import PASSING, ApiError, Json, OnProgress, Patience, Unanswered, Unreachable, check
+from api.client.transport import (
+    PASSING,
+    ApiError,
+    Json,
+    OnProgress,
+    Parameter,
+    Patience,
+    Unanswered,
+    Unreachable,
+    check,
+)
 from service.errors import UncannyError
 
 __all__ = [
@@ -52,17 +62,17 @@ class Event:
 class Client(Asking):
     """Everything a service does, as methods: `Client()` is one for the service of this home (see `Transport`)."""
 
-    def submit(self, spec: Mapping[str, Any] | None = None, /, **fields: Any) -> "Job":
+    def submit(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> "Job":
         """Submit one job, given as a JobSpec's fields."""
         accepted = self._post("/v1/jobs", {**(spec or {}), **fields})
         return Job(self, str(accepted["id"]), accepted)
 
-    def sweep(self, spec: Mapping[str, Any] | None = None, /, **fields: Any) -> "Sweep":
+    def sweep(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> "Sweep":
         """Submit a grid of jobs, given as a Sweep's fields: `name`, `base`, `grid`, ..."""
         accepted = self._post("/v1/sweeps", {**(spec or {}), **fields})
         return Sweep(self, str(accepted["id"]), accepted)
 
-    def dry_run(self, spec: Mapping[str, Any]) -> Json:
+    def dry_run(self, spec: Mapping[str, object]) -> Json:
         """What a job or a sweep would mean: jobs, distinct tasks, which are known, device seconds, time, quota."""
         path = "/v1/sweeps" if SWEEP_FIELDS & set(spec) else "/v1/jobs"
         return self._request("POST", path, params={"dry_run": True}, json=dict(spec), repeatable=True)
@@ -70,11 +80,11 @@ class Client(Asking):
     def job(self, job_id: str, *, wait_seconds: float = 0) -> Json:
         return self._request("GET", f"/v1/jobs/{job_id}", params={"wait": wait_seconds})
 
-    def jobs(self, filter: str | None = None, *, sort: str = "-created_at", **filters: Any) -> Iterator[Json]:
+    def jobs(self, filter: str | None = None, *, sort: str = "-created_at", **filters: Parameter) -> Iterator[Json]:
         """All jobs that match; a dotted field is given as in `**{"attack.norm": "linf"}`."""
         return self._pages("/v1/jobs", {"sort": sort, **({"filter": filter} if filter else {}), **filters})
 
-    def sweeps(self, **filters: Any) -> Iterator[Json]:
+    def sweeps(self, **filters: Parameter) -> Iterator[Json]:
         return self._pages("/v1/sweeps", filters)
 
     def get_sweep(self, sweep_id: str, *, wait_seconds: float = 0) -> Json:
@@ -129,11 +139,11 @@ class Client(Asking):
         path = f"/v1/sweeps/{sweep_id}" if sweep_id else "/v1/queue"
         return self._request("POST", f"{path}:resume", repeatable=True)
 
-    def extend(self, sweep_id: str, grid: Mapping[str, list[Any]]) -> Json:
+    def extend(self, sweep_id: str, grid: Mapping[str, Sequence[object]]) -> Json:
         """Add values to axes of a sweep's grid; the answer says how many cells and tasks are new by it."""
         return self._post(f"/v1/sweeps/{sweep_id}:extend", {"grid": dict(grid)})
 
-    def change(self, job_or_sweep_id: str, **changes: Any) -> Json:
+    def change(self, job_or_sweep_id: str, **changes: object) -> Json:
         """Change `priority` or `labels` of a job or sweep, whatever they were."""
         headers = {"If-Match": "*"}
         try:
@@ -165,7 +175,7 @@ class Client(Asking):
         items: list[Json] = self._request("GET", "/v1/users")["items"]
         return items
 
-    def put_user(self, name: str, **changes: Any) -> Json:
+    def put_user(self, name: str, **changes: object) -> Json:
         """Make a user, or change `role`, `weight`, `max_queued_jobs`, `max_gpus`, `disabled` of one."""
         return self._request("PUT", f"/v1/users/{name}", json=changes)
 
@@ -211,14 +221,16 @@ class Client(Asking):
         items: list[Json] = self._request("GET", "/v1/checkpoints")["items"]
         return items
 
-    def networks(self, **filters: Any) -> Iterator[Json]:
+    def networks(self, **filters: Parameter) -> Iterator[Json]:
         """The trained networks, the newest first: all, or of an `architecture`, `dataset`, `recipe`, `weights_sha256`.
 
         Jobs name one by `checkpoint=network["weights_sha256"]`.
         """
         return self._pages("/v1/networks", filters)
 
-    def register_checkpoint(self, name: str, file: str | Path, *, architecture: str, dataset: str, **more: Any) -> Json:
+    def register_checkpoint(
+        self, name: str, file: str | Path, *, architecture: str, dataset: str, **more: object
+    ) -> Json:
         """Upload a safetensors file and register it.
 
         `more` are `keys`, `mean`, `std`, `expected_clean_accuracy`, `tolerance`. Jobs name it by `checkpoint=name`.
@@ -311,13 +323,13 @@ class Sweep:
         """
         return _wait(lambda seconds: self.client.get_sweep(self.id, wait_seconds=seconds), progress, f"sweep {self.id}")
 
-    def results(self, filter: str | None = None, **more: Any) -> Rows:
+    def results(self, filter: str | None = None, **more: Any) -> Rows:  # Any: as `Client.results`
         return self.client.results(filter, sweep=self.id, **more)
 
     def cancel(self) -> Json:
         return self.client.cancel(self.id)
 
-    def extend(self, **grid: list[Any]) -> Json:
+    def extend(self, **grid: Sequence[object]) -> Json:
         return self.client.extend(self.id, grid)
 
 
