@@ -12,7 +12,7 @@ from api.http.deps import ArtifactRoot, User
 from api.http.errors import documented
 from api.http.permissions import scope
 from api.http.routing import Answer, Router, UploadRoute
-from api.http.schemas import Artifact
+from api.http.schemas.artifacts import Artifact
 from service.lab.artifacts import CHUNK_BYTES
 from service.model.executor import ArtifactRef
 from service.model.json import JsonObject

@@ -4,12 +4,12 @@ from dataclasses import asdict
 
 from pydantic import BaseModel
 
-from api.http.answers import Catalog
 from api.http.deps import Questions
+from api.http.document import with_bounds
 from api.http.errors import documented
 from api.http.permissions import scope
 from api.http.routing import Answer, Router
-from api.http.schemas import with_bounds
+from api.http.schemas.catalog import Catalog
 from service.model.json import JsonObject
 from service.specs import JobSpec, Sweep, catalog, fields, numbers
 from service.specs.attacks import ATTACKS, PRESETS

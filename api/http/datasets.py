@@ -4,7 +4,7 @@ from api.http.deps import Questions, User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
 from api.http.routing import Answer, RegistrationRoute, Router
-from api.http.schemas import Dataset, DatasetList, DatasetSubmission
+from api.http.schemas.datasets import Dataset, DatasetList, DatasetSubmission
 from service.errors import InvalidSpec
 
 router = Router(route_class=RegistrationRoute, prefix="/v1/datasets", tags=["datasets"])

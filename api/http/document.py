@@ -4,7 +4,6 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from api.http.errors import Problem, documented
-from api.http.schemas import with_bounds
 from service.model.json import JsonObject
 
 DESCRIPTION = """
@@ -40,6 +39,7 @@ IF_NONE_MATCH = {
     "schema": {"type": "string"},
     "description": "The `ETag` of what you have: 304 without a body where that is still the answer.",
 }
+BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 TAGS = [
     {"name": "jobs", "description": "One benchmark cell each."},
     {"name": "sweeps", "description": "Named grids of jobs."},
@@ -123,3 +123,14 @@ def _first_sentence(text: str) -> str:
     for end in (". ", "; "):
         sentence = sentence.partition(end)[0]
     return sentence.rstrip(".")
+
+
+def with_bounds(schema: JsonObject) -> JsonObject:
+    """A JSON schema whose bounds are in its own words: pydantic leaves `ge` and so on where a validator comes first."""
+    return {BOUNDS.get(name, name): _bounded(value) for name, value in schema.items()}
+
+
+def _bounded(value: object) -> object:
+    if isinstance(value, dict):
+        return with_bounds(value)
+    return [_bounded(item) for item in value] if isinstance(value, list) else value

@@ -15,10 +15,10 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from api.http.deps import CurrentCaller, EventFeed, Questions, SaysTruth, SaysWhole, Users
 from api.http.errors import documented
-from api.http.examples import JOB_ID
 from api.http.feed import RENEW_SECONDS, Feed, Reader, event_piece, may_see, progress_piece
 from api.http.permissions import scope
 from api.http.routing import Router
+from api.http.schemas.examples import JOB_ID
 from service.errors import DatabaseAway, InvalidQuery, Unauthenticated
 from service.lab.access import Access, Caller
 from service.model.json import JsonObject

@@ -2,11 +2,11 @@
 
 from fastapi import Request
 
-from api.http.answers import Alive, Cluster, Ready
 from api.http.deps import ArtifactRoot, Questions
 from api.http.errors import documented
 from api.http.permissions import open_to_all, scope
 from api.http.routing import Answer, Router
+from api.http.schemas.health import Alive, Cluster, Ready
 from service.lab import artifact_root
 
 router = Router(tags=["health"])

@@ -6,10 +6,10 @@ from fastapi import Query
 
 from api.http.deps import Questions
 from api.http.errors import documented
-from api.http.examples import JOB_ID
 from api.http.permissions import scope
 from api.http.routing import Answer, Router
-from api.http.schemas import ShortIds
+from api.http.schemas.examples import JOB_ID
+from api.http.schemas.jobs import ShortIds
 from service.errors import InvalidQuery
 from service.model.query import names_of
 

@@ -15,7 +15,8 @@ from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
 from api.http.prefix import public
 from api.http.routing import Answer, Router
-from api.http.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
+from api.http.schemas.jobs import Accepted, Change, Explanation, JobDetail, JobPage, JobSubmission
+from api.http.schemas.previews import DryRun
 from service.model.json import JsonObject
 from service.queue.explaining import explain
 from service.results.insights import NEWEST_FIRST, Question

@@ -4,7 +4,7 @@ from api.http.deps import Questions, ServerSettings, User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
 from api.http.routing import Answer, Router
-from api.http.schemas import Queue
+from api.http.schemas.queue import Queue
 from service.model.json import JsonObject
 from service.queue.explaining import queue_status
 from service.results.insights import Insights

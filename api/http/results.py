@@ -8,14 +8,14 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
 from api.http.accepting import chosen
-from api.http.answers import Restored, Retracted, Trajectory
 from api.http.deps import CurrentCaller, Cursor, Limit, Questions, SaysTruth, User, Verbs
 from api.http.errors import documented
 from api.http.filters import Filter, Sort, documented_filters, filters_of
 from api.http.paging import next_link
 from api.http.permissions import owner_of, scope
 from api.http.routing import Answer, Router
-from api.http.schemas import Restorations, Result, ResultPage, Retraction, Retractions
+from api.http.schemas.results import Result, ResultPage, Trajectory
+from api.http.schemas.retractions import Restorations, Restored, Retracted, Retraction, Retractions
 from service.model.json import JsonObject
 from service.model.query import names_of
 from service.queue import retraction

@@ -4,13 +4,14 @@ from typing import Annotated, Literal
 
 from fastapi import Query, Request
 
-from api.http.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories, WorstCases
 from api.http.deps import Questions, SaysNumber, SaysTruth
 from api.http.errors import documented
-from api.http.examples import JOB_ID
 from api.http.filters import Filter, documented_filters, filters_of
 from api.http.permissions import scope
 from api.http.routing import Answer, Router
+from api.http.schemas.examples import JOB_ID
+from api.http.schemas.statistics import Aggregate, Comparison, Correlations, Leaderboard, Trajectories
+from api.http.schemas.worst_cases import WorstCases
 from service.model.query import names_of
 from service.model.unit import Unit
 from service.results import aggregates, comparing, correlating, leaderboard, worst_case

@@ -6,22 +6,15 @@ from fastapi import Body, Query, Request, Response
 
 from api.http.deps import Cursor, IsDryRun, Key, Limit, Questions, User, Verbs, Wait, idempotency
 from api.http.errors import documented
-from api.http.examples import SWEEP_EXAMPLE
 from api.http.jobs import answer, wait_for
 from api.http.paging import linked
 from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
 from api.http.routing import Answer, Router
-from api.http.schemas import (
-    AcceptedSweep,
-    Change,
-    Changed,
-    DryRun,
-    Extension,
-    Retried,
-    SweepDetail,
-    SweepPage,
-)
+from api.http.schemas.examples import SWEEP_EXAMPLE
+from api.http.schemas.jobs import Change
+from api.http.schemas.previews import DryRun
+from api.http.schemas.sweeps import AcceptedSweep, Changed, Extension, Retried, SweepDetail, SweepPage
 from service import specs
 from service.errors import InvalidQuery
 from service.model.dotted import or_rather

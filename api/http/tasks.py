@@ -1,11 +1,11 @@
 """Tasks: what jobs share."""
 
-from api.http.answers import Restored, Retracted
 from api.http.deps import CurrentCaller, Questions, User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
 from api.http.routing import Answer, Router
-from api.http.schemas import Retraction, Task
+from api.http.schemas.retractions import Restored, Retracted, Retraction
+from api.http.schemas.tasks import Task
 from service.queue import retraction
 
 router = Router(prefix="/v1/tasks", tags=["tasks"])

@@ -1,139 +1,16 @@
-"""The shapes of what is said about many results, and of the service itself: answers only, for the OpenAPI document."""
+"""Statistics over many results: groups, comparisons, boards, correlations, curves of several."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.http.examples import JOB_EXAMPLE, JOB_ID
-from api.http.schemas import NetworkWorstCase
+from api.http.schemas.examples import JOB_EXAMPLE, JOB_ID
+from api.http.schemas.results import Standing, Trajectory
 from service.model.json import JsonObject
 
-Curves = dict[str, JsonObject]  # by part and name; a curve has a list of numbers for each of its columns
-CURVES: JsonObject = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
 HIDDEN: int = Field(
     default=0, description="Results of the filter that are hidden because they are retracted, counted up to 1,000."
 )
-
-
-class Alive(BaseModel):
-    status: Literal["ok"] = Field(examples=["ok"])
-
-
-class Ready(BaseModel):
-    status: Literal["ready"]
-    version: str = Field(examples=["0.1.0"])
-    dispatcher_leads: bool = Field(description="Jobs are accepted without one too; they wait.")
-
-
-class SetAside(BaseModel):
-    """A part of the environment that failed and gets no work until it is tried again."""
-
-    owner: str = Field(description="node, device, data_folder or artifact_root.", examples=["artifact_root"])
-    name: str = Field(description="Its host, device or path.", examples=["/srv/artifacts"])
-    node: str = Field(description="Where that was seen, as Ray names it; empty for everywhere.", examples=[""])
-    dataset: str = Field(description="The data set whose tasks it keeps waiting; empty for all.", examples=["cifar10"])
-    reason: str
-    losses: int = Field(description="Attempts in a row that it was tried with.", examples=[1])
-    since: str
-    retry_at: str
-
-
-class Cluster(BaseModel):
-    """Who leads, and what it last said."""
-
-    leading: bool
-    dispatcher: str | None
-    lease_expires_at: str | None
-    set_aside: list[SetAside] = Field(default=[], description="What gets no work for now, with the reason.")
-    status: JsonObject = Field(description="Of the cluster: ready, cpus, gpus, nodes ...", examples=[{"cpus": 16.0}])
-
-
-class StoredNumber(BaseModel):
-    """A number that results can have, or all those whose names follow one pattern."""
-
-    name: str = Field(examples=["{split}loss_{statistic}{population}"])
-    formula: str
-    unit: str = Field(examples=["nats"])
-    low: float | None = Field(description="The least value; null is no bound.", examples=[0.0])
-    high: float | None = Field(description="The largest value.", examples=[None])
-    null: str = Field(description="When it is null.", examples=["no such image"])
-    source: str
-    group: str
-    task_kind: str = Field(description="The kind of task that leaves it; `job`: the service computes it.")
-    of: str = Field(description="Which tasks of the kind leave it, or the type of measure.", examples=["closed_forms"])
-    file: str = Field(description="Where it is computed.")
-    names: list[str] = Field(description="Every name that the pattern stands for.")
-    columns: list[str] = Field(description="Those of them that have a column of their own, by the column's name.")
-    indexed: list[str] = Field(description="The columns by which results are sorted fast.")
-
-
-class Catalog(BaseModel):
-    """By name, with parameters, bounds and defaults as JSON schemas."""
-
-    architectures: dict[str, JsonObject]
-    datasets: dict[str, JsonObject]
-    registered_datasets: list[JsonObject] = Field(description="As in `GET /v1/datasets`.")
-    recipes: dict[str, JsonObject]
-    recipe_presets: dict[str, JsonObject] = Field(
-        description="By a name that stands for a whole recipe, what differs from the recipe's defaults.",
-        examples=[{"adversarial_literature": {"name": "adversarial", "weight_decay": 5e-4}}],
-    )
-    attacks: dict[str, JsonObject]
-    attack_presets: dict[str, JsonObject] = Field(examples=[{"pgd_linf": JOB_EXAMPLE["attack"]}])
-    measures: dict[str, JsonObject]
-    always_measured: list[str]
-    numbers: list[StoredNumber] = Field(description="The dictionary of every number that a result can have.")
-    job: JsonObject = Field(description="The JSON schema of a job.")
-    sweep: JsonObject = Field(description="The JSON schema of a sweep.")
-
-
-class Standing(BaseModel):
-    """Whether a result stands: when, by whom and why it was retracted, or nulls."""
-
-    retracted_at: str | None
-    retracted_by: str | None
-    retraction_reason: str | None
-
-
-class Retracted(BaseModel):
-    retracted: list[str] = Field(description="Jobs whose results are hidden from now on.", examples=[[JOB_ID]])
-    resubmitted: list[str] = Field(description="The jobs that compute them again, where that was asked for.")
-    tasks: list[str] = Field(default=[], description="The tasks that were retracted.", examples=[[JOB_ID]])
-    unmeasured: list[str] = Field(
-        default=[], description="Jobs whose results are shown without the numbers of a further measure."
-    )
-    replanned: int = Field(default=0, description="Live jobs that get a new generation of these tasks.", examples=[2])
-    still_registered: list[str] = Field(
-        default=[], description="Names under which the retracted weights are registered, and stay usable."
-    )
-
-
-class Restored(BaseModel):
-    restored: list[str] = Field(description="Jobs whose results are shown again.", examples=[[JOB_ID]])
-    tasks: list[str] = Field(default=[], description="The tasks that are restored.", examples=[[JOB_ID]])
-    superseded: list[str] = Field(
-        default=[], description="Those that new jobs do not join, because there is a newer generation."
-    )
-    measured: list[str] = Field(
-        default=[], description="Jobs whose results show the numbers of a further measure again."
-    )
-
-
-class Trajectory(Standing):
-    job_id: str = Field(examples=[JOB_ID])
-    curves: Curves = Field(examples=[CURVES])
-
-
-class TrajectoryOfSeveral(Trajectory):
-    architecture: str
-    dataset: str
-    scale: float
-    seed: int
-    robust_accuracy: float | None
-
-
-class Trajectories(BaseModel):
-    items: list[TrajectoryOfSeveral]
 
 
 class Aggregate(BaseModel):
@@ -153,6 +30,18 @@ class Aggregate(BaseModel):
     spread_of: Literal["networks", "attack_seeds"] = Field(description="What is counted and what spreads.")
     mixed: dict[str, list[object]] = Field(description="Fields, other than seeds, that differ within a group.")
     retracted: int = HIDDEN
+
+
+class TrajectoryOfSeveral(Trajectory):
+    architecture: str
+    dataset: str
+    scale: float
+    seed: int
+    robust_accuracy: float | None
+
+
+class Trajectories(BaseModel):
+    items: list[TrajectoryOfSeveral]
 
 
 class Pair(BaseModel):
@@ -269,11 +158,6 @@ class Board(BaseModel):
     preset: str | None = Field(examples=["pgd_linf"])
     version: int = Field(description="The latest of the attacks' versions; each stands beside its attack.")
     rows: list[Rank]
-
-
-class WorstCases(BaseModel):
-    items: list[NetworkWorstCase]
-    retracted: int = Field(description="How many results the filters choose that are retracted; they do not count.")
 
 
 class Leaderboard(BaseModel):
