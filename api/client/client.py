@@ -2,46 +2,30 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import urlencode
 
 import httpx
 from httpx_sse import SSEError, connect_sse
 
-from api.client.asking import Aggregate, Asking, Rows
+from api.client.asking import Asking
+from api.client.handles import Job, Sweep
 from api.client.transport import (
     PASSING,
     ApiError,
     Json,
-    OnProgress,
     Parameter,
     Patience,
-    Unanswered,
-    Unreachable,
     check,
 )
 from service.errors import UncannyError
 
-__all__ = [
-    "Aggregate",
-    "ApiError",
-    "Client",
-    "Event",
-    "Job",
-    "Json",
-    "OnProgress",
-    "Rows",
-    "Sweep",
-    "Unanswered",
-    "Unreachable",
-]
+__all__ = ["Client", "Event", "Job", "Sweep"]
 
-ENDED = ("succeeded", "failed", "cancelled", "held")
 SWEEP_FIELDS = {"base", "grid", "include", "exclude"}
-LONG_POLL_SECONDS = 10
 CHECKPOINT_SECONDS = 400  # that the service may take to check weights, with those of others before
 CHUNK_BYTES = 1 << 20
 IDS_AT_ONCE = 100
@@ -62,12 +46,12 @@ class Event:
 class Client(Asking):
     """Everything a service does, as methods: `Client()` is one for the service of this home (see `Transport`)."""
 
-    def submit(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> "Job":
+    def submit(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> Job:
         """Submit one job, given as a JobSpec's fields."""
         accepted = self._post("/v1/jobs", {**(spec or {}), **fields})
         return Job(self, str(accepted["id"]), accepted)
 
-    def sweep(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> "Sweep":
+    def sweep(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> Sweep:
         """Submit a grid of jobs, given as a Sweep's fields: `name`, `base`, `grid`, ..."""
         accepted = self._post("/v1/sweeps", {**(spec or {}), **fields})
         return Sweep(self, str(accepted["id"]), accepted)
@@ -281,77 +265,6 @@ class Client(Asking):
                 if patience.is_over_for(error):
                     raise error if isinstance(error, ApiError) else self._unanswered(error) from None
                 patience.pause(response)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A submitted job."""
-
-    client: Client
-    id: str
-    accepted: Json
-
-    def status(self) -> Json:
-        return self.client.job(self.id)
-
-    def wait(self, progress: OnProgress | bool | None = None) -> Json:
-        """Wait for its end; `progress` is called with what is known meanwhile. Returns the job.
-
-        True is a bar, False none; where nothing is said, a terminal or a notebook shows one.
-        """
-        return _wait(lambda seconds: self.client.job(self.id, wait_seconds=seconds), progress, f"job {self.id}")
-
-    def result(self) -> Json:
-        return self.client.result(self.id)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A submitted sweep; `accepted` says which of its tasks were known already."""
-
-    client: Client
-    id: str
-    accepted: Json
-
-    def status(self) -> Json:
-        return self.client.get_sweep(self.id)
-
-    def wait(self, progress: OnProgress | bool | None = None) -> Json:
-        """Wait for its end; `progress` is called with what is known meanwhile. Returns the sweep.
-
-        True is a bar, False none; where nothing is said, a terminal or a notebook shows one.
-        """
-        return _wait(lambda seconds: self.client.get_sweep(self.id, wait_seconds=seconds), progress, f"sweep {self.id}")
-
-    def results(self, filter: str | None = None, **more: Any) -> Rows:  # Any: as `Client.results`
-        return self.client.results(filter, sweep=self.id, **more)
-
-    def cancel(self) -> Json:
-        return self.client.cancel(self.id)
-
-    def extend(self, **grid: Sequence[object]) -> Json:
-        return self.client.extend(self.id, grid)
-
-
-def _wait(look: Callable[[float], Json], progress: OnProgress | bool | None, name: str) -> Json:
-    if callable(progress) or progress is False:
-        return _follow(look, progress or None)
-    from api.client import render  # and rich with it, only where there is something to show
-
-    if progress is None and not (render.err.is_terminal or render.err.is_jupyter):
-        return _follow(look, None)
-    with render.sweep_progress(name) as bar:
-        return _follow(look, bar)
-
-
-def _follow(look: Callable[[float], Json], progress: OnProgress | None) -> Json:
-    while True:
-        seen = look(0 if progress else LONG_POLL_SECONDS)
-        if progress is not None:
-            progress(seen)
-        if seen["state"] in ENDED:
-            return seen
-        time.sleep(0.3)
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:
