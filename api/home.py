@@ -5,7 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypedDict
 
 import psutil
 
@@ -15,6 +15,14 @@ from service.settings import Settings
 
 LAST_BREATH_SECONDS = 40.0  # what children of a killed supervisor get to stop
 CLOCK_SECONDS = 5.0  # by which a clock that is set may move the time at which a process began
+
+
+class Note(TypedDict):
+    """Where the service of a home answers, and which process that is."""
+
+    url: str
+    pid: int
+    process_began_at: float
 
 
 class AlreadyServing(UncannyError):
@@ -34,8 +42,8 @@ def lock(settings: Settings) -> IO[str]:
             return file
         except BlockingIOError:
             note = _note(settings)
-            if _serves(note) or time.monotonic() > deadline:
-                by = f"{note.get('url', 'an unknown address')} (process {note.get('pid', 'unknown')})"
+            if (note is not None and _serves(note)) or time.monotonic() > deadline:
+                by = f"{note['url']} (process {note['pid']})" if note else "an unknown address (process unknown)"
                 raise AlreadyServing(
                     f"{settings.home} is already served at {by}: use that one, stop it, or take another --home"
                 ) from None
@@ -46,7 +54,7 @@ def announce(settings: Settings, url: str) -> None:
     """Note where this home's service answers."""
     path = _path(settings)
     me = psutil.Process()
-    note = {"url": url, "pid": me.pid, "process_began_at": me.create_time()}
+    note: Note = {"url": url, "pid": me.pid, "process_began_at": me.create_time()}
     with private.opened(path.with_suffix(".new"), "w") as file:
         json.dump(note, file)
     os.replace(path.with_suffix(".new"), path)
@@ -59,7 +67,7 @@ def forget(settings: Settings) -> None:
 def running_url(settings: Settings) -> str | None:
     """Where this home's service answers, if one runs."""
     note = _note(settings)
-    return str(note["url"]) if _serves(note) else None
+    return note["url"] if note is not None and _serves(note) else None
 
 
 def service_url(settings: Settings) -> str:
@@ -72,21 +80,23 @@ def _path(settings: Settings) -> Path:
     return settings.home / "serve.json"
 
 
-def _note(settings: Settings) -> dict[str, Any]:
+def _note(settings: Settings) -> Note | None:
     try:
         note = json.loads(_path(settings).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) and note.keys() >= {"url", "pid", "process_began_at"} else {}
+        return None
+    if not isinstance(note, dict) or not note.keys() >= Note.__required_keys__:
+        return None
+    return Note(url=note["url"], pid=note["pid"], process_began_at=note["process_began_at"])
 
 
-def _serves(note: dict[str, Any]) -> bool:
+def _serves(note: Note) -> bool:
     """Whether the process that wrote the note still runs, and not another that got its number."""
     try:
         process = psutil.Process(int(note["pid"]))
         began_at = process.create_time()
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-    except (KeyError, psutil.Error):
+    except psutil.Error:
         return False
     return abs(began_at - float(note["process_began_at"])) < CLOCK_SECONDS

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.status import Status
+from rich.table import Table
 
 from api import home as homes
 from api.binding import listen
@@ -123,23 +124,23 @@ def _wait_until_up(settings: Settings, server: subprocess.Popen[bytes]) -> str:
     raise DemoFailed(f"the service did not start ({last[0]}); its logs are in {settings.logs}")
 
 
-def _table(architecture: str, rows: list[Json]) -> Any:
+def _table(architecture: str, rows: list[Json]) -> Table:
     cells = {(row["scale"], row["attack"]["norm"]): row for row in rows if row["architecture"] == architecture}
     lines = []
     for scale in SCALES:
-        l2, linf = cells.get((scale, "l2")), cells.get((scale, "linf"))
-        one = l2 or linf
-        if one is None:
+        pair = [cells.get((scale, norm), {}) for norm in ("l2", "linf")]
+        one = pair[0] or pair[1]
+        if not one:
             continue
         lines.append(
             [
                 number(float(scale)),
                 _in_percent(one["clean_accuracy"]),
-                *(_in_percent(_of(row, "robust_accuracy")) for row in (l2, linf)),
+                *(_in_percent(row.get("robust_accuracy")) for row in pair),
                 number(one.get("log_relative_sharpness_median")),
                 _in_percent(one["zero_gradient_fraction"]),
-                *(_in_percent(_of(row, "masked_fraction")) for row in (l2, linf)),
-                *(_of(row, "verdict") or "–" for row in (l2, linf)),
+                *(_in_percent(row.get("masked_fraction")) for row in pair),
+                *(row.get("verdict") or "–" for row in pair),
             ]
         )
     # So narrow that 80 columns are enough.
@@ -151,10 +152,6 @@ def _table(architecture: str, rows: list[Json]) -> Any:
 
 def _in_percent(value: float | None) -> str:
     return percent(value).removesuffix(" %")
-
-
-def _of(row: Json | None, name: str) -> Any:
-    return row[name] if row is not None else None
 
 
 def _say_what_was_computed(accepted: Json, seconds: float, own_service: bool) -> None:

@@ -111,7 +111,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
+def report(client: Client, filter: str | None = None, **filters: Any) -> Report:  # Any: as `Client.results`
     """Of every result that matches, without the retracted ones. Raises `NothingToReport`, `ApiError`."""
     fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", "verdict_counts", "flags"]
     fields += [f"provenance.{name}" for name in MADE_BY]

@@ -38,7 +38,12 @@ class Verified:
 
 
 def freeze(
-    client: Client, folder: Path, filter: str | None = None, *, include_retracted: bool = False, **filters: Any
+    client: Client,
+    folder: Path,
+    filter: str | None = None,
+    *,
+    include_retracted: bool = False,
+    **filters: Any,  # as `Client.export` takes them
 ) -> Json:
     """Freeze what matches in a new folder, which is there whole or not at all; returns `results` and `sha256`.
 

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
@@ -51,7 +50,7 @@ class _Yaml(YAML):
         return 1, 2
 
     @version.setter
-    def version(self, _: Any) -> None:
+    def version(self, _: object) -> None:
         pass
 
 
@@ -64,23 +63,23 @@ class _Resolver(VersionedResolver):
 class _Composer(Composer):
     """Nodes without tags, and with aliases that unfold to a bounded number of nodes."""
 
-    def __init__(self, loader: Any = None) -> None:
+    def __init__(self, loader: object = None) -> None:
         super().__init__(loader)
         self.warn_double_anchors = False
         self._sizes: dict[int, int] = {}  # nodes below each node, and itself, by its id; aliases unfolded
         self._unfolded = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: Node | None, index: object) -> Node:
         event = self.parser.peek_event()
         if isinstance(event, AliasEvent):
             return self._aliased(super().compose_node(parent, index), event)
         if (tag := getattr(event, "tag", None)) is not None:
             raise ComposerError(None, None, f"it has a tag, {shorten(tag)}, and JSON has none", event.start_mark)
-        node = super().compose_node(parent, index)
+        node: Node = super().compose_node(parent, index)
         self._sizes[id(node)] = 1 + sum(self._sizes[id(inner)] for inner in _inside(node))
         return node
 
-    def _aliased(self, node: Any, event: AliasEvent) -> Any:
+    def _aliased(self, node: Node, event: AliasEvent) -> Node:
         if id(node) not in self._sizes:
             raise ComposerError(None, None, f"the alias {event.anchor!r} is within itself", event.start_mark)
         self._unfolded += self._sizes[id(node)]
@@ -106,7 +105,7 @@ _Json.add_constructor("tag:yaml.org,2002:int", _Json.whole)
 _Json.add_constructor("tag:yaml.org,2002:float", _Json.decimal)
 
 
-def read(text: str) -> Any:
+def read(text: str) -> object:
     """The one document of `text` as plain JSON values: `010` is 10, `1e-3` a number, `no`, `=` and a date are texts.
 
     Beyond YAML 1.2, the key `<<` takes the fields of a mapping that the mapping around it does not have.
@@ -132,14 +131,14 @@ def _decimal(text: str) -> float:
     return float(text)
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError("a key is there twice")
     return fields
 
 
-def _yaml(text: str) -> Any:
+def _yaml(text: str) -> object:
     yaml = _Yaml(typ="safe", pure=True)
     yaml.Constructor, yaml.Composer, yaml.Resolver = _Json, _Composer, _Resolver
     try:
@@ -155,7 +154,7 @@ def _in_a_line(said: object) -> str:
     return " ".join(str(said).split())[:200]
 
 
-def _check(value: Any, where: str) -> None:
+def _check(value: object, where: str) -> None:
     """`where` is the JSON pointer of `value`."""
     match value:
         case dict():

@@ -1,6 +1,7 @@
 """The client for scripts, notebooks and the commands: requests, answers, and what a terminal shows of them."""
 
-from api.client.client import ENDED, SWEEP_FIELDS, Client, Event, Job, Sweep
+from api.client.client import SWEEP_FIELDS, Client, Event
+from api.client.handles import ENDED, Job, Sweep
 from api.client.transport import ApiError, Json, Unanswered, Unreachable
 
 __all__ = [

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-from api.client.transport import Json, Transport
+from api.client.transport import Json, Parameter, Transport
 from service.errors import UncannyError
 from service.model.dotted import flat
 from service.model.unit import Unit
@@ -42,7 +43,7 @@ class Asking(Transport):
         sort: str = "-created_at",
         fields: Names = "",
         include_retracted: bool = False,
-        **filters: Any,
+        **filters: Parameter,
     ) -> "Rows":
         """The result rows that match, fetched as they are taken; `fields` may name any stored number, `*` is all."""
         asked = _asked(filter, include_retracted, filters)
@@ -61,14 +62,14 @@ class Asking(Transport):
         unit: Unit = "network",
         allow_mixed: bool = False,
         include_retracted: bool = False,
-        **filters: Any,
+        **filters: Parameter,
     ) -> "Aggregate":
         """Statistics over groups: `by="scale"`, `metrics="robust_accuracy:mean,ci95"`; a row per group.
 
         They are over trained networks, each with the mean of its repeats; with `unit="attack_seed"` over the attack
         seeds of one network. Groups that differ in more than seeds are refused, unless `allow_mixed=True`.
         """
-        params = {"by": _listed(by), "unit": unit, "allow_mixed": allow_mixed}
+        params: Json = {"by": _listed(by), "unit": unit, "allow_mixed": allow_mixed}
         params |= {"metrics": _listed(metrics)} if metrics else {}
         found = self._request(
             "GET", "/v1/results:aggregate", params={**params, **_asked(filter, include_retracted, filters)}
@@ -86,7 +87,7 @@ class Asking(Transport):
         attack: str | None = None,
         scale: float | str = 1,
         trusted: bool = True,
-        **filters: Any,
+        **filters: Parameter,
     ) -> list[Json]:
         """A board for each threat model, data set and number of samples, by worst case; `scale` may be `all`."""
         params = {"scale": scale, "trusted": trusted, **({"attack": attack} if attack else {}), **filters}
@@ -95,7 +96,7 @@ class Asking(Transport):
         )["items"]
         return items
 
-    def worst_cases(self, filter: str | None = None, **filters: Any) -> list[Json]:
+    def worst_cases(self, filter: str | None = None, **filters: Parameter) -> list[Json]:
         """`robust_accuracy_worst_case` of each network in each threat model, with the attacks that it is over."""
         params = {**filters, **({"filter": filter} if filter else {})}
         items: list[Json] = self._request("GET", "/v1/worst-cases", params=params)["items"]
@@ -109,7 +110,7 @@ class Asking(Transport):
         target: str = "robust_accuracy",
         by: Names = "",
         trusted: bool = True,
-        **filters: Any,
+        **filters: Parameter,
     ) -> list[Json]:
         """Kendall's tau-b of a measure with `target`, one point per network at s = 1, with bootstrap intervals."""
         params = {"measure": measure, "target": target, "by": _listed(by), "trusted": trusted, **filters}
@@ -170,7 +171,14 @@ class Asking(Transport):
         path = f"/v1/tasks/{task}:{verb}" if task else f"/v1/results/{job_id}:{verb}"
         return self._request("POST", path, json=said or None, repeatable=True)
 
-    def export(self, path: str | Path, filter: str | None = None, *, format: Format | None = None, **more: Any) -> Path:
+    def export(
+        self,
+        path: str | Path,
+        filter: str | None = None,
+        *,
+        format: Format | None = None,
+        **more: Any,  # as `results` takes them
+    ) -> Path:
         """Write every row that matches to a file, as it comes; the format is told from the file's name.
 
         `more` is as for `results`. The file is there whole or not at all.
@@ -189,7 +197,7 @@ class Rows:
     """Results that match a question: iterated page by page, or all at once as a frame."""
 
     client: Asking
-    params: Mapping[str, Any]
+    params: Mapping[str, Parameter]
 
     def __iter__(self) -> Iterator[Json]:
         return self.client._pages("/v1/results", self.params)
@@ -232,7 +240,7 @@ class Aggregate:
     metrics: dict[str, list[str]]
     spread_of: str
     items: list[Json]
-    mixed: dict[str, list[Any]]
+    mixed: dict[str, list[object]]
     retracted: int = 0
 
     def __iter__(self) -> Iterator[Json]:
@@ -252,7 +260,7 @@ class Aggregate:
         return frame
 
 
-def _asked(filter: str | None, include_retracted: bool, filters: Mapping[str, Any]) -> Json:
+def _asked(filter: str | None, include_retracted: bool, filters: Mapping[str, Parameter]) -> Json:
     asked: Json = {"filter": filter} if filter else {}
     return asked | ({"include_retracted": True} if include_retracted else {}) | dict(filters)
 
@@ -261,7 +269,7 @@ def _listed(names: Names) -> str:
     return names if isinstance(names, str) else ",".join(names)
 
 
-def _library(name: str) -> Any:
+def _library(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError:

@@ -2,36 +2,30 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import urlencode
 
 import httpx
 from httpx_sse import SSEError, connect_sse
 
-from api.client.asking import Aggregate, Asking, Rows
-from api.client.transport import PASSING, ApiError, Json, OnProgress, Patience, Unanswered, Unreachable, check
+from api.client.asking import Asking
+from api.client.handles import Job, Sweep
+from api.client.transport import (
+    PASSING,
+    ApiError,
+    Json,
+    Parameter,
+    Patience,
+    check,
+)
 from service.errors import UncannyError
 
-__all__ = [
-    "Aggregate",
-    "ApiError",
-    "Client",
-    "Event",
-    "Job",
-    "Json",
-    "OnProgress",
-    "Rows",
-    "Sweep",
-    "Unanswered",
-    "Unreachable",
-]
+__all__ = ["Client", "Event", "Job", "Sweep"]
 
-ENDED = ("succeeded", "failed", "cancelled", "held")
 SWEEP_FIELDS = {"base", "grid", "include", "exclude"}
-LONG_POLL_SECONDS = 10
 CHECKPOINT_SECONDS = 400  # that the service may take to check weights, with those of others before
 CHUNK_BYTES = 1 << 20
 IDS_AT_ONCE = 100
@@ -52,17 +46,17 @@ class Event:
 class Client(Asking):
     """Everything a service does, as methods: `Client()` is one for the service of this home (see `Transport`)."""
 
-    def submit(self, spec: Mapping[str, Any] | None = None, /, **fields: Any) -> "Job":
+    def submit(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> Job:
         """Submit one job, given as a JobSpec's fields."""
         accepted = self._post("/v1/jobs", {**(spec or {}), **fields})
         return Job(self, str(accepted["id"]), accepted)
 
-    def sweep(self, spec: Mapping[str, Any] | None = None, /, **fields: Any) -> "Sweep":
+    def sweep(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> Sweep:
         """Submit a grid of jobs, given as a Sweep's fields: `name`, `base`, `grid`, ..."""
         accepted = self._post("/v1/sweeps", {**(spec or {}), **fields})
         return Sweep(self, str(accepted["id"]), accepted)
 
-    def dry_run(self, spec: Mapping[str, Any]) -> Json:
+    def dry_run(self, spec: Mapping[str, object]) -> Json:
         """What a job or a sweep would mean: jobs, distinct tasks, which are known, device seconds, time, quota."""
         path = "/v1/sweeps" if SWEEP_FIELDS & set(spec) else "/v1/jobs"
         return self._request("POST", path, params={"dry_run": True}, json=dict(spec), repeatable=True)
@@ -70,11 +64,11 @@ class Client(Asking):
     def job(self, job_id: str, *, wait_seconds: float = 0) -> Json:
         return self._request("GET", f"/v1/jobs/{job_id}", params={"wait": wait_seconds})
 
-    def jobs(self, filter: str | None = None, *, sort: str = "-created_at", **filters: Any) -> Iterator[Json]:
+    def jobs(self, filter: str | None = None, *, sort: str = "-created_at", **filters: Parameter) -> Iterator[Json]:
         """All jobs that match; a dotted field is given as in `**{"attack.norm": "linf"}`."""
         return self._pages("/v1/jobs", {"sort": sort, **({"filter": filter} if filter else {}), **filters})
 
-    def sweeps(self, **filters: Any) -> Iterator[Json]:
+    def sweeps(self, **filters: Parameter) -> Iterator[Json]:
         return self._pages("/v1/sweeps", filters)
 
     def get_sweep(self, sweep_id: str, *, wait_seconds: float = 0) -> Json:
@@ -129,11 +123,11 @@ class Client(Asking):
         path = f"/v1/sweeps/{sweep_id}" if sweep_id else "/v1/queue"
         return self._request("POST", f"{path}:resume", repeatable=True)
 
-    def extend(self, sweep_id: str, grid: Mapping[str, list[Any]]) -> Json:
+    def extend(self, sweep_id: str, grid: Mapping[str, Sequence[object]]) -> Json:
         """Add values to axes of a sweep's grid; the answer says how many cells and tasks are new by it."""
         return self._post(f"/v1/sweeps/{sweep_id}:extend", {"grid": dict(grid)})
 
-    def change(self, job_or_sweep_id: str, **changes: Any) -> Json:
+    def change(self, job_or_sweep_id: str, **changes: object) -> Json:
         """Change `priority` or `labels` of a job or sweep, whatever they were."""
         headers = {"If-Match": "*"}
         try:
@@ -165,7 +159,7 @@ class Client(Asking):
         items: list[Json] = self._request("GET", "/v1/users")["items"]
         return items
 
-    def put_user(self, name: str, **changes: Any) -> Json:
+    def put_user(self, name: str, **changes: object) -> Json:
         """Make a user, or change `role`, `weight`, `max_queued_jobs`, `max_gpus`, `disabled` of one."""
         return self._request("PUT", f"/v1/users/{name}", json=changes)
 
@@ -211,14 +205,16 @@ class Client(Asking):
         items: list[Json] = self._request("GET", "/v1/checkpoints")["items"]
         return items
 
-    def networks(self, **filters: Any) -> Iterator[Json]:
+    def networks(self, **filters: Parameter) -> Iterator[Json]:
         """The trained networks, the newest first: all, or of an `architecture`, `dataset`, `recipe`, `weights_sha256`.
 
         Jobs name one by `checkpoint=network["weights_sha256"]`.
         """
         return self._pages("/v1/networks", filters)
 
-    def register_checkpoint(self, name: str, file: str | Path, *, architecture: str, dataset: str, **more: Any) -> Json:
+    def register_checkpoint(
+        self, name: str, file: str | Path, *, architecture: str, dataset: str, **more: object
+    ) -> Json:
         """Upload a safetensors file and register it.
 
         `more` are `keys`, `mean`, `std`, `expected_clean_accuracy`, `tolerance`. Jobs name it by `checkpoint=name`.
@@ -269,77 +265,6 @@ class Client(Asking):
                 if patience.is_over_for(error):
                     raise error if isinstance(error, ApiError) else self._unanswered(error) from None
                 patience.pause(response)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A submitted job."""
-
-    client: Client
-    id: str
-    accepted: Json
-
-    def status(self) -> Json:
-        return self.client.job(self.id)
-
-    def wait(self, progress: OnProgress | bool | None = None) -> Json:
-        """Wait for its end; `progress` is called with what is known meanwhile. Returns the job.
-
-        True is a bar, False none; where nothing is said, a terminal or a notebook shows one.
-        """
-        return _wait(lambda seconds: self.client.job(self.id, wait_seconds=seconds), progress, f"job {self.id}")
-
-    def result(self) -> Json:
-        return self.client.result(self.id)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A submitted sweep; `accepted` says which of its tasks were known already."""
-
-    client: Client
-    id: str
-    accepted: Json
-
-    def status(self) -> Json:
-        return self.client.get_sweep(self.id)
-
-    def wait(self, progress: OnProgress | bool | None = None) -> Json:
-        """Wait for its end; `progress` is called with what is known meanwhile. Returns the sweep.
-
-        True is a bar, False none; where nothing is said, a terminal or a notebook shows one.
-        """
-        return _wait(lambda seconds: self.client.get_sweep(self.id, wait_seconds=seconds), progress, f"sweep {self.id}")
-
-    def results(self, filter: str | None = None, **more: Any) -> Rows:
-        return self.client.results(filter, sweep=self.id, **more)
-
-    def cancel(self) -> Json:
-        return self.client.cancel(self.id)
-
-    def extend(self, **grid: list[Any]) -> Json:
-        return self.client.extend(self.id, grid)
-
-
-def _wait(look: Callable[[float], Json], progress: OnProgress | bool | None, name: str) -> Json:
-    if callable(progress) or progress is False:
-        return _follow(look, progress or None)
-    from api.client import render  # and rich with it, only where there is something to show
-
-    if progress is None and not (render.err.is_terminal or render.err.is_jupyter):
-        return _follow(look, None)
-    with render.sweep_progress(name) as bar:
-        return _follow(look, bar)
-
-
-def _follow(look: Callable[[float], Json], progress: OnProgress | None) -> Json:
-    while True:
-        seen = look(0 if progress else LONG_POLL_SECONDS)
-        if progress is not None:
-            progress(seen)
-        if seen["state"] in ENDED:
-            return seen
-        time.sleep(0.3)
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -16,10 +16,19 @@ from rich.text import Text
 from api.client.terminal import plain
 from api.client.transport import Json, OnProgress
 
+
+class Plain(TypedDict):
+    """What a console has that shows data as it is."""
+
+    highlight: bool
+    markup: bool
+    emoji: bool
+
+
 WIDE = 160  # columns of a table where no terminal says how wide it is
 ID = re.compile("0[0-9a-f]{7}")
 SENTENCE = 40  # columns into which a sentence is broken at the least
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # data is shown as it is
+PLAIN: Plain = {"highlight": False, "markup": False, "emoji": False}
 out = Console(**PLAIN, width=None if sys.stdout.isatty() else WIDE)
 err = Console(**PLAIN, stderr=True)
 NAMES: Mapping[str, str] = {}  # ids that are shown whole
@@ -121,7 +130,7 @@ def percents(low: float | None, high: float | None) -> str:
     return "–" if low is None else f"{percent(low)} to {percent(high)}"
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -194,7 +203,7 @@ def _without(left_out: Sequence[str], columns: Columns) -> Columns:
     return {name: cell for name, cell in columns.items() if name not in left_out}
 
 
-def fields_table(rows: Sequence[dict[str, Any]], short: Mapping[str, str] = NAMES) -> Table:
+def fields_table(rows: Sequence[Json], short: Mapping[str, str] = NAMES) -> Table:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[number(row.get(name)) for name in columns] for row in rows]
     return table(columns, [[short.get(cell, cell) for cell in row] for row in cells])

@@ -2,13 +2,13 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypedDict, Unpack
 from uuid import uuid4
 
 import httpx
@@ -16,9 +16,13 @@ import httpx
 from api.binding import is_loopback
 from api.home import service_url
 from service.errors import UncannyError
+from service.model.json import JsonObject
 from service.settings import Settings
 
-Json = dict[str, Any]
+Json = JsonObject
+Scalar = str | int | float | bool | None
+Parameter = Scalar | Sequence[Scalar]
+"""A parameter of a query; of a filter by field, several values stand for any of them."""
 OnProgress = Callable[[Json], None]
 REFUSED = 429  # nothing was done
 LOST = (502, 503, 504)  # of a proxy or a database that broke off: what was asked for may have been done
@@ -31,6 +35,15 @@ MAY_EXIST = (
     "what was asked for may have been done all the same: look with `{program} jobs`, `{program} sweeps` or "
     "`{program} token list` before you ask for it again"
 )
+
+
+class Sent(TypedDict, total=False):
+    """What a request has beside its method and path."""
+
+    params: Mapping[str, Parameter]
+    json: Mapping[str, object] | None
+    headers: Mapping[str, str]
+    timeout: httpx.Timeout
 
 
 class ApiError(UncannyError):
@@ -92,11 +105,11 @@ class Transport:
     ) -> None:
         self.close()
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> Json:
+    def _post(self, path: str, body: Mapping[str, object]) -> Json:
         headers = {"Idempotency-Key": str(uuid4())}
         return self._request("POST", path, json=dict(body), headers=headers, repeatable=True)
 
-    def _pages(self, path: str, params: Mapping[str, Any]) -> Iterator[Json]:
+    def _pages(self, path: str, params: Mapping[str, Parameter]) -> Iterator[Json]:
         cursor: str | None = None
         while True:
             page = self._request("GET", path, params={**params, **({"cursor": cursor} if cursor else {})})
@@ -112,7 +125,7 @@ class Transport:
         *,
         repeatable: bool | None = None,
         content: Callable[[], Iterator[bytes]] | None = None,
-        **more: Any,
+        **more: Unpack[Sent],
     ) -> Json:
         """One request, repeated where that is safe: always if nothing was sent or done, else if `repeatable`."""
         repeatable = method in REPEATABLE if repeatable is None else repeatable
@@ -134,7 +147,7 @@ class Transport:
                     raise self._unanswered(error, lost) from None
             patience.pause(response)
 
-    def _download(self, path: str, params: Mapping[str, Any], target: Path) -> None:
+    def _download(self, path: str, params: Mapping[str, Parameter], target: Path) -> None:
         """Write an answer to a file, piece by piece; from its start again where the connection breaks.
 
         It is tried anew after every connection that something came through, up to `RESTARTS` times.

@@ -1,22 +1,27 @@
 """What a client accepts: the `Accept` header with its q values (RFC 9110, 12.5.1)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import Request
 
 from service.errors import UncannyError
+from service.model.json import JsonObject
 
 
 class NotAcceptable(UncannyError):
     """The client accepts none of the media types that there are."""
 
 
+def operation_of(request: Request) -> JsonObject | None:
+    """What the OpenAPI document says of the operation that this request asks for; None for one that it has not."""
+    route = request.scope.get("route")
+    operations: dict[str, JsonObject] = request.app.openapi()["paths"].get(getattr(route, "path_format", ""), {})
+    return operations.get(request.method.lower())
+
+
 async def acceptable(request: Request) -> None:
     """Raises `NotAcceptable` where the document has an answer to this request, and none that the client accepts."""
-    route = request.scope.get("route")
-    operations: dict[str, Any] = request.app.openapi()["paths"].get(getattr(route, "path_format", ""), {})
-    responses = operations.get(request.method.lower(), {}).get("responses", {})
+    responses = (operation_of(request) or {}).get("responses", {})
     offered = [media for status in ("200", "201") for media in responses.get(status, {}).get("content", {})]
     if offered and "format" not in request.query_params:
         chosen(request, list(dict.fromkeys(offered)))

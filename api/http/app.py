@@ -44,9 +44,11 @@ from service.settings import Settings
 from service.store import Database
 
 ROUTERS = [
-    jobs, sweeps, ids, queueing, results, statistics, tasks, events, catalog, datasets, checkpoints, networks,
-    artifacts, access, health,
-]  # fmt: skip
+    *(jobs, sweeps, ids, queueing),
+    *(results, statistics, tasks, events),
+    *(catalog, datasets, checkpoints, networks, artifacts),
+    *(access, health),
+]
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -80,9 +82,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     errors.install(app)
     app.add_middleware(Conditional)
     app.add_middleware(
-        BodyLimit, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes,
+        BodyLimit,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
         held_by=app.state.held_by,
-    )  # fmt: skip
+    )
     app.add_middleware(Shares, open_by=app.state.open_by)
     app.add_middleware(SecurityHeaders)
     if settings.root_path:

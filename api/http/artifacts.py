@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Header, HTTPException, Path, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool, run_in_threadpool
@@ -11,17 +11,18 @@ from fastapi.responses import StreamingResponse
 from api.http.deps import ArtifactRoot, User
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import Router, UploadRoute
-from api.http.schemas import Artifact
+from api.http.routing import Answer, Router, UploadRoute
+from api.http.schemas.artifacts import Artifact
 from service.lab.artifacts import CHUNK_BYTES
 from service.model.executor import ArtifactRef
+from service.model.json import JsonObject
 from service.model.names import DIGEST_PATTERN
 
 router = Router(route_class=UploadRoute, prefix="/v1/artifacts", tags=["artifacts"])
 Digest = Annotated[str, Path(pattern=DIGEST_PATTERN)]
 FOR_EVER = "private, max-age=31536000, immutable"
 RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
-OCTETS: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+OCTETS: JsonObject = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
 @router.put(
@@ -32,7 +33,7 @@ OCTETS: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "strin
     responses=documented(413, 422, 507),
     openapi_extra={"requestBody": {"required": True, "content": OCTETS}},
 )
-async def put_artifact(digest: Digest, request: Request, artifacts: ArtifactRoot, user: User) -> Any:
+async def put_artifact(digest: Digest, request: Request, artifacts: ArtifactRoot, user: User) -> Answer:
     """Upload bytes; they are kept only if their SHA-256 is the one in the path. Sending them again changes nothing."""
     size, held = 0, bytearray()
     async with contextmanager_in_threadpool(artifacts.receiving(digest)) as file:

@@ -1,16 +1,16 @@
 """The catalogue: everything that can be named in a job, with parameters and bounds."""
 
 from dataclasses import asdict
-from typing import Any
 
 from pydantic import BaseModel
 
-from api.http.answers import Catalog
 from api.http.deps import Questions
+from api.http.document import with_bounds
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import Router
-from api.http.schemas import with_bounds
+from api.http.routing import Answer, Router
+from api.http.schemas.catalog import Catalog
+from service.model.json import JsonObject
 from service.specs import JobSpec, Sweep, catalog, fields, numbers
 from service.specs.attacks import ATTACKS, PRESETS
 from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES
@@ -21,7 +21,7 @@ router = Router(prefix="/v1", tags=["catalog"])
 
 
 @router.get("/catalog", dependencies=[scope("read")], response_model=Catalog, responses=documented())
-def get_catalog(insights: Questions) -> Any:
+def get_catalog(insights: Questions) -> Answer:
     """Architectures, data sets (the registered ones too), recipes, attacks with presets, measures, and the numbers."""
     return {
         "architectures": {name: asdict(info) for name, info in catalog.ARCHITECTURES.items()},
@@ -39,7 +39,7 @@ def get_catalog(insights: Questions) -> Any:
     }
 
 
-def _described(model: type[BaseModel]) -> dict[str, Any]:
+def _described(model: type[BaseModel]) -> JsonObject:
     """Parameters with their bounds and defaults, as JSON schema."""
     schema = with_bounds(model.model_json_schema())
     return {

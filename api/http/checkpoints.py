@@ -1,80 +1,14 @@
 """Checkpoints: weights made elsewhere, for jobs to name instead of a recipe that trains."""
 
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field
-
 from api.http.deps import User, Verbs
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import RegistrationRoute, Router
-from api.http.schemas import DIGEST
+from api.http.routing import Answer, RegistrationRoute, Router
+from api.http.schemas.checkpoints import Checkpoint, CheckpointList, CheckpointSubmission
 from service.errors import InvalidSpec
-from service.lab.checkpoints import TOLERANCE, Upload, register, registered
-from service.model.names import DIGEST_PATTERN
-from service.specs.base import Number
-from service.specs.names import Architecture
+from service.lab.checkpoints import register, registered
 
 router = Router(route_class=RegistrationRoute, prefix="/v1/checkpoints", tags=["checkpoints"])
-PerChannel = Annotated[list[float], Field(max_length=16)]
-
-
-class CheckpointSubmission(BaseModel):
-    """A safetensors file, uploaded as an artifact first. Pickles are refused."""
-
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{
-        "name": "resnet18_from_the_hub", "architecture": "resnet18", "dataset": "cifar10", "weights_sha256": DIGEST,
-        "keys": {"module.": ""}, "mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616],
-        "expected_clean_accuracy": 0.95,
-    }]})  # fmt: skip
-
-    name: Annotated[str, Field(min_length=1, max_length=100)]
-    architecture: Architecture
-    dataset: Annotated[str, Field(max_length=200, description="Whose images and classes the network is for.")]
-    weights_sha256: Annotated[str, Field(pattern=DIGEST_PATTERN)]
-    keys: Annotated[dict[str, str], Field(max_length=1000)] = Field(
-        default_factory=dict, description="Prefixes of the file's tensor names, and what the network has instead."
-    )
-    mean: PerChannel = Field(default_factory=list, description="Subtracted from images in [0, 1], one a channel.")
-    std: PerChannel = Field(default_factory=list, description="Divided by after that.")
-    expected_clean_accuracy: Annotated[Number, Field(ge=0, le=1)] | None = Field(
-        default=None,
-        description="On all test images. It is measured before anything else: jobs fail where it is another.",
-    )
-    tolerance: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
-        default=None, description=f"How far from `expected_clean_accuracy` it may be; {TOLERANCE} when left out."
-    )
-
-
-class Checkpoint(BaseModel):
-    """A registered checkpoint: `weights_sha256` are the weights as they are used, with the normalisation."""
-
-    name: str = Field(examples=["resnet18_from_the_hub"])
-    architecture: str = Field(examples=["resnet18"])
-    dataset: str = Field(examples=["cifar10"])
-    channels: int = Field(examples=[3])
-    height: int = Field(examples=[32])
-    width: int = Field(examples=[32])
-    classes: int = Field(examples=[10])
-    weights_sha256: str = Field(examples=[DIGEST])
-    size_bytes: int = Field(examples=[44_730_000])
-    parameters: int = Field(examples=[11_173_962])
-    uploaded_sha256: str = Field(examples=[DIGEST])
-    keys: dict[str, str] = Field(examples=[{"module.": ""}])
-    mean: list[float] = Field(examples=[[0.4914, 0.4822, 0.4465]])
-    std: list[float] = Field(examples=[[0.247, 0.2435, 0.2616]])
-    expected_clean_accuracy: float | None = Field(examples=[0.95])
-    tolerance: float | None = Field(examples=[0.01])
-    stripped_prefix: str | None = Field(
-        description="What all tensor names of the file had in front, after `keys`, and lost.", examples=["_orig_mod."]
-    )
-    converted_from: list[str] = Field(description="Precisions that became float32.", examples=[["float16"]])
-    created_by: str = Field(examples=["ada"])
-    created_at: str = Field(examples=["2026-01-01T12:00:00.000Z"])
-
-
-class CheckpointList(BaseModel):
-    items: list[Checkpoint]
 
 
 @router.post(
@@ -84,20 +18,16 @@ class CheckpointList(BaseModel):
     response_model=Checkpoint,
     responses=documented(404, 409, 413, 422, 507),
 )
-def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) -> Any:
+def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) -> Answer:
     """Register weights for an architecture: names and shapes are checked now. Jobs name them as `"checkpoint": NAME`,
     in place of recipe and seed. Again with the same: no change."""
     if not service.artifacts.exists(body.weights_sha256):
         said = f"it has not been uploaded: PUT /v1/artifacts/{body.weights_sha256} first"
         raise InvalidSpec([("/weights_sha256", said)])
-    upload = Upload(
-        body.name, body.architecture, body.dataset, body.weights_sha256, body.keys, body.mean, body.std,
-        body.expected_clean_accuracy, body.tolerance,
-    )  # fmt: skip
-    return register(service.database, service.artifacts, upload, user=user)
+    return register(service.database, service.artifacts, body.upload, user=user)
 
 
 @router.get("", dependencies=[scope("read")], response_model=CheckpointList, responses=documented())
-def list_checkpoints(service: Verbs) -> Any:
+def list_checkpoints(service: Verbs) -> Answer:
     """The registered checkpoints. Those that trainings made are at `/v1/networks`."""
     return {"items": registered(service.database)}

@@ -41,7 +41,7 @@ class Parser(h11.Connection):
     unread = False  # the answer has begun before the body was there: then the connection ends with the answer
     _chunks = _bytes = 0
 
-    def next_event(self) -> Any:
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         self.starved = self.their_state is h11.SEND_BODY and self.left <= 0
         if self.starved:
             return h11.NEED_DATA
@@ -121,7 +121,7 @@ class Connection(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _reader_timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # Any: what uvicorn makes a connection of
         super().__init__(*arguments, **options)
         most = self.config.h11_max_incomplete_event_size
         self.conn = Parser(h11.SERVER, DEFAULT_MAX_INCOMPLETE_EVENT_SIZE if most is None else most)

@@ -1,11 +1,12 @@
 """What endpoints are given: the verbs, the questions, the user, an idempotency key."""
 
 import hashlib
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Header, Query, Request
 from pydantic import BaseModel, BeforeValidator
 
+from api.http.accepting import operation_of
 from api.http.auth import current_caller, current_user
 from api.http.feed import Feed
 from service.errors import InvalidQuery
@@ -93,9 +94,7 @@ def idempotency(key: str | None, request: Request, body: BaseModel) -> Idempoten
 
 async def only_documented_parameters(request: Request) -> None:
     """A query parameter that the OpenAPI document does not have is refused: a typo must not change an answer."""
-    route = request.scope.get("route")
-    operations: dict[str, Any] = request.app.openapi()["paths"].get(getattr(route, "path_format", ""), {})
-    operation = operations.get(request.method.lower())
+    operation = operation_of(request)
     if operation is None:
         return
     known = sorted(item["name"] for item in operation.get("parameters", []) if item["in"] == "query")

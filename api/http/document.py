@@ -1,12 +1,10 @@
 """The OpenAPI document: what it says beyond what the routes say by themselves."""
 
-from typing import Any
-
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from api.http.errors import Problem, documented
-from api.http.schemas import with_bounds
+from service.model.json import JsonObject
 
 DESCRIPTION = """
 A service for robustness benchmarks: submit **jobs** (one cell: architecture, data set, scale, attack) or **sweeps**
@@ -35,9 +33,13 @@ REPLAYED = {
 }
 RETRY_AFTER = {"description": "Seconds until it is worth while to ask again.", "schema": {"type": "string"}}
 IF_NONE_MATCH = {
-    "name": "If-None-Match", "in": "header", "required": False, "schema": {"type": "string"},
+    "name": "If-None-Match",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
     "description": "The `ETag` of what you have: 304 without a body where that is still the answer.",
-}  # fmt: skip
+}
+BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 TAGS = [
     {"name": "jobs", "description": "One benchmark cell each."},
     {"name": "sweeps", "description": "Named grids of jobs."},
@@ -64,7 +66,7 @@ def install(app: FastAPI) -> None:
     """Let `app.openapi()` and `/openapi.json` give the completed document."""
     made = app.openapi
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> JsonObject:
         if app.openapi_schema is None:
             app.openapi_schema = completed(made())
         return app.openapi_schema
@@ -72,7 +74,7 @@ def install(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def completed(document: dict[str, Any]) -> dict[str, Any]:
+def completed(document: JsonObject) -> JsonObject:
     """Problem documents by name, 422 as we say it, a summary for each operation, bounds in JSON schema's own words."""
     schemas = document["components"]["schemas"]
     own = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -94,17 +96,16 @@ def completed(document: dict[str, Any]) -> dict[str, Any]:
             if method == "get" and path not in STREAMS:
                 _describe_conditional(operation)
             _describe_headers(operation)
-    bounded: dict[str, Any] = with_bounds(document)
-    return bounded
+    return with_bounds(document)
 
 
-def _describe_conditional(operation: dict[str, Any]) -> None:
+def _describe_conditional(operation: JsonObject) -> None:
     operation.setdefault("parameters", []).append(IF_NONE_MATCH)
     operation["responses"]["200"]["headers"] = {"ETag": ETAG}
     operation["responses"]["304"] = {"description": "The client has this answer.", "headers": {"ETag": ETAG}}
 
 
-def _describe_headers(operation: dict[str, Any]) -> None:
+def _describe_headers(operation: JsonObject) -> None:
     """What answers say beside their bodies; a parameter tells which operations have them."""
     parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
     responses = operation["responses"]
@@ -122,3 +123,14 @@ def _first_sentence(text: str) -> str:
     for end in (". ", "; "):
         sentence = sentence.partition(end)[0]
     return sentence.rstrip(".")
+
+
+def with_bounds(schema: JsonObject) -> JsonObject:
+    """A JSON schema whose bounds are in its own words: pydantic leaves `ge` and so on where a validator comes first."""
+    return {BOUNDS.get(name, name): _bounded(value) for name, value in schema.items()}
+
+
+def _bounded(value: object) -> object:
+    if isinstance(value, dict):
+        return with_bounds(value)
+    return [_bounded(item) for item in value] if isinstance(value, list) else value

@@ -2,9 +2,8 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -37,9 +36,10 @@ from service.errors import (
     Unauthenticated,
     UncannyError,
     UnfitDatabase,
-)  # fmt: skip
+)
 from service.lab.access import NotAllowed
 from service.lab.checkpoints import NotChecked, TensorsDiffer
+from service.model.json import JsonObject
 from service.model.pointers import pointer_to
 from service.specs.sweep import as_written, sentence_of
 
@@ -125,7 +125,11 @@ class Problem(BaseModel):
 
 
 def problem(
-    status: int, detail: str, request: Request, errors: Sequence[dict[str, Any]] = (), headers: Any = None
+    status: int,
+    detail: str,
+    request: Request,
+    errors: Sequence[JsonObject] = (),
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """The response for a problem. `Retry-After` goes with what will pass by itself."""
     headers = dict(headers or {})
@@ -135,7 +139,7 @@ def problem(
         headers.setdefault("WWW-Authenticate", "Bearer")
     if status in RETRY_AFTER_SECONDS:
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS[status]))
-    body: dict[str, Any] = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    body: JsonObject = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     if len(errors) > MAX_ERRORS:
         detail = f"{len(errors):,} things are wrong, the first of them: {detail}"
     detail = detail if len(detail) <= MAX_DETAIL else detail[: MAX_DETAIL - 3] + "..."
@@ -157,7 +161,7 @@ def install(app: FastAPI) -> None:
 def _uncanny(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, UncannyError)
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
-    fields: list[dict[str, Any]] = []
+    fields: list[JsonObject] = []
     if isinstance(error, InvalidSpec):
         fields = [{"pointer": pointer, "detail": sentence} for pointer, sentence in error.errors]
     if isinstance(error, TensorsDiffer):
@@ -185,7 +189,7 @@ def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     return problem(422, "; ".join(said), request, fields)
 
 
-def _field(item: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
+def _field(item: JsonObject, names: Sequence[str]) -> dict[str, str]:
     """`names` are the fields of the body."""
     where, *location = item["loc"]
     path = as_written(location)
@@ -240,7 +244,7 @@ def _unexpected(request: Request, error: Exception) -> JSONResponse:
     return problem(500, detail, request)
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def documented(*statuses: int) -> dict[int | str, JsonObject]:
     """The problems that a route documents; those of who asks, how often, and of the database can always come."""
     content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     with_body = {HTTPStatus.REQUEST_TIMEOUT.value} if HTTPStatus.REQUEST_ENTITY_TOO_LARGE in statuses else set()

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Header, Query, Response
@@ -18,9 +18,10 @@ from api.http.errors import documented
 from api.http.feed import RENEW_SECONDS, Feed, Reader, event_piece, may_see, progress_piece
 from api.http.permissions import scope
 from api.http.routing import Router
-from api.http.schemas import JOB_ID
+from api.http.schemas.examples import JOB_ID
 from service.errors import DatabaseAway, InvalidQuery, Unauthenticated
 from service.lab.access import Access, Caller
+from service.model.json import JsonObject
 from service.results.insights import Insights
 
 router = Router(prefix="/v1/events", tags=["events"])
@@ -126,7 +127,7 @@ class _Past:
         self._insights, self._users, self._caller, self._of = insights, users, caller, start.of
         self._start = start
         self.last_id = start.after
-        self.running: list[dict[str, Any]] = []
+        self.running: list[JsonObject] = []
         self._renewed_at = time.monotonic()
 
     def started(self) -> bytes:

@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar, TypeVarTuple
 
 from anyio import CapacityLimiter, to_thread
 from fastapi.sse import format_sse_event
@@ -15,6 +15,7 @@ from fastapi.sse import format_sse_event
 from api.http.turns import Busy
 from service.errors import DatabaseAway, Unauthenticated
 from service.lab.access import Access, Caller
+from service.model.json import JsonObject
 from service.results.insights import Insights
 from service.store.history import PAGE
 
@@ -27,6 +28,7 @@ READERS_AT_ONCE = 16  # that are woken before others have their turn on the even
 OF_ACCESS = ("user.", "token.")  # what only admins are told, and who did it
 
 T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 Piece = tuple[int | None, bytes]
 """An event as it is sent, with its id; of progress without one."""
 
@@ -86,7 +88,7 @@ class Feed:
         self._thread = CapacityLimiter(1)
         self._needed_by: dict[str, set[str]] = {}
         self._followed: tuple[set[str], set[str]] = (set(), set())
-        self._told: dict[str, Any] = {}
+        self._told: dict[str, tuple[object, object]] = {}
         self._renewed_at = 0.0
 
     async def join(self, reader: Reader) -> None:
@@ -140,10 +142,10 @@ class Feed:
         await self._give(happened, running, changed)
         return len(happened) >= PAGE
 
-    async def _give(self, happened: list[dict[str, Any]], running: list[dict[str, Any]], changed: set[str]) -> None:
+    async def _give(self, happened: list[JsonObject], running: list[JsonObject], changed: set[str]) -> None:
         events = [(event, event_piece(event)) for event in happened]
         progress = [(task, progress_piece(task)) for task in running]
-        groups: dict[Any, list[Reader]] = defaultdict(list)
+        groups: dict[tuple[str | None, str | None, str | None, bool], list[Reader]] = defaultdict(list)
         for reader in self._readers:
             groups[*reader.group, reader.fresh].append(reader)
             reader.fresh = False
@@ -160,7 +162,7 @@ class Feed:
                     reader.give(pieces)
                 await asyncio.sleep(0)
 
-    def _wanted(self, sweep_id: str | None, job_id: str | None, row: dict[str, Any]) -> bool:
+    def _wanted(self, sweep_id: str | None, job_id: str | None, row: JsonObject) -> bool:
         """Whether an event, or the progress of a task, is of that sweep or job or of a task that it needs."""
         if sweep_id is None and job_id is None:
             return True
@@ -191,18 +193,18 @@ class Feed:
                 continue
         return renewed
 
-    async def _run(self, ask: Callable[..., T], *arguments: Any) -> T:
+    async def _run(self, ask: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
         return await to_thread.run_sync(ask, *arguments, limiter=self._thread)
 
 
-def may_see(event: dict[str, Any], name: str | None) -> bool:
+def may_see(event: JsonObject, name: str | None) -> bool:
     """Whether that user may be told; None is an admin."""
     return name is None or not event["kind"].startswith(OF_ACCESS) or event["actor"] == name
 
 
-def event_piece(event: dict[str, Any]) -> bytes:
+def event_piece(event: JsonObject) -> bytes:
     return format_sse_event(data_str=json.dumps(event), event=event["kind"], id=str(event["id"]))
 
 
-def progress_piece(task: dict[str, Any]) -> bytes:
+def progress_piece(task: JsonObject) -> bytes:
     return format_sse_event(data_str=json.dumps(task), event="progress")

@@ -1,10 +1,11 @@
 """Filters in a query string: one `filter` in the grammar, and simple ones by field, repeated for any of the values."""
 
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Query, Request
 
+from service.model.json import JsonObject
 from service.model.query import LABEL
 from service.store.fields import Fields
 
@@ -36,7 +37,7 @@ def filters_of(request: Request, fields: Fields, leaving: Collection[str] = ()) 
     return {name: query.getlist(name) for name in names}
 
 
-def documented_filters(fields: Fields, leaving: Collection[str] = ()) -> dict[str, Any]:
+def documented_filters(fields: Fields, leaving: Collection[str] = ()) -> JsonObject:
     """The same for the OpenAPI document."""
     described = {name: f"Only rows with this `{name}`; repeated: any of the values." for name in fields.known}
     described[LABEL] = 'Only rows with this label, as `key:value` or `"my: key":value`; repeated: all of them.'

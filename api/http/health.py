@@ -1,27 +1,25 @@
 """Is it alive, is it ready, what is going on."""
 
-from typing import Any
-
 from fastapi import Request
 
-from api.http.answers import Alive, Cluster, Ready
 from api.http.deps import ArtifactRoot, Questions
 from api.http.errors import documented
 from api.http.permissions import open_to_all, scope
-from api.http.routing import Router
+from api.http.routing import Answer, Router
+from api.http.schemas.health import Alive, Cluster, Ready
 from service.lab import artifact_root
 
 router = Router(tags=["health"])
 
 
 @router.get("/healthz", dependencies=[open_to_all()], response_model=Alive)
-async def healthz() -> Any:
+async def healthz() -> Answer:
     """This process answers."""  # without a thread: all of them may be waiting for a database
     return {"status": "ok"}
 
 
 @router.get("/readyz", dependencies=[open_to_all()], response_model=Ready, responses=documented())
-def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> Any:
+def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> Answer:
     """The database answers and has the right schema, and room left; the artifact root is there.
 
     Jobs are accepted also while no dispatcher leads.
@@ -37,6 +35,6 @@ def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> An
 
 
 @router.get("/v1/cluster", dependencies=[scope("read")], response_model=Cluster, responses=documented())
-def get_cluster(insights: Questions) -> Any:
+def get_cluster(insights: Questions) -> Answer:
     """The leading dispatcher and what it last said of its cluster."""
     return insights.cluster()

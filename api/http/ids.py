@@ -1,14 +1,15 @@
 """Ids as people write them: the shortest prefix that only one has."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Query
 
 from api.http.deps import Questions
 from api.http.errors import documented
 from api.http.permissions import scope
-from api.http.routing import Router
-from api.http.schemas import JOB_ID, ShortIds
+from api.http.routing import Answer, Router
+from api.http.schemas.examples import JOB_ID
+from api.http.schemas.jobs import ShortIds
 from service.errors import InvalidQuery
 from service.model.query import names_of
 
@@ -20,7 +21,7 @@ MAX_IDS = 200
 def shorten_ids(
     insights: Questions,
     ids: Annotated[str, Query(description="Of jobs and sweeps, by comma.", min_length=1, examples=[JOB_ID])],
-) -> Any:
+) -> Answer:
     """The shortest prefix of each id that no other job or sweep has now, of 8 characters or more.
 
     Wherever an id is taken, so is a prefix of 8 characters or more that only one has; 409 names the candidates where

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -15,8 +14,10 @@ from api.http.paging import linked
 from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
 from api.http.prefix import public
-from api.http.routing import Router
-from api.http.schemas import Accepted, Change, DryRun, Explanation, JobDetail, JobPage, JobSubmission
+from api.http.routing import Answer, Router
+from api.http.schemas.jobs import Accepted, Change, Explanation, JobDetail, JobPage, JobSubmission
+from api.http.schemas.previews import DryRun
+from service.model.json import JsonObject
 from service.queue.explaining import explain
 from service.results.insights import NEWEST_FIRST, Question
 from service.store.fields import JOBS
@@ -43,7 +44,7 @@ def submit_job(
     user: User,
     key: Key = None,
     dry_run: IsDryRun = False,
-) -> Any:
+) -> Answer:
     """Submit one job. The answer is 201 once it is stored; what others have computed is not computed again."""
     if dry_run:
         response.status_code = 200
@@ -69,14 +70,14 @@ def list_jobs(
     sort: Sort = NEWEST_FIRST,
     limit: Limit = 100,
     cursor: Cursor = None,
-) -> Any:
+) -> Answer:
     """Jobs, the newest first."""
     page = insights.jobs(Question(filters_of(request, JOBS), sort, cursor, limit, filter=filter))
     return linked(page, request, response)
 
 
 @router.get("/{job_id}", dependencies=[scope("read")], response_model=JobDetail, responses=documented(404))
-async def get_job(job_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Any:
+async def get_job(job_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Answer:
     """One job with its tasks. `ETag` is for `If-Match` too: it goes stale there with priority or labels only."""
     return tag(await wait_for(request, lambda: insights.job(job_id), ENDED, wait), response)
 
@@ -86,14 +87,14 @@ async def get_job(job_id: str, insights: Questions, request: Request, response: 
 )
 def change_job(
     job_id: str, body: Change, seen: Seen, response: Response, service: Verbs, insights: Questions, user: User
-) -> Any:
+) -> Answer:
     """Change a job's priority while it has not ended, or its labels (all of them at once). What runs goes on."""
     service.change_job(job_id, user=user, seen=seen, priority=body.priority, labels=body.labels)
     return tag(insights.job(job_id), response)
 
 
 @router.get("/{job_id}/explain", dependencies=[scope("read")], response_model=Explanation, responses=documented(404))
-def explain_job(job_id: str, insights: Questions, settings: ServerSettings) -> Any:
+def explain_job(job_id: str, insights: Questions, settings: ServerSettings) -> Answer:
     """Why it is not running, in a sentence, and the same for each of its tasks; what comes before it."""
     return explain(insights.database, settings, job_id)
 
@@ -101,7 +102,7 @@ def explain_job(job_id: str, insights: Questions, settings: ServerSettings) -> A
 @router.post(
     "/{job_id}:cancel", dependencies=[owner_of("job")], response_model=JobDetail, responses=documented(404, 409)
 )
-def cancel_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+def cancel_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Answer:
     """Cancel a job. What no other job needs stops within seconds."""
     service.cancel_job(job_id, user=user)
     return insights.job(job_id)
@@ -110,14 +111,14 @@ def cancel_job(job_id: str, service: Verbs, insights: Questions, user: User) -> 
 @router.post(
     "/{job_id}:retry", dependencies=[owner_of("job")], response_model=JobDetail, responses=documented(404, 409)
 )
-def retry_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+def retry_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Answer:
     """Run a failed, held or cancelled job again; what had succeeded is kept."""
     service.retry_job(job_id, user=user)
     return insights.job(job_id)
 
 
 @router.post("/{job_id}:boost", dependencies=[scope("admin")], response_model=JobDetail, responses=documented(404, 409))
-def boost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+def boost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Answer:
     """Let a job go before all other users' work, whatever they have used (admin). What runs goes on."""
     service.boost_job(job_id, user=user)
     return insights.job(job_id)
@@ -126,13 +127,13 @@ def boost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> A
 @router.post(
     "/{job_id}:unboost", dependencies=[scope("admin")], response_model=JobDetail, responses=documented(404, 409)
 )
-def unboost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+def unboost_job(job_id: str, service: Verbs, insights: Questions, user: User) -> Answer:
     """Let a boosted job wait for its owner's turn again (admin)."""
     service.boost_job(job_id, user=user, boosted=False)
     return insights.job(job_id)
 
 
-def answer(reply: Reply, request: Request, response: Response) -> dict[str, Any]:
+def answer(reply: Reply, request: Request, response: Response) -> JsonObject:
     """A reply of the service as the response: the stored one, where it is a replay."""
     response.status_code = reply.status
     response.headers["Location"] = public(request, reply.location)
@@ -145,8 +146,8 @@ _waiting: set[object] = set()
 
 
 async def wait_for(
-    request: Request, look: Callable[[], dict[str, Any]], ended: tuple[str, ...], seconds: float
-) -> dict[str, Any]:
+    request: Request, look: Callable[[], JsonObject], ended: tuple[str, ...], seconds: float
+) -> JsonObject:
     """What `look` sees, looked at again until its state is one of `ended`, the time is up, or the client has left.
 
     Each waiting request asks the database again and again, so if many wait already the answer comes at once.

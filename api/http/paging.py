@@ -1,11 +1,11 @@
 """How a listing leads to its next page: by `next_cursor` in its body, and by a `Link` header (RFC 8288)."""
 
-from typing import Any
 from urllib.parse import urlencode
 
 from fastapi import Request, Response
 
 from api.http.prefix import public
+from service.model.json import JsonObject
 
 
 def next_link(request: Request, cursor: str | None) -> dict[str, str]:
@@ -16,7 +16,7 @@ def next_link(request: Request, cursor: str | None) -> dict[str, str]:
     return {"Link": f'<{public(request, request.url.path)}?{urlencode([*others, ("cursor", cursor)])}>; rel="next"'}
 
 
-def linked(page: dict[str, Any], request: Request, response: Response) -> dict[str, Any]:
+def linked(page: JsonObject, request: Request, response: Response) -> JsonObject:
     """The page, with the header on its answer."""
     response.headers.update(next_link(request, page["next_cursor"]))
     return page

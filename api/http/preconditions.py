@@ -6,11 +6,12 @@ looks at (progress must not refuse a change), and a digest of all that is shown,
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Header, Response
 
 from service.errors import UncannyError
+from service.model.json import JsonObject
 from service.results.views import version
 
 
@@ -18,7 +19,7 @@ class PreconditionRequired(UncannyError):
     """A change must say what it is based on."""
 
 
-def tag(view: dict[str, Any], response: Response) -> dict[str, Any]:
+def tag(view: JsonObject, response: Response) -> JsonObject:
     """The view of a job or sweep, with its `ETag` on the answer."""
     content = hashlib.sha256(json.dumps(view, sort_keys=True).encode()).hexdigest()[:32]
     response.headers["ETag"] = f'"{version(view["id"], view["priority"], view["labels"])}.{content}"'

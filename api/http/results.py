@@ -1,21 +1,22 @@
 """Results: rows as JSON pages; as CSV, NDJSON or Parquet in one stream; one result whole; curves."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
 from api.http.accepting import chosen
-from api.http.answers import Restored, Retracted, Trajectory
 from api.http.deps import CurrentCaller, Cursor, Limit, Questions, SaysTruth, User, Verbs
 from api.http.errors import documented
 from api.http.filters import Filter, Sort, documented_filters, filters_of
 from api.http.paging import next_link
 from api.http.permissions import owner_of, scope
-from api.http.routing import Router
-from api.http.schemas import Restorations, Result, ResultPage, Retraction, Retractions
+from api.http.routing import Answer, Router
+from api.http.schemas.results import Result, ResultPage, Trajectory
+from api.http.schemas.retractions import Restorations, Restored, Retracted, Retraction, Retractions
+from service.model.json import JsonObject
 from service.model.query import names_of
 from service.queue import retraction
 from service.results import exporting
@@ -27,16 +28,19 @@ router = Router(prefix="/v1/results", tags=["results"])
 Format = Literal["json", "csv", "ndjson", "parquet"]
 PARQUET = "application/vnd.apache.parquet"
 MEDIA: dict[str, Format] = {
-    "application/json": "json", "text/csv": "csv", "application/x-ndjson": "ndjson", PARQUET: "parquet",
-}  # fmt: skip
+    "application/json": "json",
+    "text/csv": "csv",
+    "application/x-ndjson": "ndjson",
+    PARQUET: "parquet",
+}
 VARY = {"Vary": "Accept"}
-STREAMED: dict[str, Any] = {
+STREAMED: JsonObject = {
     "text/csv": {"schema": {"type": "string"}},
     "application/x-ndjson": {"schema": {"type": "string"}},
     PARQUET: {"schema": {"type": "string", "format": "binary"}},
 }
 HIDDEN = "X-Uncanny-Retracted"
-SAYS_HIDDEN: dict[str, Any] = {
+SAYS_HIDDEN: JsonObject = {
     HIDDEN: {
         "description": "Of rows in one stream: how many results of the filter are hidden because they are retracted, "
         "counted up to 1,000; not there with `include_retracted`.",
@@ -101,7 +105,7 @@ def _stream(wanted: Literal["csv", "ndjson", "parquet"], insights: Insights, que
 
 
 @router.post(":retract", dependencies=[scope("admin")], response_model=Retracted, responses=documented(422))
-def retract_results(body: Retractions, service: Verbs, user: User) -> Any:
+def retract_results(body: Retractions, service: Verbs, user: User) -> Answer:
     """Retract every result that a filter chooses, such as all of one version of a task; or their numbers of one
     further measure, such as `sam_sharpness` where `measures.sam_sharpness.version = 1`."""
     nodes = nodes_of(body.filter)
@@ -109,19 +113,19 @@ def retract_results(body: Retractions, service: Verbs, user: User) -> Any:
 
 
 @router.post(":restore", dependencies=[scope("admin")], response_model=Restored, responses=documented(422))
-def restore_results(body: Restorations, service: Verbs, user: User) -> Any:
+def restore_results(body: Restorations, service: Verbs, user: User) -> Answer:
     """Take back every retraction that hides one of the results, or measures, that a filter chooses."""
     return retraction.restore_all(service, nodes_of(body.filter), user=user, measure=body.measure)
 
 
 @router.get("/{job_id}", dependencies=[scope("read")], response_model=Result, responses=documented(404))
-def get_result(job_id: str, insights: Questions) -> Any:
+def get_result(job_id: str, insights: Questions) -> Answer:
     """One result whole: every number of the tasks it rests on, their provenance, and which curves there are."""
     return insights.result(job_id)
 
 
 @router.get("/{job_id}/trajectory", dependencies=[scope("read")], response_model=Trajectory, responses=documented(404))
-def get_trajectory(job_id: str, insights: Questions) -> Any:
+def get_trajectory(job_id: str, insights: Questions) -> Answer:
     """The curves of a result: along the steps of the attack, and over the epochs of the training."""
     return insights.trajectory(job_id)
 
@@ -129,7 +133,7 @@ def get_trajectory(job_id: str, insights: Questions) -> Any:
 @router.post(
     "/{job_id}:retract", dependencies=[owner_of("job")], response_model=Retracted, responses=documented(404, 409, 422)
 )
-def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, caller: CurrentCaller) -> Any:
+def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, caller: CurrentCaller) -> Answer:
     """Hide a result, and all others that show the same numbers, from now on. Nothing is deleted."""
     return retraction.retract(service, job_id, body.reason, user=user, rerun=body.rerun, admin=caller.may("admin"))
 
@@ -137,6 +141,6 @@ def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, ca
 @router.post(
     "/{job_id}:restore", dependencies=[owner_of("job")], response_model=Restored, responses=documented(404, 409)
 )
-def restore_result(job_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Any:
+def restore_result(job_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Answer:
     """Take back the retraction that hides a result, of all that it hides."""
     return retraction.restore(service, job_id, user=user, admin=caller.may("admin"))

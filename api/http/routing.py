@@ -1,8 +1,8 @@
 """The routes of the API: who asks is known before the body is read, no thread waits for a body, and all take turns."""
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -16,10 +16,21 @@ from api.http.turns import Turns
 
 WRITERS, REGISTRATIONS, UPLOADS = "writers", "registrations", "uploads"
 QUESTIONS, DOWNLOADS = "questions", "downloads"
-OF_MANY = frozenset({
-    "/v1/correlations", "/v1/jobs", "/v1/leaderboard", "/v1/networks", "/v1/results", "/v1/results:aggregate",
-    "/v1/results:compare", "/v1/results:trajectories", "/v1/sweeps", "/v1/worst-cases",
-})  # fmt: skip
+Answer = Mapping[str, object]
+"""What an endpoint returns: the route's `response_model` says which fields that has, and checks them."""
+Handler = Callable[[Request], Coroutine[None, None, Response]]
+OF_MANY = {
+    "/v1/correlations",
+    "/v1/jobs",
+    "/v1/leaderboard",
+    "/v1/networks",
+    "/v1/results",
+    "/v1/results:aggregate",
+    "/v1/results:compare",
+    "/v1/results:trajectories",
+    "/v1/sweeps",
+    "/v1/worst-cases",
+}
 """Questions that take the longer, the more the store has. What looks at one thing, or counts, is always answered."""
 
 
@@ -45,7 +56,7 @@ class StrictRoute(APIRoute):
 
     turns: ClassVar[str] = WRITERS
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
         permission = declared(self)
         _check_closed(self)
@@ -115,9 +126,7 @@ def _check_closed(route: APIRoute) -> None:
             raise TypeError(f'{route.path}: the body must be a model with `extra="forbid"`, not {model}')
 
 
-async def _asked(
-    request: Request, handle: Callable[[Request], Coroutine[Any, Any, Response]], which: str, user: str
-) -> Response:
+async def _asked(request: Request, handle: Handler, which: str, user: str) -> Response:
     turns: Turns = request.app.state.turns[which]
     async with turns.one(user):
         response = await handle(request)

@@ -1,16 +1,17 @@
 """Statistics of results: groups, comparisons, leaderboards, correlations, curves of several."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import Query, Request
 
-from api.http.answers import Aggregate, Comparison, Correlations, Leaderboard, Trajectories, WorstCases
 from api.http.deps import Questions, SaysNumber, SaysTruth
 from api.http.errors import documented
 from api.http.filters import Filter, documented_filters, filters_of
 from api.http.permissions import scope
-from api.http.routing import Router
-from api.http.schemas import JOB_ID
+from api.http.routing import Answer, Router
+from api.http.schemas.examples import JOB_ID
+from api.http.schemas.statistics import Aggregate, Comparison, Correlations, Leaderboard, Trajectories
+from api.http.schemas.worst_cases import WorstCases
 from service.model.query import names_of
 from service.model.unit import Unit
 from service.results import aggregates, comparing, correlating, leaderboard, worst_case
@@ -62,7 +63,7 @@ def aggregate_results(
     filter: Filter = None,
     allow_mixed: Annotated[bool, SaysTruth, Query(description="Let a group differ in more than seeds.")] = False,
     include_retracted: Retracted = False,
-) -> Any:
+) -> Answer:
     """Statistics over groups of results, n being the number of trained networks: their repeats are averaged first.
 
     Groups that differ in more than seeds are refused, unless told otherwise."""
@@ -76,7 +77,7 @@ def aggregate_results(
 @router.get(
     "/results:compare", dependencies=[scope("read")], response_model=Comparison, responses=documented(404, 409, 422)
 )
-def compare_results(insights: Questions, ids: Ids) -> Any:
+def compare_results(insights: Questions, ids: Ids) -> Answer:
     """Results side by side: the fields that differ, McNemar's exact test and a bootstrap interval for every two on
     the examples that all have, and the worst case per example where they are attacks on one network in one ball."""
     return comparing.compare(insights.database, _whole(insights, ids))
@@ -94,7 +95,7 @@ def get_trajectories(
     parts: Annotated[
         str, Query(description="attack, baseline, train, ... by comma; all where left out.", examples=["attack,train"])
     ] = "",
-) -> Any:
+) -> Answer:
     """The curves of several results in one answer."""
     return {"items": insights.trajectories(_whole(insights, ids), names_of(parts))}
 
@@ -117,7 +118,7 @@ def get_leaderboard(
     ] = 1.0,
     filter: Filter = None,
     trusted: Trusted = True,
-) -> Any:
+) -> Answer:
     """Networks by their worst case: a board for each threat model, data set and number of samples.
 
     The worst case of a network is over every stored attack of the threat model, at every scale whose predictions are
@@ -136,7 +137,7 @@ def get_leaderboard(
     responses=documented(422),
     openapi_extra=documented_filters(RESULTS),
 )
-def get_worst_cases(request: Request, insights: Questions, filter: Filter = None) -> Any:
+def get_worst_cases(request: Request, insights: Questions, filter: Filter = None) -> Answer:
     """The share of images that every stored attack of a threat model left right, by network and threat model.
 
     Filters choose networks by their results; each worst case names the attacks that it is over, whatever was asked."""
@@ -168,7 +169,7 @@ def get_correlations(
     ] = "",
     filter: Filter = None,
     trusted: Trusted = True,
-) -> Any:
+) -> Answer:
     """Kendall's tau-b at s = 1, one point per network, pooled and within architectures, with bootstrap intervals.
 
     What is too much to resample is refused: n networks of a group make n² pairs, and count as 10,000 where

@@ -1,15 +1,14 @@
 """Bodies of requests, read as strictly as a contract is: what JSON leaves open is refused, not guessed."""
 
 import json
-from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 
 from api.http.limits import is_of_sweeps
 from service.errors import InvalidSpec
+from service.model.json import JsonObject
 from service.model.pointers import pointer_to
 from service.specs.base import TOO_SMALL, shorten, underflows
 
@@ -30,7 +29,7 @@ class NotSentAsJson(InvalidSpec):
     """The body says of itself that it is something else."""
 
 
-def check_sent(error: Mapping[str, Any]) -> None:
+def check_sent(error: JsonObject) -> None:
     """Raises `NotSentAsJson` and `NotJson` where what pydantic says of a body is that there was no JSON to look at.
 
     That is known only then, when who is asking has been found out.
@@ -44,7 +43,7 @@ def check_sent(error: Mapping[str, Any]) -> None:
 class StrictRequest(Request):
     """A request whose JSON is read by `read`."""
 
-    async def json(self) -> Any:
+    async def json(self) -> object:
         if not hasattr(self, "_json"):
             body = await self.body()
             _check_values(body, MAX_SWEEP_VALUES if is_of_sweeps(self.scope["path"]) else MAX_VALUES)
@@ -77,7 +76,7 @@ class _TooSmall(float):
     """0.0 for a number that is not 0, such as 1e-400."""
 
 
-def read(body: bytes) -> Any:
+def read(body: bytes) -> object:
     """The JSON value of a body. Raises `NotJson`, and `InvalidSpec` for a number that Python or float64 has not."""
     constants: list[_Constant] = []
     too_small: list[_TooSmall] = []
@@ -110,7 +109,7 @@ def read(body: bytes) -> Any:
     return value
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Python, like most readers, would take the last of two and forget the other."""
     if len(pairs) > MAX_FIELDS:
         raise InvalidSpec([("", f"an object of the body has {len(pairs):,} fields, at most {MAX_FIELDS:,} are taken")])
@@ -124,7 +123,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _pointer(value: Any, wanted: _Constant | _TooSmall) -> str | None:
+def _pointer(value: object, wanted: _Constant | _TooSmall) -> str | None:
     """Where in `value` this very object is, as a JSON pointer."""
     if value is wanted:
         return ""

@@ -1,6 +1,6 @@
 """Sweeps: submit a grid of jobs, look at its progress, cancel and retry."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Body, Query, Request, Response
 
@@ -10,18 +10,11 @@ from api.http.jobs import answer, wait_for
 from api.http.paging import linked
 from api.http.permissions import owner_of, scope
 from api.http.preconditions import Seen, tag
-from api.http.routing import Router
-from api.http.schemas import (
-    SWEEP_EXAMPLE,
-    AcceptedSweep,
-    Change,
-    Changed,
-    DryRun,
-    Extension,
-    Retried,
-    SweepDetail,
-    SweepPage,
-)
+from api.http.routing import Answer, Router
+from api.http.schemas.examples import SWEEP_EXAMPLE
+from api.http.schemas.jobs import Change
+from api.http.schemas.previews import DryRun
+from api.http.schemas.sweeps import AcceptedSweep, Changed, Extension, Retried, SweepDetail, SweepPage
 from service import specs
 from service.errors import InvalidQuery
 from service.model.dotted import or_rather
@@ -52,7 +45,7 @@ def submit_sweep(
     user: User,
     key: Key = None,
     dry_run: IsDryRun = False,
-) -> Any:
+) -> Answer:
     """Submit all jobs of a grid at once, or none: the whole sweep is refused for one bad cell."""
     if dry_run:
         response.status_code = 200
@@ -62,15 +55,19 @@ def submit_sweep(
 
 @router.get("", dependencies=[scope("read")], response_model=SweepPage, responses=documented(422))
 def list_sweeps(
-    request: Request, response: Response, insights: Questions,
-    user: str | None = None, limit: Limit = 20, cursor: Cursor = None,
-) -> Any:  # fmt: skip
+    request: Request,
+    response: Response,
+    insights: Questions,
+    user: str | None = None,
+    limit: Limit = 20,
+    cursor: Cursor = None,
+) -> Answer:
     """Sweeps with their progress, the newest first."""
     return linked(insights.sweeps(user=user, cursor=cursor, limit=limit), request, response)
 
 
 @router.get("/{sweep_id}", dependencies=[scope("read")], response_model=SweepDetail, responses=documented(404))
-async def get_sweep(sweep_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Any:
+async def get_sweep(sweep_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Answer:
     """One sweep: counts of its jobs and tasks, and the seconds that are left, once that can be said.
 
     `ETag` is for `If-Match` too: it goes stale there with priority or labels only.
@@ -86,7 +83,7 @@ async def get_sweep(sweep_id: str, insights: Questions, request: Request, respon
 )
 def change_sweep(
     sweep_id: str, body: Change, seen: Seen, response: Response, service: Verbs, insights: Questions, user: User
-) -> Any:
+) -> Answer:
     """Change the priority of a sweep and its live jobs, or the labels of it and all its jobs. What runs goes on."""
     service.change_sweep(sweep_id, user=user, seen=seen, priority=body.priority, labels=body.labels)
     return tag(insights.sweep(sweep_id), response)
@@ -95,7 +92,7 @@ def change_sweep(
 @router.post(
     "/{sweep_id}:pause", dependencies=[owner_of("sweep")], response_model=SweepDetail, responses=documented(404, 409)
 )
-def pause_sweep(sweep_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+def pause_sweep(sweep_id: str, service: Verbs, insights: Questions, user: User) -> Answer:
     """Start nothing more for this sweep. What runs is finished; what other jobs need too goes on for them."""
     service.pause_sweep(sweep_id, user=user)
     return insights.sweep(sweep_id)
@@ -104,7 +101,7 @@ def pause_sweep(sweep_id: str, service: Verbs, insights: Questions, user: User) 
 @router.post(
     "/{sweep_id}:resume", dependencies=[owner_of("sweep")], response_model=SweepDetail, responses=documented(404)
 )
-def resume_sweep(sweep_id: str, service: Verbs, insights: Questions, user: User) -> Any:
+def resume_sweep(sweep_id: str, service: Verbs, insights: Questions, user: User) -> Answer:
     """Let a paused sweep go on."""
     service.resume_sweep(sweep_id, user=user)
     return insights.sweep(sweep_id)
@@ -118,14 +115,14 @@ def resume_sweep(sweep_id: str, service: Verbs, insights: Questions, user: User)
 )
 def extend_sweep(
     sweep_id: str, body: Extension, request: Request, response: Response, service: Verbs, user: User, key: Key = None
-) -> Any:
+) -> Answer:
     """Add values to axes of a sweep's grid; only the cells that are new by it become jobs."""
     reply = service.extend(sweep_id, body.grid, user=user, idempotency=idempotency(key, request, body))
     return answer(reply, request, response)
 
 
 @router.post("/{sweep_id}:cancel", dependencies=[owner_of("sweep")], response_model=Changed, responses=documented(404))
-def cancel_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
+def cancel_sweep(sweep_id: str, service: Verbs, user: User) -> Answer:
     """Cancel the jobs of a sweep that have not ended."""
     return {"id": sweep_id, "jobs": service.cancel_sweep(sweep_id, user=user)}
 
@@ -133,7 +130,7 @@ def cancel_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
 @router.post(
     "/{sweep_id}:retry-failed", dependencies=[owner_of("sweep")], response_model=Retried, responses=documented(404, 422)
 )
-def retry_failed(sweep_id: str, service: Verbs, user: User, states: States = "failed") -> Any:
+def retry_failed(sweep_id: str, service: Verbs, user: User, states: States = "failed") -> Answer:
     """Run the failed jobs of a sweep again, or those in `states`; what had succeeded is kept."""
     chosen = [state.strip() for state in states.split(",")]
     for state in chosen:
@@ -144,12 +141,12 @@ def retry_failed(sweep_id: str, service: Verbs, user: User, states: States = "fa
 
 
 @router.post("/{sweep_id}:boost", dependencies=[scope("admin")], response_model=Changed, responses=documented(404))
-def boost_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
+def boost_sweep(sweep_id: str, service: Verbs, user: User) -> Answer:
     """Let the live jobs of a sweep go before all other users' work, whatever they have used (admin)."""
     return {"id": sweep_id, "jobs": service.boost_sweep(sweep_id, user=user)}
 
 
 @router.post("/{sweep_id}:unboost", dependencies=[scope("admin")], response_model=Changed, responses=documented(404))
-def unboost_sweep(sweep_id: str, service: Verbs, user: User) -> Any:
+def unboost_sweep(sweep_id: str, service: Verbs, user: User) -> Answer:
     """Let the boosted jobs of a sweep wait for their owner's turn again (admin)."""
     return {"id": sweep_id, "jobs": service.boost_sweep(sweep_id, user=user, boosted=False)}

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-JsonObject = dict[str, Any]  # Any: stored JSON, whose keys and values are those of whichever version wrote it
-CellSpec = Mapping[str, Any]  # Any: the same; a cell's spec without seeds, with the versions of its tasks
+from service.model.json import JsonObject
+
+CellSpec = Mapping[str, Any]  # Any: as in `JsonObject`; a cell's spec without seeds, with the versions of its tasks
 
 
 class ResultKey(NamedTuple):

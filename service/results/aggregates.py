@@ -14,10 +14,11 @@ from typing import Any
 
 from service.errors import InvalidQuery
 from service.model.dotted import flat
+from service.model.json import JsonObject
 from service.model.observations import SHARES, Moments, Observations, accuracy_interval, range_of
 from service.model.observations import interval as interval
 from service.model.query import Node, fields_of
-from service.model.results import CellSpec, JsonObject
+from service.model.results import CellSpec
 from service.model.times import iso
 from service.model.unit import UNITS, Unit
 from service.results.distinct_images import DistinctImages

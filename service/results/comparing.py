@@ -8,7 +8,8 @@ import numpy as np
 
 from service.errors import InvalidQuery
 from service.model.dotted import flat
-from service.model.results import CellSpec, JsonObject, Result
+from service.model.json import JsonObject
+from service.model.results import CellSpec, Result
 from service.model.threat_model import threat_model
 from service.model.verdict import BitArray
 from service.results.results import found

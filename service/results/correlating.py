@@ -12,9 +12,10 @@ import numpy as np
 
 from service.errors import InvalidQuery
 from service.model.correlation import MINIMUM, correlate, tau
+from service.model.json import JsonObject
 from service.model.observations import Observations
 from service.model.query import Comparison, Node, Value, fields_of
-from service.model.results import CellSpec, JsonObject, Point
+from service.model.results import CellSpec, Point
 from service.model.threat_model import of_adversaries, threat_model
 from service.model.verdict import VERSION
 from service.results.aggregates import is_judged, keys_of

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from service.model import flags
 from service.model.dotted import FAMILIES, flat
+from service.model.json import JsonObject
 from service.model.observations import INTERVALS, SHARES, Count, accuracy_interval
-from service.model.results import JsonObject
 from service.model.threat_model import threat_model
 from service.model.times import iso, milliseconds, seconds_of
 from service.results.questions import ALL_FIELDS, Question

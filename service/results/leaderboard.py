@@ -12,9 +12,10 @@ from statistics import fmean, stdev
 
 from service.errors import InvalidQuery
 from service.model.dotted import or_rather
+from service.model.json import JsonObject
 from service.model.observations import accuracy_interval, interval
 from service.model.query import Comparison, Node, Value
-from service.model.results import CellSpec, JsonObject, NetworkCell
+from service.model.results import CellSpec, NetworkCell
 from service.model.threat_model import of_adversaries, threat_model
 from service.model.verdict import VERSION
 from service.results.worst_case import Place, WorstCase, is_current, place_of, preset_of, presets, worst_cases

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter, ValidationError
 
 from service.lab.checkpoints import is_registered, weights_of
+from service.model.json import JsonObject
 from service.model.names import DIGEST
-from service.model.results import JsonObject, TrainedNetwork
+from service.model.results import TrainedNetwork
 from service.model.times import iso
 from service.results.views import retracted
 from service.specs import DatasetRef, JobSpec

@@ -8,9 +8,10 @@ from service.errors import InvalidQuery, NotFound
 from service.model.dotted import FAMILIES, chosen
 from service.model.flags import Place
 from service.model.jobs import TaskState
+from service.model.json import JsonObject
 from service.model.observations import INTERVALS
 from service.model.query import Node
-from service.model.results import JsonObject, Result, ResultKey
+from service.model.results import Result, ResultKey
 from service.results import views
 from service.results.questions import ALL_FIELDS, Question
 from service.results.worst_case import worst_case_of

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from service.model import records
 from service.model.environment import SetAside
 from service.model.jobs import JobState, TaskState
+from service.model.json import JsonObject
 from service.model.observations import Count, intervals_of
 from service.model.records import Attempt, Job, RegisteredDataset, RunningTask, Sweep, TaskCount
-from service.model.results import CellSpec, FurtherMeasure, JsonObject, Result
+from service.model.results import CellSpec, FurtherMeasure, Result
 from service.model.threat_model import threat_model
 from service.model.times import iso
 from service.specs.canonical import canonical

@@ -11,8 +11,9 @@ from functools import cache
 from operator import itemgetter
 
 from service.errors import InvalidQuery
+from service.model.json import JsonObject
 from service.model.query import Node
-from service.model.results import AttackBits, CellSpec, JsonObject
+from service.model.results import AttackBits, CellSpec
 from service.model.threat_model import of_adversaries, threat_model
 from service.model.verdict import wilson
 from service.specs.attacks import PRESETS

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
-from service.model.results import JsonObject
+from service.model.json import JsonObject
 from service.model.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, Verdict, chance_of, judge, unpack
 from service.store.datasets import classes
 from service.store.listed import listed

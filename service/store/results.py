@@ -10,8 +10,9 @@ from sqlalchemy import Connection, Row, Select, case, func, select
 
 from service.model.flags import FLAGS, names_of
 from service.model.jobs import TaskState
+from service.model.json import JsonObject
 from service.model.query import Node
-from service.model.results import CellSpec, FurtherMeasure, JsonObject, Result, ResultKey
+from service.model.results import CellSpec, FurtherMeasure, Result, ResultKey
 from service.model.verdict import BitArray, unpack
 from service.specs.numbers import INDEXED, METRICS
 from service.specs.versions import LATER

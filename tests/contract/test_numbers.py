@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from api.http.schemas import Result
+from api.http.schemas.results import Result
 from service.lab.artifacts import Artifacts
 from service.model.executor import ArtifactRef, Bundle, Grant, Numbers, Outcome, Succeeded
 from service.model.observations import Count, intervals_of

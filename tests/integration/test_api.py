@@ -736,7 +736,7 @@ def test_the_openapi_document(server: Any) -> None:
 
 
 def test_the_examples_of_the_document_are_accepted(server: Any) -> None:
-    from api.http.schemas import JOB_EXAMPLE, SWEEP_EXAMPLE
+    from api.http.schemas.examples import JOB_EXAMPLE, SWEEP_EXAMPLE
 
     assert server.http.post("/v1/jobs", json=JOB_EXAMPLE).status_code == 201
     assert server.http.post("/v1/sweeps", json=SWEEP_EXAMPLE, params={"dry_run": True}).status_code == 200

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.http.schemas import JOB_EXAMPLE, SWEEP_EXAMPLE
+from api.http.schemas.examples import JOB_EXAMPLE, SWEEP_EXAMPLE
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.just(10**400), st.floats(), st.text(max_size=8),

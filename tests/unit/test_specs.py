@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from api.http.schemas import JobSubmission
+from api.http.schemas.jobs import JobSubmission
 from service.errors import InvalidQuery
 from service.model.query import Comparison, Value
 from service.specs import AttackTask, ControlTask, JobSpec, MeasureTask, TrainTask, canonical, digest, problems

@@ -54,8 +54,10 @@ VALUES = st.recursive(
     ],
 )
 def test_a_value_in_yaml(text: str, value: Any) -> None:
-    assert read(f"a: {text}") == {"a": value}
-    assert type(read(f"a: {text}")["a"]) is type(value)
+    document = read(f"a: {text}")
+    assert isinstance(document, dict)
+    assert document == {"a": value}
+    assert type(document["a"]) is type(value)
 
 
 @given(VALUES)

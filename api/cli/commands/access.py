@@ -1,11 +1,12 @@
 """`user` and `token`: who may use the service."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from api.cli.commands.options import EPILOG, AsJson, Home, Url, client_of, print_json, settings_of, whole_number
+from api.client import Json
 from api.client.render import counted, err, out, show, table
 
 user = typer.Typer(help="Users, their roles and quotas (for admins).", no_args_is_help=True, epilog=EPILOG)
@@ -113,9 +114,7 @@ def revoke_token(
         err.print(f"{counted(children, 'token')} made with it, or with these, revoked too")
 
 
-def _create_directly(
-    name: str, for_user: str | None, scope: Scope, days: float | None, home: Path | None
-) -> dict[str, Any]:
+def _create_directly(name: str, for_user: str | None, scope: Scope, days: float | None, home: Path | None) -> Json:
     from api.http.auth import operating_system_user
     from service.lab.access import Access, Caller
     from service.operations import upgrading
@@ -134,7 +133,7 @@ def _create_directly(
     return access.create_token(owner, name, scope, days, by=Caller(actor))
 
 
-def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool, *, one: bool = False) -> None:
+def _show(rows: list[Json], columns: tuple[str, ...], as_json: bool, *, one: bool = False) -> None:
     if as_json:
         return print_json(rows[0] if one else rows)
     cells = [["–" if row[column] is None else str(row[column]) for column in columns] for row in rows]

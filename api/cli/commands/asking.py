@@ -1,6 +1,6 @@
 """`aggregate`, `leaderboard`, `compare`, `correlations`, `retract`: questions to all results at once."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -86,7 +86,7 @@ def leaderboard(
     as_json: AsJson = False,
 ) -> None:
     """Networks by their worst case over all stored attacks, as `uncanny leaderboard dataset=digits norm=linf`."""
-    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    asked = _asked(filters, filter)
     with client_of(home, url) as client:
         boards = client.leaderboard(scale=scale, trusted=trusted, **asked)
     if as_json:
@@ -109,7 +109,7 @@ def worst_cases(
     as_json: AsJson = False,
 ) -> None:
     """The worst case of each network over all stored attacks of a threat model, which are named."""
-    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    asked = _asked(filters, filter)
     with client_of(home, url) as client:
         rows = client.worst_cases(**asked)
     if as_json:
@@ -162,7 +162,7 @@ def correlations(
     as_json: AsJson = False,
 ) -> None:
     """Does a measure rank networks as their robust accuracy does? Kendall's tau, one point per network at s = 1."""
-    asked: dict[str, Any] = {**filters_of(filters), **({"filter": filter} if filter else {})}
+    asked = _asked(filters, filter)
     with client_of(home, url) as client:
         found = client.correlations(measure, trusted=trusted, **asked)
     if as_json:
@@ -226,6 +226,10 @@ def _say_done(done: Json) -> None:
         say(f"The same weights are registered as {names}: what names them so stays, and is not hidden.")
     if done.get("superseded"):
         say(f"{len(done['superseded']):,} of the tasks are joined by no new job: there is a newer generation.")
+
+
+def _asked(filters: list[str] | None, filter: str) -> Json:
+    return {**filters_of(filters), **({"filter": filter} if filter else {})}
 
 
 def _tell_nothing(trusted: bool) -> None:

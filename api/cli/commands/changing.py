@@ -74,7 +74,7 @@ def extend(
             values = written.read(f"[{said}]")
         except ValueError:
             values = None
-        if not axis or not equals or not values:
+        if not axis or not equals or not isinstance(values, list) or not values:
             raise BadUsage(f"{item!r} is not of the form AXIS=VALUE,VALUE")
         grid[axis] = values
     with client_of(home, url) as client:

@@ -1,7 +1,7 @@
 """`checkpoint`: weights made elsewhere, and those that trainings made."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -94,7 +94,7 @@ def list_all(
     return show(table(columns, [[_shown(row[name]) for name in columns] for row in rows]))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return ""
     return str(value["name"] if isinstance(value, dict) else value)

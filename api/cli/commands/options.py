@@ -67,7 +67,7 @@ class BadUsage(UncannyError):
     """The command line makes no sense."""
 
 
-def settings_of(**flags: Any) -> Settings:
+def settings_of(**flags: Any) -> Settings:  # Any: the types of the settings, which the settings check
     """Settings from the environment, overridden by the flags that were given."""
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
@@ -84,7 +84,7 @@ def program() -> str:
     return settings_of().program
 
 
-def filters_of(given: list[str] | None) -> dict[str, Any]:
+def filters_of(given: list[str] | None) -> dict[str, Any]:  # Any: so that they pass beside named parameters
     """`["scale=5", "scale=10"]` as `{"scale": ["5", "10"]}`."""
     filters: dict[str, list[str]] = {}
     for item in given or []:
@@ -95,11 +95,11 @@ def filters_of(given: list[str] | None) -> dict[str, Any]:
     return filters
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def print_line(value: Any) -> None:
+def print_line(value: object) -> None:
     """One line of JSON, at once."""
     sys.stdout.write(json.dumps(value, separators=(",", ":")) + "\n")
     sys.stdout.flush()

@@ -2,9 +2,10 @@
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -62,11 +63,11 @@ def watch(
     with client_of(home, url) as client:
         kind, status = _look(client, ident) if ident else ("", {"state": ""})
         client.reach_seconds = client.patience_seconds  # who waits for hours is not sent away by a restart
-        target: dict[str, Any] = {kind: ident} if ident else {}
+        events = partial(client.events, job=ident if kind == "job" else None, sweep=ident if kind == "sweep" else None)
         last_id: int | None = None
         if status["state"] not in ENDED:
             with reasons_told(client.url, kind, status["id"]) if ident else nullcontext():
-                for event in client.events(**target):
+                for event in events():
                     _show_event(event, as_json)
                     last_id = event.id or last_id
                     if ident and event.kind.startswith("job."):
@@ -74,7 +75,7 @@ def watch(
                         if status["state"] in ENDED:
                             break
         if ident:  # what has happened since, or all of it
-            for event in client.events(**target, after=last_id, follow=False):
+            for event in events(after=last_id, follow=False):
                 _show_event(event, as_json)
     if not as_json and ident:
         say(f"{kind} {ident} is {status['state']}")

@@ -1,127 +1,35 @@
-"""The shapes of what is said about many results, and of the service itself: answers only, for the OpenAPI document."""
+"""Statistics over many results: groups, comparisons, boards, correlations, curves of several."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.http.schemas import JOB_EXAMPLE, JOB_ID, NetworkWorstCase
+from api.http.schemas.examples import JOB_EXAMPLE, JOB_ID
+from api.http.schemas.results import Standing, Trajectory
+from service.model.json import JsonObject
 
-Curves = dict[str, dict[str, Any]]  # by part and name; a curve has a list of numbers for each of its columns
-CURVES: Any = {"attack": {"trajectory": {"step": [0, 1], "loss_median": [0.1, 2.0]}}}
 HIDDEN: int = Field(
     default=0, description="Results of the filter that are hidden because they are retracted, counted up to 1,000."
 )
 
 
-class Alive(BaseModel):
-    status: Literal["ok"] = Field(examples=["ok"])
+class Aggregate(BaseModel):
+    """Groups in the order of `by`. Every statistic but `best` and `worst`, which are of single results, is over
+    the units that `spread_of` names: the trained networks, each with the mean of its repeats (attack seeds,
+    replicates, storage options)."""
 
-
-class Ready(BaseModel):
-    status: Literal["ready"]
-    version: str = Field(examples=["0.1.0"])
-    dispatcher_leads: bool = Field(description="Jobs are accepted without one too; they wait.")
-
-
-class SetAside(BaseModel):
-    """A part of the environment that failed and gets no work until it is tried again."""
-
-    owner: str = Field(description="node, device, data_folder or artifact_root.", examples=["artifact_root"])
-    name: str = Field(description="Its host, device or path.", examples=["/srv/artifacts"])
-    node: str = Field(description="Where that was seen, as Ray names it; empty for everywhere.", examples=[""])
-    dataset: str = Field(description="The data set whose tasks it keeps waiting; empty for all.", examples=["cifar10"])
-    reason: str
-    losses: int = Field(description="Attempts in a row that it was tried with.", examples=[1])
-    since: str
-    retry_at: str
-
-
-class Cluster(BaseModel):
-    """Who leads, and what it last said."""
-
-    leading: bool
-    dispatcher: str | None
-    lease_expires_at: str | None
-    set_aside: list[SetAside] = Field(default=[], description="What gets no work for now, with the reason.")
-    status: dict[str, Any] = Field(
-        description="Of the cluster: ready, cpus, gpus, nodes ...", examples=[{"cpus": 16.0}]
+    by: list[str] = Field(examples=[["scale"]])
+    metrics: dict[str, list[str]] = Field(examples=[{"robust_accuracy": ["mean", "count"]}])
+    items: list[JsonObject] = Field(
+        description="Each group: the values of `by`, the numbers of `results` and of `networks`, and the statistics of "
+        "each metric. `ci95_of` says what an interval is of: `networks` (or `attack_seeds`), by Student's t, cut at 0 "
+        "and 1 for shares; or `images`, by Wilson, for an accuracy where a single network or several without a spread "
+        "tell nothing of others.",
+        examples=[[{"scale": 5.0, "results": 15, "networks": 3, "robust_accuracy": {"mean": 0.57, "count": 3}}]],
     )
-
-
-class StoredNumber(BaseModel):
-    """A number that results can have, or all those whose names follow one pattern."""
-
-    name: str = Field(examples=["{split}loss_{statistic}{population}"])
-    formula: str
-    unit: str = Field(examples=["nats"])
-    low: float | None = Field(description="The least value; null is no bound.", examples=[0.0])
-    high: float | None = Field(description="The largest value.", examples=[None])
-    null: str = Field(description="When it is null.", examples=["no such image"])
-    source: str
-    group: str
-    task_kind: str = Field(description="The kind of task that leaves it; `job`: the service computes it.")
-    of: str = Field(description="Which tasks of the kind leave it, or the type of measure.", examples=["closed_forms"])
-    file: str = Field(description="Where it is computed.")
-    names: list[str] = Field(description="Every name that the pattern stands for.")
-    columns: list[str] = Field(description="Those of them that have a column of their own, by the column's name.")
-    indexed: list[str] = Field(description="The columns by which results are sorted fast.")
-
-
-class Catalog(BaseModel):
-    """By name, with parameters, bounds and defaults as JSON schemas."""
-
-    architectures: dict[str, dict[str, Any]]
-    datasets: dict[str, dict[str, Any]]
-    registered_datasets: list[dict[str, Any]] = Field(description="As in `GET /v1/datasets`.")
-    recipes: dict[str, dict[str, Any]]
-    recipe_presets: dict[str, dict[str, Any]] = Field(
-        description="By a name that stands for a whole recipe, what differs from the recipe's defaults.",
-        examples=[{"adversarial_literature": {"name": "adversarial", "weight_decay": 5e-4}}],
-    )
-    attacks: dict[str, dict[str, Any]]
-    attack_presets: dict[str, dict[str, Any]] = Field(examples=[{"pgd_linf": JOB_EXAMPLE["attack"]}])
-    measures: dict[str, dict[str, Any]]
-    always_measured: list[str]
-    numbers: list[StoredNumber] = Field(description="The dictionary of every number that a result can have.")
-    job: dict[str, Any] = Field(description="The JSON schema of a job.")
-    sweep: dict[str, Any] = Field(description="The JSON schema of a sweep.")
-
-
-class Standing(BaseModel):
-    """Whether a result stands: when, by whom and why it was retracted, or nulls."""
-
-    retracted_at: str | None
-    retracted_by: str | None
-    retraction_reason: str | None
-
-
-class Retracted(BaseModel):
-    retracted: list[str] = Field(description="Jobs whose results are hidden from now on.", examples=[[JOB_ID]])
-    resubmitted: list[str] = Field(description="The jobs that compute them again, where that was asked for.")
-    tasks: list[str] = Field(default=[], description="The tasks that were retracted.", examples=[[JOB_ID]])
-    unmeasured: list[str] = Field(
-        default=[], description="Jobs whose results are shown without the numbers of a further measure."
-    )
-    replanned: int = Field(default=0, description="Live jobs that get a new generation of these tasks.", examples=[2])
-    still_registered: list[str] = Field(
-        default=[], description="Names under which the retracted weights are registered, and stay usable."
-    )
-
-
-class Restored(BaseModel):
-    restored: list[str] = Field(description="Jobs whose results are shown again.", examples=[[JOB_ID]])
-    tasks: list[str] = Field(default=[], description="The tasks that are restored.", examples=[[JOB_ID]])
-    superseded: list[str] = Field(
-        default=[], description="Those that new jobs do not join, because there is a newer generation."
-    )
-    measured: list[str] = Field(
-        default=[], description="Jobs whose results show the numbers of a further measure again."
-    )
-
-
-class Trajectory(Standing):
-    job_id: str = Field(examples=[JOB_ID])
-    curves: Curves = Field(examples=[CURVES])
+    spread_of: Literal["networks", "attack_seeds"] = Field(description="What is counted and what spreads.")
+    mixed: dict[str, list[object]] = Field(description="Fields, other than seeds, that differ within a group.")
+    retracted: int = HIDDEN
 
 
 class TrajectoryOfSeveral(Trajectory):
@@ -134,25 +42,6 @@ class TrajectoryOfSeveral(Trajectory):
 
 class Trajectories(BaseModel):
     items: list[TrajectoryOfSeveral]
-
-
-class Aggregate(BaseModel):
-    """Groups in the order of `by`. Every statistic but `best` and `worst`, which are of single results, is over
-    the units that `spread_of` names: the trained networks, each with the mean of its repeats (attack seeds,
-    replicates, storage options)."""
-
-    by: list[str] = Field(examples=[["scale"]])
-    metrics: dict[str, list[str]] = Field(examples=[{"robust_accuracy": ["mean", "count"]}])
-    items: list[dict[str, Any]] = Field(
-        description="Each group: the values of `by`, the numbers of `results` and of `networks`, and the statistics of "
-        "each metric. `ci95_of` says what an interval is of: `networks` (or `attack_seeds`), by Student's t, cut at 0 "
-        "and 1 for shares; or `images`, by Wilson, for an accuracy where a single network or several without a spread "
-        "tell nothing of others.",
-        examples=[[{"scale": 5.0, "results": 15, "networks": 3, "robust_accuracy": {"mean": 0.57, "count": 3}}]],
-    )
-    spread_of: Literal["networks", "attack_seeds"] = Field(description="What is counted and what spreads.")
-    mixed: dict[str, list[Any]] = Field(description="Fields, other than seeds, that differ within a group.")
-    retracted: int = HIDDEN
 
 
 class Pair(BaseModel):
@@ -177,8 +66,9 @@ class Union(BaseModel):
     broken_only_by: dict[str, int] = Field(description="Examples that no other of the attacks breaks, by job.")
     left_out: dict[str, str] = Field(
         description="Results that prove nothing, by job, and why: one of the reasons of verdicts, `superseded` by a "
-        "newer version of the attack, or `retracted`.", examples=[{}],
-    )  # fmt: skip
+        "newer version of the attack, or `retracted`.",
+        examples=[{}],
+    )
 
 
 class Compared(Standing):
@@ -198,7 +88,7 @@ class Compared(Standing):
 class Comparison(BaseModel):
     results: list[Compared]
     examples: int = Field(description="Which all of them have: the first of one fixed permutation, or of the file.")
-    differing: dict[str, list[Any]] = Field(description="Fields of the specs, with each one's value.")
+    differing: dict[str, list[object]] = Field(description="Fields of the specs, with each one's value.")
     pairs: list[Pair]
     union: Union | None
     union_refused: str | None = Field(description="Why there is no union.")
@@ -207,7 +97,7 @@ class Comparison(BaseModel):
 class CountedAttack(BaseModel):
     """An attack that a row's worst cases are over, and how many of the row's networks it met."""
 
-    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    attack: JsonObject = Field(examples=[JOB_EXAMPLE["attack"]])
     preset: str | None = Field(examples=["pgd_linf"])
     version: int = Field(examples=[1])
     networks: int = Field(examples=[3])
@@ -219,7 +109,7 @@ class Rank(BaseModel):
 
     rank: int
     architecture: str
-    recipe: dict[str, Any]
+    recipe: JsonObject
     train_version: int | None = Field(description="Of the training task.", examples=[1])
     scale: float = Field(description="Of the results that were asked for.")
     networks: int = Field(description="Distinct weights.", examples=[3])
@@ -262,17 +152,12 @@ class Board(BaseModel):
     samples: int
     order: str = Field(examples=["permutation"])
     scale_bias: bool
-    attack: dict[str, Any] | None = Field(
+    attack: JsonObject | None = Field(
         description="Where the results that were asked for have one alone.", examples=[JOB_EXAMPLE["attack"]]
     )
     preset: str | None = Field(examples=["pgd_linf"])
     version: int = Field(description="The latest of the attacks' versions; each stands beside its attack.")
     rows: list[Rank]
-
-
-class WorstCases(BaseModel):
-    items: list[NetworkWorstCase]
-    retracted: int = Field(description="How many results the filters choose that are retracted; they do not count.")
 
 
 class Leaderboard(BaseModel):
@@ -293,22 +178,23 @@ class Correlation(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     dataset: str = Field(examples=["cifar10"])
-    attack: dict[str, Any] = Field(examples=[JOB_EXAMPLE["attack"]])
+    attack: JsonObject = Field(examples=[JOB_EXAMPLE["attack"]])
     samples: int = Field(examples=[1000])
     order: str = Field(examples=["permutation"])
     threat_model: str | None = Field(default=None, examples=["linf 8/255"])
     version: int = Field(examples=[1])
     measure_version: int = Field(examples=[1])
     verdict_version: int | None = Field(
-        default=None, description="Of the rule that chose the results by their verdict, or counted a number.",
+        default=None,
+        description="Of the rule that chose the results by their verdict, or counted a number.",
         examples=[5],
-    )  # fmt: skip
-    measure_spec: dict[str, Any] | None = Field(
+    )
+    measure_spec: JsonObject | None = Field(
         default=None,
         description="Of the further measure that `measure` is a number of: its parameters and version.",
         examples=[{"type": "sam_sharpness", "images": 1024, "rho": 0.05, "m": 128, "version": 1}],
     )
-    target_spec: dict[str, Any] | None = Field(default=None, description="The same of `target`.")
+    target_spec: JsonObject | None = Field(default=None, description="The same of `target`.")
     n: int = Field(description="Trained networks at s = 1.", examples=[48])
     results: int = Field(description="At s = 1, which are averaged within a network first.", examples=[144])
     architectures: int = Field(examples=[4])

@@ -1,0 +1,86 @@
+"""A job or a sweep that was submitted: look at it, wait for its end, take its results."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from api.client.asking import Rows
+from api.client.transport import Json, OnProgress
+
+if TYPE_CHECKING:
+    from api.client.client import Client
+
+ENDED = ("succeeded", "failed", "cancelled", "held")
+LONG_POLL_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job."""
+
+    client: "Client"
+    id: str
+    accepted: Json
+
+    def status(self) -> Json:
+        return self.client.job(self.id)
+
+    def wait(self, progress: OnProgress | bool | None = None) -> Json:
+        """Wait for its end; `progress` is called with what is known meanwhile. Returns the job.
+
+        True is a bar, False none; where nothing is said, a terminal or a notebook shows one.
+        """
+        return _wait(lambda seconds: self.client.job(self.id, wait_seconds=seconds), progress, f"job {self.id}")
+
+    def result(self) -> Json:
+        return self.client.result(self.id)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A submitted sweep; `accepted` says which of its tasks were known already."""
+
+    client: "Client"
+    id: str
+    accepted: Json
+
+    def status(self) -> Json:
+        return self.client.get_sweep(self.id)
+
+    def wait(self, progress: OnProgress | bool | None = None) -> Json:
+        """Wait for its end; `progress` is called with what is known meanwhile. Returns the sweep.
+
+        True is a bar, False none; where nothing is said, a terminal or a notebook shows one.
+        """
+        return _wait(lambda seconds: self.client.get_sweep(self.id, wait_seconds=seconds), progress, f"sweep {self.id}")
+
+    def results(self, filter: str | None = None, **more: Any) -> Rows:  # Any: as `Client.results`
+        return self.client.results(filter, sweep=self.id, **more)
+
+    def cancel(self) -> Json:
+        return self.client.cancel(self.id)
+
+    def extend(self, **grid: Sequence[object]) -> Json:
+        return self.client.extend(self.id, grid)
+
+
+def _wait(look: Callable[[float], Json], progress: OnProgress | bool | None, name: str) -> Json:
+    if callable(progress) or progress is False:
+        return _follow(look, progress or None)
+    from api.client import render  # and rich with it, only where there is something to show
+
+    if progress is None and not (render.err.is_terminal or render.err.is_jupyter):
+        return _follow(look, None)
+    with render.sweep_progress(name) as bar:
+        return _follow(look, bar)
+
+
+def _follow(look: Callable[[float], Json], progress: OnProgress | None) -> Json:
+    while True:
+        seen = look(0 if progress else LONG_POLL_SECONDS)
+        if progress is not None:
+            progress(seen)
+        if seen["state"] in ENDED:
+            return seen
+        time.sleep(0.3)

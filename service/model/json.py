@@ -1,0 +1,6 @@
+"""JSON as Python reads it."""
+
+from typing import Any
+
+JsonObject = dict[str, Any]
+"""An object of a stored document, a request or an answer. Any: its values are those of whichever version wrote it."""
