@@ -52,7 +52,7 @@ from workers import devices, run, tasks
 from workers.context import Cache, Context
 from workers.provenance import cudnn, gpu, of_properties
 from workers.science.architectures import build
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.datasets import DATASETS
 from workers.science.errors import Diverged, ScienceError
 from workers.science.summaries import merged
@@ -329,7 +329,7 @@ def test_the_panel_of_auto_pgd_runs_it_with_the_margin_loss(
 
     def survivors(**changed: Any) -> list[bool]:
         params = {**own, "loss": "margin", **changed}
-        output = ATTACKS["apgd"](subject.network(), x.float() / 255, y, index=index, **params)
+        output = ATTACKS["apgd"](subject.network(), AttackInput(x.float() / 255, y, index), **params)
         return (~output.broken).tolist()
 
     twin = found["robust_twin"].tolist()
