@@ -29,7 +29,7 @@ def folder(path: Path) -> Path:
     return path
 
 
-def opened(path: Path, mode: str) -> IO[Any]:
+def opened(path: Path, mode: str) -> IO[Any]:  # Any: text or bytes, as `mode` says
     """The file, made for this account alone where it is not there."""
     encoding = None if "b" in mode else "utf-8"
     return open(path, mode, encoding=encoding, opener=lambda name, flags: os.open(name, flags, FILE))

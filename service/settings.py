@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -235,7 +235,7 @@ class Settings(BaseSettings):
         return self.home.expanduser().absolute() / "spool"
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     if isinstance(value, dict):
         return json.dumps({name: one.model_dump(exclude_unset=True) for name, one in value.items()})
     return str(value)

@@ -5,10 +5,10 @@ import secrets
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
 from service.model.records import Admission, Token, User
+from service.model.results import JsonObject
 from service.model.times import iso
 from service.store import Connection, Database, accounts, history, meanings
 from service.store.history import Event
@@ -73,7 +73,7 @@ class Access:
             admission = accounts.admission(connection, token_id=caller.token_id)
             return _caller(_valid(admission, self.database.now(connection)))
 
-    def put_user(self, name: str, changes: dict[str, Any], *, actor: str) -> dict[str, Any]:
+    def put_user(self, name: str, changes: JsonObject, *, actor: str) -> JsonObject:
         """Make a user, or change role, weight and quotas (None: the default of the settings) of one.
 
         `disabled` says whether all tokens of a user are refused; where it is left out, that stays as it is. Raises
@@ -99,13 +99,13 @@ class Access:
             history.append(connection, now, actor, happened)
             return _user_view(user)
 
-    def users(self) -> list[dict[str, Any]]:
+    def users(self) -> list[JsonObject]:
         with self.database.read() as connection:
             return [_user_view(user) for user in accounts.users_by_name(connection)]
 
     def create_token(
         self, user: str, name: str, scope: str, expires_in_days: float | None, *, by: Caller
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """A new token; its `secret` is in this answer and nowhere else: only a hash of it is kept.
 
         It does not outlive the token that makes it, unless an admin asks, and is revoked with it in any case.
@@ -139,7 +139,7 @@ class Access:
             history.append(connection, now, by.name, [Event("token.created", data=data)])
             return {**_token_view(made), "secret": secret}
 
-    def tokens(self, *, by: Caller, user: str | None = None) -> list[dict[str, Any]]:
+    def tokens(self, *, by: Caller, user: str | None = None) -> list[JsonObject]:
         """The tokens of a user, the caller's own where none is named. Raises `InvalidQuery` for an unknown user."""
         user = user or by.name
         if user != by.name and not by.may("admin"):
@@ -149,7 +149,7 @@ class Access:
                 meanings.checked(connection, meanings.user, "user", user)
             return [_token_view(token) for token in accounts.tokens_of(connection, user)]
 
-    def revoke_token(self, token_id: str, *, by: Caller) -> dict[str, Any]:
+    def revoke_token(self, token_id: str, *, by: Caller) -> JsonObject:
         """From now on this token is refused, and with it those made with it, with these, and so on: whoever had it may
         have made them. `revoked_children` says how many those were. Raises `NotFound`, `Conflict` where it was revoked
         before.
@@ -175,7 +175,7 @@ class Access:
         with self.database.read() as connection:
             return accounts.owner(connection, job_id=job_id, sweep_id=sweep_id)
 
-    def me(self, caller: Caller) -> dict[str, Any]:
+    def me(self, caller: Caller) -> JsonObject:
         """The caller, their role and quotas (those of the row, where there is one)."""
         with self.database.read() as connection:
             user = accounts.user(connection, caller.name)
@@ -222,13 +222,13 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _user_view(user: User) -> dict[str, Any]:
+def _user_view(user: User) -> JsonObject:
     """A user as the API shows it; None stands for the default of the settings."""
     shown = {name: getattr(user, name) for name in ("name", "role", "weight", "max_queued_jobs", "max_gpus")}
     return {**shown, "created_at": iso(user.created_at), "disabled_at": iso(user.disabled_at)}
 
 
-def _token_view(token: Token) -> dict[str, Any]:
+def _token_view(token: Token) -> JsonObject:
     """A token as the API shows it: never its hash."""
     shown = {
         name: getattr(token, name) for name in ("id", "user", "name", "prefix", "scope", "created_by", "parent_id")

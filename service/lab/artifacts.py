@@ -7,18 +7,19 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from uuid import uuid4
 
 import fsspec
 
 from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable, InvalidSpec, UnfitArtifactRoot
 from service.model.executor import ArtifactRef
+from service.model.results import JsonMapping
 
 CHUNK_BYTES = 1 << 20
 FULL_BYTES = 64 << 10  # a disk with less room than that is full
@@ -66,7 +67,7 @@ class Artifacts:
             raise ArtifactMissing(f"{digest!r} is not a SHA-256 digest")
         return f"{self._base}/{digest[:2]}/{digest}"
 
-    def write(self, kind: str, fill: Callable[[Path], Any]) -> ArtifactRef:
+    def write(self, kind: str, fill: Callable[[Path], object]) -> ArtifactRef:
         """Let `fill(path)` write a new file, and publish it under its digest by an atomic rename.
 
         Raises `ArtifactRootFull` where there is no room, `ArtifactRootUnusable` where the root takes no bytes for
@@ -377,7 +378,7 @@ class Artifacts:
         return digest, size
 
 
-def _file_system(root: str) -> tuple[Any, str]:
+def _file_system(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of the root, and the root on it. Raises `UnfitArtifactRoot`.
 
     It remembers no listings: others write and delete there too.
@@ -386,7 +387,7 @@ def _file_system(root: str) -> tuple[Any, str]:
     if scheme in READ_ONLY:
         raise UnfitArtifactRoot(f"the artifact root {root} cannot be written: take a folder or s3://BUCKET/PATH")
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(root, use_listings_cache=False)
     except ImportError as error:
         extra = "uncanny-bench with its extra `s3`" if scheme in ("s3", "s3a") else f"what it needs ({error})"
         raise UnfitArtifactRoot(f"the artifact root {root} needs more than is installed: install {extra}") from None
@@ -397,7 +398,7 @@ def _file_system(root: str) -> tuple[Any, str]:
     return found
 
 
-def _modified(info: Mapping[str, Any]) -> float | None:
+def _modified(info: JsonMapping) -> float | None:
     """When a file system says that a file was last written, in seconds since 1970; None where it does not say."""
     at = next((info[name] for name in MODIFIED if info.get(name) is not None), None)
     return at.timestamp() if isinstance(at, datetime) else None if at is None else float(at)

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from service.errors import Conflict, InvalidSpec, UncannyError
 from service.lab.artifacts import Artifacts
 from service.lab.datasets import NAME
 from service.model.records import RegisteredCheckpoint
+from service.model.results import JsonMapping, JsonObject
 from service.model.times import iso
 from service.specs import catalog
 from service.specs.recipes import Imported
@@ -52,7 +52,7 @@ class Upload:
     tolerance: float | None = None
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def asked(self) -> JsonObject:
         """As the row of a checkpoint has it."""
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         return {
@@ -67,12 +67,12 @@ class Upload:
 class TensorsDiffer(InvalidSpec):
     """The tensors of a file are not those of the network; `tensors` has them by what is wrong with them."""
 
-    def __init__(self, sentence: str, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, sentence: str, tensors: JsonMapping) -> None:
         self.tensors = tensors
         super().__init__([("/weights_sha256", sentence)])
 
 
-def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: str) -> dict[str, Any]:
+def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: str) -> JsonObject:
     """Check the weights against the network, in a process of its own that has PyTorch, and keep them as it saves them.
 
     The same again changes nothing. Raises `InvalidSpec` for weights that do not fit, `Conflict` for a name that is
@@ -85,7 +85,7 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
         known = checkpoints.named(connection, upload.name)
     if known is not None:
         return _the_same(known, asked)
-    made: dict[str, Any] = {}
+    made: JsonObject = {}
 
     def fill(out: Path) -> None:
         with artifacts.local(upload.uploaded_sha256) as weights:
@@ -139,14 +139,14 @@ def _grey_levels(values: Sequence[float], name: str) -> str:
     )
 
 
-def _the_same(known: RegisteredCheckpoint, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _the_same(known: RegisteredCheckpoint, asked: JsonMapping) -> JsonObject:
     """A checkpoint that is asked for again. Raises `Conflict` where it is another of that name."""
     if any(getattr(known, name) != value for name, value in asked.items()):
         raise Conflict(f"checkpoint {known.name} is registered with other weights or options: take a new name")
     return view(known)
 
 
-def registered(database: Database) -> list[dict[str, Any]]:
+def registered(database: Database) -> list[JsonObject]:
     """All of them, by name."""
     with database.read() as connection:
         return [view(one) for one in checkpoints.registered(connection)]
@@ -199,12 +199,12 @@ def _of_another(connection: Connection, checkpoint: RegisteredCheckpoint, archit
     return f"checkpoint {checkpoint.name} is for {own} images, {dataset} has {classes} of {'x'.join(map(str, shape))}"
 
 
-def view(checkpoint: RegisteredCheckpoint) -> dict[str, Any]:
+def view(checkpoint: RegisteredCheckpoint) -> JsonObject:
     converted_from, created_at = checkpoint.converted_from or [], iso(checkpoint.created_at)
     return {**asdict(checkpoint), "converted_from": converted_from, "created_at": created_at}
 
 
-def _fitted(request: dict[str, Any]) -> dict[str, Any]:
+def _fitted(request: JsonObject) -> JsonObject:
     """What `workers.importing` says. It runs apart because this half of the service has no PyTorch loaded."""
     with _turn(), tempfile.TemporaryFile() as complaints:
         try:
@@ -219,7 +219,7 @@ def _fitted(request: dict[str, Any]) -> dict[str, Any]:
             last = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
             why = f"signal {-done.returncode} ended the process" if done.returncode < 0 else last[0]
             raise NotChecked(f"the weights could not be checked ({why}): try again later")
-    said: dict[str, Any] = json.loads(done.stdout)
+    said: JsonObject = json.loads(done.stdout)
     if "tensors" in said:
         raise TensorsDiffer(said["error"], said["tensors"])
     if "error" in said:

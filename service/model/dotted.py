@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from service.model.results import JsonMapping, JsonObject
+
 NEAR = 3  # names that may have been meant
 FEW = 20  # names that are listed beside those
 FAMILIES = ("provenance", "labels", "measures_failed", "verdict_checks", "verdict_counts", "versions")
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: JsonMapping, prefix: str = "") -> Iterator[tuple[str, Any]]:  # Any: a value of JSON
     """A nested row as `("attack.norm", "linf")` and so on; lists joined by `;`."""
     for name, item in value.items():
         if isinstance(item, Mapping):
@@ -18,17 +20,17 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, ";".join(map(str, item)) if isinstance(item, list) else item
 
 
-def chosen(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def chosen(row: JsonMapping, names: Sequence[str]) -> JsonObject:
     """The fields asked for, nested as they are; a dotted name reaches inside, and a missing one is null.
 
     What is behind the first dot of `FAMILIES` is one key, and what is shown whole has its parts in it already.
     """
-    out: dict[str, Any] = {}
+    out: JsonObject = {}
     for name in names:
         first, dot, _ = name.partition(".")
         if dot and first in names:
             continue
-        source: Any = row
+        source: object = row
         target = out
         *path, last = name.split(".", 1) if first in FAMILIES else name.split(".")
         for part in path:

@@ -5,11 +5,11 @@ with: if that is lost too, the wait doubles, up to `LONGEST_WAIT_SECONDS`; if it
 A device is set aside by the worker that found its fault, which keeps it busy: the other devices of its node go on.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from service.model.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Owner, Progress, Started, Succeeded
+from service.model.results import JsonMapping, JsonObject
 
 FIRST_WAIT_SECONDS = 30.0
 LONGEST_WAIT_SECONDS = 600.0
@@ -53,7 +53,7 @@ class SetAside:
         """Whether it keeps tasks on that data set from that node. A device keeps none: nothing can be placed on it."""
         return self.owner != "device" and self.node in ("", node) and self.dataset in ("", dataset)
 
-    def as_data(self) -> dict[str, Any]:
+    def as_data(self) -> JsonObject:
         """What an event says of it."""
         return {name: getattr(self, name) for name in ("owner", "name", "node", "dataset", "reason", "losses")}
 
@@ -85,7 +85,7 @@ def hindrance(aside: Collection[SetAside], names: Sequence[str], dataset: str) -
     return min((one for name in names for one in concerning(aside, name, dataset)), key=lambda one: one.retry_at)
 
 
-def reported(status: Mapping[str, Any]) -> list[SetAside]:
+def reported(status: JsonMapping) -> list[SetAside]:
     """What the leading dispatcher has set aside, as its status says, by the database's clock."""
     return [SetAside(**one) for one in status.get("set_aside", ())]
 
@@ -181,7 +181,7 @@ class Environment:
         """That bundle is what they are tried with: nothing else goes there until it has an answer."""
         self._trials[bundle_id] = frozenset(one.place for one in concerning(self.aside, node, dataset))
 
-    def told(self, now: float) -> list[dict[str, Any]]:
+    def told(self, now: float) -> list[JsonObject]:
         """What is set aside as JSON, by the clock that says `now`."""
         ahead = now - self._clock()
         every = [*self._aside.values(), *self._unfit.values()]

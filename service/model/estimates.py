@@ -1,9 +1,10 @@
 """What a task will take, by what tasks like it took: pure functions of stored timings."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from service.model.results import JsonMapping
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Estimate:
     p90: float
 
 
-def likeness(spec: Mapping[str, Any], train_spec: Mapping[str, Any]) -> Likeness:
+def likeness(spec: JsonMapping, train_spec: JsonMapping) -> Likeness:
     """Of a task by its stored spec and that of the training it works on."""
     match spec["kind"]:
         case "train":
@@ -51,7 +52,7 @@ def likeness(spec: Mapping[str, Any], train_spec: Mapping[str, Any]) -> Likeness
     return Likeness(spec["kind"], method, train_spec["architecture"], train_spec["dataset"]["name"])
 
 
-def units(spec: Mapping[str, Any]) -> float:
+def units(spec: JsonMapping) -> float:
     """The size of a task: a training's epochs, otherwise images, times the attack's steps where it has some."""
     if spec["kind"] == "train":
         return float(max(1, spec["recipe"].get("epochs") or 1))

@@ -6,7 +6,9 @@ Every message names the task and the attempt it speaks for; the store drops thos
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
+
+from service.model.results import JsonObject
 
 Numbers = dict[str, float | int | None]
 Reason = Literal[
@@ -71,7 +73,7 @@ class Grant:
     task_id: str
     attempt: int
     digest: str
-    spec: dict[str, Any]
+    spec: JsonObject
     resume: ArtifactRef | None = None
 
     def __str__(self) -> str:
@@ -103,9 +105,9 @@ class Bundle:
 
     id: str
     grants: tuple[Grant, ...]
-    train_spec: dict[str, Any]
+    train_spec: JsonObject
     checkpoint: ArtifactRef | None = None
-    sources: dict[str, tuple[dict[str, Any], ArtifactRef | None]] = field(default_factory=dict)
+    sources: dict[str, tuple[JsonObject, ArtifactRef | None]] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
     avoid: frozenset[str] = frozenset()
 
@@ -120,10 +122,10 @@ class Outcome:
     """What a finished task leaves behind: numbers, curves, outcome bits, artifacts, and how it was made."""
 
     numbers: Numbers = field(default_factory=dict)
-    curves: dict[str, Any] = field(default_factory=dict)
+    curves: JsonObject = field(default_factory=dict)
     bits: dict[str, Bits] = field(default_factory=dict)
     artifacts: tuple[ArtifactRef, ...] = ()
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Progress:
     task_id: str
     attempt: int
     fraction: float
-    detail: dict[str, Any]
+    detail: JsonObject
     resume: ArtifactRef | None = None
 
 

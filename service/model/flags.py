@@ -5,7 +5,9 @@ Definition: science/README.md, "Controls".
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from service.model.results import JsonMapping, JsonObject
 
 NOT_MONOTONE = "not_monotone"
 TRAINED_AGAIN = "trained_again"
@@ -13,8 +15,8 @@ MIXED_WEIGHTS = "mixed_weights"
 FLAGS = (NOT_MONOTONE, TRAINED_AGAIN, MIXED_WEIGHTS)  # columns of `results`
 STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
 OF_TRAINING = ("recipe", "versions")  # of a cell; what is the same of a network however it came to be is compared
-Flag = dict[str, Any]
-Specs = Mapping[int, Mapping[str, Any]]  # those of cells, flat
+Flag = JsonObject
+Specs = Mapping[int, JsonMapping]  # those of cells, flat
 
 
 class Place(NamedTuple):
@@ -83,13 +85,13 @@ def names_of(*raised: bool) -> list[str]:
     return [name for name, of in zip(FLAGS, raised, strict=True) if of]
 
 
-def compared(spec: Mapping[str, Any]) -> dict[str, Any]:
+def compared(spec: JsonMapping) -> JsonObject:
     """All of a cell that must be the same, but for strength, where one attack is to break no less than another."""
     kept = {name: value for name, value in spec.items() if name not in OF_TRAINING}
     return {**kept, "version": spec["versions"]["attack"]}
 
 
-def apart_from_strength(spec: Mapping[str, Any]) -> dict[str, Any]:
+def apart_from_strength(spec: JsonMapping) -> JsonObject:
     """The same of all cells whose attacks differ in strength only."""
     attack = {name: value for name, value in spec["attack"].items() if name not in STRENGTH}
     if isinstance(inner := attack.get("attack"), Mapping):  # of a transfer
@@ -97,7 +99,7 @@ def apart_from_strength(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {**compared(spec), "attack": attack}
 
 
-def _only_strength(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+def _only_strength(mine: JsonMapping, theirs: JsonMapping) -> str | None:
     """The one field in which two attacks differ, where that is their strength."""
     apart = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
     return apart[0] if len(apart) == 1 and apart[0].rpartition(".")[2] in STRENGTH else None

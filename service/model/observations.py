@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, assert_never
+from typing import Any, Generic, Literal, TypeVar, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from service.model.verdict import wilson
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
+Key = TypeVar("Key", bound=Hashable)
+T = TypeVar("T")
+Column = NDArray[Any]  # Any: codes or values
 Interval = tuple[float | None, float | None]
 Count = Literal["samples", "n_clean_correct", "test_samples"]
 SHARE = re.compile(
@@ -191,16 +194,16 @@ def _finite(value: float, exponent: int) -> float | None:
         return None
 
 
-class Observations:
+class Observations(Generic[Key]):
     """What results have of some metrics, by the keys of their groups, in arrays with names as numbers."""
 
     def __init__(self, metrics: int) -> None:
-        self._keys, self._names = _Numbers(), _Numbers()
-        self._columns: list[list[NDArray[Any]]] = [[] for _ in range(3 + 2 * metrics)]
+        self._keys, self._names = _Numbers[Key](), _Numbers[str]()
+        self._columns: list[list[Column]] = [[] for _ in range(3 + 2 * metrics)]
 
     def add(
-        self, keys: Sequence[Hashable], networks: Sequence[str], seeds: Sequence[int], *metrics: Sequence[Any]
-    ) -> None:
+        self, keys: Sequence[Key], networks: Sequence[str], seeds: Sequence[int], *metrics: Sequence[Any]
+    ) -> None:  # Any: ids of tasks and values by turns
         """Of each result the key of its group, its network and its attack seed, and by metric the id of the task that
         computed it and the value, which may be null."""
         coded = [self._keys.of(keys), self._names.of(networks), np.array(seeds, np.int64)]
@@ -209,7 +212,7 @@ class Observations:
         for column, part in zip(self._columns, coded, strict=True):
             column.append(part)
 
-    def networks(self) -> dict[Any, int]:
+    def networks(self) -> dict[Key, int]:
         """How many distinct networks each key has."""
         groups, networks = self._whole(0), self._whole(1)
         if not groups.size:
@@ -218,7 +221,7 @@ class Observations:
         found, counts = np.unique(groups[first], return_counts=True)
         return self._by_key(found, counts.tolist())
 
-    def values(self, metric: int, unit: Unit) -> dict[Any, Floats]:
+    def values(self, metric: int, unit: Unit) -> dict[Key, Floats]:
         """The value of each unit of each key, in ascending order."""
         groups, networks, seeds, tasks, values = map(self._whole, (0, 1, 2, 3 + 2 * metric, 4 + 2 * metric))
         match unit:
@@ -231,26 +234,26 @@ class Observations:
         known = ~np.isnan(values)
         group, means = averaged(*(part[known] for part in (groups, units, seeds, tasks, values)))
         found, first = np.unique(group, return_index=True)
-        none: dict[Any, Floats] = dict.fromkeys(self._keys, np.empty(0))
+        none: dict[Key, Floats] = dict.fromkeys(self._keys, np.empty(0))
         return none if not found.size else none | self._by_key(found, np.split(means, first[1:]))
 
-    def _whole(self, column: int) -> NDArray[Any]:
+    def _whole(self, column: int) -> Column:
         parts = self._columns[column]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def _by_key(self, codes: Iterable[int], values: Iterable[Any]) -> dict[Any, Any]:
+    def _by_key(self, codes: Iterable[int], values: Iterable[T]) -> dict[Key, T]:
         keys = list(self._keys)
         return {keys[code]: value for code, value in zip(codes, values, strict=True)}
 
 
-class _Numbers(dict[Any, int]):
+class _Numbers(dict[Key, int]):
     """A number for each distinct value, in the order in which they are met."""
 
-    def __missing__(self, value: Any) -> int:
+    def __missing__(self, value: Key) -> int:
         self[value] = len(self)
         return self[value]
 
-    def of(self, values: Sequence[Any]) -> Codes:
+    def of(self, values: Sequence[Key]) -> Codes:
         return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
 
 

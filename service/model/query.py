@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, assert_never, cast
+from typing import Literal, assert_never, cast
 
 from lark import Lark, Token, Transformer, v_args
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken, VisitError
@@ -260,11 +260,11 @@ def _unquoted(text: str) -> str:
 
 def _syntax(error: UnexpectedInput, text: str) -> InvalidQuery:
     position = error.pos_in_stream
-    expected: Any = set()
+    expected: Iterable[str] = ()
     if isinstance(error, UnexpectedToken):
         expected = error.accepts or error.expected
     elif isinstance(error, UnexpectedCharacters):
-        expected = error.allowed or set()
+        expected = error.allowed or ()
     seen = text[position : position + 20] if position is not None and position >= 0 else ""
     at_end = not seen.strip() or (isinstance(error, UnexpectedToken) and error.token.type == "$END")
     position = len(text) if at_end else position

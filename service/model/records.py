@@ -6,7 +6,9 @@ those of jobs that were submitted together share their first letters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from service.model.results import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class Job:
     sequence: int
     sweep_id: str | None
     user: str
-    spec: dict[str, Any]
+    spec: JsonObject
     spec_digest: str
     architecture: str
     dataset: str
@@ -46,8 +48,8 @@ class Job:
     reverse_fraction: float | None
     verdict: str | None
     verdict_reasons: list[str] | None
-    verdict_checks: dict[str, Any] | None
-    verdict_counts: dict[str, Any] | None
+    verdict_checks: JsonObject | None
+    verdict_counts: JsonObject | None
     verdict_version: int | None
 
     def __str__(self) -> str:
@@ -61,7 +63,7 @@ class Sweep:
     id: str
     name: str
     user: str
-    spec: dict[str, Any]
+    spec: JsonObject
     priority: int
     labels: dict[str, str]
     paused: bool
@@ -80,7 +82,7 @@ class Task:
     digest: str
     kind: str
     version: int
-    spec: dict[str, Any]
+    spec: JsonObject
     generation: int
     state: str
     reason: str | None
@@ -103,7 +105,7 @@ class Task:
     cancel_requested: bool
     worker: str | None
     progress: float
-    detail: dict[str, Any]
+    detail: JsonObject
     resume_digest: str | None
     resume_bytes: int | None
     created_at: float
@@ -138,7 +140,7 @@ class Attempt:
     message: str | None
     traceback: str | None
     missing_digest: str | None
-    provenance: dict[str, Any] | None
+    provenance: JsonObject | None
     bundle: str | None
     device_share: float | None
     charged_until: float | None
@@ -239,7 +241,7 @@ class RegisteredCheckpoint:
     expected_clean_accuracy: float | None
     tolerance: float | None
     stripped_prefix: str | None
-    converted_from: list[Any] | None
+    converted_from: list[object] | None
     created_by: str
     created_at: float
 
@@ -260,7 +262,7 @@ class Lease:
     holder: str
     epoch: int
     expires_at: float
-    status: dict[str, Any]
+    status: JsonObject
 
     def __str__(self) -> str:
         return f"lease of {self.holder} ({self.role}, epoch {self.epoch})"
@@ -287,7 +289,7 @@ class Decision:
     at: float
     actor: str
     seen: bytes = field(repr=False)
-    decided: Sequence[dict[str, Any]]
+    decided: Sequence[JsonObject]
 
     def __str__(self) -> str:
         return f"decision {self.id} by {self.actor}"
@@ -312,7 +314,7 @@ class RunningTask(NamedTuple):
     attempt: int
     worker: str | None
     progress: float
-    detail: dict[str, Any]
+    detail: JsonObject
 
 
 class FirstEvent(NamedTuple):

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-JsonObject = dict[str, Any]  # Any: stored JSON, whose keys and values are those of whichever version wrote it
-CellSpec = Mapping[str, Any]  # Any: the same; a cell's spec without seeds, with the versions of its tasks
+JsonObject = dict[str, Any]  # Any: JSON, whose keys and values are those of whichever version wrote it
+JsonMapping = Mapping[str, Any]  # Any: the same, where it is only read
+CellSpec = JsonMapping
+"""A cell's spec without seeds, with the versions of its tasks."""
 
 
 class ResultKey(NamedTuple):

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from service.model.query import Comparison, Node, Value
+from service.model.results import JsonMapping
 
 Adversary = Literal["white_box", "black_box", "transfer", "noise"]
 
@@ -38,7 +39,7 @@ class ThreatModel:
         return None if self.norm is None or self.eps is None else ball_of(self.norm, self.eps)
 
 
-def threat_model(attack: Mapping[str, Any]) -> ThreatModel:
+def threat_model(attack: JsonMapping) -> ThreatModel:
     """Of an attack's stored spec. A transfer's ball is that of the attack that makes its examples."""
     adversary = ADVERSARIES[attack["type"]]
     ball = attack.get("attack", attack)

@@ -25,10 +25,13 @@ from typing import Any
 from service.errors import ArtifactRootUnusable, BackupFailed, Conflict
 from service.lab.artifact_root import check, missing, named_digests
 from service.lab.artifacts import Artifacts
+from service.model.results import JsonObject
 from service.store import Connection, Database, claiming, copying
 
 FORMAT = "uncanny backup 1"
 SUFFIX = ".backup.gz"
+Row = list[Any]  # Any: the values of the columns, of whichever kinds these have
+Line = JsonObject | Row
 LEVEL = 5  # of compression: half the time of the best, and nearly as small
 
 
@@ -109,7 +112,7 @@ def _is_of(database: Database, artifacts: Artifacts) -> bool:
     return True
 
 
-def _write(path: Path, lines: Iterator[Any]) -> dict[str, int]:
+def _write(path: Path, lines: Iterator[Line]) -> dict[str, int]:
     """Write these values and the end; returns how many rows each table has. Only its own user can read the file."""
     counts, seen, table = Counter[str](), hashlib.sha256(), ""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
@@ -128,7 +131,7 @@ def _write(path: Path, lines: Iterator[Any]) -> dict[str, int]:
     return dict(counts)
 
 
-def _lines(connection: Connection, header: dict[str, Any]) -> Iterator[Any]:
+def _lines(connection: Connection, header: JsonObject) -> Iterator[Line]:
     yield header
     for table, columns in copying.tables().items():
         yield {"table": table, "columns": columns}
@@ -140,7 +143,7 @@ def _lines(connection: Connection, header: dict[str, Any]) -> Iterator[Any]:
             ]
 
 
-def _read(path: Path) -> Generator[Any, None, None]:
+def _read(path: Path) -> Generator[Line, None, None]:
     """The values in the file, without the end. Raises `BackupFailed` at the end where that is not the one it needs."""
     seen, last = hashlib.sha256(), b""
     try:
@@ -180,7 +183,7 @@ def _fill(connection: Connection, path: Path) -> None:
     with closing(_read(path)) as values:
         next(values)
         table, columns = "", [""]
-        batch: list[list[Any]] = []
+        batch: list[Row] = []
         for value in values:
             if isinstance(value, dict):
                 _insert(connection, table, columns, batch)
@@ -193,7 +196,7 @@ def _fill(connection: Connection, path: Path) -> None:
         _insert(connection, table, columns, batch)
 
 
-def _insert(connection: Connection, table: str, columns: list[str], rows: list[list[Any]]) -> None:
+def _insert(connection: Connection, table: str, columns: list[str], rows: list[Row]) -> None:
     if not rows:
         return
     binary = copying.binary_columns(table)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from service.errors import (
     ArtifactMissing,
@@ -31,11 +31,12 @@ from service.errors import (
 from service.lab import artifact_root
 from service.lab.artifacts import Artifacts
 from service.model.environment import reported
+from service.model.results import JsonObject
 from service.settings import Settings
 from service.store import Connection, Database, claiming, datasets, reading
 
 State = Literal["ok", "warn", "fail"]
-Report = dict[str, Any]
+Report = JsonObject
 CLUSTER_SECONDS = 180.0
 SLOW_SECONDS = 0.25  # of a database's answer
 SKEW_SECONDS = 2.0  # leases go by the database's clock, but times in logs and provenance do not
@@ -362,7 +363,7 @@ def _without_kernels(named: str, said: str, node: Report) -> Check:
     return Check(named, "fail", f"{said}: torch has no kernels for it, which is built for {built}", advice)
 
 
-def _data(name: str, data: dict[str, dict[str, Any]]) -> Iterator[Check]:
+def _data(name: str, data: dict[str, JsonObject]) -> Iterator[Check]:
     whole = [dataset for dataset, found in data.items() if found["state"] == "whole"]
     absent = [dataset for dataset, found in data.items() if found["state"] == "absent"]
     for dataset, found in data.items():

@@ -24,13 +24,13 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from service import private
 from service.errors import UncannyError
 from service.lab.artifacts import Artifacts, Stored
+from service.model.results import JsonObject
 from service.settings import Settings
 from service.store import Condition, Database, artifact_index, history
 
@@ -78,7 +78,7 @@ class Report:
     kept: Pile = field(default_factory=Pile)
     over_quota_bytes: int = 0
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 

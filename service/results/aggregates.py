@@ -17,7 +17,7 @@ from service.model.dotted import flat
 from service.model.observations import SHARES, Moments, Observations, accuracy_interval, range_of
 from service.model.observations import interval as interval
 from service.model.query import Node, fields_of
-from service.model.results import CellSpec, JsonObject
+from service.model.results import CellSpec, JsonMapping, JsonObject
 from service.model.times import iso
 from service.model.unit import UNITS, Unit
 from service.results.distinct_images import DistinctImages
@@ -168,12 +168,12 @@ class Grouping:
         shared, mine = iter(self.of_cell[cell_id]), iter(own)
         return tuple(next(mine) if key.of_cell is None else next(shared) for key in self.keys)
 
-    def mixed(self, groups: Mapping[Key, Group]) -> dict[str, list[Any]]:
+    def mixed(self, groups: Mapping[Key, Group]) -> dict[str, list[object]]:
         """The fields, other than seeds and those grouped by, that differ within a group, with up to five values."""
         several = [sorted(group.cells) for group in groups.values() if len(group.cells) > 1]
         specs = _without_common(store.cell_specs(self.connection, set().union(*several)))
         grouped = {LONG.get(name, name) for name in self.by}
-        differing: dict[str, dict[Any, None]] = {}
+        differing: dict[str, dict[object, None]] = {}
         for cell_ids in several:
             for name, values in _distinct(specs[cell_id] for cell_id in cell_ids).items():
                 # Parts that thousands of cells share, such as their attack, are taken apart once.
@@ -187,10 +187,10 @@ class Grouping:
                 differing.setdefault(name, {}).update(dict.fromkeys(values))
         return {name: list(differing[name])[:5] for name in sorted(differing)}
 
-    def _measured(self) -> dict[str, list[Any]]:
+    def _measured(self) -> dict[str, list[object]]:
         """What differs within a group in how its numbers were made, with its values: the parameters and versions of
         further measures, and the version of the verdict that counted what is masked, or chose the results."""
-        differing: dict[str, dict[Any, None]] = {}
+        differing: dict[str, dict[object, None]] = {}
         for name, metric in self.metrics.items():
             found: dict[Key, list[JsonObject]] = defaultdict(list)
             if self.judged or name in OF_VERDICT:
@@ -236,8 +236,8 @@ class Grouping:
     def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
         """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
         columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
-        observed = Observations(len(columns))
-        of_place: dict[tuple[Any, ...], int] = {}  # a group's number is hashed in a fraction of the time of its key
+        observed: Observations[int] = Observations(len(columns))
+        of_place: dict[tuple[object, ...], int] = {}  # a group's number is hashed in a fraction of the time of its key
         numbers: dict[Key, int] = {}
         with closing(aggregating.observations(self.connection, self.where, self.own, columns, of_cells)) as batches:
             for batch in batches:
@@ -268,7 +268,7 @@ class Grouping:
         }
         return {**named, "results": group.rows, "networks": group.networks, **statistics}
 
-    def _statistic(self, key: Key, group: Group, name: str, asked: str) -> Iterator[tuple[str, Any]]:
+    def _statistic(self, key: Key, group: Group, name: str, asked: str) -> Iterator[tuple[str, float | str | None]]:
         of = group.metrics[name]
         match asked:
             case "mean":
@@ -333,9 +333,9 @@ def _without_common(specs: Mapping[int, CellSpec]) -> dict[int, CellSpec]:
     return {cell_id: {name: spec[name] for name in spec if name in differing} for cell_id, spec in specs.items()}
 
 
-def _distinct(specs: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _distinct(specs: Iterable[JsonMapping]) -> dict[str, list[object]]:
     """The values that each field of these specs has, in order and each once; null for a spec without it."""
-    seen: dict[str, dict[str, Any]] = defaultdict(dict)
+    seen: dict[str, JsonObject] = defaultdict(dict)
     count = 0
     counts: Counter[str] = Counter()
     for spec in specs:
@@ -367,7 +367,7 @@ def _number(connection: Connection, name: str) -> Field:
     return found
 
 
-def _refusal(mixed: Mapping[str, Sequence[Any]]) -> str:
+def _refusal(mixed: Mapping[str, Sequence[object]]) -> str:
     said = "; ".join(f"{name} ({', '.join(map(str, values))})" for name, values in mixed.items())
     names = ",".join(list(mixed)[:3])
     return (

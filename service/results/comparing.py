@@ -1,14 +1,13 @@
 """Two or more results side by side: in what they differ, and whether the examples that they break tell them apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from service.errors import InvalidQuery
 from service.model.dotted import flat
-from service.model.results import CellSpec, JsonObject, Result
+from service.model.results import CellSpec, JsonMapping, JsonObject, Result
 from service.model.threat_model import threat_model
 from service.model.verdict import BitArray
 from service.results.results import found
@@ -77,7 +76,7 @@ def _shown(result: Result) -> JsonObject:
     }
 
 
-def differing(specs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def differing(specs: Sequence[JsonMapping]) -> dict[str, list[object]]:
     """The fields that are not equal everywhere, with the value of each."""
     names = dict.fromkeys(name for spec in specs for name in spec)
     values = {name: [spec.get(name) for spec in specs] for name in names}

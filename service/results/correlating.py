@@ -90,7 +90,7 @@ def _group(
     specs: Mapping[int, CellSpec],
 ) -> JsonObject:
     same, values = key
-    observed = Observations(2)  # the measure and the target
+    observed: Observations[tuple[float, str, bool]] = Observations(2)  # the measure and the target
     scales = [specs[point.cell_id]["scale"] for point in of_group]
     biases = [scale == 1 or specs[point.cell_id]["scale_bias"] for scale, point in zip(scales, of_group, strict=True)]
     of_points = [point.network for point in of_group]

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, assert_never
+from typing import assert_never
 
 from service.model.observations import SHARES
 from service.store import Connection, aggregating
@@ -25,7 +25,7 @@ class DistinctImages:
         key_of: Callable[[int, Sequence[object]], Key],
     ) -> None:
         self._connection, self._where, self._own, self._key_of = connection, where, own, key_of
-        self._samples: dict[int, tuple[Any, ...]] = {}  # data set and samples by cell
+        self._samples: dict[int, tuple[str, int]] = {}  # data set and samples by cell
         self._correct: dict[str, Counts] = {}  # by the share's name, then by group and data set
 
     def look_up(self, cell_ids: Collection[int]) -> None:

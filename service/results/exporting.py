@@ -64,7 +64,8 @@ MADE_HERE = frozenset({FLAGS, *IN_COLUMNS})  # columns that are no fields
 WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # of which a table has room for the name
 
 
-Batch = list[list[Any]]  # Any: the values of each column, of its kind
+Values = list[Any]  # Any: the values of one column, of its kind
+Batch = list[Values]
 Fetch = Callable[[Connection, Question, Order, Sequence[str]], tuple[Batch, str | None]]
 """The columns of these names, of one page of a question, and the cursor of the next page."""
 
@@ -140,7 +141,7 @@ def parquet_bytes(of: Table) -> Iterator[bytes]:
     yield from sink.taken()
 
 
-def _array(values: list[Any], kind: "pa.DataType") -> "pa.Array[Any]":
+def _array(values: Values, kind: "pa.DataType") -> "pa.Array":
     import pyarrow as pa
 
     if pa.types.is_timestamp(kind):
@@ -160,7 +161,7 @@ class _Pieces(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any) -> int:  # Any: bytes in whichever buffer
         piece = bytes(data)
         self._pieces.append(piece)
         self._position += len(piece)
@@ -214,7 +215,7 @@ class _Columns:
         read = list(dict.fromkeys([*(name for name in names if name not in MADE_HERE), *from_these]))
         self._own = [name for name in read if RESULTS.known[name].of_cell is None]
         self._shared = [name for name in read if RESULTS.known[name].of_cell is not None]
-        self._cells: dict[int, tuple[Any, ...]] = {}  # the values of `_shared`
+        self._cells: dict[int, tuple[object, ...]] = {}  # the values of `_shared`
 
     def __call__(
         self, connection: Connection, question: Question, order: Order, names: Sequence[str]
@@ -248,7 +249,7 @@ class _Columns:
             self._cells[cell_id] = tuple(values.get(WHOLE.get(name, name)) for name in self._shared)
 
 
-def _bounds(connection: Connection, name: str, columns: Mapping[str, list[Any]]) -> list[float | None]:
+def _bounds(connection: Connection, name: str, columns: Mapping[str, Values]) -> list[float | None]:
     """A bound of the interval of a share, for each row of these columns."""
     share, bound = INTERVALS[name]
     counts = columns[COUNTED_BY[SHARES[share]]]

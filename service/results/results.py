@@ -1,8 +1,7 @@
 """Questions about results: pages and streams of rows, one result whole, the curves of several."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from service.errors import InvalidQuery, NotFound
 from service.model.dotted import FAMILIES, chosen
@@ -10,7 +9,7 @@ from service.model.flags import Place
 from service.model.jobs import TaskState
 from service.model.observations import INTERVALS
 from service.model.query import Node
-from service.model.results import JsonObject, Result, ResultKey
+from service.model.results import JsonMapping, JsonObject, Result, ResultKey
 from service.results import views
 from service.results.questions import ALL_FIELDS, Question
 from service.results.worst_case import worst_case_of
@@ -159,7 +158,7 @@ def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str
     return [chosen({**row, **other_names(row)}, fields) for row in shown]
 
 
-def other_names(row: Mapping[str, Any]) -> JsonObject:
+def other_names(row: JsonMapping) -> JsonObject:
     """What fields of a row are called too; the ball of a transfer is that of the attack that makes its examples."""
     ball = row["attack"].get("attack", row["attack"])
     return {"sweep": row["sweep_id"], "owner": row["user"], "norm": ball.get("norm")}

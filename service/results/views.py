@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from service.model import records
 from service.model.environment import SetAside
 from service.model.jobs import JobState, TaskState
 from service.model.observations import Count, intervals_of
 from service.model.records import Attempt, Job, RegisteredDataset, RunningTask, Sweep, TaskCount
-from service.model.results import CellSpec, FurtherMeasure, JsonObject, Result
+from service.model.results import CellSpec, FurtherMeasure, JsonMapping, JsonObject, Result
 from service.model.threat_model import threat_model
 from service.model.times import iso
 from service.specs.canonical import canonical
@@ -27,7 +27,7 @@ VERDICT = ("verdict", "verdict_reasons", "verdict_checks", "verdict_counts", "ve
 TASK_STATES = tuple(str(state) for state in TaskState)
 
 
-def job_view(job: Job, progress: float) -> dict[str, Any]:
+def job_view(job: Job, progress: float) -> JsonObject:
     return {
         "id": job.id, "state": job.state, "reason": job.reason, "progress": round(progress, 4),
         "sweep_id": job.sweep_id, "user": job.user, "priority": job.priority, "boosted": job.boosted,
@@ -41,7 +41,7 @@ def version(ident: str, priority: int, labels: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps([ident, priority, sorted(labels.items())]).encode()).hexdigest()[:32]
 
 
-def task_line(task: records.Task, roles: list[str]) -> dict[str, Any]:
+def task_line(task: records.Task, roles: list[str]) -> JsonObject:
     """A task as one line of its job."""
     return {
         "id": task.id, "digest": task.own_digest, "kind": task.kind, "roles": roles, "state": task.state,
@@ -50,7 +50,7 @@ def task_line(task: records.Task, roles: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def task_view(task: records.Task, spec: Task, attempts: Sequence[Attempt], jobs: list[str]) -> dict[str, Any]:
+def task_view(task: records.Task, spec: Task, attempts: Sequence[Attempt], jobs: list[str]) -> JsonObject:
     """A task whole: its spec and the canonical form that its digest is the SHA-256 of, and every attempt."""
     return {
         **{key: value for key, value in task_line(task, []).items() if key != "roles"},
@@ -69,14 +69,14 @@ def task_view(task: records.Task, spec: Task, attempts: Sequence[Attempt], jobs:
     }  # fmt: skip
 
 
-def set_aside(one: SetAside) -> dict[str, Any]:
+def set_aside(one: SetAside) -> JsonObject:
     """A part of the environment that gets no work, and from when on it is tried again."""
     return {**one.as_data(), "since": iso(one.since), "retry_at": iso(one.retry_at)}
 
 
 def sweep_view(
     sweep: Sweep, jobs: dict[str, int], counts: Sequence[TaskCount], seconds: dict[str, float], slots: float
-) -> dict[str, Any]:
+) -> JsonObject:
     total = sum(count.n for count in counts)
     done = sum(count.n if count.state == TaskState.SUCCEEDED else count.progress for count in counts)
     by_state = {state: sum(c.n for c in counts if c.state == state) for state in TASK_STATES}
@@ -186,21 +186,21 @@ def _is_detail(name: str) -> bool:
     return DETAIL.search(name) is not None
 
 
-def registered_dataset(dataset: RegisteredDataset) -> dict[str, Any]:
+def registered_dataset(dataset: RegisteredDataset) -> JsonObject:
     shown = asdict(dataset)
     return {**shown, "name": f"npz:{dataset.name}", "created_at": iso(dataset.created_at)}
 
 
-def event_view(event: Mapping[str, Any]) -> dict[str, Any]:
+def event_view(event: JsonMapping) -> JsonObject:
     return {**event, "at": iso(event["at"])}
 
 
-def running_view(task: RunningTask) -> dict[str, Any]:
+def running_view(task: RunningTask) -> JsonObject:
     return {
         "task_id": task.id, "digest": task.digest, "kind": task.kind, "attempt": task.attempt, "worker": task.worker,
         "progress": task.progress, "detail": task.detail,
     }  # fmt: skip
 
 
-def roles_of(job: Job, tasks: Sequence[records.Task]) -> list[dict[str, Any]]:
+def roles_of(job: Job, tasks: Sequence[records.Task]) -> list[JsonObject]:
     return [task_line(task, reading.roles(job, task)) for task in tasks]

@@ -3,7 +3,7 @@
 import math
 import re
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
@@ -15,7 +15,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
-def without_effect(spec: Spec, *names: str, **values: Any) -> None:
+def without_effect(spec: Spec, *names: str, **values: object) -> None:
     """Set what changes no number, as another field is, to its default or to a value: equal work has one digest.
 
     For validators of a spec that nobody else has yet.
@@ -86,7 +86,7 @@ def across(sentence: str) -> PydanticCustomError:
     return PydanticCustomError(ACROSS, "{sentence}", {"sentence": sentence})
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """A number, or a text that says one, as float64; minus zero is zero."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
@@ -95,7 +95,7 @@ def _number(value: Any) -> Any:
     return 0.0 if isinstance(value, float) and value == 0 else value
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     """A whole number, or a text of its digits; 1.0 is none, so that a seed has one way to be written."""
     return whole(value) if isinstance(value, str) else value
 
@@ -114,7 +114,7 @@ def _over_255(fraction: Fraction) -> str:
     return f"{fraction * 255}/255" if (fraction * 255).denominator == 1 else str(fraction)
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """A value as a message shows it: not longer than a line."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

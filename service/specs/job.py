@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from functools import lru_cache
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
@@ -22,13 +22,13 @@ AUGMENTATION = ("crop_padding", "flip", "rotation_degrees")
 OWN_DATASET = re.compile(r"npz:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
-def _dataset(value: Any) -> Any:
+def _dataset(value: object) -> object:
     if not (isinstance(value, str) and OWN_DATASET.fullmatch(value)):
         known("dataset", value, catalog.DATASETS, "npz:NAME (after `uncanny data add NAME DIR`)")
     return value
 
 
-def _attack(value: Any) -> Any:
+def _attack(value: object) -> object:
     if isinstance(value, str):
         known("attack", value, PRESETS, *(f"{{type: {name}, ...}}" for name in ATTACKS))
         return PRESETS[value]
@@ -37,7 +37,7 @@ def _attack(value: Any) -> Any:
     return value
 
 
-def _measures(value: Any) -> Any:
+def _measures(value: object) -> object:
     """Names become specs; closed forms are always measured, so naming them or one of their quantities adds nothing."""
     if not isinstance(value, (list, tuple)):
         return value
@@ -81,7 +81,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _samples_left_out(cls, written: Any) -> Any:
+    def _samples_left_out(cls, written: object) -> object:
         """Of a lab's own data set, planning knows the size."""
         if not isinstance(written, dict) or "samples" in written or not isinstance(written.get("dataset"), str):
             return written
@@ -90,7 +90,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _checkpoint(cls, written: Any) -> Any:
+    def _checkpoint(cls, written: object) -> object:
         """`"checkpoint": NAME_OR_DIGEST` in place of recipe and seed is short for the recipe that imports it."""
         if not isinstance(written, dict) or written.get("checkpoint") is None:
             return written

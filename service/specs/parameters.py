@@ -1,10 +1,10 @@
 """The parameters of a job by their dotted names, as in `attack.eps`, of whichever attack or recipe has them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
 
 from service.model.dotted import or_rather
+from service.model.results import JsonMapping, JsonObject
 from service.specs import catalog
 from service.specs.job import JobSpec
 
@@ -18,7 +18,7 @@ def parameters() -> dict[str, str]:
     return scalars(_schema())
 
 
-def scalars(schema: Mapping[str, Any]) -> dict[str, str]:
+def scalars(schema: JsonMapping) -> dict[str, str]:
     """The scalars of a model's JSON schema by their dotted names, each with its type."""
     return {name: choice["type"] for name, choice in _scalars(schema, schema.get("$defs", {}))}
 
@@ -40,7 +40,7 @@ def closed_lists() -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def _schema() -> dict[str, Any]:
+def _schema() -> JsonObject:
     return JobSpec.model_json_schema(mode="serialization")
 
 
@@ -55,9 +55,7 @@ def no_such_field(path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str
     return f"there is no field {name!r}{or_rather(name, names)}" if names else f"there is no field {name!r}"
 
 
-def _scalars(
-    schema: Mapping[str, Any], models: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _scalars(schema: JsonMapping, models: JsonMapping, prefix: str = "") -> Iterator[tuple[str, JsonMapping]]:
     for name, of in schema.get("properties", {}).items():
         for choice in _choices(of):
             if "$ref" in choice:
@@ -66,7 +64,7 @@ def _scalars(
                 yield prefix + name, choice
 
 
-def _choices(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _choices(schema: JsonMapping) -> list[JsonMapping]:
     """What a value may be, one of several or only this."""
     several = schema.get("anyOf", schema.get("oneOf"))
     return [schema] if several is None else [choice for one in several for choice in _choices(one)]

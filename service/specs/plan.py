@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
+from service.model.results import JsonObject
 from service.specs import AttackTask, ControlTask, DatasetRef, JobSpec, MeasureTask, Task, TrainTask, digest
 from service.specs.attacks import AnyAttack, Apgd, Attack, Numerics, Pgd, Transfer
 from service.specs.base import Order
@@ -33,7 +33,7 @@ class PlannedTask:
         return (self.train_digest,) if source is None else (self.train_digest, source)
 
     @property
-    def stored_spec(self) -> dict[str, Any]:
+    def stored_spec(self) -> JsonObject:
         """The spec, fully spelled out, as plain JSON."""
         return self.spec.model_dump(mode="json")
 

@@ -1,9 +1,10 @@
 """The recipes that a job can ask for (science/README.md, "Training"). `standard` is the paper's."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from service.model.results import JsonObject
 from service.specs.base import Number, Spec, Truth, Whole, of_images, without_effect
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
@@ -156,7 +157,7 @@ RECIPES: dict[str, type[Recipe]] = {
 }
 """Those that train."""
 
-OF_LITERATURE: dict[str, Any] = {"weight_decay": 5e-4, "keep": "best", "held_out": 1000}
+OF_LITERATURE: JsonObject = {"weight_decay": 5e-4, "keep": "best", "held_out": 1000}
 
 PRESETS: dict[str, Recipe] = {
     "adversarial_literature": Adversarial(**OF_LITERATURE),
@@ -168,7 +169,7 @@ epoch most robust on 1,000 held-out training images (Rice et al.)."""
 KNOWN: dict[str, type[Spec]] = {**RECIPES, "imported": Imported}
 
 
-def parameters(recipe: Recipe) -> dict[str, Any]:
+def parameters(recipe: Recipe) -> JsonObject:
     """The parameters of the recipe's loss, beyond what every recipe has."""
     of_training = {"name", "keep", "held_out", *Recipe.model_fields}
     return {name: getattr(recipe, name) for name in type(recipe).model_fields if name not in of_training}

@@ -14,7 +14,7 @@ from service.specs.job import JobAttack, JobMeasures
 from service.specs.names import NamedRecipe
 from service.specs.parameters import parameters
 
-WHOLE: Mapping[str, TypeAdapter[Any]] = {
+WHOLE: Mapping[str, TypeAdapter[Any]] = {  # Any: each has a type of its own
     "attack": TypeAdapter(JobAttack),
     "attack.attack": TypeAdapter(SourceAttack),
     "attack.source": TypeAdapter(Source),
@@ -25,7 +25,7 @@ WHOLE: Mapping[str, TypeAdapter[Any]] = {
 """The fields of a job that have parts."""
 
 
-def meaning(axis: str, value: Any) -> Hashable:
+def meaning(axis: str, value: object) -> Hashable:
     """Something that is equal for values of `axis`, a JobSpec field or a dotted one, that mean the same."""
     if axis in WHOLE:
         try:

@@ -1,7 +1,7 @@
 """Sweep: a named grid of jobs, `base` x `grid` + `include` - `exclude`."""
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ from pydantic import FailFast, Field, ValidationError
 from service.errors import InvalidSpec
 from service.limits import MAX_SWEEP_JOBS
 from service.model.pointers import pointer_to
+from service.model.results import JsonMapping, JsonObject
 from service.specs.attacks import ATTACKS
 from service.specs.base import ACROSS, Labels, Priority, Spec, shorten
 from service.specs.job import JobSpec
@@ -20,7 +21,8 @@ from service.specs.spelling import meaning
 
 MAX_COMPARISONS = 2_000_000  # of cells with `exclude`
 TAGS = frozenset({*ATTACKS, *RECIPES, *MEASURES})
-Cell = dict[str, Any]
+Cell = JsonObject
+Grid = dict[str, list[Any]]  # Any: values of whichever fields are the axes
 
 
 class Sweep(Spec):
@@ -28,7 +30,7 @@ class Sweep(Spec):
 
     name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
     base: Cell = Field(default_factory=dict, description="JobSpec fields that all cells share.")
-    grid: dict[str, list[Any]] = Field(
+    grid: Grid = Field(
         default_factory=dict, description="Axes: each field with its values; `recipe.epochs` reaches inside."
     )
     include: Annotated[list[Cell], FailFast()] = Field(
@@ -60,7 +62,7 @@ class Sweep(Spec):
         """How many cells the sweep has as it is written, with those that say the same as another."""
         return sum(1 for _ in self._written())
 
-    def extended(self, grid: dict[str, list[Any]]) -> "Sweep":
+    def extended(self, grid: Grid) -> "Sweep":
         """The same sweep with more values on its axes. Raises `InvalidSpec` for what is no axis of it."""
         for axis in grid:
             if axis not in self.grid:
@@ -75,7 +77,7 @@ class Sweep(Spec):
         longer = {axis: [*values, *more.get(axis, [])] for axis, values in self.grid.items()}
         return self.model_copy(update={"grid": longer})
 
-    def in_extension(self, grid: dict[str, list[Any]], error: InvalidSpec) -> InvalidSpec:
+    def in_extension(self, grid: Grid, error: InvalidSpec) -> InvalidSpec:
         """What was found wrong with this sweep, `extended` by `grid`, pointing at the entries of `grid`."""
 
         def moved(pointer: str) -> str:
@@ -196,11 +198,11 @@ def _parse(base: Cell, cell: _Written) -> JobSpec:
         raise InvalidSpec(problems(error, cell)) from None
 
 
-def _depth(entry: tuple[str, Any]) -> int:
+def _depth(entry: tuple[str, object]) -> int:
     return entry[0].count(".")
 
 
-def _within(container: Any, path: list[str], value: Any, key: str, cell: _Written) -> Cell:
+def _within(container: object, path: list[str], value: object, key: str, cell: _Written) -> Cell:
     """A copy of `container` in which the field at `path` has `value`."""
     if not isinstance(container, dict):
         outer = key.removesuffix("." + ".".join(path))
@@ -221,7 +223,7 @@ def problems(error: ValidationError, cell: _Written | None = None) -> list[tuple
     return out
 
 
-def sentence_of(item: Mapping[str, Any], path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
+def sentence_of(item: JsonMapping, path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
     """What pydantic found in the field at `path` of a body whose fields are `names`, with the value that it had."""
     if item["type"] == "extra_forbidden":
         return no_such_field(path, names)
