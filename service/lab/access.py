@@ -124,17 +124,19 @@ class Access:
                 raise Conflict(f"{user} is disabled: `uncanny user enable {user}` lets them in again")
             if SCOPES.index(scope) > SCOPES.index(ROLES[owner.role]):
                 raise NotAllowed(f"{user} is a {owner.role}, whose tokens have at most the scope {ROLES[owner.role]!r}")
-            expires_at = None if expires_in_days is None else now + expires_in_days * DAY_SECONDS
-            parent = None
-            if by.token_id is not None:
-                # It may have been revoked since the request came.
-                parent = _valid(accounts.admission(connection, token_id=by.token_id), now).token
-            if parent is not None and not by.may("admin"):
-                expires_at = _earlier(expires_at, parent.expires_at)
+            requested = None if expires_in_days is None else now + expires_in_days * DAY_SECONDS
             made = accounts.insert_token(
-                connection, now, user=user, name=name, prefix=secret[: len("unc_") + PREFIX_LETTERS],
-                sha256=_hash(secret), scope=scope, created_by=by.name, expires_at=expires_at, parent_id=by.token_id,
-            )  # fmt: skip
+                connection,
+                now,
+                user=user,
+                name=name,
+                prefix=secret[: len("unc_") + PREFIX_LETTERS],
+                sha256=_hash(secret),
+                scope=scope,
+                created_by=by.name,
+                expires_at=_expiry(connection, by, now, requested),
+                parent_id=by.token_id,
+            )
             data = {"id": made.id, "user": user, "name": name, "scope": scope}
             history.append(connection, now, by.name, [Event("token.created", data=data)])
             return {**_token_view(made), "secret": secret}
@@ -162,12 +164,9 @@ class Access:
             if token.revoked_at is not None:
                 raise Conflict(f"token {token_id} was revoked before")
             revoked = accounts.revoke(connection, token_id, now)
-            told = [
-                {"id": one.id, "user": one.user, "name": one.name}
-                | ({"with": token_id} if one.id != token_id else {})
-                for one in sorted(revoked, key=lambda one: (one.id != token_id, one.id))
-            ]  # fmt: skip
-            history.append(connection, now, by.name, [Event("token.revoked", data=data) for data in told])
+            itself_first = sorted(revoked, key=lambda token: (token.id != token_id, token.id))
+            events = [Event("token.revoked", data=_revocation(token, token_id)) for token in itself_first]
+            history.append(connection, now, by.name, events)
             return {**_token_view(replace(token, revoked_at=now)), "revoked_children": len(revoked) - 1}
 
     def owner(self, *, job_id: str | None, sweep_id: str | None) -> str | None:
@@ -181,6 +180,14 @@ class Access:
             user = accounts.user(connection, caller.name)
         known = _user_view(user) if user is not None else {"name": caller.name, "role": None}
         return {**known, "scope": caller.scope, "token_id": caller.token_id}
+
+
+def _expiry(connection: Connection, by: Caller, now: float, requested: float | None) -> float | None:
+    """When a token that the caller makes expires. Raises `Unauthenticated` where the caller's own was just revoked."""
+    if by.token_id is None:
+        return requested
+    parent = _valid(accounts.admission(connection, token_id=by.token_id), now).token
+    return requested if by.may("admin") else _earlier(requested, parent.expires_at)
 
 
 def _there(user: User | None, name: str) -> User:
@@ -220,6 +227,12 @@ def _earlier(a: float | None, b: float | None) -> float | None:
 def _hash(secret: str) -> str:
     """256 random bits cannot be guessed, so a plain hash of them keeps them; a slow one would only slow requests."""
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _revocation(token: Token, with_token: str) -> JsonObject:
+    """What the event says of a token that was revoked by itself or with another one."""
+    data = {"id": token.id, "user": token.user, "name": token.name}
+    return data if token.id == with_token else {**data, "with": with_token}
 
 
 def _user_view(user: User) -> JsonObject:

@@ -14,6 +14,7 @@ from pathlib import Path
 from service.errors import Conflict, InvalidSpec, UncannyError
 from service.lab.artifacts import Artifacts
 from service.lab.datasets import NAME
+from service.model.executor import ArtifactRef
 from service.model.records import RegisteredCheckpoint
 from service.model.results import JsonMapping, JsonObject
 from service.model.times import iso
@@ -85,22 +86,14 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
         known = checkpoints.named(connection, upload.name)
     if known is not None:
         return _the_same(known, asked)
-    made: JsonObject = {}
-
-    def fill(out: Path) -> None:
-        with artifacts.local(upload.uploaded_sha256) as weights:
-            request = {**asked, "shape": shape, "classes": classes, "weights": str(weights), "out": str(out)}
-            made.update(_fitted(request))
-
-    ref = artifacts.write("checkpoint", fill)
+    ref, made = _fit(artifacts, {**asked, "shape": shape, "classes": classes})
     with database.write() as connection:
         now = database.now(connection)
         if (known := checkpoints.named(connection, upload.name)) is not None:  # by another request, meanwhile
             return _the_same(known, asked)
-        row = {
-            **asked, "channels": shape[0], "height": shape[1], "width": shape[2], "classes": classes,
-            "weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made, "created_by": user, "created_at": now,
-        }  # fmt: skip
+        size = dict(zip(("channels", "height", "width"), shape, strict=True))
+        weights = {"weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made}
+        row = {**asked, **size, "classes": classes, **weights, "created_by": user, "created_at": now}
         checkpoints.register(connection, row)
         artifact_index.keep_uploads(connection, now, "checkpoint", {ref.digest: ref.size_bytes})
         data = {"name": upload.name, "weights_sha256": ref.digest}
@@ -204,14 +197,25 @@ def view(checkpoint: RegisteredCheckpoint) -> JsonObject:
     return {**asdict(checkpoint), "converted_from": converted_from, "created_at": created_at}
 
 
+def _fit(artifacts: Artifacts, request: JsonObject) -> tuple[ArtifactRef, JsonObject]:
+    """The weights as the network saves them, published, and what was found out about them."""
+    made: JsonObject = {}
+
+    def fill(out: Path) -> None:
+        with artifacts.local(request["uploaded_sha256"]) as weights:
+            made.update(_fitted({**request, "weights": str(weights), "out": str(out)}))
+
+    return artifacts.write("checkpoint", fill), made
+
+
 def _fitted(request: JsonObject) -> JsonObject:
     """What `workers.importing` says. It runs apart because this half of the service has no PyTorch loaded."""
     with _turn(), tempfile.TemporaryFile() as complaints:
         try:
+            command, body = [sys.executable, "-m", "workers.importing"], json.dumps(request).encode()
             done = subprocess.run(
-                [sys.executable, "-m", "workers.importing"], input=json.dumps(request).encode(),
-                stdout=subprocess.PIPE, stderr=complaints, timeout=FITTING_SECONDS, check=False,
-            )  # fmt: skip
+                command, input=body, stdout=subprocess.PIPE, stderr=complaints, timeout=FITTING_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             raise NotChecked(f"the weights were not checked within {FITTING_SECONDS} s: try again later") from None
         if done.returncode != 0:

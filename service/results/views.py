@@ -29,11 +29,21 @@ TASK_STATES = tuple(str(state) for state in TaskState)
 
 def job_view(job: Job, progress: float) -> JsonObject:
     return {
-        "id": job.id, "state": job.state, "reason": job.reason, "progress": round(progress, 4),
-        "sweep_id": job.sweep_id, "user": job.user, "priority": job.priority, "boosted": job.boosted,
-        "labels": job.labels, "spec": job.spec, "spec_digest": job.spec_digest, "verdict": job.verdict,
-        "created_at": iso(job.created_at), "finished_at": iso(job.finished_at),
-    }  # fmt: skip
+        "id": job.id,
+        "state": job.state,
+        "reason": job.reason,
+        "progress": round(progress, 4),
+        "sweep_id": job.sweep_id,
+        "user": job.user,
+        "priority": job.priority,
+        "boosted": job.boosted,
+        "labels": job.labels,
+        "spec": job.spec,
+        "spec_digest": job.spec_digest,
+        "verdict": job.verdict,
+        "created_at": iso(job.created_at),
+        "finished_at": iso(job.finished_at),
+    }
 
 
 def version(ident: str, priority: int, labels: Mapping[str, str]) -> str:
@@ -44,29 +54,53 @@ def version(ident: str, priority: int, labels: Mapping[str, str]) -> str:
 def task_line(task: records.Task, roles: list[str]) -> JsonObject:
     """A task as one line of its job."""
     return {
-        "id": task.id, "digest": task.own_digest, "kind": task.kind, "roles": roles, "state": task.state,
-        "reason": task.reason, "progress": task.progress, "attempt": task.attempt, "worker": task.worker,
-        "started_at": iso(task.started_at), "finished_at": iso(task.finished_at),
-    }  # fmt: skip
+        "id": task.id,
+        "digest": task.own_digest,
+        "kind": task.kind,
+        "roles": roles,
+        "state": task.state,
+        "reason": task.reason,
+        "progress": task.progress,
+        "attempt": task.attempt,
+        "worker": task.worker,
+        "started_at": iso(task.started_at),
+        "finished_at": iso(task.finished_at),
+    }
 
 
 def task_view(task: records.Task, spec: Task, attempts: Sequence[Attempt], jobs: list[str]) -> JsonObject:
     """A task whole: its spec and the canonical form that its digest is the SHA-256 of, and every attempt."""
     return {
         **{key: value for key, value in task_line(task, []).items() if key != "roles"},
-        "spec": task.spec, "canonical": canonical(spec), "generation": task.generation, "errors": task.errors,
-        "suspect_losses": task.suspect_losses, "cancel_requested": task.cancel_requested, "detail": task.detail,
-        "holder": task.holder, "created_at": iso(task.created_at), "jobs": jobs, **retracted(task),
-        "retracted_with": task.retracted_with, "joined": task.former_digest is None,
-        "attempts": [
-            {
-                "number": a.number, "holder": a.holder, "worker": a.worker, "started_at": iso(a.started_at),
-                "ended_at": iso(a.ended_at), "end": a.end, "message": a.message, "traceback": a.traceback,
-                "provenance": a.provenance,
-            }
-            for a in attempts
-        ],
-    }  # fmt: skip
+        "spec": task.spec,
+        "canonical": canonical(spec),
+        "generation": task.generation,
+        "errors": task.errors,
+        "suspect_losses": task.suspect_losses,
+        "cancel_requested": task.cancel_requested,
+        "detail": task.detail,
+        "holder": task.holder,
+        "created_at": iso(task.created_at),
+        "jobs": jobs,
+        **retracted(task),
+        "retracted_with": task.retracted_with,
+        "joined": task.former_digest is None,
+        "attempts": [_attempt_view(attempt) for attempt in attempts],
+    }
+
+
+def _attempt_view(attempt: Attempt) -> JsonObject:
+    return {
+        "number": attempt.number,
+        "holder": attempt.holder,
+        "worker": attempt.worker,
+        "started_at": iso(attempt.started_at),
+        "ended_at": iso(attempt.ended_at),
+        "end": attempt.end,
+        "message": attempt.message,
+        "traceback": attempt.traceback,
+        "provenance": attempt.provenance,
+    }
 
 
 def set_aside(one: SetAside) -> JsonObject:
@@ -82,13 +116,19 @@ def sweep_view(
     by_state = {state: sum(c.n for c in counts if c.state == state) for state in TASK_STATES}
     state = sweep_state(jobs, sweep.paused)
     return {
-        "id": sweep.id, "name": sweep.name, "user": sweep.user, "state": state, "priority": sweep.priority,
-        "labels": sweep.labels, "created_at": iso(sweep.created_at),
+        "id": sweep.id,
+        "name": sweep.name,
+        "user": sweep.user,
+        "state": state,
+        "priority": sweep.priority,
+        "labels": sweep.labels,
+        "created_at": iso(sweep.created_at),
         "pause_reason": sweep.pause_reason if state == "paused" else None,
-        "jobs": {"total": sum(jobs.values()), **jobs}, "tasks": {"total": total, **by_state},
+        "jobs": {"total": sum(jobs.values()), **jobs},
+        "tasks": {"total": total, **by_state},
         "progress": round(done / total, 4) if total else 1.0,
         "eta_seconds": eta_seconds(counts, seconds, slots) if state == "running" else None,
-    }  # fmt: skip
+    }
 
 
 def sweep_state(jobs: Mapping[str, int], paused: bool) -> str:
@@ -197,9 +237,14 @@ def event_view(event: JsonMapping) -> JsonObject:
 
 def running_view(task: RunningTask) -> JsonObject:
     return {
-        "task_id": task.id, "digest": task.digest, "kind": task.kind, "attempt": task.attempt, "worker": task.worker,
-        "progress": task.progress, "detail": task.detail,
-    }  # fmt: skip
+        "task_id": task.id,
+        "digest": task.digest,
+        "kind": task.kind,
+        "attempt": task.attempt,
+        "worker": task.worker,
+        "progress": task.progress,
+        "detail": task.detail,
+    }
 
 
 def roles_of(job: Job, tasks: Sequence[records.Task]) -> list[JsonObject]:
