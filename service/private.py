@@ -71,9 +71,9 @@ def _is_ours_alone_to_close(home: Path) -> bool:
 def _is_open(path: Path) -> bool:
     """Whether that is this account's, no link, and others may do something with it."""
     with suppress(OSError):
-        found = path.lstat()
-        mine = found.st_uid == os.getuid() and not stat.S_ISLNK(found.st_mode)
-        return mine and bool(found.st_mode & OTHERS)
+        status = path.lstat()
+        mine = status.st_uid == os.getuid() and not stat.S_ISLNK(status.st_mode)
+        return mine and bool(status.st_mode & OTHERS)
     return False
 
 

@@ -12,7 +12,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-class Told(threading.Event):
+class SignalSafeEvent(threading.Event):
     """An event that a signal's handler may set; whoever waits for it says for how long at most.
 
     A plain one may be locked by the very thread that the handler interrupts, which then waits for itself for ever.
@@ -47,5 +47,5 @@ def adopt_orphans() -> None:
 
 def free_port() -> int:
     """A port of loopback on which nothing listens at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -200,9 +200,9 @@ class Settings(BaseSettings):
                 url = "postgresql+psycopg://" + url.removeprefix(prefix)
         scheme, separator, _ = url.partition("://")
         if not separator or scheme not in ("sqlite", "postgresql+psycopg"):
-            named = f"it begins with {scheme}://" if separator else "it has no ://"
+            reason = f"it begins with {scheme}://" if separator else "it has no ://"
             raise BadSettings(
-                f"UNCANNY_DATABASE_URL is of no database that Uncanny can use ({named}): write "
+                f"UNCANNY_DATABASE_URL is of no database that Uncanny can use ({reason}): write "
                 "postgresql://USER@HOST:PORT/NAME, or leave it empty for a file under home"
             )
         if scheme == "sqlite" and _in_memory(url):
@@ -237,7 +237,7 @@ class Settings(BaseSettings):
 
 def _written(value: object) -> str:
     if isinstance(value, dict):
-        return json.dumps({name: one.model_dump(exclude_unset=True) for name, one in value.items()})
+        return json.dumps({name: resources.model_dump(exclude_unset=True) for name, resources in value.items()})
     return str(value)
 
 

@@ -48,9 +48,9 @@ class Access:
     def caller(self, secret: str) -> Caller:
         """Who this token stands for. Raises `Unauthenticated` for one that is unknown, revoked or expired."""
         with self.database.read() as connection:
-            found = accounts.admission(connection, sha256=_hash(secret))
+            admission = accounts.admission(connection, sha256=_hash(secret))
             now = self.database.now(connection)
-        admission = _valid(found, now)
+        admission = _valid(admission, now)
         last_used_at = admission.token.last_used_at
         if last_used_at is None or now - last_used_at > USED_EVERY_SECONDS:
             self._note_use(admission.token.id, now)
@@ -178,8 +178,8 @@ class Access:
         """The caller, their role and quotas (those of the row, where there is one)."""
         with self.database.read() as connection:
             user = accounts.user(connection, caller.name)
-        known = _user_view(user) if user is not None else {"name": caller.name, "role": None}
-        return {**known, "scope": caller.scope, "token_id": caller.token_id}
+        shown = _user_view(user) if user is not None else {"name": caller.name, "role": None}
+        return {**shown, "scope": caller.scope, "token_id": caller.token_id}
 
 
 def _expiry(connection: Connection, by: Caller, now: float, requested: float | None) -> float | None:

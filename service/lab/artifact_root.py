@@ -29,16 +29,16 @@ class RootMark:
         """Empty for an object store, which is the same from everywhere."""
         if self._artifacts.is_folder and time.monotonic() - self._asked_at > FRESH_SECONDS:
             try:
-                self._mark = self._known()
+                self._mark = self._mark_of_database()
             except DatabaseAway:
                 if not self._mark:
                     raise
             self._asked_at = time.monotonic()
         return self._mark
 
-    def _known(self) -> str:
+    def _mark_of_database(self) -> str:
         """The mark in the database; at the first use that of the folder, which is given one if it has none."""
-        if known := _look(self._database, self._artifacts):
+        if known := _known_mark(self._database, self._artifacts):
             return known
         mark = self._artifacts.mark()
         with self._database.write() as connection:
@@ -56,8 +56,8 @@ def of_database(database: Database, root: str) -> Artifacts:
 def check(database: Database, root: str) -> None:
     """Raises `ArtifactRootUnusable` where the folder is not the root of this database; changes nothing."""
     artifacts = Artifacts(root)
-    if artifacts.is_folder and (known := _look(database, artifacts)):
-        Artifacts(root, known).require_root()
+    if artifacts.is_folder and (mark := _known_mark(database, artifacts)):
+        Artifacts(root, mark).require_root()
 
 
 def as_known(database: Database, root: str) -> Artifacts:
@@ -66,14 +66,14 @@ def as_known(database: Database, root: str) -> Artifacts:
         return Artifacts(root, roots.mark(connection) or "")
 
 
-def _look(database: Database, artifacts: Artifacts) -> str | None:
+def _known_mark(database: Database, artifacts: Artifacts) -> str | None:
     """The mark in the database. Without one, a folder is refused that has nothing of what the index names."""
     with database.read() as connection:
-        known = roots.mark(connection)
-        names_bytes = known is None and roots.names_bytes(connection)
+        mark = roots.mark(connection)
+        names_bytes = mark is None and roots.names_bytes(connection)
     if names_bytes:
         artifacts.require_root()
-    return known
+    return mark
 
 
 @dataclass(frozen=True)

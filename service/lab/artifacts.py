@@ -169,10 +169,10 @@ class Artifacts:
                 with self._reading():
                     if not self._local:
                         self._fs.get_file(source, str(path))
-                    found = _sha256(path)[0]
+                    actual = _sha256(path)[0]
             except FileNotFoundError as error:  # deleted since
                 raise ArtifactMissing(absent) from error
-            if found != digest:
+            if actual != digest:
                 raise ArtifactMissing(f"artifact {digest} is damaged under {self.root}: its bytes have another SHA-256")
             yield path
 
@@ -309,7 +309,7 @@ class Artifacts:
             for file in folder.iterdir():
                 with suppress(FileNotFoundError):  # deleted since it was listed
                     if DIGEST.fullmatch(file.name):
-                        yield Stored(file.name, (found := file.lstat()).st_size, found.st_mtime)
+                        yield Stored(file.name, (status := file.lstat()).st_size, status.st_mtime)
 
     def discard(self, digest: str, older_than: float) -> bool:
         """Delete these bytes unless they were published, or published again, at or after that time; true if deleted.
@@ -346,8 +346,8 @@ class Artifacts:
         if not self._local or not os.path.isdir(self._base):
             return []
         base = Path(self._base)
-        found = [*base.glob(".writing-*"), *base.glob("??/.trash-*")]
-        return [path for path in found if _newest(path) < older_than]
+        folders = [*base.glob(".writing-*"), *base.glob("??/.trash-*")]
+        return [path for path in folders if _newest(path) < older_than]
 
     def _scratch(self) -> str | None:
         """Scratch space on the root's own file system, so that publishing is a rename."""
@@ -387,7 +387,7 @@ def _file_system(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if scheme in READ_ONLY:
         raise UnfitArtifactRoot(f"the artifact root {root} cannot be written: take a folder or s3://BUCKET/PATH")
     try:
-        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        opened: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(root, use_listings_cache=False)
     except ImportError as error:
         extra = "uncanny-bench with its extra `s3`" if scheme in ("s3", "s3a") else f"what it needs ({error})"
         raise UnfitArtifactRoot(f"the artifact root {root} needs more than is installed: install {extra}") from None
@@ -395,7 +395,7 @@ def _file_system(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UnfitArtifactRoot(
             f"the artifact root {root} cannot be used ({error}): take a folder or s3://BUCKET/PATH"
         ) from None
-    return found
+    return opened
 
 
 def _modified(info: JsonMapping) -> float | None:
@@ -413,6 +413,6 @@ def _sha256(path: Path) -> tuple[str, int]:
 def _newest(path: Path) -> float:
     """When that, or anything below it, was last changed; infinity where it goes while it is looked at."""
     try:
-        return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+        return max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")))
     except FileNotFoundError:
         return math.inf

@@ -53,7 +53,7 @@ class Upload:
     tolerance: float | None = None
 
     @property
-    def asked(self) -> JsonObject:
+    def as_row(self) -> JsonObject:
         """As the row of a checkpoint has it."""
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         return {
@@ -80,20 +80,20 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
     taken by others, `ArtifactMissing`, `NotChecked`.
     """
     _check(upload)
-    asked = upload.asked
+    requested = upload.as_row
     with database.read() as connection:
         shape, classes = _shape(connection, upload.dataset)
-        known = checkpoints.named(connection, upload.name)
-    if known is not None:
-        return _the_same(known, asked)
-    ref, made = _fit(artifacts, {**asked, "shape": shape, "classes": classes})
+        existing = checkpoints.named(connection, upload.name)
+    if existing is not None:
+        return _the_same(existing, requested)
+    ref, made = _fit(artifacts, {**requested, "shape": shape, "classes": classes})
     with database.write() as connection:
         now = database.now(connection)
-        if (known := checkpoints.named(connection, upload.name)) is not None:  # by another request, meanwhile
-            return _the_same(known, asked)
+        if (existing := checkpoints.named(connection, upload.name)) is not None:  # by another request, meanwhile
+            return _the_same(existing, requested)
         size = dict(zip(("channels", "height", "width"), shape, strict=True))
         weights = {"weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made}
-        row = {**asked, **size, "classes": classes, **weights, "created_by": user, "created_at": now}
+        row = {**requested, **size, "classes": classes, **weights, "created_by": user, "created_at": now}
         checkpoints.register(connection, row)
         artifact_index.keep_uploads(connection, now, "checkpoint", {ref.digest: ref.size_bytes})
         data = {"name": upload.name, "weights_sha256": ref.digest}
@@ -107,13 +107,15 @@ def _check(upload: Upload) -> None:
     """Raises `InvalidSpec` for what is wrong whatever the weights are."""
     errors: list[tuple[str, str]] = []
     if not NAME.fullmatch(upload.name):
-        said = f"{upload.name!r} cannot be a name: letters, digits, `_`, `.` and `-`, at most 100"
-        errors.append(("/name", said))
+        sentence = f"{upload.name!r} cannot be a name: letters, digits, `_`, `.` and `-`, at most 100"
+        errors.append(("/name", sentence))
     elif DIGEST.fullmatch(upload.name):
         errors.append(("/name", "64 hexadecimal digits name weights by their SHA-256: take another name"))
     if upload.expected_clean_accuracy is None:
         errors += [
-            (f"/{name}", said) for name in ("mean", "std") if (said := _grey_levels(getattr(upload, name), name))
+            (f"/{name}", sentence)
+            for name in ("mean", "std")
+            if (sentence := _grey_levels(getattr(upload, name), name))
         ]
         if upload.tolerance is not None:
             errors.append(("/tolerance", "it is of `expected_clean_accuracy`, which is left out"))
@@ -132,17 +134,17 @@ def _grey_levels(values: Sequence[float], name: str) -> str:
     )
 
 
-def _the_same(known: RegisteredCheckpoint, asked: JsonMapping) -> JsonObject:
+def _the_same(existing: RegisteredCheckpoint, requested: JsonMapping) -> JsonObject:
     """A checkpoint that is asked for again. Raises `Conflict` where it is another of that name."""
-    if any(getattr(known, name) != value for name, value in asked.items()):
-        raise Conflict(f"checkpoint {known.name} is registered with other weights or options: take a new name")
-    return view(known)
+    if any(getattr(existing, name) != value for name, value in requested.items()):
+        raise Conflict(f"checkpoint {existing.name} is registered with other weights or options: take a new name")
+    return view(existing)
 
 
 def registered(database: Database) -> list[JsonObject]:
     """All of them, by name."""
     with database.read() as connection:
-        return [view(one) for one in checkpoints.registered(connection)]
+        return [view(checkpoint) for checkpoint in checkpoints.registered(connection)]
 
 
 def is_registered(connection: Connection, name: str) -> bool:
@@ -155,17 +157,17 @@ def weights_of(connection: Connection, name: str, architecture: str, dataset: st
 
     Raises `ValueError` where they are not of such a network, or are registered with several expectations.
     """
-    found = _named(connection, name)
-    if not found:
+    candidates = _named(connection, name)
+    if not candidates:
         raise ValueError(_not_there(connection, name))
-    refused = [_of_another(connection, one, architecture, dataset) for one in found]
-    fitting = [one for one, said in zip(found, refused, strict=True) if not said]
+    refusals = [_of_another(connection, checkpoint, architecture, dataset) for checkpoint in candidates]
+    fitting = [checkpoint for checkpoint, refusal in zip(candidates, refusals, strict=True) if not refusal]
     if not fitting:
-        raise ValueError(refused[0])
-    expecting = [one for one in fitting if one.expected_clean_accuracy is not None]
-    expected = {(one.expected_clean_accuracy, one.tolerance) for one in expecting}
+        raise ValueError(refusals[0])
+    expecting = [checkpoint for checkpoint in fitting if checkpoint.expected_clean_accuracy is not None]
+    expected = {(checkpoint.expected_clean_accuracy, checkpoint.tolerance) for checkpoint in expecting}
     if len(expected) > 1:
-        names = ", ".join(one.name for one in expecting)
+        names = ", ".join(checkpoint.name for checkpoint in expecting)
         raise ValueError(f"these weights are registered with different expectations, as {names}: name one of these")
     accuracy, tolerance = next(iter(expected), (None, None))
     return Imported(weights_sha256=fitting[0].weights_sha256, expected_clean_accuracy=accuracy, tolerance=tolerance)
@@ -177,8 +179,8 @@ def _not_there(connection: Connection, name: str) -> str:
             f"no weights with the SHA-256 {name} are registered, and no training made them: see `uncanny checkpoint "
             "list`, also with `--trained`"
         )
-    known = ", ".join(checkpoints.some_names(connection)) or "none"
-    return f"checkpoint {name!r} is not registered (registered: {known}): `uncanny checkpoint add`"
+    names = ", ".join(checkpoints.some_names(connection)) or "none"
+    return f"checkpoint {name!r} is not registered (registered: {names}): `uncanny checkpoint add`"
 
 
 def _of_another(connection: Connection, checkpoint: RegisteredCheckpoint, architecture: str, dataset: str) -> str:
@@ -223,12 +225,12 @@ def _fitted(request: JsonObject) -> JsonObject:
             last = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
             why = f"signal {-done.returncode} ended the process" if done.returncode < 0 else last[0]
             raise NotChecked(f"the weights could not be checked ({why}): try again later")
-    said: JsonObject = json.loads(done.stdout)
-    if "tensors" in said:
-        raise TensorsDiffer(said["error"], said["tensors"])
-    if "error" in said:
-        raise InvalidSpec([("/weights_sha256", said["error"])])
-    return said
+    answer: JsonObject = json.loads(done.stdout)
+    if "tensors" in answer:
+        raise TensorsDiffer(answer["error"], answer["tensors"])
+    if "error" in answer:
+        raise InvalidSpec([("/weights_sha256", answer["error"])])
+    return answer
 
 
 @contextmanager

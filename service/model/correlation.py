@@ -101,13 +101,13 @@ def _taus(x: Floats, y: Floats, counts: NDArray[np.int64]) -> Floats:
         ((times @ signs).astype(np.float64) * times).sum(1) for signs in (a * b, np.abs(a), np.abs(b))
     )
     pairs = np.sqrt(untied_x * untied_y)
-    found: Floats = np.divide(agreeing, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
-    return found
+    taus: Floats = np.divide(agreeing, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    return taus
 
 
 def _interval(values: Floats) -> tuple[float | None, float | None]:
-    known = values[~np.isnan(values)]
-    if not known.size:
+    defined = values[~np.isnan(values)]
+    if not defined.size:
         return None, None
-    low, high = np.quantile(known, (0.025, 0.975))
+    low, high = np.quantile(defined, (0.025, 0.975))
     return float(low), float(high)

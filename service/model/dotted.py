@@ -44,17 +44,17 @@ def near(name: str, known: Iterable[str]) -> list[str]:
     """The names that may have been meant by one that there is not: those that begin with it or look like it, whole or
     in their last part, as `attack.eps` for `epss`, the nearest first."""
     names = list(known)
-    last = {one: one.rpartition(".")[2] for one in names}
-    found = [one for one in names if name and one.startswith(name)][:NEAR]
-    found += get_close_matches(name, names, NEAR)
+    last = {candidate: candidate.rpartition(".")[2] for candidate in names}
+    matches = [candidate for candidate in names if name and candidate.startswith(name)][:NEAR]
+    matches += get_close_matches(name, names, NEAR)
     parts = set(get_close_matches(name.rpartition(".")[2], set(last.values()), NEAR))
-    found += sorted((one for one in names if last[one] in parts), key=len)
-    return list(dict.fromkeys(found))[:NEAR]
+    matches += sorted((candidate for candidate in names if last[candidate] in parts), key=len)
+    return list(dict.fromkeys(matches))[:NEAR]
 
 
 def or_rather(name: str, known: Sequence[str], others: Iterable[str] = ()) -> str:
     """The end of a sentence that refuses a name: what may have been meant, or else what there is; of `others`, which
     are too many to be listed, only what may have been meant."""
-    found = near(name, [*known, *others])
-    meant = f"; did you mean {' or '.join(found)}?" if found else ""
-    return meant + ("" if found and len(known) > FEW else f" (known are: {', '.join(known) or 'none'})")
+    matches = near(name, [*known, *others])
+    meant = f"; did you mean {' or '.join(matches)}?" if matches else ""
+    return meant + ("" if matches and len(known) > FEW else f" (known are: {', '.join(known) or 'none'})")

@@ -65,7 +65,7 @@ class SetAside:
 
 def concerning(aside: Iterable[SetAside], node: str, dataset: str) -> list[SetAside]:
     """What keeps tasks on that data set from that node."""
-    return [one for one in aside if one.concerns(node, dataset)]
+    return [fault for fault in aside if fault.concerns(node, dataset)]
 
 
 def names_of(capacity: Capacity) -> tuple[str, ...]:
@@ -82,12 +82,14 @@ def hindrance(aside: Collection[SetAside], names: Sequence[str], dataset: str) -
     """What keeps tasks on that data set from every node, the one that is tried again first; None where one is left."""
     if not aside or avoided(aside, names, dataset) != frozenset(names):
         return None
-    return min((one for name in names for one in concerning(aside, name, dataset)), key=lambda one: one.retry_at)
+    return min(
+        (fault for name in names for fault in concerning(aside, name, dataset)), key=lambda fault: fault.retry_at
+    )
 
 
 def reported(status: JsonMapping) -> list[SetAside]:
     """What the leading dispatcher has set aside, as its status says, by the database's clock."""
-    return [SetAside(**one) for one in status.get("set_aside", ())]
+    return [SetAside(**fields) for fields in status.get("set_aside", ())]
 
 
 class Environment:
@@ -119,8 +121,8 @@ class Environment:
         """Forget nodes that are gone, and take note of those that the executor itself gives no work."""
         if not capacity.ready:
             return
-        for place, one in list(self._aside.items()):
-            if one.node and one.node not in names_of(capacity):
+        for place, fault in list(self._aside.items()):
+            if fault.node and fault.node not in names_of(capacity):
                 self._return(place)
         left = ((bundle_id, places & self._aside.keys()) for bundle_id, places in self._trials.items())
         self._trials = {bundle_id: places for bundle_id, places in left if places}
@@ -170,30 +172,30 @@ class Environment:
         """Whether a task on that data set may be what the node is tried with: all that keeps it away is due for it."""
         kept, now = concerning(self.aside, node, dataset), self._clock()
         tried = frozenset[Place]().union(*self._trials.values())
-        if any(place == one.place or one.may_be(place) for one in kept for place in tried):
+        if any(place == fault.place or fault.may_be(place) for fault in kept for place in tried):
             return False
-        return bool(kept) and all(now >= one.retry_at for one in kept)
+        return bool(kept) and all(now >= fault.retry_at for fault in kept)
 
     def is_tried(self, bundle_id: str) -> bool:
         return bundle_id in self._trials
 
     def tries(self, bundle_id: str, node: str, dataset: str) -> None:
         """That bundle is what they are tried with: nothing else goes there until it has an answer."""
-        self._trials[bundle_id] = frozenset(one.place for one in concerning(self.aside, node, dataset))
+        self._trials[bundle_id] = frozenset(fault.place for fault in concerning(self.aside, node, dataset))
 
-    def told(self, now: float) -> list[JsonObject]:
+    def as_status(self, now: float) -> list[JsonObject]:
         """What is set aside as JSON, by the clock that says `now`."""
         ahead = now - self._clock()
         every = [*self._aside.values(), *self._unfit.values()]
-        return [asdict(replace(one, since=one.since + ahead, retry_at=one.retry_at + ahead)) for one in every]
+        return [asdict(replace(fault, since=fault.since + ahead, retry_at=fault.retry_at + ahead)) for fault in every]
 
     def take_over(self, earlier: Iterable[SetAside], now: float) -> None:
         """Go on with what an earlier dispatcher has set aside, by the clock that says `now`."""
         ahead = self._clock() - now
-        for one in earlier:
-            moved = replace(one, since=one.since + ahead, retry_at=one.retry_at + ahead)
-            self._aside.setdefault(one.place, moved)
-            self._changed_at.setdefault(one.place, self._clock())
+        for fault in earlier:
+            moved = replace(fault, since=fault.since + ahead, retry_at=fault.retry_at + ahead)
+            self._aside.setdefault(fault.place, moved)
+            self._changed_at.setdefault(fault.place, self._clock())
 
     def _set_aside(self, fault: Fault, reason: str, *, tried: bool) -> None:
         place: Place = (fault.owner, fault.name, fault.node, fault.dataset)
@@ -205,9 +207,9 @@ class Environment:
         wait_seconds = min(FIRST_WAIT_SECONDS * 2.0 ** (losses - 1), LONGEST_WAIT_SECONDS)
         wait_seconds = DEVICE_WAIT_SECONDS if fault.owner == "device" else wait_seconds
         since = before.since if before else now
-        one = SetAside(*place, reason, since, now + wait_seconds, losses, fault.writing)
-        self._aside[place], self._changed_at[place] = one, now
-        self.news.append(("set_aside", one))
+        entry = SetAside(*place, reason, since, now + wait_seconds, losses, fault.writing)
+        self._aside[place], self._changed_at[place] = entry, now
+        self.news.append(("set_aside", entry))
         for other in self.aside:
             if tried and other.may_be(place) and other.place != place:  # it would lose the next one as well
                 wait_until = max(other.retry_at, now + FIRST_WAIT_SECONDS)
@@ -216,9 +218,9 @@ class Environment:
     def _proved(self, node: str, started_at: float, dataset: str, *, wrote: bool) -> None:
         """An attempt that was taken up since then works there."""
         self._quick.pop(node, None)
-        for one in concerning(self.aside, node, dataset):
-            if started_at >= self._changed_at[one.place] and (wrote or not one.writing):
-                self._return(one.place)
+        for entry in concerning(self.aside, node, dataset):
+            if started_at >= self._changed_at[entry.place] and (wrote or not entry.writing):
+                self._return(entry.place)
 
     def _return(self, place: Place) -> None:
         self.news.append(("returned", self._aside.pop(place)))

@@ -8,7 +8,7 @@ from service.model.results import JsonMapping
 
 
 @dataclass(frozen=True)
-class Likeness:
+class Workload:
     """What makes tasks take alike, but for their size. `method` is the recipe, the attack or the measure."""
 
     kind: str
@@ -38,7 +38,7 @@ class Estimate:
     p90: float
 
 
-def likeness(spec: JsonMapping, train_spec: JsonMapping) -> Likeness:
+def workload(spec: JsonMapping, train_spec: JsonMapping) -> Workload:
     """Of a task by its stored spec and that of the training it works on."""
     match spec["kind"]:
         case "train":
@@ -49,7 +49,7 @@ def likeness(spec: JsonMapping, train_spec: JsonMapping) -> Likeness:
             method = spec["attack"]["type"]
         case _:
             method = "panel"
-    return Likeness(spec["kind"], method, train_spec["architecture"], train_spec["dataset"]["name"])
+    return Workload(spec["kind"], method, train_spec["architecture"], train_spec["dataset"]["name"])
 
 
 def units(spec: JsonMapping) -> float:

@@ -37,7 +37,7 @@ class Mean(NamedTuple):
     job_id: str
 
 
-def found(means: Sequence[Mean], specs: Specs) -> dict[Place, list[Flag]]:
+def flags_of_cells(means: Sequence[Mean], specs: Specs) -> dict[Place, list[Flag]]:
     """The flags of each place that has any."""
     together: dict[tuple[str, str], list[Mean]] = defaultdict(list)
     for mean in means:

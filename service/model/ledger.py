@@ -20,7 +20,7 @@ class Ledger:
     def accept(self, message: Message) -> bool:
         """Take note of a message. False where its grant was answered before, or is none of this bundle: drop it."""
         key = (message.task_id, message.attempt)
-        known = key in self._open
+        is_open = key in self._open
         match message:
             case Started():
                 self._running = key
@@ -31,7 +31,7 @@ class Ledger:
                 self._running = None if self._running == key else self._running
             case _:
                 assert_never(message)
-        return known
+        return is_open
 
     @property
     def unwanted(self) -> bool:

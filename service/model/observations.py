@@ -25,12 +25,12 @@ T = TypeVar("T")
 Column = NDArray[Any]  # Any: codes or values
 Interval = tuple[float | None, float | None]
 Count = Literal["samples", "n_clean_correct", "test_samples"]
-SHARE = re.compile(
+FRACTION = re.compile(
     r"(^|_)(accuracy|fraction|rate|auroc|majority_share|converged)($|_(?!drop))|^valley_(?!n$)|^peak_at_start_"
     r"|^bound_violated_"
 )
 DROP = re.compile(r"_accuracy_drop$")
-SHARES: dict[str, Count] = {
+FRACTIONS: dict[str, Count] = {
     "clean_accuracy": "samples",
     "robust_accuracy": "samples",
     "robust_accuracy_any_iterate": "samples",
@@ -39,13 +39,13 @@ SHARES: dict[str, Count] = {
     "flip_rate": "n_clean_correct",
     "test_accuracy": "test_samples",
 }
-"""Numbers of a result that are shares of images, and so have an interval from these, with the number of them.
+"""Numbers of a result that are fractions of images, and so have an interval from these, with the number of them.
 
 All `samples` of a job, those that the network gets right without an attack, or all test images of the data set.
 """
 BOUNDS = ("ci95_low", "ci95_high")
-INTERVALS = {f"{name}_{bound}": (name, i) for name in SHARES for i, bound in enumerate(BOUNDS)}
-"""The fields of a result that are bounds of a share's Wilson interval: which share, and which bound."""
+INTERVALS = {f"{name}_{bound}": (name, i) for name in FRACTIONS for i, bound in enumerate(BOUNDS)}
+"""The fields of a result that are bounds of a fraction's Wilson interval: which fraction, and which bound."""
 MOST_CODES = 2**62
 EXACT = 1e-6  # relative error that the rounding of sums may leave in a variance
 EPSILON = float(np.finfo(np.float64).eps)
@@ -218,8 +218,8 @@ class Observations(Generic[Key]):
         if not groups.size:
             return {}
         _, first = np.unique(_one_code([groups, networks]), return_index=True)
-        found, counts = np.unique(groups[first], return_counts=True)
-        return self._by_key(found, counts.tolist())
+        codes, counts = np.unique(groups[first], return_counts=True)
+        return self._by_key(codes, counts.tolist())
 
     def values(self, metric: int, unit: Unit) -> dict[Key, Floats]:
         """The value of each unit of each key, in ascending order."""
@@ -231,11 +231,11 @@ class Observations(Generic[Key]):
                 units = seeds
             case _:
                 assert_never(unit)
-        known = ~np.isnan(values)
-        group, means = averaged(*(part[known] for part in (groups, units, seeds, tasks, values)))
-        found, first = np.unique(group, return_index=True)
+        measured = ~np.isnan(values)
+        group, means = averaged(*(part[measured] for part in (groups, units, seeds, tasks, values)))
+        codes, first = np.unique(group, return_index=True)
         none: dict[Key, Floats] = dict.fromkeys(self._keys, np.empty(0))
-        return none if not found.size else none | self._by_key(found, np.split(means, first[1:]))
+        return none if not codes.size else none | self._by_key(codes, np.split(means, first[1:]))
 
     def _whole(self, column: int) -> Column:
         parts = self._columns[column]
@@ -265,7 +265,7 @@ def range_of(name: str) -> tuple[float, float] | None:
     """
     if DROP.search(name) is not None:
         return -1.0, 1.0
-    return (0.0, 1.0) if SHARE.search(name) is not None else None
+    return (0.0, 1.0) if FRACTION.search(name) is not None else None
 
 
 def interval(n: int, mean: float | None, std: float | None, *, within: tuple[float, float] | None = None) -> Interval:
@@ -293,9 +293,9 @@ def accuracy_interval(accuracy: float | None, images: int | None) -> Interval:
 
 
 def intervals_of(numbers: Mapping[str, float | None], counts: Mapping[Count, int | None]) -> dict[str, float | None]:
-    """The 95 % interval of each share among a result's numbers: `robust_accuracy_ci95_low`, ..."""
+    """The 95 % interval of each fraction among a result's numbers: `robust_accuracy_ci95_low`, ..."""
     return {
-        field: accuracy_interval(numbers[name], counts[SHARES[name]])[bound]
+        field: accuracy_interval(numbers[name], counts[FRACTIONS[name]])[bound]
         for field, (name, bound) in INTERVALS.items()
         if name in numbers
     }

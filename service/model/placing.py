@@ -28,13 +28,13 @@ def ways(
     if not aside:
         return [Way(queue, frozenset(names))]
     of = {task.task_id: datasets.get(task.train_digest, "") for task in queue}
-    known = set(of.values())
-    may_try = {(name, one): environment.may_try(name, one) for name in names for one in known}
+    wanted = set(of.values())
+    may_try = {(name, dataset): environment.may_try(name, dataset) for name in names for dataset in wanted}
     trials = [
         Way(able, frozenset({name}), trial=name)
         for name in names
         if (able := [task for task in queue if may_try[name, of[task.task_id]]])
     ]
-    somewhere = {one: avoided(aside, names, one) != frozenset(names) for one in known}
+    somewhere = {dataset: avoided(aside, names, dataset) != frozenset(names) for dataset in wanted}
     rest = [task for task in queue if somewhere[of[task.task_id]]]
     return [*trials, Way(rest, frozenset(names) - avoided(aside, names, ""))]

@@ -155,8 +155,8 @@ def check_size(nodes: Sequence[Node]) -> None:
 
 def names_of(text: str) -> tuple[str, ...]:
     """Names by comma, each once: `scale, labels."my, key"` are `scale` and `labels.my, key`."""
-    found = (plain(part.strip()) for part in NAME.findall(text))
-    return tuple(dict.fromkeys(name for name in found if name))
+    names = (plain(part.strip()) for part in NAME.findall(text))
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def plain(name: str) -> str:
@@ -183,7 +183,7 @@ def comparisons(node: Node) -> "list[Comparison]":
         case Not(inner):
             return comparisons(inner)
         case And(parts) | Or(parts):
-            return [found for part in parts for found in comparisons(part)]
+            return [comparison for part in parts for comparison in comparisons(part)]
 
 
 def _label(value: str) -> Node:

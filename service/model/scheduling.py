@@ -108,8 +108,8 @@ def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: C
         able = {name: mine for name, mine in able.items() if _fits(mine[0], accounts, devices, cluster)}
         if not able:
             break
-        places = {name: _place(mine[0], _account(accounts, name), devices[name]) for name, mine in able.items()}
-        sponsor = min(able, key=lambda name: places[name])
+        ranks = {name: _rank(mine[0], _account(accounts, name), devices[name]) for name, mine in able.items()}
+        sponsor = min(able, key=lambda name: ranks[name])
         mine, head = left[sponsor], able[sponsor][0]
         needs = cluster.needs(head.kind, head.whole)
         lookahead -= not has_room(room, needs)
@@ -179,7 +179,7 @@ def _those_with_room(
         for whole in (False, True)
         if not has_room(room, cluster.needs(kind, whole))
     }
-    able = {name: [one for one in mine if (one.kind, one.whole) not in full] for name, mine in left.items()}
+    able = {name: [task for task in mine if (task.kind, task.whole) not in full] for name, mine in left.items()}
     return {name: mine for name, mine in able.items() if mine}
 
 
@@ -199,7 +199,7 @@ def _own_order(task: Waiting, now: float) -> tuple[bool, int, bool, int, int, st
     return (not task.boosted, -_aged(task, now), not training, needed_by, task.sequence, task.task_id)
 
 
-def _place(head: Waiting, account: Account, devices: float) -> tuple[bool, float, bool, int, str]:
+def _rank(head: Waiting, account: Account, devices: float) -> tuple[bool, float, bool, int, str]:
     """Lowest first, among users: boosted, usage for their weight, trainings, the order of submission."""
     return (not head.boosted, _load(account, devices), head.kind != "train", head.sequence, head.task_id)
 

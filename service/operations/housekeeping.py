@@ -54,7 +54,7 @@ class Policy:
 
 
 @dataclass
-class Pile:
+class Tally:
     """So many things, of so many bytes."""
 
     count: int = 0
@@ -70,12 +70,12 @@ class Report:
     """What went, or would go; `kept` is what is left under the root, `over_quota_bytes` what no rule lets go."""
 
     dry_run: bool
-    unreferenced: Pile = field(default_factory=Pile)
-    epoch_states: Pile = field(default_factory=Pile)
-    arrays: Pile = field(default_factory=Pile)
-    events: Pile = field(default_factory=Pile)
-    leftovers: Pile = field(default_factory=Pile)
-    kept: Pile = field(default_factory=Pile)
+    unreferenced: Tally = field(default_factory=Tally)
+    epoch_states: Tally = field(default_factory=Tally)
+    arrays: Tally = field(default_factory=Tally)
+    events: Tally = field(default_factory=Tally)
+    leftovers: Tally = field(default_factory=Tally)
+    kept: Tally = field(default_factory=Tally)
     over_quota_bytes: int = 0
 
     def as_json(self) -> JsonObject:
@@ -94,42 +94,42 @@ def collect(
     with database.read() as connection:
         now = database.now(connection)
     # Listed first: whatever is recorded from here on is newer than what is old now.
-    stored = {one.digest: one for one in artifacts.stored()}
+    stored = {artifact.digest: artifact for artifact in artifacts.stored()}
     gone: set[str] = set()
 
-    def discard(digests: Iterable[str], pile: Pile, older_than: float) -> None:
+    def discard(digests: Iterable[str], tally: Tally, older_than: float) -> None:
         for digest in digests:
-            one = stored.get(digest)
-            if one is not None and digest not in gone and (dry_run or artifacts.discard(digest, older_than)):
+            artifact = stored.get(digest)
+            if artifact is not None and digest not in gone and (dry_run or artifacts.discard(digest, older_than)):
                 gone.add(digest)
-                pile.add(one.size_bytes)
+                tally.add(artifact.size_bytes)
 
-    old = [one.digest for one in stored.values() if one.modified_at < now - policy.age_seconds]
+    old = [artifact.digest for artifact in stored.values() if artifact.modified_at < now - policy.age_seconds]
     for first in range(0, len(old), BATCH):
         with database.read() as connection:
-            named = artifact_index.named_among(connection, old[first : first + BATCH])
-        unnamed = [digest for digest in old[first : first + BATCH] if digest not in named]
+            referenced = artifact_index.named_among(connection, old[first : first + BATCH])
+        unnamed = [digest for digest in old[first : first + BATCH] if digest not in referenced]
         discard(unnamed, report.unreferenced, now - policy.age_seconds)
     useless = artifact_index.useless_epoch_states(now - policy.age_seconds)
     discard(_forget(database, useless, dry_run), report.epoch_states, math.inf)
     if policy.quota_bytes is not None:
         over = _total(stored, gone) - policy.quota_bytes
-        for kind, pile in (("epoch_state", report.epoch_states), ("arrays", report.arrays)):
+        for kind, tally in (("epoch_state", report.epoch_states), ("arrays", report.arrays)):
             if over > 0:
                 with database.read() as connection:
                     chosen = artifact_index.oldest_of_ended_tasks(connection, kind, over, gone)
                 evicted = artifact_index.of_ended_tasks(kind, chosen)
-                discard(_forget(database, evicted, dry_run), pile, math.inf)
+                discard(_forget(database, evicted, dry_run), tally, math.inf)
                 over = _total(stored, gone) - policy.quota_bytes
         report.over_quota_bytes = max(0, over)
     report.events.count = _forget_events(database, now, policy.event_seconds, dry_run)
     _sweep_leftovers(artifacts, home, now - policy.age_seconds, report.leftovers, dry_run)
-    report.kept = Pile(len(stored) - len(gone), _total(stored, gone))
+    report.kept = Tally(len(stored) - len(gone), _total(stored, gone))
     return report
 
 
 def _total(stored: dict[str, Stored], gone: set[str]) -> int:
-    return sum(one.size_bytes for one in stored.values() if one.digest not in gone)
+    return sum(artifact.size_bytes for artifact in stored.values() if artifact.digest not in gone)
 
 
 def _forget(database: Database, which: Condition, dry_run: bool) -> list[str]:
@@ -154,18 +154,18 @@ def _forget_events(database: Database, now: float, seconds: float | None, dry_ru
     return end - first
 
 
-def _sweep_leftovers(artifacts: Artifacts, home: Path | None, before: float, pile: Pile, dry_run: bool) -> None:
+def _sweep_leftovers(artifacts: Artifacts, home: Path | None, before: float, tally: Tally, dry_run: bool) -> None:
     for path in [*artifacts.leftovers(before), *(_dead_sessions(home / private.SESSIONS, before) if home else [])]:
-        size = sum(one.lstat().st_size for one in (path, *path.rglob("*")) if one.is_file())
+        size = sum(file.lstat().st_size for file in (path, *path.rglob("*")) if file.is_file())
         if not dry_run:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        pile.add(size)
+        tally.add(size)
 
 
 def _dead_sessions(folder: Path, before: float) -> list[Path]:
     """Sessions of a local Ray, `session_DATE_TIME_MICROSECONDS_PID`, whose process is gone."""
-    found = [path for path in folder.glob("session_*_*_*_*") if path.is_dir() and not path.is_symlink()]
-    dead = [path for path in found if not psutil.pid_exists(int(path.name.rpartition("_")[2] or 0))]
+    sessions = [path for path in folder.glob("session_*_*_*_*") if path.is_dir() and not path.is_symlink()]
+    dead = [path for path in sessions if not psutil.pid_exists(int(path.name.rpartition("_")[2] or 0))]
     return [path for path in dead if path.stat().st_mtime < before]
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from service.limits import Limits
-from service.model.estimates import Estimate, Likeness, estimate, likeness, units
+from service.model.estimates import Estimate, Workload, estimate, units, workload
 from service.queue.planning import Known, counted, distinct_tasks, standing
 from service.specs.plan import JobPlan, PlannedTask
 from service.store import Connection, changing, claiming, submitting, timings, users
@@ -18,7 +18,7 @@ MANY = 10_000  # as far as tasks before it are counted
 class _Group:
     """Planned tasks that are alike, and what tasks like them took."""
 
-    like: Likeness
+    like: Workload
     units: tuple[float, ...]
     estimate: Estimate | None
 
@@ -46,12 +46,12 @@ def preview(
 
 def _groups(connection: Connection, needed: Mapping[str, PlannedTask], known: Known) -> dict[str, list[_Group]]:
     """Those that are under way and those to compute, each in groups that are alike."""
-    sizes: dict[str, dict[Likeness, list[float]]] = {"under_way": defaultdict(list), "to_compute": defaultdict(list)}
+    sizes: dict[str, dict[Workload, list[float]]] = {"under_way": defaultdict(list), "to_compute": defaultdict(list)}
     specs = {digest: task.stored_spec for digest, task in needed.items() if task.spec.kind == "train"}
     for digest, task in needed.items():
         if (place := standing(digest, known)) != "known":
             spec = task.stored_spec
-            sizes[place][likeness(spec, specs[task.train_digest])].append(units(spec))
+            sizes[place][workload(spec, specs[task.train_digest])].append(units(spec))
     found = {like: estimate(timings.newest(connection, like)) for place in sizes.values() for like in place}
     return {
         place: [_Group(like, tuple(those), found[like]) for like, those in groups.items()]

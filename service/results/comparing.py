@@ -10,7 +10,7 @@ from service.model.dotted import flat
 from service.model.results import CellSpec, JsonMapping, JsonObject, Result
 from service.model.threat_model import threat_model
 from service.model.verdict import BitArray
-from service.results.results import found
+from service.results.results import result_of
 from service.results.views import retracted
 from service.results.worst_case import why_left_out
 from service.specs.versions import LATER
@@ -33,7 +33,7 @@ def compare(database: Database, job_ids: Sequence[str]) -> JsonObject:
     if not 2 <= len(ids) <= MAX_COMPARED:
         raise InvalidQuery("ids", f"between 2 and {MAX_COMPARED} results can be compared, not {len(ids)}")
     with database.read() as connection:
-        results = [found(connection, job_id) for job_id in ids]
+        results = [result_of(connection, job_id) for job_id in ids]
         by_id = store.cell_specs(connection, {result.cell_id for result in results})
         robust = store.bits_of(connection, [result.attack_task_id for result in results], "robust")
     if len(names := sorted({result.dataset for result in results})) > 1:
@@ -93,8 +93,8 @@ def paired(a: BitArray, b: BitArray) -> dict[str, float]:
     n, only_a, only_b = a.size, int((a & ~b).sum()), int((~a & b).sum())
     discordant = only_a + only_b
     p_value = min(1.0, 2 * float(bdtr(min(only_a, only_b), discordant, 0.5))) if discordant else 1.0
-    shares = [only_a / n, only_b / n, 1 - discordant / n]
-    draws = np.random.RandomState(0).multinomial(n, shares, RESAMPLES)
+    probabilities = [only_a / n, only_b / n, 1 - discordant / n]
+    draws = np.random.RandomState(0).multinomial(n, probabilities, RESAMPLES)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, (0.025, 0.975))
     return {
         "only_a": only_a,
@@ -119,8 +119,8 @@ def _union(
         return None, "these are attacks on different networks"
     balls = dict.fromkeys(threat_model(result.spec["attack"]).ball for result in results)
     if len(balls) > 1 or None in balls:
-        named = ", ".join("no ball" if ball is None else ball for ball in balls)
-        return None, f"a worst case is over one threat model, and these are attacks in {named}"
+        listed = ", ".join("no ball" if ball is None else ball for ball in balls)
+        return None, f"a worst case is over one threat model, and these are attacks in {listed}"
     if len({1 if result.spec["scale_bias"] else result.scale for result in results}) > 1:
         return None, "without the bias scaled too, a network predicts other classes at another scale"
     reasons = {

@@ -37,7 +37,7 @@ class Insights(Results):
 
     def job(self, job_id: str) -> JsonObject:
         with self.database.read() as connection:
-            job = _found(reading.job(connection, job_id), f"there is no job {job_id}")
+            job = _existing(reading.job(connection, job_id), f"there is no job {job_id}")
             tasks = reading.tasks_of_job(connection, job_id)
         progress = sum(task.progress for task in tasks) / len(tasks)
         return {**views.job_view(job, progress), "tasks": views.roles_of(job, tasks)}
@@ -55,7 +55,7 @@ class Insights(Results):
 
     def sweep(self, sweep_id: str) -> JsonObject:
         with self.database.read() as connection:
-            sweep = _found(reading.sweep(connection, sweep_id), f"there is no sweep {sweep_id}")
+            sweep = _existing(reading.sweep(connection, sweep_id), f"there is no sweep {sweep_id}")
             [view] = self._sweeps(connection, [sweep])
         return {**view, "spec": sweep.spec}
 
@@ -68,7 +68,7 @@ class Insights(Results):
 
     def task(self, id_or_digest: str) -> JsonObject:
         with self.database.read() as connection:
-            task = _found(reading.task(connection, id_or_digest), f"there is no task {id_or_digest}")
+            task = _existing(reading.task(connection, id_or_digest), f"there is no task {id_or_digest}")
             attempts = reading.attempts_of(connection, task.id)
             jobs = reading.jobs_of_task(connection, task.id, MAX_LIMIT)
         return views.task_view(task, TASK.validate_python(task.spec), attempts, jobs)
@@ -105,7 +105,7 @@ class Insights(Results):
             "leading": lease.expires_at > now,
             "dispatcher": lease.holder,
             "lease_expires_at": expires,
-            "set_aside": [views.set_aside(one) for one in reported(lease.status)],
+            "set_aside": [views.set_aside(fault) for fault in reported(lease.status)],
             "status": lease.status,
         }
 
@@ -160,7 +160,7 @@ class Insights(Results):
         return happened, progress, {task_id: needed_by[task_id] for task_id in tasks}
 
 
-def _found(value: T | None, otherwise: str) -> T:
+def _existing(value: T | None, otherwise: str) -> T:
     if value is None:
         raise NotFound(otherwise)
     return value

@@ -46,13 +46,15 @@ def trained(database: Database, filters: Mapping[str, str], cursor: str | None, 
     after = None if cursor is None else decode_id(question, cursor)
     with database.read() as connection:
         stored = {
-            name: one for name, value in filters.items() for one in checked(connection, MEANINGS[name], name, value)
+            name: stored_value
+            for name, value in filters.items()
+            for stored_value in checked(connection, MEANINGS[name], name, value)
         }
-        found = store.page(connection, stored, after, limit + 1)
-        networks = found[:limit]
+        page = store.page(connection, stored, after, limit + 1)
+        networks = page[:limit]
         jobs = store.job_counts(connection, [network.task_id for network in networks])
     items = [_view(network, jobs.get(network.task_id, 0)) for network in networks]
-    return {"items": items, "next_cursor": encode_id(question, networks[-1].task_id) if len(found) > limit else None}
+    return {"items": items, "next_cursor": encode_id(question, networks[-1].task_id) if len(page) > limit else None}
 
 
 def named(
@@ -88,13 +90,13 @@ def _training_of(
     networks: Sequence[TrainedNetwork], job: JobSpec, architecture: str, dataset: DatasetRef, replicate: int
 ) -> Trained | Imported:
     """Replicate 0 is what is meant where none is asked for, which any training may be."""
-    asked = [network for network in networks if network.spec["replicate"] == replicate] or (
+    candidates = [network for network in networks if network.spec["replicate"] == replicate] or (
         [] if replicate else networks
     )
     weights = Imported(weights_sha256=networks[0].weights_sha256)
-    if len(asked) > 1:
-        raise ValueError(_several(asked))
-    for network in asked:
+    if len(candidates) > 1:
+        raise ValueError(_several(candidates))
+    for network in candidates:
         try:
             recipe = RECIPE.validate_python(network.spec["recipe"])
         except ValidationError:  # of a version that could ask for what today's cannot

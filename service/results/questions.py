@@ -46,10 +46,10 @@ class Question:
             raise InvalidQuery(SORT, f"it has {len(directions)} fields; between 1 and {MAX_SORTED} can be sorted by")
         terms = []
         for name, descending in directions.items():
-            found = fields.find(connection, name, SORT)
-            if found.kind == "list":
+            sort_field = fields.find(connection, name, SORT)
+            if sort_field.kind == "list":
                 raise InvalidQuery(SORT, f"{name} is a list, which has no order")
-            terms.append(Term(found, descending))
+            terms.append(Term(sort_field, descending))
         # The time of submission ends all ties: what comes after it says nothing.
         names = list(directions)
         terms = terms[: names.index(CREATED)] if CREATED in names else terms

@@ -84,7 +84,7 @@ class Results:
         Its `flags` are what other results may say against it, its `worst_case` what all of its threat model say.
         """
         with self.database.read() as connection:
-            result = found(connection, job_id)
+            result = result_of(connection, job_id)
             network, cell_id = result.weights_sha256, result.cell_id
             further = store.further_measures(connection, [result])[job_id]
             cell = store.cell_specs(connection, [cell_id])[cell_id]
@@ -99,7 +99,7 @@ class Results:
     def trajectory(self, job_id: str) -> JsonObject:
         """The curves of a result: along the attack's steps, and over the epochs of the training."""
         with self.database.read() as connection:
-            result = found(connection, job_id)
+            result = result_of(connection, job_id)
             return {"job_id": job_id, **views.retracted(result), "curves": _curves(connection, result)}
 
     def trajectories(self, job_ids: Sequence[str], parts: Sequence[str] = ()) -> list[JsonObject]:
@@ -111,7 +111,7 @@ class Results:
         with self.database.read() as connection:
             return [
                 {**_named(result), "curves": _curves(connection, result, parts)}
-                for result in (found(connection, job_id) for job_id in dict.fromkeys(job_ids))
+                for result in (result_of(connection, job_id) for job_id in dict.fromkeys(job_ids))
             ]
 
 
@@ -177,7 +177,7 @@ def check_fields(connection: Connection, fields: Sequence[str]) -> None:
                 raise unknown("fields", name, ROW_FIELDS, others=stored)
 
 
-def found(connection: Connection, job_id: str) -> Result:
+def result_of(connection: Connection, job_id: str) -> Result:
     """The result of a job. Raises `NotFound`."""
     result = store.of_job(connection, job_id)
     if result is None:

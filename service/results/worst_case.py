@@ -131,12 +131,12 @@ def worst_cases(connection: Connection, places: Collection[Place]) -> Iterator[t
     specs: dict[int, CellSpec] = {}
     for attacks in network_results.attacks_in_a_ball(connection, {place.network for place in wanted}):
         specs |= store.cell_specs(connection, {attack.cell_id for attack in attacks} - specs.keys())
-        found: dict[Place, WorstCase] = {}
+        cases: dict[Place, WorstCase] = {}
         for attack in attacks:
             place = place_of(attack.weights_sha256, specs[attack.cell_id])
             if place in wanted:
-                _add(found.setdefault(place, WorstCase(attack.n)), attack, specs[attack.cell_id])
-        yield from ((place, worst) for place, worst in found.items() if worst.attacks)
+                _add(cases.setdefault(place, WorstCase(attack.n)), attack, specs[attack.cell_id])
+        yield from ((place, worst) for place, worst in cases.items() if worst.attacks)
 
 
 def of_networks(database: Database, nodes: Sequence[Node]) -> list[JsonObject]:
@@ -155,9 +155,9 @@ def of_networks(database: Database, nodes: Sequence[Node]) -> list[JsonObject]:
                 places.setdefault(place, specs[network.cell_id])
         if len(places) > MAX_PLACES:
             raise InvalidQuery("filter", f"that chooses {len(places):,} worst cases, at most {MAX_PLACES:,}: filter")
-        found = [_item(place, places[place], worst) for place, worst in worst_cases(connection, places.keys())]
+        items = [_item(place, places[place], worst) for place, worst in worst_cases(connection, places.keys())]
     key = itemgetter("dataset", "threat_model", "samples", "robust_accuracy_worst_case", "weights_sha256", "scale")
-    return sorted(found, key=key)
+    return sorted(items, key=key)
 
 
 def worst_case_of(connection: Connection, network: str | None, cell: CellSpec) -> JsonObject | None:
@@ -165,8 +165,8 @@ def worst_case_of(connection: Connection, network: str | None, cell: CellSpec) -
     place = place_of(network, cell)
     if place is None:
         return None
-    found = dict(worst_cases(connection, [place]))
-    return {"threat_model": place.threat_model, **found[place].as_json()} if place in found else None
+    cases = dict(worst_cases(connection, [place]))
+    return {"threat_model": place.threat_model, **cases[place].as_json()} if place in cases else None
 
 
 def preset_of(attack: Mapping[str, object]) -> str | None:
@@ -181,7 +181,7 @@ def presets() -> dict[str, JsonObject]:
 
 
 def _item(place: Place, cell: CellSpec, worst: WorstCase) -> JsonObject:
-    found = worst.as_json()
+    shown = worst.as_json()
     return {
         "weights_sha256": place.network,
         "architecture": cell["architecture"],
@@ -192,9 +192,9 @@ def _item(place: Place, cell: CellSpec, worst: WorstCase) -> JsonObject:
         "samples": place.samples,
         **({} if place.order is None else {"order": place.order}),
         "scale": place.scale,
-        "robust_accuracy_worst_case": found.pop("robust_accuracy"),
+        "robust_accuracy_worst_case": shown.pop("robust_accuracy"),
         "attack_count": len(worst.attacks),
-        **found,
+        **shown,
     }
 
 

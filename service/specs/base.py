@@ -38,11 +38,11 @@ def number(text: str) -> float:
     Raises `ValueError` for anything else, for what is too large, and for what is so small that float64 makes it 0.
     """
     decimal = NUMBER.fullmatch(text)
-    found = decimal or FRACTION.fullmatch(text)
-    if found is None:
+    match = decimal or FRACTION.fullmatch(text)
+    if match is None:
         rule = "in a fraction both are whole numbers" if "/" in text else 'such as 0.03, 3e-2 or "8/255"'
         raise ValueError(f"{shorten(text)} is not a number or a fraction, {rule}")
-    top, more = found.groups()
+    top, more = match.groups()
     try:
         value = float(top + (more or "")) if decimal is not None else float(Fraction(int(top), int(more)))
     except ZeroDivisionError:

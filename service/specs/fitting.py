@@ -24,7 +24,7 @@ class Images:
 def misfits(architecture: str, recipe: AnyRecipe, attack: AnyAttack, images: Images | None) -> list[Problem]:
     """Why `attack` on a network of this architecture and recipe cannot be computed, if so; of own `images` None asks
     nothing."""
-    found = [
+    problems = [
         *_of_network(("architecture",), architecture, images),
         *_of_training(("recipe",), recipe, images),
     ]
@@ -33,14 +33,14 @@ def misfits(architecture: str, recipe: AnyRecipe, attack: AnyAttack, images: Ima
     if isinstance(attack, Transfer):
         if attack.source is not None:
             climbed = attack.source.architecture
-            found += _of_network(("attack", "source", "architecture"), climbed, images)
-            found += _of_training(("attack", "source", "recipe"), attack.source.recipe, images)
+            problems += _of_network(("attack", "source", "architecture"), climbed, images)
+            problems += _of_training(("attack", "source", "recipe"), attack.source.recipe, images)
         path, attacked = ("attack", "attack"), attack.attack
     if getattr(attacked, "fold_batch_norm", False) and not catalog.ARCHITECTURES[climbed].batch_norm:
-        found.append(((*path, "fold_batch_norm"), f"{climbed} has no batch norm to fold"))
+        problems.append(((*path, "fold_batch_norm"), f"{climbed} has no batch norm to fold"))
     if images is not None:
-        found += ((_as_named(attack, where), sentence) for where, sentence in _of_attack(path, attacked, images))
-    return found
+        problems += ((_as_named(attack, where), sentence) for where, sentence in _of_attack(path, attacked, images))
+    return problems
 
 
 def _as_named(attack: AnyAttack, where: tuple[str, ...]) -> tuple[str, ...]:

@@ -26,17 +26,17 @@ def scalars(schema: JsonMapping) -> dict[str, str]:
 @cache
 def closed_lists() -> dict[str, tuple[str, ...]]:
     """The texts that a scalar of a job can be, by its dotted name, for those that can be some texts only."""
-    found: dict[str, dict[str, None] | None] = {}
+    texts_by_name: dict[str, dict[str, None] | None] = {}
     architectures = dict.fromkeys(catalog.ARCHITECTURES)
     for name, choice in _scalars(_schema(), _schema()["$defs"]):
-        known = found.setdefault(name, {})
+        texts = texts_by_name.setdefault(name, {})
         if name.rpartition(".")[2] == "architecture":
-            found[name] = architectures
+            texts_by_name[name] = architectures
         elif choice["type"] != "string" or not choice.keys() & {"enum", "const"}:
-            found[name] = None
-        elif known is not None:
-            known |= dict.fromkeys(choice.get("enum", [choice.get("const")]))
-    return {name: tuple(texts) for name, texts in found.items() if texts is not None}
+            texts_by_name[name] = None
+        elif texts is not None:
+            texts |= dict.fromkeys(choice.get("enum", [choice.get("const")]))
+    return {name: tuple(texts) for name, texts in texts_by_name.items() if texts is not None}
 
 
 @cache
@@ -49,7 +49,7 @@ def no_such_field(path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str
     *outer, name = path
     parent = ".".join(outer)
     if outer:
-        names = [one.rpartition(".")[2] for one in parameters() if one.rpartition(".")[0] == parent]
+        names = [parameter.rpartition(".")[2] for parameter in parameters() if parameter.rpartition(".")[0] == parent]
     if name in names:
         return f"this kind of {outer[-1]} has no {name!r}"
     return f"there is no field {name!r}{or_rather(name, names)}" if names else f"there is no field {name!r}"
@@ -67,4 +67,4 @@ def _scalars(schema: JsonMapping, models: JsonMapping, prefix: str = "") -> Iter
 def _choices(schema: JsonMapping) -> list[JsonMapping]:
     """What a value may be, one of several or only this."""
     several = schema.get("anyOf", schema.get("oneOf"))
-    return [schema] if several is None else [choice for one in several for choice in _choices(one)]
+    return [schema] if several is None else [choice for alternative in several for choice in _choices(alternative)]

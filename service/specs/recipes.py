@@ -8,7 +8,7 @@ from service.model.results import JsonObject
 from service.specs.base import Number, Spec, Truth, Whole, of_images, without_effect
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
-Share = Annotated[Number, Field(gt=0, lt=1)]
+OpenFraction = Annotated[Number, Field(gt=0, lt=1)]
 FILLED_IN = "Filled in when the job is accepted."
 
 
@@ -55,7 +55,7 @@ class LabelSmoothing(Recipe):
     """Cross-entropy with smoothed labels."""
 
     name: Literal["label_smoothing"] = "label_smoothing"
-    smoothing: Share = 0.1
+    smoothing: OpenFraction = 0.1
 
 
 class Margin(Recipe):

@@ -29,11 +29,11 @@ def meaning(axis: str, value: object) -> Hashable:
     """Something that is equal for values of `axis`, a JobSpec field or a dotted one, that mean the same."""
     if axis in WHOLE:
         try:
-            found = WHOLE[axis].validate_python(value)
+            parsed = WHOLE[axis].validate_python(value)
         except ValidationError:  # a part may stand on an axis of its own
             pass
         else:
-            value = frozenset(found) if axis == "measures" else found
+            value = frozenset(parsed) if axis == "measures" else parsed
     plain: Hashable = value
     match value:
         case bool():

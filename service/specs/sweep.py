@@ -66,9 +66,9 @@ class Sweep(Spec):
         """The same sweep with more values on its axes. Raises `InvalidSpec` for what is no axis of it."""
         for axis in grid:
             if axis not in self.grid:
-                known = ", ".join(f"`{name}`" for name in self.grid) or "none"
+                axes = ", ".join(f"`{name}`" for name in self.grid) or "none"
                 raise InvalidSpec(
-                    [(pointer_to("grid", axis), f"`{axis}` is not an axis of the sweep (they are: {known})")]
+                    [(pointer_to("grid", axis), f"`{axis}` is not an axis of the sweep (they are: {axes})")]
                 )
         here = {axis: {meaning(axis, value) for value in self.grid[axis]} for axis in grid}
         more = {
@@ -94,8 +94,8 @@ class Sweep(Spec):
     def located(self, job: JobSpec, error: InvalidSpec) -> InvalidSpec:
         """What was found wrong with one of the jobs, said of the cell that it comes from."""
         cell = next(cell for cell in self._written() if _parse(self.base, cell) == job)
-        found = ((pointer.split("/")[1:], sentence) for pointer, sentence in error.errors)
-        return InvalidSpec([(cell.pointer(path), sentence + cell.said()) for path, sentence in found])
+        errors = ((pointer.split("/")[1:], sentence) for pointer, sentence in error.errors)
+        return InvalidSpec([(cell.pointer(path), sentence + cell.in_words()) for path, sentence in errors])
 
     def _check_size(self, most: int) -> None:
         """Before anything is built: a grid of a few bytes can have more cells than there are atoms."""
@@ -144,7 +144,7 @@ class Sweep(Spec):
             excluded = self._excluded()
             for entries in itertools.product(*map(enumerate, self.grid.values())):
                 indices = tuple(index for index, _ in entries)
-                if not any(all(indices[axis] in those for axis, those in one.items()) for one in excluded):
+                if not any(all(indices[axis] in those for axis, those in pattern.items()) for pattern in excluded):
                     cell = {axis: value for axis, (_, value) in zip(self.grid, entries, strict=True)}
                     yield _Written(cell, indices)
         for i, cell in enumerate(self.include):
@@ -176,7 +176,7 @@ class _Written:
                     return pointer_to(*self.axis(name), *([] if of_name and end == len(path) else entry), *path[end:])
         return pointer_to("base", *path)
 
-    def said(self) -> str:
+    def in_words(self) -> str:
         """The cell in a sentence's words, where one of its fields does not go with another."""
         values = ", ".join(f"{name} {shorten(value)}" for name, value in self.values.items())
         return f" (in the cell {values})" if values else ""
@@ -219,7 +219,7 @@ def problems(error: ValidationError, cell: _Written | None = None) -> list[tuple
         path, unknown = as_written(item["loc"]), item["type"] == "extra_forbidden"
         where = pointer_to(*path) if cell is None else cell.pointer(path, of_name=unknown)
         depends = item["type"] == ACROSS or (unknown and len(path) > 1)  # on other fields of the job
-        out.append((where, sentence_of(item, path) + (cell.said() if cell is not None and depends else "")))
+        out.append((where, sentence_of(item, path) + (cell.in_words() if cell is not None and depends else "")))
     return out
 
 
