@@ -16,14 +16,14 @@ from service.store.history import Event
 SCOPES = ("read", "submit", "admin")
 """What a token may be used for; each includes those before it."""
 ROLES = {"reader": "read", "researcher": "submit", "admin": "admin"}
-"""What users are, and the widest scope that any token of theirs has."""
+"""The roles of users, each with the widest scope that their tokens can have."""
 PREFIX_LETTERS = 8
-USED_EVERY_SECONDS = 60  # how exactly it is known when a token was last used
+USED_EVERY_SECONDS = 60  # how precisely the last use of a token is recorded
 DAY_SECONDS = 86_400
 
 
 class NotAllowed(UncannyError):
-    """The caller is known, and may not do this."""
+    """The caller is known and may not do this."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Access:
         self._noting = threading.Lock()
 
     def caller(self, secret: str) -> Caller:
-        """Who this token stands for. Raises `Unauthenticated` for one that is unknown, revoked or expired."""
+        """The caller that this token stands for. Raises `Unauthenticated` if it is unknown, revoked or expired."""
         with self.database.read() as connection:
             admission = accounts.admission(connection, sha256=_hash(secret))
             now = self.database.now(connection)
@@ -57,7 +57,7 @@ class Access:
         return _caller(admission)
 
     def _note_use(self, token_id: str, now: float) -> None:
-        """Write down that a token was used, unless a thread waits to already: not all may wait for a writer."""
+        """Record that a token was used, unless another thread waits to do so: requests must not queue for a write."""
         if self._noting.acquire(blocking=False):
             try:
                 with suppress(DatabaseAway), self.database.write() as connection:
@@ -66,7 +66,7 @@ class Access:
                 self._noting.release()
 
     def renewed(self, caller: Caller) -> Caller:
-        """The same caller as they are now, for an answer that goes on for long. Raises `Unauthenticated`."""
+        """The same caller with the rights of this moment, for answers that take long. Raises `Unauthenticated`."""
         if caller.token_id is None:
             return caller
         with self.database.read() as connection:
@@ -76,9 +76,9 @@ class Access:
     def put_user(self, name: str, changes: JsonObject, *, actor: str) -> JsonObject:
         """Make a user, or change role, weight and quotas (None: the default of the settings) of one.
 
-        `disabled` says whether all tokens of a user are refused; where it is left out, that stays as it is. Raises
-        `NotFound` for a user who is to be let in again and is not there: a slip of the pen must make nobody; `Conflict`
-        where nobody would be an admin any more.
+        `disabled` says whether all tokens of a user are refused; if it is left out, that stays as it is. Raises
+        `NotFound` for an unknown user with `disabled`, so that a typing error makes no user, and `Conflict` if no admin
+        would be left.
         """
         disabled, changes = changes.get("disabled"), {name: of for name, of in changes.items() if name != "disabled"}
         with self.database.write() as connection:
@@ -109,7 +109,7 @@ class Access:
         """A new token; its `secret` is in this answer and nowhere else: only a hash of it is kept.
 
         It does not outlive the token that makes it, unless an admin asks, and is revoked with it in any case.
-        Raises `NotFound` for an unknown user, `Conflict` for a disabled one, and `NotAllowed` where the scope is wider
+        Raises `NotFound` for an unknown user, `Conflict` for a disabled one, and `NotAllowed` if the scope is wider
         than the caller's or the user's role, or the token is for another user and the caller no admin.
         """
         if user != by.name and not by.may("admin"):
@@ -142,7 +142,7 @@ class Access:
             return {**_token_view(made), "secret": secret}
 
     def tokens(self, *, by: Caller, user: str | None = None) -> list[JsonObject]:
-        """The tokens of a user, the caller's own where none is named. Raises `InvalidQuery` for an unknown user."""
+        """The tokens of a user, by default of the caller. Raises `InvalidQuery` for an unknown user."""
         user = user or by.name
         if user != by.name and not by.may("admin"):
             raise NotAllowed(f"only an admin can see the tokens of {user}")
@@ -152,9 +152,10 @@ class Access:
             return [_token_view(token) for token in accounts.tokens_of(connection, user)]
 
     def revoke_token(self, token_id: str, *, by: Caller) -> JsonObject:
-        """From now on this token is refused, and with it those made with it, with these, and so on: whoever had it may
-        have made them. `revoked_children` says how many those were. Raises `NotFound`, `Conflict` where it was revoked
-        before.
+        """Refuse this token from now on, and all tokens that were made with it, directly or not: whoever had the token
+        may have made them.
+
+        `revoked_children` counts those. Raises `NotFound`, and `Conflict` if the token was revoked before.
         """
         with self.database.write() as connection:
             now = self.database.now(connection)
@@ -170,12 +171,12 @@ class Access:
             return {**_token_view(replace(token, revoked_at=now)), "revoked_children": len(revoked) - 1}
 
     def owner(self, *, job_id: str | None, sweep_id: str | None) -> str | None:
-        """Whose job or sweep that is; None where there is no such thing."""
+        """The owner of a job or sweep; None if there is no such job or sweep."""
         with self.database.read() as connection:
             return accounts.owner(connection, job_id=job_id, sweep_id=sweep_id)
 
     def me(self, caller: Caller) -> JsonObject:
-        """The caller, their role and quotas (those of the row, where there is one)."""
+        """The caller, with role and quotas if the store has them as a user."""
         with self.database.read() as connection:
             user = accounts.user(connection, caller.name)
         shown = _user_view(user) if user is not None else {"name": caller.name, "role": None}
@@ -197,7 +198,7 @@ def _there(user: User | None, name: str) -> User:
 
 
 def _check_admins(connection: Connection, name: str) -> None:
-    """Raises `Conflict` where this user is the only admin."""
+    """Raises `Conflict` if this user is the only admin."""
     users = accounts.users_by_name(connection)
     admins = [user.name for user in users if user.role == "admin" and user.disabled_at is None]
     if admins == [name]:
@@ -207,7 +208,7 @@ def _check_admins(connection: Connection, name: str) -> None:
 
 
 def _valid(admission: Admission | None, now: float) -> Admission:
-    """The same token, if it lets its user in. Raises `Unauthenticated` where it lets nobody in, or nobody any more."""
+    """The admission, if its token is accepted. Raises `Unauthenticated` for an unknown, revoked or expired token."""
     if admission is None or admission.token.revoked_at is not None or admission.disabled_at is not None:
         raise Unauthenticated("this token is unknown or was revoked: make a new one with `uncanny token create`")
     if admission.token.expires_at is not None and admission.token.expires_at <= now:
@@ -225,7 +226,7 @@ def _earlier(a: float | None, b: float | None) -> float | None:
 
 
 def _hash(secret: str) -> str:
-    """256 random bits cannot be guessed, so a plain hash of them keeps them; a slow one would only slow requests."""
+    """256 random bits cannot be guessed, so a plain hash protects them; a slow hash would only slow down requests."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -236,7 +237,7 @@ def _revocation(token: Token, with_token: str) -> JsonObject:
 
 
 def _user_view(user: User) -> JsonObject:
-    """A user as the API shows it; None stands for the default of the settings."""
+    """A user as the API shows them; None stands for the default in the settings."""
     shown = {name: getattr(user, name) for name in ("name", "role", "weight", "max_queued_jobs", "max_gpus")}
     return {**shown, "created_at": iso(user.created_at), "disabled_at": iso(user.disabled_at)}
 

@@ -25,13 +25,13 @@ from service.store.history import Event
 
 TOLERANCE = 0.01  # of an expected accuracy (science/README.md, "Controls")
 DIGEST = re.compile("[0-9a-f]{64}")
-FITTING_SECONDS = 300  # PyTorch is imported, the network built and saved
-TURN_SECONDS = 30  # that a request waits while others are checked
+FITTING_SECONDS = 300  # to import PyTorch, to build the network and to save it
+TURN_SECONDS = 30  # how long a request waits while other weights are checked
 FITTING = threading.BoundedSemaphore(2)  # processes at once: each has PyTorch and a network in memory
 
 
 class NotChecked(UncannyError):
-    """Weights could not be checked right now, which says nothing about them."""
+    """The weights could not be checked right now. They may be right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Upload:
 
     @property
     def as_row(self) -> JsonObject:
-        """As the row of a checkpoint has it."""
+        """The upload as columns of a checkpoint."""
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         return {
             **vars(self),
@@ -74,10 +74,10 @@ class TensorsDiffer(InvalidSpec):
 
 
 def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: str) -> JsonObject:
-    """Check the weights against the network, in a process of its own that has PyTorch, and keep them as it saves them.
+    """Check the weights against the network, in a process of its own that has PyTorch, and store what it saves.
 
-    The same again changes nothing. Raises `InvalidSpec` for weights that do not fit, `Conflict` for a name that is
-    taken by others, `ArtifactMissing`, `NotChecked`.
+    The same upload again changes nothing. Raises `InvalidSpec` for weights that do not fit, `Conflict` for a name that
+    other weights have, `ArtifactMissing`, `NotChecked`.
     """
     _check(upload)
     requested = upload.as_row
@@ -104,7 +104,7 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
 
 
 def _check(upload: Upload) -> None:
-    """Raises `InvalidSpec` for what is wrong whatever the weights are."""
+    """Raises `InvalidSpec` for errors that do not depend on the weights."""
     errors: list[tuple[str, str]] = []
     if not NAME.fullmatch(upload.name):
         sentence = f"{upload.name!r} cannot be a name: letters, digits, `_`, `.` and `-`, at most 100"
@@ -124,7 +124,7 @@ def _check(upload: Upload) -> None:
 
 
 def _grey_levels(values: Sequence[float], name: str) -> str:
-    """What to say of numbers that are in units of 0 to 255 by the look of them; nothing of others."""
+    """A message about numbers that look like grey levels of 0 to 255; empty for others."""
     if all(value <= 1 for value in values):
         return ""
     meant = ", ".join(f"{value / 255:.4f}" for value in values)
@@ -135,14 +135,14 @@ def _grey_levels(values: Sequence[float], name: str) -> str:
 
 
 def _the_same(existing: RegisteredCheckpoint, requested: JsonMapping) -> JsonObject:
-    """A checkpoint that is asked for again. Raises `Conflict` where it is another of that name."""
+    """An existing checkpoint that is registered again. Raises `Conflict` if the request differs from it."""
     if any(getattr(existing, name) != value for name, value in requested.items()):
         raise Conflict(f"checkpoint {existing.name} is registered with other weights or options: take a new name")
     return view(existing)
 
 
 def registered(database: Database) -> list[JsonObject]:
-    """All of them, by name."""
+    """All registered checkpoints, by name."""
     with database.read() as connection:
         return [view(checkpoint) for checkpoint in checkpoints.registered(connection)]
 
@@ -184,7 +184,7 @@ def _not_there(connection: Connection, name: str) -> str:
 
 
 def _of_another(connection: Connection, checkpoint: RegisteredCheckpoint, architecture: str, dataset: str) -> str:
-    """Why the weights are not of such a network; nothing where they are."""
+    """Why the weights are not of such a network; empty if they are."""
     if checkpoint.architecture != architecture:
         return f"checkpoint {checkpoint.name} is a {checkpoint.architecture}, not a {architecture}"
     shape, classes = _shape(connection, dataset)
@@ -211,7 +211,7 @@ def _fit(artifacts: Artifacts, request: JsonObject) -> tuple[ArtifactRef, JsonOb
 
 
 def _fitted(request: JsonObject) -> JsonObject:
-    """What `workers.importing` says. It runs apart because this half of the service has no PyTorch loaded."""
+    """The answer of `workers.importing`, which runs in a process of its own: the service loads no PyTorch."""
     with _turn(), tempfile.TemporaryFile() as complaints:
         try:
             command, body = [sys.executable, "-m", "workers.importing"], json.dumps(request).encode()
@@ -235,7 +235,7 @@ def _fitted(request: JsonObject) -> JsonObject:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Raises `NotChecked` where others are checked for too long."""
+    """A turn to check weights. Raises `NotChecked` if it does not come within `TURN_SECONDS`."""
     if not FITTING.acquire(timeout=TURN_SECONDS):
         raise NotChecked("the weights of others are being checked: try again later")
     try:

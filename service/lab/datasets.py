@@ -59,7 +59,7 @@ class _Array:
 
     @property
     def size_bytes(self) -> int:
-        """Unfolded."""
+        """Uncompressed."""
         return self.dtype.itemsize * math.prod(self.shape)
 
     @property
@@ -131,7 +131,7 @@ def _digests(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _among(sorted_digests: np.ndarray, digests: np.ndarray) -> int:
-    """How many of the digests are among the known ones, which are sorted."""
+    """How many of `digests` are among `sorted_digests`."""
     places = np.minimum(np.searchsorted(sorted_digests, digests), len(sorted_digests) - 1)
     return int(np.count_nonzero(sorted_digests[places] == digests))
 
@@ -167,7 +167,7 @@ def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: 
 
 
 def _classes(y: np.ndarray) -> int:
-    """How many there are among the training labels."""
+    """The number of classes among the training labels."""
     last = int(y.max())
     there = np.bincount(y[y <= len(y)], minlength=len(y) + 1) > 0  # n labels leave a gap among 0 .. n
     if last == 0:
@@ -183,7 +183,7 @@ def _classes(y: np.ndarray) -> int:
 
 
 def _split(path: Path, pointer: str) -> _Split:
-    """The headers are judged before anything that they describe is read."""
+    """The images and labels of a file. The headers are checked before anything that they describe is read."""
     what = pointer.removeprefix("/") + ".npz"
     try:
         arrays = _arrays(path)
@@ -221,7 +221,7 @@ def _split(path: Path, pointer: str) -> _Split:
 
 
 def _refuse_a_bomb(path: Path, pointer: str, what: str, unfolded: int) -> None:
-    """What is packed well is small, or would take much of the service's time and memory for next to no bytes."""
+    """Refuse a large array that is packed too well: a few bytes would take much of the service's time and memory."""
     if unfolded > LARGE_BYTES and unfolded > MAX_RATIO * (packed := path.stat().st_size):
         sentence = (
             f"{what} has {packed / 2**20:,.1f} MiB and {unfolded / 2**20:,.0f} unfolded, {unfolded / packed:,.0f} "
@@ -236,7 +236,7 @@ def _is_of_images(shape: tuple[int, ...]) -> bool:
 
 
 def _advice(x: _Array, pointer: str) -> str:
-    """What the images look like, and how they become what they must be."""
+    """What the images look like, and how to turn them into what they must be."""
     advice = ""
     if not _is_of_images(x.shape) and len(x.shape) == 4 and x.shape[1] in COLOURS:
         advice += "; that looks like channels first: transpose to NHWC, x.transpose(0, 2, 3, 1)"
@@ -277,7 +277,7 @@ def _arrays(path: Path) -> dict[str, _Array]:
 
 
 class _Guarded(io.FileIO):
-    """A file of which no more than this is read at once."""
+    """A file of which at most `most_bytes` are read at once."""
 
     most_bytes = MAX_DIRECTORY_BYTES
 

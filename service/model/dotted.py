@@ -6,8 +6,8 @@ from typing import Any
 
 from service.model.results import JsonMapping, JsonObject
 
-NEAR = 3  # names that may have been meant
-FEW = 20  # names that are listed beside those
+NEAR = 3  # suggestions for an unknown name, at most
+FEW = 20  # known names, at most, that are listed beside suggestions
 FAMILIES = ("provenance", "labels", "measures_failed", "verdict_checks", "verdict_counts", "versions")
 
 
@@ -21,9 +21,10 @@ def flat(value: JsonMapping, prefix: str = "") -> Iterator[tuple[str, Any]]:  # 
 
 
 def chosen(row: JsonMapping, names: Sequence[str]) -> JsonObject:
-    """The fields asked for, nested as they are; a dotted name reaches inside, and a missing one is null.
+    """The named fields of a row, nested as in the row. A dotted name reaches inside; a missing field is null.
 
-    What is behind the first dot of `FAMILIES` is one key, and what is shown whole has its parts in it already.
+    For a name of `FAMILIES`, everything after the first dot is one key: `labels.a.b` is the label `a.b`. If a whole
+    field is named, the names of its parts add nothing.
     """
     out: JsonObject = {}
     for name in names:
@@ -41,8 +42,10 @@ def chosen(row: JsonMapping, names: Sequence[str]) -> JsonObject:
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
-    """The names that may have been meant by one that there is not: those that begin with it or look like it, whole or
-    in their last part, as `attack.eps` for `epss`, the nearest first."""
+    """Suggestions for an unknown name, the nearest first.
+
+    These are known names that begin with it or resemble it, as a whole or in their last part (`attack.eps` for `epss`).
+    """
     names = list(known)
     last = {candidate: candidate.rpartition(".")[2] for candidate in names}
     matches = [candidate for candidate in names if name and candidate.startswith(name)][:NEAR]
@@ -53,8 +56,10 @@ def near(name: str, known: Iterable[str]) -> list[str]:
 
 
 def or_rather(name: str, known: Sequence[str], others: Iterable[str] = ()) -> str:
-    """The end of a sentence that refuses a name: what may have been meant, or else what there is; of `others`, which
-    are too many to be listed, only what may have been meant."""
+    """The end of a message that refuses an unknown name: suggestions, and the `known` names unless they are many.
+
+    `others` are too many to be listed, so they only serve as suggestions.
+    """
     matches = near(name, [*known, *others])
     meant = f"; did you mean {' or '.join(matches)}?" if matches else ""
     return meant + ("" if matches and len(known) > FEW else f" (known are: {', '.join(known) or 'none'})")

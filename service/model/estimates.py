@@ -1,4 +1,4 @@
-"""What a task will take, by what tasks like it took: pure functions of stored timings."""
+"""How long a task will take, by stored timings of tasks with the same workload. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from service.model.results import JsonMapping
 
 @dataclass(frozen=True)
 class Workload:
-    """What makes tasks take alike, but for their size. `method` is the recipe, the attack or the measure."""
+    """Tasks of one workload take equally long per unit of their size. `method` is the recipe, attack or measure."""
 
     kind: str
     method: str
@@ -39,7 +39,7 @@ class Estimate:
 
 
 def workload(spec: JsonMapping, train_spec: JsonMapping) -> Workload:
-    """Of a task by its stored spec and that of the training it works on."""
+    """The workload of a task, by its stored spec and that of the training it works on."""
     match spec["kind"]:
         case "train":
             method = spec["recipe"]["name"]
@@ -61,7 +61,7 @@ def units(spec: JsonMapping) -> float:
 
 
 def estimate(newest_first: Sequence[Timing]) -> Estimate | None:
-    """By the timings of the device that was used last; None where there are none."""
+    """An estimate from the timings on the device that was used last; None without timings."""
     if not newest_first:
         return None
     device = newest_first[0].device
@@ -70,5 +70,5 @@ def estimate(newest_first: Sequence[Timing]) -> Estimate | None:
 
 
 def _percentile(ascending: Sequence[float], fraction: float) -> float:
-    """By nearest rank: a value that was measured."""
+    """The percentile by nearest rank, which is always a measured value."""
     return ascending[max(0, math.ceil(fraction * len(ascending)) - 1)]

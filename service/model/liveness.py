@@ -1,4 +1,4 @@
-"""Liveness is progress: who runs and does not advance, by the clock of this process, whatever the worker's says."""
+"""A running task is alive if it makes progress, by the clock of this process: that of the worker may be wrong."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -37,16 +37,16 @@ class Liveness:
                     watched.advanced_at, watched.reported = self._clock(), False
                     watched.fraction = max(watched.fraction, message.fraction)
             case Progress():
-                pass  # of one that has its answer
+                pass  # of a task that has its answer
             case _:
                 self._watched.pop(key, None)
 
     def __contains__(self, key: Key) -> bool:
-        """Whether it has been taken up and has no answer yet."""
+        """Whether the task has been taken up and has no answer yet."""
         return key in self._watched
 
     def standing_still(self, seconds: float) -> Iterator[tuple[Key, float]]:
-        """Who has not advanced for so long, and for how long."""
+        """The tasks that have not advanced for so long, each with for how long."""
         now = self._clock()
         return (
             (key, now - watched.advanced_at)
@@ -55,18 +55,18 @@ class Liveness:
         )
 
     def newly_standing_still(self, seconds: float) -> dict[Key, float]:
-        """The same, each only once until it advances again."""
-        news = {key: still for key, still in self.standing_still(seconds) if not self._watched[key].reported}
-        for key in news:
+        """The same, each task only once until it advances again."""
+        newly = {key: still for key, still in self.standing_still(seconds) if not self._watched[key].reported}
+        for key in newly:
             self._watched[key].reported = True
-        return news
+        return newly
 
     def mark(self) -> None:
-        """From now on, `saved` counts."""
+        """`saved` counts from now on."""
         for watched in self._watched.values():
             watched.saved = False
 
     @property
     def saved(self) -> list[Key]:
-        """Who has left an epoch state since `mark`: stopping those loses the least."""
+        """The tasks that have left an epoch state since `mark`: stopping them loses the least."""
         return [key for key, watched in self._watched.items() if watched.saved]

@@ -80,7 +80,7 @@ class Moments:
 
     @property
     def leaves_range(self) -> bool:
-        """Whether the sums are none of these values: the largest of them is too large, or too small to be squared."""
+        """Whether sums of these values are unusable: the largest of them is too large, or too small to be squared."""
         largest = max(abs(self.low or 0.0), abs(self.high or 0.0))
         return largest > LARGE or 0 < largest < SMALL
 
@@ -147,7 +147,7 @@ def averaged(groups: Codes, networks: Codes, seeds: Codes, tasks: Codes, values:
 
 
 def _one_code(labels: Sequence[Codes]) -> Codes:
-    """A number for each row of `labels`, equal where the rows are: one is sorted in a fraction of the time of many."""
+    """A number for each row of `labels`, equal for equal rows: sorting by one array is faster than by several."""
     code, *others = labels
     for label in others:
         least, size = int(label.min()), int(label.max()) - int(label.min()) + 1
@@ -195,7 +195,7 @@ def _finite(value: float, exponent: int) -> float | None:
 
 
 class Observations(Generic[Key]):
-    """What results have of some metrics, by the keys of their groups, in arrays with names as numbers."""
+    """Metrics of results by the keys of their groups, in arrays; names are kept as numbers."""
 
     def __init__(self, metrics: int) -> None:
         self._keys, self._names = _Numbers[Key](), _Numbers[str]()

@@ -1,4 +1,4 @@
-"""Where tasks may go while something is set aside: one bundle to try it with again, the rest to the other nodes."""
+"""Where tasks may go while something is set aside: one bundle as a trial, the rest to the other nodes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ class Way:
 def ways(
     environment: Environment, capacity: Capacity, queue: Sequence[Waiting], datasets: Mapping[str, str]
 ) -> list[Way]:
-    """First trials, one for each node that is due for one; last what needs none. `datasets` are by the digest of the
-    training.
+    """First trials, one for each node whose trial is due; last the tasks that need none.
+
+    `datasets` are by the digest of the training.
     """
     names = names_of(capacity)
     aside = environment.aside

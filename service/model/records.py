@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A named grid of jobs. `pause_reason` is there where the service itself has paused it."""
+    """A named grid of jobs. `pause_reason` is set only if the service itself paused the sweep."""
 
     id: str
     name: str
@@ -151,7 +151,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user with weight and limits; a limit that is None is the default of the settings."""
+    """A user with weight and limits; None stands for the default in the settings."""
 
     name: str
     weight: float | None
@@ -188,11 +188,11 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A token with what decides, beside itself, whether it lets anybody in."""
+    """A token with the fields of its user that decide whether the token is accepted."""
 
     token: Token
     role: str  # of its user
-    disabled_at: float | None  # since then its user is
+    disabled_at: float | None  # when its user was disabled
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class RegisteredDataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image: `[channels, height, width]`."""
+        """The shape of one image: `[channels, height, width]`."""
         return self.channels, self.height, self.width
 
     def __str__(self) -> str:
@@ -222,7 +222,7 @@ class RegisteredDataset:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredCheckpoint:
-    """Weights that were made elsewhere: what was uploaded, how it is read, and the weights as they are used."""
+    """Weights that were trained elsewhere: the uploaded file, how it is read, and the weights that the service uses."""
 
     name: str
     architecture: str
@@ -247,7 +247,7 @@ class RegisteredCheckpoint:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image: `[channels, height, width]`."""
+        """The shape of one image: `[channels, height, width]`."""
         return self.channels, self.height, self.width
 
     def __str__(self) -> str:
@@ -256,7 +256,7 @@ class RegisteredCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who leads until when, in which epoch, and what the leader last said of its cluster."""
+    """The leader's lease: its holder, epoch and end, and the last status of the cluster that the leader reported."""
 
     role: str
     holder: str
@@ -270,7 +270,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Whether the queue is paused, and who said so last."""
+    """Whether the queue is paused, and who changed that last."""
 
     name: str
     paused: bool
@@ -283,7 +283,7 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One claim: what the scheduler saw, packed, and what it decided."""
+    """One claim: the scheduler's input, packed, and its decisions."""
 
     id: int
     at: float
@@ -306,7 +306,7 @@ class TaskCount(NamedTuple):
 
 
 class RunningTask(NamedTuple):
-    """What is shown of a task while it runs."""
+    """The fields of a running task that reports of progress show."""
 
     id: str
     digest: str

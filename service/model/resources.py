@@ -16,9 +16,9 @@ Amounts = dict[str, float]
 def needs_of(settings: Settings, kind: Kind, capacity: Capacity) -> Needs:
     """What a bundle of this kind takes.
 
-    GPUs that are asked for by kind are asked for even where the cluster has none yet, so that an autoscaler sees it;
-    `gpus_per_task` counts where there are some, or were: a node that restarts is waited for. A cluster of fewer CPUs
-    than one task asks for gives what it has.
+    GPUs that the settings name for the kind are requested even if the cluster has none yet, so that an autoscaler sees
+    it. `gpus_per_task` counts only if the cluster has GPUs or had some: a node that restarts is waited for. If the
+    cluster has fewer CPUs than a task asks for, the task takes those that there are.
     """
     own = settings.resources.get(kind)
     cpus = min(settings.cpus_per_task, capacity.cpus) if capacity.cpus else settings.cpus_per_task
@@ -31,7 +31,7 @@ def needs_of(settings: Settings, kind: Kind, capacity: Capacity) -> Needs:
 
 
 def of_bundle(settings: Settings, grants: Iterable[Grant], capacity: Capacity, whole: bool) -> Needs:
-    """What is enough for each of its tasks; `whole`: none of its GPUs is to be shared."""
+    """What a bundle of these grants takes: enough for each of them. `whole`: it shares none of its GPUs."""
     every = [needs_of(settings, kind, capacity) for kind in {grant.spec["kind"] for grant in grants}]
     gpus = max(needs.gpus for needs in every)
     return Needs(
@@ -46,10 +46,10 @@ def of_bundle(settings: Settings, grants: Iterable[Grant], capacity: Capacity, w
 def cluster(
     settings: Settings, capacity: Capacity, handed_over: Iterable[Needs], ended: int = 0, only: Collection[str] = ()
 ) -> Cluster:
-    """The room that is left, with what was `handed_over`, in order, taken off it; those that do not fit wait.
+    """The free resources, without those of the bundles that were `handed_over`, in order; bundles that do not fit wait.
 
-    As many bundles as `ended` since the last claim would end until the next one too: so many may wait instead of
-    leaving their places empty, where the settings let any wait at all. With `only`, it is the room on these nodes.
+    If the settings let any bundle wait, as many may wait as `ended` since the last claim: about as many end before the
+    next claim, and would leave their slots empty. With `only`, these are the free resources of these nodes.
     """
     needs = {kind: needs_of(settings, kind, capacity) for kind in KINDS}
     nowhere = too_large(settings, capacity)
@@ -59,7 +59,7 @@ def cluster(
     for taken in map(amounts, handed_over):
         somewhere = any(has_room(node, taken) for node in nodes)
         waiting += not (somewhere and has_room(room, taken))
-        if somewhere:  # else no room that comes free would ever be for it
+        if somewhere:  # a bundle that fits no node takes nothing
             room |= {name: room.get(name, 0.0) - amount for name, amount in taken.items()}
     slots = int(max(capacity.cpus / settings.cpus_per_task, capacity.gpus))
     ahead = max(settings.lookahead, min(ended, AHEAD_PER_SLOT * slots)) if settings.lookahead else 0

@@ -18,7 +18,7 @@ ADVERSARIES: Mapping[str, Adversary] = MappingProxyType(
         "noise": "noise",
     }
 )
-"""By the attack's type. Noise looks at nothing: what it breaks is broken, and what it leaves says nothing."""
+"""By the attack's type. Noise does not search: an example that it does not break may still not be robust."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class ThreatModel:
 
 
 def threat_model(attack: JsonMapping) -> ThreatModel:
-    """Of an attack's stored spec. A transfer's ball is that of the attack that makes its examples."""
+    """The threat model of an attack's stored spec. A transfer's ball is that of the attack that makes its examples."""
     adversary = ADVERSARIES[attack["type"]]
     ball = attack.get("attack", attack)
-    if attack.get("kind") == "gaussian":  # whose norm and eps bound nothing
+    if attack.get("kind") == "gaussian":  # noise without a ball: its norm and eps bound nothing
         return ThreatModel(adversary)
     return ThreatModel(adversary, ball.get("norm"), ball.get("eps"))
 
 
 def of_adversaries() -> list[Node]:
-    """The filters that leave attacks in a ball: what a ranking of networks asks for."""
+    """The filters that keep attacks in a ball and no noise: a ranking of networks counts only these."""
     return [Comparison("threat_model", "is not null"), Comparison("adversary", "!=", (Value("noise"),))]
 
 

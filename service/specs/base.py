@@ -16,9 +16,10 @@ class Spec(BaseModel):
 
 
 def without_effect(spec: Spec, *names: str, **values: object) -> None:
-    """Set what changes no number, as another field is, to its default or to a value: equal work has one digest.
+    """Set fields that change no number, given the other fields, to their default or to `values`: equal work has one
+    digest.
 
-    For validators of a spec that nobody else has yet.
+    Only for validators: it changes the spec in place, before anybody else has it.
     """
     fields = type(spec).model_fields
     spec.__dict__.update({name: fields[name].default for name in names} | values)
@@ -32,7 +33,7 @@ NUMBER = re.compile(rf" *({DECIMAL})([eE][+-]?[0-9]+)? *")
 
 
 def number(text: str) -> float:
-    """The number that a text says, in specs, filters and options: as JSON writes one (.5 too), or one whole number
+    """The number in a text, in specs, filters and options: as JSON writes one (.5 too), or one whole number
     over another.
 
     Raises `ValueError` for anything else, for what is too large, and for what is so small that float64 makes it 0.
@@ -57,7 +58,7 @@ def number(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    """The whole number that a text says, in specs and queries: digits, and none more than that number has.
+    """The whole number that a text stands for, in specs and queries: digits, and none more than that number has.
 
     Raises `ValueError` for anything else, such as `1_0`, `+5` and `5.0`.
     """
@@ -101,7 +102,7 @@ def _whole(value: object) -> object:
 
 
 def of_images(value: float) -> float:
-    """A distance by which a pixel may move: more than 1 was meant in units of 0 to 255."""
+    """A distance by which a pixel may move. A value above 1 was probably meant in units of 0 to 255."""
     if value > 1:
         exact = Fraction(repr(value)) / 255
         meant = f': did you mean "{_over_255(exact)}"?' if value <= 255 else ""
@@ -110,7 +111,7 @@ def of_images(value: float) -> float:
 
 
 def _over_255(fraction: Fraction) -> str:
-    """In whole numbers, over 255 where that can be."""
+    """As whole numbers, over 255 if possible."""
     return f"{fraction * 255}/255" if (fraction * 255).denominator == 1 else str(fraction)
 
 
@@ -133,7 +134,7 @@ MAX_LABELS, MAX_LABEL_BYTES = 50, 10_000
 
 
 def _few_bytes(labels: dict[str, str]) -> dict[str, str]:
-    """Every job of a sweep has its labels."""
+    """Refuse large labels: every job of a sweep stores them."""
     size = sum(len(text.encode()) for item in labels.items() for text in item)
     if size > MAX_LABEL_BYTES:
         raise ValueError(f"these labels have {size:,} bytes in all, at most {MAX_LABEL_BYTES:,} are kept with a job")

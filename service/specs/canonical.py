@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from service.model.results import JsonObject
 
-# Fields that name what a spec is. They are always written, so a digest never rests on which default came first.
+# Fields that name the kind of a spec. They are always written, so that no digest depends on their defaults.
 IDENTIFYING = frozenset({"kind", "version", "type", "name"})
 
 
@@ -21,7 +21,7 @@ _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=Fal
 
 
 def fields(spec: BaseModel) -> JsonObject:
-    """The fields that make this spec what it is. A new option that is left at its default changes nothing here."""
+    """The fields that identify this spec. A new option that is left at its default changes nothing here."""
     out: JsonObject = {}
     for name, always, default in _fields_of(type(spec)):
         value = getattr(spec, name)

@@ -9,7 +9,7 @@ from service.specs.attacks import PRESETS, AnyAttack, Apgd, AutoAttack, Fgsm, Pg
 from service.specs.recipes import AnyRecipe, Imported
 
 Problem = tuple[tuple[str, ...], str]
-"""Where in a job, and a sentence."""
+"""The path of a field of a job, and a sentence."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class Images:
 
 
 def misfits(architecture: str, recipe: AnyRecipe, attack: AnyAttack, images: Images | None) -> list[Problem]:
-    """Why `attack` on a network of this architecture and recipe cannot be computed, if so; of own `images` None asks
-    nothing."""
+    """Why `attack` on a network of this architecture and recipe cannot be computed; empty if it can.
+
+    Without `images`, as for a lab's own data set before planning, only checks that need none are made.
+    """
     problems = [
         *_of_network(("architecture",), architecture, images),
         *_of_training(("recipe",), recipe, images),
@@ -44,7 +46,7 @@ def misfits(architecture: str, recipe: AnyRecipe, attack: AnyAttack, images: Ima
 
 
 def _as_named(attack: AnyAttack, where: tuple[str, ...]) -> tuple[str, ...]:
-    """A preset is one name, so nothing inside it can be pointed at."""
+    """A preset is one name, so an error points at the whole attack."""
     return where[:1] if attack in PRESETS.values() else where
 
 

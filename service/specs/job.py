@@ -17,7 +17,7 @@ from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES, Measure
 from service.specs.names import Architecture, NamedRecipe, check_known
 from service.specs.recipes import AnyRecipe, Imported, Standard
 
-SAMPLES = 1000  # where nothing is said
+SAMPLES = 1000  # the default
 AUGMENTATION = ("crop_padding", "flip", "rotation_degrees")
 OWN_DATASET = re.compile(r"npz:[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -38,7 +38,7 @@ def _attack(value: object) -> object:
 
 
 def _measures(value: object) -> object:
-    """Names become specs; closed forms are always measured, so naming them or one of their quantities adds nothing."""
+    """Names become specs. Closed forms are always measured, so naming them or one of their quantities adds nothing."""
     if not isinstance(value, (list, tuple)):
         return value
     specs = [{"type": item} if isinstance(item, str) else item for item in value]
@@ -82,7 +82,7 @@ class JobSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _samples_left_out(cls, written: object) -> object:
-        """Of a lab's own data set, planning knows the size."""
+        """Fill in the default. Only planning knows the size of a lab's own data set."""
         if not isinstance(written, dict) or "samples" in written or not isinstance(written.get("dataset"), str):
             return written
         dataset = catalog.DATASETS.get(written["dataset"])
@@ -129,7 +129,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _suits_its_images(self) -> Self:
-        """Of a lab's own data set, planning knows shape and classes."""
+        """Only planning knows shape and classes of a lab's own data set, and checks them then."""
         info = catalog.DATASETS.get(self.dataset)
         images = Images(info.shape, info.classes, info.train) if info else None
         problems = misfits(self.architecture, self.recipe, self.attack, images)
@@ -141,11 +141,11 @@ class JobSpec(Spec):
         return self
 
     def augmented(self, recipe: AnyRecipe) -> AnyRecipe:
-        """The recipe with its augmentation spelled out: what suits the data set where nothing was said."""
+        """The recipe with its augmentation spelled out: fields that were left out get what suits the data set."""
         return _augmented(recipe, self.dataset)
 
     def as_asked(self, recipe: AnyRecipe) -> AnyRecipe:
-        """The other way round: of two ways to ask for one training the one that says less."""
+        """The shortest recipe for this training: without augmentation fields, if they are what suits the data set."""
         if isinstance(recipe, Imported):
             return recipe
         shorter = recipe.model_copy(update=dict.fromkeys(AUGMENTATION))

@@ -25,7 +25,7 @@ def scalars(schema: JsonMapping) -> dict[str, str]:
 
 @cache
 def closed_lists() -> dict[str, tuple[str, ...]]:
-    """The texts that a scalar of a job can be, by its dotted name, for those that can be some texts only."""
+    """The texts that a scalar of a job can be, by its dotted name, for scalars with a closed list of texts."""
     texts_by_name: dict[str, dict[str, None] | None] = {}
     architectures = dict.fromkeys(catalog.ARCHITECTURES)
     for name, choice in _scalars(_schema(), _schema()["$defs"]):
@@ -45,7 +45,7 @@ def _schema() -> JsonObject:
 
 
 def no_such_field(path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
-    """That the body has no field at `path`, and what may have been meant; `names` are the ones of its top level."""
+    """The message that the body has no field at `path`, with suggestions; `names` are the fields of its top level."""
     *outer, name = path
     parent = ".".join(outer)
     if outer:
@@ -65,6 +65,6 @@ def _scalars(schema: JsonMapping, models: JsonMapping, prefix: str = "") -> Iter
 
 
 def _choices(schema: JsonMapping) -> list[JsonMapping]:
-    """What a value may be, one of several or only this."""
+    """The schemas that a value may have: one of several, or only this one."""
     several = schema.get("anyOf", schema.get("oneOf"))
     return [schema] if several is None else [choice for alternative in several for choice in _choices(alternative)]

@@ -100,7 +100,7 @@ def _network(
     replicate: int,
     weights: Mapping[str, Imported],
 ) -> PlannedTask:
-    """Its training. For imported weights neither their name nor a seed matters."""
+    """The training of a network. For imported weights neither their name nor a seed matters."""
     if isinstance(recipe, Imported):
         recipe, seed = weights[recipe.checkpoint or ""], 0
     return training(architecture, dataset, recipe, seed, replicate)
@@ -181,7 +181,7 @@ def with_arrays(attack: PlannedTask) -> PlannedTask:
 def _control(checkpoint: str, attack: AnyAttack, samples: int, order: Order) -> PlannedTask | None:
     """The panel in the attack's ball: with its own steps if it is PGD, else with ten of a quarter of eps.
 
-    None for an attack without a ball, or a ball without room.
+    None for an attack without a ball, or with a ball of radius 0.
     """
     if isinstance(attack, Transfer):
         return _control(checkpoint, attack.attack, samples, order)

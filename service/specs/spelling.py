@@ -1,6 +1,6 @@
 """What a value of an axis means, however it is spelled: `"8/255"` is 0.03137..., a preset is its parameters.
 
-Two values are one if a job would be the same with either. `true` is not 1, though Python takes them for equal.
+Two values mean the same if a job would be the same with either. `true` is not 1, though Python takes them for equal.
 """
 
 from collections.abc import Hashable, Mapping
@@ -30,7 +30,7 @@ def meaning(axis: str, value: object) -> Hashable:
     if axis in WHOLE:
         try:
             parsed = WHOLE[axis].validate_python(value)
-        except ValidationError:  # a part may stand on an axis of its own
+        except ValidationError:  # a part of the value may stand on an axis of its own
             pass
         else:
             value = frozenset(parsed) if axis == "measures" else parsed

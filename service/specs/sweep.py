@@ -59,11 +59,11 @@ class Sweep(Spec):
         return list(dict.fromkeys(parsed.values()))
 
     def written(self) -> int:
-        """How many cells the sweep has as it is written, with those that say the same as another."""
+        """How many cells the sweep has as written, with cells that mean the same job."""
         return sum(1 for _ in self._written())
 
     def extended(self, grid: Grid) -> "Sweep":
-        """The same sweep with more values on its axes. Raises `InvalidSpec` for what is no axis of it."""
+        """The same sweep with more values on its axes. Raises `InvalidSpec` for a name that is no axis of the sweep."""
         for axis in grid:
             if axis not in self.grid:
                 axes = ", ".join(f"`{name}`" for name in self.grid) or "none"
@@ -78,7 +78,7 @@ class Sweep(Spec):
         return self.model_copy(update={"grid": longer})
 
     def in_extension(self, grid: Grid, error: InvalidSpec) -> InvalidSpec:
-        """What was found wrong with this sweep, `extended` by `grid`, pointing at the entries of `grid`."""
+        """The errors of this sweep, which was `extended` by `grid`, as pointers to the entries of `grid`."""
 
         def moved(pointer: str) -> str:
             for axis in grid:
@@ -92,7 +92,7 @@ class Sweep(Spec):
         return InvalidSpec([(moved(pointer), sentence) for pointer, sentence in error.errors])
 
     def located(self, job: JobSpec, error: InvalidSpec) -> InvalidSpec:
-        """What was found wrong with one of the jobs, said of the cell that it comes from."""
+        """The errors of one of the jobs, as pointers to the cell that the job comes from."""
         cell = next(cell for cell in self._written() if _parse(self.base, cell) == job)
         errors = ((pointer.split("/")[1:], sentence) for pointer, sentence in error.errors)
         return InvalidSpec([(cell.pointer(path), sentence + cell.in_words()) for path, sentence in errors])
@@ -117,7 +117,7 @@ class Sweep(Spec):
     def _excluded(self) -> list[dict[int, set[int]]]:
         """The patterns of `exclude`: by the number of an axis, which of its values a pattern means.
 
-        What is left out must be there: a typing error would otherwise be computed for days.
+        An excluded value must be in the grid: otherwise a typing error would be computed for days.
         """
         axes = list(self.grid)
         on_axis: dict[str, dict[Hashable, set[int]]] = {}
@@ -177,14 +177,16 @@ class _Written:
         return pointer_to("base", *path)
 
     def in_words(self) -> str:
-        """The cell in a sentence's words, where one of its fields does not go with another."""
+        """The cell as the end of a message, for errors that depend on several of its fields."""
         values = ", ".join(f"{name} {shorten(value)}" for name, value in self.values.items())
         return f" (in the cell {values})" if values else ""
 
 
 def _parse(base: Cell, cell: _Written) -> JobSpec:
     merged = dict(base)
-    for key, value in sorted(cell.values.items(), key=_depth):  # else a field would replace what was set inside it
+    for key, value in sorted(
+        cell.values.items(), key=_depth
+    ):  # outer fields first, or they would replace what was set inside them
         outer, *inner = path = key.split(".")
         if not all(path):
             raise InvalidSpec([(pointer_to(*cell.axis(key)), f"{shorten(key)} names no field")])
@@ -234,7 +236,7 @@ def sentence_of(item: JsonMapping, path: Sequence[str], names: Sequence[str] = J
 
 
 def as_written(location: Sequence[int | str]) -> list[str]:
-    """The location without what pydantic says of its own way: functions, and the kind of attack, recipe or measure."""
+    """The location without the steps that pydantic adds: functions, and the kind of attack, recipe or measure."""
     path: list[str] = []
     for before, part in itertools.pairwise((None, *location)):
         names_a_kind = before in ("attack", "recipe") or isinstance(before, int)

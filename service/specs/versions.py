@@ -36,7 +36,7 @@ VERSIONS: Mapping[str, int] = MappingProxyType(
 """By `kind/type`, as in `measure/sam_sharpness` or `attack/square`; a type that is not here has version 1."""
 
 LATER: JsonMapping = MappingProxyType({"order": "permutation"})
-"""Fields that specs did not always have, with what they were before."""
+"""Fields that older stored specs do not have, with the value that these specs stand for."""
 
 
 def version_of(kind: str, name: str = "") -> int:
