@@ -187,7 +187,7 @@ class Settings(BaseSettings):
 
     @property
     def program(self) -> str:
-        """How this program is called where it was started, for the commands that it suggests."""
+        """How this program was called, for the commands that it suggests."""
         return "uv run uncanny" if self.uv else "uncanny"
 
     @property
@@ -214,7 +214,7 @@ class Settings(BaseSettings):
 
     @property
     def limits(self) -> Limits:
-        """Those of a user of whom nothing else is said."""
+        """The limits of users who have none of their own."""
         return Limits(self.weight, self.max_queued_jobs, self.max_gpus)
 
     @property

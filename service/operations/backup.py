@@ -3,10 +3,10 @@
 The file is gzipped JSON, a value a line: a header with the schema; for each table its name, its columns and then its
 rows; at the end how many those are, and the SHA-256 of all lines before. It is the same whichever kind of database it
 comes from, so it also moves a store from SQLite to PostgreSQL. It is read in one transaction that sees one state, so
-the service goes on meanwhile, and written back in one transaction, so it is there as a whole or not at all.
+the service may run meanwhile, and written back in one transaction, so a restore is whole or changes nothing.
 
-The bytes of artifacts are not in it. Copy the artifact root after the backup, and it has all that the index names
-(unless `uncanny gc` ran in between); what is missing is said after a restore, and tasks that need it say so too.
+The bytes of artifacts are not in it. A copy of the artifact root that is made after the backup has all artifacts that
+the index names, unless `uncanny gc` ran in between. A restore lists those that are missing.
 """
 
 import base64
@@ -144,7 +144,7 @@ def _lines(connection: Connection, header: JsonObject) -> Iterator[Line]:
 
 
 def _read(path: Path) -> Generator[Line, None, None]:
-    """The values in the file, without the end. Raises `BackupFailed` at the end where that is not the one it needs."""
+    """The values in the file, without its last line. Raises `BackupFailed` if that line does not fit them."""
     seen, last = hashlib.sha256(), b""
     try:
         with gzip.open(path, "rb") as file:
@@ -164,7 +164,7 @@ def _read(path: Path) -> Generator[Line, None, None]:
 
 
 def _check(path: Path) -> Report:
-    """Read all of it once before anything is touched."""
+    """Read the whole file once before anything is changed."""
     with closing(_read(path)) as values:
         header = next(values, None)
         if not isinstance(header, dict) or header.get("format") != FORMAT:

@@ -1,6 +1,6 @@
-"""Is everything as it has to be? One check a line, each with what to do. The cluster is looked at by a child process.
+"""Checks of the whole installation, one a line, each with advice. A child process examines the cluster.
 
-`look_at_cluster` runs `python -m workers.doctor`, which may import Ray and torch; what it says comes back as JSON:
+`look_at_cluster` runs `python -m workers.doctor`, which may import Ray and torch. Its report is JSON:
 `{"error"}` or `{"token", "seconds", "code_digest", "versions", "nodes": [...]}`, with for each node that runs tasks
 `{"name", "cpus", "gpus"}` by Ray's own account, and `{"error"}` or `skew_seconds` and what `workers.doctor.examine`
 found there.
@@ -49,7 +49,7 @@ LEAST_DRIVERS = {"12": 525, "13": 580}  # by CUDA's major version: NVIDIA's tabl
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, how it is, and what to do about it (empty where it is well)."""
+    """One check: its name, its state, a sentence, and advice (empty if all is well)."""
 
     name: str
     state: State
@@ -82,7 +82,7 @@ def examine(settings: Settings, look: Callable[[Settings], Report] | None = None
 
 
 def look_at_cluster(settings: Settings) -> Report:
-    """What the child process says of Ray, its nodes, their GPUs, clocks, artifacts and data."""
+    """The report of the child process on Ray, its nodes, their GPUs, clocks, artifacts and data."""
     command = [sys.executable, "-m", "workers.doctor"]
     environment = {**os.environ, **settings.environment()}
     try:
@@ -206,7 +206,7 @@ def _registered(database: Database, artifacts: Artifacts) -> Iterator[Check]:
 
 
 def _artifact_root(artifacts: Artifacts, check: Callable[[], None]) -> Check:
-    """`check` raises where the folder is not the artifact root; then nothing is written there."""
+    """`check` raises if the folder is not the artifact root; then nothing is written there."""
     content = secrets.token_bytes(64)
     started = time.monotonic()
     try:
@@ -245,7 +245,7 @@ def room_check(name: str, free_bytes: int) -> Check:
 
 
 def cluster_checks(settings: Settings, report: Report) -> Iterator[Check]:
-    """What follows from what the child process said."""
+    """The checks that follow from the report of the child process."""
     address = settings.ray_address or "a local Ray"
     if "error" in report:
         advice = "start it (`ray start`), correct RAY_ADDRESS, or look at the token (RAY_AUTH_TOKEN_PATH)"
@@ -317,7 +317,7 @@ def _driver(node: Report) -> str:
 
 
 def _too_old(node: Report) -> str:
-    """How the node's driver is older than its torch needs; empty where it is not, or nobody knows."""
+    """A sentence if the node's driver is older than its torch needs; empty if it is not, or if nobody knows."""
     least = LEAST_DRIVERS.get(str(node["cuda"]).partition(".")[0])
     version = re.search(r"\b(\d{3,})\.\d", _driver(node))
     if least is None or version is None or int(version[1]) >= least:
@@ -326,9 +326,9 @@ def _too_old(node: Report) -> str:
 
 
 def _devices(settings: Settings, name: str, node: Report) -> Iterator[Check]:
-    """Of each GPU: whether it computes, who may use it, and how much of its memory others have.
+    """A check of each GPU: whether it computes, who may use it, and how much of its memory others have.
 
-    Where torch can use none, each that it has no kernels for: another driver alone will not help there.
+    If torch can use no GPU, the GPUs that it has no kernels for fail: another driver alone would not help them.
     """
     shared = 0 < settings.gpus_per_task < 1 or any(0 < (of.gpus or 0) < 1 for of in settings.resources.values())
     modes = {gpu["uuid"]: gpu["compute_mode"] for gpu in node["listed"]}

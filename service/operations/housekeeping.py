@@ -1,11 +1,11 @@
-"""What can go: bytes that nothing refers to, epoch states that are of no use, old events, leftovers of what was killed.
+"""Collects garbage: bytes that nothing refers to, useless epoch states, old events, leftovers of killed processes.
 
-What stays, whatever a quota says: checkpoints, uploads and data sets, the epoch state of any task that is not over,
-and every number, bit and curve (those are rows, not artifacts). In the order in which things go:
+Whatever the quota is, these stay: checkpoints, uploads and data sets, the epoch state of any task that is not over,
+and every number, bit and curve (those are rows, not artifacts). These go, in this order:
 
 1. artifacts without a row that names them, once they are older than `age_seconds`: a worker publishes bytes first, and
    the row follows when its dispatcher has recorded the outcome, which may take as long as the database is away;
-2. epoch states that no resumption would start from: their task succeeded, or a later one has taken their place; and
+2. epoch states that no attempt would resume from: their task succeeded, or a later state has taken their place; and
    those of tasks that failed or were cancelled more than `age_seconds` ago (a retry then starts from the first epoch);
 3. over `quota_bytes`: the epoch states of all other tasks that are over, then arrays (whole trajectories, kept for
    another look; their summaries are rows), oldest first, until what is left fits;
@@ -13,8 +13,8 @@ and every number, bit and curve (those are rows, not artifacts). In the order in
    audit log: without that setting, all stay. The newest one always stays;
 5. `.writing-*` folders under the root and sessions of a local Ray under home, of processes that are gone.
 
-It is safe beside dispatchers and running workers: rows go in one writing transaction that looks again, and bytes are
-taken away by a rename that is undone where they turn out to have just been published once more.
+It is safe beside dispatchers and running workers: rows go in one writing transaction that checks them again, and bytes
+are renamed first, which is undone if they were published again meanwhile.
 """
 
 import logging
@@ -55,7 +55,7 @@ class Policy:
 
 @dataclass
 class Tally:
-    """So many things, of so many bytes."""
+    """A number of artifacts, files or events, and their bytes."""
 
     count: int = 0
     size_bytes: int = 0
@@ -67,7 +67,7 @@ class Tally:
 
 @dataclass
 class Report:
-    """What went, or would go; `kept` is what is left under the root, `over_quota_bytes` what no rule lets go."""
+    """What was deleted, or would be. `kept` is left under the root; no rule deletes the `over_quota_bytes`."""
 
     dry_run: bool
     unreferenced: Tally = field(default_factory=Tally)
@@ -85,15 +85,15 @@ class Report:
 def collect(
     database: Database, artifacts: Artifacts, policy: Policy, *, home: Path | None = None, dry_run: bool = False
 ) -> Report:
-    """Let go what the policy lets go. Raises `DatabaseAway` and what the file system says; may be run again then.
+    """Delete what the policy allows. Raises `DatabaseAway` and errors of the file system; it can be run again then.
 
-    Nothing goes where the folder is not the artifact root: raises `ArtifactRootUnusable`.
+    If the folder is not the artifact root, it raises `ArtifactRootUnusable` and deletes nothing.
     """
     artifacts.require_mark()
     report = Report(dry_run)
     with database.read() as connection:
         now = database.now(connection)
-    # Listed first: whatever is recorded from here on is newer than what is old now.
+    # Listed first, so that nothing that is recorded from here on counts as old.
     stored = {artifact.digest: artifact for artifact in artifacts.stored()}
     gone: set[str] = set()
 
@@ -133,7 +133,7 @@ def _total(stored: dict[str, Stored], gone: set[str]) -> int:
 
 
 def _forget(database: Database, which: Condition, dry_run: bool) -> list[str]:
-    """Forget these rows of the index; returns the digests that nothing refers to any more."""
+    """Delete these rows of the index; returns the digests that no row refers to any more."""
     if dry_run:
         with database.read() as connection:
             return artifact_index.digests_where(connection, which)
@@ -172,7 +172,7 @@ def _dead_sessions(folder: Path, before: float) -> list[Path]:
 def keep_house(
     database: Database, artifacts: Artifacts, settings: Settings, leads: Callable[[], bool], stop: threading.Event
 ) -> None:
-    """Collect every `gc_every_seconds` while `leads()`, until `stop` is set. Not at all where that is 0."""
+    """Collect every `gc_every_seconds` while `leads()`, until `stop` is set; never if it is 0."""
     while settings.gc_every_seconds and not stop.wait(settings.gc_every_seconds):
         if not leads():
             continue

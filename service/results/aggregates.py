@@ -46,7 +46,7 @@ Key = tuple[Any, ...]  # Any: the values of the fields that are grouped by
 
 @dataclass
 class Group:
-    """So many `rows` of so many `networks`, which sums tell apart only where each has one row of one cell."""
+    """One group: its `rows` and `networks`. Sums count each network once only if it has one row (`is_plain`)."""
 
     cells: set[int] = field(default_factory=set)
     rows: int = 0
@@ -210,7 +210,7 @@ class Grouping:
         return {name: list(values) for name, values in differing.items()}
 
     def take_values(self, groups: Mapping[Key, Group]) -> None:
-        """The value of each network, where sums count one twice, do not tell a quantile, or cancel.
+        """Read the value of each network where sums are not enough: they count one twice, tell no quantile, or cancel.
 
         Raises `InvalidQuery` where attack seeds are to be counted and a group has several networks.
         """
@@ -293,7 +293,7 @@ class Grouping:
     def _interval(self, key: Key, group: Group, name: str) -> tuple[float | None, float | None, str | None]:
         """The 95 % interval of a metric's mean, and what it is of: the units, or the images that it is a fraction of.
 
-        Networks that show no spread, or a single one, tell nothing of one: of such a fraction the distinct images do.
+        Networks without spread, or a single one, give no interval: of a fraction, the distinct images give one.
         """
         of, within = group.metrics[name], range_of(name)
         if self.unit == "network" and within is not None and of.least == of.most:

@@ -1,4 +1,4 @@
-"""Two or more results side by side: in what they differ, and whether the examples that they break tell them apart."""
+"""Two or more results side by side: the fields that differ, and a test on the examples that they break."""
 
 from collections.abc import Sequence
 from itertools import combinations

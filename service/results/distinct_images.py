@@ -1,4 +1,4 @@
-"""How many distinct images an accuracy of a group of results is of: the same ones in three networks count once."""
+"""How many distinct images an accuracy of a group of results rests on: an image in three networks counts once."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -29,11 +29,11 @@ class DistinctImages:
         self._correct: dict[str, Counts] = {}  # by the fraction's name, then by group and data set
 
     def look_up(self, cell_ids: Collection[int]) -> None:
-        """Remember the data sets and samples of these cells, which is all that `count` is asked about."""
+        """Read the data sets and samples of these cells: `count` knows only cells that were looked up."""
         self._samples = aggregating.of_cells(self._connection, cell_ids, [cells.c.dataset, cells.c.samples])
 
     def count(self, fraction: str, column: Column, key: Key, cell_ids: Collection[int]) -> int | None:
-        """How many distinct images, at least, this fraction of a group is of; None where a result does not tell.
+        """The least number of distinct images behind this fraction of a group; None if a result does not tell.
 
         Of one data set all samples are the first so many. Of the images that the networks get right, those of the best
         network are counted: the others' may be among them.

@@ -186,7 +186,7 @@ def _names(connection: Connection, fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def _kind(name: str) -> Kind:
-    """Of what is no field by itself, whole objects and unknown keys are text, and the rest are stored numbers."""
+    """The kind of a column. Without a field: whole objects and unknown keys are text, the rest stored numbers."""
     if name in RESULTS.known:
         return RESULTS.known[name].kind
     return "text" if name.partition(".")[0] in FAMILIES else "number"

@@ -1,4 +1,4 @@
-"""Read-only questions, shared by API, CLI and whatever shows something: plain JSON comes back."""
+"""Read-only questions about a store, shared by API and CLI. Answers are plain JSON."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
@@ -24,7 +24,7 @@ TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
 
 class Insights(Results):
-    """What can be asked of one store."""
+    """Questions about one store."""
 
     def jobs(self, question: Question) -> JsonObject:
         """A page of jobs. Raises `InvalidQuery`."""
@@ -95,7 +95,7 @@ class Insights(Results):
         return {"jobs": in_state, "tasks": tasks}
 
     def cluster(self) -> JsonObject:
-        """Who leads, since when nobody does, and what the leader last said of its cluster."""
+        """The leading dispatcher, its lease, and the last status of the cluster that it reported."""
         with self.database.read() as connection:
             lease, now = claiming.leader(connection), self.database.now(connection)
         if lease is None:
@@ -143,9 +143,9 @@ class Insights(Results):
     def news(
         self, after: int, *, sweep_ids: Collection[str], job_ids: Collection[str], known: Mapping[str, set[str]]
     ) -> tuple[list[JsonObject], list[JsonObject], dict[str, set[str]]]:
-        """The same of everything, for many readers: also, by task, which of their sweeps and jobs need it.
+        """Events and progress of everything, for many readers, with those of their sweeps and jobs that need each task.
 
-        `known`: what was answered about these sweeps and jobs before; it holds as long as nothing happens to jobs.
+        `known` is the last part of an earlier answer, which is valid as long as no event is about a job.
         """
         with self.database.read() as connection:
             happened = history.after(connection, after)

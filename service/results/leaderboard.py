@@ -29,7 +29,7 @@ TRUSTED = (Comparison("verdict", "=", (Value("trusted"),)), Comparison("verdict_
 
 @dataclass
 class Network:
-    """What the results that were asked for say of one network: robust accuracies by attack, repeats averaged."""
+    """One network of a board: the robust accuracies of its chosen results by attack, repeats averaged."""
 
     place: Place
     by_attack: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -50,7 +50,7 @@ class Network:
         return min(map(fmean, self.by_attack.values()))
 
 
-Networks = dict[str, Network]  # those of a row, by their weights
+Networks = dict[str, Network]  # the networks of a row, by their weights
 
 
 def leaderboard(
@@ -132,7 +132,7 @@ def _board(board: JsonObject, rows: Mapping[str, Networks]) -> JsonObject:
 
 
 def _best_first(row: JsonObject) -> tuple[float, str, str, float, int]:
-    """By the worst case, and equal ones by their names: a board is the same however often it is asked for."""
+    """Order by the worst case, and equal ones by name, so that a board is always the same."""
     recipe = json.dumps(row["recipe"], sort_keys=True)
     worst_case, version = row["robust_accuracy_worst_case"], row["train_version"] or 0
     return -worst_case, row["architecture"], recipe, row["scale"], version
@@ -182,8 +182,8 @@ def _attacks(worst: Sequence[WorstCase]) -> list[JsonObject]:
 def spread(accuracies: Sequence[float], n: int) -> tuple[float | None, float | None]:
     """The 95 % interval of the mean of networks' accuracies of the same `n` images, within [0, 1].
 
-    Student's over the networks. Where they are all equal, of one for one, Wilson's over the images: the same images in
-    three networks are not three times as many.
+    It is Student's over the networks. If all are equal, or there is only one, it is Wilson's over the images: the same
+    images in three networks are not three times as many.
     """
     if min(accuracies) == max(accuracies):
         return accuracy_interval(accuracies[0], n)

@@ -1,4 +1,4 @@
-"""Networks by the SHA-256 of their weights: a list of the trained ones, and what a job that names one means."""
+"""Networks by the SHA-256 of their weights: a list of the trained ones, and what a job means that names them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ MEANINGS: Mapping[str, Meaning] = {
     "recipe": one_of(RECIPES),
     "weights_sha256": meanings.digest,
 }
-MOST = 5  # that a refusal lists
+MOST = 5  # trainings that a message lists
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The training that a job means which names the weights that it made."""
+    """The training of a job that names the weights instead of the recipe."""
 
     recipe: AnyRecipe
     seed: int

@@ -1,4 +1,4 @@
-"""What a question about jobs or results is made of: which rows, in which order, from where on."""
+"""A question about jobs or results: which rows, in which order, from where on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class Question:
             if sort_field.kind == "list":
                 raise InvalidQuery(SORT, f"{name} is a list, which has no order")
             terms.append(Term(sort_field, descending))
-        # The time of submission ends all ties: what comes after it says nothing.
+        # The time of submission breaks all ties: fields after it have no effect.
         names = list(directions)
         terms = terms[: names.index(CREATED)] if CREATED in names else terms
         return Order(tuple(terms), directions.get(CREATED, next(iter(directions.values()))), sequence)
@@ -59,7 +59,7 @@ class Question:
         return None if self.cursor is None else decode_cursor(self._identity(order), self.cursor, order)
 
     def _identity(self, order: Order) -> list[object]:
-        """What a cursor belongs to: this question, of the table that `order` is of."""
+        """What a cursor is valid for: this question about the table of `order`."""
         simple = sorted((name, sorted(values)) for name, values in self.filters.items())
         return [str(order.sequence), self.sort, simple, self.filter, self.retracted]
 

@@ -30,7 +30,7 @@ MAX_TRAJECTORIES = 100
 
 
 class Results:
-    """What can be asked about the results of one store."""
+    """Questions about the results of one store."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -48,7 +48,7 @@ class Results:
         return {"items": rows, "next_cursor": cursor, "retracted": hidden}
 
     def hidden(self, nodes: Sequence[Node]) -> int:
-        """How many results the filters choose that are retracted; at most 1,000 are counted."""
+        """How many of the results that the filters choose are retracted; at most 1,000 are counted."""
         with self.database.read() as connection:
             return store.hidden(connection, nodes)
 
@@ -81,7 +81,7 @@ class Results:
     def result(self, job_id: str) -> JsonObject:
         """One result whole: all numbers by the part that their task plays, with provenance and names of curves.
 
-        Its `flags` are what other results may say against it, its `worst_case` what all of its threat model say.
+        Its `flags` are findings from other results; its `worst_case` is over all attacks in its threat model.
         """
         with self.database.read() as connection:
             result = result_of(connection, job_id)
@@ -159,13 +159,13 @@ def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str
 
 
 def other_names(row: JsonMapping) -> JsonObject:
-    """What fields of a row are called too; the ball of a transfer is that of the attack that makes its examples."""
+    """Further names of fields of a row. A transfer has the norm of the attack that makes its examples."""
     ball = row["attack"].get("attack", row["attack"])
     return {"sweep": row["sweep_id"], "owner": row["user"], "norm": ball.get("norm")}
 
 
 def check_fields(connection: Connection, fields: Sequence[str]) -> None:
-    """Raises `InvalidQuery` for what no row has, and for too many."""
+    """Raises `InvalidQuery` for fields that no row has, and for too many."""
     if len(fields) > MAX_FIELDS:
         raise InvalidQuery("fields", f"these are {len(fields)}; at most {MAX_FIELDS} can be named, and `*` is all")
     names = [name for name in fields if name not in (*ROW_FIELDS, ALL_FIELDS)]
@@ -189,7 +189,7 @@ def result_of(connection: Connection, job_id: str) -> Result:
 
 
 def _parts(connection: Connection, result: Result) -> JsonObject:
-    """What each task of a result left, by the part that the task plays; a second one has its digest in the name."""
+    """What each task of a result stored, by the task's role; a second task of a role has its digest in the name."""
     parts: JsonObject = {}
     for task in reading.tasks_of_job(connection, result.job_id):
         made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]

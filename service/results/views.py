@@ -1,4 +1,4 @@
-"""Rows of the store as the plain JSON that users see: the same names in REST, CSV and the CLI. Pure functions."""
+"""Values of the store as the JSON that users see, with the same names in REST, CSV and the CLI. Pure functions."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from service.specs.tasks import Task
 from service.specs.versions import LATER
 from service.store import reading
 
-# A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
+# Numbers that a row has only if they are named: quantiles, subsets and the training split.
 DETAIL = re.compile(r"^train_|_q\d\d(_|$)|_clean_correct|_n_zero$|_iterations$|_converged$")
 VERDICT = ("verdict", "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version")
 TASK_STATES = tuple(str(state) for state in TaskState)
@@ -47,7 +47,7 @@ def job_view(job: Job, progress: float) -> JsonObject:
 
 
 def version(ident: str, priority: int, labels: Mapping[str, str]) -> str:
-    """What a job or sweep is known by to who changes it: a digest of all that can be changed."""
+    """The version of a job or sweep, for conditional changes: a digest of all that can be changed."""
     return hashlib.sha256(json.dumps([ident, priority, sorted(labels.items())]).encode()).hexdigest()[:32]
 
 
@@ -132,7 +132,7 @@ def sweep_view(
 
 
 def sweep_state(jobs: Mapping[str, int], paused: bool) -> str:
-    """One word for the counts of its jobs. Held ones wait for a person, so with nothing else left it has failed."""
+    """The state of a sweep, by the counts of its jobs. Held jobs wait for a person: with only these left, it failed."""
     if jobs[JobState.QUEUED] or jobs[JobState.RUNNING]:
         return "paused" if paused else "running"
     if jobs[JobState.FAILED] or jobs[JobState.HELD]:
@@ -141,7 +141,7 @@ def sweep_state(jobs: Mapping[str, int], paused: bool) -> str:
 
 
 def eta_seconds(counts: Sequence[TaskCount], seconds: Mapping[str, float], slots: float) -> float | None:
-    """What is left, at what a task of each kind took so far, over the places to run; None while nothing is known."""
+    """Seconds for the tasks that are left, at what their kinds took so far, over all slots; None while unknown."""
     if not seconds or slots <= 0:
         return None
     usual = max(seconds.values())  # for kinds of which none has finished yet
@@ -213,7 +213,7 @@ class Retractable(Protocol):
 
 
 def retracted(of: Retractable) -> dict[str, str | None]:
-    """When, by whom and why a result was retracted; nulls for one that stands. Shown where one is named by its id."""
+    """When, by whom and why a result was retracted; nulls for one that stands."""
     return {
         "retracted_at": iso(of.retracted_at),
         "retracted_by": of.retracted_by,

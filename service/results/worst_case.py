@@ -22,16 +22,16 @@ from service.store import results as store
 from service.store.database import Database
 
 NO_EVIDENCE = ("outside_ball", "non_finite", "eps_zero", "train_mode", "random_forward")
-"""Reasons of verdicts by which an image that an attack broke may be right everywhere in the ball. A blind or a weak
-attack is none of them: it breaks too few, which the others make up for."""
+"""Reasons of verdicts after which a broken image proves nothing: the network may be right everywhere in the ball. A
+blind or weak attack is no such reason: it breaks too few images, and other attacks make up for that."""
 SUPERSEDED = "superseded"
-MAX_PLACES = 10_000  # that one answer has
+MAX_PLACES = 10_000  # in one answer
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a worst case is of: a network, a ball, and images. `scale` is 1 wherever the bias is scaled too: then the
-    predictions are equal at every s, and an image broken at any is broken at all."""
+    """A network, a ball and images, over which a worst case is taken. `scale` is 1 if the bias is scaled too: then the
+    predictions are equal at every s, and an image that is broken at one s is broken at all."""
 
     network: str
     threat_model: str
@@ -43,7 +43,7 @@ class Place:
 
 @dataclass
 class Attack:
-    """What results of one attack add up to: the bits of the images that all of them left right, `n` of them."""
+    """The results of one attack taken together: `robust` has a bit for each of the `n` images that all left right."""
 
     spec: JsonObject
     version: int
@@ -105,7 +105,7 @@ class WorstCase:
 
 
 def place_of(network: str | None, cell: CellSpec) -> Place | None:
-    """The worst case that a result bears on; None without a ball, and of a network that nobody knows."""
+    """The place of a result's worst case; None without a ball, or if the network's weights are unknown."""
     ball = threat_model(cell["attack"]).ball
     if network is None or ball is None:
         return None
@@ -114,12 +114,12 @@ def place_of(network: str | None, cell: CellSpec) -> Place | None:
 
 
 def is_current(cell: CellSpec) -> bool:
-    """Whether this version's attack computed it; what an older one computed is never mixed with that."""
+    """Whether this version of the attack computed the cell. Results of different versions are never mixed."""
     return bool(cell["versions"]["attack"] == version_of_attack(cell["attack"]))
 
 
 def why_left_out(verdict_reasons: Iterable[str] | None, cell: CellSpec) -> str | None:
-    """The reason for which a result proves nothing in a worst case; None where it counts."""
+    """Why a result proves nothing in a worst case; None if it counts."""
     if not is_current(cell):
         return SUPERSEDED
     return next((reason for reason in verdict_reasons or () if reason in NO_EVIDENCE), None)
@@ -161,7 +161,7 @@ def of_networks(database: Database, nodes: Sequence[Node]) -> list[JsonObject]:
 
 
 def worst_case_of(connection: Connection, network: str | None, cell: CellSpec) -> JsonObject | None:
-    """Of one result's network in its threat model, as JSON; None where there is none."""
+    """The worst case of a result's network in its threat model, as JSON; None if there is none."""
     place = place_of(network, cell)
     if place is None:
         return None
@@ -170,7 +170,7 @@ def worst_case_of(connection: Connection, network: str | None, cell: CellSpec) -
 
 
 def preset_of(attack: Mapping[str, object]) -> str | None:
-    """The name that a spec is a preset by."""
+    """The name of the preset that an attack's spec is equal to."""
     return next((name for name, preset in presets().items() if attack == preset), None)
 
 
