@@ -64,20 +64,25 @@ def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
     unknown = [group for group in groups if group.estimate is None]
     history = [
         {
-            **vars(group.like), "tasks": len(group.units), "device": group.estimate.device,
-            "timings": group.estimate.count, "device_seconds_p50": group.seconds("p50"),
+            **vars(group.like),
+            "tasks": len(group.units),
+            "device": group.estimate.device,
+            "timings": group.estimate.count,
+            "device_seconds_p50": group.seconds("p50"),
             "device_seconds_p90": group.seconds("p90"),
         }
         for group in groups
         if group.estimate is not None
-    ]  # fmt: skip
+    ]
     if unknown:
         listed = "; ".join(f"{group.like} ({len(group.units)})" for group in unknown[:5])
         more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         return {
-            "device_seconds_p50": None, "device_seconds_p90": None, "history": history,
+            "device_seconds_p50": None,
+            "device_seconds_p90": None,
+            "history": history,
             "reason": f"nothing like it has run here yet: {listed}{more}",
-        }  # fmt: skip
+        }
     return {
         "device_seconds_p50": sum(row["device_seconds_p50"] for row in history),
         "device_seconds_p90": sum(row["device_seconds_p90"] for row in history),
@@ -87,9 +92,13 @@ def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
 
 
 def _eta(
-    connection: Connection, groups: Mapping[str, Sequence[_Group]], queue: Mapping[str, Any],
-    user: str, limits: Limits, default: Limits,
-) -> dict[str, Any]:  # fmt: skip
+    connection: Connection,
+    groups: Mapping[str, Sequence[_Group]],
+    queue: Mapping[str, Any],
+    user: str,
+    limits: Limits,
+    default: Limits,
+) -> dict[str, Any]:
     """Seconds until all is done, at the user's fair share of the places among those who wait now.
 
     What the user has queued already comes first and is taken to be like this; no less than a training and the longest
@@ -134,6 +143,10 @@ def _quota(connection: Connection, user: str, limits: Limits, more: int) -> dict
     fits = limits.max_queued_jobs is None or have + more <= limits.max_queued_jobs
     in_use = users.devices_in_use(connection).get(user, 0.0)
     return {
-        "user": user, **asdict(limits), "unfinished_jobs": have, "unfinished_jobs_after": have + more, "fits": fits,
+        "user": user,
+        **asdict(limits),
+        "unfinished_jobs": have,
+        "unfinished_jobs_after": have + more,
+        "fits": fits,
         "gpus_in_use": in_use,
-    }  # fmt: skip
+    }

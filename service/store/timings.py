@@ -37,9 +37,13 @@ def newest(connection: Connection, like: Workload) -> list[Timing]:
 def _row(found: Any, train_spec: Mapping[str, Any], now: float) -> dict[str, Any]:
     device = str(found.provenance.get("device") or "unknown")[:200]
     return {
-        "task_id": found.id, **vars(workload(found.spec, train_spec)), "device": device,
-        "device_seconds": _seconds(found.provenance), "units": units(found.spec), "at": now,
-    }  # fmt: skip
+        "task_id": found.id,
+        **vars(workload(found.spec, train_spec)),
+        "device": device,
+        "device_seconds": _seconds(found.provenance),
+        "units": units(found.spec),
+        "at": now,
+    }
 
 
 def _seconds(provenance: dict[str, Any] | None) -> float | None:
