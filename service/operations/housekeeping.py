@@ -21,7 +21,7 @@ import logging
 import math
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -104,13 +104,10 @@ def collect(
                 gone.add(digest)
                 tally.add(artifact.size_bytes)
 
-    old = [artifact.digest for artifact in stored.values() if artifact.modified_at < now - policy.age_seconds]
-    for first in range(0, len(old), BATCH):
-        with database.read() as connection:
-            referenced = artifact_index.named_among(connection, old[first : first + BATCH])
-        unnamed = [digest for digest in old[first : first + BATCH] if digest not in referenced]
-        discard(unnamed, report.unreferenced, now - policy.age_seconds)
-    useless = artifact_index.useless_epoch_states(now - policy.age_seconds)
+    before = now - policy.age_seconds
+    old = [artifact.digest for artifact in stored.values() if artifact.modified_at < before]
+    discard(_unnamed(database, old), report.unreferenced, before)
+    useless = artifact_index.useless_epoch_states(before)
     discard(_forget(database, useless, dry_run), report.epoch_states, math.inf)
     if policy.quota_bytes is not None:
         over = _total(stored, gone) - policy.quota_bytes
@@ -123,9 +120,18 @@ def collect(
                 over = _total(stored, gone) - policy.quota_bytes
         report.over_quota_bytes = max(0, over)
     report.events.count = _forget_events(database, now, policy.event_seconds, dry_run)
-    _sweep_leftovers(artifacts, home, now - policy.age_seconds, report.leftovers, dry_run)
+    _sweep_leftovers(artifacts, home, before, report.leftovers, dry_run)
     report.kept = Tally(len(stored) - len(gone), _total(stored, gone))
     return report
+
+
+def _unnamed(database: Database, digests: Sequence[str]) -> Iterator[str]:
+    """Those of these digests that no row names, each batch looked up right before it is used."""
+    for first in range(0, len(digests), BATCH):
+        batch = digests[first : first + BATCH]
+        with database.read() as connection:
+            named = artifact_index.named_among(connection, batch)
+        yield from (digest for digest in batch if digest not in named)
 
 
 def _total(stored: dict[str, Stored], gone: set[str]) -> int:
