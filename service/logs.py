@@ -23,7 +23,7 @@ MAX_CHARACTERS = 8000  # of a message, and of a traceback
 
 
 class JsonLines(logging.Formatter):
-    """`{"time", "level", "logger", "message"}`, and `traceback` where there is one."""
+    """`{"time", "level", "logger", "message"}`, and `traceback` if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -1,6 +1,6 @@
 """What only the account that runs the service may read: its home with database, artifacts, logs, tokens and sockets.
 
-Whoever reads the database reads every number and the hashes of tokens; whoever reaches Ray's sockets runs code here.
+Who can read the database can read every number and the hashes of tokens; who reaches Ray's sockets can run code.
 """
 
 import os
@@ -36,7 +36,7 @@ def opened(path: Path, mode: str) -> IO[Any]:  # Any: text or bytes, as `mode` s
 
 
 def tighten(settings: "Settings") -> str | None:
-    """Take a home of an earlier version, or of a looser umask, from other accounts; a sentence where that was needed.
+    """Close a home that is open to other accounts, as earlier versions made it; returns a sentence if it was open.
 
     A home that is not this account's, the account's own home folder, and folders that all may write to, such as /tmp,
     stay as they are, without what is ours in them.

@@ -248,7 +248,7 @@ def _in_memory(url: str) -> bool:
 
 
 def _with_password(url: str, file: Path) -> str:
-    """The URL with that file's first line as its user's password. Raises `BadSettings` where that cannot be."""
+    """The URL with that file's first line as its user's password. Raises `BadSettings` if that cannot be."""
     try:
         password = file.read_text(encoding="utf-8").partition("\n")[0].strip()
         parts = urlsplit(url)

@@ -184,7 +184,7 @@ class Access:
 
 
 def _expiry(connection: Connection, by: Caller, now: float, requested: float | None) -> float | None:
-    """When a token that the caller makes expires. Raises `Unauthenticated` where the caller's own was just revoked."""
+    """When a token that the caller makes expires. Raises `Unauthenticated` if the caller's own was just revoked."""
     if by.token_id is None:
         return requested
     parent = _valid(accounts.admission(connection, token_id=by.token_id), now).token

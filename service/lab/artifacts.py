@@ -157,7 +157,7 @@ class Artifacts:
     def local(self, digest: str) -> Iterator[Path]:
         """A local file with these bytes, for as long as the context lasts.
 
-        Raises `ArtifactMissing` where they are not there, or not those that the digest promises, and
+        Raises `ArtifactMissing` if they are not there, or not those that the digest promises, and
         `ArtifactRootUnusable` where they cannot be read.
         """
         source = self._path(digest)
@@ -266,7 +266,7 @@ class Artifacts:
             raise ArtifactMissing(f"artifact {digest} is not under {self.root}") from error
 
     def exists(self, digest: str) -> bool:
-        """Whether these bytes are there. Raises `ArtifactRootUnusable` where nobody can tell."""
+        """Whether these bytes are there. Raises `ArtifactRootUnusable` if nobody can tell."""
         self.require_mark()
         source = self._path(digest)
         try:
@@ -286,7 +286,7 @@ class Artifacts:
     def stored(self) -> Iterator["Stored"]:
         """All stored bytes, referred to or not, but for those whose age the file system does not tell.
 
-        Raises `ArtifactRootUnusable` where nobody can tell.
+        Raises `ArtifactRootUnusable` if nobody can tell.
         """
         if self._local:
             try:
@@ -373,7 +373,7 @@ class Artifacts:
                 os.fchmod(file.fileno(), mode & 0o666)
                 os.fsync(file.fileno())
             os.replace(path, target)
-        else:  # also where it is there: what is published again is new to the collector of garbage
+        else:  # also if the bytes are there: published again, they are new for garbage collection
             self._fs.put_file(str(path), target)
         return digest, size
 
@@ -399,7 +399,7 @@ def _file_system(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _modified(info: JsonMapping) -> float | None:
-    """When a file system says that a file was last written, in seconds since 1970; None where it does not say."""
+    """When a file system says that a file was last written, in seconds since 1970; None if it does not say."""
     at = next((info[name] for name in MODIFIED if info.get(name) is not None), None)
     return at.timestamp() if isinstance(at, datetime) else None if at is None else float(at)
 

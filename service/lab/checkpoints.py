@@ -155,7 +155,7 @@ def is_registered(connection: Connection, name: str) -> bool:
 def weights_of(connection: Connection, name: str, architecture: str, dataset: str) -> Imported:
     """The weights of a registered checkpoint, named by its name or their SHA-256, and what is expected of them.
 
-    Raises `ValueError` where they are not of such a network, or are registered with several expectations.
+    Raises `ValueError` if they are not of such a network, or are registered with several expectations.
     """
     candidates = _named(connection, name)
     if not candidates:

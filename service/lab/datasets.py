@@ -112,12 +112,12 @@ class _Split:
 
 
 def _weights(size_bytes: int) -> np.ndarray:
-    """Of images of this size `[2, words]`: drawn anew each time, so that nobody can make images of one digest."""
+    """Weights `[2, words]` for images of this size, random each time: nobody can prepare two images of one digest."""
     return np.random.default_rng().integers(0, 2**64, (2, -(-size_bytes // 4)), dtype=np.uint64)
 
 
 def _digests(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A digest of each image `[n, bytes]`, without a loop over them in Python, which keeps all other threads waiting.
+    """A digest of each image `[n, bytes]`. A Python loop over the images would keep all other threads waiting.
 
     The upper halves of two sums of random multiples of its words of 32 bits: two images have the same with
     probability 2^-63, and among five million images and as many others any two do with one below 2^-18.

@@ -2,7 +2,7 @@
 
 Definition: science/README.md, "Further measures".
 
-What may be compared is the caller's choice: s = 1, one point per trained network, equal data set, attack and samples,
+The caller chooses the points: s = 1, one point per trained network, equal data set, attack and samples,
 verdict `trusted`. Points of one network at several scales share the true robust accuracy and must not be mixed in.
 """
 
@@ -71,7 +71,7 @@ def correlate(
 
 
 def tau(x: Floats, y: Floats) -> float | None:
-    """Kendall's tau-b, null where either side is constant or there are fewer than two points.
+    """Kendall's tau-b, null if either side is constant or there are fewer than two points.
 
     >>> round(tau(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 6)
     0.333333
@@ -90,7 +90,7 @@ def _mean_within(x: Floats, y: Floats, groups: NDArray[np.str_]) -> float | None
 
 
 def _taus(x: Floats, y: Floats, counts: NDArray[np.int64]) -> Floats:
-    """Tau-b `[r]` of `x [n]` with `y [n]` where point i is there `counts[r, i]` times; NaN where it is undefined.
+    """Tau-b `[r]` of `x [n]` with `y [n]` where point i is there `counts[r, i]` times; NaN if it is undefined.
 
     In whole numbers below 2^24, which float32 has all of: 2,000 resamples are three products of matrices.
     """

@@ -43,7 +43,7 @@ class ArtifactRef:
 @dataclass(frozen=True)
 class Fault:
     """A part of the environment that failed: `name` is its host, device or path, `node` the executor's name of the node
-    where that was seen (empty where unknown).
+    where it failed (empty if unknown).
 
     With a `dataset`, only tasks on that one are affected; with `writing`, reading may still work.
     """

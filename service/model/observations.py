@@ -1,4 +1,4 @@
-"""What one observation is: a trained network. Its repeats are averaged before anything is counted.
+"""Statistics over trained networks: one network is one observation, and its repeats are averaged first.
 
 Definitions: science/README.md, "Notation" and "Further measures".
 
@@ -187,7 +187,7 @@ def _scaled(values: Floats) -> tuple[Floats, int]:
 
 
 def _finite(value: float, exponent: int) -> float | None:
-    """`value` times 2 to the `exponent`, or null where that is more than a float64 can be."""
+    """`value` times 2 to the `exponent`, or null if that is more than a float64 can be."""
     try:
         return math.ldexp(value, exponent)
     except OverflowError:
@@ -258,7 +258,7 @@ class _Numbers(dict[Key, int]):
 
 
 def range_of(name: str) -> tuple[float, float] | None:
-    """The least and the most that a stored number can be; None where it has no bounds.
+    """The least and the most that a stored number can be; None if it has no bounds.
 
     >>> range_of("detector_auroc"), range_of("pac_bayes_accuracy_drop"), range_of("robust_loss")
     ((0.0, 1.0), (-1.0, 1.0), None)

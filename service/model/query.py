@@ -132,7 +132,7 @@ def fields_of(nodes: Iterable[Node]) -> set[str]:
 
 
 def parse(text: str) -> Node:
-    """The tree of a filter. Raises `InvalidQuery` that says where it cannot be read, and what could stand there."""
+    """The tree of a filter. Raises `InvalidQuery` with the position of an error and what could stand there."""
     if len(text) > MAX_LENGTH:
         raise InvalidQuery(FILTER, f"it has {len(text):,} characters; {MAX_LENGTH:,} are allowed")
     try:

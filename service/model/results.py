@@ -25,7 +25,7 @@ class Result:
     """The numbers of a succeeded job, from its tasks. The fields of the verdict are None until it is judged.
 
     `metrics` are the headline numbers by name. `measure_numbers` and `attack_numbers` are all that these tasks stored;
-    the former are None where the closed forms were computed on other weights than the attack.
+    the former are None if the closed forms were computed on other weights than the attack.
     """
 
     job_id: str

@@ -31,7 +31,7 @@ class ThreatModel:
 
     @property
     def ball(self) -> str | None:
-        """As `linf 8/255` or `l2 0.5`: one text for one ball, None where there is none.
+        """As `linf 8/255` or `l2 0.5`: one text for one ball, None if there is none.
 
         >>> ThreatModel("white_box", "linf", 8 / 255).ball
         'linf 8/255'

@@ -1,4 +1,4 @@
-"""Can the number be believed? A pure function of stored outcome bits and checks.
+"""The verdict: can a number be believed? A pure function of stored outcome bits and checks.
 
 Definitions: science/README.md, "Scaling" and "Controls".
 
@@ -54,7 +54,7 @@ class Level(IntEnum):
 class AttackBits:
     """What one attack did to each of the n examples: bool arrays `[n]` in sample order.
 
-    `zero_gradient` is None where the attack takes no gradient, `non_finite` where all was finite (a NaN or an infinite
+    `zero_gradient` is None if the attack takes no gradient, `non_finite` None if all was finite (no NaN or infinite
     logit or gradient), `outside` how many examples left the ball or [0,1].
     """
 
@@ -81,9 +81,9 @@ class Evidence:
     """All that a verdict rests on: an attack of type `attack` at `scale` on a network, and what is right by `chance`.
 
     `chance` is the fraction of the most frequent label among the images attacked (`chance_of`).
-    `at_one` is the same attack at s = 1; None where that was on other weights. `controls` is None where the panel does
+    `at_one` is the same attack at s = 1; None if that was on other weights. `controls` is None if the panel does
     not hold: an attack without a ball, a head whose bias was not scaled, or other weights. `twin`, robust bits `[m]` of
-    the first m samples, is this attack with the margin loss at s = 1; None where it was not run.
+    the first m samples, is this attack with the margin loss at s = 1; None if it was not run.
     """
 
     attack: str
@@ -117,7 +117,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Finding:
-    """How bad a check came out, the reason that it gives, and in how many of how many images, where it counts them."""
+    """How bad a check came out, the reason that it gives, and in how many of how many images, if it counts images."""
 
     level: Level
     reason: str

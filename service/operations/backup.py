@@ -51,9 +51,9 @@ class Report:
 
 
 def backup(database: Database, path: Path) -> Report:
-    """Write a backup to `path`, a new file, or into it, where it is a folder. Safe while the service runs.
+    """Write a backup to `path`, a new file, or into `path`, if it is a folder. Safe while the service runs.
 
-    Raises `BackupFailed` where that is not possible; then nothing of it is left. `SchemaOutdated`, `DatabaseAway`.
+    Raises `BackupFailed` if it cannot be written; then no part of it is left. `SchemaOutdated`, `DatabaseAway`.
     """
     database.check_schema()
     schema = str(database.revision())
@@ -78,7 +78,7 @@ def backup(database: Database, path: Path) -> Report:
 def restore(database: Database, artifacts: Artifacts, path: Path, *, replace: bool = False) -> Report:
     """Put what is in the backup into a database that is empty, or `replace` what it has. Stop the service first.
 
-    Raises `BackupFailed` where the file is not a whole backup of this version's schema, `Conflict` where the database
+    Raises `BackupFailed` if the file is not a whole backup of this version's schema, `Conflict` if the database
     is not empty or a dispatcher is at work on it; then nothing has changed.
     """
     report = _check(path)

@@ -212,7 +212,7 @@ class Grouping:
     def take_values(self, groups: Mapping[Key, Group]) -> None:
         """Read the value of each network where sums are not enough: they count one twice, tell no quantile, or cancel.
 
-        Raises `InvalidQuery` where attack seeds are to be counted and a group has several networks.
+        Raises `InvalidQuery` if attack seeds are to be counted and a group has several networks.
         """
         every = {id(group) for group in groups.values() if self.unit != "network" or not group.is_plain}
         needing = {name: every | self._needing(name, groups) for name in self.metrics}

@@ -43,7 +43,7 @@ def correlations(
 ) -> list[JsonObject]:
     """Kendall's tau-b of `measure` with `target`, for each data set, attack, samples, their order, versions of the
     tasks and `by`; where a number is one of a further measure, for each of its parameters and versions too, and for
-    each version of the verdict where it chose the results or counted a number.
+    each version of the verdict if it chose the results or counted a number.
 
     One point per trained network at s = 1, the mean of its repeats, and only those that today's rule trusts unless told
     otherwise; only of attacks in a ball. The same over all scales stands apart, as what it is; none where the bias was

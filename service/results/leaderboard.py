@@ -139,7 +139,7 @@ def _best_first(row: JsonObject) -> tuple[float, str, str, float, int]:
 
 
 def _row(same: JsonObject, of: Sequence[Network]) -> JsonObject | None:
-    """A row of networks that were trained alike; None where nothing proves anything about any of them."""
+    """A row of networks that were trained alike; None if nothing proves anything about any of them."""
     attacked = [(network, network.worst) for network in of if network.worst is not None]
     if not attacked:
         return None

@@ -64,7 +64,7 @@ def named(
 
     `name` is that of a registered checkpoint, or the SHA-256 of weights. Weights whose training a new job would not
     join (another replicate is asked for, or today's code plans another task) are imported as they are.
-    Raises `ValueError` where there are none, where they are of another network or of several, and where every training
+    Raises `ValueError` if there are none, if they are of another network or of several, and if every training
     that made them is retracted.
     """
     made = store.by_weights(connection, name) if DIGEST.fullmatch(name) else []
@@ -89,7 +89,7 @@ def _is_of(network: TrainedNetwork, architecture: str, dataset: DatasetRef) -> b
 def _training_of(
     networks: Sequence[TrainedNetwork], job: JobSpec, architecture: str, dataset: DatasetRef, replicate: int
 ) -> Trained | Imported:
-    """Replicate 0 is what is meant where none is asked for, which any training may be."""
+    """The training that a new job joins, else the weights. Replicate 0 stands for any replicate."""
     candidates = [network for network in networks if network.spec["replicate"] == replicate] or (
         [] if replicate else networks
     )

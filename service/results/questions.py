@@ -21,7 +21,7 @@ MAX_SORTED = 8  # fields that an order has
 class Question:
     """Which rows, in which order: a filter, simple filters by field (repeated: any of the values), and `sort`.
 
-    `sort` has fields by comma, each with `-` in front where it descends. `retracted` includes retracted results.
+    `sort` has fields by comma, each with `-` in front if it descends. `retracted` includes retracted results.
     """
 
     filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Question:
         return [str(order.sequence), self.sort, simple, self.filter, self.retracted]
 
     def next_cursor(self, order: Order, end: Position | None) -> str | None:
-        """The cursor of the page that follows the one that ends here; None where none follows."""
+        """The cursor of the page that follows the one that ends here; None if none follows."""
         return None if end is None else encode_cursor(self._identity(order), end)
 
 

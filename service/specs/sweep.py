@@ -166,7 +166,7 @@ class _Written:
     def pointer(self, path: Sequence[str], *, of_name: bool = False) -> str:
         """Where the user wrote the field at `path`: on an axis, perhaps a dotted one, or else in `base`.
 
-        With `of_name` not the entry of an axis but its name, where that alone says `path`.
+        With `of_name`, the name of an axis instead of its entry, if the name alone is `path`.
         """
         for end in range(len(path), 0, -1):
             field = ".".join(path[:end])
