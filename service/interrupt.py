@@ -8,10 +8,10 @@ import threading
 def interrupt(thread: threading.Thread, with_exception: type[BaseException] = KeyboardInterrupt) -> None:
     """Raise the exception in the thread, as soon as it comes back from C code.
 
-    Code that is blocked in C (a sleep, a socket, one long kernel) hears of it only when that is over. Nothing happens
-    where the thread has ended, imports (libraries such as torch cannot be imported again after an import that was
-    broken off) or starts another thread (which has its number at first, so that the exception would kill the new one,
-    and leave this one waiting for it). So who interrupts looks whether it helped, and does it again.
+    Code that is blocked in C (a sleep, a socket, one long kernel) gets the exception only after that. Nothing happens
+    if the thread has ended; if it imports (an interrupted import of a library such as torch cannot be repeated); or if
+    it starts another thread (which has the number of its starter at first: the exception would kill the new thread, and
+    its starter would wait for it for ever). So the caller checks whether the interrupt helped, and repeats it.
     """
     if thread.ident is not None and thread.is_alive() and not _is_delicate(thread.ident):
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(with_exception))

@@ -1,4 +1,4 @@
-"""What a user may use, and how much of it next to others."""
+"""How much of the cluster a user may use, and their weight next to other users."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ MAX_SWEEP_JOBS = 100_000  # of one sweep, where no setting says otherwise
 
 @dataclass(frozen=True)
 class Limits:
-    """Two users' shares of a busy cluster are as their weights. None is no limit.
+    """On a busy cluster, users' usage is in proportion to their weights. None is no limit.
 
     `max_queued_jobs` counts jobs that have not ended; `max_gpus` devices in use at once (on a cluster without GPUs,
-    places to run).
+    slots).
     """
 
     weight: float = 1.0

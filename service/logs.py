@@ -23,7 +23,7 @@ MAX_CHARACTERS = 8000  # of a message, and of a traceback
 
 
 class JsonLines(logging.Formatter):
-    """`{"time", "level", "logger", "message"}`, and `traceback` where there is one."""
+    """`{"time", "level", "logger", "message"}`, and `traceback` if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -47,7 +47,7 @@ class _Bucket:
 
 
 class Bounded(logging.Filter):
-    """Keeps a flood of lines from filling the disk that the database is on: per logger, and per line.
+    """Keeps a flood of lines from filling the disk of the database: limits the lines of each logger, and each line.
 
     Of each logger a number of lines passes at once, and then some each second; the next one that passes says how many
     were left out. What is longer than `MAX_CHARACTERS` is cut.
@@ -79,7 +79,7 @@ class Bounded(logging.Filter):
 
 
 def _cut(text: str) -> str:
-    """The beginning and the end of a text that is too long: of a traceback both tell something."""
+    """The beginning and the end of a text that is too long: both are useful in a traceback."""
     if len(text) <= MAX_CHARACTERS:
         return text
     half = MAX_CHARACTERS // 2
@@ -87,7 +87,7 @@ def _cut(text: str) -> str:
 
 
 def configure(log_format: LogFormat, level: int = logging.INFO) -> None:
-    """Send this process's logs to standard error. Others' libraries only speak up from warnings on."""
+    """Send this process's logs to standard error. Other libraries log warnings and errors only."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if log_format == "json" else plain)

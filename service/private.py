@@ -1,6 +1,6 @@
 """What only the account that runs the service may read: its home with database, artifacts, logs, tokens and sockets.
 
-Whoever reads the database reads every number and the hashes of tokens; whoever reaches Ray's sockets runs code here.
+Who can read the database can read every number and the hashes of tokens; who reaches Ray's sockets can run code.
 """
 
 import os
@@ -19,24 +19,24 @@ OTHERS = 0o077  # the bits of all but the owner
 
 
 def be_private() -> None:
-    """Whatever this process and its children make from now on is its account's alone, unless they say otherwise."""
+    """From now on, files of this process and its children are for its account alone, unless they say otherwise."""
     os.umask(OTHERS)
 
 
 def folder(path: Path) -> Path:
-    """That folder, made for this account alone where it is not there."""
+    """The folder. If it does not exist, it is made, for this account alone."""
     path.mkdir(mode=FOLDER, parents=True, exist_ok=True)
     return path
 
 
-def opened(path: Path, mode: str) -> IO[Any]:
-    """The file, made for this account alone where it is not there."""
+def opened(path: Path, mode: str) -> IO[Any]:  # Any: text or bytes, as `mode` says
+    """The file, open. If it does not exist, it is made, for this account alone."""
     encoding = None if "b" in mode else "utf-8"
     return open(path, mode, encoding=encoding, opener=lambda name, flags: os.open(name, flags, FILE))
 
 
 def tighten(settings: "Settings") -> str | None:
-    """Take a home of an earlier version, or of a looser umask, from other accounts; a sentence where that was needed.
+    """Close a home that is open to other accounts, as earlier versions made it; returns a sentence if it was open.
 
     A home that is not this account's, the account's own home folder, and folders that all may write to, such as /tmp,
     stay as they are, without what is ours in them.
@@ -49,7 +49,7 @@ def tighten(settings: "Settings") -> str | None:
 
 
 def _of_the_service(settings: "Settings") -> Iterator[Path]:
-    """Each place that is to be closed; what is in a folder only where that was open itself, as at the first start."""
+    """Each path to close. The contents of a folder are among them only if the folder itself is open."""
     home = settings.home
     if _is_ours_alone_to_close(home):
         yield home
@@ -69,16 +69,16 @@ def _is_ours_alone_to_close(home: Path) -> bool:
 
 
 def _is_open(path: Path) -> bool:
-    """Whether that is this account's, no link, and others may do something with it."""
+    """Whether the path belongs to this account, is no link, and is open to other accounts."""
     with suppress(OSError):
-        found = path.lstat()
-        mine = found.st_uid == os.getuid() and not stat.S_ISLNK(found.st_mode)
-        return mine and bool(found.st_mode & OTHERS)
+        status = path.lstat()
+        mine = status.st_uid == os.getuid() and not stat.S_ISLNK(status.st_mode)
+        return mine and bool(status.st_mode & OTHERS)
     return False
 
 
 def _close(path: Path) -> bool:
-    """Close it to others; false where it was, or goes meanwhile."""
+    """Close the path to other accounts; false if it was closed, or disappears meanwhile."""
     if not _is_open(path):
         return False
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Processes that end together, and when they are told to. Light enough for every command to import."""
+"""Processes that end together, and by signals. Light enough for every command to import."""
 
 import ctypes
 import os
@@ -12,10 +12,10 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-class Told(threading.Event):
-    """An event that a signal's handler may set; whoever waits for it says for how long at most.
+class SignalSafeEvent(threading.Event):
+    """An event that the handler of a signal may set. Wait for it with a timeout.
 
-    A plain one may be locked by the very thread that the handler interrupts, which then waits for itself for ever.
+    A plain event may be locked by the very thread that the handler interrupts: it would wait for itself for ever.
     """
 
     def __init__(self) -> None:
@@ -33,19 +33,19 @@ def die_with_parent(which: signal.Signals = signal.SIGTERM) -> Callable[[], None
     def in_child() -> None:
         if LIBC is not None:
             LIBC.prctl(PR_SET_PDEATHSIG, which, 0, 0, 0)
-            if os.getppid() != parent:  # it died before: nobody would tell
+            if os.getppid() != parent:  # the parent died before: no signal would come
                 os._exit(1)
 
     return in_child
 
 
 def adopt_orphans() -> None:
-    """What dead children leave behind becomes this process's own child (Linux)."""
+    """Children of a dead child become children of this process (Linux)."""
     if LIBC is not None:
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def free_port() -> int:
     """A port of loopback on which nothing listens at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

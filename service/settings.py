@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -187,7 +187,7 @@ class Settings(BaseSettings):
 
     @property
     def program(self) -> str:
-        """How this program is called where it was started, for the commands that it suggests."""
+        """How this program was called, for the commands that it suggests."""
         return "uv run uncanny" if self.uv else "uncanny"
 
     @property
@@ -200,9 +200,9 @@ class Settings(BaseSettings):
                 url = "postgresql+psycopg://" + url.removeprefix(prefix)
         scheme, separator, _ = url.partition("://")
         if not separator or scheme not in ("sqlite", "postgresql+psycopg"):
-            named = f"it begins with {scheme}://" if separator else "it has no ://"
+            reason = f"it begins with {scheme}://" if separator else "it has no ://"
             raise BadSettings(
-                f"UNCANNY_DATABASE_URL is of no database that Uncanny can use ({named}): write "
+                f"UNCANNY_DATABASE_URL is of no database that Uncanny can use ({reason}): write "
                 "postgresql://USER@HOST:PORT/NAME, or leave it empty for a file under home"
             )
         if scheme == "sqlite" and _in_memory(url):
@@ -214,7 +214,7 @@ class Settings(BaseSettings):
 
     @property
     def limits(self) -> Limits:
-        """Those of a user of whom nothing else is said."""
+        """The limits of users who have none of their own."""
         return Limits(self.weight, self.max_queued_jobs, self.max_gpus)
 
     @property
@@ -235,9 +235,9 @@ class Settings(BaseSettings):
         return self.home.expanduser().absolute() / "spool"
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     if isinstance(value, dict):
-        return json.dumps({name: one.model_dump(exclude_unset=True) for name, one in value.items()})
+        return json.dumps({name: resources.model_dump(exclude_unset=True) for name, resources in value.items()})
     return str(value)
 
 
@@ -248,7 +248,7 @@ def _in_memory(url: str) -> bool:
 
 
 def _with_password(url: str, file: Path) -> str:
-    """The URL with that file's first line as its user's password. Raises `BadSettings` where that cannot be."""
+    """The URL with that file's first line as its user's password. Raises `BadSettings` if that cannot be."""
     try:
         password = file.read_text(encoding="utf-8").partition("\n")[0].strip()
         parts = urlsplit(url)

@@ -24,7 +24,7 @@ from service.model.executor import (
     Started,
     Succeeded,
 )
-from service.processes import Told
+from service.processes import SignalSafeEvent
 from service.queue.dispatcher import Dispatcher
 from service.queue.inprocess import InProcessExecutor
 from service.settings import Settings
@@ -93,7 +93,7 @@ def leaking(bundle: Bundle) -> Iterator[Message]:
 
 def main() -> None:
     """Dispatch until SIGTERM."""
-    stop = Told()
+    stop = SignalSafeEvent()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     configure("plain")
     settings = Settings()

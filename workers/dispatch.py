@@ -21,7 +21,7 @@ from service.lab.artifact_root import RootMark, of_database
 from service.lab.artifacts import Artifacts
 from service.logs import configure
 from service.operations.housekeeping import keep_house
-from service.processes import Told, adopt_orphans
+from service.processes import SignalSafeEvent, adopt_orphans
 from service.queue.dispatcher import Dispatcher
 from service.settings import Settings
 from service.store import Database
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     configure(options.log_format)
     logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of what we mean to do
 
-    stop = Told()
+    stop = SignalSafeEvent()
     _stop_on_signals(stop)
     private.be_private()
     try:
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
-def _work(settings: Settings, name: str, stop: Told) -> int:
+def _work(settings: Settings, name: str, stop: SignalSafeEvent) -> int:
     if closed := private.tighten(settings):
         log.warning("%s", closed)
     with closing(Database(settings.database)) as database:
@@ -75,7 +75,7 @@ def _work(settings: Settings, name: str, stop: Told) -> int:
         return _beside_ray(settings, database, artifacts, name, stop)
 
 
-def _beside_ray(settings: Settings, database: Database, artifacts: Artifacts, name: str, stop: Told) -> int:
+def _beside_ray(settings: Settings, database: Database, artifacts: Artifacts, name: str, stop: SignalSafeEvent) -> int:
     if settings.ray_address or settings.ray_port:
         use_driver_environment(settings.home, local=not settings.ray_address)
         return _dispatch(settings, database, artifacts, name, stop)

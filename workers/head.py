@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from service import private
-from service.processes import Told, adopt_orphans, die_with_parent, free_port
+from service.processes import SignalSafeEvent, adopt_orphans, die_with_parent, free_port
 
 SESSION_ROOM_BYTES = 43  # of the 107 of a Unix socket's path, what Ray leaves for its folder
 OBJECT_STORE_BYTES = 256 << 20  # outcomes are small; weights travel as artifacts
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cpus", type=int, help="of the head; all of the machine when left out")
     options = parser.parse_args(arguments)
 
-    stop = Told()
+    stop = SignalSafeEvent()
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, lambda *_: stop.set())
     parent = os.getppid()

@@ -5,10 +5,10 @@ import secrets
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
 from service.model.events import EventKind
+from service.model.json import JsonObject
 from service.model.records import Admission, Token, User
 from service.model.times import iso
 from service.store import Connection, Database, accounts, history, meanings
@@ -17,14 +17,14 @@ from service.store.history import Event
 SCOPES = ("read", "submit", "admin")
 """What a token may be used for; each includes those before it."""
 ROLES = {"reader": "read", "researcher": "submit", "admin": "admin"}
-"""What users are, and the widest scope that any token of theirs has."""
+"""The roles of users, each with the widest scope that their tokens can have."""
 PREFIX_LETTERS = 8
-USED_EVERY_SECONDS = 60  # how exactly it is known when a token was last used
+USED_EVERY_SECONDS = 60  # how precisely the last use of a token is recorded
 DAY_SECONDS = 86_400
 
 
 class NotAllowed(UncannyError):
-    """The caller is known, and may not do this."""
+    """The caller is known and may not do this."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class Access:
         self._noting = threading.Lock()
 
     def caller(self, secret: str) -> Caller:
-        """Who this token stands for. Raises `Unauthenticated` for one that is unknown, revoked or expired."""
+        """The caller that this token stands for. Raises `Unauthenticated` if it is unknown, revoked or expired."""
         with self.database.read() as connection:
-            found = accounts.admission(connection, sha256=_hash(secret))
+            admission = accounts.admission(connection, sha256=_hash(secret))
             now = self.database.now(connection)
-        admission = _valid(found, now)
+        admission = _valid(admission, now)
         last_used_at = admission.token.last_used_at
         if last_used_at is None or now - last_used_at > USED_EVERY_SECONDS:
             self._note_use(admission.token.id, now)
         return _caller(admission)
 
     def _note_use(self, token_id: str, now: float) -> None:
-        """Write down that a token was used, unless a thread waits to already: not all may wait for a writer."""
+        """Record that a token was used, unless another thread waits to do so: requests must not queue for a write."""
         if self._noting.acquire(blocking=False):
             try:
                 with suppress(DatabaseAway), self.database.write() as connection:
@@ -67,19 +67,19 @@ class Access:
                 self._noting.release()
 
     def renewed(self, caller: Caller) -> Caller:
-        """The same caller as they are now, for an answer that goes on for long. Raises `Unauthenticated`."""
+        """The same caller with the rights of this moment, for answers that take long. Raises `Unauthenticated`."""
         if caller.token_id is None:
             return caller
         with self.database.read() as connection:
             admission = accounts.admission(connection, token_id=caller.token_id)
             return _caller(_valid(admission, self.database.now(connection)))
 
-    def put_user(self, name: str, changes: dict[str, Any], *, actor: str) -> dict[str, Any]:
+    def put_user(self, name: str, changes: JsonObject, *, actor: str) -> JsonObject:
         """Make a user, or change role, weight and quotas (None: the default of the settings) of one.
 
-        `disabled` says whether all tokens of a user are refused; where it is left out, that stays as it is. Raises
-        `NotFound` for a user who is to be let in again and is not there: a slip of the pen must make nobody; `Conflict`
-        where nobody would be an admin any more.
+        `disabled` says whether all tokens of a user are refused; if it is left out, that stays as it is. Raises
+        `NotFound` for an unknown user with `disabled`, so that a typing error makes no user, and `Conflict` if no admin
+        would be left.
         """
         disabled, changes = changes.get("disabled"), {name: of for name, of in changes.items() if name != "disabled"}
         with self.database.write() as connection:
@@ -101,17 +101,17 @@ class Access:
             history.append(connection, now, actor, happened)
             return _user_view(user)
 
-    def users(self) -> list[dict[str, Any]]:
+    def users(self) -> list[JsonObject]:
         with self.database.read() as connection:
             return [_user_view(user) for user in accounts.users_by_name(connection)]
 
     def create_token(
         self, user: str, name: str, scope: str, expires_in_days: float | None, *, by: Caller
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """A new token; its `secret` is in this answer and nowhere else: only a hash of it is kept.
 
         It does not outlive the token that makes it, unless an admin asks, and is revoked with it in any case.
-        Raises `NotFound` for an unknown user, `Conflict` for a disabled one, and `NotAllowed` where the scope is wider
+        Raises `NotFound` for an unknown user, `Conflict` for a disabled one, and `NotAllowed` if the scope is wider
         than the caller's or the user's role, or the token is for another user and the caller no admin.
         """
         if user != by.name and not by.may("admin"):
@@ -126,23 +126,25 @@ class Access:
                 raise Conflict(f"{user} is disabled: `uncanny user enable {user}` lets them in again")
             if SCOPES.index(scope) > SCOPES.index(ROLES[owner.role]):
                 raise NotAllowed(f"{user} is a {owner.role}, whose tokens have at most the scope {ROLES[owner.role]!r}")
-            expires_at = None if expires_in_days is None else now + expires_in_days * DAY_SECONDS
-            parent = None
-            if by.token_id is not None:
-                # It may have been revoked since the request came.
-                parent = _valid(accounts.admission(connection, token_id=by.token_id), now).token
-            if parent is not None and not by.may("admin"):
-                expires_at = _earlier(expires_at, parent.expires_at)
+            requested = None if expires_in_days is None else now + expires_in_days * DAY_SECONDS
             made = accounts.insert_token(
-                connection, now, user=user, name=name, prefix=secret[: len("unc_") + PREFIX_LETTERS],
-                sha256=_hash(secret), scope=scope, created_by=by.name, expires_at=expires_at, parent_id=by.token_id,
-            )  # fmt: skip
+                connection,
+                now,
+                user=user,
+                name=name,
+                prefix=secret[: len("unc_") + PREFIX_LETTERS],
+                sha256=_hash(secret),
+                scope=scope,
+                created_by=by.name,
+                expires_at=_expiry(connection, by, now, requested),
+                parent_id=by.token_id,
+            )
             data = {"id": made.id, "user": user, "name": name, "scope": scope}
             history.append(connection, now, by.name, [Event(EventKind.TOKEN_CREATED, data=data)])
             return {**_token_view(made), "secret": secret}
 
-    def tokens(self, *, by: Caller, user: str | None = None) -> list[dict[str, Any]]:
-        """The tokens of a user, the caller's own where none is named. Raises `InvalidQuery` for an unknown user."""
+    def tokens(self, *, by: Caller, user: str | None = None) -> list[JsonObject]:
+        """The tokens of a user, by default of the caller. Raises `InvalidQuery` for an unknown user."""
         user = user or by.name
         if user != by.name and not by.may("admin"):
             raise NotAllowed(f"only an admin can see the tokens of {user}")
@@ -151,10 +153,11 @@ class Access:
                 meanings.checked(connection, meanings.user, "user", user)
             return [_token_view(token) for token in accounts.tokens_of(connection, user)]
 
-    def revoke_token(self, token_id: str, *, by: Caller) -> dict[str, Any]:
-        """From now on this token is refused, and with it those made with it, with these, and so on: whoever had it may
-        have made them. `revoked_children` says how many those were. Raises `NotFound`, `Conflict` where it was revoked
-        before.
+    def revoke_token(self, token_id: str, *, by: Caller) -> JsonObject:
+        """Refuse this token from now on, and all tokens that were made with it, directly or not: whoever had the token
+        may have made them.
+
+        `revoked_children` counts those. Raises `NotFound`, and `Conflict` if the token was revoked before.
         """
         with self.database.write() as connection:
             now = self.database.now(connection)
@@ -164,25 +167,30 @@ class Access:
             if token.revoked_at is not None:
                 raise Conflict(f"token {token_id} was revoked before")
             revoked = accounts.revoke(connection, token_id, now)
-            told = [
-                {"id": one.id, "user": one.user, "name": one.name}
-                | ({"with": token_id} if one.id != token_id else {})
-                for one in sorted(revoked, key=lambda one: (one.id != token_id, one.id))
-            ]  # fmt: skip
-            history.append(connection, now, by.name, [Event(EventKind.TOKEN_REVOKED, data=data) for data in told])
+            itself_first = sorted(revoked, key=lambda token: (token.id != token_id, token.id))
+            events = [Event(EventKind.TOKEN_REVOKED, data=_revocation(token, token_id)) for token in itself_first]
+            history.append(connection, now, by.name, events)
             return {**_token_view(replace(token, revoked_at=now)), "revoked_children": len(revoked) - 1}
 
     def owner(self, *, job_id: str | None, sweep_id: str | None) -> str | None:
-        """Whose job or sweep that is; None where there is no such thing."""
+        """The owner of a job or sweep; None if there is no such job or sweep."""
         with self.database.read() as connection:
             return accounts.owner(connection, job_id=job_id, sweep_id=sweep_id)
 
-    def me(self, caller: Caller) -> dict[str, Any]:
-        """The caller, their role and quotas (those of the row, where there is one)."""
+    def me(self, caller: Caller) -> JsonObject:
+        """The caller, with role and quotas if the store has them as a user."""
         with self.database.read() as connection:
             user = accounts.user(connection, caller.name)
-        known = _user_view(user) if user is not None else {"name": caller.name, "role": None}
-        return {**known, "scope": caller.scope, "token_id": caller.token_id}
+        shown = _user_view(user) if user is not None else {"name": caller.name, "role": None}
+        return {**shown, "scope": caller.scope, "token_id": caller.token_id}
+
+
+def _expiry(connection: Connection, by: Caller, now: float, requested: float | None) -> float | None:
+    """When a token that the caller makes expires. Raises `Unauthenticated` if the caller's own was just revoked."""
+    if by.token_id is None:
+        return requested
+    parent = _valid(accounts.admission(connection, token_id=by.token_id), now).token
+    return requested if by.may("admin") else _earlier(requested, parent.expires_at)
 
 
 def _there(user: User | None, name: str) -> User:
@@ -192,7 +200,7 @@ def _there(user: User | None, name: str) -> User:
 
 
 def _check_admins(connection: Connection, name: str) -> None:
-    """Raises `Conflict` where this user is the only admin."""
+    """Raises `Conflict` if this user is the only admin."""
     users = accounts.users_by_name(connection)
     admins = [user.name for user in users if user.role == "admin" and user.disabled_at is None]
     if admins == [name]:
@@ -202,7 +210,7 @@ def _check_admins(connection: Connection, name: str) -> None:
 
 
 def _valid(admission: Admission | None, now: float) -> Admission:
-    """The same token, if it lets its user in. Raises `Unauthenticated` where it lets nobody in, or nobody any more."""
+    """The admission, if its token is accepted. Raises `Unauthenticated` for an unknown, revoked or expired token."""
     if admission is None or admission.token.revoked_at is not None or admission.disabled_at is not None:
         raise Unauthenticated("this token is unknown or was revoked: make a new one with `uncanny token create`")
     if admission.token.expires_at is not None and admission.token.expires_at <= now:
@@ -220,17 +228,23 @@ def _earlier(a: float | None, b: float | None) -> float | None:
 
 
 def _hash(secret: str) -> str:
-    """256 random bits cannot be guessed, so a plain hash of them keeps them; a slow one would only slow requests."""
+    """256 random bits cannot be guessed, so a plain hash protects them; a slow hash would only slow down requests."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _user_view(user: User) -> dict[str, Any]:
-    """A user as the API shows it; None stands for the default of the settings."""
+def _revocation(token: Token, with_token: str) -> JsonObject:
+    """What the event says of a token that was revoked by itself or with another one."""
+    data = {"id": token.id, "user": token.user, "name": token.name}
+    return data if token.id == with_token else {**data, "with": with_token}
+
+
+def _user_view(user: User) -> JsonObject:
+    """A user as the API shows them; None stands for the default in the settings."""
     shown = {name: getattr(user, name) for name in ("name", "role", "weight", "max_queued_jobs", "max_gpus")}
     return {**shown, "created_at": iso(user.created_at), "disabled_at": iso(user.disabled_at)}
 
 
-def _token_view(token: Token) -> dict[str, Any]:
+def _token_view(token: Token) -> JsonObject:
     """A token as the API shows it: never its hash."""
     shown = {
         name: getattr(token, name) for name in ("id", "user", "name", "prefix", "scope", "created_by", "parent_id")

@@ -1,6 +1,6 @@
-"""Which folder is the artifact root: the database keeps its mark, so a folder that only has its name is refused.
+"""Which folder is the artifact root: the database keeps its mark, so another folder at the same path is refused.
 
-Such a folder is the place where the disk of the right one is not mounted. What would be written there is lost.
+Such a folder is usually the mount point of a disk that is not mounted. Bytes written there would be lost.
 """
 
 import math
@@ -11,14 +11,14 @@ from service.errors import DatabaseAway
 from service.lab.artifacts import Artifacts
 from service.store import Database, artifact_index, roots
 
-FRESH_SECONDS = 2.0  # for which a mark is not asked for again: an operator may accept another one
+FRESH_SECONDS = 2.0  # how long a mark is used before it is read again: an operator may accept another folder
 
 
 class RootMark:
-    """The mark that a database knows its artifact root by, asked for when it is needed.
+    """The mark of the artifact root of a database, read when it is needed.
 
-    Calling it raises `DatabaseAway`, and `ArtifactRootUnusable` where the database knows no mark yet and cannot take
-    the one of the folder.
+    A call raises `DatabaseAway`, and `ArtifactRootUnusable` if the database has no mark yet and cannot take that of the
+    folder.
     """
 
     def __init__(self, database: Database, root: str) -> None:
@@ -26,19 +26,19 @@ class RootMark:
         self._mark, self._asked_at = "", -math.inf
 
     def __call__(self) -> str:
-        """Empty for an object store, which is the same from everywhere."""
+        """The mark; empty for an object store, which is the same from everywhere."""
         if self._artifacts.is_folder and time.monotonic() - self._asked_at > FRESH_SECONDS:
             try:
-                self._mark = self._known()
+                self._mark = self._mark_of_database()
             except DatabaseAway:
                 if not self._mark:
                     raise
             self._asked_at = time.monotonic()
         return self._mark
 
-    def _known(self) -> str:
-        """The mark in the database; at the first use that of the folder, which is given one if it has none."""
-        if known := _look(self._database, self._artifacts):
+    def _mark_of_database(self) -> str:
+        """The mark in the database. At the first use it is that of the folder, which gets one if it has none."""
+        if known := _known_mark(self._database, self._artifacts):
             return known
         mark = self._artifacts.mark()
         with self._database.write() as connection:
@@ -49,36 +49,36 @@ class RootMark:
 
 
 def of_database(database: Database, root: str) -> Artifacts:
-    """The artifact root as this database knows it, for all who read, write and delete there."""
+    """The artifact root of this database, for reading, writing and deleting."""
     return Artifacts(root, RootMark(database, root))
 
 
 def check(database: Database, root: str) -> None:
-    """Raises `ArtifactRootUnusable` where the folder is not the root of this database; changes nothing."""
+    """Raises `ArtifactRootUnusable` if the folder is not the root of this database. Changes nothing."""
     artifacts = Artifacts(root)
-    if artifacts.is_folder and (known := _look(database, artifacts)):
-        Artifacts(root, known).require_root()
+    if artifacts.is_folder and (mark := _known_mark(database, artifacts)):
+        Artifacts(root, mark).require_root()
 
 
 def as_known(database: Database, root: str) -> Artifacts:
-    """The artifact root with the mark that the database has now, if any: for who must not give it one."""
+    """The artifact root with the mark that the database has now, if any, for callers that must not give it one."""
     with database.read() as connection:
         return Artifacts(root, roots.mark(connection) or "")
 
 
-def _look(database: Database, artifacts: Artifacts) -> str | None:
-    """The mark in the database. Without one, a folder is refused that has nothing of what the index names."""
+def _known_mark(database: Database, artifacts: Artifacts) -> str | None:
+    """The mark in the database. If it has none, a folder without any artifact of the index is refused."""
     with database.read() as connection:
-        known = roots.mark(connection)
-        names_bytes = known is None and roots.names_bytes(connection)
+        mark = roots.mark(connection)
+        names_bytes = mark is None and roots.names_bytes(connection)
     if names_bytes:
         artifacts.require_root()
-    return known
+    return mark
 
 
 @dataclass(frozen=True)
 class Adopted:
-    """A folder that is the artifact root from now on; `missing` of the `named` artifacts are not in it."""
+    """A folder that is the artifact root from now on. It lacks the `missing` ones of `named` artifacts."""
 
     root: str
     mark: str
@@ -89,7 +89,7 @@ class Adopted:
 def adopt(database: Database, root: str) -> Adopted:
     """Accept the folder as the artifact root of this database, such as one that was moved or restored.
 
-    Raises `ArtifactRootUnusable` where there is no such folder.
+    Raises `ArtifactRootUnusable` if there is no such folder.
     """
     database.check_schema()
     artifacts = Artifacts(root)

@@ -6,23 +6,24 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from uuid import uuid4
 
 import fsspec
 
 from service.errors import ArtifactMissing, ArtifactRootFull, ArtifactRootUnusable, InvalidSpec, UnfitArtifactRoot
 from service.model.executor import ArtifactRef
+from service.model.json import JsonMapping
 from service.model.names import DIGEST
 
 CHUNK_BYTES = 1 << 20
-FULL_BYTES = 64 << 10  # a disk with less room than that is full
-MARK = ".root"  # the file with what a folder is known by
+FULL_BYTES = 64 << 10  # a disk with less free space counts as full
+MARK = ".root"  # the file with the mark of a folder
 MOUNT = (
     "mount its disk or put it back; if you have moved or restored it, accept it with `uncanny artifacts adopt`; "
     "what waits for it goes on by itself"
@@ -45,8 +46,8 @@ class Stored:
 class Artifacts:
     """The artifact root. Opening it never writes; a digest either names all of its bytes or nothing.
 
-    With a `mark`, or something to ask for it, a folder is used only while it has that one: else it is another, such as
-    the place where the disk of the right one is not mounted, and what was written there nobody else would find.
+    With a `mark`, or a function that returns it, a folder is used only while it has that mark. A folder without it is
+    another one, such as the mount point of an unmounted disk: nobody would find what is written there.
     """
 
     def __init__(self, root: str, mark: str | Callable[[], str] = "") -> None:
@@ -57,7 +58,7 @@ class Artifacts:
 
     @property
     def is_folder(self) -> bool:
-        """Whether another folder could have its name; an object store is the same from everywhere."""
+        """Whether another folder could be at the same path; an object store is the same from everywhere."""
         return self._local
 
     def _path(self, digest: str) -> str:
@@ -65,11 +66,11 @@ class Artifacts:
             raise ArtifactMissing(f"{digest!r} is not a SHA-256 digest")
         return f"{self._base}/{digest[:2]}/{digest}"
 
-    def write(self, kind: str, fill: Callable[[Path], Any]) -> ArtifactRef:
+    def write(self, kind: str, fill: Callable[[Path], object]) -> ArtifactRef:
         """Let `fill(path)` write a new file, and publish it under its digest by an atomic rename.
 
-        Raises `ArtifactRootFull` where there is no room, `ArtifactRootUnusable` where the root takes no bytes for
-        another reason; then nothing of it is left. What else `fill` raises comes as it is.
+        Raises `ArtifactRootFull` if the disk is full, and `ArtifactRootUnusable` if the root takes no bytes for another
+        reason; then nothing is left there. Other errors of `fill` are raised as they are.
         """
         with self._new_file() as path:
             with self._filling(path):
@@ -82,7 +83,7 @@ class Artifacts:
     def receiving(self, digest: str) -> Iterator[BinaryIO]:
         """A file to write these bytes to, piece by piece; at the end of the context they are published.
 
-        Raises `InvalidSpec` if they are others, and what `write` raises. Then nothing of them is left.
+        Raises `InvalidSpec` for other bytes, and what `write` raises; then nothing is left there.
         """
         with self._new_file() as path:
             with self._filling(path), path.open("wb") as file:
@@ -119,7 +120,7 @@ class Artifacts:
             raise self._unwritable(error) from error
 
     def _refusal(self, folder: Path, error: Exception) -> OSError | None:
-        """Not every library that fills a file says why it could not: the disk itself is asked, for bytes beside it."""
+        """Why the disk takes no bytes; None if it does. Not every library that fills a file says so: a probe does."""
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return error
         try:
@@ -155,7 +156,7 @@ class Artifacts:
     def local(self, digest: str) -> Iterator[Path]:
         """A local file with these bytes, for as long as the context lasts.
 
-        Raises `ArtifactMissing` where they are not there, or not those that the digest promises, and
+        Raises `ArtifactMissing` if they are not there, or not those that the digest promises, and
         `ArtifactRootUnusable` where they cannot be read.
         """
         source = self._path(digest)
@@ -167,10 +168,10 @@ class Artifacts:
                 with self._reading():
                     if not self._local:
                         self._fs.get_file(source, str(path))
-                    found = _sha256(path)[0]
+                    actual = _sha256(path)[0]
             except FileNotFoundError as error:  # deleted since
                 raise ArtifactMissing(absent) from error
-            if found != digest:
+            if actual != digest:
                 raise ArtifactMissing(f"artifact {digest} is damaged under {self.root}: its bytes have another SHA-256")
             yield path
 
@@ -189,7 +190,7 @@ class Artifacts:
             ) from error
 
     def mark(self) -> str:
-        """What this folder is known by, given to it when it is asked for the first time; empty for an object store.
+        """The mark of this folder, which gets one at the first call; empty for an object store.
 
         Raises `ArtifactRootUnusable`.
         """
@@ -207,7 +208,7 @@ class Artifacts:
             return path.read_text(encoding="utf-8")
 
     def require_mark(self) -> None:
-        """Raises `ArtifactRootUnusable` where this is another folder than the one with the mark."""
+        """Raises `ArtifactRootUnusable` if this is another folder than the one with the mark."""
         if not self._local or not (mark := self._mark if isinstance(self._mark, str) else self._mark()):
             return
         state = "has another mark"
@@ -220,7 +221,7 @@ class Artifacts:
         raise ArtifactRootUnusable(f"{self.root} is not the artifact root of this database ({state}): {MOUNT}")
 
     def require_root(self) -> None:
-        """For who misses bytes that were there: raises `ArtifactRootUnusable` where all of the root is missing."""
+        """For callers that miss stored bytes: raises `ArtifactRootUnusable` if the whole root is missing."""
         self.require_mark()
         if not self._local or self._mark:
             return
@@ -233,13 +234,13 @@ class Artifacts:
             raise ArtifactRootUnusable(f"the artifact root {self.root} {state}: {MOUNT}")
 
     def require_folder(self) -> None:
-        """Raises `ArtifactRootUnusable` where there is no such folder."""
+        """Raises `ArtifactRootUnusable` if there is no such folder."""
         if self._local and not os.path.isdir(self._base):
             raise ArtifactRootUnusable(f"there is no folder {self.root}: mount its disk, or make it")
 
     @contextmanager
     def open(self, digest: str) -> Iterator[BinaryIO]:
-        """The bytes as a file, for who only reads it in the context.
+        """The bytes as a file that can be read within the context.
 
         Raises `ArtifactMissing`, and `ArtifactRootUnusable` where they cannot be read, also later on.
         """
@@ -264,7 +265,7 @@ class Artifacts:
             raise ArtifactMissing(f"artifact {digest} is not under {self.root}") from error
 
     def exists(self, digest: str) -> bool:
-        """Whether these bytes are there. Raises `ArtifactRootUnusable` where nobody can tell."""
+        """Whether these bytes are there. Raises `ArtifactRootUnusable` if nobody can tell."""
         self.require_mark()
         source = self._path(digest)
         try:
@@ -282,9 +283,9 @@ class Artifacts:
                 self._fs.rm_file(source)
 
     def stored(self) -> Iterator["Stored"]:
-        """All that is there, referred to or not; not those whose age the file system does not tell.
+        """All stored bytes, referred to or not, but for those whose age the file system does not tell.
 
-        Raises `ArtifactRootUnusable` where nobody can tell.
+        Raises `ArtifactRootUnusable` if nobody can tell.
         """
         if self._local:
             try:
@@ -307,13 +308,13 @@ class Artifacts:
             for file in folder.iterdir():
                 with suppress(FileNotFoundError):  # deleted since it was listed
                     if DIGEST.fullmatch(file.name):
-                        yield Stored(file.name, (found := file.lstat()).st_size, found.st_mtime)
+                        yield Stored(file.name, (status := file.lstat()).st_size, status.st_mtime)
 
     def discard(self, digest: str, older_than: float) -> bool:
         """Delete these bytes unless they were published, or published again, at or after that time; true if deleted.
 
         In a folder they are renamed first and then looked at, so none that were just published get lost. An object
-        store has no such rename: they are looked at once more right before. Raises `ArtifactRootUnusable`.
+        store has no such rename: their age is checked again right before. Raises `ArtifactRootUnusable`.
         """
         with self._writing():
             return self._discarded(self._path(digest), older_than)
@@ -333,19 +334,19 @@ class Artifacts:
         with suppress(FileNotFoundError):  # another collector was faster
             os.rename(path, trash)
             if young := os.stat(trash).st_mtime >= older_than:
-                with suppress(FileExistsError):  # once more in the meantime: the same bytes
+                with suppress(FileExistsError):  # the same bytes were published again in the meantime
                     os.link(trash, path)
             os.unlink(trash)
             return not young
         return False
 
     def leftovers(self, older_than: float) -> list[Path]:
-        """What interrupted writes have left in a folder, none changed since that time."""
+        """What interrupted writes have left in a folder and nobody has changed since that time."""
         if not self._local or not os.path.isdir(self._base):
             return []
         base = Path(self._base)
-        found = [*base.glob(".writing-*"), *base.glob("??/.trash-*")]
-        return [path for path in found if _newest(path) < older_than]
+        folders = [*base.glob(".writing-*"), *base.glob("??/.trash-*")]
+        return [path for path in folders if _newest(path) < older_than]
 
     def _scratch(self) -> str | None:
         """Scratch space on the root's own file system, so that publishing is a rename."""
@@ -371,12 +372,12 @@ class Artifacts:
                 os.fchmod(file.fileno(), mode & 0o666)
                 os.fsync(file.fileno())
             os.replace(path, target)
-        else:  # also where it is there: what is published again is new to the collector of garbage
+        else:  # also if the bytes are there: published again, they are new for garbage collection
             self._fs.put_file(str(path), target)
         return digest, size
 
 
-def _file_system(root: str) -> tuple[Any, str]:
+def _file_system(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of the root, and the root on it. Raises `UnfitArtifactRoot`.
 
     It remembers no listings: others write and delete there too.
@@ -385,7 +386,7 @@ def _file_system(root: str) -> tuple[Any, str]:
     if scheme in READ_ONLY:
         raise UnfitArtifactRoot(f"the artifact root {root} cannot be written: take a folder or s3://BUCKET/PATH")
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        opened: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(root, use_listings_cache=False)
     except ImportError as error:
         extra = "uncanny-bench with its extra `s3`" if scheme in ("s3", "s3a") else f"what it needs ({error})"
         raise UnfitArtifactRoot(f"the artifact root {root} needs more than is installed: install {extra}") from None
@@ -393,11 +394,11 @@ def _file_system(root: str) -> tuple[Any, str]:
         raise UnfitArtifactRoot(
             f"the artifact root {root} cannot be used ({error}): take a folder or s3://BUCKET/PATH"
         ) from None
-    return found
+    return opened
 
 
-def _modified(info: Mapping[str, Any]) -> float | None:
-    """When a file system says that a file was last written, in seconds since 1970; None where it does not say."""
+def _modified(info: JsonMapping) -> float | None:
+    """When a file system says that a file was last written, in seconds since 1970; None if it does not say."""
     at = next((info[name] for name in MODIFIED if info.get(name) is not None), None)
     return at.timestamp() if isinstance(at, datetime) else None if at is None else float(at)
 
@@ -409,8 +410,8 @@ def _sha256(path: Path) -> tuple[str, int]:
 
 
 def _newest(path: Path) -> float:
-    """When that, or anything below it, was last changed; infinity where it goes while it is looked at."""
+    """When the path or anything below it was last changed; infinity if it disappears meanwhile."""
     try:
-        return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
+        return max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")))
     except FileNotFoundError:
         return math.inf

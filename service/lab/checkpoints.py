@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from service.errors import Conflict, InvalidSpec, UncannyError
 from service.lab.artifacts import Artifacts
 from service.model.events import EventKind
+from service.model.executor import ArtifactRef
+from service.model.json import JsonMapping, JsonObject
 from service.model.names import DIGEST, OWN_DATASET, REGISTERED, REGISTERED_RULE
 from service.model.records import RegisteredCheckpoint
 from service.model.times import iso
@@ -23,13 +24,13 @@ from service.store import Connection, Database, artifact_index, checkpoints, dat
 from service.store.history import Event
 
 TOLERANCE = 0.01  # of an expected accuracy (science/README.md, "Controls")
-FITTING_SECONDS = 300  # PyTorch is imported, the network built and saved
-TURN_SECONDS = 30  # that a request waits while others are checked
+FITTING_SECONDS = 300  # to import PyTorch, to build the network and to save it
+TURN_SECONDS = 30  # how long a request waits while other weights are checked
 FITTING = threading.BoundedSemaphore(2)  # processes at once: each has PyTorch and a network in memory
 
 
 class NotChecked(UncannyError):
-    """Weights could not be checked right now, which says nothing about them."""
+    """The weights could not be checked right now. They may be right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Upload:
     tolerance: float | None = None
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """As the row of a checkpoint has it."""
+    def as_row(self) -> JsonObject:
+        """The upload as columns of a checkpoint."""
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         return {
             **vars(self),
@@ -66,40 +67,32 @@ class Upload:
 class TensorsDiffer(InvalidSpec):
     """The tensors of a file are not those of the network; `tensors` has them by what is wrong with them."""
 
-    def __init__(self, sentence: str, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, sentence: str, tensors: JsonMapping) -> None:
         self.tensors = tensors
         super().__init__([("/weights_sha256", sentence)])
 
 
-def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: str) -> dict[str, Any]:
-    """Check the weights against the network, in a process of its own that has PyTorch, and keep them as it saves them.
+def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: str) -> JsonObject:
+    """Check the weights against the network, in a process of its own that has PyTorch, and store what it saves.
 
-    The same again changes nothing. Raises `InvalidSpec` for weights that do not fit, `Conflict` for a name that is
-    taken by others, `ArtifactMissing`, `NotChecked`.
+    The same upload again changes nothing. Raises `InvalidSpec` for weights that do not fit, `Conflict` for a name that
+    other weights have, `ArtifactMissing`, `NotChecked`.
     """
     _check(upload)
-    asked = upload.asked
+    requested = upload.as_row
     with database.read() as connection:
         shape, classes = _shape(connection, upload.dataset)
-        known = checkpoints.named(connection, upload.name)
-    if known is not None:
-        return _the_same(known, asked)
-    made: dict[str, Any] = {}
-
-    def fill(out: Path) -> None:
-        with artifacts.local(upload.uploaded_sha256) as weights:
-            request = {**asked, "shape": shape, "classes": classes, "weights": str(weights), "out": str(out)}
-            made.update(_fitted(request))
-
-    ref = artifacts.write("checkpoint", fill)
+        existing = checkpoints.named(connection, upload.name)
+    if existing is not None:
+        return _the_same(existing, requested)
+    ref, made = _fit(artifacts, {**requested, "shape": shape, "classes": classes})
     with database.write() as connection:
         now = database.now(connection)
-        if (known := checkpoints.named(connection, upload.name)) is not None:  # by another request, meanwhile
-            return _the_same(known, asked)
-        row = {
-            **asked, "channels": shape[0], "height": shape[1], "width": shape[2], "classes": classes,
-            "weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made, "created_by": user, "created_at": now,
-        }  # fmt: skip
+        if (existing := checkpoints.named(connection, upload.name)) is not None:  # by another request, meanwhile
+            return _the_same(existing, requested)
+        size = dict(zip(("channels", "height", "width"), shape, strict=True))
+        weights = {"weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made}
+        row = {**requested, **size, "classes": classes, **weights, "created_by": user, "created_at": now}
         checkpoints.register(connection, row)
         artifact_index.keep_uploads(connection, now, "checkpoint", {ref.digest: ref.size_bytes})
         data = {"name": upload.name, "weights_sha256": ref.digest}
@@ -110,16 +103,17 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
 
 
 def _check(upload: Upload) -> None:
-    """Raises `InvalidSpec` for what is wrong whatever the weights are."""
+    """Raises `InvalidSpec` for errors that do not depend on the weights."""
     errors: list[tuple[str, str]] = []
     if not REGISTERED.fullmatch(upload.name):
-        said = f"{upload.name!r} cannot be a name: {REGISTERED_RULE}"
-        errors.append(("/name", said))
+        errors.append(("/name", f"{upload.name!r} cannot be a name: {REGISTERED_RULE}"))
     elif DIGEST.fullmatch(upload.name):
         errors.append(("/name", "64 hexadecimal digits name weights by their SHA-256: take another name"))
     if upload.expected_clean_accuracy is None:
         errors += [
-            (f"/{name}", said) for name in ("mean", "std") if (said := _grey_levels(getattr(upload, name), name))
+            (f"/{name}", sentence)
+            for name in ("mean", "std")
+            if (sentence := _grey_levels(getattr(upload, name), name))
         ]
         if upload.tolerance is not None:
             errors.append(("/tolerance", "it is of `expected_clean_accuracy`, which is left out"))
@@ -128,7 +122,7 @@ def _check(upload: Upload) -> None:
 
 
 def _grey_levels(values: Sequence[float], name: str) -> str:
-    """What to say of numbers that are in units of 0 to 255 by the look of them; nothing of others."""
+    """A message about numbers that look like grey levels of 0 to 255; empty for others."""
     if all(value <= 1 for value in values):
         return ""
     meant = ", ".join(f"{value / 255:.4f}" for value in values)
@@ -138,17 +132,17 @@ def _grey_levels(values: Sequence[float], name: str) -> str:
     )
 
 
-def _the_same(known: RegisteredCheckpoint, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint that is asked for again. Raises `Conflict` where it is another of that name."""
-    if any(getattr(known, name) != value for name, value in asked.items()):
-        raise Conflict(f"checkpoint {known.name} is registered with other weights or options: take a new name")
-    return view(known)
+def _the_same(existing: RegisteredCheckpoint, requested: JsonMapping) -> JsonObject:
+    """An existing checkpoint that is registered again. Raises `Conflict` if the request differs from it."""
+    if any(getattr(existing, name) != value for name, value in requested.items()):
+        raise Conflict(f"checkpoint {existing.name} is registered with other weights or options: take a new name")
+    return view(existing)
 
 
-def registered(database: Database) -> list[dict[str, Any]]:
-    """All of them, by name."""
+def registered(database: Database) -> list[JsonObject]:
+    """All registered checkpoints, by name."""
     with database.read() as connection:
-        return [view(one) for one in checkpoints.registered(connection)]
+        return [view(checkpoint) for checkpoint in checkpoints.registered(connection)]
 
 
 def is_registered(connection: Connection, name: str) -> bool:
@@ -159,19 +153,19 @@ def is_registered(connection: Connection, name: str) -> bool:
 def weights_of(connection: Connection, name: str, architecture: str, dataset: str) -> Imported:
     """The weights of a registered checkpoint, named by its name or their SHA-256, and what is expected of them.
 
-    Raises `ValueError` where they are not of such a network, or are registered with several expectations.
+    Raises `ValueError` if they are not of such a network, or are registered with several expectations.
     """
-    found = _named(connection, name)
-    if not found:
+    candidates = _named(connection, name)
+    if not candidates:
         raise ValueError(_not_there(connection, name))
-    refused = [_of_another(connection, one, architecture, dataset) for one in found]
-    fitting = [one for one, said in zip(found, refused, strict=True) if not said]
+    refusals = [_of_another(connection, checkpoint, architecture, dataset) for checkpoint in candidates]
+    fitting = [checkpoint for checkpoint, refusal in zip(candidates, refusals, strict=True) if not refusal]
     if not fitting:
-        raise ValueError(refused[0])
-    expecting = [one for one in fitting if one.expected_clean_accuracy is not None]
-    expected = {(one.expected_clean_accuracy, one.tolerance) for one in expecting}
+        raise ValueError(refusals[0])
+    expecting = [checkpoint for checkpoint in fitting if checkpoint.expected_clean_accuracy is not None]
+    expected = {(checkpoint.expected_clean_accuracy, checkpoint.tolerance) for checkpoint in expecting}
     if len(expected) > 1:
-        names = ", ".join(one.name for one in expecting)
+        names = ", ".join(checkpoint.name for checkpoint in expecting)
         raise ValueError(f"these weights are registered with different expectations, as {names}: name one of these")
     accuracy, tolerance = next(iter(expected), (None, None))
     return Imported(weights_sha256=fitting[0].weights_sha256, expected_clean_accuracy=accuracy, tolerance=tolerance)
@@ -183,12 +177,12 @@ def _not_there(connection: Connection, name: str) -> str:
             f"no weights with the SHA-256 {name} are registered, and no training made them: see `uncanny checkpoint "
             "list`, also with `--trained`"
         )
-    known = ", ".join(checkpoints.some_names(connection)) or "none"
-    return f"checkpoint {name!r} is not registered (registered: {known}): `uncanny checkpoint add`"
+    names = ", ".join(checkpoints.some_names(connection)) or "none"
+    return f"checkpoint {name!r} is not registered (registered: {names}): `uncanny checkpoint add`"
 
 
 def _of_another(connection: Connection, checkpoint: RegisteredCheckpoint, architecture: str, dataset: str) -> str:
-    """Why the weights are not of such a network; nothing where they are."""
+    """Why the weights are not of such a network; empty if they are."""
     if checkpoint.architecture != architecture:
         return f"checkpoint {checkpoint.name} is a {checkpoint.architecture}, not a {architecture}"
     shape, classes = _shape(connection, dataset)
@@ -198,19 +192,30 @@ def _of_another(connection: Connection, checkpoint: RegisteredCheckpoint, archit
     return f"checkpoint {checkpoint.name} is for {own} images, {dataset} has {classes} of {'x'.join(map(str, shape))}"
 
 
-def view(checkpoint: RegisteredCheckpoint) -> dict[str, Any]:
+def view(checkpoint: RegisteredCheckpoint) -> JsonObject:
     converted_from, created_at = checkpoint.converted_from or [], iso(checkpoint.created_at)
     return {**asdict(checkpoint), "converted_from": converted_from, "created_at": created_at}
 
 
-def _fitted(request: dict[str, Any]) -> dict[str, Any]:
-    """What `workers.importing` says. It runs apart because this half of the service has no PyTorch loaded."""
+def _fit(artifacts: Artifacts, request: JsonObject) -> tuple[ArtifactRef, JsonObject]:
+    """The weights as the network saves them, published, and what was found out about them."""
+    made: JsonObject = {}
+
+    def fill(out: Path) -> None:
+        with artifacts.local(request["uploaded_sha256"]) as weights:
+            made.update(_fitted({**request, "weights": str(weights), "out": str(out)}))
+
+    return artifacts.write("checkpoint", fill), made
+
+
+def _fitted(request: JsonObject) -> JsonObject:
+    """The answer of `workers.importing`, which runs in a process of its own: the service loads no PyTorch."""
     with _turn(), tempfile.TemporaryFile() as complaints:
         try:
+            command, body = [sys.executable, "-m", "workers.importing"], json.dumps(request).encode()
             done = subprocess.run(
-                [sys.executable, "-m", "workers.importing"], input=json.dumps(request).encode(),
-                stdout=subprocess.PIPE, stderr=complaints, timeout=FITTING_SECONDS, check=False,
-            )  # fmt: skip
+                command, input=body, stdout=subprocess.PIPE, stderr=complaints, timeout=FITTING_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             raise NotChecked(f"the weights were not checked within {FITTING_SECONDS} s: try again later") from None
         if done.returncode != 0:
@@ -218,17 +223,17 @@ def _fitted(request: dict[str, Any]) -> dict[str, Any]:
             last = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
             why = f"signal {-done.returncode} ended the process" if done.returncode < 0 else last[0]
             raise NotChecked(f"the weights could not be checked ({why}): try again later")
-    said: dict[str, Any] = json.loads(done.stdout)
-    if "tensors" in said:
-        raise TensorsDiffer(said["error"], said["tensors"])
-    if "error" in said:
-        raise InvalidSpec([("/weights_sha256", said["error"])])
-    return said
+    answer: JsonObject = json.loads(done.stdout)
+    if "tensors" in answer:
+        raise TensorsDiffer(answer["error"], answer["tensors"])
+    if "error" in answer:
+        raise InvalidSpec([("/weights_sha256", answer["error"])])
+    return answer
 
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Raises `NotChecked` where others are checked for too long."""
+    """A turn to check weights. Raises `NotChecked` if it does not come within `TURN_SECONDS`."""
     if not FITTING.acquire(timeout=TURN_SECONDS):
         raise NotChecked("the weights of others are being checked: try again later")
     try:

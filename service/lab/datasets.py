@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -54,11 +54,11 @@ class _Array:
     member: str
     shape: tuple[int, ...]
     fortran: bool
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
 
     @property
     def size_bytes(self) -> int:
-        """Unfolded."""
+        """Uncompressed."""
         return self.dtype.itemsize * math.prod(self.shape)
 
     @property
@@ -68,8 +68,8 @@ class _Array:
     def whole(self) -> np.ndarray:
         """Raises whatever a damaged archive raises."""
         with _archive(self.path) as archive, archive.open(self.member) as file:
-            found: np.ndarray = npy.read_array(file, allow_pickle=False)
-        return found
+            array: np.ndarray = npy.read_array(file, allow_pickle=False)
+        return array
 
     def entries(self) -> Iterator[np.ndarray]:
         """Its entries along the first axis, each as one row `[n, numbers of an entry]`, some megabytes at a time."""
@@ -111,12 +111,12 @@ class _Split:
 
 
 def _weights(size_bytes: int) -> np.ndarray:
-    """Of images of this size `[2, words]`: drawn anew each time, so that nobody can make images of one digest."""
+    """Weights `[2, words]` for images of this size, random each time: nobody can prepare two images of one digest."""
     return np.random.default_rng().integers(0, 2**64, (2, -(-size_bytes // 4)), dtype=np.uint64)
 
 
 def _digests(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A digest of each image `[n, bytes]`, without a loop over them in Python, which keeps all other threads waiting.
+    """A digest of each image `[n, bytes]`. A Python loop over the images would keep all other threads waiting.
 
     The upper halves of two sums of random multiples of its words of 32 bits: two images have the same with
     probability 2^-63, and among five million images and as many others any two do with one below 2^-18.
@@ -129,10 +129,10 @@ def _digests(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return digests
 
 
-def _among(known: np.ndarray, digests: np.ndarray) -> int:
-    """How many of the digests are among the known ones, which are sorted."""
-    places = np.minimum(np.searchsorted(known, digests), len(known) - 1)
-    return int(np.count_nonzero(known[places] == digests))
+def _among(sorted_digests: np.ndarray, digests: np.ndarray) -> int:
+    """How many of `digests` are among `sorted_digests`."""
+    places = np.minimum(np.searchsorted(sorted_digests, digests), len(sorted_digests) - 1)
+    return int(np.count_nonzero(sorted_digests[places] == digests))
 
 
 def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: str) -> tuple[Registration, int]:
@@ -154,19 +154,19 @@ def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: 
     if int(tested.y.max()) >= classes:
         raise _refusal("/test", f"test labels reach {int(tested.y.max())}, training labels only {classes - 1}")
     weights = _weights(math.prod(shape))
-    known = np.concatenate([*trained.digests(weights)])
-    known.sort()
+    in_training = np.concatenate([*trained.digests(weights)])
+    in_training.sort()
     if trained.brightest == 1:
         sentence = "the training images hold only 0 and 1, and images are uint8 from 0 to 255: multiply both by 255"
         raise _refusal("/train", sentence)
-    in_both = sum(_among(known, digests) for digests in tested.digests(weights))
+    in_both = sum(_among(in_training, digests) for digests in tested.digests(weights))
     height, width, channels = shape if len(shape) == 3 else (*shape, 1)
     counts = (len(trained.y), len(tested.y))
     return Registration(name, train_sha256, test_sha256, channels, height, width, classes, *counts), in_both
 
 
 def _classes(y: np.ndarray) -> int:
-    """How many there are among the training labels."""
+    """The number of classes among the training labels."""
     last = int(y.max())
     there = np.bincount(y[y <= len(y)], minlength=len(y) + 1) > 0  # n labels leave a gap among 0 .. n
     if last == 0:
@@ -182,7 +182,7 @@ def _classes(y: np.ndarray) -> int:
 
 
 def _split(path: Path, pointer: str) -> _Split:
-    """The headers are judged before anything that they describe is read."""
+    """The images and labels of a file. The headers are checked before anything that they describe is read."""
     what = pointer.removeprefix("/") + ".npz"
     try:
         arrays = _arrays(path)
@@ -193,23 +193,23 @@ def _split(path: Path, pointer: str) -> _Split:
     x, y = arrays["x"], arrays["y"]
     for name, array in arrays.items():
         if (size := array.size_bytes) > MAX_BYTES:
-            said = f"`{name}` of {what} has {size / 2**30:,.0f} GiB unfolded, at most {MAX_BYTES >> 30} are taken"
-            raise _refusal(pointer, said)
+            sentence = f"`{name}` of {what} has {size / 2**30:,.0f} GiB unfolded, at most {MAX_BYTES >> 30} are taken"
+            raise _refusal(pointer, sentence)
         if size > MAX_WHOLE_BYTES and (array.fortran or name == "y"):
-            said = f"`{name}` of {what} has {size / 2**30:,.1f} GiB unfolded and has to be read as a whole"
-            raise _refusal(pointer, said + (": save np.ascontiguousarray(x)" if array.fortran else ""))
+            sentence = f"`{name}` of {what} has {size / 2**30:,.1f} GiB unfolded and has to be read as a whole"
+            raise _refusal(pointer, sentence + (": save np.ascontiguousarray(x)" if array.fortran else ""))
     _refuse_a_bomb(path, pointer, what, x.size_bytes + y.size_bytes)
     if x.dtype != np.uint8 or not _is_of_images(x.shape):
-        said = f"`x` of {what} must be uint8 [n, height, width, 1 or 3], it is {x.dtype} {list(x.shape)}"
-        raise _refusal(pointer, said + _advice(x, pointer))
+        sentence = f"`x` of {what} must be uint8 [n, height, width, 1 or 3], it is {x.dtype} {list(x.shape)}"
+        raise _refusal(pointer, sentence + _advice(x, pointer))
     if x.shape[0] > MAX_IMAGES:
         raise _refusal(pointer, f"{what} has {x.shape[0]:,} images, at most {MAX_IMAGES:,} are taken")
     if x.entry_bytes > MAX_IMAGE_BYTES:
-        said = f"an image of {what} has {x.entry_bytes / 2**20:,.1f} MiB, at most {MAX_IMAGE_BYTES >> 20} are taken"
-        raise _refusal(pointer, said)
+        sentence = f"an image of {what} has {x.entry_bytes / 2**20:,.1f} MiB, at most {MAX_IMAGE_BYTES >> 20} are taken"
+        raise _refusal(pointer, sentence)
     if y.dtype != np.int64 or y.shape != x.shape[:1]:
-        said = f"`y` of {what} must be int64 [{x.shape[0]}], it is {y.dtype} {list(y.shape)}"
-        raise _refusal(pointer, said)
+        sentence = f"`y` of {what} must be int64 [{x.shape[0]}], it is {y.dtype} {list(y.shape)}"
+        raise _refusal(pointer, sentence)
     try:
         labels = y.whole()
     except Exception as error:  # noqa: BLE001
@@ -220,10 +220,14 @@ def _split(path: Path, pointer: str) -> _Split:
 
 
 def _refuse_a_bomb(path: Path, pointer: str, what: str, unfolded: int) -> None:
-    """What is packed well is small, or would take much of the service's time and memory for next to no bytes."""
+    """Refuse a large array that is packed too well: a few bytes would take much of the service's time and memory."""
     if unfolded > LARGE_BYTES and unfolded > MAX_RATIO * (packed := path.stat().st_size):
-        said = f"{what} has {packed / 2**20:,.1f} MiB and {unfolded / 2**20:,.0f} unfolded, {unfolded / packed:,.0f} "
-        raise _refusal(pointer, f"{said}times as much: at most {MAX_RATIO} times are taken, so save it with np.savez")
+        sentence = (
+            f"{what} has {packed / 2**20:,.1f} MiB and {unfolded / 2**20:,.0f} unfolded, {unfolded / packed:,.0f} "
+        )
+        raise _refusal(
+            pointer, f"{sentence}times as much: at most {MAX_RATIO} times are taken, so save it with np.savez"
+        )
 
 
 def _is_of_images(shape: tuple[int, ...]) -> bool:
@@ -231,27 +235,27 @@ def _is_of_images(shape: tuple[int, ...]) -> bool:
 
 
 def _advice(x: _Array, pointer: str) -> str:
-    """What the images look like, and how they become what they must be."""
-    said = ""
+    """What the images look like, and how to turn them into what they must be."""
+    advice = ""
     if not _is_of_images(x.shape) and len(x.shape) == 4 and x.shape[1] in COLOURS:
-        said += "; that looks like channels first: transpose to NHWC, x.transpose(0, 2, 3, 1)"
+        advice += "; that looks like channels first: transpose to NHWC, x.transpose(0, 2, 3, 1)"
     if x.dtype.kind != "f" or not 0 < x.entry_bytes <= CHUNK_BYTES or x.shape[0] == 0:
-        return said
+        return advice
     try:
         some = next(iter(x.entries()))
     except Exception as error:  # noqa: BLE001 - a damaged archive can raise almost anything
         raise _unreadable(pointer, error) from None
     low, high = float(some.min()), float(some.max())
     if low >= 0 and high <= 1:
-        return said + "; these are floats of 0 .. 1: multiply by 255 and round, (x * 255).round().astype(np.uint8)"
+        return advice + "; these are floats of 0 .. 1: multiply by 255 and round, (x * 255).round().astype(np.uint8)"
     if low >= 0 and high <= 255:
-        return said + "; these are floats of 0 .. 255: round them, x.round().astype(np.uint8)"
-    return said + f"; these are floats of {low:.3g} .. {high:.3g}: write the pixels as they were before normalisation"
+        return advice + "; these are floats of 0 .. 255: round them, x.round().astype(np.uint8)"
+    return advice + f"; these are floats of {low:.3g} .. {high:.3g}: write the pixels as they were before normalisation"
 
 
 def _arrays(path: Path) -> dict[str, _Array]:
     """`x` and `y`, as far as they are there, by their headers."""
-    found = {}
+    arrays = {}
     with _archive(path) as archive:
         names = archive.namelist()
         for name in ("x", "y"):
@@ -267,12 +271,12 @@ def _arrays(path: Path) -> dict[str, _Array]:
                 described = file.tell() + dtype.itemsize * math.prod(shape)
             if dtype.hasobject or min(shape, default=0) < 0 or described != info.file_size:
                 raise ValueError(f"`{name}` is no plain array, or is cut off")
-            found[name] = _Array(path, member, shape, fortran, dtype)
-    return found
+            arrays[name] = _Array(path, member, shape, fortran, dtype)
+    return arrays
 
 
 class _Guarded(io.FileIO):
-    """A file of which no more than this is read at once."""
+    """A file of which at most `most_bytes` are read at once."""
 
     most_bytes = MAX_DIRECTORY_BYTES
 
@@ -291,7 +295,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
     """Shape, whether it is in Fortran's order, and type; `file` stands at the first entry afterwards."""
     version = npy.read_magic(file)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)

@@ -2,7 +2,7 @@
 
 Definition: science/README.md, "Further measures".
 
-What may be compared is the caller's choice: s = 1, one point per trained network, equal data set, attack and samples,
+The caller chooses the points: s = 1, one point per trained network, equal data set, attack and samples,
 verdict `trusted`. Points of one network at several scales share the true robust accuracy and must not be mixed in.
 """
 
@@ -71,7 +71,7 @@ def correlate(
 
 
 def tau(x: Floats, y: Floats) -> float | None:
-    """Kendall's tau-b, null where either side is constant or there are fewer than two points.
+    """Kendall's tau-b, null if either side is constant or there are fewer than two points.
 
     >>> round(tau(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 6)
     0.333333
@@ -90,7 +90,7 @@ def _mean_within(x: Floats, y: Floats, groups: NDArray[np.str_]) -> float | None
 
 
 def _taus(x: Floats, y: Floats, counts: NDArray[np.int64]) -> Floats:
-    """Tau-b `[r]` of `x [n]` with `y [n]` where point i is there `counts[r, i]` times; NaN where it is undefined.
+    """Tau-b `[r]` of `x [n]` with `y [n]` where point i is there `counts[r, i]` times; NaN if it is undefined.
 
     In whole numbers below 2^24, which float32 has all of: 2,000 resamples are three products of matrices.
     """
@@ -101,13 +101,13 @@ def _taus(x: Floats, y: Floats, counts: NDArray[np.int64]) -> Floats:
         ((times @ signs).astype(np.float64) * times).sum(1) for signs in (a * b, np.abs(a), np.abs(b))
     )
     pairs = np.sqrt(untied_x * untied_y)
-    found: Floats = np.divide(agreeing, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
-    return found
+    taus: Floats = np.divide(agreeing, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    return taus
 
 
 def _interval(values: Floats) -> tuple[float | None, float | None]:
-    known = values[~np.isnan(values)]
-    if not known.size:
+    defined = values[~np.isnan(values)]
+    if not defined.size:
         return None, None
-    low, high = np.quantile(known, (0.025, 0.975))
+    low, high = np.quantile(defined, (0.025, 0.975))
     return float(low), float(high)

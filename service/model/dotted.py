@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-NEAR = 3  # names that may have been meant
-FEW = 20  # names that are listed beside those
+from service.model.json import JsonMapping, JsonObject
+
+NEAR = 3  # suggestions for an unknown name, at most
+FEW = 20  # known names, at most, that are listed beside suggestions
 FAMILIES = ("provenance", "labels", "measures_failed", "verdict_checks", "verdict_counts", "versions")
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: JsonMapping, prefix: str = "") -> Iterator[tuple[str, Any]]:  # Any: a value of JSON
     """A nested row as `("attack.norm", "linf")` and so on; lists joined by `;`."""
     for name, item in value.items():
         if isinstance(item, Mapping):
@@ -18,17 +20,18 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, ";".join(map(str, item)) if isinstance(item, list) else item
 
 
-def chosen(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The fields asked for, nested as they are; a dotted name reaches inside, and a missing one is null.
+def chosen(row: JsonMapping, names: Sequence[str]) -> JsonObject:
+    """The named fields of a row, nested as in the row. A dotted name reaches inside; a missing field is null.
 
-    What is behind the first dot of `FAMILIES` is one key, and what is shown whole has its parts in it already.
+    For a name of `FAMILIES`, everything after the first dot is one key: `labels.a.b` is the label `a.b`. If a whole
+    field is named, the names of its parts add nothing.
     """
-    out: dict[str, Any] = {}
+    out: JsonObject = {}
     for name in names:
         first, dot, _ = name.partition(".")
         if dot and first in names:
             continue
-        source: Any = row
+        source: object = row
         target = out
         *path, last = name.split(".", 1) if first in FAMILIES else name.split(".")
         for part in path:
@@ -39,20 +42,24 @@ def chosen(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
-    """The names that may have been meant by one that there is not: those that begin with it or look like it, whole or
-    in their last part, as `attack.eps` for `epss`, the nearest first."""
+    """Suggestions for an unknown name, the nearest first.
+
+    These are known names that begin with it or resemble it, as a whole or in their last part (`attack.eps` for `epss`).
+    """
     names = list(known)
-    last = {one: one.rpartition(".")[2] for one in names}
-    found = [one for one in names if name and one.startswith(name)][:NEAR]
-    found += get_close_matches(name, names, NEAR)
+    last = {candidate: candidate.rpartition(".")[2] for candidate in names}
+    matches = [candidate for candidate in names if name and candidate.startswith(name)][:NEAR]
+    matches += get_close_matches(name, names, NEAR)
     parts = set(get_close_matches(name.rpartition(".")[2], set(last.values()), NEAR))
-    found += sorted((one for one in names if last[one] in parts), key=len)
-    return list(dict.fromkeys(found))[:NEAR]
+    matches += sorted((candidate for candidate in names if last[candidate] in parts), key=len)
+    return list(dict.fromkeys(matches))[:NEAR]
 
 
 def or_rather(name: str, known: Sequence[str], others: Iterable[str] = ()) -> str:
-    """The end of a sentence that refuses a name: what may have been meant, or else what there is; of `others`, which
-    are too many to be listed, only what may have been meant."""
-    found = near(name, [*known, *others])
-    meant = f"; did you mean {' or '.join(found)}?" if found else ""
-    return meant + ("" if found and len(known) > FEW else f" (known are: {', '.join(known) or 'none'})")
+    """The end of a message that refuses an unknown name: suggestions, and the `known` names unless they are many.
+
+    `others` are too many to be listed, so they only serve as suggestions.
+    """
+    matches = near(name, [*known, *others])
+    meant = f"; did you mean {' or '.join(matches)}?" if matches else ""
+    return meant + ("" if matches and len(known) > FEW else f" (known are: {', '.join(known) or 'none'})")

@@ -1,21 +1,22 @@
-"""What of the environment has failed and is set aside: nodes, devices, data folders, artifact roots.
+"""Parts of the environment that failed and are set aside: nodes, devices, data folders, artifact roots.
 
-A fault is its owner's, never the task's. Its owner gets no work for `FIRST_WAIT_SECONDS`, then one bundle to try it
-with: if that is lost too, the wait doubles, up to `LONGEST_WAIT_SECONDS`; if it succeeds, the owner is back.
-A device is set aside by the worker that found its fault, which keeps it busy: the other devices of its node go on.
+A fault counts against its owner, never against the task. The owner gets no work for `FIRST_WAIT_SECONDS`, then one
+bundle as a trial. If the trial is lost too, the wait doubles, up to `LONGEST_WAIT_SECONDS`. If it succeeds, the owner
+is used again. The worker that found the fault of a device keeps that device busy, so the other devices of the node
+still take work.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from service.model.executor import Bundle, Capacity, Failed, Fault, Lost, Message, Owner, Progress, Started, Succeeded
+from service.model.json import JsonMapping, JsonObject
 
 FIRST_WAIT_SECONDS = 30.0
 LONGEST_WAIT_SECONDS = 600.0
-DEVICE_WAIT_SECONDS = 300.0  # for which a worker that cannot use its GPU keeps others from it
+DEVICE_WAIT_SECONDS = 300.0  # how long a worker that cannot use its GPU keeps others from it
 QUICK_SECONDS = 10.0  # an attempt that ends within this of its start has hardly begun
-QUICK_LOSSES = 2  # tasks that a node may lose so, one after the other, where other nodes are left
+QUICK_LOSSES = 2  # such attempts in a row after which a node is set aside, if another is left
 SHARED = {"artifact_root", "data_folder"}  # owners that nodes may have in common: tried on one of them at a time
 
 Key = tuple[str, int]
@@ -26,8 +27,9 @@ Place = tuple[Owner, str, str, str]
 
 @dataclass(frozen=True)
 class SetAside:
-    """A fault's owner and why it gets no work, since when, and from when on it is tried again. An empty `node` is every
-    node, an empty `dataset` every data set. `losses` are those in a row that it was tried with.
+    """The owner of a fault: why it gets no work, since when, and when its next trial is due.
+
+    An empty `node` means every node, an empty `dataset` every data set. `losses` counts the losses in a row.
     """
 
     owner: Owner
@@ -45,16 +47,16 @@ class SetAside:
         return self.owner, self.name, self.node, self.dataset
 
     def may_be(self, other: Place) -> bool:
-        """Whether that one may be the same folder, seen by another node."""
+        """Whether `other` may be the same folder, seen from another node."""
         owner, name, _, dataset = other
         return owner in SHARED and (owner, name, dataset) == (self.owner, self.name, self.dataset)
 
     def concerns(self, node: str, dataset: str) -> bool:
-        """Whether it keeps tasks on that data set from that node. A device keeps none: nothing can be placed on it."""
+        """Whether tasks on that data set are kept from that node. A device keeps none away: it is busy anyway."""
         return self.owner != "device" and self.node in ("", node) and self.dataset in ("", dataset)
 
-    def as_data(self) -> dict[str, Any]:
-        """What an event says of it."""
+    def as_data(self) -> JsonObject:
+        """The fields that an event has."""
         return {name: getattr(self, name) for name in ("owner", "name", "node", "dataset", "reason", "losses")}
 
     def sentence(self, now: float) -> str:
@@ -65,7 +67,7 @@ class SetAside:
 
 def concerning(aside: Iterable[SetAside], node: str, dataset: str) -> list[SetAside]:
     """What keeps tasks on that data set from that node."""
-    return [one for one in aside if one.concerns(node, dataset)]
+    return [fault for fault in aside if fault.concerns(node, dataset)]
 
 
 def names_of(capacity: Capacity) -> tuple[str, ...]:
@@ -79,22 +81,24 @@ def avoided(aside: Collection[SetAside], names: Iterable[str], dataset: str) -> 
 
 
 def hindrance(aside: Collection[SetAside], names: Sequence[str], dataset: str) -> SetAside | None:
-    """What keeps tasks on that data set from every node, the one that is tried again first; None where one is left."""
+    """If every node is kept from tasks on that data set: the owner that is tried again first. Otherwise None."""
     if not aside or avoided(aside, names, dataset) != frozenset(names):
         return None
-    return min((one for name in names for one in concerning(aside, name, dataset)), key=lambda one: one.retry_at)
+    return min(
+        (fault for name in names for fault in concerning(aside, name, dataset)), key=lambda fault: fault.retry_at
+    )
 
 
-def reported(status: Mapping[str, Any]) -> list[SetAside]:
-    """What the leading dispatcher has set aside, as its status says, by the database's clock."""
-    return [SetAside(**one) for one in status.get("set_aside", ())]
+def reported(status: JsonMapping) -> list[SetAside]:
+    """What the leading dispatcher has set aside, from its status; times are by the database's clock."""
+    return [SetAside(**fields) for fields in status.get("set_aside", ())]
 
 
 class Environment:
-    """What is set aside, by what the executor says; times are by the clock of this process.
+    """Learns from the executor's messages what to set aside; times are by the clock of this process.
 
-    `news` are changes that nobody was told yet: `(what happened, to what)`; `ended` tasks that have succeeded (None) or
-    failed at once (how), as they came.
+    `news` has the changes that are not reported yet, as `(event, owner)`. `ended` has, in order, the tasks that
+    succeeded, as `(task id, None)`, and those that ended right after their start, as `(task id, message)`.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -112,15 +116,15 @@ class Environment:
 
     @property
     def aside(self) -> list[SetAside]:
-        """What keeps tasks from nodes that would take them; those that are unfit take none."""
+        """What is set aside, but for unfit nodes, to which the executor gives no work anyway."""
         return list(self._aside.values())
 
     def heed(self, capacity: Capacity) -> None:
         """Forget nodes that are gone, and take note of those that the executor itself gives no work."""
         if not capacity.ready:
             return
-        for place, one in list(self._aside.items()):
-            if one.node and one.node not in names_of(capacity):
+        for place, fault in list(self._aside.items()):
+            if fault.node and fault.node not in names_of(capacity):
                 self._return(place)
         left = ((bundle_id, places & self._aside.keys()) for bundle_id, places in self._trials.items())
         self._trials = {bundle_id: places for bundle_id, places in left if places}
@@ -133,11 +137,11 @@ class Environment:
                 self.news.append(("set_aside", self._unfit[name]))
 
     def node_of(self, key: Key) -> str | None:
-        """Where that attempt was taken up; None where it was not yet."""
+        """The node that took up that attempt; None before that."""
         return self._taken_up[key][0] if key in self._taken_up else None
 
     def hear(self, message: Message, bundle: Bundle, names: Sequence[str]) -> None:
-        """Take note of what becomes of an attempt of that bundle; `names` are all nodes."""
+        """Learn from a message about an attempt of that bundle; `names` are all nodes."""
         key = (message.task_id, message.attempt)
         now, dataset = self._clock(), bundle.dataset
         match message:
@@ -167,68 +171,68 @@ class Environment:
         self._trials.pop(bundle.id, None)
 
     def may_try(self, node: str, dataset: str) -> bool:
-        """Whether a task on that data set may be what the node is tried with: all that keeps it away is due for it."""
+        """Whether a task on that data set may be the trial of the node: all that keeps it away is due for one."""
         kept, now = concerning(self.aside, node, dataset), self._clock()
         tried = frozenset[Place]().union(*self._trials.values())
-        if any(place == one.place or one.may_be(place) for one in kept for place in tried):
+        if any(place == fault.place or fault.may_be(place) for fault in kept for place in tried):
             return False
-        return bool(kept) and all(now >= one.retry_at for one in kept)
+        return bool(kept) and all(now >= fault.retry_at for fault in kept)
 
     def is_tried(self, bundle_id: str) -> bool:
         return bundle_id in self._trials
 
     def tries(self, bundle_id: str, node: str, dataset: str) -> None:
-        """That bundle is what they are tried with: nothing else goes there until it has an answer."""
-        self._trials[bundle_id] = frozenset(one.place for one in concerning(self.aside, node, dataset))
+        """Make that bundle the trial of all that keeps the data set from the node."""
+        self._trials[bundle_id] = frozenset(fault.place for fault in concerning(self.aside, node, dataset))
 
-    def told(self, now: float) -> list[dict[str, Any]]:
-        """What is set aside as JSON, by the clock that says `now`."""
+    def as_status(self, now: float) -> list[JsonObject]:
+        """What is set aside, as JSON; times are by the clock that shows `now`."""
         ahead = now - self._clock()
         every = [*self._aside.values(), *self._unfit.values()]
-        return [asdict(replace(one, since=one.since + ahead, retry_at=one.retry_at + ahead)) for one in every]
+        return [asdict(replace(fault, since=fault.since + ahead, retry_at=fault.retry_at + ahead)) for fault in every]
 
     def take_over(self, earlier: Iterable[SetAside], now: float) -> None:
-        """Go on with what an earlier dispatcher has set aside, by the clock that says `now`."""
+        """Take over what an earlier dispatcher has set aside; its times are by the clock that shows `now`."""
         ahead = self._clock() - now
-        for one in earlier:
-            moved = replace(one, since=one.since + ahead, retry_at=one.retry_at + ahead)
-            self._aside.setdefault(one.place, moved)
-            self._changed_at.setdefault(one.place, self._clock())
+        for fault in earlier:
+            moved = replace(fault, since=fault.since + ahead, retry_at=fault.retry_at + ahead)
+            self._aside.setdefault(fault.place, moved)
+            self._changed_at.setdefault(fault.place, self._clock())
 
     def _set_aside(self, fault: Fault, reason: str, *, tried: bool) -> None:
         place: Place = (fault.owner, fault.name, fault.node, fault.dataset)
         now, before = self._clock(), self._aside.get(place)
         tried = tried or (before is not None and before.owner == "device" and now >= before.retry_at)
         if before is not None and not tried:
-            return  # it ran beside the one that was told first
+            return  # it ran beside the attempt that reported the fault first
         losses = before.losses + 1 if before else 1
         wait_seconds = min(FIRST_WAIT_SECONDS * 2.0 ** (losses - 1), LONGEST_WAIT_SECONDS)
         wait_seconds = DEVICE_WAIT_SECONDS if fault.owner == "device" else wait_seconds
         since = before.since if before else now
-        one = SetAside(*place, reason, since, now + wait_seconds, losses, fault.writing)
-        self._aside[place], self._changed_at[place] = one, now
-        self.news.append(("set_aside", one))
+        entry = SetAside(*place, reason, since, now + wait_seconds, losses, fault.writing)
+        self._aside[place], self._changed_at[place] = entry, now
+        self.news.append(("set_aside", entry))
         for other in self.aside:
-            if tried and other.may_be(place) and other.place != place:  # it would lose the next one as well
+            if tried and other.may_be(place) and other.place != place:  # the same folder would lose a trial there too
                 wait_until = max(other.retry_at, now + FIRST_WAIT_SECONDS)
                 self._aside[other.place] = replace(other, retry_at=wait_until)
 
     def _proved(self, node: str, started_at: float, dataset: str, *, wrote: bool) -> None:
-        """An attempt that was taken up since then works there."""
+        """An attempt that started at `started_at` works on the node: what failed there before that is used again."""
         self._quick.pop(node, None)
-        for one in concerning(self.aside, node, dataset):
-            if started_at >= self._changed_at[one.place] and (wrote or not one.writing):
-                self._return(one.place)
+        for entry in concerning(self.aside, node, dataset):
+            if started_at >= self._changed_at[entry.place] and (wrote or not entry.writing):
+                self._return(entry.place)
 
     def _return(self, place: Place) -> None:
         self.news.append(("returned", self._aside.pop(place)))
         self._changed_at.pop(place)
         for other in self.aside:
-            if other.may_be(place):  # it may be well there too
+            if other.may_be(place):  # the folder may work there again too
                 self._aside[other.place] = replace(other, retry_at=min(other.retry_at, self._clock()))
 
     def _suspect(self, node: str, message: Failed | Lost, names: Sequence[str], *, tried: bool) -> None:
-        """Several tasks that fail there at once may be the node's doing, but as well their own: the last node stays."""
+        """Several tasks that end at once may be at fault themselves, so the last node is never set aside."""
         lost = self._quick.setdefault(node, {})
         lost[message.task_id] = message.message
         others = set(names) - {node} - avoided(self.aside, names, "")
@@ -240,7 +244,7 @@ class Environment:
 
 
 def device_named(worker: str) -> str:
-    """The device of a worker that says where it is, as the fault of a device names it.
+    """The device in the name of a worker, spelled as in the `Fault` of a device.
 
     >>> device_named("gpu7 pid 4711 cuda:1")
     'cuda:1 of gpu7'
@@ -250,6 +254,6 @@ def device_named(worker: str) -> str:
 
 
 def is_quick(message: Failed | Lost, seconds: float) -> bool:
-    """Whether an attempt that ran for so long ended before it did anything, for a reason that may be anybody's."""
+    """Whether an attempt ended right after its start, for a reason that may be the task's or the node's."""
     odd = message.kind == "error" if isinstance(message, Failed) else message.reason == "worker_died"
     return odd and seconds <= QUICK_SECONDS

@@ -1,16 +1,16 @@
-"""What a task will take, by what tasks like it took: pure functions of stored timings."""
+"""How long a task will take, by stored timings of tasks with the same workload. Pure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from service.model.json import JsonMapping
 from service.model.task_kinds import method_of
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """What makes tasks take alike, but for their size. `method` is the recipe, the attack or the measure."""
+class Workload:
+    """Tasks of one workload take equally long per unit of their size. `method` is the recipe, attack or measure."""
 
     kind: str
     method: str
@@ -39,13 +39,13 @@ class Estimate:
     p90: float
 
 
-def likeness(spec: Mapping[str, Any], train_spec: Mapping[str, Any]) -> Likeness:
-    """Of a task by its stored spec and that of the training it works on."""
+def workload(spec: JsonMapping, train_spec: JsonMapping) -> Workload:
+    """The workload of a task, by its stored spec and that of the training it works on."""
     method = method_of(spec) or "panel"
-    return Likeness(spec["kind"], method, train_spec["architecture"], train_spec["dataset"]["name"])
+    return Workload(spec["kind"], method, train_spec["architecture"], train_spec["dataset"]["name"])
 
 
-def units(spec: Mapping[str, Any]) -> float:
+def units(spec: JsonMapping) -> float:
     """The size of a task: a training's epochs, otherwise images, times the attack's steps where it has some."""
     if spec["kind"] == "train":
         return float(max(1, spec["recipe"].get("epochs") or 1))
@@ -54,7 +54,7 @@ def units(spec: Mapping[str, Any]) -> float:
 
 
 def estimate(newest_first: Sequence[Timing]) -> Estimate | None:
-    """By the timings of the device that was used last; None where there are none."""
+    """An estimate from the timings on the device that was used last; None without timings."""
     if not newest_first:
         return None
     device = newest_first[0].device
@@ -63,5 +63,5 @@ def estimate(newest_first: Sequence[Timing]) -> Estimate | None:
 
 
 def _percentile(ascending: Sequence[float], fraction: float) -> float:
-    """By nearest rank: a value that was measured."""
+    """The percentile by nearest rank, which is always a measured value."""
     return ascending[max(0, math.ceil(fraction * len(ascending)) - 1)]

@@ -6,7 +6,9 @@ Every message names the task and the attempt it speaks for; the store drops thos
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
+
+from service.model.json import JsonObject
 
 Numbers = dict[str, float | int | None]
 Reason = Literal[
@@ -22,9 +24,9 @@ Reason = Literal[
     "cancelled",
     "given_back",
 ]
-"""Why an attempt was lost. Only a dead worker, memory of its own and standing still are held against the task.
+"""Why an attempt was lost. Only `worker_died`, `out_of_memory` and `stalled` count against the task.
 
-`disk_full` and `environment` have an owner (`Fault`), which is set aside.
+`disk_full` and `environment` come with a `Fault`, whose owner is set aside.
 """
 Owner = Literal["node", "device", "data_folder", "artifact_root"]
 
@@ -41,7 +43,7 @@ class ArtifactRef:
 @dataclass(frozen=True)
 class Fault:
     """A part of the environment that failed: `name` is its host, device or path, `node` the executor's name of the node
-    where that was seen (empty where unknown).
+    where it failed (empty if unknown).
 
     With a `dataset`, only tasks on that one are affected; with `writing`, reading may still work.
     """
@@ -71,7 +73,7 @@ class Grant:
     task_id: str
     attempt: int
     digest: str
-    spec: dict[str, Any]
+    spec: JsonObject
     resume: ArtifactRef | None = None
 
     def __str__(self) -> str:
@@ -80,7 +82,7 @@ class Grant:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a bundle takes: CPUs, GPUs (a share of one, or whole ones), memory, and what a place must have besides.
+    """What a bundle takes: CPUs, GPUs (a share of one, or whole ones), memory, and what its node must have besides.
 
     `accelerator` is a type of GPU and `custom` are resources, both as Ray names them.
     """
@@ -103,9 +105,9 @@ class Bundle:
 
     id: str
     grants: tuple[Grant, ...]
-    train_spec: dict[str, Any]
+    train_spec: JsonObject
     checkpoint: ArtifactRef | None = None
-    sources: dict[str, tuple[dict[str, Any], ArtifactRef | None]] = field(default_factory=dict)
+    sources: dict[str, tuple[JsonObject, ArtifactRef | None]] = field(default_factory=dict)
     needs: Needs = field(default_factory=Needs)
     avoid: frozenset[str] = frozenset()
 
@@ -120,10 +122,10 @@ class Outcome:
     """What a finished task leaves behind: numbers, curves, outcome bits, artifacts, and how it was made."""
 
     numbers: Numbers = field(default_factory=dict)
-    curves: dict[str, Any] = field(default_factory=dict)
+    curves: JsonObject = field(default_factory=dict)
     bits: dict[str, Bits] = field(default_factory=dict)
     artifacts: tuple[ArtifactRef, ...] = ()
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,15 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the task is: `fraction` of 1, and what there is to say (epoch, step, loss, images_per_second).
+    """How far the task is: `fraction` of 1, with `detail` (epoch, step, loss, images_per_second).
 
-    `resume` is a new epoch state from which a later attempt of this training can go on.
+    `resume` is a new epoch state from which a later attempt of this training can continue.
     """
 
     task_id: str
     attempt: int
     fraction: float
-    detail: dict[str, Any]
+    detail: JsonObject
     resume: ArtifactRef | None = None
 
 
@@ -165,9 +167,9 @@ class Succeeded:
 
 @dataclass(frozen=True)
 class Failed:
-    """The task's own code gave up. A `configuration` error would come again, an `error` may not.
+    """The task's own code failed. A `configuration` error would happen again, an `error` may not.
 
-    A `missing_checkpoint` comes again until the training that made `missing`, a digest of weights, has run again.
+    `missing_checkpoint` happens again until the training that made the weights `missing` (a digest) has run again.
     """
 
     task_id: str
@@ -194,12 +196,12 @@ Message = Started | Progress | Succeeded | Failed | Lost
 
 @dataclass(frozen=True)
 class Capacity:
-    """What may run at once: CPUs and GPUs of the cluster in all, and whether it is up.
+    """All CPUs and GPUs of the cluster, and whether it is up.
 
-    `nodes` are what each has of every resource, as Ray names them (`CPU`, `GPU`, `memory` in bytes,
-    `accelerator_type:...`), and `names` what the executor calls them, in the same order; where there are none, all is
-    one node with memory without end, whose name is empty. `unfit` nodes are not among them: no bundle goes there, for
-    the reason given by name. `had_gpus`: there are GPUs, or were before, and what takes one waits until they are back.
+    `nodes` has the resources of each node, as Ray names them (`CPU`, `GPU`, `memory` in bytes, `accelerator_type:...`),
+    and `names` the executor's names of the nodes, in the same order. Without `nodes`, the cluster is one node with an
+    empty name and unlimited memory. `unfit` nodes are not among them: it says by name why no bundle goes there.
+    `had_gpus`: the cluster has GPUs, or had some before, so a task that takes one waits until they are back.
     """
 
     ready: bool
@@ -212,7 +214,7 @@ class Capacity:
 
 
 class Executor(Protocol):
-    """Runs bundles. No call blocks for longer than it says, none raises for what a bundle does.
+    """Runs bundles. No call blocks for longer than it says, and none raises because of what a bundle does.
 
     For each grant submitted, exactly one of `Succeeded`, `Failed`, `Lost` comes back, sooner or later.
     """
@@ -226,8 +228,8 @@ class Executor(Protocol):
         ...
 
     def poll(self, timeout_seconds: float) -> list[Message]:
-        """All messages that have arrived, waiting up to the timeout for a first one; never much longer than that,
-        however much the bundles have to say.
+        """All messages that have arrived. Waits up to the timeout for the first one, and never much longer, however
+        many messages the bundles send.
         """
         ...
 
@@ -236,5 +238,5 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop everything that runs and let go of the cluster."""
+        """Stop everything that runs and leave the cluster."""
         ...

@@ -1,20 +1,22 @@
-"""Findings across the history, shown wherever a result is: a verdict never changes by them. Pure.
+"""Flags: findings from comparing results across the history. They are shown with a result and never change its verdict.
 
 Definition: science/README.md, "Controls".
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from service.model.json import JsonMapping, JsonObject
 
 NOT_MONOTONE = "not_monotone"
 TRAINED_AGAIN = "trained_again"
 MIXED_WEIGHTS = "mixed_weights"
 FLAGS = (NOT_MONOTONE, TRAINED_AGAIN, MIXED_WEIGHTS)  # columns of `results`
-STRENGTH = ("eps", "steps", "restarts")  # more of it breaks no fewer examples
-OF_TRAINING = ("recipe", "versions")  # of a cell; what is the same of a network however it came to be is compared
-Flag = dict[str, Any]
-Specs = Mapping[int, Mapping[str, Any]]  # those of cells, flat
+STRENGTH = ("eps", "steps", "restarts")  # of an attack: a higher value breaks no fewer examples
+OF_TRAINING = ("recipe", "versions")  # of a cell: equal weights are compared however they were trained
+Flag = JsonObject
+Specs = Mapping[int, JsonMapping]  # the specs of cells by id, with dotted names
 
 
 class Place(NamedTuple):
@@ -25,7 +27,7 @@ class Place(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """The mean robust accuracy of the `results` that a network has in a cell; `job_id` is that of the first of them."""
+    """The mean robust accuracy of the `results` that a network has in a cell; `job_id` is the job of the first."""
 
     weights_sha256: str
     cell_id: int
@@ -35,7 +37,7 @@ class Mean(NamedTuple):
     job_id: str
 
 
-def found(means: Sequence[Mean], specs: Specs) -> dict[Place, list[Flag]]:
+def flags_of_cells(means: Sequence[Mean], specs: Specs) -> dict[Place, list[Flag]]:
     """The flags of each place that has any."""
     together: dict[tuple[str, str], list[Mean]] = defaultdict(list)
     for mean in means:
@@ -50,9 +52,10 @@ def found(means: Sequence[Mean], specs: Specs) -> dict[Place, list[Flag]]:
 
 
 def not_monotone(mine: Mean, others: Sequence[Mean], specs: Specs) -> list[Flag]:
-    """The results, equal but for eps, steps or restarts, where more of it left more examples robust.
+    """A flag for each of `others` that contradicts `mine`: the stronger of the two attacks left more examples robust.
 
-    More than max(.02, 3/n), by either of the two; `specs` are those of the cells of `mine` and `others`.
+    The two differ in one of eps, steps and restarts alone. Differences up to max(0.02, 3/n) are ignored. `specs` has
+    the specs of the cells of `mine` and `others`.
     """
     flags, own = [], specs[mine.cell_id]
     least = max(0.02, 3 / own["samples"]) + 1e-9
@@ -79,25 +82,25 @@ def not_monotone(mine: Mean, others: Sequence[Mean], specs: Specs) -> list[Flag]
 
 
 def names_of(*raised: bool) -> list[str]:
-    """The names of a result's flags, of which each of `FLAGS` is raised or not."""
+    """The names of the flags that are raised; `raised` has a value for each of `FLAGS`."""
     return [name for name, of in zip(FLAGS, raised, strict=True) if of]
 
 
-def compared(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a cell that must be the same, but for strength, where one attack is to break no less than another."""
+def compared(spec: JsonMapping) -> JsonObject:
+    """The fields of a cell in which two attacks must agree, apart from their strength, to be compared."""
     kept = {name: value for name, value in spec.items() if name not in OF_TRAINING}
     return {**kept, "version": spec["versions"]["attack"]}
 
 
-def apart_from_strength(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of all cells whose attacks differ in strength only."""
+def apart_from_strength(spec: JsonMapping) -> JsonObject:
+    """The fields that are equal in all cells whose attacks differ in strength only."""
     attack = {name: value for name, value in spec["attack"].items() if name not in STRENGTH}
     if isinstance(inner := attack.get("attack"), Mapping):  # of a transfer
         attack["attack"] = {name: value for name, value in inner.items() if name not in STRENGTH}
     return {**compared(spec), "attack": attack}
 
 
-def _only_strength(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """The one field in which two attacks differ, where that is their strength."""
+def _only_strength(mine: JsonMapping, theirs: JsonMapping) -> str | None:
+    """The one field in which two attacks differ, if it is a field of `STRENGTH`; otherwise None."""
     apart = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
     return apart[0] if len(apart) == 1 and apart[0].rpartition(".")[2] in STRENGTH else None

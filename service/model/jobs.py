@@ -38,7 +38,7 @@ class JobState(StrEnum):
 
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.BLOCKED: frozenset({TaskState.QUEUED, TaskState.CANCELLED}),
-    # Blocked once more: its parent was reopened, because its bytes were lost.
+    # Blocked again: its parent was reopened, because its bytes were lost.
     TaskState.QUEUED: frozenset({TaskState.RUNNING, TaskState.CANCELLED, TaskState.BLOCKED}),
     TaskState.RUNNING: frozenset(
         {
@@ -69,7 +69,7 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 ENDED_TASK = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED, TaskState.HELD})
 LIVE_JOB = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.HELD})
-RETRIABLE = (JobState.FAILED, JobState.HELD, JobState.CANCELLED)  # what a job is run again from
+RETRIABLE = (JobState.FAILED, JobState.HELD, JobState.CANCELLED)  # states from which a job can be run again
 
 
 State = TypeVar("State", TaskState, JobState)
@@ -89,7 +89,7 @@ def check_transitions(table: Mapping[State, frozenset[State]], before: Iterable[
 def job_state(tasks: list[TaskState]) -> JobState:
     """The state of a job that was not cancelled, from those of the tasks it needs.
 
-    A further measure that failed by itself takes nothing along: the store counts it as succeeded (`settling`).
+    A further measure that failed does not fail the job: the store counts it as succeeded (`settling`).
     """
     states = set(tasks)
     if states <= {TaskState.SUCCEEDED}:

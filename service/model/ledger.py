@@ -1,4 +1,4 @@
-"""Which grants of a bundle still owe an answer: how every executor keeps its promise of exactly one per grant."""
+"""Which grants of a bundle have no answer yet: with it, every executor gives exactly one answer per grant."""
 
 from typing import assert_never
 
@@ -9,7 +9,7 @@ Key = tuple[str, int]
 
 
 class Ledger:
-    """The grants of one bundle that owe an answer, in order; the one that runs; whether the bundle is being stopped."""
+    """The grants of one bundle without an answer, in order; the running one; whether the bundle is being stopped."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._open = dict.fromkeys((grant.task_id, grant.attempt) for grant in bundle.grants)
@@ -18,9 +18,9 @@ class Ledger:
         self.stopping = False
 
     def accept(self, message: Message) -> bool:
-        """Take note of a message. False where its grant was answered before, or is none of this bundle: drop it."""
+        """Record a message. False if its grant already has an answer or is not of this bundle: then drop it."""
         key = (message.task_id, message.attempt)
-        known = key in self._open
+        is_open = key in self._open
         match message:
             case Started():
                 self._running = key
@@ -31,17 +31,18 @@ class Ledger:
                 self._running = None if self._running == key else self._running
             case _:
                 assert_never(message)
-        return known
+        return is_open
 
     @property
     def unwanted(self) -> bool:
-        """What runs now was answered before, so the bundle is to be stopped."""
+        """Whether the running grant already has an answer, so that the bundle is to be stopped."""
         return self._running is not None and self._running not in self._open
 
     @property
     def guilty(self) -> Key | None:
-        """Whose doing it is if the bundle ends now: what runs, or the next in line, where a worker ends before it says
-        what it runs (it would end so with that one again). None where all are answered or the bundle is being stopped.
+        """The grant to blame if the bundle's worker ends now; None if all are answered or the bundle is being stopped.
+
+        It is the running grant, or the next in line if none was reported: with that one the worker would end again.
         """
         if self.stopping or not self._open:
             return None
@@ -51,7 +52,7 @@ class Ledger:
         return key in self._open
 
     def cancel(self, key: Key) -> tuple[bool, list[Lost]]:
-        """`(the bundle is to be stopped, answers)`. One that waits is answered at once and disturbs no other."""
+        """`(whether to stop the bundle, answers)`. A waiting grant is answered at once and disturbs no other."""
         if key not in self._open:
             return False, []
         if key == self._running:
@@ -61,7 +62,7 @@ class Ledger:
         return not self._open, [lost]
 
     def end(self, reason: Reason, message: str, fault: Fault | None = None) -> list[Lost]:
-        """It is over: what was cancelled is lost so, else the guilty one for this reason; the rest is given back."""
+        """The bundle ended: the cancelled grant, else the guilty one, is lost; the rest is given back."""
         lost = []
         if self._cancelled in self._open:
             lost.append(self._lose(self._cancelled, "cancelled", "cancelled while it ran"))

@@ -1,4 +1,4 @@
-"""Liveness is progress: who runs and does not advance, by the clock of this process, whatever the worker's says."""
+"""A running task is alive if it makes progress, by the clock of this process: that of the worker may be wrong."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -31,38 +31,42 @@ class Liveness:
             case Started():
                 self._watched[key] = _Watched(self._clock())
             case Progress() if key in self._watched:
-                one = self._watched[key]
-                one.saved = one.saved or message.resume is not None
-                if message.resume is not None or message.fraction > one.fraction:
-                    one.advanced_at, one.reported = self._clock(), False
-                    one.fraction = max(one.fraction, message.fraction)
+                watched = self._watched[key]
+                watched.saved = watched.saved or message.resume is not None
+                if message.resume is not None or message.fraction > watched.fraction:
+                    watched.advanced_at, watched.reported = self._clock(), False
+                    watched.fraction = max(watched.fraction, message.fraction)
             case Progress():
-                pass  # of one that has its answer
+                pass  # of a task that has its answer
             case _:
                 self._watched.pop(key, None)
 
     def __contains__(self, key: Key) -> bool:
-        """Whether it has been taken up and has no answer yet."""
+        """Whether the task has been taken up and has no answer yet."""
         return key in self._watched
 
     def standing_still(self, seconds: float) -> Iterator[tuple[Key, float]]:
-        """Who has not advanced for so long, and for how long."""
+        """The tasks that have not advanced for so long, each with for how long."""
         now = self._clock()
-        return ((key, now - one.advanced_at) for key, one in self._watched.items() if now - one.advanced_at >= seconds)
+        return (
+            (key, now - watched.advanced_at)
+            for key, watched in self._watched.items()
+            if now - watched.advanced_at >= seconds
+        )
 
     def newly_standing_still(self, seconds: float) -> dict[Key, float]:
-        """The same, each only once until it advances again."""
-        found = {key: still for key, still in self.standing_still(seconds) if not self._watched[key].reported}
-        for key in found:
+        """The same, each task only once until it advances again."""
+        newly = {key: still for key, still in self.standing_still(seconds) if not self._watched[key].reported}
+        for key in newly:
             self._watched[key].reported = True
-        return found
+        return newly
 
     def mark(self) -> None:
-        """From now on, `saved` counts."""
-        for one in self._watched.values():
-            one.saved = False
+        """`saved` counts from now on."""
+        for watched in self._watched.values():
+            watched.saved = False
 
     @property
     def saved(self) -> list[Key]:
-        """Who has left an epoch state since `mark`: stopping those loses the least."""
-        return [key for key, one in self._watched.items() if one.saved]
+        """The tasks that have left an epoch state since `mark`: stopping them loses the least."""
+        return [key for key, watched in self._watched.items() if watched.saved]

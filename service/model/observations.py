@@ -1,4 +1,4 @@
-"""What one observation is: a trained network. Its repeats are averaged before anything is counted.
+"""Statistics over trained networks: one network is one observation, and its repeats are averaged first.
 
 Definitions: science/README.md, "Notation" and "Further measures".
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, assert_never
+from typing import Any, Generic, Literal, TypeVar, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,17 @@ from service.model.verdict import wilson
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int64]
+Key = TypeVar("Key", bound=Hashable)
+T = TypeVar("T")
+Column = NDArray[Any]  # Any: codes or values
 Interval = tuple[float | None, float | None]
 Count = Literal["samples", "n_clean_correct", "test_samples"]
-SHARE = re.compile(
+FRACTION = re.compile(
     r"(^|_)(accuracy|fraction|rate|auroc|majority_share|converged)($|_(?!drop))|^valley_(?!n$)|^peak_at_start_"
     r"|^bound_violated_"
 )
 DROP = re.compile(r"_accuracy_drop$")
-SHARES: dict[str, Count] = {
+FRACTIONS: dict[str, Count] = {
     "clean_accuracy": "samples",
     "robust_accuracy": "samples",
     "robust_accuracy_any_iterate": "samples",
@@ -36,13 +39,13 @@ SHARES: dict[str, Count] = {
     "flip_rate": "n_clean_correct",
     "test_accuracy": "test_samples",
 }
-"""Numbers of a result that are shares of images, and so have an interval from these, with the number of them.
+"""Numbers of a result that are fractions of images, and so have an interval from these, with the number of them.
 
 All `samples` of a job, those that the network gets right without an attack, or all test images of the data set.
 """
 BOUNDS = ("ci95_low", "ci95_high")
-INTERVALS = {f"{name}_{bound}": (name, i) for name in SHARES for i, bound in enumerate(BOUNDS)}
-"""The fields of a result that are bounds of a share's Wilson interval: which share, and which bound."""
+INTERVALS = {f"{name}_{bound}": (name, i) for name in FRACTIONS for i, bound in enumerate(BOUNDS)}
+"""The fields of a result that are bounds of a fraction's Wilson interval: which fraction, and which bound."""
 MOST_CODES = 2**62
 EXACT = 1e-6  # relative error that the rounding of sums may leave in a variance
 EPSILON = float(np.finfo(np.float64).eps)
@@ -77,7 +80,7 @@ class Moments:
 
     @property
     def leaves_range(self) -> bool:
-        """Whether the sums are none of these values: the largest of them is too large, or too small to be squared."""
+        """Whether sums of these values are unusable: the largest of them is too large, or too small to be squared."""
         largest = max(abs(self.low or 0.0), abs(self.high or 0.0))
         return largest > LARGE or 0 < largest < SMALL
 
@@ -144,7 +147,7 @@ def averaged(groups: Codes, networks: Codes, seeds: Codes, tasks: Codes, values:
 
 
 def _one_code(labels: Sequence[Codes]) -> Codes:
-    """A number for each row of `labels`, equal where the rows are: one is sorted in a fraction of the time of many."""
+    """A number for each row of `labels`, equal for equal rows: sorting by one array is faster than by several."""
     code, *others = labels
     for label in others:
         least, size = int(label.min()), int(label.max()) - int(label.min()) + 1
@@ -184,23 +187,23 @@ def _scaled(values: Floats) -> tuple[Floats, int]:
 
 
 def _finite(value: float, exponent: int) -> float | None:
-    """`value` times 2 to the `exponent`, or null where that is more than a float64 can be."""
+    """`value` times 2 to the `exponent`, or null if that is more than a float64 can be."""
     try:
         return math.ldexp(value, exponent)
     except OverflowError:
         return None
 
 
-class Observations:
-    """What results have of some metrics, by the keys of their groups, in arrays with names as numbers."""
+class Observations(Generic[Key]):
+    """Metrics of results by the keys of their groups, in arrays; names are kept as numbers."""
 
     def __init__(self, metrics: int) -> None:
-        self._keys, self._names = _Numbers(), _Numbers()
-        self._columns: list[list[NDArray[Any]]] = [[] for _ in range(3 + 2 * metrics)]
+        self._keys, self._names = _Numbers[Key](), _Numbers[str]()
+        self._columns: list[list[Column]] = [[] for _ in range(3 + 2 * metrics)]
 
     def add(
-        self, keys: Sequence[Hashable], networks: Sequence[str], seeds: Sequence[int], *metrics: Sequence[Any]
-    ) -> None:
+        self, keys: Sequence[Key], networks: Sequence[str], seeds: Sequence[int], *metrics: Sequence[Any]
+    ) -> None:  # Any: ids of tasks and values by turns
         """Of each result the key of its group, its network and its attack seed, and by metric the id of the task that
         computed it and the value, which may be null."""
         coded = [self._keys.of(keys), self._names.of(networks), np.array(seeds, np.int64)]
@@ -209,16 +212,16 @@ class Observations:
         for column, part in zip(self._columns, coded, strict=True):
             column.append(part)
 
-    def networks(self) -> dict[Any, int]:
+    def networks(self) -> dict[Key, int]:
         """How many distinct networks each key has."""
         groups, networks = self._whole(0), self._whole(1)
         if not groups.size:
             return {}
         _, first = np.unique(_one_code([groups, networks]), return_index=True)
-        found, counts = np.unique(groups[first], return_counts=True)
-        return self._by_key(found, counts.tolist())
+        codes, counts = np.unique(groups[first], return_counts=True)
+        return self._by_key(codes, counts.tolist())
 
-    def values(self, metric: int, unit: Unit) -> dict[Any, Floats]:
+    def values(self, metric: int, unit: Unit) -> dict[Key, Floats]:
         """The value of each unit of each key, in ascending order."""
         groups, networks, seeds, tasks, values = map(self._whole, (0, 1, 2, 3 + 2 * metric, 4 + 2 * metric))
         match unit:
@@ -228,41 +231,41 @@ class Observations:
                 units = seeds
             case _:
                 assert_never(unit)
-        known = ~np.isnan(values)
-        group, means = averaged(*(part[known] for part in (groups, units, seeds, tasks, values)))
-        found, first = np.unique(group, return_index=True)
-        none: dict[Any, Floats] = dict.fromkeys(self._keys, np.empty(0))
-        return none if not found.size else none | self._by_key(found, np.split(means, first[1:]))
+        measured = ~np.isnan(values)
+        group, means = averaged(*(part[measured] for part in (groups, units, seeds, tasks, values)))
+        codes, first = np.unique(group, return_index=True)
+        none: dict[Key, Floats] = dict.fromkeys(self._keys, np.empty(0))
+        return none if not codes.size else none | self._by_key(codes, np.split(means, first[1:]))
 
-    def _whole(self, column: int) -> NDArray[Any]:
+    def _whole(self, column: int) -> Column:
         parts = self._columns[column]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def _by_key(self, codes: Iterable[int], values: Iterable[Any]) -> dict[Any, Any]:
+    def _by_key(self, codes: Iterable[int], values: Iterable[T]) -> dict[Key, T]:
         keys = list(self._keys)
         return {keys[code]: value for code, value in zip(codes, values, strict=True)}
 
 
-class _Numbers(dict[Any, int]):
+class _Numbers(dict[Key, int]):
     """A number for each distinct value, in the order in which they are met."""
 
-    def __missing__(self, value: Any) -> int:
+    def __missing__(self, value: Key) -> int:
         self[value] = len(self)
         return self[value]
 
-    def of(self, values: Sequence[Any]) -> Codes:
+    def of(self, values: Sequence[Key]) -> Codes:
         return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
 
 
 def range_of(name: str) -> tuple[float, float] | None:
-    """The least and the most that a stored number can be; None where it has no bounds.
+    """The least and the most that a stored number can be; None if it has no bounds.
 
     >>> range_of("detector_auroc"), range_of("pac_bayes_accuracy_drop"), range_of("robust_loss")
     ((0.0, 1.0), (-1.0, 1.0), None)
     """
     if DROP.search(name) is not None:
         return -1.0, 1.0
-    return (0.0, 1.0) if SHARE.search(name) is not None else None
+    return (0.0, 1.0) if FRACTION.search(name) is not None else None
 
 
 def interval(n: int, mean: float | None, std: float | None, *, within: tuple[float, float] | None = None) -> Interval:
@@ -290,9 +293,9 @@ def accuracy_interval(accuracy: float | None, images: int | None) -> Interval:
 
 
 def intervals_of(numbers: Mapping[str, float | None], counts: Mapping[Count, int | None]) -> dict[str, float | None]:
-    """The 95 % interval of each share among a result's numbers: `robust_accuracy_ci95_low`, ..."""
+    """The 95 % interval of each fraction among a result's numbers: `robust_accuracy_ci95_low`, ..."""
     return {
-        field: accuracy_interval(numbers[name], counts[SHARES[name]])[bound]
+        field: accuracy_interval(numbers[name], counts[FRACTIONS[name]])[bound]
         for field, (name, bound) in INTERVALS.items()
         if name in numbers
     }

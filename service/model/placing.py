@@ -1,4 +1,4 @@
-"""Where tasks may go while something is set aside: one bundle to try it with again, the rest to the other nodes."""
+"""Where tasks may go while something is set aside: one bundle as a trial, the rest to the other nodes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,21 +20,22 @@ class Way:
 def ways(
     environment: Environment, capacity: Capacity, queue: Sequence[Waiting], datasets: Mapping[str, str]
 ) -> list[Way]:
-    """First trials, one for each node that is due for one; last what needs none. `datasets` are by the digest of the
-    training.
+    """First trials, one for each node whose trial is due; last the tasks that need none.
+
+    `datasets` are by the digest of the training.
     """
     names = names_of(capacity)
     aside = environment.aside
     if not aside:
         return [Way(queue, frozenset(names))]
     of = {task.task_id: datasets.get(task.train_digest, "") for task in queue}
-    known = set(of.values())
-    may_try = {(name, one): environment.may_try(name, one) for name in names for one in known}
+    wanted = set(of.values())
+    may_try = {(name, dataset): environment.may_try(name, dataset) for name in names for dataset in wanted}
     trials = [
         Way(able, frozenset({name}), trial=name)
         for name in names
         if (able := [task for task in queue if may_try[name, of[task.task_id]]])
     ]
-    somewhere = {one: avoided(aside, names, one) != frozenset(names) for one in known}
+    somewhere = {dataset: avoided(aside, names, dataset) != frozenset(names) for dataset in wanted}
     rest = [task for task in queue if somewhere[of[task.task_id]]]
     return [*trials, Way(rest, frozenset(names) - avoided(aside, names, ""))]

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, assert_never, cast
+from typing import Literal, assert_never, cast
 
 from lark import Lark, Token, Transformer, v_args
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken, VisitError
@@ -132,7 +132,7 @@ def fields_of(nodes: Iterable[Node]) -> set[str]:
 
 
 def parse(text: str) -> Node:
-    """The tree of a filter. Raises `InvalidQuery` that says where it cannot be read, and what could stand there."""
+    """The tree of a filter. Raises `InvalidQuery` with the position of an error and what could stand there."""
     if len(text) > MAX_LENGTH:
         raise InvalidQuery(FILTER, f"it has {len(text):,} characters; {MAX_LENGTH:,} are allowed")
     try:
@@ -155,8 +155,8 @@ def check_size(nodes: Sequence[Node]) -> None:
 
 def names_of(text: str) -> tuple[str, ...]:
     """Names by comma, each once: `scale, labels."my, key"` are `scale` and `labels.my, key`."""
-    found = (plain(part.strip()) for part in NAME.findall(text))
-    return tuple(dict.fromkeys(name for name in found if name))
+    names = (plain(part.strip()) for part in NAME.findall(text))
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def plain(name: str) -> str:
@@ -183,7 +183,7 @@ def comparisons(node: Node) -> "list[Comparison]":
         case Not(inner):
             return comparisons(inner)
         case And(parts) | Or(parts):
-            return [found for part in parts for found in comparisons(part)]
+            return [comparison for part in parts for comparison in comparisons(part)]
 
 
 def _label(value: str) -> Node:
@@ -260,11 +260,11 @@ def _unquoted(text: str) -> str:
 
 def _syntax(error: UnexpectedInput, text: str) -> InvalidQuery:
     position = error.pos_in_stream
-    expected: Any = set()
+    expected: Iterable[str] = ()
     if isinstance(error, UnexpectedToken):
         expected = error.accepts or error.expected
     elif isinstance(error, UnexpectedCharacters):
-        expected = error.allowed or set()
+        expected = error.allowed or ()
     seen = text[position : position + 20] if position is not None and position >= 0 else ""
     at_end = not seen.strip() or (isinstance(error, UnexpectedToken) and error.token.type == "$END")
     position = len(text) if at_end else position

@@ -6,8 +6,9 @@ those of jobs that were submitted together share their first letters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from service.model.json import JsonObject
 from service.model.names import OWN_DATASET
 
 
@@ -19,7 +20,7 @@ class Job:
     sequence: int
     sweep_id: str | None
     user: str
-    spec: dict[str, Any]
+    spec: JsonObject
     spec_digest: str
     architecture: str
     dataset: str
@@ -48,8 +49,8 @@ class Job:
     reverse_fraction: float | None
     verdict: str | None
     verdict_reasons: list[str] | None
-    verdict_checks: dict[str, Any] | None
-    verdict_counts: dict[str, Any] | None
+    verdict_checks: JsonObject | None
+    verdict_counts: JsonObject | None
     verdict_version: int | None
 
     def __str__(self) -> str:
@@ -58,12 +59,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A named grid of jobs. `pause_reason` is there where the service itself has paused it."""
+    """A named grid of jobs. `pause_reason` is set only if the service itself paused the sweep."""
 
     id: str
     name: str
     user: str
-    spec: dict[str, Any]
+    spec: JsonObject
     priority: int
     labels: dict[str, str]
     paused: bool
@@ -82,7 +83,7 @@ class Task:
     digest: str
     kind: str
     version: int
-    spec: dict[str, Any]
+    spec: JsonObject
     generation: int
     state: str
     reason: str | None
@@ -105,7 +106,7 @@ class Task:
     cancel_requested: bool
     worker: str | None
     progress: float
-    detail: dict[str, Any]
+    detail: JsonObject
     resume_digest: str | None
     resume_bytes: int | None
     created_at: float
@@ -140,7 +141,7 @@ class Attempt:
     message: str | None
     traceback: str | None
     missing_digest: str | None
-    provenance: dict[str, Any] | None
+    provenance: JsonObject | None
     bundle: str | None
     device_share: float | None
     charged_until: float | None
@@ -151,7 +152,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user with weight and limits; a limit that is None is the default of the settings."""
+    """A user with weight and limits; None stands for the default in the settings."""
 
     name: str
     weight: float | None
@@ -188,11 +189,11 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A token with what decides, beside itself, whether it lets anybody in."""
+    """A token with the fields of its user that decide whether the token is accepted."""
 
     token: Token
     role: str  # of its user
-    disabled_at: float | None  # since then its user is
+    disabled_at: float | None  # when its user was disabled
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ class RegisteredDataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image: `[channels, height, width]`."""
+        """The shape of one image: `[channels, height, width]`."""
         return self.channels, self.height, self.width
 
     @property
@@ -227,7 +228,7 @@ class RegisteredDataset:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredCheckpoint:
-    """Weights that were made elsewhere: what was uploaded, how it is read, and the weights as they are used."""
+    """Weights that were trained elsewhere: the uploaded file, how it is read, and the weights that the service uses."""
 
     name: str
     architecture: str
@@ -246,13 +247,13 @@ class RegisteredCheckpoint:
     expected_clean_accuracy: float | None
     tolerance: float | None
     stripped_prefix: str | None
-    converted_from: list[Any] | None
+    converted_from: list[object] | None
     created_by: str
     created_at: float
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image: `[channels, height, width]`."""
+        """The shape of one image: `[channels, height, width]`."""
         return self.channels, self.height, self.width
 
     def __str__(self) -> str:
@@ -261,13 +262,13 @@ class RegisteredCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who leads until when, in which epoch, and what the leader last said of its cluster."""
+    """The leader's lease: its holder, epoch and end, and the last status of the cluster that the leader reported."""
 
     role: str
     holder: str
     epoch: int
     expires_at: float
-    status: dict[str, Any]
+    status: JsonObject
 
     def __str__(self) -> str:
         return f"lease of {self.holder} ({self.role}, epoch {self.epoch})"
@@ -275,7 +276,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Whether the queue is paused, and who said so last."""
+    """Whether the queue is paused, and who changed that last."""
 
     name: str
     paused: bool
@@ -288,13 +289,13 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One claim: what the scheduler saw, packed, and what it decided."""
+    """One claim: the scheduler's input, packed, and its decisions."""
 
     id: int
     at: float
     actor: str
     seen: bytes = field(repr=False)
-    decided: Sequence[dict[str, Any]]
+    decided: Sequence[JsonObject]
 
     def __str__(self) -> str:
         return f"decision {self.id} by {self.actor}"
@@ -311,7 +312,7 @@ class TaskCount(NamedTuple):
 
 
 class RunningTask(NamedTuple):
-    """What is shown of a task while it runs."""
+    """The fields of a running task that reports of progress show."""
 
     id: str
     digest: str
@@ -319,7 +320,7 @@ class RunningTask(NamedTuple):
     attempt: int
     worker: str | None
     progress: float
-    detail: dict[str, Any]
+    detail: JsonObject
 
 
 class FirstEvent(NamedTuple):

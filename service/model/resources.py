@@ -8,7 +8,7 @@ from service.model.scheduling import Cluster, has_room
 from service.settings import KINDS, Kind, Settings
 
 ENDLESS = 1e18
-AHEAD_PER_PLACE = 8  # bundles at the most, of tasks so short that more than one ends between two claims
+AHEAD_PER_SLOT = 8  # bundles at the most, of tasks so short that more than one ends between two claims
 Amounts = dict[str, float]
 """By the name of the resource. `GPU accelerator_type:X` are the GPUs of that type, which count as `GPU` too."""
 
@@ -16,9 +16,9 @@ Amounts = dict[str, float]
 def needs_of(settings: Settings, kind: Kind, capacity: Capacity) -> Needs:
     """What a bundle of this kind takes.
 
-    GPUs that are asked for by kind are asked for even where the cluster has none yet, so that an autoscaler sees it;
-    `gpus_per_task` counts where there are some, or were: a node that restarts is waited for. A cluster of fewer CPUs
-    than one task asks for gives what it has.
+    GPUs that the settings name for the kind are requested even if the cluster has none yet, so that an autoscaler sees
+    it. `gpus_per_task` counts only if the cluster has GPUs or had some: a node that restarts is waited for. If the
+    cluster has fewer CPUs than a task asks for, the task takes those that there are.
     """
     own = settings.resources.get(kind)
     cpus = min(settings.cpus_per_task, capacity.cpus) if capacity.cpus else settings.cpus_per_task
@@ -31,25 +31,25 @@ def needs_of(settings: Settings, kind: Kind, capacity: Capacity) -> Needs:
 
 
 def of_bundle(settings: Settings, grants: Iterable[Grant], capacity: Capacity, whole: bool) -> Needs:
-    """What is enough for each of its tasks; `whole`: none of its GPUs is to be shared."""
+    """What a bundle of these grants takes: enough for each of them. `whole`: it shares none of its GPUs."""
     every = [needs_of(settings, kind, capacity) for kind in {grant.spec["kind"] for grant in grants}]
-    gpus = max(one.gpus for one in every)
+    gpus = max(needs.gpus for needs in every)
     return Needs(
-        max(one.cpus for one in every),
+        max(needs.cpus for needs in every),
         max(1.0, gpus) if whole and gpus else gpus,
-        max(one.memory_bytes for one in every),
-        next((one.accelerator for one in every if one.accelerator), ""),
-        {name: amount for one in every for name, amount in one.custom.items()},
+        max(needs.memory_bytes for needs in every),
+        next((needs.accelerator for needs in every if needs.accelerator), ""),
+        {name: amount for needs in every for name, amount in needs.custom.items()},
     )
 
 
 def cluster(
     settings: Settings, capacity: Capacity, handed_over: Iterable[Needs], ended: int = 0, only: Collection[str] = ()
 ) -> Cluster:
-    """The room that is left, with what was `handed_over`, in order, taken off it; those that do not fit wait.
+    """The free resources, without those of the bundles that were `handed_over`, in order; bundles that do not fit wait.
 
-    As many bundles as `ended` since the last claim would end until the next one too: so many may wait instead of
-    leaving their places empty, where the settings let any wait at all. With `only`, it is the room on these nodes.
+    If the settings let any bundle wait, as many may wait as `ended` since the last claim: about as many end before the
+    next claim, and would leave their slots empty. With `only`, these are the free resources of these nodes.
     """
     needs = {kind: needs_of(settings, kind, capacity) for kind in KINDS}
     nowhere = too_large(settings, capacity)
@@ -59,18 +59,18 @@ def cluster(
     for taken in map(amounts, handed_over):
         somewhere = any(has_room(node, taken) for node in nodes)
         waiting += not (somewhere and has_room(room, taken))
-        if somewhere:  # else no room that comes free would ever be for it
+        if somewhere:  # a bundle that fits no node takes nothing
             room |= {name: room.get(name, 0.0) - amount for name, amount in taken.items()}
-    places = int(max(capacity.cpus / settings.cpus_per_task, capacity.gpus))
-    ahead = max(settings.lookahead, min(ended, AHEAD_PER_PLACE * places)) if settings.lookahead else 0
+    slots = int(max(capacity.cpus / settings.cpus_per_task, capacity.gpus))
+    ahead = max(settings.lookahead, min(ended, AHEAD_PER_SLOT * slots)) if settings.lookahead else 0
     lookahead = max(0, ahead - waiting)
+    nobody_has = {"a node of that size": 1.0}  # so a kind that fits nowhere reserves nothing
     by_kind: dict[str, Mapping[str, float]] = {
-        kind: {"a node of that size": 1.0} if kind in nowhere else amounts(one)  # which nobody has: it reserves nothing
-        for kind, one in needs.items()
+        kind: nobody_has if kind in nowhere else amounts(of_kind) for kind, of_kind in needs.items()
     }
-    free = max(_fitting(room, one) for one in by_kind.values())
-    shared = any(one.gpus for one in needs.values())
-    shares: dict[str, float] = {kind: one.gpus for kind, one in needs.items()} if shared else {}
+    free = max(_fitting(room, of_kind) for of_kind in by_kind.values())
+    shared = any(of_kind.gpus for of_kind in needs.values())
+    shares: dict[str, float] = {kind: of_kind.gpus for kind, of_kind in needs.items()} if shared else {}
     return Cluster(free + lookahead if capacity.ready else 0, shares, room, by_kind, lookahead)
 
 
@@ -78,14 +78,18 @@ def too_large(settings: Settings, capacity: Capacity) -> dict[str, str]:
     """The kinds of task that no node of the cluster is large enough for, with what one of them takes, in words."""
     taken = {kind: amounts(needs_of(settings, kind, capacity)) for kind in KINDS}
     nodes = _nodes(capacity)
-    return {kind: _in_words(one) for kind, one in taken.items() if not any(has_room(node, one) for node in nodes)}
+    return {
+        kind: _in_words(of_kind)
+        for kind, of_kind in taken.items()
+        if not any(has_room(node, of_kind) for node in nodes)
+    }
 
 
 def amounts(needs: Needs) -> Amounts:
-    found: Amounts = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": float(needs.memory_bytes), **needs.custom}
+    by_name: Amounts = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": float(needs.memory_bytes), **needs.custom}
     if needs.accelerator:
-        found[_of_type(needs.accelerator)] = needs.gpus
-    return {name: amount for name, amount in found.items() if amount}
+        by_name[_of_type(needs.accelerator)] = needs.gpus
+    return {name: amount for name, amount in by_name.items() if amount}
 
 
 def _part(capacity: Capacity, names: Collection[str]) -> Capacity:

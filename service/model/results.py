@@ -1,19 +1,20 @@
-"""Results as values: what the store hands out of them. Pure.
+"""Results as frozen values, as the store hands them out. Pure.
 
 Times are seconds since 1970 by the database's clock.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from service.model.json import JsonObject
+from service.model.json import JsonMapping, JsonObject
 
-CellSpec = Mapping[str, Any]  # Any: as in `JsonObject`; a cell's spec without seeds, with the versions of its tasks
+CellSpec = JsonMapping
+"""A cell's spec without seeds, with the versions of its tasks."""
 
 
 class ResultKey(NamedTuple):
-    """A result by its job, and the cell that it lies in."""
+    """The job of a result, and the cell that the result belongs to."""
 
     job_id: str
     cell_id: int
@@ -24,7 +25,7 @@ class Result:
     """The numbers of a succeeded job, from its tasks. The fields of the verdict are None until it is judged.
 
     `metrics` are the headline numbers by name. `measure_numbers` and `attack_numbers` are all that these tasks stored;
-    the former are None where the closed forms were computed on other weights than the attack.
+    the former are None if the closed forms were computed on other weights than the attack.
     """
 
     job_id: str
@@ -85,7 +86,7 @@ class FurtherMeasure:
 class TrainedNetwork:
     """The weights that a training of this service made.
 
-    A training gives its `digest` up, and keeps it as `former_digest`, where new jobs join another task instead.
+    If new jobs join another task instead of this training, `former_digest` has the digest that the training had.
     """
 
     task_id: str
@@ -102,12 +103,12 @@ class TrainedNetwork:
 
     @property
     def task_digest(self) -> str:
-        """The digest of the computation, which the training may have given up."""
+        """The digest of the computation, also if new jobs join another task."""
         return self.former_digest or self.digest
 
 
 class NetworkCell(NamedTuple):
-    """What the `results` of a network in a cell say: the means over distinct computations, and which flags any has."""
+    """The `results` of one network in one cell: means over distinct computations, and the flags of any of them."""
 
     weights_sha256: str
     cell_id: int
@@ -118,8 +119,10 @@ class NetworkCell(NamedTuple):
 
 
 class AttackBits(NamedTuple):
-    """One attack in a ball on a network. Each of the `n` bits packed in `robust` is an example that the attack left
-    right."""
+    """One attack in a ball on one network.
+
+    `robust` packs `n` bits, one per example: 1 if the network still classifies the attacked example correctly.
+    """
 
     job_id: str
     weights_sha256: str
@@ -132,8 +135,11 @@ class AttackBits(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Two numbers of one result beside each other: for each of them the task that left it, and the spec and version of
-    the further measure that computed it, if one did. `keys` are the values of further fields."""
+    """Two numbers of one result, to be correlated.
+
+    Each comes with the task that stored it and, if a further measure computed it, with the spec and version of that
+    measure. `keys` are the values of the fields that points are grouped by.
+    """
 
     cell_id: int
     network: str

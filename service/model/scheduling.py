@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_BUNDLE = 16  # tasks; more would keep a worker from others for too long
-RULE = 2  # of this order: decisions of another one are not made again from the log
+RULE = 2  # version of these rules: only its own decisions are made again from the log
 AGEING_SECONDS = 3600.0  # of waiting count as much as one point of priority
 BOOST_SECONDS = 1e10  # by which a boosted task is due before all others: longer than any clock has run
 HEAD_START_SECONDS = 1.0  # by which a training is due before what was submitted with it
-TURN_SECONDS = 60.0  # what a bundle that runs is taken to cost each of its devices, until it is known
+TURN_SECONDS = 60.0  # assumed usage of each device of a running bundle, until it is known
 ROUNDING = 1e-9  # ten tenths of a GPU are one
 
 
@@ -45,7 +45,7 @@ class Waiting:
 class Account:
     """A user's usage and limits: device seconds by half-life, devices in use now.
 
-    `max_gpus` limits devices in use at once; on a cluster without GPUs each place to run counts as one device.
+    `max_gpus` limits devices in use at once; on a cluster without GPUs each slot counts as one device.
     """
 
     device_seconds: float = 0.0
@@ -56,7 +56,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Cluster:
-    """How many more bundles fit, and the devices (a share of a GPU, or one place) that a bundle of each kind takes.
+    """How many more bundles fit, and the devices (a share of a GPU, or one slot) that a bundle of each kind takes.
 
     `room` is what is free of each resource, `needs_by_kind` what a bundle of each kind takes of it. `lookahead` bundles
     may wait for room: they reserve it, so that small ones behind a large one do not keep it waiting for ever.
@@ -79,7 +79,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Decision:
-    """Tasks to hand over together, at whose expense, the devices they take, and why they are next.
+    """Tasks to hand over together, their sponsor, the devices that they take, and why they are next.
 
     `whole`: none of its GPUs is to be shared.
     """
@@ -108,8 +108,8 @@ def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: C
         able = {name: mine for name, mine in able.items() if _fits(mine[0], accounts, devices, cluster)}
         if not able:
             break
-        places = {name: _place(mine[0], _account(accounts, name), devices[name]) for name, mine in able.items()}
-        sponsor = min(able, key=lambda name: places[name])
+        ranks = {name: _rank(mine[0], _account(accounts, name), devices[name]) for name, mine in able.items()}
+        sponsor = min(able, key=lambda name: ranks[name])
         mine, head = left[sponsor], able[sponsor][0]
         needs = cluster.needs(head.kind, head.whole)
         lookahead -= not has_room(room, needs)
@@ -140,7 +140,7 @@ def due(waiting_since: float, priority: int, kind: str, *, boosted: bool = False
 
 
 def turns(accounts: Mapping[str, Account], cluster: Cluster) -> dict[str, int]:
-    """Users' places in line, the lowest first: those at their limit last, the others by usage for their weight."""
+    """Users' ranks in the queue, the lowest first: those at their limit last, the others by usage for their weight."""
     least = min(cluster.share_by_kind.values(), default=1.0)
     loads = {name: (at_limit(of, of.devices, least), _load(of, of.devices)) for name, of in accounts.items()}
     line = sorted(set(loads.values()))
@@ -153,12 +153,12 @@ def decayed(device_seconds: float, age_seconds: float, half_life_seconds: float)
 
 
 def at_limit(account: Account, devices: float, share: float) -> bool:
-    """Whether so many devices more are more than the user may have at once."""
+    """Whether `share` more devices would be more than the user may have at once."""
     return account.max_gpus is not None and devices + share > account.max_gpus + ROUNDING
 
 
 def has_room(room: Mapping[str, float], needs: Mapping[str, float]) -> bool:
-    """Whether there is as much of everything as is needed."""
+    """Whether everything that is needed is free."""
     return all(room.get(name, 0.0) >= amount - ROUNDING * max(1.0, amount) for name, amount in needs.items())
 
 
@@ -179,7 +179,7 @@ def _those_with_room(
         for whole in (False, True)
         if not has_room(room, cluster.needs(kind, whole))
     }
-    able = {name: [one for one in mine if (one.kind, one.whole) not in full] for name, mine in left.items()}
+    able = {name: [task for task in mine if (task.kind, task.whole) not in full] for name, mine in left.items()}
     return {name: mine for name, mine in able.items() if mine}
 
 
@@ -199,7 +199,7 @@ def _own_order(task: Waiting, now: float) -> tuple[bool, int, bool, int, int, st
     return (not task.boosted, -_aged(task, now), not training, needed_by, task.sequence, task.task_id)
 
 
-def _place(head: Waiting, account: Account, devices: float) -> tuple[bool, float, bool, int, str]:
+def _rank(head: Waiting, account: Account, devices: float) -> tuple[bool, float, bool, int, str]:
     """Lowest first, among users: boosted, usage for their weight, trainings, the order of submission."""
     return (not head.boosted, _load(account, devices), head.kind != "train", head.sequence, head.task_id)
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
+from service.model.json import JsonMapping
 from service.model.query import Comparison, Node, Value
 
 Adversary = Literal["white_box", "black_box", "transfer", "noise"]
@@ -17,7 +18,7 @@ ADVERSARIES: Mapping[str, Adversary] = MappingProxyType(
         "noise": "noise",
     }
 )
-"""By the attack's type. Noise looks at nothing: what it breaks is broken, and what it leaves says nothing."""
+"""By the attack's type. Noise does not search: an example that it does not break may still not be robust."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ThreatModel:
 
     @property
     def ball(self) -> str | None:
-        """As `linf 8/255` or `l2 0.5`: one text for one ball, None where there is none.
+        """As `linf 8/255` or `l2 0.5`: one text for one ball, None if there is none.
 
         >>> ThreatModel("white_box", "linf", 8 / 255).ball
         'linf 8/255'
@@ -38,17 +39,17 @@ class ThreatModel:
         return None if self.norm is None or self.eps is None else ball_of(self.norm, self.eps)
 
 
-def threat_model(attack: Mapping[str, Any]) -> ThreatModel:
-    """Of an attack's stored spec. A transfer's ball is that of the attack that makes its examples."""
+def threat_model(attack: JsonMapping) -> ThreatModel:
+    """The threat model of an attack's stored spec. A transfer's ball is that of the attack that makes its examples."""
     adversary = ADVERSARIES[attack["type"]]
     ball = attack.get("attack", attack)
-    if attack.get("kind") == "gaussian":  # whose norm and eps bound nothing
+    if attack.get("kind") == "gaussian":  # noise without a ball: its norm and eps bound nothing
         return ThreatModel(adversary)
     return ThreatModel(adversary, ball.get("norm"), ball.get("eps"))
 
 
 def of_adversaries() -> list[Node]:
-    """The filters that leave attacks in a ball: what a ranking of networks asks for."""
+    """The filters that keep attacks in a ball and no noise: a ranking of networks counts only these."""
     return [Comparison("threat_model", "is not null"), Comparison("adversary", "!=", (Value("noise"),))]
 
 

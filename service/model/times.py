@@ -1,7 +1,7 @@
-"""Times as they are shown and asked for: to the millisecond, in UTC.
+"""Times as they are shown and queried: to the millisecond, in UTC.
 
-Stored are seconds since 1970 as float64, finer than that. One rule rounds them, so that JSON, CSV, NDJSON and Parquet
-show one time, and a question for the shown time finds its row.
+The store keeps seconds since 1970 as float64, which is finer. One rule rounds them, so that JSON, CSV, NDJSON and
+Parquet show one time, and a question for the shown time finds its row.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Can the number be believed? A pure function of stored outcome bits and checks.
+"""The verdict: can a number be believed? A pure function of stored outcome bits and checks.
 
 Definitions: science/README.md, "Scaling" and "Controls".
 
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 VERSION = 6
-"""2: masked means right at s = 1 and broken there. 3: masked is a share of the images that the twin ran on, null for
+"""2: masked means right at s = 1 and broken there. 3: masked is a fraction of the images that the twin ran on, null for
 attacks without a gradient; not_converged looks at the attack itself; nothing_correct, non_finite, not_checked.
-4: evidence of other weights than the attack's is left out. 5: chance is the share of the most frequent label.
+4: evidence of other weights than the attack's is left out. 5: chance is the fraction of the most frequent label.
 6: not_converged compares with the attack at s = 1, as the panel ran there."""
 CHALLENGERS = ("fgsm", "noise", "margin", "square")
 CHECKS = (
@@ -54,7 +54,7 @@ class Level(IntEnum):
 class AttackBits:
     """What one attack did to each of the n examples: bool arrays `[n]` in sample order.
 
-    `zero_gradient` is None where the attack takes no gradient, `non_finite` where all was finite (a NaN or an infinite
+    `zero_gradient` is None if the attack takes no gradient, `non_finite` None if all was finite (no NaN or infinite
     logit or gradient), `outside` how many examples left the ball or [0,1].
     """
 
@@ -80,10 +80,10 @@ class Controls:
 class Evidence:
     """All that a verdict rests on: an attack of type `attack` at `scale` on a network, and what is right by `chance`.
 
-    `chance` is the share of the most frequent label among the images attacked (`chance_of`).
-    `at_one` is the same attack at s = 1; None where that was on other weights. `controls` is None where the panel does
+    `chance` is the fraction of the most frequent label among the images attacked (`chance_of`).
+    `at_one` is the same attack at s = 1; None if that was on other weights. `controls` is None if the panel does
     not hold: an attack without a ball, a head whose bias was not scaled, or other weights. `twin`, robust bits `[m]` of
-    the first m samples, is this attack with the margin loss at s = 1; None where it was not run.
+    the first m samples, is this attack with the margin loss at s = 1; None if it was not run.
     """
 
     attack: str
@@ -117,7 +117,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Finding:
-    """How bad a check came out, the reason that it gives, and in how many of how many images, where it counts them."""
+    """How bad a check came out, the reason that it gives, and in how many of how many images, if it counts images."""
 
     level: Level
     reason: str
@@ -161,9 +161,9 @@ def judge(evidence: Evidence) -> Verdict:
 
 
 def chance_of(majority_share: float | None, classes: int) -> float:
-    """The share of images that the best constant answer gets right: that of their most frequent label.
+    """The fraction of images that the best constant answer gets right: that of their most frequent label.
 
-    An attack of an earlier version left no such share; then the labels are taken to be equally frequent.
+    An attack of an earlier version left no such fraction; then the labels are taken to be equally frequent.
 
     >>> chance_of(0.9, 2), chance_of(None, 2)
     (0.9, 0.5)
@@ -172,14 +172,14 @@ def chance_of(majority_share: float | None, classes: int) -> float:
 
 
 def wilson(count: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The Wilson score interval of a share, `count` of `n` > 0; 95 % unless `z` says otherwise (Wilson 1927).
+    """The Wilson score interval of a fraction, `count` of `n` > 0; 95 % unless `z` says otherwise (Wilson 1927).
 
     >>> [round(bound, 4) for bound in wilson(0, 10)]
     [0.0, 0.2775]
     """
-    share, z2 = count / n, z * z
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    fraction, z2 = count / n, z * z
+    middle = (fraction + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(fraction * (1 - fraction) / n + z2 / (4 * n * n))
     return (0.0 if count == 0 else middle - half), (1.0 if count == n else middle + half)
 
 

@@ -3,10 +3,10 @@
 The file is gzipped JSON, a value a line: a header with the schema; for each table its name, its columns and then its
 rows; at the end how many those are, and the SHA-256 of all lines before. It is the same whichever kind of database it
 comes from, so it also moves a store from SQLite to PostgreSQL. It is read in one transaction that sees one state, so
-the service goes on meanwhile, and written back in one transaction, so it is there as a whole or not at all.
+the service may run meanwhile, and written back in one transaction, so a restore is whole or changes nothing.
 
-The bytes of artifacts are not in it. Copy the artifact root after the backup, and it has all that the index names
-(unless `uncanny gc` ran in between); what is missing is said after a restore, and tasks that need it say so too.
+The bytes of artifacts are not in it. A copy of the artifact root that is made after the backup has all artifacts that
+the index names, unless `uncanny gc` ran in between. A restore lists those that are missing.
 """
 
 import base64
@@ -25,10 +25,13 @@ from typing import Any
 from service.errors import ArtifactRootUnusable, BackupFailed, Conflict
 from service.lab.artifact_root import check, missing, named_digests
 from service.lab.artifacts import Artifacts
+from service.model.json import JsonObject
 from service.store import Connection, Database, claiming, copying
 
 FORMAT = "uncanny backup 1"
 SUFFIX = ".backup.gz"
+Row = list[Any]  # Any: the values of the columns, of whichever kinds these have
+Line = JsonObject | Row
 LEVEL = 5  # of compression: half the time of the best, and nearly as small
 
 
@@ -48,9 +51,9 @@ class Report:
 
 
 def backup(database: Database, path: Path) -> Report:
-    """Write a backup to `path`, a new file, or into it, where it is a folder. Safe while the service runs.
+    """Write a backup to `path`, a new file, or into `path`, if it is a folder. Safe while the service runs.
 
-    Raises `BackupFailed` where that is not possible; then nothing of it is left. `SchemaOutdated`, `DatabaseAway`.
+    Raises `BackupFailed` if it cannot be written; then no part of it is left. `SchemaOutdated`, `DatabaseAway`.
     """
     database.check_schema()
     schema = str(database.revision())
@@ -75,7 +78,7 @@ def backup(database: Database, path: Path) -> Report:
 def restore(database: Database, artifacts: Artifacts, path: Path, *, replace: bool = False) -> Report:
     """Put what is in the backup into a database that is empty, or `replace` what it has. Stop the service first.
 
-    Raises `BackupFailed` where the file is not a whole backup of this version's schema, `Conflict` where the database
+    Raises `BackupFailed` if the file is not a whole backup of this version's schema, `Conflict` if the database
     is not empty or a dispatcher is at work on it; then nothing has changed.
     """
     report = _check(path)
@@ -109,7 +112,7 @@ def _is_of(database: Database, artifacts: Artifacts) -> bool:
     return True
 
 
-def _write(path: Path, lines: Iterator[Any]) -> dict[str, int]:
+def _write(path: Path, lines: Iterator[Line]) -> dict[str, int]:
     """Write these values and the end; returns how many rows each table has. Only its own user can read the file."""
     counts, seen, table = Counter[str](), hashlib.sha256(), ""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
@@ -128,7 +131,7 @@ def _write(path: Path, lines: Iterator[Any]) -> dict[str, int]:
     return dict(counts)
 
 
-def _lines(connection: Connection, header: dict[str, Any]) -> Iterator[Any]:
+def _lines(connection: Connection, header: JsonObject) -> Iterator[Line]:
     yield header
     for table, columns in copying.tables().items():
         yield {"table": table, "columns": columns}
@@ -140,8 +143,8 @@ def _lines(connection: Connection, header: dict[str, Any]) -> Iterator[Any]:
             ]
 
 
-def _read(path: Path) -> Generator[Any, None, None]:
-    """The values in the file, without the end. Raises `BackupFailed` at the end where that is not the one it needs."""
+def _read(path: Path) -> Generator[Line, None, None]:
+    """The values in the file, without its last line. Raises `BackupFailed` if that line does not fit them."""
     seen, last = hashlib.sha256(), b""
     try:
         with gzip.open(path, "rb") as file:
@@ -161,7 +164,7 @@ def _read(path: Path) -> Generator[Any, None, None]:
 
 
 def _check(path: Path) -> Report:
-    """Read all of it once before anything is touched."""
+    """Read the whole file once before anything is changed."""
     with closing(_read(path)) as values:
         header = next(values, None)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -180,7 +183,7 @@ def _fill(connection: Connection, path: Path) -> None:
     with closing(_read(path)) as values:
         next(values)
         table, columns = "", [""]
-        batch: list[list[Any]] = []
+        batch: list[Row] = []
         for value in values:
             if isinstance(value, dict):
                 _insert(connection, table, columns, batch)
@@ -193,7 +196,7 @@ def _fill(connection: Connection, path: Path) -> None:
         _insert(connection, table, columns, batch)
 
 
-def _insert(connection: Connection, table: str, columns: list[str], rows: list[list[Any]]) -> None:
+def _insert(connection: Connection, table: str, columns: list[str], rows: list[Row]) -> None:
     if not rows:
         return
     binary = copying.binary_columns(table)

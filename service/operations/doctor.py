@@ -1,6 +1,6 @@
-"""Is everything as it has to be? One check a line, each with what to do. The cluster is looked at by a child process.
+"""Checks of the whole installation, one a line, each with advice. A child process examines the cluster.
 
-`look_at_cluster` runs `python -m workers.doctor`, which may import Ray and torch; what it says comes back as JSON:
+`look_at_cluster` runs `python -m workers.doctor`, which may import Ray and torch. Its report is JSON:
 `{"error"}` or `{"token", "seconds", "code_digest", "versions", "nodes": [...]}`, with for each node that runs tasks
 `{"name", "cpus", "gpus"}` by Ray's own account, and `{"error"}` or `skew_seconds` and what `workers.doctor.examine`
 found there.
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from service.errors import (
     ArtifactMissing,
@@ -31,11 +31,12 @@ from service.errors import (
 from service.lab import artifact_root
 from service.lab.artifacts import Artifacts
 from service.model.environment import reported
+from service.model.json import JsonObject
 from service.settings import Settings
 from service.store import Connection, Database, claiming, datasets, reading
 
 State = Literal["ok", "warn", "fail"]
-Report = dict[str, Any]
+Report = JsonObject
 CLUSTER_SECONDS = 180.0
 SLOW_SECONDS = 0.25  # of a database's answer
 SKEW_SECONDS = 2.0  # leases go by the database's clock, but times in logs and provenance do not
@@ -48,7 +49,7 @@ LEAST_DRIVERS = {"12": 525, "13": 580}  # by CUDA's major version: NVIDIA's tabl
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, how it is, and what to do about it (empty where it is well)."""
+    """One check: its name, its state, a sentence, and advice (empty if all is well)."""
 
     name: str
     state: State
@@ -81,7 +82,7 @@ def examine(settings: Settings, look: Callable[[Settings], Report] | None = None
 
 
 def look_at_cluster(settings: Settings) -> Report:
-    """What the child process says of Ray, its nodes, their GPUs, clocks, artifacts and data."""
+    """The report of the child process on Ray, its nodes, their GPUs, clocks, artifacts and data."""
     command = [sys.executable, "-m", "workers.doctor"]
     environment = {**os.environ, **settings.environment()}
     try:
@@ -91,8 +92,8 @@ def look_at_cluster(settings: Settings) -> Report:
     try:
         report: Report = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        said = (done.stderr.strip() or "nothing").splitlines()[-1]
-        return {"error": f"`python -m workers.doctor` ended with exit code {done.returncode} and said: {said}"}
+        summary = (done.stderr.strip() or "nothing").splitlines()[-1]
+        return {"error": f"`python -m workers.doctor` ended with exit code {done.returncode} and said: {summary}"}
     return report
 
 
@@ -104,7 +105,7 @@ def _database(database: Database) -> Iterator[Check]:
         return
     try:
         with database.read() as connection:
-            named = " ".join(database.server_version(connection).split()[:2])
+            server = " ".join(database.server_version(connection).split()[:2])
             seconds = statistics.median(_timed(database, connection) for _ in range(PINGS))
     except DatabaseDamaged as error:
         yield Check("database", "fail", str(error), "mend its disk first, then restore a backup")
@@ -115,11 +116,11 @@ def _database(database: Database) -> Iterator[Check]:
     except UnfitDatabase as error:
         yield Check("database", "fail", str(error), "correct UNCANNY_DATABASE_URL, or make another database")
         return
-    said = f"{'SQLite ' if database.is_sqlite else ''}{named} at {where} answers in {seconds * 1000:.1f} ms"
+    summary = f"{'SQLite ' if database.is_sqlite else ''}{server} at {where} answers in {seconds * 1000:.1f} ms"
     if database.is_pooled():
-        said += " through a pooler: no statement is prepared, and news are looked for every 0.1 s"
+        summary += " through a pooler: no statement is prepared, and news are looked for every 0.1 s"
     slow = seconds > SLOW_SECONDS
-    yield Check("database", "warn" if slow else "ok", said, "put the services nearer to it" if slow else "")
+    yield Check("database", "warn" if slow else "ok", summary, "put the services nearer to it" if slow else "")
     try:
         database.check_schema()
     except SchemaOutdated as error:
@@ -134,8 +135,10 @@ def _writable(database: Database) -> Check:
     try:
         database.check_room(doubt=True)
     except Exception as error:  # noqa: BLE001 - whatever keeps it from writing is what is to be said
-        said = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        return Check("writing", "fail", said, "give its user the right to write, make room, or end a writer that hangs")
+        summary = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        return Check(
+            "writing", "fail", summary, "give its user the right to write, make room, or end a writer that hangs"
+        )
     return Check("writing", "ok", f"a writer has its turn after {(time.monotonic() - started) * 1000:.1f} ms")
 
 
@@ -155,10 +158,10 @@ def _clock(database: Database) -> Check:
 
 
 def _skewed(name: str, here: str, there: str, skew: float) -> Check:
-    said = f"{there} and {here} differ by {skew:.3f} s"
+    summary = f"{there} and {here} differ by {skew:.3f} s"
     if skew > SKEW_SECONDS:
-        return Check(name, "warn", said, "let NTP keep both clocks")
-    return Check(name, "ok", said)
+        return Check(name, "warn", summary, "let NTP keep both clocks")
+    return Check(name, "ok", summary)
 
 
 def _dispatcher(database: Database) -> Iterator[Check]:
@@ -172,15 +175,15 @@ def _dispatcher(database: Database) -> Iterator[Check]:
         yield Check("dispatcher", "warn", f"nobody leads{since_when}", "start `uncanny serve` or `uncanny dispatch`")
     else:
         ready = bool(leader.status.get("capacity", {}).get("ready"))
-        said = f"{leader.holder} leads, its lease has {leader.expires_at - now:.0f} s left"
+        summary = f"{leader.holder} leads, its lease has {leader.expires_at - now:.0f} s left"
         advice = "" if ready else "see its log for what keeps Ray away"
-        yield Check("dispatcher", "ok" if ready else "warn", said + ("" if ready else "; it has no Ray"), advice)
-        for one in reported(leader.status):
+        yield Check("dispatcher", "ok" if ready else "warn", summary + ("" if ready else "; it has no Ray"), advice)
+        for fault in reported(leader.status):
             advice = "mend it: it is tried again by itself"
-            yield Check(f"{one.owner.replace('_', ' ')} {one.name}", "fail", one.sentence(now), advice)
+            yield Check(f"{fault.owner.replace('_', ' ')} {fault.name}", "fail", fault.sentence(now), advice)
     if oldest is not None:
-        said = f"{old} tasks wait for more than an hour, the oldest for {(now - oldest) / 3600:.1f} h"
-        yield Check("queue", "warn", said, "`uncanny jobs state=queued`: is the cluster large enough?")
+        summary = f"{old} tasks wait for more than an hour, the oldest for {(now - oldest) / 3600:.1f} h"
+        yield Check("queue", "warn", summary, "`uncanny jobs state=queued`: is the cluster large enough?")
     if held:
         yield Check("held", "warn", f"{held} tasks are held for review", "`uncanny jobs state=held`, then retry")
     if not old and not held:
@@ -203,7 +206,7 @@ def _registered(database: Database, artifacts: Artifacts) -> Iterator[Check]:
 
 
 def _artifact_root(artifacts: Artifacts, check: Callable[[], None]) -> Check:
-    """`check` raises where the folder is not the artifact root; then nothing is written there."""
+    """`check` raises if the folder is not the artifact root; then nothing is written there."""
     content = secrets.token_bytes(64)
     started = time.monotonic()
     try:
@@ -224,11 +227,11 @@ def _artifact_root(artifacts: Artifacts, check: Callable[[], None]) -> Check:
 
 
 def _room(settings: Settings) -> Iterator[Check]:
-    places = {"home": settings.home, "data": settings.data}
+    folders = {"home": settings.home, "data": settings.data}
     if "://" not in settings.artifacts:
-        places["artifacts"] = Path(settings.artifacts)
+        folders["artifacts"] = Path(settings.artifacts)
     by_disk: dict[int, tuple[list[str], Path]] = {}
-    for name, path in places.items():
+    for name, path in folders.items():
         there = next(folder for folder in (path, *path.parents) if folder.exists())
         by_disk.setdefault(there.stat().st_dev, ([], there))[0].append(name)
     for names, path in by_disk.values():
@@ -236,13 +239,13 @@ def _room(settings: Settings) -> Iterator[Check]:
 
 
 def room_check(name: str, free_bytes: int) -> Check:
-    said = f"{free_bytes / (1 << 30):.1f} GiB free"
+    summary = f"{free_bytes / (1 << 30):.1f} GiB free"
     state: State = "ok" if free_bytes >= LOW_BYTES else "warn" if free_bytes >= LEAST_BYTES else "fail"
-    return Check(name, state, said, "" if state == "ok" else "`uncanny gc`, or a larger disk")
+    return Check(name, state, summary, "" if state == "ok" else "`uncanny gc`, or a larger disk")
 
 
 def cluster_checks(settings: Settings, report: Report) -> Iterator[Check]:
-    """What follows from what the child process said."""
+    """The checks that follow from the report of the child process."""
     address = settings.ray_address or "a local Ray"
     if "error" in report:
         advice = "start it (`ray start`), correct RAY_ADDRESS, or look at the token (RAY_AUTH_TOKEN_PATH)"
@@ -250,8 +253,8 @@ def cluster_checks(settings: Settings, report: Report) -> Iterator[Check]:
         return
     nodes: list[Report] = report["nodes"]
     count = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
-    said = f"{address}: {count} after {report['seconds']:.1f} s, Ray {report['versions']['ray']}"
-    yield Check("ray", "ok" if nodes else "fail", said, "" if nodes else "start a worker: `ray start --address=...`")
+    summary = f"{address}: {count} after {report['seconds']:.1f} s, Ray {report['versions']['ray']}"
+    yield Check("ray", "ok" if nodes else "fail", summary, "" if nodes else "start a worker: `ray start --address=...`")
     if report["token"]:
         yield Check("ray token", "ok", "asked for, and the right one")
     else:
@@ -294,19 +297,19 @@ def _same_code(name: str, report: Report, node: Report) -> Check:
 
 
 def _gpus(name: str, node: Report) -> Check:
-    named, counted, trouble = f"{name} gpus", node["gpus"], node["torch_trouble"]
+    label, counted, trouble = f"{name} gpus", node["gpus"], node["torch_trouble"]
     seen = [device["name"] for device in node["devices"]]
     if not seen and not counted and not trouble:
-        return Check(named, "ok", "none: tasks run on its CPUs")
-    said = f"Ray has {counted:g}, torch sees {len(seen)} ({', '.join(seen)}); {_driver(node) or 'no driver'}"
+        return Check(label, "ok", "none: tasks run on its CPUs")
+    summary = f"Ray has {counted:g}, torch sees {len(seen)} ({', '.join(seen)}); {_driver(node) or 'no driver'}"
     if too_old := _too_old(node):
-        return Check(named, "fail", f"{said}: {too_old}", "install a newer driver, or a torch for an older CUDA")
+        return Check(label, "fail", f"{summary}: {too_old}", "install a newer driver, or a torch for an older CUDA")
     if trouble or counted > len(seen):
         advice = "install a driver and a torch that fit each other, or the container toolkit"
-        return Check(named, "fail", f"{said}: {trouble}" if trouble else said, advice)
+        return Check(label, "fail", f"{summary}: {trouble}" if trouble else summary, advice)
     if counted < len(seen):
-        return Check(named, "warn", said, f"start Ray there with --num-gpus={len(seen)}")
-    return Check(named, "ok", said)
+        return Check(label, "warn", summary, f"start Ray there with --num-gpus={len(seen)}")
+    return Check(label, "ok", summary)
 
 
 def _driver(node: Report) -> str:
@@ -314,7 +317,7 @@ def _driver(node: Report) -> str:
 
 
 def _too_old(node: Report) -> str:
-    """How the node's driver is older than its torch needs; empty where it is not, or nobody knows."""
+    """A sentence if the node's driver is older than its torch needs; empty if it is not, or if nobody knows."""
     least = LEAST_DRIVERS.get(str(node["cuda"]).partition(".")[0])
     version = re.search(r"\b(\d{3,})\.\d", _driver(node))
     if least is None or version is None or int(version[1]) >= least:
@@ -323,29 +326,29 @@ def _too_old(node: Report) -> str:
 
 
 def _devices(settings: Settings, name: str, node: Report) -> Iterator[Check]:
-    """Of each GPU: whether it computes, who may use it, and how much of its memory others have.
+    """A check of each GPU: whether it computes, who may use it, and how much of its memory others have.
 
-    Where torch can use none, each that it has no kernels for: another driver alone will not help there.
+    If torch can use no GPU, the GPUs that it has no kernels for fail: another driver alone would not help them.
     """
     shared = 0 < settings.gpus_per_task < 1 or any(0 < (of.gpus or 0) < 1 for of in settings.resources.values())
     modes = {gpu["uuid"]: gpu["compute_mode"] for gpu in node["listed"]}
     for index, device in enumerate(node["devices"]):
-        named, mode = f"{name} gpu {index}", modes.get(device["uuid"], "Default")
-        said = f"{_kind(device)}, {device['free_bytes'] / (1 << 30):.1f} GiB free"
+        label, mode = f"{name} gpu {index}", modes.get(device["uuid"], "Default")
+        summary = f"{_kind(device)}, {device['free_bytes'] / (1 << 30):.1f} GiB free"
         if not device["fits"]:
-            yield _without_kernels(named, said, node)
+            yield _without_kernels(label, summary, node)
         elif device["trouble"]:
             advice = "install a driver and a torch that fit it, or have it tested; until then it gets no tasks"
-            yield Check(named, "fail", f"{said}: {device['trouble']}", advice)
+            yield Check(label, "fail", f"{summary}: {device['trouble']}", advice)
         elif mode != "Default":  # a worker that is done keeps its context there for the next task
             advice = "let several processes use it: `nvidia-smi --compute-mode=DEFAULT`"
             state: State = "fail" if shared or mode == "Prohibited" else "warn"
-            yield Check(named, state, f"{said}: its compute mode is {mode}", advice)
+            yield Check(label, state, f"{summary}: its compute mode is {mode}", advice)
         elif device["free_bytes"] < USUAL_FREE * device["total_bytes"]:
             advice = "end what else runs there, or start Ray with fewer GPUs"
-            yield Check(named, "warn", f"{said} of {device['total_bytes'] / (1 << 30):.1f}: others use it", advice)
+            yield Check(label, "warn", f"{summary} of {device['total_bytes'] / (1 << 30):.1f}: others use it", advice)
         else:
-            yield Check(named, "ok", f"{said}: it computes")
+            yield Check(label, "ok", f"{summary}: it computes")
     if not node["devices"]:
         for index, listed in enumerate(node["listed"]):
             if not listed["fits"]:
@@ -356,18 +359,18 @@ def _kind(gpu: Report) -> str:
     return f"{gpu['name']}, compute capability {gpu['capability']}"
 
 
-def _without_kernels(named: str, said: str, node: Report) -> Check:
+def _without_kernels(label: str, summary: str, node: Report) -> Check:
     built = ", ".join(node["built_for"]) or "CPUs alone"
     advice = "start Ray there without it, or install a torch that has kernels for it"
-    return Check(named, "fail", f"{said}: torch has no kernels for it, which is built for {built}", advice)
+    return Check(label, "fail", f"{summary}: torch has no kernels for it, which is built for {built}", advice)
 
 
-def _data(name: str, data: dict[str, dict[str, Any]]) -> Iterator[Check]:
-    whole = [dataset for dataset, found in data.items() if found["state"] == "whole"]
-    absent = [dataset for dataset, found in data.items() if found["state"] == "absent"]
-    for dataset, found in data.items():
-        if found["state"] == "damaged":
-            advice = f"put the original of {', '.join(found['files'])} there"
+def _data(name: str, data: dict[str, JsonObject]) -> Iterator[Check]:
+    whole = [dataset for dataset, status in data.items() if status["state"] == "whole"]
+    absent = [dataset for dataset, status in data.items() if status["state"] == "absent"]
+    for dataset, status in data.items():
+        if status["state"] == "damaged":
+            advice = f"put the original of {', '.join(status['files'])} there"
             yield Check(f"{name} data {dataset}", "fail", "files are missing or have other checksums", advice)
-    said = f"{', '.join(whole) or 'no public data set'} with the right checksums"
-    yield Check(f"{name} data", "ok", said + (f"; downloaded when asked for: {', '.join(absent)}" if absent else ""))
+    summary = f"{', '.join(whole) or 'no public data set'} with the right checksums"
+    yield Check(f"{name} data", "ok", summary + (f"; downloaded when asked for: {', '.join(absent)}" if absent else ""))

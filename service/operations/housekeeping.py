@@ -1,11 +1,11 @@
-"""What can go: bytes that nothing refers to, epoch states that are of no use, old events, leftovers of what was killed.
+"""Collects garbage: bytes that nothing refers to, useless epoch states, old events, leftovers of killed processes.
 
-What stays, whatever a quota says: checkpoints, uploads and data sets, the epoch state of any task that is not over,
-and every number, bit and curve (those are rows, not artifacts). In the order in which things go:
+Whatever the quota is, these stay: checkpoints, uploads and data sets, the epoch state of any task that is not over,
+and every number, bit and curve (those are rows, not artifacts). These go, in this order:
 
 1. artifacts without a row that names them, once they are older than `age_seconds`: a worker publishes bytes first, and
    the row follows when its dispatcher has recorded the outcome, which may take as long as the database is away;
-2. epoch states that no resumption would start from: their task succeeded, or a later one has taken their place; and
+2. epoch states that no attempt would resume from: their task succeeded, or a later state has taken their place; and
    those of tasks that failed or were cancelled more than `age_seconds` ago (a retry then starts from the first epoch);
 3. over `quota_bytes`: the epoch states of all other tasks that are over, then arrays (whole trajectories, kept for
    another look; their summaries are rows), oldest first, until what is left fits;
@@ -13,24 +13,24 @@ and every number, bit and curve (those are rows, not artifacts). In the order in
    audit log: without that setting, all stay. The newest one always stays;
 5. `.writing-*` folders under the root and sessions of a local Ray under home, of processes that are gone.
 
-It is safe beside dispatchers and running workers: rows go in one writing transaction that looks again, and bytes are
-taken away by a rename that is undone where they turn out to have just been published once more.
+It is safe beside dispatchers and running workers: rows go in one writing transaction that checks them again, and bytes
+are renamed first, which is undone if they were published again meanwhile.
 """
 
 import logging
 import math
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from service import private
 from service.errors import UncannyError
 from service.lab.artifacts import Artifacts, Stored
+from service.model.json import JsonObject
 from service.settings import Settings
 from service.store import Condition, Database, artifact_index, history
 
@@ -54,8 +54,8 @@ class Policy:
 
 
 @dataclass
-class Pile:
-    """So many things, of so many bytes."""
+class Tally:
+    """A number of artifacts, files or events, and their bytes."""
 
     count: int = 0
     size_bytes: int = 0
@@ -67,73 +67,79 @@ class Pile:
 
 @dataclass
 class Report:
-    """What went, or would go; `kept` is what is left under the root, `over_quota_bytes` what no rule lets go."""
+    """What was deleted, or would be. `kept` is left under the root; no rule deletes the `over_quota_bytes`."""
 
     dry_run: bool
-    unreferenced: Pile = field(default_factory=Pile)
-    epoch_states: Pile = field(default_factory=Pile)
-    arrays: Pile = field(default_factory=Pile)
-    events: Pile = field(default_factory=Pile)
-    leftovers: Pile = field(default_factory=Pile)
-    kept: Pile = field(default_factory=Pile)
+    unreferenced: Tally = field(default_factory=Tally)
+    epoch_states: Tally = field(default_factory=Tally)
+    arrays: Tally = field(default_factory=Tally)
+    events: Tally = field(default_factory=Tally)
+    leftovers: Tally = field(default_factory=Tally)
+    kept: Tally = field(default_factory=Tally)
     over_quota_bytes: int = 0
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 
 def collect(
     database: Database, artifacts: Artifacts, policy: Policy, *, home: Path | None = None, dry_run: bool = False
 ) -> Report:
-    """Let go what the policy lets go. Raises `DatabaseAway` and what the file system says; may be run again then.
+    """Delete what the policy allows. Raises `DatabaseAway` and errors of the file system; it can be run again then.
 
-    Nothing goes where the folder is not the artifact root: raises `ArtifactRootUnusable`.
+    If the folder is not the artifact root, it raises `ArtifactRootUnusable` and deletes nothing.
     """
     artifacts.require_mark()
     report = Report(dry_run)
     with database.read() as connection:
         now = database.now(connection)
-    # Listed first: whatever is recorded from here on is newer than what is old now.
-    stored = {one.digest: one for one in artifacts.stored()}
+    # Listed first, so that nothing that is recorded from here on counts as old.
+    stored = {artifact.digest: artifact for artifact in artifacts.stored()}
     gone: set[str] = set()
 
-    def discard(digests: Iterable[str], pile: Pile, older_than: float) -> None:
+    def discard(digests: Iterable[str], tally: Tally, older_than: float) -> None:
         for digest in digests:
-            one = stored.get(digest)
-            if one is not None and digest not in gone and (dry_run or artifacts.discard(digest, older_than)):
+            artifact = stored.get(digest)
+            if artifact is not None and digest not in gone and (dry_run or artifacts.discard(digest, older_than)):
                 gone.add(digest)
-                pile.add(one.size_bytes)
+                tally.add(artifact.size_bytes)
 
-    old = [one.digest for one in stored.values() if one.modified_at < now - policy.age_seconds]
-    for first in range(0, len(old), BATCH):
-        with database.read() as connection:
-            named = artifact_index.named_among(connection, old[first : first + BATCH])
-        unnamed = [digest for digest in old[first : first + BATCH] if digest not in named]
-        discard(unnamed, report.unreferenced, now - policy.age_seconds)
-    useless = artifact_index.useless_epoch_states(now - policy.age_seconds)
+    before = now - policy.age_seconds
+    old = [artifact.digest for artifact in stored.values() if artifact.modified_at < before]
+    discard(_unnamed(database, old), report.unreferenced, before)
+    useless = artifact_index.useless_epoch_states(before)
     discard(_forget(database, useless, dry_run), report.epoch_states, math.inf)
     if policy.quota_bytes is not None:
         over = _total(stored, gone) - policy.quota_bytes
-        for kind, pile in (("epoch_state", report.epoch_states), ("arrays", report.arrays)):
+        for kind, tally in (("epoch_state", report.epoch_states), ("arrays", report.arrays)):
             if over > 0:
                 with database.read() as connection:
                     chosen = artifact_index.oldest_of_ended_tasks(connection, kind, over, gone)
                 evicted = artifact_index.of_ended_tasks(kind, chosen)
-                discard(_forget(database, evicted, dry_run), pile, math.inf)
+                discard(_forget(database, evicted, dry_run), tally, math.inf)
                 over = _total(stored, gone) - policy.quota_bytes
         report.over_quota_bytes = max(0, over)
     report.events.count = _forget_events(database, now, policy.event_seconds, dry_run)
-    _sweep_leftovers(artifacts, home, now - policy.age_seconds, report.leftovers, dry_run)
-    report.kept = Pile(len(stored) - len(gone), _total(stored, gone))
+    _sweep_leftovers(artifacts, home, before, report.leftovers, dry_run)
+    report.kept = Tally(len(stored) - len(gone), _total(stored, gone))
     return report
 
 
+def _unnamed(database: Database, digests: Sequence[str]) -> Iterator[str]:
+    """Those of these digests that no row names, each batch looked up right before it is used."""
+    for first in range(0, len(digests), BATCH):
+        batch = digests[first : first + BATCH]
+        with database.read() as connection:
+            named = artifact_index.named_among(connection, batch)
+        yield from (digest for digest in batch if digest not in named)
+
+
 def _total(stored: dict[str, Stored], gone: set[str]) -> int:
-    return sum(one.size_bytes for one in stored.values() if one.digest not in gone)
+    return sum(artifact.size_bytes for artifact in stored.values() if artifact.digest not in gone)
 
 
 def _forget(database: Database, which: Condition, dry_run: bool) -> list[str]:
-    """Forget these rows of the index; returns the digests that nothing refers to any more."""
+    """Delete these rows of the index; returns the digests that no row refers to any more."""
     if dry_run:
         with database.read() as connection:
             return artifact_index.digests_where(connection, which)
@@ -154,25 +160,25 @@ def _forget_events(database: Database, now: float, seconds: float | None, dry_ru
     return end - first
 
 
-def _sweep_leftovers(artifacts: Artifacts, home: Path | None, before: float, pile: Pile, dry_run: bool) -> None:
+def _sweep_leftovers(artifacts: Artifacts, home: Path | None, before: float, tally: Tally, dry_run: bool) -> None:
     for path in [*artifacts.leftovers(before), *(_dead_sessions(home / private.SESSIONS, before) if home else [])]:
-        size = sum(one.lstat().st_size for one in (path, *path.rglob("*")) if one.is_file())
+        size = sum(file.lstat().st_size for file in (path, *path.rglob("*")) if file.is_file())
         if not dry_run:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        pile.add(size)
+        tally.add(size)
 
 
 def _dead_sessions(folder: Path, before: float) -> list[Path]:
     """Sessions of a local Ray, `session_DATE_TIME_MICROSECONDS_PID`, whose process is gone."""
-    found = [path for path in folder.glob("session_*_*_*_*") if path.is_dir() and not path.is_symlink()]
-    dead = [path for path in found if not psutil.pid_exists(int(path.name.rpartition("_")[2] or 0))]
+    sessions = [path for path in folder.glob("session_*_*_*_*") if path.is_dir() and not path.is_symlink()]
+    dead = [path for path in sessions if not psutil.pid_exists(int(path.name.rpartition("_")[2] or 0))]
     return [path for path in dead if path.stat().st_mtime < before]
 
 
 def keep_house(
     database: Database, artifacts: Artifacts, settings: Settings, leads: Callable[[], bool], stop: threading.Event
 ) -> None:
-    """Collect every `gc_every_seconds` while `leads()`, until `stop` is set. Not at all where that is 0."""
+    """Collect every `gc_every_seconds` while `leads()`, until `stop` is set; never if it is 0."""
     while settings.gc_every_seconds and not stop.wait(settings.gc_every_seconds):
         if not leads():
             continue

@@ -29,13 +29,13 @@ class Upgraded:
 
 
 def upgrade(database: Database) -> Upgraded:
-    """Bring schema and verdicts up to this version's. Safe to run twice, by two, and to break off."""
+    """Bring schema and verdicts up to this version's. Safe to repeat, to run in two processes, and to interrupt."""
     database.upgrade()
     return judge_again(database)
 
 
 def judge_again(database: Database) -> Upgraded:
-    """Judge by this version's rule what an older one has judged, from the stored bits; an event names each change."""
+    """Judge results of older rules again by this version's, from the stored bits; an event names each change."""
     judged = changed = after = 0
     while True:
         with database.write() as connection:
@@ -51,10 +51,10 @@ def judge_again(database: Database) -> Upgraded:
 
 
 def prepare_store(settings: Settings) -> None:
-    """The embedded database brings itself up to date; a shared one is only looked at.
+    """Upgrade the embedded database; only check a shared one.
 
-    It takes the artifact root that is there as its own if it knows none yet. Raises `SchemaOutdated`,
-    `DatabaseDamaged`. What is away may come back later, and is only warned of.
+    A database that has no artifact root yet takes the one of the settings. Raises `SchemaOutdated`, `DatabaseDamaged`.
+    A database or root that is away may come back, so that is only a warning.
     """
     database = Database(settings.database)
     try:

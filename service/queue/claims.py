@@ -153,7 +153,7 @@ class Claims:
 
     def _granted(
         self, connection: Connection, choice: Choice, placements: Mapping[str, claiming.Placement]
-    ) -> dict[str, Grant]:  # fmt: skip
+    ) -> dict[str, Grant]:
         now, lease = self.database.now(connection), self.settings.lease_seconds
         granted = claiming.grant(connection, now, self.name, lease, list(placements), placements)
         if old := replanning.outdated(granted.values()):

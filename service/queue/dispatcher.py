@@ -150,7 +150,7 @@ class Dispatcher:
                 self._environment.take_over(environment.reported(before.status), now)
                 self._claims.take_over(before.status)
             status = {"capacity": vars(self._claims.capacity()), "bundles": self._bundles}
-            status["set_aside"] = self._environment.told(now)
+            status["set_aside"] = self._environment.as_status(now)
             epoch = claiming.lead(connection, now, self.name, self._epoch, lease, status)
             if epoch is not None:
                 happened = [Event(NEWS[verb], data=one.as_data()) for verb, one in news]

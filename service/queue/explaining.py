@@ -49,12 +49,16 @@ def queue_status(database: Database, settings: Settings) -> dict[str, Any]:
         "changed_at": iso(row.changed_at) if row else None,
         "users": [
             {
-                "user": name, "weight": of.weight, "device_seconds": round(of.device_seconds, 1),
-                "gpus_in_use": of.devices, "max_gpus": of.max_gpus, "waiting": name in waiting,
+                "user": name,
+                "weight": of.weight,
+                "device_seconds": round(of.device_seconds, 1),
+                "gpus_in_use": of.devices,
+                "max_gpus": of.max_gpus,
+                "waiting": name in waiting,
             }
             for name, of in accounts.items()
         ],
-    }  # fmt: skip
+    }
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def _without_room(database: Database) -> str | None:
 
 def _look(
     connection: Connection, now: float, settings: Settings, tasks: Sequence[Task], dataset: str, full: str | None
-) -> _Look:  # fmt: skip
+) -> _Look:
     queued = [task for task in tasks if task.state == TaskState.QUEUED and not task.paused]
     leader, row = claiming.leader(connection), changing.queue(connection)
     said = leader.status.get("capacity") if leader else None

@@ -12,9 +12,12 @@ Ended = tuple[str, str | None]
 
 
 def pause_failing(
-    database: Database, actor: str, still_leads: Callable[[Connection], bool], ended: Sequence[Ended],
+    database: Database,
+    actor: str,
+    still_leads: Callable[[Connection], bool],
+    ended: Sequence[Ended],
     in_a_row: dict[str, int],
-) -> None:  # fmt: skip
+) -> None:
     """Count each sweep's quick failures `in_a_row`, and pause those that have too many."""
     if not in_a_row and all(why is None for _, why in ended):
         return

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from service.limits import Limits
-from service.model.estimates import Estimate, Likeness, estimate, likeness, units
+from service.model.estimates import Estimate, Workload, estimate, units, workload
 from service.queue.planning import Known, counted, distinct_tasks, standing
 from service.specs.plan import JobPlan, PlannedTask
 from service.store import Connection, changing, claiming, submitting, timings, users
@@ -18,7 +18,7 @@ MANY = 10_000  # as far as tasks before it are counted
 class _Group:
     """Planned tasks that are alike, and what tasks like them took."""
 
-    like: Likeness
+    like: Workload
     units: tuple[float, ...]
     estimate: Estimate | None
 
@@ -46,12 +46,12 @@ def preview(
 
 def _groups(connection: Connection, needed: Mapping[str, PlannedTask], known: Known) -> dict[str, list[_Group]]:
     """Those that are under way and those to compute, each in groups that are alike."""
-    sizes: dict[str, dict[Likeness, list[float]]] = {"under_way": defaultdict(list), "to_compute": defaultdict(list)}
+    sizes: dict[str, dict[Workload, list[float]]] = {"under_way": defaultdict(list), "to_compute": defaultdict(list)}
     specs = {digest: task.stored_spec for digest, task in needed.items() if task.spec.kind == "train"}
     for digest, task in needed.items():
         if (place := standing(digest, known)) != "known":
             spec = task.stored_spec
-            sizes[place][likeness(spec, specs[task.train_digest])].append(units(spec))
+            sizes[place][workload(spec, specs[task.train_digest])].append(units(spec))
     found = {like: estimate(timings.newest(connection, like)) for place in sizes.values() for like in place}
     return {
         place: [_Group(like, tuple(those), found[like]) for like, those in groups.items()]
@@ -64,20 +64,25 @@ def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
     unknown = [group for group in groups if group.estimate is None]
     history = [
         {
-            **vars(group.like), "tasks": len(group.units), "device": group.estimate.device,
-            "timings": group.estimate.count, "device_seconds_p50": group.seconds("p50"),
+            **vars(group.like),
+            "tasks": len(group.units),
+            "device": group.estimate.device,
+            "timings": group.estimate.count,
+            "device_seconds_p50": group.seconds("p50"),
             "device_seconds_p90": group.seconds("p90"),
         }
         for group in groups
         if group.estimate is not None
-    ]  # fmt: skip
+    ]
     if unknown:
         listed = "; ".join(f"{group.like} ({len(group.units)})" for group in unknown[:5])
         more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         return {
-            "device_seconds_p50": None, "device_seconds_p90": None, "history": history,
+            "device_seconds_p50": None,
+            "device_seconds_p90": None,
+            "history": history,
             "reason": f"nothing like it has run here yet: {listed}{more}",
-        }  # fmt: skip
+        }
     return {
         "device_seconds_p50": sum(row["device_seconds_p50"] for row in history),
         "device_seconds_p90": sum(row["device_seconds_p90"] for row in history),
@@ -87,9 +92,13 @@ def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
 
 
 def _eta(
-    connection: Connection, groups: Mapping[str, Sequence[_Group]], queue: Mapping[str, Any],
-    user: str, limits: Limits, default: Limits,
-) -> dict[str, Any]:  # fmt: skip
+    connection: Connection,
+    groups: Mapping[str, Sequence[_Group]],
+    queue: Mapping[str, Any],
+    user: str,
+    limits: Limits,
+    default: Limits,
+) -> dict[str, Any]:
     """Seconds until all is done, at the user's fair share of the places among those who wait now.
 
     What the user has queued already comes first and is taken to be like this; no less than a training and the longest
@@ -134,6 +143,10 @@ def _quota(connection: Connection, user: str, limits: Limits, more: int) -> dict
     fits = limits.max_queued_jobs is None or have + more <= limits.max_queued_jobs
     in_use = users.devices_in_use(connection).get(user, 0.0)
     return {
-        "user": user, **asdict(limits), "unfinished_jobs": have, "unfinished_jobs_after": have + more, "fits": fits,
+        "user": user,
+        **asdict(limits),
+        "unfinished_jobs": have,
+        "unfinished_jobs_after": have + more,
+        "fits": fits,
         "gpus_in_use": in_use,
-    }  # fmt: skip
+    }

@@ -21,7 +21,7 @@ from service.queue import replanning
 from service.queue.planning import plans_of
 from service.queue.submission import Service
 from service.results.judging import judge_results
-from service.results.results import found
+from service.results.results import result_of
 from service.specs import JobSpec, problems
 from service.specs.measures import FURTHER_MEASURES
 from service.store import Connection, flagging, history, reading, retracting
@@ -43,7 +43,7 @@ def retract(
     `NotAllowed` where others' results show these numbers and the user is no admin, `QuotaExceeded`: nothing is done.
     """
     with service.database.write() as connection:
-        row = found(connection, job_id)
+        row = result_of(connection, job_id)
         if row.retracted_at is not None:
             raise Conflict(f"the result of job {job_id} is retracted already: {row.retraction_reason}")
         now = service.database.now(connection)
@@ -113,7 +113,7 @@ def restore(service: Service, job_id: str, *, user: str, admin: bool) -> dict[st
     Raises `NotFound`, `Conflict`, and `NotAllowed` where it or some of the results are others' and no admin asks.
     """
     with service.database.write() as connection:
-        row = found(connection, job_id)
+        row = result_of(connection, job_id)
         if row.retracted_at is None:
             raise Conflict(f"the result of job {job_id} is not retracted")
         if not admin and row.retracted_by != user:

@@ -14,8 +14,8 @@ from typing import Any
 
 from service.errors import InvalidQuery
 from service.model.dotted import flat
-from service.model.json import JsonObject
-from service.model.observations import SHARES, Moments, Observations, accuracy_interval, range_of
+from service.model.json import JsonMapping, JsonObject
+from service.model.observations import FRACTIONS, Moments, Observations, accuracy_interval, range_of
 from service.model.observations import interval as interval
 from service.model.query import Node, fields_of
 from service.model.results import CellSpec
@@ -47,7 +47,7 @@ Key = tuple[Any, ...]  # Any: the values of the fields that are grouped by
 
 @dataclass
 class Group:
-    """So many `rows` of so many `networks`, which sums tell apart only where each has one row of one cell."""
+    """One group: its `rows` and `networks`. Sums count each network once only if it has one row (`is_plain`)."""
 
     cells: set[int] = field(default_factory=set)
     rows: int = 0
@@ -62,13 +62,13 @@ class Group:
 
 def metrics_of(text: str) -> dict[str, tuple[str, ...]]:
     """`robust_accuracy:mean,std,clean_accuracy:mean` as statistics by metric. Raises `InvalidQuery`."""
-    found: dict[str, list[str]] = {}
+    statistics_of: dict[str, list[str]] = {}
     last = ""
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, colon, statistic = part.partition(":")
         if colon or not _is_statistic(part):
             last = name
-            found.setdefault(last, [])
+            statistics_of.setdefault(last, [])
         else:
             statistic = part
         if not last:
@@ -78,10 +78,10 @@ def metrics_of(text: str) -> dict[str, tuple[str, ...]]:
                 raise InvalidQuery(
                     "metrics", f"unknown statistic {statistic!r} (known are: {', '.join(STATISTICS)}, q05)"
                 )
-            found[last].append(statistic)
-    if len(found) > MAX_METRICS:
-        raise InvalidQuery("metrics", f"these are {len(found)}; at most {MAX_METRICS} can be asked for at once")
-    return {name: tuple(dict.fromkeys(statistics)) or ("mean", "count") for name, statistics in found.items()}
+            statistics_of[last].append(statistic)
+    if len(statistics_of) > MAX_METRICS:
+        raise InvalidQuery("metrics", f"these are {len(statistics_of)}; at most {MAX_METRICS} can be asked for at once")
+    return {name: tuple(dict.fromkeys(statistics)) or ("mean", "count") for name, statistics in statistics_of.items()}
 
 
 def _is_statistic(text: str) -> bool:
@@ -113,10 +113,10 @@ def aggregate(
         if len(groups) > MAX_BEST and any(what in BEST for of in metrics.values() for what in of):
             raise InvalidQuery("metrics", f"best and worst are for {MAX_BEST:,} groups at most, not {len(groups):,}")
         question.take_values(groups)
-        items = [question.item(key, group) for key, group in sorted(groups.items(), key=lambda one: _rank(one[0]))]
+        items = [question.item(key, group) for key, group in sorted(groups.items(), key=lambda entry: _rank(entry[0]))]
         hidden = 0 if retracted else store.hidden(connection, nodes)
-    asked = {name: list(of) for name, of in metrics.items()}
-    answer = {"by": list(by), "metrics": asked, "spread_of": UNITS[unit], "items": items, "mixed": mixed}
+    statistics = {name: list(of) for name, of in metrics.items()}
+    answer = {"by": list(by), "metrics": statistics, "spread_of": UNITS[unit], "items": items, "mixed": mixed}
     return {**answer, "retracted": hidden}
 
 
@@ -133,7 +133,7 @@ class Grouping:
         *,
         judged: bool = False,
     ) -> None:
-        self.connection, self.where, self.by, self.asked, self.unit = connection, where, list(keys), metrics, unit
+        self.connection, self.where, self.by, self.statistics, self.unit = connection, where, list(keys), metrics, unit
         self.keys, self.judged = list(keys.values()), judged
         self.metrics = {name: _number(connection, name) for name in metrics}
         self.own = [key.column for key in self.keys if key.of_cell is None]
@@ -169,12 +169,12 @@ class Grouping:
         shared, mine = iter(self.of_cell[cell_id]), iter(own)
         return tuple(next(mine) if key.of_cell is None else next(shared) for key in self.keys)
 
-    def mixed(self, groups: Mapping[Key, Group]) -> dict[str, list[Any]]:
+    def mixed(self, groups: Mapping[Key, Group]) -> dict[str, list[object]]:
         """The fields, other than seeds and those grouped by, that differ within a group, with up to five values."""
         several = [sorted(group.cells) for group in groups.values() if len(group.cells) > 1]
         specs = _without_common(store.cell_specs(self.connection, set().union(*several)))
         grouped = {LONG.get(name, name) for name in self.by}
-        differing: dict[str, dict[Any, None]] = {}
+        differing: dict[str, dict[object, None]] = {}
         for cell_ids in several:
             for name, values in _distinct(specs[cell_id] for cell_id in cell_ids).items():
                 # Parts that thousands of cells share, such as their attack, are taken apart once.
@@ -188,32 +188,32 @@ class Grouping:
                 differing.setdefault(name, {}).update(dict.fromkeys(values))
         return {name: list(differing[name])[:5] for name in sorted(differing)}
 
-    def _measured(self) -> dict[str, list[Any]]:
+    def _measured(self) -> dict[str, list[object]]:
         """What differs within a group in how its numbers were made, with its values: the parameters and versions of
         further measures, and the version of the verdict that counted what is masked, or chose the results."""
-        differing: dict[str, dict[Any, None]] = {}
+        differing: dict[str, dict[object, None]] = {}
         for name, metric in self.metrics.items():
-            found: dict[Key, list[JsonObject]] = defaultdict(list)
+            specs_of: dict[Key, list[JsonObject]] = defaultdict(list)
             if self.judged or name in OF_VERDICT:
                 judged = aggregating.verdict_versions(self.connection, self.where, self.own, metric.column)
                 for cell_id, own, (version,) in judged:
-                    found[self._key(cell_id, own)].append({VERDICT_VERSION: version})
+                    specs_of[self._key(cell_id, own)].append({VERDICT_VERSION: version})
             if metric.measure is not None:
                 made_by = aggregating.measures(self.connection, self.where, self.own, metric.column, metric.measure)
                 for cell_id, own, (measure, version) in made_by:
                     spec = {**json.loads(measure), "version": version}
-                    named = {f"measures.{spec['type']}.{part}": value for part, value in spec.items()}
-                    found[self._key(cell_id, own)].append(named)
-            for specs in found.values():
+                    parameters = {f"measures.{spec['type']}.{part}": value for part, value in spec.items()}
+                    specs_of[self._key(cell_id, own)].append(parameters)
+            for specs in specs_of.values():
                 for part, values in _distinct(specs).items():
                     if len(values) > 1:
                         differing.setdefault(part, {}).update(dict.fromkeys(values))
         return {name: list(values) for name, values in differing.items()}
 
     def take_values(self, groups: Mapping[Key, Group]) -> None:
-        """The value of each network, where sums count one twice, do not tell a quantile, or cancel.
+        """Read the value of each network where sums are not enough: they count one twice, tell no quantile, or cancel.
 
-        Raises `InvalidQuery` where attack seeds are to be counted and a group has several networks.
+        Raises `InvalidQuery` if attack seeds are to be counted and a group has several networks.
         """
         every = {id(group) for group in groups.values() if self.unit != "network" or not group.is_plain}
         needing = {name: every | self._needing(name, groups) for name in self.metrics}
@@ -224,21 +224,21 @@ class Grouping:
             self._read(
                 groups, of_cells if few else None, {name: of for name, of in self.metrics.items() if needing[name]}
             )
-        if any("ci95" in of for name, of in self.asked.items() if name in SHARES):
+        if any("ci95" in of for name, of in self.statistics.items() if name in FRACTIONS):
             self._images.look_up(set().union(*(group.cells for group in groups.values())))
 
     def _needing(self, name: str, groups: Mapping[Key, Group]) -> set[int]:
-        asked = self.asked[name]
-        ranked = any(what == "median" or QUANTILE.fullmatch(what) for what in asked)
-        spread = any(what in SPREADS for what in asked)
+        statistics = self.statistics[name]
+        ranked = any(what == "median" or QUANTILE.fullmatch(what) for what in statistics)
+        spread = any(what in SPREADS for what in statistics)
         of_all = ((group, group.metrics[name]) for group in groups.values())
         return {id(group) for group, of in of_all if ranked or of.leaves_range or (spread and of.cancels)}
 
     def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
         """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
         columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
-        observed = Observations(len(columns))
-        of_place: dict[tuple[Any, ...], int] = {}  # a group's number is hashed in a fraction of the time of its key
+        observed: Observations[int] = Observations(len(columns))
+        of_place: dict[tuple[object, ...], int] = {}  # a group's number is hashed in a fraction of the time of its key
         numbers: dict[Key, int] = {}
         with closing(aggregating.observations(self.connection, self.where, self.own, columns, of_cells)) as batches:
             for batch in batches:
@@ -259,46 +259,48 @@ class Grouping:
                 groups[keys[number]].metrics[name].take(values)
 
     def item(self, key: Key, group: Group) -> JsonObject:
-        named = {
+        grouped_by = {
             name: iso(value) if field.kind == "time" else value
             for name, field, value in zip(self.by, self.keys, key, strict=True)
         }
         statistics = {
-            name: {what: value for asked in of for what, value in self._statistic(key, group, name, asked)}
-            for name, of in self.asked.items()
+            name: {what: value for statistic in of for what, value in self._statistic(key, group, name, statistic)}
+            for name, of in self.statistics.items()
         }
-        return {**named, "results": group.rows, "networks": group.networks, **statistics}
+        return {**grouped_by, "results": group.rows, "networks": group.networks, **statistics}
 
-    def _statistic(self, key: Key, group: Group, name: str, asked: str) -> Iterator[tuple[str, Any]]:
+    def _statistic(self, key: Key, group: Group, name: str, statistic: str) -> Iterator[tuple[str, float | str | None]]:
         of = group.metrics[name]
-        match asked:
+        match statistic:
             case "mean":
-                yield asked, of.mean
+                yield statistic, of.mean
             case "std":
-                yield asked, of.std
+                yield statistic, of.std
             case "count":
-                yield asked, of.n
+                yield statistic, of.n
             case "min":
-                yield asked, of.least
+                yield statistic, of.least
             case "max":
-                yield asked, of.most
+                yield statistic, of.most
             case "ci95":
                 yield from zip(("ci95_low", "ci95_high", "ci95_of"), self._interval(key, group, name), strict=True)
             case "best" | "worst":
-                value = of.high if asked == "best" else of.low
-                yield asked, value
-                yield f"{asked}_job_id", self._holder(key, group, name, value)
+                value = of.high if statistic == "best" else of.low
+                yield statistic, value
+                yield f"{statistic}_job_id", self._holder(key, group, name, value)
             case _:
-                yield asked, of.quantile(0.5 if asked == "median" else int(asked[1:]) / 100)
+                yield statistic, of.quantile(0.5 if statistic == "median" else int(statistic[1:]) / 100)
 
     def _interval(self, key: Key, group: Group, name: str) -> tuple[float | None, float | None, str | None]:
-        """The 95 % interval of a metric's mean, and what it is of: the units, or the images that it is a share of.
+        """The 95 % interval of a metric's mean, and what it is of: the units, or the images that it is a fraction of.
 
-        Networks that show no spread, or a single one, tell nothing of one: of such a share the distinct images do.
+        Networks without spread, or a single one, give no interval: of a fraction, the distinct images give one.
         """
         of, within = group.metrics[name], range_of(name)
         if self.unit == "network" and within is not None and of.least == of.most:
-            images = self._images.count(name, self.metrics[name].column, key, group.cells) if name in SHARES else None
+            images = (
+                self._images.count(name, self.metrics[name].column, key, group.cells) if name in FRACTIONS else None
+            )
             low, high = accuracy_interval(of.mean, images)
             return low, high, None if low is None else "images"
         low, high = interval(of.n, of.mean, of.std, within=within)
@@ -334,9 +336,9 @@ def _without_common(specs: Mapping[int, CellSpec]) -> dict[int, CellSpec]:
     return {cell_id: {name: spec[name] for name in spec if name in differing} for cell_id, spec in specs.items()}
 
 
-def _distinct(specs: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _distinct(specs: Iterable[JsonMapping]) -> dict[str, list[object]]:
     """The values that each field of these specs has, in order and each once; null for a spec without it."""
-    seen: dict[str, dict[str, Any]] = defaultdict(dict)
+    seen: dict[str, JsonObject] = defaultdict(dict)
     count = 0
     counts: Counter[str] = Counter()
     for spec in specs:
@@ -355,25 +357,25 @@ def keys_of(connection: Connection, by: Sequence[str]) -> dict[str, Field]:
 
 
 def scalar(connection: Connection, parameter: str, name: str) -> Field:
-    found = RESULTS.find(connection, name, parameter)
-    if found.kind == "list":
+    scalar_field = RESULTS.find(connection, name, parameter)
+    if scalar_field.kind == "list":
         raise InvalidQuery(parameter, f"{name} is a list, by which nothing can be grouped")
-    return found
+    return scalar_field
 
 
 def _number(connection: Connection, name: str) -> Field:
-    found = RESULTS.find(connection, name, "metrics")
-    if found.kind not in ("number", "integer"):
-        raise InvalidQuery("metrics", f"{name} is a {found.kind}; statistics are of numbers")
-    return found
+    number_field = RESULTS.find(connection, name, "metrics")
+    if number_field.kind not in ("number", "integer"):
+        raise InvalidQuery("metrics", f"{name} is a {number_field.kind}; statistics are of numbers")
+    return number_field
 
 
-def _refusal(mixed: Mapping[str, Sequence[Any]]) -> str:
-    said = "; ".join(f"{name} ({', '.join(map(str, values))})" for name, values in mixed.items())
+def _refusal(mixed: Mapping[str, Sequence[object]]) -> str:
+    differences = "; ".join(f"{name} ({', '.join(map(str, values))})" for name, values in mixed.items())
     names = ",".join(list(mixed)[:3])
     return (
-        f"the results of a group differ in more than seeds: {said}. Filter them, group by them too (by: {names}), or "
-        "allow mixing (allow_mixed)"
+        f"the results of a group differ in more than seeds: {differences}. Filter them, group by them too "
+        f"(by: {names}), or allow mixing (allow_mixed)"
     )
 
 

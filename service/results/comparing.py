@@ -1,18 +1,17 @@
-"""Two or more results side by side: in what they differ, and whether the examples that they break tell them apart."""
+"""Two or more results side by side: the fields that differ, and a test on the examples that they break."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from service.errors import InvalidQuery
 from service.model.dotted import flat
-from service.model.json import JsonObject
+from service.model.json import JsonMapping, JsonObject
 from service.model.results import CellSpec, Result
 from service.model.threat_model import threat_model
 from service.model.verdict import BitArray
-from service.results.results import found
+from service.results.results import result_of
 from service.results.views import retracted
 from service.results.worst_case import why_left_out
 from service.specs.versions import LATER
@@ -35,7 +34,7 @@ def compare(database: Database, job_ids: Sequence[str]) -> JsonObject:
     if not 2 <= len(ids) <= MAX_COMPARED:
         raise InvalidQuery("ids", f"between 2 and {MAX_COMPARED} results can be compared, not {len(ids)}")
     with database.read() as connection:
-        results = [found(connection, job_id) for job_id in ids]
+        results = [result_of(connection, job_id) for job_id in ids]
         by_id = store.cell_specs(connection, {result.cell_id for result in results})
         robust = store.bits_of(connection, [result.attack_task_id for result in results], "robust")
     if len(names := sorted({result.dataset for result in results})) > 1:
@@ -78,7 +77,7 @@ def _shown(result: Result) -> JsonObject:
     }
 
 
-def differing(specs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def differing(specs: Sequence[JsonMapping]) -> dict[str, list[object]]:
     """The fields that are not equal everywhere, with the value of each."""
     names = dict.fromkeys(name for spec in specs for name in spec)
     values = {name: [spec.get(name) for spec in specs] for name in names}
@@ -95,8 +94,8 @@ def paired(a: BitArray, b: BitArray) -> dict[str, float]:
     n, only_a, only_b = a.size, int((a & ~b).sum()), int((~a & b).sum())
     discordant = only_a + only_b
     p_value = min(1.0, 2 * float(bdtr(min(only_a, only_b), discordant, 0.5))) if discordant else 1.0
-    shares = [only_a / n, only_b / n, 1 - discordant / n]
-    draws = np.random.RandomState(0).multinomial(n, shares, RESAMPLES)
+    probabilities = [only_a / n, only_b / n, 1 - discordant / n]
+    draws = np.random.RandomState(0).multinomial(n, probabilities, RESAMPLES)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, (0.025, 0.975))
     return {
         "only_a": only_a,
@@ -121,8 +120,8 @@ def _union(
         return None, "these are attacks on different networks"
     balls = dict.fromkeys(threat_model(result.spec["attack"]).ball for result in results)
     if len(balls) > 1 or None in balls:
-        named = ", ".join("no ball" if ball is None else ball for ball in balls)
-        return None, f"a worst case is over one threat model, and these are attacks in {named}"
+        listed = ", ".join("no ball" if ball is None else ball for ball in balls)
+        return None, f"a worst case is over one threat model, and these are attacks in {listed}"
     if len({1 if result.spec["scale_bias"] else result.scale for result in results}) > 1:
         return None, "without the bias scaled too, a network predicts other classes at another scale"
     reasons = {

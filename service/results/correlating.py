@@ -44,24 +44,24 @@ def correlations(
 ) -> list[JsonObject]:
     """Kendall's tau-b of `measure` with `target`, for each data set, attack, samples, their order, versions of the
     tasks and `by`; where a number is one of a further measure, for each of its parameters and versions too, and for
-    each version of the verdict where it chose the results or counted a number.
+    each version of the verdict if it chose the results or counted a number.
 
     One point per trained network at s = 1, the mean of its repeats, and only those that today's rule trusts unless told
     otherwise; only of attacks in a ball. The same over all scales stands apart, as what it is; none where the bias was
     scaled with some of them only. Raises `InvalidQuery`.
     """
     believed = [Comparison(name, "=", (Value(value),)) for name, value in TRUSTED] if trusted else []
-    asked = [*nodes, *of_adversaries(), *believed]
+    conditions = [*nodes, *of_adversaries(), *believed]
     with database.read() as connection:
         keys = keys_of(connection, by)
         numbers = _number(connection, "measure", measure), _number(connection, "target", target)
-        found = points(connection, asked, *numbers, list(keys.values()), MAX_POINTS + 1)
-        if len(found) > MAX_POINTS:
+        chosen = points(connection, conditions, *numbers, list(keys.values()), MAX_POINTS + 1)
+        if len(chosen) > MAX_POINTS:
             raise InvalidQuery("filter", f"these are more than {MAX_POINTS:,} points: filter")
-        specs = store.cell_specs(connection, {point.cell_id for point in found})
-    judged = is_judged([*fields_of(asked), *by, measure, target])
+        specs = store.cell_specs(connection, {point.cell_id for point in chosen})
+    judged = is_judged([*fields_of(conditions), *by, measure, target])
     groups: dict[str, list[Point]] = defaultdict(list)
-    for point in found:
+    for point in chosen:
         same = _same(point, specs[point.cell_id], judged)
         groups[json.dumps([same, list(point.keys)], sort_keys=True)].append(point)
     networks = [len({point.network for point in of_group}) for of_group in groups.values()]
@@ -91,7 +91,7 @@ def _group(
     specs: Mapping[int, CellSpec],
 ) -> JsonObject:
     same, values = key
-    observed = Observations(2)  # the measure and the target
+    observed: Observations[tuple[float, str, bool]] = Observations(2)  # the measure and the target
     scales = [specs[point.cell_id]["scale"] for point in of_group]
     biases = [scale == 1 or specs[point.cell_id]["scale_bias"] for scale, point in zip(scales, of_group, strict=True)]
     of_points = [point.network for point in of_group]
@@ -104,11 +104,16 @@ def _group(
     x, y = (np.array([of[place][0] for place in every], np.float64) for of in (measured, targets))
     at_one = np.array([scale == 1 for scale, *_ in every], bool)
     networks = [network for scale, network, _ in every if scale == 1]
-    found = correlate(x[at_one], y[at_one], [architecture[network] for network in networks], networks)
+    correlation = correlate(x[at_one], y[at_one], [architecture[network] for network in networks], networks)
     mixed = len({bias for scale, bias in zip(scales, biases, strict=True) if scale != 1}) > 1
     over_scales = {"n": len(every), "tau": None if mixed else tau(x, y), "note": TWO_SCALINGS if mixed else CONFOUNDED}
     counted = {"results": sum(scale == 1 for scale in scales), "over_scales": {**over_scales, "results": len(of_group)}}
-    return {**dict(zip(keys, values, strict=True)), **same, **asdict(found), **counted}  # `attack` is the whole attack
+    return {
+        **dict(zip(keys, values, strict=True)),
+        **same,
+        **asdict(correlation),
+        **counted,
+    }  # `attack` is the whole attack
 
 
 def _spec(measure: JsonObject | None) -> JsonObject | None:
@@ -116,7 +121,7 @@ def _spec(measure: JsonObject | None) -> JsonObject | None:
 
 
 def _number(connection: Connection, parameter: str, name: str) -> Field:
-    found = RESULTS.find(connection, name, parameter)
-    if found.kind not in ("number", "integer"):
-        raise InvalidQuery(parameter, f"{name} is a {found.kind}; ranks are of numbers")
-    return found
+    number_field = RESULTS.find(connection, name, parameter)
+    if number_field.kind not in ("number", "integer"):
+        raise InvalidQuery(parameter, f"{name} is a {number_field.kind}; ranks are of numbers")
+    return number_field

@@ -1,10 +1,10 @@
-"""How many distinct images an accuracy of a group of results is of: the same ones in three networks count once."""
+"""How many distinct images an accuracy of a group of results rests on: an image in three networks counts once."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, assert_never
+from typing import assert_never
 
-from service.model.observations import SHARES
+from service.model.observations import FRACTIONS
 from service.store import Connection, aggregating
 from service.store.datasets import test_samples
 from service.store.fields import Column
@@ -25,15 +25,15 @@ class DistinctImages:
         key_of: Callable[[int, Sequence[object]], Key],
     ) -> None:
         self._connection, self._where, self._own, self._key_of = connection, where, own, key_of
-        self._samples: dict[int, tuple[Any, ...]] = {}  # data set and samples by cell
-        self._correct: dict[str, Counts] = {}  # by the share's name, then by group and data set
+        self._samples: dict[int, tuple[str, int]] = {}  # data set and samples by cell
+        self._correct: dict[str, Counts] = {}  # by the fraction's name, then by group and data set
 
     def look_up(self, cell_ids: Collection[int]) -> None:
-        """Remember the data sets and samples of these cells, which is all that `count` is asked about."""
+        """Read the data sets and samples of these cells: `count` knows only cells that were looked up."""
         self._samples = aggregating.of_cells(self._connection, cell_ids, [cells.c.dataset, cells.c.samples])
 
-    def count(self, share: str, column: Column, key: Key, cell_ids: Collection[int]) -> int | None:
-        """How many distinct images, at least, this share of a group is of; None where a result does not tell.
+    def count(self, fraction: str, column: Column, key: Key, cell_ids: Collection[int]) -> int | None:
+        """The least number of distinct images behind this fraction of a group; None if a result does not tell.
 
         Of one data set all samples are the first so many. Of the images that the networks get right, those of the best
         network are counted: the others' may be among them.
@@ -42,27 +42,27 @@ class DistinctImages:
         for dataset, samples in (self._samples[cell_id] for cell_id in cell_ids):
             most[dataset] = max(most[dataset], samples)
         counts: list[int | None]
-        match SHARES[share]:
+        match FRACTIONS[fraction]:
             case "samples":
                 counts = [*most.values()]
             case "test_samples":
                 sizes = test_samples(self._connection, most)
                 counts = [sizes.get(dataset) for dataset in most]
             case "n_clean_correct":
-                correct = self._clean_correct(share, column)
+                correct = self._clean_correct(fraction, column)
                 counts = [correct[key, dataset] for dataset in most if (key, dataset) in correct]
             case unknown:
                 assert_never(unknown)
-        known = [count for count in counts if count is not None]
-        return sum(known) if len(known) == len(counts) else None
+        counted = [count for count in counts if count is not None]
+        return sum(counted) if len(counted) == len(counts) else None
 
-    def _clean_correct(self, share: str, column: Column) -> Counts:
+    def _clean_correct(self, fraction: str, column: Column) -> Counts:
         """The most images that a network of each group gets right without an attack, read once for all groups."""
-        if share not in self._correct:
-            found = self._correct[share] = {}
+        if fraction not in self._correct:
+            counts = self._correct[fraction] = {}
             of_keys = aggregating.clean_correct(self._connection, self._where, self._own, column)
             for cell_id, own, (most, untold) in of_keys:
                 place = self._key_of(cell_id, own), self._samples[cell_id][0]
-                before = found.get(place, 0)
-                found[place] = None if untold or before is None else max(before, most)
-        return self._correct[share]
+                before = counts.get(place, 0)
+                counts[place] = None if untold or before is None else max(before, most)
+        return self._correct[fraction]

@@ -1,7 +1,7 @@
 """Results as tables: CSV, NDJSON and Parquet of everything that matches, batch by batch in constant memory.
 
 The columns are known before the first row is read: those that were asked for, else `COLUMNS`; `*` stands for these,
-`FURTHER` and every stored number. What every seed of a cell shares is read once and not per row.
+`FURTHER` and every stored number. What all seeds of a cell have in common is read once and not per row.
 """
 
 import csv
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from service.model import flags
 from service.model.dotted import FAMILIES, flat
 from service.model.json import JsonObject
-from service.model.observations import INTERVALS, SHARES, Count, accuracy_interval
+from service.model.observations import FRACTIONS, INTERVALS, Count, accuracy_interval
 from service.model.threat_model import threat_model
 from service.model.times import iso, milliseconds, seconds_of
 from service.results.questions import ALL_FIELDS, Question
@@ -38,11 +38,11 @@ GROUP_VALUES = 8_000_000  # of it: fewer rows where they are wide
 FLAGS = "flags"
 RARE = "attack.source.recipe."  # of transfers from a network that was trained otherwise
 COUNTED_BY: dict[Count, str] = {"samples": "samples", "test_samples": "dataset"}
-"""The column that tells of how many images a share is."""
+"""The column that tells of how many images a fraction is."""
 IN_COLUMNS = tuple(
-    field for field, (share, _) in INTERVALS.items() if share in HEADLINE and SHARES[share] in COUNTED_BY
+    field for field, (fraction, _) in INTERVALS.items() if fraction in HEADLINE and FRACTIONS[fraction] in COUNTED_BY
 )
-"""The intervals whose shares and counts need no whole row."""
+"""The intervals whose fractions and counts need no whole row."""
 COLUMNS = (
     *("job_id", "sweep_id", "user"),
     *(name for name in SPEC if not name.startswith(RARE)),
@@ -64,7 +64,8 @@ MADE_HERE = frozenset({FLAGS, *IN_COLUMNS})  # columns that are no fields
 WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # of which a table has room for the name
 
 
-Batch = list[list[Any]]  # Any: the values of each column, of its kind
+Values = list[Any]  # Any: the values of one column, of its kind
+Batch = list[Values]
 Fetch = Callable[[Connection, Question, Order, Sequence[str]], tuple[Batch, str | None]]
 """The columns of these names, of one page of a question, and the cursor of the next page."""
 
@@ -86,9 +87,11 @@ def table(database: Database, question: Question) -> Table:
         order = order_of(connection, question)
         question.after(order)
         store.selected(connection, question.nodes)
-    known = all(name in MADE_HERE or (name in RESULTS.known and RESULTS.known[name].any_of is None) for name in names)
-    fetch: Fetch = _Columns(names) if known else _whole_rows
-    question = replace(question, limit=BATCH_ROWS if known else ROWS_OF_JSON)
+    only_columns = all(
+        name in MADE_HERE or (name in RESULTS.known and RESULTS.known[name].any_of is None) for name in names
+    )
+    fetch: Fetch = _Columns(names) if only_columns else _whole_rows
+    question = replace(question, limit=BATCH_ROWS if only_columns else ROWS_OF_JSON)
     return Table(names, tuple(map(_kind, names)), lambda: _batches(database, question, order, names, fetch))
 
 
@@ -140,7 +143,7 @@ def parquet_bytes(of: Table) -> Iterator[bytes]:
     yield from sink.taken()
 
 
-def _array(values: list[Any], kind: "pa.DataType") -> "pa.Array[Any]":
+def _array(values: Values, kind: "pa.DataType") -> "pa.Array":
     import pyarrow as pa
 
     if pa.types.is_timestamp(kind):
@@ -160,7 +163,7 @@ class _Pieces(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any) -> int:  # Any: bytes in whichever buffer
         piece = bytes(data)
         self._pieces.append(piece)
         self._position += len(piece)
@@ -183,7 +186,7 @@ def _names(connection: Connection, fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def _kind(name: str) -> Kind:
-    """Of what is no field by itself, whole objects and unknown keys are text, and the rest are stored numbers."""
+    """The kind of a column. Without a field: whole objects and unknown keys are text, the rest stored numbers."""
     if name in RESULTS.known:
         return RESULTS.known[name].kind
     return "text" if name.partition(".")[0] in FAMILIES else "number"
@@ -204,17 +207,17 @@ def _batches(
 class _Columns:
     """Columns straight from the index table; those of the cell from a lookup by its id, once for many rows.
 
-    The intervals of shares are computed from these.
+    The intervals of fractions are computed from these.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._intervals = [name for name in names if name in INTERVALS]
-        shares = dict.fromkeys(INTERVALS[name][0] for name in self._intervals)
-        from_these = dict.fromkeys(source for share in shares for source in (share, COUNTED_BY[SHARES[share]]))
+        fractions = dict.fromkeys(INTERVALS[name][0] for name in self._intervals)
+        from_these = dict.fromkeys(source for name in fractions for source in (name, COUNTED_BY[FRACTIONS[name]]))
         read = list(dict.fromkeys([*(name for name in names if name not in MADE_HERE), *from_these]))
         self._own = [name for name in read if RESULTS.known[name].of_cell is None]
         self._shared = [name for name in read if RESULTS.known[name].of_cell is not None]
-        self._cells: dict[int, tuple[Any, ...]] = {}  # the values of `_shared`
+        self._cells: dict[int, tuple[object, ...]] = {}  # the values of `_shared`
 
     def __call__(
         self, connection: Connection, question: Question, order: Order, names: Sequence[str]
@@ -248,13 +251,13 @@ class _Columns:
             self._cells[cell_id] = tuple(values.get(WHOLE.get(name, name)) for name in self._shared)
 
 
-def _bounds(connection: Connection, name: str, columns: Mapping[str, list[Any]]) -> list[float | None]:
-    """A bound of the interval of a share, for each row of these columns."""
-    share, bound = INTERVALS[name]
-    counts = columns[COUNTED_BY[SHARES[share]]]
-    if SHARES[share] == "test_samples":
+def _bounds(connection: Connection, name: str, columns: Mapping[str, Values]) -> list[float | None]:
+    """A bound of the interval of a fraction, for each row of these columns."""
+    fraction, bound = INTERVALS[name]
+    counts = columns[COUNTED_BY[FRACTIONS[fraction]]]
+    if FRACTIONS[fraction] == "test_samples":
         counts = list(map(test_samples(connection, set(counts)).get, counts))
-    pairs = zip(columns[share], counts, strict=True)
+    pairs = zip(columns[fraction], counts, strict=True)
     return [accuracy_interval(value, images)[bound] for value, images in pairs]
 
 

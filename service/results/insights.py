@@ -1,13 +1,14 @@
-"""Read-only questions, shared by API, CLI and whatever shows something: plain JSON comes back."""
+"""Read-only questions about a store, shared by API and CLI. Answers are plain JSON."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter
 
 from service.errors import InvalidQuery, NotFound
 from service.limits import MAX_LIMIT
 from service.model.environment import reported
+from service.model.json import JsonObject
 from service.model.records import Sweep
 from service.model.times import iso
 from service.results import views
@@ -24,9 +25,9 @@ TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
 
 class Insights(Results):
-    """What can be asked of one store."""
+    """Questions about one store."""
 
-    def jobs(self, question: Question) -> dict[str, Any]:
+    def jobs(self, question: Question) -> JsonObject:
         """A page of jobs. Raises `InvalidQuery`."""
         with self.database.read() as connection:
             order = question.order(connection, JOBS, jobs.c.sequence)
@@ -35,14 +36,14 @@ class Insights(Results):
         items = [views.job_view(job, progress.get(job.id, 0.0)) for job in page.rows]
         return {"items": items, "next_cursor": question.next_cursor(order, page.end)}
 
-    def job(self, job_id: str) -> dict[str, Any]:
+    def job(self, job_id: str) -> JsonObject:
         with self.database.read() as connection:
-            job = _found(reading.job(connection, job_id), f"there is no job {job_id}")
+            job = _existing(reading.job(connection, job_id), f"there is no job {job_id}")
             tasks = reading.tasks_of_job(connection, job_id)
         progress = sum(task.progress for task in tasks) / len(tasks)
         return {**views.job_view(job, progress), "tasks": views.roles_of(job, tasks)}
 
-    def sweeps(self, *, user: str | None, cursor: str | None, limit: int) -> dict[str, Any]:
+    def sweeps(self, *, user: str | None, cursor: str | None, limit: int) -> JsonObject:
         """A page of sweeps, the newest first. Raises `InvalidQuery` for an unknown user and what is no cursor."""
         question = ["sweeps", user]
         after = None if cursor is None else decode_id(question, cursor)
@@ -53,22 +54,22 @@ class Insights(Results):
             items = self._sweeps(connection, page[:limit])
         return {"items": items, "next_cursor": encode_id(question, page[limit - 1].id) if len(page) > limit else None}
 
-    def sweep(self, sweep_id: str) -> dict[str, Any]:
+    def sweep(self, sweep_id: str) -> JsonObject:
         with self.database.read() as connection:
-            sweep = _found(reading.sweep(connection, sweep_id), f"there is no sweep {sweep_id}")
+            sweep = _existing(reading.sweep(connection, sweep_id), f"there is no sweep {sweep_id}")
             [view] = self._sweeps(connection, [sweep])
         return {**view, "spec": sweep.spec}
 
-    def _sweeps(self, connection: Connection, sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
+    def _sweeps(self, connection: Connection, sweeps: Sequence[Sweep]) -> list[JsonObject]:
         ids = [sweep.id for sweep in sweeps]
         jobs, counts = reading.job_counts(connection, ids), reading.task_counts(connection, ids)
         seconds, slots = reading.seconds_by_kind(connection, ids), claiming.places(connection)
         mine = {sweep_id: [count for count in counts if count.sweep_id == sweep_id] for sweep_id in ids}
         return [views.sweep_view(of, jobs[of.id], mine[of.id], seconds[of.id], slots) for of in sweeps]
 
-    def task(self, id_or_digest: str) -> dict[str, Any]:
+    def task(self, id_or_digest: str) -> JsonObject:
         with self.database.read() as connection:
-            task = _found(reading.task(connection, id_or_digest), f"there is no task {id_or_digest}")
+            task = _existing(reading.task(connection, id_or_digest), f"there is no task {id_or_digest}")
             attempts = reading.attempts_of(connection, task.id)
             jobs = reading.jobs_of_task(connection, task.id, MAX_LIMIT)
         return views.task_view(task, TASK.validate_python(task.spec), attempts, jobs)
@@ -85,17 +86,17 @@ class Insights(Results):
         with self.database.read() as connection:
             return identifying.shortest(connection, idents)
 
-    def datasets(self) -> list[dict[str, Any]]:
+    def datasets(self) -> list[JsonObject]:
         with self.database.read() as connection:
             return [views.registered_dataset(row) for row in datasets.registered(connection)]
 
-    def queue(self) -> dict[str, Any]:
+    def queue(self) -> JsonObject:
         with self.database.read() as connection:
             in_state, tasks = reading.queue_counts(connection)
         return {"jobs": in_state, "tasks": tasks}
 
-    def cluster(self) -> dict[str, Any]:
-        """Who leads, since when nobody does, and what the leader last said of its cluster."""
+    def cluster(self) -> JsonObject:
+        """The leading dispatcher, its lease, and the last status of the cluster that it reported."""
         with self.database.read() as connection:
             lease, now = claiming.leader(connection), self.database.now(connection)
         if lease is None:
@@ -105,7 +106,7 @@ class Insights(Results):
             "leading": lease.expires_at > now,
             "dispatcher": lease.holder,
             "lease_expires_at": expires,
-            "set_aside": [views.set_aside(one) for one in reported(lease.status)],
+            "set_aside": [views.set_aside(fault) for fault in reported(lease.status)],
             "status": lease.status,
         }
 
@@ -132,7 +133,7 @@ class Insights(Results):
 
     def events(
         self, after: int, *, sweep_id: str | None = None, job_id: str | None = None
-    ) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+    ) -> tuple[int, list[JsonObject], list[JsonObject]]:
         """`(first_event, events later than that id, the progress of what runs)`, of everything or of a sweep or job."""
         with self.database.read() as connection:
             first = self._first_event(connection, after, sweep_id, job_id)
@@ -142,10 +143,10 @@ class Insights(Results):
 
     def news(
         self, after: int, *, sweep_ids: Collection[str], job_ids: Collection[str], known: Mapping[str, set[str]]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, set[str]]]:
-        """The same of everything, for many readers: also, by task, which of their sweeps and jobs need it.
+    ) -> tuple[list[JsonObject], list[JsonObject], dict[str, set[str]]]:
+        """Events and progress of everything, for many readers, with those of their sweeps and jobs that need each task.
 
-        `known`: what was answered about these sweeps and jobs before; it holds as long as nothing happens to jobs.
+        `known` is the last part of an earlier answer, which is valid as long as no event is about a job.
         """
         with self.database.read() as connection:
             happened = history.after(connection, after)
@@ -160,7 +161,7 @@ class Insights(Results):
         return happened, progress, {task_id: needed_by[task_id] for task_id in tasks}
 
 
-def _found(value: T | None, otherwise: str) -> T:
+def _existing(value: T | None, otherwise: str) -> T:
     if value is None:
         raise NotFound(otherwise)
     return value

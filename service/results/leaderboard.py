@@ -30,7 +30,7 @@ TRUSTED = (Comparison("verdict", "=", (Value("trusted"),)), Comparison("verdict_
 
 @dataclass
 class Network:
-    """What the results that were asked for say of one network: robust accuracies by attack, repeats averaged."""
+    """One network of a board: the robust accuracies of its chosen results by attack, repeats averaged."""
 
     place: Place
     by_attack: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -51,7 +51,7 @@ class Network:
         return min(map(fmean, self.by_attack.values()))
 
 
-Networks = dict[str, Network]  # those of a row, by their weights
+Networks = dict[str, Network]  # the networks of a row, by their weights
 
 
 def leaderboard(
@@ -70,11 +70,11 @@ def leaderboard(
     """
     if attack is not None and attack not in PRESETS:
         raise InvalidQuery("attack", f"unknown attack {shorten(attack)}{or_rather(attack[:100], tuple(PRESETS))}")
-    asked = [*nodes, *of_adversaries(), *(TRUSTED if trusted else ())]
+    conditions = [*nodes, *of_adversaries(), *(TRUSTED if trusted else ())]
     if scale is not None:
-        asked.append(Comparison("scale", "=", (Value(repr(scale)),), parameter="scale"))
+        conditions.append(Comparison("scale", "=", (Value(repr(scale)),), parameter="scale"))
     with database.read() as connection:
-        rows = network_results.by_network(connection, store.selected(connection, asked))
+        rows = network_results.by_network(connection, store.selected(connection, conditions))
         specs = store.cell_specs(connection, {row.cell_id for row in rows})
         rows = [row for row in rows if _ranks(specs[row.cell_id], attack)]
         boards = _boards(rows, specs)
@@ -118,8 +118,8 @@ def _boards(rows: Sequence[NetworkCell], specs: Mapping[int, CellSpec]) -> dict[
 def _board(board: JsonObject, rows: Mapping[str, Networks]) -> JsonObject:
     made = [made for same, of in rows.items() if (made := _row(json.loads(same), list(of.values()))) is not None]
     best_first = sorted(made, key=_best_first)
-    named = {name for row in rows.values() for network in row.values() for name in network.by_attack}
-    spec = json.loads(named.pop()) if len(named) == 1 else None
+    attacks = {name for row in rows.values() for network in row.values() for name in network.by_attack}
+    spec = json.loads(attacks.pop()) if len(attacks) == 1 else None
     versions = [of["version"] for row in made for of in row["attacks"]]
     order = board.pop("order")
     return {
@@ -133,38 +133,38 @@ def _board(board: JsonObject, rows: Mapping[str, Networks]) -> JsonObject:
 
 
 def _best_first(row: JsonObject) -> tuple[float, str, str, float, int]:
-    """By the worst case, and equal ones by their names: a board is the same however often it is asked for."""
+    """Order by the worst case, and equal ones by name, so that a board is always the same."""
     recipe = json.dumps(row["recipe"], sort_keys=True)
     worst_case, version = row["robust_accuracy_worst_case"], row["train_version"] or 0
     return -worst_case, row["architecture"], recipe, row["scale"], version
 
 
 def _row(same: JsonObject, of: Sequence[Network]) -> JsonObject | None:
-    """A row of networks that were trained alike; None where nothing proves anything about any of them."""
-    known = [(network, network.worst) for network in of if network.worst is not None]
-    if not known:
+    """A row of networks that were trained alike; None if nothing proves anything about any of them."""
+    attacked = [(network, network.worst) for network in of if network.worst is not None]
+    if not attacked:
         return None
-    shares = [worst.robust_accuracy for _, worst in known]
-    low, high = spread(shares, known[0][1].n)
-    clean = [fmean(network.clean) for network, _ in known if network.clean]
+    accuracies = [worst.robust_accuracy for _, worst in attacked]
+    low, high = spread(accuracies, attacked[0][1].n)
+    clean = [fmean(network.clean) for network, _ in attacked if network.clean]
     return {
         "architecture": same["architecture"],
         "recipe": same["recipe"],
         "train_version": same["version"],
         "scale": same["scale"],
-        "networks": len(known),
-        "seeds": len(known),
-        "results": sum(network.results for network, _ in known),
-        "robust_accuracy_worst_case": fmean(shares),
+        "networks": len(attacked),
+        "seeds": len(attacked),
+        "results": sum(network.results for network, _ in attacked),
+        "robust_accuracy_worst_case": fmean(accuracies),
         "ci95_low": low,
         "ci95_high": high,
-        "ci95_of": "images" if min(shares) == max(shares) else "networks",
-        "best": max(shares),
-        "robust_accuracy": fmean(network.robust_accuracy for network, _ in known),
+        "ci95_of": "images" if min(accuracies) == max(accuracies) else "networks",
+        "best": max(accuracies),
+        "robust_accuracy": fmean(network.robust_accuracy for network, _ in attacked),
         "clean_accuracy": fmean(clean) if clean else None,
-        "attacks": _attacks([worst for _, worst in known]),
-        "left_out": dict(sum((worst.left_out for _, worst in known), start=Counter[str]())),
-        "flags": sorted(set().union(*(network.flags | worst.flags for network, worst in known))),
+        "attacks": _attacks([worst for _, worst in attacked]),
+        "left_out": dict(sum((worst.left_out for _, worst in attacked), start=Counter[str]())),
+        "flags": sorted(set().union(*(network.flags | worst.flags for network, worst in attacked))),
     }
 
 
@@ -180,12 +180,12 @@ def _attacks(worst: Sequence[WorstCase]) -> list[JsonObject]:
     return [counted[name] for name in sorted(counted, key=lambda name: (-counted[name]["networks"], name))]
 
 
-def spread(shares: Sequence[float], n: int) -> tuple[float | None, float | None]:
-    """The 95 % interval of the mean of networks' shares of the same `n` images, within [0, 1].
+def spread(accuracies: Sequence[float], n: int) -> tuple[float | None, float | None]:
+    """The 95 % interval of the mean of networks' accuracies of the same `n` images, within [0, 1].
 
-    Student's over the networks. Where they are all equal, of one for one, Wilson's over the images: the same images in
-    three networks are not three times as many.
+    It is Student's over the networks. If all are equal, or there is only one, it is Wilson's over the images: the same
+    images in three networks are not three times as many.
     """
-    if min(shares) == max(shares):
-        return accuracy_interval(shares[0], n)
-    return interval(len(shares), fmean(shares), stdev(shares), within=(0.0, 1.0))
+    if min(accuracies) == max(accuracies):
+        return accuracy_interval(accuracies[0], n)
+    return interval(len(accuracies), fmean(accuracies), stdev(accuracies), within=(0.0, 1.0))

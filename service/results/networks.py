@@ -1,4 +1,4 @@
-"""Networks by the SHA-256 of their weights: a list of the trained ones, and what a job that names one means."""
+"""Networks by the SHA-256 of their weights: a list of the trained ones, and what a job means that names them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ MEANINGS: Mapping[str, Meaning] = {
     "recipe": one_of(RECIPES),
     "weights_sha256": meanings.digest,
 }
-MOST = 5  # that a refusal lists
+MOST = 5  # trainings that a message lists
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The training that a job means which names the weights that it made."""
+    """The training of a job that names the weights instead of the recipe."""
 
     recipe: AnyRecipe
     seed: int
@@ -48,13 +48,15 @@ def trained(database: Database, filters: Mapping[str, str], cursor: str | None, 
     after = None if cursor is None else decode_id(question, cursor)
     with database.read() as connection:
         stored = {
-            name: one for name, value in filters.items() for one in checked(connection, MEANINGS[name], name, value)
+            name: stored_value
+            for name, value in filters.items()
+            for stored_value in checked(connection, MEANINGS[name], name, value)
         }
-        found = store.page(connection, stored, after, limit + 1)
-        networks = found[:limit]
+        page = store.page(connection, stored, after, limit + 1)
+        networks = page[:limit]
         jobs = store.job_counts(connection, [network.task_id for network in networks])
     items = [_view(network, jobs.get(network.task_id, 0)) for network in networks]
-    return {"items": items, "next_cursor": encode_id(question, networks[-1].task_id) if len(found) > limit else None}
+    return {"items": items, "next_cursor": encode_id(question, networks[-1].task_id) if len(page) > limit else None}
 
 
 def named(
@@ -64,7 +66,7 @@ def named(
 
     `name` is that of a registered checkpoint, or the SHA-256 of weights. Weights whose training a new job would not
     join (another replicate is asked for, or today's code plans another task) are imported as they are.
-    Raises `ValueError` where there are none, where they are of another network or of several, and where every training
+    Raises `ValueError` if there are none, if they are of another network or of several, and if every training
     that made them is retracted.
     """
     made = store.by_weights(connection, name) if DIGEST.fullmatch(name) else []
@@ -89,14 +91,14 @@ def _is_of(network: TrainedNetwork, architecture: str, dataset: DatasetRef) -> b
 def _training_of(
     networks: Sequence[TrainedNetwork], job: JobSpec, architecture: str, dataset: DatasetRef, replicate: int
 ) -> Trained | Imported:
-    """Replicate 0 is what is meant where none is asked for, which any training may be."""
-    asked = [network for network in networks if network.spec["replicate"] == replicate] or (
+    """The training that a new job joins, else the weights. Replicate 0 stands for any replicate."""
+    candidates = [network for network in networks if network.spec["replicate"] == replicate] or (
         [] if replicate else networks
     )
     weights = Imported(weights_sha256=networks[0].weights_sha256)
-    if len(asked) > 1:
-        raise ValueError(_several(asked))
-    for network in asked:
+    if len(candidates) > 1:
+        raise ValueError(_several(candidates))
+    for network in candidates:
         try:
             recipe = RECIPE.validate_python(network.spec["recipe"])
         except ValidationError:  # of a version that could ask for what today's cannot

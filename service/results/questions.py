@@ -1,4 +1,4 @@
-"""What a question about jobs or results is made of: which rows, in which order, from where on."""
+"""A question about jobs or results: which rows, in which order, from where on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ MAX_SORTED = 8  # fields that an order has
 class Question:
     """Which rows, in which order: a filter, simple filters by field (repeated: any of the values), and `sort`.
 
-    `sort` has fields by comma, each with `-` in front where it descends. `retracted` includes retracted results.
+    `sort` has fields by comma, each with `-` in front if it descends. `retracted` includes retracted results.
     """
 
     filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -45,11 +45,11 @@ class Question:
             raise InvalidQuery(SORT, f"it has {len(directions)} fields; between 1 and {MAX_SORTED} can be sorted by")
         terms = []
         for name, descending in directions.items():
-            found = fields.find(connection, name, SORT)
-            if found.kind == "list":
+            sort_field = fields.find(connection, name, SORT)
+            if sort_field.kind == "list":
                 raise InvalidQuery(SORT, f"{name} is a list, which has no order")
-            terms.append(Term(found, descending))
-        # The time of submission ends all ties: what comes after it says nothing.
+            terms.append(Term(sort_field, descending))
+        # The time of submission breaks all ties: fields after it have no effect.
         names = list(directions)
         terms = terms[: names.index(CREATED)] if CREATED in names else terms
         return Order(tuple(terms), directions.get(CREATED, next(iter(directions.values()))), sequence)
@@ -58,12 +58,12 @@ class Question:
         return None if self.cursor is None else decode_cursor(self._identity(order), self.cursor, order)
 
     def _identity(self, order: Order) -> list[object]:
-        """What a cursor belongs to: this question, of the table that `order` is of."""
+        """What a cursor is valid for: this question about the table of `order`."""
         simple = sorted((name, sorted(values)) for name, values in self.filters.items())
         return [str(order.sequence), self.sort, simple, self.filter, self.retracted]
 
     def next_cursor(self, order: Order, end: Position | None) -> str | None:
-        """The cursor of the page that follows the one that ends here; None where none follows."""
+        """The cursor of the page that follows the one that ends here; None if none follows."""
         return None if end is None else encode_cursor(self._identity(order), end)
 
 

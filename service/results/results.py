@@ -1,14 +1,13 @@
 """Questions about results: pages and streams of rows, one result whole, the curves of several."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from service.errors import InvalidQuery, NotFound
 from service.model.dotted import FAMILIES, chosen
 from service.model.flags import Place
 from service.model.jobs import TaskState
-from service.model.json import JsonObject
+from service.model.json import JsonMapping, JsonObject
 from service.model.observations import INTERVALS
 from service.model.query import Node
 from service.model.results import Result, ResultKey
@@ -33,7 +32,7 @@ MAX_TRAJECTORIES = 100
 
 
 class Results:
-    """What can be asked about the results of one store."""
+    """Questions about the results of one store."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -51,7 +50,7 @@ class Results:
         return {"items": rows, "next_cursor": cursor, "retracted": hidden}
 
     def hidden(self, nodes: Sequence[Node]) -> int:
-        """How many results the filters choose that are retracted; at most 1,000 are counted."""
+        """How many of the results that the filters choose are retracted; at most 1,000 are counted."""
         with self.database.read() as connection:
             return store.hidden(connection, nodes)
 
@@ -84,10 +83,10 @@ class Results:
     def result(self, job_id: str) -> JsonObject:
         """One result whole: all numbers by the part that their task plays, with provenance and names of curves.
 
-        Its `flags` are what other results may say against it, its `worst_case` what all of its threat model say.
+        Its `flags` are findings from other results; its `worst_case` is over all attacks in its threat model.
         """
         with self.database.read() as connection:
-            result = found(connection, job_id)
+            result = result_of(connection, job_id)
             network, cell_id = result.weights_sha256, result.cell_id
             further = store.further_measures(connection, [result])[job_id]
             cell = store.cell_specs(connection, [cell_id])[cell_id]
@@ -102,7 +101,7 @@ class Results:
     def trajectory(self, job_id: str) -> JsonObject:
         """The curves of a result: along the attack's steps, and over the epochs of the training."""
         with self.database.read() as connection:
-            result = found(connection, job_id)
+            result = result_of(connection, job_id)
             return {"job_id": job_id, **views.retracted(result), "curves": _curves(connection, result)}
 
     def trajectories(self, job_ids: Sequence[str], parts: Sequence[str] = ()) -> list[JsonObject]:
@@ -114,7 +113,7 @@ class Results:
         with self.database.read() as connection:
             return [
                 {**_named(result), "curves": _curves(connection, result, parts)}
-                for result in (found(connection, job_id) for job_id in dict.fromkeys(job_ids))
+                for result in (result_of(connection, job_id) for job_id in dict.fromkeys(job_ids))
             ]
 
 
@@ -161,14 +160,14 @@ def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str
     return [chosen({**row, **other_names(row)}, fields) for row in shown]
 
 
-def other_names(row: Mapping[str, Any]) -> JsonObject:
-    """What fields of a row are called too; the ball of a transfer is that of the attack that makes its examples."""
+def other_names(row: JsonMapping) -> JsonObject:
+    """Further names of fields of a row. A transfer has the norm of the attack that makes its examples."""
     ball = row["attack"].get("attack", row["attack"])
     return {"sweep": row["sweep_id"], "owner": row["user"], "norm": ball.get("norm")}
 
 
 def check_fields(connection: Connection, fields: Sequence[str]) -> None:
-    """Raises `InvalidQuery` for what no row has, and for too many."""
+    """Raises `InvalidQuery` for fields that no row has, and for too many."""
     if len(fields) > MAX_FIELDS:
         raise InvalidQuery("fields", f"these are {len(fields)}; at most {MAX_FIELDS} can be named, and `*` is all")
     names = [name for name in fields if name not in (*ROW_FIELDS, ALL_FIELDS)]
@@ -180,7 +179,7 @@ def check_fields(connection: Connection, fields: Sequence[str]) -> None:
                 raise unknown("fields", name, ROW_FIELDS, others=stored)
 
 
-def found(connection: Connection, job_id: str) -> Result:
+def result_of(connection: Connection, job_id: str) -> Result:
     """The result of a job. Raises `NotFound`."""
     result = store.of_job(connection, job_id)
     if result is None:
@@ -192,7 +191,7 @@ def found(connection: Connection, job_id: str) -> Result:
 
 
 def _parts(connection: Connection, result: Result) -> JsonObject:
-    """What each task of a result left, by the part that the task plays; a second one has its digest in the name."""
+    """What each task of a result stored, by the task's role; a second task of a role has its digest in the name."""
     parts: JsonObject = {}
     for task in reading.tasks_of_job(connection, result.job_id):
         made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]

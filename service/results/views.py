@@ -1,4 +1,4 @@
-"""Rows of the store as the plain JSON that users see: the same names in REST, CSV and the CLI. Pure functions."""
+"""Values of the store as the JSON that users see, with the same names in REST, CSV and the CLI. Pure functions."""
 
 import hashlib
 import json
@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from service.model import records
 from service.model.environment import SetAside
 from service.model.jobs import JobState, TaskState
-from service.model.json import JsonObject
+from service.model.json import JsonMapping, JsonObject
 from service.model.observations import Count, intervals_of
 from service.model.records import Attempt, Job, RegisteredDataset, RunningTask, Sweep, TaskCount
 from service.model.results import CellSpec, FurtherMeasure, Result
@@ -22,78 +22,118 @@ from service.specs.tasks import Task
 from service.specs.versions import LATER
 from service.store import reading
 
-# A row shows medians and means; quantiles, subsets and the training split are there for who asks for them by name.
+# Numbers that a row has only if they are named: quantiles, subsets and the training split.
 DETAIL = re.compile(r"^train_|_q\d\d(_|$)|_clean_correct|_n_zero$|_iterations$|_converged$")
 VERDICT = ("verdict", "verdict_reasons", "verdict_checks", "verdict_counts", "verdict_version")
 TASK_STATES = tuple(str(state) for state in TaskState)
 
 
-def job_view(job: Job, progress: float) -> dict[str, Any]:
+def job_view(job: Job, progress: float) -> JsonObject:
     return {
-        "id": job.id, "state": job.state, "reason": job.reason, "progress": round(progress, 4),
-        "sweep_id": job.sweep_id, "user": job.user, "priority": job.priority, "boosted": job.boosted,
-        "labels": job.labels, "spec": job.spec, "spec_digest": job.spec_digest, "verdict": job.verdict,
-        "created_at": iso(job.created_at), "finished_at": iso(job.finished_at),
-    }  # fmt: skip
+        "id": job.id,
+        "state": job.state,
+        "reason": job.reason,
+        "progress": round(progress, 4),
+        "sweep_id": job.sweep_id,
+        "user": job.user,
+        "priority": job.priority,
+        "boosted": job.boosted,
+        "labels": job.labels,
+        "spec": job.spec,
+        "spec_digest": job.spec_digest,
+        "verdict": job.verdict,
+        "created_at": iso(job.created_at),
+        "finished_at": iso(job.finished_at),
+    }
 
 
 def version(ident: str, priority: int, labels: Mapping[str, str]) -> str:
-    """What a job or sweep is known by to who changes it: a digest of all that can be changed."""
+    """The version of a job or sweep, for conditional changes: a digest of all that can be changed."""
     return hashlib.sha256(json.dumps([ident, priority, sorted(labels.items())]).encode()).hexdigest()[:32]
 
 
-def task_line(task: records.Task, roles: list[str]) -> dict[str, Any]:
+def task_line(task: records.Task, roles: list[str]) -> JsonObject:
     """A task as one line of its job."""
     return {
-        "id": task.id, "digest": task.own_digest, "kind": task.kind, "roles": roles, "state": task.state,
-        "reason": task.reason, "progress": task.progress, "attempt": task.attempt, "worker": task.worker,
-        "started_at": iso(task.started_at), "finished_at": iso(task.finished_at),
-    }  # fmt: skip
+        "id": task.id,
+        "digest": task.own_digest,
+        "kind": task.kind,
+        "roles": roles,
+        "state": task.state,
+        "reason": task.reason,
+        "progress": task.progress,
+        "attempt": task.attempt,
+        "worker": task.worker,
+        "started_at": iso(task.started_at),
+        "finished_at": iso(task.finished_at),
+    }
 
 
-def task_view(task: records.Task, spec: Task, attempts: Sequence[Attempt], jobs: list[str]) -> dict[str, Any]:
+def task_view(task: records.Task, spec: Task, attempts: Sequence[Attempt], jobs: list[str]) -> JsonObject:
     """A task whole: its spec and the canonical form that its digest is the SHA-256 of, and every attempt."""
     return {
         **{key: value for key, value in task_line(task, []).items() if key != "roles"},
-        "spec": task.spec, "canonical": canonical(spec), "generation": task.generation, "errors": task.errors,
-        "suspect_losses": task.suspect_losses, "cancel_requested": task.cancel_requested, "detail": task.detail,
-        "holder": task.holder, "created_at": iso(task.created_at), "jobs": jobs, **retracted(task),
-        "retracted_with": task.retracted_with, "joined": task.former_digest is None,
-        "attempts": [
-            {
-                "number": a.number, "holder": a.holder, "worker": a.worker, "started_at": iso(a.started_at),
-                "ended_at": iso(a.ended_at), "end": a.end, "message": a.message, "traceback": a.traceback,
-                "provenance": a.provenance,
-            }
-            for a in attempts
-        ],
-    }  # fmt: skip
+        "spec": task.spec,
+        "canonical": canonical(spec),
+        "generation": task.generation,
+        "errors": task.errors,
+        "suspect_losses": task.suspect_losses,
+        "cancel_requested": task.cancel_requested,
+        "detail": task.detail,
+        "holder": task.holder,
+        "created_at": iso(task.created_at),
+        "jobs": jobs,
+        **retracted(task),
+        "retracted_with": task.retracted_with,
+        "joined": task.former_digest is None,
+        "attempts": [_attempt_view(attempt) for attempt in attempts],
+    }
 
 
-def set_aside(one: SetAside) -> dict[str, Any]:
+def _attempt_view(attempt: Attempt) -> JsonObject:
+    return {
+        "number": attempt.number,
+        "holder": attempt.holder,
+        "worker": attempt.worker,
+        "started_at": iso(attempt.started_at),
+        "ended_at": iso(attempt.ended_at),
+        "end": attempt.end,
+        "message": attempt.message,
+        "traceback": attempt.traceback,
+        "provenance": attempt.provenance,
+    }
+
+
+def set_aside(one: SetAside) -> JsonObject:
     """A part of the environment that gets no work, and from when on it is tried again."""
     return {**one.as_data(), "since": iso(one.since), "retry_at": iso(one.retry_at)}
 
 
 def sweep_view(
     sweep: Sweep, jobs: dict[str, int], counts: Sequence[TaskCount], seconds: dict[str, float], slots: float
-) -> dict[str, Any]:
+) -> JsonObject:
     total = sum(count.n for count in counts)
     done = sum(count.n if count.state == TaskState.SUCCEEDED else count.progress for count in counts)
     by_state = {state: sum(c.n for c in counts if c.state == state) for state in TASK_STATES}
     state = sweep_state(jobs, sweep.paused)
     return {
-        "id": sweep.id, "name": sweep.name, "user": sweep.user, "state": state, "priority": sweep.priority,
-        "labels": sweep.labels, "created_at": iso(sweep.created_at),
+        "id": sweep.id,
+        "name": sweep.name,
+        "user": sweep.user,
+        "state": state,
+        "priority": sweep.priority,
+        "labels": sweep.labels,
+        "created_at": iso(sweep.created_at),
         "pause_reason": sweep.pause_reason if state == "paused" else None,
-        "jobs": {"total": sum(jobs.values()), **jobs}, "tasks": {"total": total, **by_state},
+        "jobs": {"total": sum(jobs.values()), **jobs},
+        "tasks": {"total": total, **by_state},
         "progress": round(done / total, 4) if total else 1.0,
         "eta_seconds": eta_seconds(counts, seconds, slots) if state == "running" else None,
-    }  # fmt: skip
+    }
 
 
 def sweep_state(jobs: Mapping[str, int], paused: bool) -> str:
-    """One word for the counts of its jobs. Held ones wait for a person, so with nothing else left it has failed."""
+    """The state of a sweep, by the counts of its jobs. Held jobs wait for a person: with only these left, it failed."""
     if jobs[JobState.QUEUED] or jobs[JobState.RUNNING]:
         return "paused" if paused else "running"
     if jobs[JobState.FAILED] or jobs[JobState.HELD]:
@@ -102,7 +142,7 @@ def sweep_state(jobs: Mapping[str, int], paused: bool) -> str:
 
 
 def eta_seconds(counts: Sequence[TaskCount], seconds: Mapping[str, float], slots: float) -> float | None:
-    """What is left, at what a task of each kind took so far, over the places to run; None while nothing is known."""
+    """Seconds for the tasks that are left, at what their kinds took so far, over all slots; None while unknown."""
     if not seconds or slots <= 0:
         return None
     usual = max(seconds.values())  # for kinds of which none has finished yet
@@ -174,7 +214,7 @@ class Retractable(Protocol):
 
 
 def retracted(of: Retractable) -> dict[str, str | None]:
-    """When, by whom and why a result was retracted; nulls for one that stands. Shown where one is named by its id."""
+    """When, by whom and why a result was retracted; nulls for one that stands."""
     return {
         "retracted_at": iso(of.retracted_at),
         "retracted_by": of.retracted_by,
@@ -187,21 +227,26 @@ def _is_detail(name: str) -> bool:
     return DETAIL.search(name) is not None
 
 
-def registered_dataset(dataset: RegisteredDataset) -> dict[str, Any]:
+def registered_dataset(dataset: RegisteredDataset) -> JsonObject:
     shown = asdict(dataset)
     return {**shown, "name": dataset.reference, "created_at": iso(dataset.created_at)}
 
 
-def event_view(event: Mapping[str, Any]) -> dict[str, Any]:
+def event_view(event: JsonMapping) -> JsonObject:
     return {**event, "at": iso(event["at"])}
 
 
-def running_view(task: RunningTask) -> dict[str, Any]:
+def running_view(task: RunningTask) -> JsonObject:
     return {
-        "task_id": task.id, "digest": task.digest, "kind": task.kind, "attempt": task.attempt, "worker": task.worker,
-        "progress": task.progress, "detail": task.detail,
-    }  # fmt: skip
+        "task_id": task.id,
+        "digest": task.digest,
+        "kind": task.kind,
+        "attempt": task.attempt,
+        "worker": task.worker,
+        "progress": task.progress,
+        "detail": task.detail,
+    }
 
 
-def roles_of(job: Job, tasks: Sequence[records.Task]) -> list[dict[str, Any]]:
+def roles_of(job: Job, tasks: Sequence[records.Task]) -> list[JsonObject]:
     return [task_line(task, reading.roles(job, task)) for task in tasks]

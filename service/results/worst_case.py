@@ -23,16 +23,16 @@ from service.store import results as store
 from service.store.database import Database
 
 NO_EVIDENCE = ("outside_ball", "non_finite", "eps_zero", "train_mode", "random_forward")
-"""Reasons of verdicts by which an image that an attack broke may be right everywhere in the ball. A blind or a weak
-attack is none of them: it breaks too few, which the others make up for."""
+"""Reasons of verdicts after which a broken image proves nothing: the network may be right everywhere in the ball. A
+blind or weak attack is no such reason: it breaks too few images, and other attacks make up for that."""
 SUPERSEDED = "superseded"
-MAX_PLACES = 10_000  # that one answer has
+MAX_PLACES = 10_000  # in one answer
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a worst case is of: a network, a ball, and images. `scale` is 1 wherever the bias is scaled too: then the
-    predictions are equal at every s, and an image broken at any is broken at all."""
+    """A network, a ball and images, over which a worst case is taken. `scale` is 1 if the bias is scaled too: then the
+    predictions are equal at every s, and an image that is broken at one s is broken at all."""
 
     network: str
     threat_model: str
@@ -44,7 +44,7 @@ class Place:
 
 @dataclass
 class Attack:
-    """What results of one attack add up to: the bits of the images that all of them left right, `n` of them."""
+    """The results of one attack taken together: `robust` has a bit for each of the `n` images that all left right."""
 
     spec: JsonObject
     version: int
@@ -106,7 +106,7 @@ class WorstCase:
 
 
 def place_of(network: str | None, cell: CellSpec) -> Place | None:
-    """The worst case that a result bears on; None without a ball, and of a network that nobody knows."""
+    """The place of a result's worst case; None without a ball, or if the network's weights are unknown."""
     ball = threat_model(cell["attack"]).ball
     if network is None or ball is None:
         return None
@@ -115,12 +115,12 @@ def place_of(network: str | None, cell: CellSpec) -> Place | None:
 
 
 def is_current(cell: CellSpec) -> bool:
-    """Whether this version's attack computed it; what an older one computed is never mixed with that."""
+    """Whether this version of the attack computed the cell. Results of different versions are never mixed."""
     return bool(cell["versions"]["attack"] == version_of_attack(cell["attack"]))
 
 
 def why_left_out(verdict_reasons: Iterable[str] | None, cell: CellSpec) -> str | None:
-    """The reason for which a result proves nothing in a worst case; None where it counts."""
+    """Why a result proves nothing in a worst case; None if it counts."""
     if not is_current(cell):
         return SUPERSEDED
     return next((reason for reason in verdict_reasons or () if reason in NO_EVIDENCE), None)
@@ -132,12 +132,12 @@ def worst_cases(connection: Connection, places: Collection[Place]) -> Iterator[t
     specs: dict[int, CellSpec] = {}
     for attacks in network_results.attacks_in_a_ball(connection, {place.network for place in wanted}):
         specs |= store.cell_specs(connection, {attack.cell_id for attack in attacks} - specs.keys())
-        found: dict[Place, WorstCase] = {}
+        cases: dict[Place, WorstCase] = {}
         for attack in attacks:
             place = place_of(attack.weights_sha256, specs[attack.cell_id])
             if place in wanted:
-                _add(found.setdefault(place, WorstCase(attack.n)), attack, specs[attack.cell_id])
-        yield from ((place, worst) for place, worst in found.items() if worst.attacks)
+                _add(cases.setdefault(place, WorstCase(attack.n)), attack, specs[attack.cell_id])
+        yield from ((place, worst) for place, worst in cases.items() if worst.attacks)
 
 
 def of_networks(database: Database, nodes: Sequence[Node]) -> list[JsonObject]:
@@ -156,22 +156,22 @@ def of_networks(database: Database, nodes: Sequence[Node]) -> list[JsonObject]:
                 places.setdefault(place, specs[network.cell_id])
         if len(places) > MAX_PLACES:
             raise InvalidQuery("filter", f"that chooses {len(places):,} worst cases, at most {MAX_PLACES:,}: filter")
-        found = [_item(place, places[place], worst) for place, worst in worst_cases(connection, places.keys())]
+        items = [_item(place, places[place], worst) for place, worst in worst_cases(connection, places.keys())]
     key = itemgetter("dataset", "threat_model", "samples", "robust_accuracy_worst_case", "weights_sha256", "scale")
-    return sorted(found, key=key)
+    return sorted(items, key=key)
 
 
 def worst_case_of(connection: Connection, network: str | None, cell: CellSpec) -> JsonObject | None:
-    """Of one result's network in its threat model, as JSON; None where there is none."""
+    """The worst case of a result's network in its threat model, as JSON; None if there is none."""
     place = place_of(network, cell)
     if place is None:
         return None
-    found = dict(worst_cases(connection, [place]))
-    return {"threat_model": place.threat_model, **found[place].as_json()} if place in found else None
+    cases = dict(worst_cases(connection, [place]))
+    return {"threat_model": place.threat_model, **cases[place].as_json()} if place in cases else None
 
 
 def preset_of(attack: Mapping[str, object]) -> str | None:
-    """The name that a spec is a preset by."""
+    """The name of the preset that an attack's spec is equal to."""
     return next((name for name, preset in presets().items() if attack == preset), None)
 
 
@@ -182,7 +182,7 @@ def presets() -> dict[str, JsonObject]:
 
 
 def _item(place: Place, cell: CellSpec, worst: WorstCase) -> JsonObject:
-    found = worst.as_json()
+    shown = worst.as_json()
     return {
         "weights_sha256": place.network,
         "architecture": cell["architecture"],
@@ -193,9 +193,9 @@ def _item(place: Place, cell: CellSpec, worst: WorstCase) -> JsonObject:
         "samples": place.samples,
         **({} if place.order is None else {"order": place.order}),
         "scale": place.scale,
-        "robust_accuracy_worst_case": found.pop("robust_accuracy"),
+        "robust_accuracy_worst_case": shown.pop("robust_accuracy"),
         "attack_count": len(worst.attacks),
-        **found,
+        **shown,
     }
 
 

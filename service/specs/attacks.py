@@ -3,10 +3,11 @@
 Definitions: science/README.md, "Attacks".
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from service.model.json import JsonObject
 from service.specs.base import Number, Scale, Spec, Truth, Whole, of_images, without_effect
 from service.specs.names import Architecture, NamedRecipe
 
@@ -194,6 +195,6 @@ PRESETS: dict[str, AnyAttack] = {
 NUMERICS = frozenset(Numerics.model_fields)
 
 
-def parameters(attack: AnyAttack) -> dict[str, Any]:
+def parameters(attack: AnyAttack) -> JsonObject:
     """The attack's own parameters, as its function in `workers/science/attacks` takes them."""
     return {name: getattr(attack, name) for name in type(attack).model_fields if name not in {"type", *NUMERICS}}

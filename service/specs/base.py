@@ -3,7 +3,7 @@
 import math
 import re
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
@@ -15,10 +15,11 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
-def without_effect(spec: Spec, *names: str, **values: Any) -> None:
-    """Set what changes no number, as another field is, to its default or to a value: equal work has one digest.
+def without_effect(spec: Spec, *names: str, **values: object) -> None:
+    """Set fields that change no number, given the other fields, to their default or to `values`: equal work has one
+    digest.
 
-    For validators of a spec that nobody else has yet.
+    Only for validators: it changes the spec in place, before anybody else has it.
     """
     fields = type(spec).model_fields
     spec.__dict__.update({name: fields[name].default for name in names} | values)
@@ -33,17 +34,17 @@ NUMBER = re.compile(rf" *({DECIMAL})([eE][+-]?[0-9]+)? *")
 
 
 def number(text: str) -> float:
-    """The number that a text says, in specs, filters and options: as JSON writes one (.5 too), or one whole number
+    """The number in a text, in specs, filters and options: as JSON writes one (.5 too), or one whole number
     over another.
 
     Raises `ValueError` for anything else, for what is too large, and for what is so small that float64 makes it 0.
     """
     decimal = NUMBER.fullmatch(text)
-    found = decimal or FRACTION.fullmatch(text)
-    if found is None:
+    match = decimal or FRACTION.fullmatch(text)
+    if match is None:
         rule = "in a fraction both are whole numbers" if "/" in text else 'such as 0.03, 3e-2 or "8/255"'
         raise ValueError(f"{shorten(text)} is not a number or a fraction, {rule}")
-    top, more = found.groups()
+    top, more = match.groups()
     try:
         value = float(top + (more or "")) if decimal is not None else float(Fraction(int(top), int(more)))
     except ZeroDivisionError:
@@ -58,7 +59,7 @@ def number(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    """The whole number that a text says, in specs and queries: digits, and none more than that number has.
+    """The whole number that a text stands for, in specs and queries: digits, and none more than that number has.
 
     Raises `ValueError` for anything else, such as `1_0`, `+5` and `5.0`.
     """
@@ -87,7 +88,7 @@ def across(sentence: str) -> PydanticCustomError:
     return PydanticCustomError(ACROSS, "{sentence}", {"sentence": sentence})
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """A number, or a text that says one, as float64; minus zero is zero."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
@@ -96,13 +97,13 @@ def _number(value: Any) -> Any:
     return 0.0 if isinstance(value, float) and value == 0 else value
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     """A whole number, or a text of its digits; 1.0 is none, so that a seed has one way to be written."""
     return whole(value) if isinstance(value, str) else value
 
 
 def of_images(value: float) -> float:
-    """A distance by which a pixel may move: more than 1 was meant in units of 0 to 255."""
+    """A distance by which a pixel may move. A value above 1 was probably meant in units of 0 to 255."""
     if value > 1:
         exact = Fraction(repr(value)) / 255
         meant = f': did you mean "{_over_255(exact)}"?' if value <= 255 else ""
@@ -111,11 +112,11 @@ def of_images(value: float) -> float:
 
 
 def _over_255(fraction: Fraction) -> str:
-    """In whole numbers, over 255 where that can be."""
+    """As whole numbers, over 255 if possible."""
     return f"{fraction * 255}/255" if (fraction * 255).denominator == 1 else str(fraction)
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """A value as a message shows it: not longer than a line."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -134,7 +135,7 @@ MAX_LABELS, MAX_LABEL_BYTES = 50, 10_000
 
 
 def _few_bytes(labels: dict[str, str]) -> dict[str, str]:
-    """Every job of a sweep has its labels."""
+    """Refuse large labels: every job of a sweep stores them."""
     size = sum(len(text.encode()) for item in labels.items() for text in item)
     if size > MAX_LABEL_BYTES:
         raise ValueError(f"these labels have {size:,} bytes in all, at most {MAX_LABEL_BYTES:,} are kept with a job")

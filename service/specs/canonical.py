@@ -8,20 +8,21 @@
 import hashlib
 import json
 from functools import cache
-from typing import Any
 
 from pydantic import BaseModel
 
-# Fields that name what a spec is. They are always written, so a digest never rests on which default came first.
+from service.model.json import JsonObject
+
+# Fields that name the kind of a spec. They are always written, so that no digest depends on their defaults.
 IDENTIFYING = frozenset({"kind", "version", "type", "name"})
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
-def fields(spec: BaseModel) -> dict[str, Any]:
-    """The fields that make this spec what it is. A new option that is left at its default changes nothing here."""
-    out: dict[str, Any] = {}
+def fields(spec: BaseModel) -> JsonObject:
+    """The fields that identify this spec. A new option that is left at its default changes nothing here."""
+    out: JsonObject = {}
     for name, always, default in _fields_of(type(spec)):
         value = getattr(spec, name)
         if always or value != default:
@@ -38,7 +39,7 @@ def digest(spec: BaseModel) -> str:
 
 
 @cache
-def _fields_of(kind: type[BaseModel]) -> tuple[tuple[str, bool, Any], ...]:
+def _fields_of(kind: type[BaseModel]) -> tuple[tuple[str, bool, object], ...]:
     """`(name, always written, default)` of each field."""
     return tuple(
         (name, name in IDENTIFYING or field.is_required(), field.get_default(call_default_factory=True))
@@ -46,7 +47,7 @@ def _fields_of(kind: type[BaseModel]) -> tuple[tuple[str, bool, Any], ...]:
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, BaseModel):
         return fields(value)
     if isinstance(value, (list, tuple)):

@@ -9,7 +9,7 @@ from service.specs.attacks import PRESETS, AnyAttack, Apgd, AutoAttack, Fgsm, Pg
 from service.specs.recipes import AnyRecipe, Imported
 
 Problem = tuple[tuple[str, ...], str]
-"""Where in a job, and a sentence."""
+"""The path of a field of a job, and a sentence."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Images:
 
 
 def misfits(architecture: str, recipe: AnyRecipe, attack: AnyAttack, images: Images | None) -> list[Problem]:
-    """Why `attack` on a network of this architecture and recipe cannot be computed, if so; of own `images` None asks
-    nothing."""
-    found = [
+    """Why `attack` on a network of this architecture and recipe cannot be computed; empty if it can.
+
+    Without `images`, as for a lab's own data set before planning, only checks that need none are made.
+    """
+    problems = [
         *_of_network(("architecture",), architecture, images),
         *_of_training(("recipe",), recipe, images),
     ]
@@ -33,18 +35,18 @@ def misfits(architecture: str, recipe: AnyRecipe, attack: AnyAttack, images: Ima
     if isinstance(attack, Transfer):
         if attack.source is not None:
             climbed = attack.source.architecture
-            found += _of_network(("attack", "source", "architecture"), climbed, images)
-            found += _of_training(("attack", "source", "recipe"), attack.source.recipe, images)
+            problems += _of_network(("attack", "source", "architecture"), climbed, images)
+            problems += _of_training(("attack", "source", "recipe"), attack.source.recipe, images)
         path, attacked = ("attack", "attack"), attack.attack
     if getattr(attacked, "fold_batch_norm", False) and not catalog.ARCHITECTURES[climbed].batch_norm:
-        found.append(((*path, "fold_batch_norm"), f"{climbed} has no batch norm to fold"))
+        problems.append(((*path, "fold_batch_norm"), f"{climbed} has no batch norm to fold"))
     if images is not None:
-        found += ((_as_named(attack, where), sentence) for where, sentence in _of_attack(path, attacked, images))
-    return found
+        problems += ((_as_named(attack, where), sentence) for where, sentence in _of_attack(path, attacked, images))
+    return problems
 
 
 def _as_named(attack: AnyAttack, where: tuple[str, ...]) -> tuple[str, ...]:
-    """A preset is one name, so nothing inside it can be pointed at."""
+    """A preset is one name, so an error points at the whole attack."""
     return where[:1] if attack in PRESETS.values() else where
 
 

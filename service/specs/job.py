@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from functools import lru_cache
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
@@ -15,39 +15,39 @@ from service.specs.base import Order, Scale, Spec, Truth, Whole, across
 from service.specs.canonical import canonical
 from service.specs.fitting import Images, misfits
 from service.specs.measures import CLOSED_FORM_QUANTITIES, MEASURES, Measure
-from service.specs.names import Architecture, NamedRecipe, known
+from service.specs.names import Architecture, NamedRecipe, check_known
 from service.specs.recipes import AnyRecipe, Imported, Standard
 
-SAMPLES = 1000  # where nothing is said
+SAMPLES = 1000  # the default
 AUGMENTATION = ("crop_padding", "flip", "rotation_degrees")
 OWN_DATASET_NAME = re.compile(OWN_DATASET + REGISTERED.pattern)
 
 
-def _dataset(value: Any) -> Any:
+def _dataset(value: object) -> object:
     if not (isinstance(value, str) and OWN_DATASET_NAME.fullmatch(value)):
-        known("dataset", value, catalog.DATASETS, f"{OWN_DATASET}NAME (after `uncanny data add NAME DIR`)")
+        check_known("dataset", value, catalog.DATASETS, f"{OWN_DATASET}NAME (after `uncanny data add NAME DIR`)")
     return value
 
 
-def _attack(value: Any) -> Any:
+def _attack(value: object) -> object:
     if isinstance(value, str):
-        known("attack", value, PRESETS, *(f"{{type: {name}, ...}}" for name in ATTACKS))
+        check_known("attack", value, PRESETS, *(f"{{type: {name}, ...}}" for name in ATTACKS))
         return PRESETS[value]
     if isinstance(value, dict):
-        known("attack type", value.get("type"), ATTACKS)
+        check_known("attack type", value.get("type"), ATTACKS)
     return value
 
 
-def _measures(value: Any) -> Any:
-    """Names become specs; closed forms are always measured, so naming them or one of their quantities adds nothing."""
+def _measures(value: object) -> object:
+    """Names become specs. Closed forms are always measured, so naming them or one of their quantities adds nothing."""
     if not isinstance(value, (list, tuple)):
         return value
-    named = [{"type": item} if isinstance(item, str) else item for item in value]
-    for item in named:
+    specs = [{"type": item} if isinstance(item, str) else item for item in value]
+    for item in specs:
         if isinstance(item, dict):
-            known("measure", item.get("type"), [*MEASURES, *CLOSED_FORM_QUANTITIES])
+            check_known("measure", item.get("type"), [*MEASURES, *CLOSED_FORM_QUANTITIES])
     closed = {"closed_forms", *CLOSED_FORM_QUANTITIES}
-    return tuple(item for item in named if not (isinstance(item, dict) and item.get("type") in closed))
+    return tuple(item for item in specs if not (isinstance(item, dict) and item.get("type") in closed))
 
 
 JobAttack = Annotated[Attack, BeforeValidator(_attack, json_schema_input_type=Attack | str)]
@@ -82,16 +82,16 @@ class JobSpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _samples_left_out(cls, written: Any) -> Any:
-        """Of a lab's own data set, planning knows the size."""
+    def _samples_left_out(cls, written: object) -> object:
+        """Fill in the default. Only planning knows the size of a lab's own data set."""
         if not isinstance(written, dict) or "samples" in written or not isinstance(written.get("dataset"), str):
             return written
-        known = catalog.DATASETS.get(written["dataset"])
-        return written if known is None else {**written, "samples": min(SAMPLES, known.test)}
+        dataset = catalog.DATASETS.get(written["dataset"])
+        return written if dataset is None else {**written, "samples": min(SAMPLES, dataset.test)}
 
     @model_validator(mode="before")
     @classmethod
-    def _checkpoint(cls, written: Any) -> Any:
+    def _checkpoint(cls, written: object) -> object:
         """`"checkpoint": NAME_OR_DIGEST` in place of recipe and seed is short for the recipe that imports it."""
         if not isinstance(written, dict) or written.get("checkpoint") is None:
             return written
@@ -104,9 +104,9 @@ class JobSpec(Spec):
     @classmethod
     def _enough_images(cls, samples: int, info: ValidationInfo) -> int:
         dataset = info.data.get("dataset", "")
-        known = catalog.DATASETS.get(dataset)
-        if known is not None and samples > known.test:
-            raise across(f"{dataset} has {known.test} test images, {samples} were asked for")
+        images = catalog.DATASETS.get(dataset)
+        if images is not None and samples > images.test:
+            raise across(f"{dataset} has {images.test} test images, {samples} were asked for")
         return samples
 
     @field_validator("scale_bias")
@@ -130,21 +130,23 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _suits_its_images(self) -> Self:
-        """Of a lab's own data set, planning knows shape and classes."""
-        known = catalog.DATASETS.get(self.dataset)
-        images = Images(known.shape, known.classes, known.train) if known else None
-        found = misfits(self.architecture, self.recipe, self.attack, images)
-        if found:
-            errors = [InitErrorDetails(type=across(said), loc=path, input=self.attack) for path, said in found]
+        """Only planning knows shape and classes of a lab's own data set, and checks them then."""
+        info = catalog.DATASETS.get(self.dataset)
+        images = Images(info.shape, info.classes, info.train) if info else None
+        problems = misfits(self.architecture, self.recipe, self.attack, images)
+        if problems:
+            errors = [
+                InitErrorDetails(type=across(sentence), loc=path, input=self.attack) for path, sentence in problems
+            ]
             raise ValidationError.from_exception_data("JobSpec", errors)
         return self
 
     def augmented(self, recipe: AnyRecipe) -> AnyRecipe:
-        """The recipe with its augmentation spelled out: what suits the data set where nothing was said."""
+        """The recipe with its augmentation spelled out: fields that were left out get what suits the data set."""
         return _augmented(recipe, self.dataset)
 
     def as_asked(self, recipe: AnyRecipe) -> AnyRecipe:
-        """The other way round: of two ways to ask for one training the one that says less."""
+        """The shortest recipe for this training: without augmentation fields, if they are what suits the data set."""
         if isinstance(recipe, Imported):
             return recipe
         shorter = recipe.model_copy(update=dict.fromkeys(AUGMENTATION))

@@ -1,7 +1,7 @@
 """Fields that name something known: an unknown name is refused with the list of those that there are."""
 
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
@@ -10,24 +10,24 @@ from service.specs.base import shorten
 from service.specs.recipes import KNOWN, PRESETS, AnyRecipe
 
 
-def known(what: str, name: Any, names: Collection[str], *hints: str) -> None:
+def check_known(what: str, name: object, names: Collection[str], *hints: str) -> None:
     """Raises `ValueError` with all `names` where `name` is none of them."""
     if name not in list(names):
         raise ValueError(f"unknown {what} {shorten(name)}; known are: {', '.join([*sorted(names), *hints])}")
 
 
-def _architecture(value: Any) -> Any:
-    known("architecture", value, catalog.ARCHITECTURES)
+def _architecture(value: object) -> object:
+    check_known("architecture", value, catalog.ARCHITECTURES)
     return value
 
 
-def _recipe(value: Any) -> Any:
+def _recipe(value: object) -> object:
     if isinstance(value, str):
-        known("recipe", value, [*KNOWN, *PRESETS])
+        check_known("recipe", value, [*KNOWN, *PRESETS])
         return PRESETS.get(value, {"name": value})
     if isinstance(value, dict):
         value = {"name": "standard", **value}
-        known("recipe", value["name"], KNOWN)
+        check_known("recipe", value["name"], KNOWN)
     return value
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
+from service.model.json import JsonObject
 from service.specs import AttackTask, ControlTask, DatasetRef, JobSpec, MeasureTask, Task, TrainTask, digest
 from service.specs.attacks import AnyAttack, Apgd, Attack, Numerics, Pgd, Transfer
 from service.specs.base import Order
@@ -33,7 +33,7 @@ class PlannedTask:
         return (self.train_digest,) if source is None else (self.train_digest, source)
 
     @property
-    def stored_spec(self) -> dict[str, Any]:
+    def stored_spec(self) -> JsonObject:
         """The spec, fully spelled out, as plain JSON."""
         return self.spec.model_dump(mode="json")
 
@@ -100,7 +100,7 @@ def _network(
     replicate: int,
     weights: Mapping[str, Imported],
 ) -> PlannedTask:
-    """Its training. For imported weights neither their name nor a seed matters."""
+    """The training of a network. For imported weights neither their name nor a seed matters."""
     if isinstance(recipe, Imported):
         recipe, seed = weights[recipe.checkpoint or ""], 0
     return training(architecture, dataset, recipe, seed, replicate)
@@ -181,7 +181,7 @@ def with_arrays(attack: PlannedTask) -> PlannedTask:
 def _control(checkpoint: str, attack: AnyAttack, samples: int, order: Order) -> PlannedTask | None:
     """The panel in the attack's ball: with its own steps if it is PGD, else with ten of a quarter of eps.
 
-    None for an attack without a ball, or a ball without room.
+    None for an attack without a ball, or with a ball of radius 0.
     """
     if isinstance(attack, Transfer):
         return _control(checkpoint, attack.attack, samples, order)

@@ -1,14 +1,15 @@
 """The recipes that a job can ask for (science/README.md, "Training"). `standard` is the paper's."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from service.model.json import JsonObject
 from service.model.names import DIGEST_PATTERN
 from service.specs.base import Number, Spec, Truth, Whole, of_images, without_effect
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
-Share = Annotated[Number, Field(gt=0, lt=1)]
+OpenFraction = Annotated[Number, Field(gt=0, lt=1)]
 FILLED_IN = "Filled in when the job is accepted."
 
 
@@ -55,7 +56,7 @@ class LabelSmoothing(Recipe):
     """Cross-entropy with smoothed labels."""
 
     name: Literal["label_smoothing"] = "label_smoothing"
-    smoothing: Share = 0.1
+    smoothing: OpenFraction = 0.1
 
 
 class Margin(Recipe):
@@ -158,7 +159,7 @@ RECIPES: dict[str, type[Recipe]] = {
 }
 """Those that train."""
 
-OF_LITERATURE: dict[str, Any] = {"weight_decay": 5e-4, "keep": "best", "held_out": 1000}
+OF_LITERATURE: JsonObject = {"weight_decay": 5e-4, "keep": "best", "held_out": 1000}
 
 PRESETS: dict[str, Recipe] = {
     "adversarial_literature": Adversarial(**OF_LITERATURE),
@@ -170,7 +171,7 @@ epoch most robust on 1,000 held-out training images (Rice et al.)."""
 KNOWN: dict[str, type[Spec]] = {**RECIPES, "imported": Imported}
 
 
-def parameters(recipe: Recipe) -> dict[str, Any]:
+def parameters(recipe: Recipe) -> JsonObject:
     """The parameters of the recipe's loss, beyond what every recipe has."""
     of_training = {"name", "keep", "held_out", *Recipe.model_fields}
     return {name: getattr(recipe, name) for name in type(recipe).model_fields if name not in of_training}

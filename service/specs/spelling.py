@@ -1,6 +1,6 @@
 """What a value of an axis means, however it is spelled: `"8/255"` is 0.03137..., a preset is its parameters.
 
-Two values are one if a job would be the same with either. `true` is not 1, though Python takes them for equal.
+Two values mean the same if a job would be the same with either. `true` is not 1, though Python takes them for equal.
 """
 
 from collections.abc import Hashable, Mapping
@@ -14,7 +14,7 @@ from service.specs.job import JobAttack, JobMeasures
 from service.specs.names import NamedRecipe
 from service.specs.parameters import parameters
 
-WHOLE: Mapping[str, TypeAdapter[Any]] = {
+WHOLE: Mapping[str, TypeAdapter[Any]] = {  # Any: each has a type of its own
     "attack": TypeAdapter(JobAttack),
     "attack.attack": TypeAdapter(SourceAttack),
     "attack.source": TypeAdapter(Source),
@@ -25,15 +25,15 @@ WHOLE: Mapping[str, TypeAdapter[Any]] = {
 """The fields of a job that have parts."""
 
 
-def meaning(axis: str, value: Any) -> Hashable:
+def meaning(axis: str, value: object) -> Hashable:
     """Something that is equal for values of `axis`, a JobSpec field or a dotted one, that mean the same."""
     if axis in WHOLE:
         try:
-            found = WHOLE[axis].validate_python(value)
-        except ValidationError:  # a part may stand on an axis of its own
+            parsed = WHOLE[axis].validate_python(value)
+        except ValidationError:  # a part of the value may stand on an axis of its own
             pass
         else:
-            value = frozenset(found) if axis == "measures" else found
+            value = frozenset(parsed) if axis == "measures" else parsed
     plain: Hashable = value
     match value:
         case bool():

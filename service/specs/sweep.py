@@ -1,7 +1,7 @@
 """Sweep: a named grid of jobs, `base` x `grid` + `include` - `exclude`."""
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -9,6 +9,7 @@ from pydantic import FailFast, Field, ValidationError
 
 from service.errors import InvalidSpec
 from service.limits import MAX_SWEEP_JOBS
+from service.model.json import JsonMapping, JsonObject
 from service.model.pointers import pointer_to
 from service.specs.attacks import ATTACKS
 from service.specs.base import ACROSS, Labels, Priority, Spec, shorten
@@ -20,7 +21,8 @@ from service.specs.spelling import meaning
 
 MAX_COMPARISONS = 2_000_000  # of cells with `exclude`
 TAGS = frozenset({*ATTACKS, *RECIPES, *MEASURES})
-Cell = dict[str, Any]
+Cell = JsonObject
+Grid = dict[str, list[Any]]  # Any: values of whichever fields are the axes
 
 
 class Sweep(Spec):
@@ -28,7 +30,7 @@ class Sweep(Spec):
 
     name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
     base: Cell = Field(default_factory=dict, description="JobSpec fields that all cells share.")
-    grid: dict[str, list[Any]] = Field(
+    grid: Grid = Field(
         default_factory=dict, description="Axes: each field with its values; `recipe.epochs` reaches inside."
     )
     include: Annotated[list[Cell], FailFast()] = Field(
@@ -57,16 +59,16 @@ class Sweep(Spec):
         return list(dict.fromkeys(parsed.values()))
 
     def written(self) -> int:
-        """How many cells the sweep has as it is written, with those that say the same as another."""
+        """How many cells the sweep has as written, with cells that mean the same job."""
         return sum(1 for _ in self._written())
 
-    def extended(self, grid: dict[str, list[Any]]) -> "Sweep":
-        """The same sweep with more values on its axes. Raises `InvalidSpec` for what is no axis of it."""
+    def extended(self, grid: Grid) -> "Sweep":
+        """The same sweep with more values on its axes. Raises `InvalidSpec` for a name that is no axis of the sweep."""
         for axis in grid:
             if axis not in self.grid:
-                known = ", ".join(f"`{name}`" for name in self.grid) or "none"
+                axes = ", ".join(f"`{name}`" for name in self.grid) or "none"
                 raise InvalidSpec(
-                    [(pointer_to("grid", axis), f"`{axis}` is not an axis of the sweep (they are: {known})")]
+                    [(pointer_to("grid", axis), f"`{axis}` is not an axis of the sweep (they are: {axes})")]
                 )
         here = {axis: {meaning(axis, value) for value in self.grid[axis]} for axis in grid}
         more = {
@@ -75,8 +77,8 @@ class Sweep(Spec):
         longer = {axis: [*values, *more.get(axis, [])] for axis, values in self.grid.items()}
         return self.model_copy(update={"grid": longer})
 
-    def in_extension(self, grid: dict[str, list[Any]], error: InvalidSpec) -> InvalidSpec:
-        """What was found wrong with this sweep, `extended` by `grid`, pointing at the entries of `grid`."""
+    def in_extension(self, grid: Grid, error: InvalidSpec) -> InvalidSpec:
+        """The errors of this sweep, which was `extended` by `grid`, as pointers to the entries of `grid`."""
 
         def moved(pointer: str) -> str:
             for axis in grid:
@@ -90,10 +92,10 @@ class Sweep(Spec):
         return InvalidSpec([(moved(pointer), sentence) for pointer, sentence in error.errors])
 
     def located(self, job: JobSpec, error: InvalidSpec) -> InvalidSpec:
-        """What was found wrong with one of the jobs, said of the cell that it comes from."""
+        """The errors of one of the jobs, as pointers to the cell that the job comes from."""
         cell = next(cell for cell in self._written() if _parse(self.base, cell) == job)
-        found = ((pointer.split("/")[1:], sentence) for pointer, sentence in error.errors)
-        return InvalidSpec([(cell.pointer(path), sentence + cell.said()) for path, sentence in found])
+        errors = ((pointer.split("/")[1:], sentence) for pointer, sentence in error.errors)
+        return InvalidSpec([(cell.pointer(path), sentence + cell.in_words()) for path, sentence in errors])
 
     def _check_size(self, most: int) -> None:
         """Before anything is built: a grid of a few bytes can have more cells than there are atoms."""
@@ -115,7 +117,7 @@ class Sweep(Spec):
     def _excluded(self) -> list[dict[int, set[int]]]:
         """The patterns of `exclude`: by the number of an axis, which of its values a pattern means.
 
-        What is left out must be there: a typing error would otherwise be computed for days.
+        An excluded value must be in the grid: otherwise a typing error would be computed for days.
         """
         axes = list(self.grid)
         on_axis: dict[str, dict[Hashable, set[int]]] = {}
@@ -142,7 +144,7 @@ class Sweep(Spec):
             excluded = self._excluded()
             for entries in itertools.product(*map(enumerate, self.grid.values())):
                 indices = tuple(index for index, _ in entries)
-                if not any(all(indices[axis] in those for axis, those in one.items()) for one in excluded):
+                if not any(all(indices[axis] in those for axis, those in pattern.items()) for pattern in excluded):
                     cell = {axis: value for axis, (_, value) in zip(self.grid, entries, strict=True)}
                     yield _Written(cell, indices)
         for i, cell in enumerate(self.include):
@@ -164,7 +166,7 @@ class _Written:
     def pointer(self, path: Sequence[str], *, of_name: bool = False) -> str:
         """Where the user wrote the field at `path`: on an axis, perhaps a dotted one, or else in `base`.
 
-        With `of_name` not the entry of an axis but its name, where that alone says `path`.
+        With `of_name`, the name of an axis instead of its entry, if the name alone is `path`.
         """
         for end in range(len(path), 0, -1):
             field = ".".join(path[:end])
@@ -174,15 +176,17 @@ class _Written:
                     return pointer_to(*self.axis(name), *([] if of_name and end == len(path) else entry), *path[end:])
         return pointer_to("base", *path)
 
-    def said(self) -> str:
-        """The cell in a sentence's words, where one of its fields does not go with another."""
+    def in_words(self) -> str:
+        """The cell as the end of a message, for errors that depend on several of its fields."""
         values = ", ".join(f"{name} {shorten(value)}" for name, value in self.values.items())
         return f" (in the cell {values})" if values else ""
 
 
 def _parse(base: Cell, cell: _Written) -> JobSpec:
     merged = dict(base)
-    for key, value in sorted(cell.values.items(), key=_depth):  # else a field would replace what was set inside it
+    for key, value in sorted(
+        cell.values.items(), key=_depth
+    ):  # outer fields first, or they would replace what was set inside them
         outer, *inner = path = key.split(".")
         if not all(path):
             raise InvalidSpec([(pointer_to(*cell.axis(key)), f"{shorten(key)} names no field")])
@@ -196,11 +200,11 @@ def _parse(base: Cell, cell: _Written) -> JobSpec:
         raise InvalidSpec(problems(error, cell)) from None
 
 
-def _depth(entry: tuple[str, Any]) -> int:
+def _depth(entry: tuple[str, object]) -> int:
     return entry[0].count(".")
 
 
-def _within(container: Any, path: list[str], value: Any, key: str, cell: _Written) -> Cell:
+def _within(container: object, path: list[str], value: object, key: str, cell: _Written) -> Cell:
     """A copy of `container` in which the field at `path` has `value`."""
     if not isinstance(container, dict):
         outer = key.removesuffix("." + ".".join(path))
@@ -217,11 +221,11 @@ def problems(error: ValidationError, cell: _Written | None = None) -> list[tuple
         path, unknown = as_written(item["loc"]), item["type"] == "extra_forbidden"
         where = pointer_to(*path) if cell is None else cell.pointer(path, of_name=unknown)
         depends = item["type"] == ACROSS or (unknown and len(path) > 1)  # on other fields of the job
-        out.append((where, sentence_of(item, path) + (cell.said() if cell is not None and depends else "")))
+        out.append((where, sentence_of(item, path) + (cell.in_words() if cell is not None and depends else "")))
     return out
 
 
-def sentence_of(item: Mapping[str, Any], path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
+def sentence_of(item: JsonMapping, path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
     """What pydantic found in the field at `path` of a body whose fields are `names`, with the value that it had."""
     if item["type"] == "extra_forbidden":
         return no_such_field(path, names)
@@ -232,7 +236,7 @@ def sentence_of(item: Mapping[str, Any], path: Sequence[str], names: Sequence[st
 
 
 def as_written(location: Sequence[int | str]) -> list[str]:
-    """The location without what pydantic says of its own way: functions, and the kind of attack, recipe or measure."""
+    """The location without the steps that pydantic adds: functions, and the kind of attack, recipe or measure."""
     path: list[str] = []
     for before, part in itertools.pairwise((None, *location)):
         names_a_kind = before in ("attack", "recipe") or isinstance(before, int)

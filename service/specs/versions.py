@@ -6,8 +6,8 @@ beside it. A queued task of an older version is planned again (`service/queue/re
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
+from service.model.json import JsonMapping
 from service.model.task_kinds import method_of
 
 VERSIONS: Mapping[str, int] = MappingProxyType(
@@ -36,8 +36,8 @@ VERSIONS: Mapping[str, int] = MappingProxyType(
 )
 """By `kind/type`, as in `measure/sam_sharpness` or `attack/square`; a type that is not here has version 1."""
 
-LATER: Mapping[str, Any] = MappingProxyType({"order": "permutation"})
-"""Fields that specs did not always have, with what they were before."""
+LATER: JsonMapping = MappingProxyType({"order": "permutation"})
+"""Fields that older stored specs do not have, with the value that these specs stand for."""
 
 
 def version_of(kind: str, name: str = "") -> int:
@@ -49,14 +49,14 @@ def version_of(kind: str, name: str = "") -> int:
     return VERSIONS.get(f"{kind}/{name}" if name else kind, 1)
 
 
-def version_of_spec(spec: Mapping[str, Any]) -> int:
+def version_of_spec(spec: JsonMapping) -> int:
     """The version that a task of this stored spec would have if it were planned now."""
     if spec["kind"] == "attack":
         return version_of_attack(spec["attack"])
     return version_of(spec["kind"], method_of(spec))
 
 
-def version_of_attack(attack: Mapping[str, Any]) -> int:
+def version_of_attack(attack: JsonMapping) -> int:
     """A transfer's numbers change with its own version and with that of the attack that makes its examples."""
     own = version_of("attack", attack["type"])
     return own if "attack" not in attack else own + version_of_attack(attack["attack"]) - 1

@@ -21,14 +21,21 @@ LISTED = 5000  # cells or ids that a statement lists; more are asked for in a su
 SOUGHT, MOST = 1000, 4  # up to so many cells, and to one in so many, are looked into one by one for a page
 FEW = 300  # where fewer than one cell in so many matches, they are found by their index
 ORDER: dict[str, Callable[[Any, Any], Column]] = {
-    "<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b,
-}  # fmt: skip
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+}
 EQUAL = frozenset({"=", "!=", "in", "not in"})
 ORDERED = EQUAL | frozenset(ORDER)
 OPERATORS: dict[Kind, frozenset[str]] = {
-    "text": ORDERED | {"~"}, "number": ORDERED, "integer": ORDERED, "time": ORDERED, "boolean": EQUAL,
+    "text": ORDERED | {"~"},
+    "number": ORDERED,
+    "integer": ORDERED,
+    "time": ORDERED,
+    "boolean": EQUAL,
     "list": frozenset({"=", "in", "~"}),
-}  # fmt: skip
+}
 ONE, MANY = (
     {"in": "=", "not in": "!="},
     {"=": "in", "!=": "not in"},

@@ -220,13 +220,21 @@ def _alembic() -> Config:
 
 def _postgresql_engine(url: URL, statement_seconds: float | None, pooling: Pooling) -> Engine:
     patience = {
-        "client_encoding": "utf8", "connect_timeout": CONNECT_SECONDS, "tcp_user_timeout": SILENT_SECONDS * 1000,
-        "keepalives_idle": SILENT_SECONDS // 2, "keepalives_interval": SILENT_SECONDS // 4, "keepalives_count": 2,
-    }  # fmt: skip
+        "client_encoding": "utf8",
+        "connect_timeout": CONNECT_SECONDS,
+        "tcp_user_timeout": SILENT_SECONDS * 1000,
+        "keepalives_idle": SILENT_SECONDS // 2,
+        "keepalives_interval": SILENT_SECONDS // 4,
+        "keepalives_count": 2,
+    }
     engine = create_engine(
-        url, json_deserializer=from_json, pool_pre_ping=True, pool_size=10, pool_timeout=POOL_SECONDS,
+        url,
+        json_deserializer=from_json,
+        pool_pre_ping=True,
+        pool_size=10,
+        pool_timeout=POOL_SECONDS,
         connect_args=patience,
-    )  # fmt: skip
+    )
     ping = engine.dialect.do_ping
 
     def ping_in_time(dbapi_connection: Any) -> bool:

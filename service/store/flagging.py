@@ -5,7 +5,7 @@ from collections.abc import Collection
 from sqlalchemy import Connection, bindparam, func, select, update
 
 from service.model.dotted import flat
-from service.model.flags import TRAINED_AGAIN, Flag, Place, compared, found
+from service.model.flags import TRAINED_AGAIN, Flag, Place, compared, flags_of_cells
 from service.store import network_results
 from service.store.listed import listed, numbered
 from service.store.result_tables import cells, results
@@ -70,7 +70,7 @@ def _found(
     means = network_results.means(connection, weights, cell_ids)
     query = select(cells.c.id, cells.c.spec).where(cells.c.id.in_(numbered({mean.cell_id for mean in means})))
     specs = {cell_id: dict(flat(compared(spec))) for cell_id, spec in connection.execute(query)} if means else {}
-    return found(means, specs)
+    return flags_of_cells(means, specs)
 
 
 def _of_several_strengths(connection: Connection, cell_ids: Collection[int]) -> set[int]:

@@ -83,20 +83,32 @@ results = Table(
     Index("ix_results_time", "sequence", "cell_id", "user", postgresql_where=SHOWN, sqlite_where=SHOWN),
     *(
         Index(
-            f"ix_results_cell_{name}", "cell_id", name, "sequence", "user",
-            postgresql_where=SHOWN, sqlite_where=SHOWN,
+            f"ix_results_cell_{name}",
+            "cell_id",
+            name,
+            "sequence",
+            "user",
+            postgresql_where=SHOWN,
+            sqlite_where=SHOWN,
         )
         for name in INDEXED
     ),
     Index("ix_results_cell_time", "cell_id", "sequence", "user", postgresql_where=SHOWN, sqlite_where=SHOWN),
     Index(
-        "ix_results_cell", "cell_id", "user", "repeats_network", "robust_accuracy", "clean_accuracy", "masked_fraction",
+        "ix_results_cell",
+        "cell_id",
+        "user",
+        "repeats_network",
+        "robust_accuracy",
+        "clean_accuracy",
+        "masked_fraction",
         "retracted_at",  # always null, but SQLite reads the row where the index lacks a column of its condition
-        postgresql_where=SHOWN, sqlite_where=SHOWN,
+        postgresql_where=SHOWN,
+        sqlite_where=SHOWN,
     ),
     Index("ix_results_sweep", "sweep_id"),
     Index("ix_results_weights", "weights_sha256", "cell_id"),
-)  # fmt: skip
+)
 
 # Which numbers attacks and measures have ever left, so that a misspelt name is told from one without rows.
 number_names = Table(

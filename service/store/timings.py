@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, or_, select
 
-from service.model.estimates import Likeness, Timing, likeness, units
+from service.model.estimates import Timing, Workload, units, workload
 from service.store.listed import insert_rows, listed
 from service.store.states import CURRENT, DIGEST
 from service.store.tables import attempts, tasks, timings
@@ -26,7 +26,7 @@ def keep(connection: Connection, now: float, succeeded: Collection[str]) -> None
     insert_rows(connection, timings, rows)
 
 
-def newest(connection: Connection, like: Likeness) -> list[Timing]:
+def newest(connection: Connection, like: Workload) -> list[Timing]:
     """The last timings of such tasks, the newest first."""
     same = [getattr(timings.c, name) == value for name, value in vars(like).items()]
     query = select(timings.c.device, timings.c.device_seconds, timings.c.units).where(*same)
@@ -37,9 +37,13 @@ def newest(connection: Connection, like: Likeness) -> list[Timing]:
 def _row(found: Any, train_spec: Mapping[str, Any], now: float) -> dict[str, Any]:
     device = str(found.provenance.get("device") or "unknown")[:200]
     return {
-        "task_id": found.id, **vars(likeness(found.spec, train_spec)), "device": device,
-        "device_seconds": _seconds(found.provenance), "units": units(found.spec), "at": now,
-    }  # fmt: skip
+        "task_id": found.id,
+        **vars(workload(found.spec, train_spec)),
+        "device": device,
+        "device_seconds": _seconds(found.provenance),
+        "units": units(found.spec),
+        "at": now,
+    }
 
 
 def _seconds(provenance: dict[str, Any] | None) -> float | None:

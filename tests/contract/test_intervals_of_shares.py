@@ -14,7 +14,7 @@ from scipy import stats
 from typed import number
 
 from service.model.executor import Outcome, Succeeded
-from service.model.observations import SHARES
+from service.model.observations import FRACTIONS
 from service.results import aggregates, exporting
 from service.results.insights import Insights
 from service.results.questions import Question
@@ -25,7 +25,7 @@ OF_ATTACK = {
     "clean_accuracy": CORRECT / N, "robust_accuracy": 30 / N, "robust_accuracy_any_iterate": 20 / N,
     "robust_top5_accuracy": 180 / N, "robust_accuracy_of_correct": 25 / CORRECT, "flip_rate": 135 / CORRECT,
 }  # fmt: skip
-SHARE_OF = {**OF_ATTACK, "test_accuracy": 0.9}
+FRACTION_OF = {**OF_ATTACK, "test_accuracy": 0.9}
 IMAGES = {"samples": N, "n_clean_correct": CORRECT, "test_samples": TEST}
 
 
@@ -35,7 +35,7 @@ def wilson(share: float, images: int) -> tuple[float, float]:
 
 
 def expected(name: str, images: int | None = None) -> tuple[float, float]:
-    return wilson(SHARE_OF[name], images or IMAGES[SHARES[name]])
+    return wilson(FRACTION_OF[name], images or IMAGES[FRACTIONS[name]])
 
 
 def finish(lab: Any, **numbers: Any) -> None:
@@ -80,19 +80,19 @@ def bounds(row: dict[str, Any], name: str) -> tuple[float, float]:
 def test_each_share_of_a_result_has_the_interval_of_its_own_images(lab: Any, kind: str) -> None:
     job_id = lab.submit(samples=N)
     finish(lab)
-    assert SHARE_OF.keys() == SHARES.keys()
-    for name in SHARES:
+    assert FRACTION_OF.keys() == FRACTIONS.keys()
+    for name in FRACTIONS:
         fields = (f"{name}_ci95_low", f"{name}_ci95_high")
         assert bounds(exported(lab, kind, *fields), name) == pytest.approx(expected(name))
     whole = exported(lab, kind, "*")
-    for name in SHARES:
+    for name in FRACTIONS:
         assert bounds(whole, name) == pytest.approx(expected(name))
     by_default = exported(lab, kind)
     of_columns = ("clean_accuracy", "robust_accuracy", "test_accuracy")
-    for name in of_columns if kind in ("csv", "parquet") else SHARES:
+    for name in of_columns if kind in ("csv", "parquet") else FRACTIONS:
         assert bounds(by_default, name) == pytest.approx(expected(name))
     one = Insights(lab.database).result(job_id)
-    for name in SHARES:
+    for name in FRACTIONS:
         assert bounds(one, name) == pytest.approx(expected(name))
 
 
@@ -136,9 +136,9 @@ def test_a_group_without_a_spread_has_the_interval_of_its_distinct_images(
     """However many networks show the same share: these are the same images."""
     lab.submit_sweep({"samples": [N], "seed": list(seeds)})
     finish(lab)
-    metrics = dict.fromkeys(SHARES, ("mean", "ci95"))
+    metrics = dict.fromkeys(FRACTIONS, ("mean", "ci95"))
     [found] = aggregates.aggregate(lab.database, [], by, metrics)["items"]
-    for name in SHARES:
+    for name in FRACTIONS:
         said = found[name]
         assert said["ci95_of"] == "images"
         assert (said["ci95_low"], said["ci95_high"]) == pytest.approx(expected(name)), name
@@ -172,6 +172,6 @@ def test_the_names_and_counts_of_shares_are_those_that_attacks_leave() -> None:
     numbers = evaluate_attack(model, x, y, torch.arange(50), attack="fgsm", params=params).numbers
     counts = {"samples": 50, "n_clean_correct": number(numbers, "n_clean_correct")}
     assert 0 < counts["n_clean_correct"] < 50
-    for name in SHARES.keys() - {"test_accuracy"}:
-        images = number(numbers, name) * counts[SHARES[name]]
+    for name in FRACTIONS.keys() - {"test_accuracy"}:
+        images = number(numbers, name) * counts[FRACTIONS[name]]
         assert images == pytest.approx(round(images), abs=1e-9), name

@@ -351,11 +351,11 @@ def test_one_result_whole_and_one_without_an_accuracy(lab: Any) -> None:
 
 
 def test_every_field_of_an_interval_is_of_a_share_and_no_field_itself() -> None:
-    from service.model.observations import INTERVALS, SHARES
+    from service.model.observations import FRACTIONS, INTERVALS
 
-    assert {share for share, _ in INTERVALS.values()} == SHARES.keys()
+    assert {share for share, _ in INTERVALS.values()} == FRACTIONS.keys()
     assert not INTERVALS.keys() & RESULTS.known.keys()
-    assert all(range_of(share) == (0.0, 1.0) for share in SHARES)
+    assert all(range_of(share) == (0.0, 1.0) for share in FRACTIONS)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)

@@ -227,7 +227,7 @@ def test_nodes_that_are_gone_are_forgotten_and_unfit_ones_told() -> None:
     world.environment.heed(Capacity(True, 4.0, 0.0, ({"CPU": 4.0},), ("n2",), {"n3": "other code"}))
     assert world.environment.aside == []
     assert not world.environment.is_tried(tried.id)
-    assert [(one.node, one.reason) for one in reported({"set_aside": world.environment.told(0.0)})] == [
+    assert [(one.node, one.reason) for one in reported({"set_aside": world.environment.as_status(0.0)})] == [
         ("n3", "other code")
     ]
     world.environment.heed(Capacity(True, 8.0, 0.0, ({"CPU": 4.0},) * 2, ("n2", "n3")))
@@ -240,7 +240,7 @@ def test_the_next_dispatcher_goes_on_with_the_wait() -> None:
     world = World()
     world.loses(world.takes_up(), DATA)
     world.now += 10
-    told = world.environment.told(5_000_000.0)  # the database's clock
+    told = world.environment.as_status(5_000_000.0)  # the database's clock
     other = World()
     other.now = 7.0
     other.environment.take_over(reported({"set_aside": told}), 5_000_005.0)

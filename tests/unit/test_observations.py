@@ -40,7 +40,7 @@ def counted(rows: list[Row]) -> dict[str, list[float]]:
 
 
 def taken(rows: list[Row]) -> dict[str, Any]:
-    found = Observations(1)
+    found: Observations[str] = Observations(1)
     for start in range(0, len(rows), 3):  # in batches
         groups, networks, seeds, tasks, values = zip(*rows[start : start + 3], strict=True)
         found.add(groups, networks, seeds, tasks, values)
@@ -67,7 +67,7 @@ def test_repeats_that_say_the_same_have_exactly_that_mean(values: list[float], t
 
 
 def test_a_missing_value_is_no_observation_of_a_network_that_counts() -> None:
-    found = Observations(1)
+    found: Observations[str] = Observations(1)
     found.add(["x", "x", "y"], ["A", "B", "C"], [0, 0, 0], ["1", "2", None], [0.5, None, None])
     assert found.networks() == {"x": 2, "y": 1}
     assert {key: of.tolist() for key, of in found.values(0, "network").items()} == {"x": [0.5], "y": []}

@@ -11,13 +11,13 @@ import psutil
 import pytest
 
 from api import home
-from service.processes import Told
+from service.processes import SignalSafeEvent
 from service.settings import Settings
 
 
 def test_an_event_may_be_set_in_the_middle_of_its_own_wait() -> None:
     """As a handler does that interrupts the thread which holds the event's lock just then."""
-    told = Told()
+    told = SignalSafeEvent()
 
     def interrupted() -> None:
         with told._cond:

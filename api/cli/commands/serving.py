@@ -16,7 +16,7 @@ from api.binding import check_bind, listen
 from api.cli.commands.options import AsJson, Auth, Home, Host, Insecure, Port, print_line, settings_of
 from api.client.render import err
 from service import logs, private
-from service.processes import Told
+from service.processes import SignalSafeEvent
 
 TOGETHER_SECONDS = 0.3
 
@@ -43,7 +43,7 @@ def serve(
         err.print(sentence, soft_wrap=True)
 
     supervisor = Supervisor(settings, say, verbose=verbose, when_needed=when_needed)
-    stop, hurry = Told(), Told()
+    stop, hurry = SignalSafeEvent(), SignalSafeEvent()
     for which in (signal.SIGTERM, signal.SIGINT):
         signal.signal(which, partial(_heard, stop, hurry, []))
     if as_json:

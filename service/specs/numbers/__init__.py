@@ -5,8 +5,8 @@ A number that has a column is an entry of `COLUMNS`: the tables, filing, the fil
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from service.model.json import JsonObject
 from service.specs.numbers import of_attacks, of_measures, of_tasks
 from service.specs.numbers.base import Group, Kind, Number, Unit
 
@@ -68,12 +68,12 @@ def filed(kind: str) -> dict[str, str]:
     return {column.name: column.number for column in COLUMNS if column.kind == kind and column.name}
 
 
-def described() -> list[dict[str, Any]]:
+def described() -> list[JsonObject]:
     """The dictionary as plain JSON: each number, or pattern of names, with its group."""
     return [_described(group, number) for group in GROUPS for number in group.numbers]
 
 
-def _described(group: Group, number: Number) -> dict[str, Any]:
+def _described(group: Group, number: Number) -> JsonObject:
     names = tuple(number.names())
     columns = [column for column in COLUMNS if column.kind == group.kind and column.number in names and column.name]
     return {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from service.model.observations import SHARES
+from service.model.observations import FRACTIONS
 from service.model.verdict import CHECKS
 from service.settings import Kind as TaskKind
 
@@ -63,7 +63,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "bound": ("relayed_relative_sharpness", "relayed_relative_flatness", "corrected_taylor", "certificate"),
     "valley": ("relative_sharpness", "softmax_trace", "feature_norm_squared"),
     "strength": ("001", "01", "1"),
-    "share": tuple(SHARES),
+    "share": tuple(FRACTIONS),
     "end": ("low", "high"),
     "check": tuple(check for check in CHECKS if check != "train_mode"),  # which counts no images
 }

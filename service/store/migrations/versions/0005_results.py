@@ -13,14 +13,30 @@ branch_labels = None
 depends_on = None
 
 METRICS = (
-    "clean_accuracy", "clean_loss", "robust_accuracy", "robust_loss", "masked_fraction", "masked_fraction_of_correct",
-    "reverse_fraction", "zero_gradient_fraction", "log_hessian_trace_median", "log_relative_sharpness_median",
-    "log_relative_flatness_median", "test_accuracy", "train_seconds",
-)  # fmt: skip
+    "clean_accuracy",
+    "clean_loss",
+    "robust_accuracy",
+    "robust_loss",
+    "masked_fraction",
+    "masked_fraction_of_correct",
+    "reverse_fraction",
+    "zero_gradient_fraction",
+    "log_hessian_trace_median",
+    "log_relative_sharpness_median",
+    "log_relative_flatness_median",
+    "test_accuracy",
+    "train_seconds",
+)
 INDEXED = (
-    "clean_accuracy", "robust_accuracy", "robust_loss", "masked_fraction", "zero_gradient_fraction",
-    "log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median",
-)  # fmt: skip
+    "clean_accuracy",
+    "robust_accuracy",
+    "robust_loss",
+    "masked_fraction",
+    "zero_gradient_fraction",
+    "log_hessian_trace_median",
+    "log_relative_sharpness_median",
+    "log_relative_flatness_median",
+)
 OWN = {"seed", "attack_seed", "replicate", "measures", "arrays"}
 SHOWN = sa.text("retracted_at IS NULL")
 FINISHED = """
@@ -137,9 +153,14 @@ def _columns(digest: str, spec: dict[str, Any]) -> dict[str, Any]:
     ball = attack.get("attack", attack)  # of a transfer, that of the attack that makes its examples
     same = {name: spec[name] for name in ("architecture", "dataset", "scale", "samples")}
     return {
-        **same, "digest": digest, "attack": attack["type"], "norm": ball.get("norm"), "eps": ball.get("eps"),
-        "recipe": recipe["name"], "spec": spec,
-    }  # fmt: skip
+        **same,
+        "digest": digest,
+        "attack": attack["type"],
+        "norm": ball.get("norm"),
+        "eps": ball.get("eps"),
+        "recipe": recipe["name"],
+        "spec": spec,
+    }
 
 
 def _name(names: sa.Table) -> None:

@@ -9,9 +9,15 @@ branch_labels = None
 depends_on = None
 
 INDEXED = (
-    "clean_accuracy", "robust_accuracy", "robust_loss", "masked_fraction", "zero_gradient_fraction",
-    "log_hessian_trace_median", "log_relative_sharpness_median", "log_relative_flatness_median",
-)  # fmt: skip
+    "clean_accuracy",
+    "robust_accuracy",
+    "robust_loss",
+    "masked_fraction",
+    "zero_gradient_fraction",
+    "log_hessian_trace_median",
+    "log_relative_sharpness_median",
+    "log_relative_flatness_median",
+)
 SHOWN = sa.text("retracted_at IS NULL")
 
 

@@ -37,9 +37,12 @@ def upgrade() -> None:
 
 def _fill() -> None:
     cells = sa.table(
-        "cells", sa.column("id", sa.Integer), sa.column("spec", sa.JSON), sa.column("threat_model", sa.String),
+        "cells",
+        sa.column("id", sa.Integer),
+        sa.column("spec", sa.JSON),
+        sa.column("threat_model", sa.String),
         sa.column("family", sa.String),
-    )  # fmt: skip
+    )
     connection = op.get_bind()
     for cell_id, spec in connection.execute(sa.select(cells.c.id, cells.c.spec)).all():
         values = {"threat_model": _ball(spec["attack"]), "family": _family(spec)}

@@ -23,9 +23,13 @@ def upgrade() -> None:
 def _fill() -> None:
     """Until now an attempt's message alone said which weights it had not found."""
     attempts = sa.table(
-        "attempts", sa.column("task_id", sa.String), sa.column("number", sa.Integer), sa.column("end", sa.String),
-        sa.column("message", sa.Text), sa.column("missing_digest", sa.String),
-    )  # fmt: skip
+        "attempts",
+        sa.column("task_id", sa.String),
+        sa.column("number", sa.Integer),
+        sa.column("end", sa.String),
+        sa.column("message", sa.Text),
+        sa.column("missing_digest", sa.String),
+    )
     connection = op.get_bind()
     query = sa.select(attempts.c.task_id, attempts.c.number, attempts.c.message)
     for task_id, number, message in connection.execute(query.where(attempts.c.end == "missing_checkpoint")).all():
