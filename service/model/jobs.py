@@ -11,7 +11,10 @@ Who moves a task into each state:
     held       it keeps killing its worker: a person must look at it
 """
 
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from itertools import product
+from typing import TypeVar
 
 
 class TaskState(StrEnum):
@@ -53,9 +56,34 @@ TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.HELD: frozenset({TaskState.BLOCKED, TaskState.QUEUED, TaskState.CANCELLED}),  # released by a person
 }
 
+_ANY = frozenset(JobState)
+JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    # A live job is cancelled by its owner, or follows its tasks (`job_state`) from any state to any other.
+    JobState.QUEUED: _ANY - {JobState.QUEUED},
+    JobState.RUNNING: _ANY - {JobState.RUNNING},
+    JobState.HELD: _ANY - {JobState.HELD},
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset({JobState.QUEUED}),  # retried
+    JobState.CANCELLED: frozenset({JobState.QUEUED}),  # retried
+}
+
 ENDED_TASK = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED, TaskState.HELD})
 LIVE_JOB = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.HELD})
 RETRIABLE = (JobState.FAILED, JobState.HELD, JobState.CANCELLED)  # what a job is run again from
+
+
+State = TypeVar("State", TaskState, JobState)
+
+
+class NoTransition(ValueError):
+    """The table of transitions does not have this one."""
+
+
+def check_transitions(table: Mapping[State, frozenset[State]], before: Iterable[State], after: Iterable[State]) -> None:
+    """Raises `NoTransition` unless the table has every transition from a state of `before` to one of `after`."""
+    for old, new in product(before, after):
+        if new not in table[old]:
+            raise NoTransition(f"{type(new).__name__}: nothing moves from {old} to {new}")
 
 
 def job_state(tasks: list[TaskState]) -> JobState:

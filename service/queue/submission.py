@@ -190,7 +190,8 @@ class Service:
         with self.database.write() as connection:
             ids = _jobs_of(connection, sweep_id)
             there_were = submitting.states_of(connection, ids)
-            retried = self._retry(connection, self.database.now(connection), user, ids, states)
+            ended = [JobState(state) for state in states]
+            retried = self._retry(connection, self.database.now(connection), user, ids, ended)
             return len(retried), {state: there_were[state] for state in RETRIABLE}
 
     def pause_sweep(self, sweep_id: str, *, user: str) -> None:
@@ -305,7 +306,7 @@ class Service:
 
     def _retry(
         self, connection: Connection, now: float, user: str, ids: list[str],
-        states: Collection[str] = RETRIABLE,
+        states: Collection[JobState] = RETRIABLE,
     ) -> list[str]:  # fmt: skip
         for owner, count in submitting.reopening(connection, ids, states).items():
             self._check_quota(connection, owner, count)

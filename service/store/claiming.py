@@ -34,7 +34,7 @@ from service.store import history, users
 from service.store.history import Event
 from service.store.listed import listed
 from service.store.settling import UNPAUSED, UNWANTED, rank_anew, settle, start_jobs
-from service.store.states import CLAIMABLE, RUNNING, SHARED
+from service.store.states import CLAIMABLE, RUNNING, SHARED, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, leases, queues, sweeps, tasks, trainings
 from service.store.values import one
 
@@ -205,12 +205,12 @@ def grant(
 
     With `placements` (by task id), only those whose sponsor is still the same: whoever pays has been asked.
     """
-    mine = update(tasks).where(tasks.c.id.in_(listed(task_ids)), CLAIMABLE)
+    mine = move_tasks({TaskState.QUEUED}, TaskState.RUNNING).where(tasks.c.id.in_(listed(task_ids)), ~tasks.c.paused)
     if placements is not None:
         payers = listed(f"{task_id}:{placements[task_id].sponsor}" for task_id in task_ids)
         mine = mine.where((tasks.c.id + literal(":", String) + tasks.c.sponsor).in_(payers))
     values: dict[str, Any] = {
-        "state": TaskState.RUNNING, "attempt": tasks.c.attempt + 1, "holder": holder, "worker": None,
+        "attempt": tasks.c.attempt + 1, "holder": holder, "worker": None,
         "lease_expires_at": now + lease_seconds, "started_at": now, "finished_at": None,
         "progress": 0.0, "detail": {},
     }  # fmt: skip
@@ -285,16 +285,16 @@ def take_back(connection: Connection, now: float, holder: str, task_ids: Collect
 
 def _requeue(connection: Connection, now: float, actor: str, which: ColumnElement[bool], end: str) -> int:
     """Queue running tasks again, or cancel those that no live job needs."""
-    mine = update(tasks).where(RUNNING, which)
     unwanted = tasks.c.cancel_requested
+    mine = move_tasks({TaskState.RUNNING}, TaskState.QUEUED, unless=(unwanted, TaskState.CANCELLED))
     values = {
-        "state": case((unwanted, str(TaskState.CANCELLED)), else_=str(TaskState.QUEUED)),
         "reason": case((unwanted, UNWANTED), else_=tasks.c.reason),
         "finished_at": case((unwanted, now), else_=None),
         "holder": None,
         "lease_expires_at": None,
     }
-    rows = connection.execute(mine.values(values).returning(tasks.c.id, tasks.c.attempt, tasks.c.state)).all()
+    mine = mine.where(RUNNING, which).values(values)  # RUNNING again, as a text: so SQLite can use its partial index
+    rows = connection.execute(mine.returning(tasks.c.id, tasks.c.attempt, tasks.c.state)).all()
     if not rows:
         return 0
     this = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))

@@ -17,6 +17,7 @@ from service.store import filing, history
 from service.store.history import Event
 from service.store.listed import listed
 from service.store.settling import MISSING_CHECKPOINT, UNWANTED, settle
+from service.store.states import move_tasks
 from service.store.tables import (
     artifacts,
     attack_results,
@@ -32,6 +33,7 @@ from service.store.trained_again import Made, Replaced, other_weights
 
 RESULTS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
 THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
+RUNS = tasks.c.state == TaskState.RUNNING
 Key = tuple[str, int]
 COSTLY = {"worker_died", "out_of_memory", "stalled"}  # losses that may be the task's own doing
 PATIENT = {"out_of_shared_memory"}  # those that would come again at once
@@ -91,20 +93,20 @@ def record(
 
 
 def _fence(reports: Iterable[Message]) -> ColumnElement[bool]:
-    """True of the tasks whose current and running attempt is that of one of these reports."""
+    """True of the tasks whose current attempt is that of one of these reports; only one that runs may write."""
     keys = [f"{report.task_id}:{report.attempt}" for report in reports]
     ids = [key.rpartition(":")[0] for key in keys]
     theirs = tasks.c.id + ":" + cast(tasks.c.attempt, String)
-    return and_(tasks.c.id.in_(listed(ids)), theirs.in_(listed(keys)), tasks.c.state == TaskState.RUNNING)
+    return and_(tasks.c.id.in_(listed(ids)), theirs.in_(listed(keys)))
 
 
 def _current(connection: Connection, message: Message, **values: Any) -> bool:
     """The fence: one UPDATE that hits the task only while `message.attempt` is its running attempt."""
-    return connection.execute(update(tasks).where(_fence([message])).values(**values)).rowcount == 1
+    return connection.execute(update(tasks).where(_fence([message]), RUNS).values(**values)).rowcount == 1
 
 
 def _write_worker(connection: Connection, now: float, worker: str, reports: Sequence[Started]) -> None:
-    mine = update(tasks).where(_fence(reports)).values(worker=worker).returning(tasks.c.id, tasks.c.attempt)
+    mine = update(tasks).where(_fence(reports), RUNS).values(worker=worker).returning(tasks.c.id, tasks.c.attempt)
     rows = [{"task": row.id, "attempt": row.attempt} for row in connection.execute(mine)]
     if rows:
         connection.execute(update(attempts).where(THIS_ATTEMPT).values(worker=worker, charged_until=now), rows)
@@ -121,11 +123,11 @@ class _Done(NamedTuple):
 
 def _write_successes(connection: Connection, now: float, actor: str, reports: Mapping[Key, Succeeded]) -> list[str]:
     """Returns the tasks that have succeeded, whose report was of their current attempt, and those that ended for it."""
-    values = {"state": TaskState.SUCCEEDED, "reason": None, "finished_at": now, "progress": 1.0}
+    values = {"reason": None, "finished_at": now, "progress": 1.0}
     nothing_left = {"holder": None, "lease_expires_at": None, "resume_digest": None, "resume_bytes": None}
-    mine = update(tasks).where(_fence(reports.values())).values(**values, **nothing_left)
+    mine = move_tasks({TaskState.RUNNING}, TaskState.SUCCEEDED).where(_fence(reports.values()))
     columns = (tasks.c.id, tasks.c.attempt, tasks.c.kind, tasks.c.generation)
-    done = [_Done(*row) for row in connection.execute(mine.returning(*columns))]
+    done = [_Done(*row) for row in connection.execute(mine.values(**values, **nothing_left).returning(*columns))]
     if not done:
         return []
     left = [reports[row.id, row.attempt].outcome for row in done]
@@ -237,7 +239,9 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
     if task.cancel_requested and state is not TaskState.FAILED:
         state, why = TaskState.CANCELLED, UNWANTED
     values["finished_at"] = None if state is TaskState.QUEUED else now
-    if not _current(connection, message, state=state, reason=why, holder=None, lease_expires_at=None, **values):
+    this = move_tasks({TaskState.RUNNING}, state).where(_fence([message]))
+    values |= {"reason": why, "holder": None, "lease_expires_at": None}
+    if connection.execute(this.values(values)).rowcount != 1:
         return False
     more: dict[str, Any] = {}
     if isinstance(message, Failed):

@@ -15,6 +15,7 @@ from service.model.scheduling import AGEING_SECONDS, BOOST_SECONDS, HEAD_START_S
 from service.store import filing, history, timings, users
 from service.store.judging import verdicts, write_verdicts
 from service.store.listed import json_object, listed
+from service.store.states import move_jobs, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks
 
 MISSING_CHECKPOINT = "missing_checkpoint"  # how an attempt ended, by which a retry finds the training to run again
@@ -32,7 +33,7 @@ def start_jobs(connection: Connection, now: float, actor: str, running: Collecti
     theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(running)))
     waiting = and_(jobs.c.id.in_(theirs), jobs.c.state == JobState.QUEUED)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_RUNNING, select(jobs.c.id).where(waiting))
-    connection.execute(update(jobs).where(waiting).values(state=JobState.RUNNING))
+    connection.execute(move_jobs({JobState.QUEUED}, JobState.RUNNING).where(jobs.c.id.in_(theirs)))
 
 
 def settle(connection: Connection, now: float, actor: str, changed: Collection[str]) -> None:
@@ -61,9 +62,10 @@ def _unblock(connection: Connection, now: float, actor: str, changed: Collection
         task_edges.c.parent_id == parent.c.id,
         parent.c.state != TaskState.SUCCEEDED,
     )
-    free = and_(tasks.c.id.in_(children), tasks.c.state == TaskState.BLOCKED, ~waits)
-    history.append_for_tasks(connection, now, actor, EventKind.TASK_QUEUED, select(tasks.c.id).where(free))
-    connection.execute(update(tasks).where(free).values(state=TaskState.QUEUED))
+    free = and_(tasks.c.id.in_(children), ~waits)
+    blocked = select(tasks.c.id).where(free, tasks.c.state == TaskState.BLOCKED)
+    history.append_for_tasks(connection, now, actor, EventKind.TASK_QUEUED, blocked)
+    connection.execute(move_tasks({TaskState.BLOCKED}, TaskState.QUEUED).where(free))
 
 
 def _cancel_upstream(connection: Connection, now: float, actor: str, changed: Collection[str]) -> list[str]:
@@ -73,8 +75,8 @@ def _cancel_upstream(connection: Connection, now: float, actor: str, changed: Co
     cancelled: list[str] = []
     for parent_id, reason in failed:
         children = select(task_edges.c.child_id).where(task_edges.c.parent_id == parent_id)
-        statement = update(tasks).where(tasks.c.id.in_(children), tasks.c.state == TaskState.BLOCKED)
-        values = {"state": TaskState.CANCELLED, "reason": f"upstream: {reason}", "finished_at": now}
+        statement = move_tasks({TaskState.BLOCKED}, TaskState.CANCELLED).where(tasks.c.id.in_(children))
+        values = {"reason": f"upstream: {reason}", "finished_at": now}
         cancelled += connection.scalars(statement.values(values).returning(tasks.c.id))
     if cancelled:
         why = json_object(reason=tasks.c.reason)
@@ -125,11 +127,11 @@ def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
         return
     if state is JobState.SUCCEEDED:
         write_verdicts(connection, verdicts(connection, job_ids))
-    values: dict[str, Any] = {"state": state, "reason": None, "finished_at": None if state in LIVE_JOB else now}
+    values: dict[str, Any] = {"reason": None, "finished_at": None if state in LIVE_JOB else now}
     stopped = state in (JobState.FAILED, JobState.HELD)
     if stopped:
         values["reason"] = _reason_of_tasks()
-    connection.execute(update(jobs).where(jobs.c.id.in_(listed(job_ids))).values(values))
+    connection.execute(move_jobs(LIVE_JOB - {state}, state).where(jobs.c.id.in_(listed(job_ids))).values(values))
     if state is JobState.SUCCEEDED:
         filing.file(connection, job_ids)
     data = json_object(reason=jobs.c.reason) if stopped else None
@@ -157,16 +159,16 @@ def release(connection: Connection, now: float, actor: str, job_ids: Sequence[st
 
 def release_tasks(connection: Connection, now: float, actor: str, which: Select[Any]) -> None:
     """The same of tasks that some job needs no more; `which` is a query of their ids."""
-    theirs = and_(tasks.c.id.in_(which), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}))
-    unneeded = and_(theirs, ~of_live_jobs(select(1)).exists())
+    unneeded = and_(tasks.c.id.in_(which), ~of_live_jobs(select(1)).exists())
     running = tasks.c.state == TaskState.RUNNING
     connection.execute(update(tasks).where(unneeded, running).values(cancel_requested=True))
-    values = {"state": TaskState.CANCELLED, "reason": UNWANTED, "finished_at": now}
-    ended = connection.scalars(update(tasks).where(unneeded, ~running).values(values).returning(tasks.c.id)).all()
+    waiting = move_tasks({TaskState.BLOCKED, TaskState.QUEUED, TaskState.HELD}, TaskState.CANCELLED).where(unneeded)
+    values = {"reason": UNWANTED, "finished_at": now}
+    ended = connection.scalars(waiting.values(values).returning(tasks.c.id)).all()
     if ended:
         why = json_object(reason=tasks.c.reason)
         history.append_for_tasks(connection, now, actor, EventKind.TASK_CANCELLED, listed(ended), why)
-    rank_anew(connection, now, theirs)
+    rank_anew(connection, now, and_(tasks.c.id.in_(which), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD})))
 
 
 def rank_anew(

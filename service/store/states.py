@@ -1,14 +1,16 @@
-"""Conditions on a task's state that partial indices stand for, and what current attempts say.
+"""Conditions on a task's state that partial indices stand for, what current attempts say, and every change of a state.
 
 The conditions are written into statements instead of bound to them: only so does SQLite know that an index holds all of
 them.
 """
 
-from sqlalchemy import and_, func, literal, literal_column
+from collections.abc import Collection
 
-from service.model.jobs import TaskState
-from service.store.tables import attempts, tasks
-from service.store.typed import json_text
+from sqlalchemy import ColumnElement, Update, and_, case, func, literal, literal_column, update
+
+from service.model.jobs import JOB_TRANSITIONS, TRANSITIONS, JobState, TaskState, check_transitions
+from service.store.tables import attempts, jobs, tasks
+from service.store.typed import json_text, unindexed
 
 QUEUED = tasks.c.state == literal_column(f"'{TaskState.QUEUED}'")
 CLAIMABLE = and_(QUEUED, ~tasks.c.paused)
@@ -20,3 +22,24 @@ WEIGHTS_USED = json_text(attempts.c.provenance, literal("weights_sha256"))
 SOURCE_USED = json_text(attempts.c.provenance, literal("source_weights_sha256"))
 # What a task is the computation of, also where a newer generation has the digest in its place.
 DIGEST = func.coalesce(tasks.c.former_digest, tasks.c.digest)
+
+
+def move_tasks(
+    before: Collection[TaskState], after: TaskState, *, unless: tuple[ColumnElement[bool], TaskState] | None = None
+) -> Update:
+    """An UPDATE of the tasks in one of the states `before`: to `after`, or to the state of `unless` where that is true.
+
+    No other statement changes `tasks.state`. Raises `NoTransition` unless `TRANSITIONS` has each of these moves.
+    """
+    check_transitions(TRANSITIONS, before, {after, unless[1]} if unless else {after})
+    state = case((unless[0], str(unless[1])), else_=str(after)) if unless else after
+    return update(tasks).where(tasks.c.state.in_(before)).values(state=state)
+
+
+def move_jobs(before: Collection[JobState], after: JobState) -> Update:
+    """An UPDATE of the jobs in one of the states `before`: to `after`. The caller says which, by their ids.
+
+    No other statement changes `jobs.state`. Raises `NoTransition` unless `JOB_TRANSITIONS` has each of these moves.
+    """
+    check_transitions(JOB_TRANSITIONS, before, {after})
+    return update(jobs).where(unindexed(jobs.c.state).in_(before)).values(state=after)

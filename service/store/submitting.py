@@ -22,7 +22,7 @@ from sqlalchemy import (
 from uuid_utils import uuid7
 
 from service.model.events import EventKind
-from service.model.jobs import LIVE_JOB, RETRIABLE, JobState, TaskState
+from service.model.jobs import ENDED_TASK, LIVE_JOB, RETRIABLE, JobState, TaskState
 from service.model.records import Job
 from service.model.scheduling import AGEING_SECONDS, due
 from service.specs import JobSpec, digest
@@ -40,6 +40,7 @@ from service.store.settling import (
     settle,
     settle_jobs,
 )
+from service.store.states import move_jobs, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks, trainings
 
 BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
@@ -254,12 +255,12 @@ def reopen(connection: Connection, now: float, actor: str, again: Mapping[str, T
     if not again:
         return
     blocked = listed(task_id for task_id, state in again.items() if state is TaskState.BLOCKED)
-    first = case((tasks.c.id.in_(blocked), str(TaskState.BLOCKED)), else_=str(TaskState.QUEUED))
+    first_states = (tasks.c.id.in_(blocked), TaskState.BLOCKED)
     connection.execute(
-        update(tasks)
+        move_tasks(ENDED_TASK, TaskState.QUEUED, unless=first_states)
         .where(tasks.c.id.in_(listed(again)))
         .values(
-            state=first, generation=tasks.c.generation + 1, errors=0, suspect_losses=0, not_before=0.0, reason=None,
+            generation=tasks.c.generation + 1, errors=0, suspect_losses=0, not_before=0.0, reason=None,
             progress=0.0, detail={}, started_at=None, finished_at=None, cancel_requested=False,
             waiting_since=now, due=now - tasks.c.priority * AGEING_SECONDS, boosted=False,
         )
@@ -300,14 +301,15 @@ def _let_wait(connection: Connection, now: float, actor: str, reopened: Sequence
     if not reopened:
         return []
     children = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(reopened)))
-    theirs = and_(tasks.c.id.in_(children), tasks.c.state.in_((TaskState.QUEUED, TaskState.RUNNING)))
     needed = of_live_jobs(select(1)).exists()
+    waits = (needed, TaskState.BLOCKED)
+    theirs = move_tasks({TaskState.QUEUED, TaskState.RUNNING}, TaskState.CANCELLED, unless=waits)
     values = {
-        "state": case((needed, str(TaskState.BLOCKED)), else_=str(TaskState.CANCELLED)),
         "reason": case((needed, None), else_=UNWANTED), "finished_at": case((needed, None), else_=now),
         "holder": None, "lease_expires_at": None,
     }  # fmt: skip
-    waiting = list(connection.scalars(update(tasks).where(theirs).values(values).returning(tasks.c.id)))
+    theirs = theirs.where(tasks.c.id.in_(children)).values(values)
+    waiting = list(connection.scalars(theirs.returning(tasks.c.id)))
     running = and_(attempts.c.task_id.in_(listed(waiting)), attempts.c.ended_at.is_(None))
     taken_back = {"ended_at": now, "end": "given_back", "message": "its network is trained again"}
     connection.execute(update(attempts).where(running).values(taken_back))
@@ -317,8 +319,8 @@ def _let_wait(connection: Connection, now: float, actor: str, reopened: Sequence
 
 def cancel_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence[str], reason: str) -> list[str]:
     """Detach live jobs from their tasks; a task that no other live job needs ends. Returns the jobs that were live."""
-    live = update(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(LIVE_JOB))
-    values = {"state": JobState.CANCELLED, "reason": reason, "finished_at": now}
+    live = move_jobs(LIVE_JOB, JobState.CANCELLED).where(jobs.c.id.in_(listed(job_ids)))
+    values = {"reason": reason, "finished_at": now}
     cancelled = list(connection.scalars(live.values(values).returning(jobs.c.id)))
     why = json_object(reason=jobs.c.reason)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_CANCELLED, listed(cancelled), why)
@@ -332,7 +334,7 @@ def states_of(connection: Connection, job_ids: Sequence[str]) -> Counter[str]:
 
 
 def reopening(
-    connection: Connection, job_ids: Sequence[str], states: Collection[str] = RETRIABLE
+    connection: Connection, job_ids: Sequence[str], states: Collection[JobState] = RETRIABLE
 ) -> dict[str, int]:  # fmt: skip
     """By how many `retry_jobs` would add to each user's unfinished jobs: held ones are unfinished as they are."""
     ended = (jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states), jobs.c.finished_at.is_not(None))
@@ -341,7 +343,7 @@ def reopening(
 
 
 def retry_jobs(
-    connection: Connection, now: float, actor: str, job_ids: Sequence[str], states: Collection[str] = RETRIABLE
+    connection: Connection, now: float, actor: str, job_ids: Sequence[str], states: Collection[JobState] = RETRIABLE
 ) -> list[str]:  # fmt: skip
     """Reopen those of these jobs that are in one of `states`, and their tasks that did not succeed. Returns the jobs.
 
@@ -349,8 +351,8 @@ def retry_jobs(
     A training whose checkpoint these tasks have not found, or found damaged, runs again too, and what is to use it
     waits. If it gives the same weights, what had succeeded on them is still needed; if not, see `trained_again`.
     """
-    values = {"state": JobState.QUEUED, "reason": None, "finished_at": None}
-    statement = update(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states))
+    statement = move_jobs(states, JobState.QUEUED).where(jobs.c.id.in_(listed(job_ids)))
+    values = {"reason": None, "finished_at": None}
     retried = list(connection.scalars(statement.values(values).returning(jobs.c.id)))
     if not retried:
         return []

@@ -19,7 +19,7 @@ from service.store.listed import insert_rows, listed
 from service.store.result_tables import results
 from service.store.retracting import GIVEN_UP, give_digests_up, new_digest
 from service.store.settling import rank_anew, settle_jobs
-from service.store.states import DIGEST
+from service.store.states import DIGEST, move_tasks
 from service.store.tables import artifacts, attempts, job_tasks, jobs, task_edges, tasks, trainings
 
 WHY = "its network was trained again, with other weights"
@@ -193,8 +193,8 @@ def _end_children(connection: Connection, now: float, actor: str, parent: str) -
     """No job needs what has not ended on the old weights; what runs is taken back at no cost."""
     children = tasks.c.id.in_(select(task_edges.c.child_id).where(task_edges.c.parent_id == parent))
     open_states = (TaskState.BLOCKED, TaskState.QUEUED, TaskState.RUNNING, TaskState.HELD)
-    values = {"state": TaskState.CANCELLED, "reason": WHY, "finished_at": now, "holder": None, "lease_expires_at": None}
-    theirs = update(tasks).where(children, tasks.c.state.in_(open_states))
+    values = {"reason": WHY, "finished_at": now, "holder": None, "lease_expires_at": None}
+    theirs = move_tasks(open_states, TaskState.CANCELLED).where(children)
     ended = list(connection.scalars(theirs.values(values).returning(tasks.c.id)))
     running = (attempts.c.task_id.in_(listed(ended)), attempts.c.ended_at.is_(None))
     taken_back = {"ended_at": now, "end": "given_back", "message": WHY}

@@ -64,6 +64,9 @@ def test_no_statement_of_the_loop_scans_a_table(watched: Any) -> None:
     assert [
         one for one in steps if any(one[0].startswith(f"SCAN {table}") for table in BIG) and "USING" not in one[0]
     ] == []
+    moves = [step for step, statement in steps if statement.startswith("UPDATE jobs SET state")]
+    assert moves
+    assert not any("ix_jobs_state" in step for step in moves), "jobs are found by id, not among all in a state"
     for index in ("ix_tasks_claim", "ix_tasks_running"):
         assert any(index in step for step, _ in steps)
 
