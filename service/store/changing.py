@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, insert, literal, select, update
 
 from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, TaskState
@@ -66,8 +66,8 @@ def queue(connection: Connection) -> Queue | None:
 def _change_jobs(
     connection: Connection, now: float, actor: str, which: ColumnElement[bool],
     *, priority: int | None, labels: dict[str, str] | None,
-) -> int:  # fmt: skip
-    """Give live jobs another priority, and all of `which` other labels. Their tasks rank anew; returns how many."""
+) -> None:  # fmt: skip
+    """Give live jobs another priority, and all of `which` other labels. Their tasks rank anew."""
     if labels is not None:
         connection.execute(update(jobs).where(which).values(labels=labels))
     if priority is not None:
@@ -77,26 +77,25 @@ def _change_jobs(
     history.append_for_jobs(
         connection, now, actor, EventKind.JOB_CHANGED, select(jobs.c.id).where(which), literal(given, Json)
     )
-    return int(connection.execute(select(func.count()).select_from(jobs).where(which)).scalar_one())
 
 
 def change_sweep(
     connection: Connection, now: float, actor: str, sweep_id: str,
     *, priority: int | None, labels: dict[str, str] | None,
-) -> int:  # fmt: skip
-    """The same for a sweep and all of its jobs; returns how many those are."""
+) -> None:  # fmt: skip
+    """The same for a sweep and all of its jobs."""
     given = _given(priority, labels)
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(given))
     history.append(connection, now, actor, [Event(EventKind.SWEEP_CHANGED, sweep_id=sweep_id, data=given)])
-    return _change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
+    _change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
 
 
 def change_job(
     connection: Connection, now: float, actor: str, job_id: str,
     *, priority: int | None, labels: dict[str, str] | None,
-) -> int:  # fmt: skip
+) -> None:  # fmt: skip
     """Give a job another priority, if it is live, and other labels. Its tasks rank anew."""
-    return _change_jobs(connection, now, actor, jobs.c.id == job_id, priority=priority, labels=labels)
+    _change_jobs(connection, now, actor, jobs.c.id == job_id, priority=priority, labels=labels)
 
 
 def boost_job(connection: Connection, now: float, actor: str, job_id: str, *, boosted: bool) -> int:
