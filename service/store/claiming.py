@@ -28,12 +28,13 @@ from service.model.events import EventKind
 from service.model.executor import ArtifactRef, Grant
 from service.model.jobs import LIVE_JOB, TaskState
 from service.model.records import Lease
+from service.model.retrying import UNWANTED
 from service.model.scheduling import MAX_BUNDLE, Waiting
 from service.settings import KINDS
 from service.store import history, users
 from service.store.history import Event
 from service.store.listed import listed
-from service.store.settling import UNPAUSED, UNWANTED, rank_anew, settle, start_jobs
+from service.store.settling import UNPAUSED, rank_anew, settle, start_jobs
 from service.store.states import CLAIMABLE, RUNNING, SHARED, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, leases, queues, sweeps, tasks, trainings
 from service.store.values import one

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, case, distinct, 
 
 from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
+from service.model.retrying import MISSING_CHECKPOINT, UNWANTED
 from service.model.scheduling import AGEING_SECONDS, BOOST_SECONDS, HEAD_START_SECONDS
 from service.store import filing, history, timings, users
 from service.store.judging import verdicts, write_verdicts
@@ -18,8 +19,6 @@ from service.store.listed import json_object, listed
 from service.store.states import move_jobs, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks
 
-MISSING_CHECKPOINT = "missing_checkpoint"  # how an attempt ended, by which a retry finds the training to run again
-UNWANTED = "no live job needs it"
 UNPAUSED = func.coalesce(sweeps.c.paused, False).is_(False)  # of jobs joined with their sweeps
 # The states that a job's tasks are in, as a set of bits, and the state of the job that follows by `job_state`.
 BITS = {str(state): 1 << place for place, state in enumerate(TaskState)}

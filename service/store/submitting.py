@@ -24,6 +24,7 @@ from uuid_utils import uuid7
 from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, RETRIABLE, JobState, TaskState
 from service.model.records import Job
+from service.model.retrying import MISSING_CHECKPOINT, UNWANTED
 from service.model.scheduling import AGEING_SECONDS, due
 from service.specs import JobSpec, digest
 from service.specs.plan import JobPlan, PlannedTask
@@ -31,8 +32,6 @@ from service.store import counters, history
 from service.store.history import Event
 from service.store.listed import insert_rows, json_object, listed
 from service.store.settling import (
-    MISSING_CHECKPOINT,
-    UNWANTED,
     of_live_jobs,
     rank_anew,
     release,

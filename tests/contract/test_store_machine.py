@@ -33,7 +33,9 @@ from store_lab import Lab
 
 from service.errors import Conflict, DatabaseAway
 from service.lab.artifacts import Artifacts
+from service.model import retrying
 from service.model.executor import ArtifactRef, Failed, Grant, Lost, Message, Progress, Succeeded
+from service.model.retrying import Patience
 from service.queue.planning import plans_of
 from service.queue.submission import Idempotency, Service
 from service.specs import JobSpec, Sweep
@@ -43,7 +45,7 @@ from service.store.typed import json_number
 
 LEASE = 20.0
 START = 1e9  # what the database's clock says at first, long before any other clock
-PATIENCE = recording.Patience(max_errors=2, max_suspect_losses=2, backoff_seconds=0.0)
+PATIENCE = Patience(max_errors=2, max_suspect_losses=2, backoff_seconds=0.0)
 COSTLY = ("worker_died", "out_of_memory")
 FREE = ("node_died", "preempted", "executor_lost", "given_back", "cancelled")
 BEFORE, AFTER = "error before the commit", "error after the commit"
@@ -577,7 +579,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
         "unneeded = and_(tasks.c.id.in_(which), ~of_live_jobs(select(1)).exists())",
         "unneeded = tasks.c.id.in_(which)",
     ),
-    "a lost node is held against the task": (recording._stopped, "end in COSTLY", "end"),
+    "a lost node is held against the task": (retrying.after_loss, "end in COSTLY", "end"),
     "children do not wait": (submitting._first_state, "is not TaskState.SUCCEEDED", "is None"),
 }
 
