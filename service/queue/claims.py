@@ -14,7 +14,7 @@ from service.queue import decisions, replanning, sponsoring
 from service.settings import Settings
 from service.store import Connection, Database, claiming, deciding, users
 
-PASS_ON_SECONDS = 5.0  # how often it looks whether a shared task waits for the wrong user's turn
+SPONSOR_CHECK_SECONDS = 5.0  # between two looks for shared tasks that wait for the turn of the wrong user
 QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
 
 Key = tuple[str, int]
@@ -65,7 +65,7 @@ class Claims:
         cluster = resources.cluster(self.settings, capacity, self._needs(running), ended)
         if cluster.free_slots <= 0:
             return []
-        if self.clock() - self._passed_on_at >= PASS_ON_SECONDS:
+        if self.clock() - self._passed_on_at >= SPONSOR_CHECK_SECONDS:
             self._passed_on_at = self.clock()
             sponsoring.pass_on(self.database, self.settings, cluster, lambda to: self._leads(to, epoch))
         half_life, limits = self.settings.usage_half_life_seconds, self.settings.limits

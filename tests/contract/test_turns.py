@@ -10,7 +10,7 @@ from dispatching import Scripted, dispatcher, passes, succeeds
 from service.errors import Conflict, NotFound
 from service.model.executor import Capacity
 from service.queue import decisions
-from service.queue.claims import PASS_ON_SECONDS
+from service.queue.claims import SPONSOR_CHECK_SECONDS
 from service.queue.explaining import explain
 from service.settings import Settings
 from service.store import accounts, claiming, deciding
@@ -48,7 +48,7 @@ class Turns:
         """Who sponsors the next one; None where nothing can be claimed."""
         before = len(self.executor.bundles)
         for _ in range(4):
-            passes(PASS_ON_SECONDS)
+            passes(SPONSOR_CHECK_SECONDS)
             self.dispatcher.tick()
             if len(self.executor.bundles) > before:
                 [grant, *_] = self.executor.bundles[before].grants
