@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
 
 from service.model import environment, placing, resources, scheduling
 from service.model.environment import Environment
 from service.model.executor import Bundle, Capacity, Executor, Grant, Needs
+from service.model.results import JsonObject
 from service.model.scheduling import Account, Cluster, Decision
 from service.queue import decisions, replanning, sponsoring
 from service.settings import Settings
@@ -53,7 +53,7 @@ class Claims:
         self._had_gpus |= found.gpus > 0
         return replace(found, had_gpus=self._had_gpus)
 
-    def take_over(self, status: Mapping[str, Any]) -> None:
+    def take_over(self, status: JsonObject) -> None:
         """Go on with what an earlier dispatcher knew of the cluster, as its status says; a local Ray never changes."""
         self._had_gpus |= bool(self.settings.ray_address and status.get("capacity", {}).get("had_gpus"))
 

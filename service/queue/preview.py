@@ -3,10 +3,10 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from service.limits import Limits
 from service.model.estimates import Estimate, Likeness, estimate, likeness, units
+from service.model.results import JsonObject
 from service.queue.planning import Known, counted, distinct_tasks, standing
 from service.specs.plan import JobPlan, PlannedTask
 from service.store import Connection, changing, claiming, submitting, timings, users
@@ -28,7 +28,7 @@ class _Group:
 
 def preview(
     connection: Connection, name: str, plans: Sequence[JobPlan], user: str, default: Limits, *, repetitions: int = 0
-) -> dict[str, Any]:
+) -> JsonObject:
     """What these jobs would mean for `user`, in the store and the queue as they are."""
     needed = distinct_tasks(plans)
     known = submitting.known_tasks(connection, needed)
@@ -59,7 +59,7 @@ def _groups(connection: Connection, needed: Mapping[str, PlannedTask], known: Kn
     }
 
 
-def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
+def _estimate(groups: Sequence[_Group]) -> JsonObject:
     """Device seconds of what is to be computed; null with a reason while there is no history for some of it."""
     unknown = [group for group in groups if group.estimate is None]
     history = [
@@ -87,9 +87,9 @@ def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
 
 
 def _eta(
-    connection: Connection, groups: Mapping[str, Sequence[_Group]], queue: Mapping[str, Any],
+    connection: Connection, groups: Mapping[str, Sequence[_Group]], queue: JsonObject,
     user: str, limits: Limits, default: Limits,
-) -> dict[str, Any]:  # fmt: skip
+) -> JsonObject:  # fmt: skip
     """Seconds until all is done, at the user's fair share of the places among those who wait now.
 
     What the user has queued already comes first and is taken to be like this; no less than a training and the longest
@@ -119,7 +119,7 @@ def _eta(
     return {"eta_seconds": round(eta, 1), "eta_reason": share}
 
 
-def _queue(connection: Connection, user: str) -> dict[str, Any]:
+def _queue(connection: Connection, user: str) -> JsonObject:
     row = changing.queue(connection)
     others = [name for name in claiming.waiting_sponsors(connection) if name != user]
     return {
@@ -129,7 +129,7 @@ def _queue(connection: Connection, user: str) -> dict[str, Any]:
     }
 
 
-def _quota(connection: Connection, user: str, limits: Limits, more: int) -> dict[str, Any]:
+def _quota(connection: Connection, user: str, limits: Limits, more: int) -> JsonObject:
     have = users.unfinished_jobs(connection, user)
     fits = limits.max_queued_jobs is None or have + more <= limits.max_queued_jobs
     in_use = users.devices_in_use(connection).get(user, 0.0)

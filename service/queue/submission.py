@@ -12,6 +12,7 @@ from service.model import records
 from service.model.events import EventKind
 from service.model.jobs import LIVE_JOB, RETRIABLE, JobState
 from service.model.records import Job
+from service.model.results import JsonObject
 from service.queue import replanning
 from service.queue.planning import counted, distinct_tasks, plans_of
 from service.queue.preview import preview
@@ -109,7 +110,7 @@ class Service:
 
         return self._once(user, idempotency, write)
 
-    def dry_run(self, asked: JobSpec | Sweep, *, user: str) -> dict[str, Any]:
+    def dry_run(self, asked: JobSpec | Sweep, *, user: str) -> JsonObject:
         """What a job or a sweep would mean: tasks, device seconds, time, quota. Nothing is written."""
         with self.database.read() as connection:
             if isinstance(asked, JobSpec):
@@ -270,7 +271,7 @@ class Service:
             now = self.database.now(connection)
             return changing.boost_sweep(connection, now, user, sweep_id, boosted=boosted)
 
-    def register_dataset(self, name: str, train_sha256: str, test_sha256: str, *, user: str) -> dict[str, Any]:
+    def register_dataset(self, name: str, train_sha256: str, test_sha256: str, *, user: str) -> JsonObject:
         """Register a lab's own images, whose two files are artifacts already, as `npz:NAME`.
 
         The same name with the same files again changes nothing; with other files it is a `Conflict`.

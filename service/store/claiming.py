@@ -28,6 +28,7 @@ from service.model.events import EventKind
 from service.model.executor import ArtifactRef, Grant
 from service.model.jobs import LIVE_JOB, TaskState
 from service.model.records import Lease
+from service.model.results import JsonObject
 from service.model.retrying import UNWANTED
 from service.model.scheduling import MAX_BUNDLE, Waiting
 from service.settings import KINDS
@@ -48,7 +49,7 @@ REASONS = {
 
 
 def lead(
-    connection: Connection, now: float, holder: str, epoch: int | None, lease_seconds: float, status: dict[str, Any]
+    connection: Connection, now: float, holder: str, epoch: int | None, lease_seconds: float, status: JsonObject
 ) -> int | None:
     """Become the leading dispatcher for one lease, or stay it in `epoch`. Returns the epoch; None while another leads.
 
@@ -237,7 +238,7 @@ def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Place
     }  # fmt: skip
 
 
-def checkpoint_of(connection: Connection, train_digest: str) -> tuple[dict[str, Any], ArtifactRef | None]:
+def checkpoint_of(connection: Connection, train_digest: str) -> tuple[JsonObject, ArtifactRef | None]:
     """The spec of a training and, once it has succeeded, its checkpoint."""
     query = (
         select(tasks.c.spec, trainings.c.checkpoint_digest, trainings.c.checkpoint_bytes)

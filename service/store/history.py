@@ -8,6 +8,7 @@ from sqlalchemy import ColumnElement, Connection, Select, Table, delete, exists,
 
 from service.model.events import EventKind
 from service.model.records import FirstEvent
+from service.model.results import JsonObject
 from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
 from service.store.values import one
@@ -26,7 +27,7 @@ class Event:
     job_id: str | None = None
     task_id: str | None = None
     attempt: int | None = None
-    data: dict[str, Any] = field(default_factory=dict)
+    data: JsonObject = field(default_factory=dict)
 
 
 def append(connection: Connection, now: float, actor: str, happened: list[Event]) -> None:

@@ -25,6 +25,7 @@ from sqlalchemy import (
 )
 
 from service.model.jobs import LIVE_JOB, JobState
+from service.model.results import JsonObject
 from service.specs.versions import LATER
 from service.store.fields import Column
 from service.store.listed import listed
@@ -61,7 +62,7 @@ def with_equal_numbers(connection: Connection, task_ids: Sequence[str]) -> list[
     return [*task_ids, *sorted(equal - set(task_ids))]
 
 
-def _numbers_of(spec: dict[str, Any]) -> str:
+def _numbers_of(spec: JsonObject) -> str:
     """An attack's spec as text; one that was stored before a field existed has that field's default."""
     return json.dumps({**LATER, **spec}, sort_keys=True)
 
@@ -260,7 +261,7 @@ class ResultSpec(NamedTuple):
 
     cell_id: int
     seed: int
-    spec: dict[str, Any]
+    spec: JsonObject
 
 
 def specs_of(connection: Connection, job_ids: Sequence[str]) -> list[ResultSpec]:

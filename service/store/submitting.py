@@ -24,6 +24,7 @@ from uuid_utils import uuid7
 from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, RETRIABLE, JobState, TaskState
 from service.model.records import Job
+from service.model.results import JsonObject
 from service.model.retrying import MISSING_CHECKPOINT, UNWANTED
 from service.model.scheduling import AGEING_SECONDS, due
 from service.specs import JobSpec, digest
@@ -56,7 +57,7 @@ def insert_sweep(
     *,
     name: str,
     user: str,
-    spec: dict[str, Any],
+    spec: JsonObject,
     priority: int,
     labels: dict[str, str],
 ) -> str:
@@ -67,7 +68,7 @@ def insert_sweep(
     return sweep_id
 
 
-def extend_sweep(connection: Connection, sweep_id: str, spec: dict[str, Any]) -> None:
+def extend_sweep(connection: Connection, sweep_id: str, spec: JsonObject) -> None:
     """From now on this is the sweep's spec."""
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(spec=spec))
 
