@@ -8,7 +8,7 @@ from uuid_utils import uuid7
 from service.model.records import Admission, Token, User
 from service.store.listed import listed
 from service.store.tables import jobs, sweeps, tokens, users
-from service.store.values import every, one
+from service.store.values import Values, every, one
 
 NEW_USER = {"role": "researcher", "weight": None, "max_queued_jobs": None, "max_gpus": None, "disabled_at": None}
 
@@ -21,7 +21,7 @@ def users_by_name(connection: Connection) -> list[User]:
     return every(connection, User, select(users).order_by(users.c.name))
 
 
-def put_user(connection: Connection, now: float, name: str, changes: dict[str, Any]) -> User:
+def put_user(connection: Connection, now: float, name: str, changes: Values) -> User:
     """Make or change a user; what the changes do not name stays as it is. Returns the user as they are now."""
     if user(connection, name) is None:
         connection.execute(insert(users).values({**NEW_USER, **changes, "name": name, "created_at": now}))

@@ -1,7 +1,6 @@
 """What can be changed of accepted work: whether it is paused, its priority, its labels."""
 
 from collections.abc import Collection
-from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, insert, literal, select, update
 
@@ -14,7 +13,7 @@ from service.store.history import Event
 from service.store.listed import listed
 from service.store.settling import rank_anew
 from service.store.tables import Json, job_tasks, jobs, queues, sweeps, tasks
-from service.store.values import one
+from service.store.values import Values, one
 
 
 def pause_sweep(
@@ -118,7 +117,7 @@ def _boost_jobs(connection: Connection, now: float, actor: str, which: ColumnEle
     return len(ids)
 
 
-def _given(priority: int | None, labels: dict[str, str] | None) -> dict[str, Any]:
+def _given(priority: int | None, labels: dict[str, str] | None) -> Values:
     return {name: value for name, value in (("priority", priority), ("labels", labels)) if value is not None}
 
 

@@ -38,7 +38,7 @@ from service.store.listed import listed
 from service.store.settling import UNPAUSED, rank_anew, settle, start_jobs
 from service.store.states import CLAIMABLE, RUNNING, SHARED, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, leases, queues, sweeps, tasks, trainings
-from service.store.values import one
+from service.store.values import Values, one
 
 LEADER = "dispatcher"
 QUEUE = "default"
@@ -142,7 +142,7 @@ def waiting(connection: Connection, now: float, limit: int) -> list[Waiting]:
     return found
 
 
-def _each_sponsor() -> Select[Any]:
+def _each_sponsor() -> Select[str]:
     first = select(func.min(tasks.c.sponsor).label("sponsor")).where(CLAIMABLE).cte("sponsors", recursive=True)
     later = tasks.alias("later")
     queued = later.c.state == literal_column(f"'{TaskState.QUEUED}'")
@@ -211,7 +211,7 @@ def grant(
     if placements is not None:
         payers = listed(f"{task_id}:{placements[task_id].sponsor}" for task_id in task_ids)
         mine = mine.where((tasks.c.id + literal(":", String) + tasks.c.sponsor).in_(payers))
-    values: dict[str, Any] = {
+    values: Values = {
         "attempt": tasks.c.attempt + 1, "holder": holder, "worker": None,
         "lease_expires_at": now + lease_seconds, "started_at": now, "finished_at": None,
         "progress": 0.0, "detail": {},
@@ -230,7 +230,7 @@ def grant(
     return granted
 
 
-def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Placement] | None) -> dict[str, Any]:
+def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Placement] | None) -> Values:
     place = placements[one.task_id] if placements else None
     return {
         "task_id": one.task_id, "number": one.attempt, "holder": holder, "started_at": now,

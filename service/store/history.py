@@ -13,7 +13,7 @@ from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
 from service.store.values import one
 
-Ids = Select[tuple[str]]
+Ids = Select[str]
 Value = ColumnElement[Any]  # Any: of whichever type the column has
 PAGE = 1000  # events that are read at once
 

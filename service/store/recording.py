@@ -39,6 +39,7 @@ from service.store.tables import (
     trainings,
 )  # fmt: skip
 from service.store.trained_again import Made, Replaced, other_weights
+from service.store.values import Values
 
 RESULTS = {"train": trainings, "measure": measurements, "attack": attack_results, "control": control_results}
 THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
@@ -147,7 +148,7 @@ def _trained_again(done: Sequence[_Done], outcomes: Sequence[Outcome]) -> list[M
     ]
 
 
-def _instead(replaced: Replaced | None) -> dict[str, Any]:
+def _instead(replaced: Replaced | None) -> Values:
     return {} if replaced is None else {"id": replaced.task_id, "attempt": replaced.attempt}
 
 
@@ -158,7 +159,7 @@ def _attempt(connection: Connection, report: Message, **values: Any) -> None:
 
 def _progress(connection: Connection, now: float, message: Progress) -> list[str]:
     detail = finite(message.detail)
-    values: dict[str, Any] = {"progress": message.fraction, "detail": detail}
+    values: Values = {"progress": message.fraction, "detail": detail}
     if message.resume is None:
         _current(connection, message, **values)
         return []
@@ -215,7 +216,7 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
         ending = after_loss(message.message, end, in_a_row, counts, patience, dispensable=further)
     if task.cancel_requested:
         ending = unless_unwanted(ending)
-    values: dict[str, Any] = {"reason": ending.reason, "holder": None, "lease_expires_at": None}
+    values: Values = {"reason": ending.reason, "holder": None, "lease_expires_at": None}
     values |= vars(ending.counts) | {"finished_at": None if ending.state is TaskState.QUEUED else now}
     if ending.wait_seconds is not None:
         values["not_before"] = now + ending.wait_seconds

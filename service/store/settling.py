@@ -5,7 +5,6 @@ Thousands of jobs may share one task, so whatever happens to them is a statement
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, distinct, exists, func, select, update
 
@@ -18,6 +17,7 @@ from service.store.judging import verdicts, write_verdicts
 from service.store.listed import json_object, listed
 from service.store.states import move_jobs, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks
+from service.store.values import Values
 
 UNPAUSED = func.coalesce(sweeps.c.paused, False).is_(False)  # of jobs joined with their sweeps
 # The states that a job's tasks are in, as a set of bits, and the state of the job that follows by `job_state`.
@@ -95,7 +95,7 @@ def _finish_jobs(connection: Connection, now: float, actor: str, succeeded: Coll
     _move_jobs(connection, now, actor, connection.scalars(done).all(), JobState.SUCCEEDED)
 
 
-def settle_jobs(connection: Connection, now: float, actor: str, which: Select[tuple[str]]) -> None:
+def settle_jobs(connection: Connection, now: float, actor: str, which: Select[str]) -> None:
     """Derive the state of each live job of `which` (a query of ids) from its tasks, whatever has changed there."""
     counted = case((_does_without(), str(TaskState.SUCCEEDED)), else_=tasks.c.state)
     seen = func.sum(distinct(case(BITS, value=counted)))
@@ -126,7 +126,7 @@ def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
         return
     if state is JobState.SUCCEEDED:
         write_verdicts(connection, verdicts(connection, job_ids))
-    values: dict[str, Any] = {"reason": None, "finished_at": None if state in LIVE_JOB else now}
+    values: Values = {"reason": None, "finished_at": None if state in LIVE_JOB else now}
     stopped = state in (JobState.FAILED, JobState.HELD)
     if stopped:
         values["reason"] = _reason_of_tasks()
@@ -156,7 +156,7 @@ def release(connection: Connection, now: float, actor: str, job_ids: Sequence[st
         release_tasks(connection, now, actor, mine)
 
 
-def release_tasks(connection: Connection, now: float, actor: str, which: Select[Any]) -> None:
+def release_tasks(connection: Connection, now: float, actor: str, which: Select[str]) -> None:
     """The same of tasks that some job needs no more; `which` is a query of their ids."""
     unneeded = and_(tasks.c.id.in_(which), ~of_live_jobs(select(1)).exists())
     running = tasks.c.state == TaskState.RUNNING
@@ -208,7 +208,7 @@ def rank_anew(
     connection.execute(update(tasks).where(best).values(rank))
 
 
-def of_live_jobs(query: Select[Any], *, unpaused: bool = False) -> Select[Any]:
+def of_live_jobs(query: Select[int], *, unpaused: bool = False) -> Select[int]:
     """The query, of the live jobs that need the task at hand."""
     needing = jobs.join(job_tasks, job_tasks.c.job_id == jobs.c.id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
     here = query.select_from(needing).where(job_tasks.c.task_id == tasks.c.id, jobs.c.state.in_(LIVE_JOB))

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -42,6 +42,7 @@ from service.store.settling import (
 )
 from service.store.states import move_jobs, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks, trainings
+from service.store.values import Values
 
 BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
 REOPENED = (TaskState.FAILED, TaskState.CANCELLED)  # by a new job that needs them
@@ -226,7 +227,7 @@ def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[
     before = set(connection.scalars(select(job_tasks.c.task_id).where(mine)))
     connection.execute(delete(job_tasks).where(mine))
     roles = [{"job": job.id, **_roles(plan, ids)} for job, plan in plans]
-    moved: dict[str, Any] = {name: bindparam(name) for name in roles[0] if name != "job"}
+    moved: Values = {name: bindparam(name) for name in roles[0] if name != "job"}
     connection.execute(update(jobs).where(jobs.c.id == bindparam("job")).values(moved), roles)
     _insert_needs(connection, jobs.c.id.in_(listed(job_ids)), [(job.id, plan) for job, plan in plans], ids)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_REPLANNED, listed(job_ids))
@@ -402,7 +403,7 @@ def _first_state(parents: Iterable[str], states: Mapping[str, TaskState]) -> Tas
     return TaskState.BLOCKED if waits else TaskState.QUEUED
 
 
-def _task_row(task: PlannedTask, sequence: int, task_id: str, state: TaskState, now: float) -> dict[str, Any]:
+def _task_row(task: PlannedTask, sequence: int, task_id: str, state: TaskState, now: float) -> Values:
     return {
         "id": task_id, "digest": task.digest, "kind": task.spec.kind, "version": task.spec.version,
         "spec": task.spec_json, "state": state, "train_digest": task.train_digest,
@@ -411,7 +412,7 @@ def _task_row(task: PlannedTask, sequence: int, task_id: str, state: TaskState, 
     }  # fmt: skip
 
 
-def _job_row(plan: JobPlan, ids: dict[str, str], sequence: int, now: float) -> dict[str, Any]:
+def _job_row(plan: JobPlan, ids: dict[str, str], sequence: int, now: float) -> Values:
     job: JobSpec = plan.job
     return {
         "id": new_id(), "sequence": sequence, "spec": job.model_dump_json(), "spec_digest": digest(job),

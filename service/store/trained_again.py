@@ -21,6 +21,7 @@ from service.store.retracting import GIVEN_UP, give_digests_up, new_digest
 from service.store.settling import rank_anew, settle_jobs
 from service.store.states import DIGEST, move_tasks
 from service.store.tables import artifacts, attempts, job_tasks, jobs, task_edges, tasks, trainings
+from service.store.values import Values
 
 WHY = "its network was trained again, with other weights"
 COLUMNS: Mapping[str, Sequence[Column[Any]]] = {
@@ -141,7 +142,7 @@ def _copy_children(
     give_digests_up(connection, [child.id for child in children])
     of_live = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(live)))
     needed = set(connection.scalars(of_live.distinct()))
-    copies: dict[str, dict[str, Any]] = {}
+    copies: dict[str, Values] = {}
     instead: dict[str, dict[str, str]] = {}
     for child in children:
         if child.id in needed:
@@ -154,7 +155,7 @@ def _copy_children(
     return instead
 
 
-def _copy(child: Row[Any], now: float) -> dict[str, Any]:
+def _copy(child: Row[Any], now: float) -> Values:
     values = {name: value for name, value in child._mapping.items() if name != "own"}
     waiting_since = now if child.finished_at is not None else child.waiting_since
     return {
