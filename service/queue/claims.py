@@ -12,7 +12,7 @@ from service.model.results import JsonObject
 from service.model.scheduling import Account, Cluster, Decision
 from service.queue import decisions, replanning, sponsoring
 from service.settings import Settings
-from service.store import Connection, Database, claiming, deciding, users
+from service.store import Connection, Database, claiming, deciding, quotas
 
 SPONSOR_CHECK_SECONDS = 5.0  # between two looks for shared tasks that wait for the turn of the wrong user
 QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
@@ -73,7 +73,7 @@ class Claims:
             now = self.database.now(connection)
             queue = [] if claiming.is_paused(connection) else claiming.waiting(connection, now, QUEUE_WINDOW)
             sponsors = {task.sponsor for task in queue}
-            accounts = users.accounts(connection, now, sponsors, half_life, limits) if queue else {}
+            accounts = quotas.accounts(connection, now, sponsors, half_life, limits) if queue else {}
             trainings = {task.train_digest for task in queue} if self.environment.aside else set()
             datasets = claiming.datasets_of(connection, trainings) if trainings else {}
         for way in placing.ways(self.environment, capacity, queue, datasets):
@@ -160,7 +160,7 @@ class Claims:
             claiming.take_back(connection, now, self.name, old)
             replanning.replan(connection, now, self.name, old)
             granted = {task_id: grant for task_id, grant in granted.items() if task_id not in old}
-        users.fold(connection, now, self.settings.usage_half_life_seconds)
+        quotas.fold(connection, now, self.settings.usage_half_life_seconds)
         seen = decisions.packed(choice.way.queue, choice.accounts, choice.cluster, choice.now)
         deciding.keep(connection, now, self.name, seen, decisions.told(choice.chosen), self.settings.decision_log)
         return granted

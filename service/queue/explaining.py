@@ -13,7 +13,7 @@ from service.model.results import JsonObject
 from service.model.scheduling import Account, Cluster
 from service.model.times import iso
 from service.settings import Settings
-from service.store import Connection, Database, changing, claiming, reading, users
+from service.store import Connection, Database, changing, claiming, quotas, reading
 
 WINDOW = 512  # tasks of the queue that are ranked to tell what comes before
 NO_SHARE = Account()
@@ -41,8 +41,8 @@ def queue_status(database: Database, settings: Settings) -> JsonObject:
     with database.read() as connection:
         row, now = changing.queue(connection), database.now(connection)
         waiting = claiming.waiting_sponsors(connection)
-        names = {*waiting, *users.devices_in_use(connection), *users.known(connection)}
-        accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
+        names = {*waiting, *quotas.devices_in_use(connection), *quotas.known(connection)}
+        accounts = quotas.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
     return {
         "paused": bool(row and row.paused),
         "paused_by": row.changed_by if row and row.paused else None,
@@ -118,12 +118,12 @@ def _look(
         return _Look(now, stop, cluster, too_large, {}, {}, 0, kept=kept, no_gpu=no_gpu)
     window = claiming.waiting(connection, now, WINDOW)
     names = {task.sponsor for task in window} | {task.sponsor for task in queued}
-    accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
+    accounts = quotas.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
     unlimited = {name: replace(account, max_gpus=None) for name, account in accounts.items()}
     before: dict[str, int] = {}
     for decision in scheduling.choose(window, unlimited, replace(cluster, free_slots=len(window)), now):
         before |= dict.fromkeys(decision.task_ids, len(before))
-    in_use = sum(users.devices_in_use(connection).values())
+    in_use = sum(quotas.devices_in_use(connection).values())
     places = claiming.places(connection)
     return _Look(now, stop, cluster, too_large, accounts, before, len(window), places, in_use, kept, no_gpu)
 

@@ -9,7 +9,7 @@ from service.model.estimates import Estimate, Likeness, estimate, likeness, unit
 from service.model.results import JsonObject
 from service.queue.planning import Known, counted, distinct_tasks, standing
 from service.specs.plan import JobPlan, PlannedTask
-from service.store import Connection, changing, claiming, submitting, timings, users
+from service.store import Connection, changing, claiming, quotas, submitting, timings
 
 MANY = 10_000  # as far as tasks before it are counted
 
@@ -33,7 +33,7 @@ def preview(
     needed = distinct_tasks(plans)
     known = submitting.known_tasks(connection, needed)
     groups = _groups(connection, needed, known)
-    limits = users.limits(connection, [user], default)[user]
+    limits = quotas.limits(connection, [user], default)[user]
     queue = _queue(connection, user)
     return {
         "name": name,
@@ -104,7 +104,7 @@ def _eta(
     if any(group.estimate is None for group in both):
         return {"eta_seconds": None, "eta_reason": "there is no history for some of it"}
     waiting = set(claiming.waiting_sponsors(connection)) | {user}
-    weights = {name: of.weight for name, of in users.limits(connection, waiting, default).items()}
+    weights = {name: of.weight for name, of in quotas.limits(connection, waiting, default).items()}
     mine = places * weights[user] / sum(weights.values())
     mine = max(min(mine, limits.max_gpus or mine), 1e-9)
     work = sum(group.seconds("p50") or 0.0 for group in both)
@@ -130,9 +130,9 @@ def _queue(connection: Connection, user: str) -> JsonObject:
 
 
 def _quota(connection: Connection, user: str, limits: Limits, more: int) -> JsonObject:
-    have = users.unfinished_jobs(connection, user)
+    have = quotas.unfinished_jobs(connection, user)
     fits = limits.max_queued_jobs is None or have + more <= limits.max_queued_jobs
-    in_use = users.devices_in_use(connection).get(user, 0.0)
+    in_use = quotas.devices_in_use(connection).get(user, 0.0)
     return {
         "user": user, **asdict(limits), "unfinished_jobs": have, "unfinished_jobs_after": have + more, "fits": fits,
         "gpus_in_use": in_use,

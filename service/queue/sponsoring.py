@@ -9,7 +9,7 @@ from collections.abc import Callable
 from service.model import scheduling
 from service.model.scheduling import Cluster
 from service.settings import Settings
-from service.store import Connection, Database, claiming, users
+from service.store import Connection, Database, claiming, quotas
 
 MOST = 512  # tasks that change their sponsor in one transaction
 
@@ -19,8 +19,8 @@ def pass_on(database: Database, settings: Settings, cluster: Cluster, leads: Cal
     with database.read() as connection:
         if not claiming.any_shared(connection):
             return 0
-        now, names = database.now(connection), users.with_unfinished_jobs(connection)
-        accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
+        now, names = database.now(connection), quotas.with_unfinished_jobs(connection)
+        accounts = quotas.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
         turns = scheduling.turns(accounts, cluster)
         late = claiming.sponsored_too_late(connection, turns, MOST)
     if not late:

@@ -25,10 +25,10 @@ from service.store import (
     changing,
     datasets,
     history,
+    quotas,
     reading,
     replies,
     submitting,
-    users,
 )
 from service.store.database import Database
 from service.store.history import Event
@@ -329,8 +329,8 @@ class Service:
 
     def _check_quota(self, connection: Connection, user: str, more: int) -> None:
         """Raises `QuotaExceeded` where so many jobs more are more than the user may have waiting or running."""
-        most = users.limits(connection, [user], self.limits)[user].max_queued_jobs
-        if most is not None and more and (have := users.unfinished_jobs(connection, user)) + more > most:
+        most = quotas.limits(connection, [user], self.limits)[user].max_queued_jobs
+        if most is not None and more and (have := quotas.unfinished_jobs(connection, user)) + more > most:
             raise QuotaExceeded(
                 f"{user} may have {most:,} jobs waiting or running and has {have:,}; {more:,} more do not fit: "
                 "let some end, cancel some, or ask for a larger quota"

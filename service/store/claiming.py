@@ -32,7 +32,7 @@ from service.model.results import JsonObject
 from service.model.retrying import UNWANTED
 from service.model.scheduling import MAX_BUNDLE, Waiting
 from service.settings import KINDS
-from service.store import history, users
+from service.store import history, quotas
 from service.store.history import Event
 from service.store.listed import listed
 from service.store.settling import UNPAUSED, rank_anew, settle, start_jobs
@@ -262,7 +262,7 @@ def renew(connection: Connection, now: float, holder: str, lease_seconds: float)
     """Prolong the leases of everything that `holder` runs, and charge its sponsors so far."""
     mine = (tasks.c.holder == holder) & (RUNNING)
     connection.execute(update(tasks).where(mine).values(lease_expires_at=now + lease_seconds))
-    users.charge_running(connection, now, holder)
+    quotas.charge_running(connection, now, holder)
 
 
 def held_by(connection: Connection, holder: str) -> dict[tuple[str, int], bool]:

@@ -12,7 +12,7 @@ from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
 from service.model.retrying import MISSING_CHECKPOINT, UNWANTED
 from service.model.scheduling import AGEING_SECONDS, BOOST_SECONDS, HEAD_START_SECONDS
-from service.store import filing, history, timings, users
+from service.store import filing, history, quotas, timings
 from service.store.judging import verdicts, write_verdicts
 from service.store.listed import json_object, listed
 from service.store.states import move_jobs, move_tasks
@@ -39,7 +39,7 @@ def settle(connection: Connection, now: float, actor: str, changed: Collection[s
     """Carry the new states of the tasks `changed` over to their children and to the jobs that need them."""
     if not changed:
         return
-    users.charge_ended(connection, now, changed)
+    quotas.charge_ended(connection, now, changed)
     state = dict(connection.execute(select(tasks.c.id, tasks.c.state).where(tasks.c.id.in_(listed(changed)))).all())
     succeeded = [task_id for task_id in changed if state[task_id] == TaskState.SUCCEEDED]
     others = [task_id for task_id in changed if state[task_id] != TaskState.SUCCEEDED]
