@@ -13,7 +13,7 @@ from service.queue import decisions
 from service.queue.claims import SPONSOR_CHECK_SECONDS
 from service.queue.explaining import explain
 from service.settings import Settings
-from service.store import accounts, claiming, deciding
+from service.store import claiming, deciding, users
 from service.store.settling import rank_anew
 from service.store.tables import events, jobs, tasks, usage
 
@@ -33,7 +33,7 @@ def used(lab: Any, **seconds: float) -> None:
 
 def limit(lab: Any, user: str, **limits: Any) -> None:
     with lab.database.write() as connection:
-        accounts.put_user(connection, lab.database.now(connection), user, limits)
+        users.put_user(connection, lab.database.now(connection), user, limits)
 
 
 class Turns:

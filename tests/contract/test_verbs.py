@@ -20,7 +20,7 @@ from service.queue.submission import Idempotency, Service
 from service.results.views import version
 from service.settings import Settings
 from service.specs import JobSpec, Sweep
-from service.store import accounts, claiming, quotas
+from service.store import claiming, quotas, users
 from service.store.tables import attempts, events, jobs, sweeps, tasks, timings, usage
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def in_use(lab: Any) -> dict[str, float]:
 
 def limit(lab: Any, name: str, **limits: float) -> None:
     with lab.database.write() as connection:
-        accounts.put_user(connection, lab.database.now(connection), name, limits)
+        users.put_user(connection, lab.database.now(connection), name, limits)
 
 
 class TestPause:
