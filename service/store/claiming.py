@@ -35,7 +35,7 @@ from service.settings import KINDS
 from service.store import history, quotas
 from service.store.history import Event
 from service.store.listed import listed
-from service.store.settling import UNPAUSED, rank_anew, settle, start_jobs
+from service.store.settling import UNPAUSED, rerank, settle, start_jobs
 from service.store.states import CLAIMABLE, RUNNING, SHARED, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, leases, queues, sweeps, tasks, trainings
 from service.store.values import Values, one
@@ -178,7 +178,7 @@ def sponsored_too_late(connection: Connection, turns: Mapping[str, int], most: i
 
 def change_sponsors(connection: Connection, now: float, task_ids: Collection[str], turns: Mapping[str, int]) -> None:
     """Have these tasks, where they still wait, sponsored by the user whose turn is first of those who need them."""
-    rank_anew(connection, now, and_(tasks.c.id.in_(listed(task_ids)), SHARED), turns)
+    rerank(connection, now, and_(tasks.c.id.in_(listed(task_ids)), SHARED), turns)
 
 
 def queued_of(connection: Connection, sponsor: str, most: int) -> int:

@@ -28,7 +28,7 @@ STATE_BY_BITS = {
 
 
 def start_jobs(connection: Connection, now: float, actor: str, running: Collection[str]) -> None:
-    """The jobs that have waited run, now that these tasks of theirs do."""
+    """Move the queued jobs that need one of these running tasks to `running`."""
     theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(running)))
     waiting = and_(jobs.c.id.in_(theirs), jobs.c.state == JobState.QUEUED)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_RUNNING, select(jobs.c.id).where(waiting))
@@ -36,7 +36,7 @@ def start_jobs(connection: Connection, now: float, actor: str, running: Collecti
 
 
 def settle(connection: Connection, now: float, actor: str, changed: Collection[str]) -> None:
-    """Carry the new states of the tasks `changed` over to their children and to the jobs that need them."""
+    """Apply the new states of the tasks `changed` to their children and to the jobs that need them."""
     if not changed:
         return
     quotas.charge_ended(connection, now, changed)
@@ -150,14 +150,14 @@ def _reason_of_tasks() -> ColumnElement[str | None]:
 
 
 def release(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> None:
-    """Let go of the tasks of jobs that are not live any more: those that no live job needs end, others rank anew."""
+    """Cancel the tasks of these ended jobs that no live job needs, and rank the others again."""
     if job_ids:
         mine = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(job_ids)))
         release_tasks(connection, now, actor, mine)
 
 
 def release_tasks(connection: Connection, now: float, actor: str, which: Select[str]) -> None:
-    """The same of tasks that some job needs no more; `which` is a query of their ids."""
+    """Cancel the tasks among these that no live job needs, and rank the others again; `which` is a query of ids."""
     unneeded = and_(tasks.c.id.in_(which), ~of_live_jobs(select(1)).exists())
     running = tasks.c.state == TaskState.RUNNING
     connection.execute(update(tasks).where(unneeded, running).values(cancel_requested=True))
@@ -167,16 +167,17 @@ def release_tasks(connection: Connection, now: float, actor: str, which: Select[
     if ended:
         why = json_object(reason=tasks.c.reason)
         history.append_for_tasks(connection, now, actor, EventKind.TASK_CANCELLED, listed(ended), why)
-    rank_anew(connection, now, and_(tasks.c.id.in_(which), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD})))
+    rerank(connection, now, and_(tasks.c.id.in_(which), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD})))
 
 
-def rank_anew(
+def rerank(
     connection: Connection, now: float, which: ColumnElement[bool], turns: Mapping[str, int] | None = None
 ) -> None:
-    """Each of these tasks ranks as the best-ranked live, unpaused job that needs it; that job's user is its sponsor.
+    """Give each of these tasks the rank of the highest-ranked live job that needs it and is not paused.
 
-    With `turns`, users' places in line, the lowest first, it is the best-ranked job of the user whose turn is first.
-    Those that only paused jobs need are paused with the rank that they had; one that goes on begins to wait anew.
+    The owner of that job is the sponsor of the task. `turns` are users' places in line, the lowest first: with them the
+    task has the rank of the highest-ranked job of the user whose turn is first. A task that only paused jobs need is
+    paused and keeps its rank; a task that is resumed waits from now on.
     """
     ids = select(tasks.c.id).where(which)
     turn = [case(turns, value=jobs.c.user, else_=0)] if turns else []

@@ -34,9 +34,9 @@ from service.store.history import Event
 from service.store.listed import insert_rows, json_object, listed
 from service.store.settling import (
     of_live_jobs,
-    rank_anew,
     release,
     release_tasks,
+    rerank,
     settle,
     settle_jobs,
 )
@@ -131,7 +131,7 @@ def insert_jobs(
         others = and_(joined, tasks.c.finished_at.is_(None), tasks.c.sponsor != user, ~tasks.c.shared)
         connection.execute(update(tasks).where(others).values(shared=True))
     lacking = or_(tasks.c.priority < priority, tasks.c.paused, tasks.c.cancel_requested, reopened)
-    rank_anew(connection, now, and_(joined, lacking))
+    rerank(connection, now, and_(joined, lacking))
     connection.execute(update(tasks).where(joined, tasks.c.cancel_requested).values(cancel_requested=False))
     settle(connection, now, user, moved)
     # A job may be further already than `queued`: where all of its numbers are known, it has succeeded at once.
@@ -238,7 +238,7 @@ def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[
     needed = tasks.c.id.in_(listed(ids.values()))
     connection.execute(update(tasks).where(needed, tasks.c.cancel_requested).values(cancel_requested=False))
     release_tasks(connection, now, actor, listed(before - set(ids.values())))
-    rank_anew(connection, now, needed)
+    rerank(connection, now, needed)
     settle(connection, now, actor, waiting)
     settle_jobs(connection, now, actor, listed(job_ids))
 
@@ -373,7 +373,7 @@ def retry_jobs(
             again[row.id] = state_of[row.digest] = _first_state(parents, state_of)
     reopen(connection, now, actor, again)
     moved = _let_wait(connection, now, actor, [row.id for row in needed if row.digest in lost])
-    rank_anew(connection, now, mine)
+    rerank(connection, now, mine)
     settle(connection, now, actor, [*again, *moved])  # other jobs may have been held by the same tasks
     settle_jobs(connection, now, actor, listed(retried))
     return retried

@@ -18,7 +18,7 @@ from service.store.history import Event
 from service.store.listed import insert_rows, listed
 from service.store.result_tables import results
 from service.store.retracting import GIVEN_UP, give_digests_up, new_digest
-from service.store.settling import rank_anew, settle_jobs
+from service.store.settling import rerank, settle_jobs
 from service.store.states import DIGEST, move_tasks
 from service.store.tables import artifacts, attempts, job_tasks, jobs, task_edges, tasks, trainings
 from service.store.values import Values
@@ -96,7 +96,7 @@ def _replace(connection: Connection, now: float, actor: str, made: Made, weights
     copies = listed(copy for of_kind in instead.values() for copy in of_kind.values())
     history.append_for_tasks(connection, now, actor, EventKind.TASK_BLOCKED, copies)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_REPLANNED, listed(live))
-    rank_anew(connection, now, or_(tasks.c.id == new_id, tasks.c.id.in_(copies)))
+    rerank(connection, now, or_(tasks.c.id == new_id, tasks.c.id.in_(copies)))
     ended = _end_children(connection, now, actor, row.id)
     settle_jobs(connection, now, actor, listed(live))
     needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id == row.id)

@@ -14,7 +14,7 @@ from service.queue.claims import SPONSOR_CHECK_SECONDS
 from service.queue.explaining import explain
 from service.settings import Settings
 from service.store import claiming, deciding, users
-from service.store.settling import rank_anew
+from service.store.settling import rerank
 from service.store.tables import events, jobs, tasks, usage
 
 MIGRATIONS = "service.store.migrations.versions"
@@ -139,7 +139,7 @@ class TestShared:
         lab.service.resume_sweep(cyds, user="cyd")
         assert shared() == {"train", "attack", "control"}
         with lab.database.write() as connection:
-            rank_anew(connection, 0.0, tasks.c.shared, {"cyd": 0, "ann": 1})
+            rerank(connection, 0.0, tasks.c.shared, {"cyd": 0, "ann": 1})
         assert {row.sponsor for row in lab.rows(tasks, shared=True)} == {"cyd"}
         with lab.database.read() as connection:
             assert claiming.any_shared(connection)
