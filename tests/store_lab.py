@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Table, select
 from service.lab.artifacts import Artifacts
 from service.model.executor import Bits, Failed, Grant, Message, Outcome, Succeeded
 from service.model.jobs import ENDED_TASK, LIVE_JOB, TRANSITIONS, JobState, TaskState, job_state
+from service.model.retrying import Patience
 from service.queue.submission import Service
 from service.specs import JobSpec, Sweep
 from service.store import Database, claiming, recording, tables
@@ -32,7 +33,7 @@ class Lab:
         "scale": [0.25, 0.5, 1, 2.5, 5, 10, 50],
         "attack": ["pgd_l2", "pgd_linf"],
     }
-    PATIENCE = recording.Patience(max_errors=3, max_suspect_losses=3, backoff_seconds=0.0)
+    PATIENCE = Patience(max_errors=3, max_suspect_losses=3, backoff_seconds=0.0)
 
     def __init__(self, database: Database, artifacts: Artifacts) -> None:
         self.database = database
@@ -72,9 +73,7 @@ class Lab:
                 self._used[one.task_id, one.attempt] = used
             return [granted[task_id] for task_id in ids]
 
-    def record(
-        self, *messages: Message, patience: recording.Patience | None = None, at: float | None = None
-    ) -> list[str]:
+    def record(self, *messages: Message, patience: Patience | None = None, at: float | None = None) -> list[str]:
         with self.database.write() as connection:
             now = self.database.now(connection) if at is None else at
             return recording.record(connection, now, "d1", messages, patience or self.PATIENCE)

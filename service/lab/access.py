@@ -11,7 +11,7 @@ from service.model.events import EventKind
 from service.model.json import JsonObject
 from service.model.records import Admission, Token, User
 from service.model.times import iso
-from service.store import Connection, Database, accounts, history, meanings
+from service.store import Connection, Database, history, meanings, users
 from service.store.history import Event
 
 SCOPES = ("read", "submit", "admin")
@@ -49,7 +49,7 @@ class Access:
     def caller(self, secret: str) -> Caller:
         """The caller that this token stands for. Raises `Unauthenticated` if it is unknown, revoked or expired."""
         with self.database.read() as connection:
-            admission = accounts.admission(connection, sha256=_hash(secret))
+            admission = users.admission(connection, sha256=_hash(secret))
             now = self.database.now(connection)
         admission = _valid(admission, now)
         last_used_at = admission.token.last_used_at
@@ -62,7 +62,7 @@ class Access:
         if self._noting.acquire(blocking=False):
             try:
                 with suppress(DatabaseAway), self.database.write() as connection:
-                    accounts.note_use(connection, token_id, now)
+                    users.note_use(connection, token_id, now)
             finally:
                 self._noting.release()
 
@@ -71,7 +71,7 @@ class Access:
         if caller.token_id is None:
             return caller
         with self.database.read() as connection:
-            admission = accounts.admission(connection, token_id=caller.token_id)
+            admission = users.admission(connection, token_id=caller.token_id)
             return _caller(_valid(admission, self.database.now(connection)))
 
     def put_user(self, name: str, changes: JsonObject, *, actor: str) -> JsonObject:
@@ -84,7 +84,7 @@ class Access:
         disabled, changes = changes.get("disabled"), {name: of for name, of in changes.items() if name != "disabled"}
         with self.database.write() as connection:
             now = self.database.now(connection)
-            existing = accounts.user(connection, name)
+            existing = users.user(connection, name)
             if disabled is not None:
                 _there(existing, name)
             if disabled or changes.get("role", "admin") != "admin":
@@ -97,13 +97,13 @@ class Access:
                 kind = EventKind.USER_DISABLED if disabled else EventKind.USER_ENABLED
                 happened.append(Event(kind, data={"name": name}))
                 changes["disabled_at"] = now if disabled else None
-            user = accounts.put_user(connection, now, name, changes)
+            user = users.put_user(connection, now, name, changes)
             history.append(connection, now, actor, happened)
             return _user_view(user)
 
     def users(self) -> list[JsonObject]:
         with self.database.read() as connection:
-            return [_user_view(user) for user in accounts.users_by_name(connection)]
+            return [_user_view(user) for user in users.users_by_name(connection)]
 
     def create_token(
         self, user: str, name: str, scope: str, expires_in_days: float | None, *, by: Caller
@@ -121,13 +121,13 @@ class Access:
         secret = f"unc_{secrets.token_hex(PREFIX_LETTERS // 2)}_{secrets.token_urlsafe(32)}"
         with self.database.write() as connection:
             now = self.database.now(connection)
-            owner = _there(accounts.user(connection, user), user)
+            owner = _there(users.user(connection, user), user)
             if owner.disabled_at is not None:
                 raise Conflict(f"{user} is disabled: `uncanny user enable {user}` lets them in again")
             if SCOPES.index(scope) > SCOPES.index(ROLES[owner.role]):
                 raise NotAllowed(f"{user} is a {owner.role}, whose tokens have at most the scope {ROLES[owner.role]!r}")
             requested = None if expires_in_days is None else now + expires_in_days * DAY_SECONDS
-            made = accounts.insert_token(
+            made = users.insert_token(
                 connection,
                 now,
                 user=user,
@@ -151,7 +151,7 @@ class Access:
         with self.database.read() as connection:
             if user != by.name:
                 meanings.checked(connection, meanings.user, "user", user)
-            return [_token_view(token) for token in accounts.tokens_of(connection, user)]
+            return [_token_view(token) for token in users.tokens_of(connection, user)]
 
     def revoke_token(self, token_id: str, *, by: Caller) -> JsonObject:
         """Refuse this token from now on, and all tokens that were made with it, directly or not: whoever had the token
@@ -161,12 +161,12 @@ class Access:
         """
         with self.database.write() as connection:
             now = self.database.now(connection)
-            token = accounts.token(connection, token_id)
+            token = users.token(connection, token_id)
             if token is None or (token.user != by.name and not by.may("admin")):
                 raise NotFound(f"there is no token {token_id} of yours")
             if token.revoked_at is not None:
                 raise Conflict(f"token {token_id} was revoked before")
-            revoked = accounts.revoke(connection, token_id, now)
+            revoked = users.revoke(connection, token_id, now)
             itself_first = sorted(revoked, key=lambda token: (token.id != token_id, token.id))
             events = [Event(EventKind.TOKEN_REVOKED, data=_revocation(token, token_id)) for token in itself_first]
             history.append(connection, now, by.name, events)
@@ -175,12 +175,12 @@ class Access:
     def owner(self, *, job_id: str | None, sweep_id: str | None) -> str | None:
         """The owner of a job or sweep; None if there is no such job or sweep."""
         with self.database.read() as connection:
-            return accounts.owner(connection, job_id=job_id, sweep_id=sweep_id)
+            return users.owner(connection, job_id=job_id, sweep_id=sweep_id)
 
     def me(self, caller: Caller) -> JsonObject:
         """The caller, with role and quotas if the store has them as a user."""
         with self.database.read() as connection:
-            user = accounts.user(connection, caller.name)
+            user = users.user(connection, caller.name)
         shown = _user_view(user) if user is not None else {"name": caller.name, "role": None}
         return {**shown, "scope": caller.scope, "token_id": caller.token_id}
 
@@ -189,7 +189,7 @@ def _expiry(connection: Connection, by: Caller, now: float, requested: float | N
     """When a token that the caller makes expires. Raises `Unauthenticated` if the caller's own was just revoked."""
     if by.token_id is None:
         return requested
-    parent = _valid(accounts.admission(connection, token_id=by.token_id), now).token
+    parent = _valid(users.admission(connection, token_id=by.token_id), now).token
     return requested if by.may("admin") else _earlier(requested, parent.expires_at)
 
 
@@ -201,8 +201,8 @@ def _there(user: User | None, name: str) -> User:
 
 def _check_admins(connection: Connection, name: str) -> None:
     """Raises `Conflict` if this user is the only admin."""
-    users = accounts.users_by_name(connection)
-    admins = [user.name for user in users if user.role == "admin" and user.disabled_at is None]
+    everybody = users.users_by_name(connection)
+    admins = [user.name for user in everybody if user.role == "admin" and user.disabled_at is None]
     if admins == [name]:
         raise Conflict(
             f"{name} is the last admin, and nobody could make another: `uncanny user set NAME --role admin` first"

@@ -4,17 +4,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
 
 from service.model import environment, placing, resources, scheduling
 from service.model.environment import Environment
 from service.model.executor import Bundle, Capacity, Executor, Grant, Needs
+from service.model.json import JsonObject
 from service.model.scheduling import Account, Cluster, Decision
 from service.queue import decisions, replanning, sponsoring
 from service.settings import Settings
-from service.store import Connection, Database, claiming, deciding, users
+from service.store import Connection, Database, claiming, deciding, quotas
 
-PASS_ON_SECONDS = 5.0  # how often it looks whether a shared task waits for the wrong user's turn
+SPONSOR_CHECK_SECONDS = 5.0  # between two looks for shared tasks that wait for the turn of the wrong user
 QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
 
 Key = tuple[str, int]
@@ -53,7 +53,7 @@ class Claims:
         self._had_gpus |= found.gpus > 0
         return replace(found, had_gpus=self._had_gpus)
 
-    def take_over(self, status: Mapping[str, Any]) -> None:
+    def take_over(self, status: JsonObject) -> None:
         """Go on with what an earlier dispatcher knew of the cluster, as its status says; a local Ray never changes."""
         self._had_gpus |= bool(self.settings.ray_address and status.get("capacity", {}).get("had_gpus"))
 
@@ -65,7 +65,7 @@ class Claims:
         cluster = resources.cluster(self.settings, capacity, self._needs(running), ended)
         if cluster.free_slots <= 0:
             return []
-        if self.clock() - self._passed_on_at >= PASS_ON_SECONDS:
+        if self.clock() - self._passed_on_at >= SPONSOR_CHECK_SECONDS:
             self._passed_on_at = self.clock()
             sponsoring.pass_on(self.database, self.settings, cluster, lambda to: self._leads(to, epoch))
         half_life, limits = self.settings.usage_half_life_seconds, self.settings.limits
@@ -73,7 +73,7 @@ class Claims:
             now = self.database.now(connection)
             queue = [] if claiming.is_paused(connection) else claiming.waiting(connection, now, QUEUE_WINDOW)
             sponsors = {task.sponsor for task in queue}
-            accounts = users.accounts(connection, now, sponsors, half_life, limits) if queue else {}
+            accounts = quotas.accounts(connection, now, sponsors, half_life, limits) if queue else {}
             trainings = {task.train_digest for task in queue} if self.environment.aside else set()
             datasets = claiming.datasets_of(connection, trainings) if trainings else {}
         for way in placing.ways(self.environment, capacity, queue, datasets):
@@ -160,7 +160,7 @@ class Claims:
             claiming.take_back(connection, now, self.name, old)
             replanning.replan(connection, now, self.name, old)
             granted = {task_id: grant for task_id, grant in granted.items() if task_id not in old}
-        users.fold(connection, now, self.settings.usage_half_life_seconds)
+        quotas.fold(connection, now, self.settings.usage_half_life_seconds)
         seen = decisions.packed(choice.way.queue, choice.accounts, choice.cluster, choice.now)
         deciding.keep(connection, now, self.name, seen, decisions.told(choice.chosen), self.settings.decision_log)
         return granted

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from service.model.json import JsonObject
 from service.model.scheduling import RULE, Account, Cluster, Decision, Waiting, choose
 from service.store import Database, deciding
 
@@ -33,7 +34,7 @@ def unpacked(seen: bytes) -> Seen | None:
     return [Waiting(*values) for values in queue], accounts, Cluster(*cluster), now
 
 
-def told(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
+def told(decisions: Sequence[Decision]) -> list[JsonObject]:
     """Decisions as they are stored."""
     return [
         {"task_ids": list(one.task_ids), "sponsor": one.sponsor, "share": one.share, "reason": one.reason}

@@ -33,11 +33,11 @@ from service.store.waking import Waking, waking
 log = logging.getLogger("uncanny.dispatcher")
 
 NEWS = {"set_aside": EventKind.ENVIRONMENT_SET_ASIDE, "returned": EventKind.ENVIRONMENT_RETURNED}
-POLL_SECONDS = 0.05
-IDLE_SECONDS = 0.1
-GATHER_SECONDS = 0.02  # what comes so close together is written together: a transaction costs more than a row in it
-AWAY_SECONDS = 1.0
-LOOK_SECONDS = 0.5  # how often it looks whether something that runs is not wanted any more
+POLL_TIMEOUT_SECONDS = 0.05  # the wait for the executor's next message
+POLL_INTERVAL_SECONDS = 0.1  # between two ticks without work
+BATCH_WINDOW_SECONDS = 0.02  # messages of one window share a transaction, which costs more than a row in it
+RECONNECT_SECONDS = 1.0  # between two tries to reach a database that does not answer
+CANCEL_CHECK_SECONDS = 0.5  # between two looks for running tasks that no live job needs any more
 
 Key = tuple[str, int]
 """`(task id, attempt)`"""
@@ -91,11 +91,11 @@ class Dispatcher:
         while not stop.is_set():
             busy = self._try(self.tick)
             if busy is None:
-                stop.wait(AWAY_SECONDS)
+                stop.wait(RECONNECT_SECONDS)
             elif self.leading:
-                self._waking.wait(0.0 if busy else IDLE_SECONDS)
+                self._waking.wait(0.0 if busy else POLL_INTERVAL_SECONDS)
             else:
-                stop.wait(IDLE_SECONDS)
+                stop.wait(POLL_INTERVAL_SECONDS)
         self._wind_down()
         self._stop()
 
@@ -119,7 +119,7 @@ class Dispatcher:
     def _go_on(self) -> bool:
         """A round without taking on new work."""
         self._hold_leadership()
-        self._collect(POLL_SECONDS if self._running else 0.0)
+        self._collect(POLL_TIMEOUT_SECONDS if self._running else 0.0)
         if self.leading:
             self._heed_cancellations()
             self._write()
@@ -202,7 +202,7 @@ class Dispatcher:
 
     def _heed_cancellations(self) -> None:
         wall = self.clock()
-        if self._running and wall - self._looked_at >= LOOK_SECONDS:
+        if self._running and wall - self._looked_at >= CANCEL_CHECK_SECONDS:
             with self.database.read() as connection:
                 held = claiming.held_by(connection, self.name)
             self._cancel_unwanted(held)
@@ -226,7 +226,7 @@ class Dispatcher:
         arrived: list[Message] = []
         messages = self.executor.poll(timeout_seconds)
         if messages and timeout_seconds:
-            time.sleep(GATHER_SECONDS)
+            time.sleep(BATCH_WINDOW_SECONDS)
             messages += self.executor.poll(0.0)
         for message in messages:
             key = (message.task_id, message.attempt)
@@ -288,7 +288,7 @@ class Dispatcher:
             self._give_up(key, "given_back", why)
         while self._running and self.leading and time.monotonic() < deadline:
             if self._try(self._go_on) is None:
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_TIMEOUT_SECONDS)
             for key in self._liveness.saved:
                 self._give_up(key, "given_back", f"{why}; its last epoch state is kept")
 

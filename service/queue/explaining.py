@@ -2,24 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from service.errors import DatabaseAway, DatabaseFull, NotFound
 from service.model import resources, scheduling
 from service.model.environment import SetAside, hindrance, names_of, reported
 from service.model.executor import Capacity
 from service.model.jobs import LIVE_JOB, TaskState
+from service.model.json import JsonObject
 from service.model.records import Job, Task
 from service.model.scheduling import Account, Cluster
 from service.model.times import iso
 from service.settings import Settings
-from service.store import Connection, Database, changing, claiming, reading, users
+from service.store import Connection, Database, changing, claiming, quotas, reading
 
 WINDOW = 512  # tasks of the queue that are ranked to tell what comes before
 NO_SHARE = Account()
 
 
-def explain(database: Database, settings: Settings, job_id: str) -> dict[str, Any]:
+def explain(database: Database, settings: Settings, job_id: str) -> JsonObject:
     """A sentence on the job, and one on each of its tasks that has not succeeded. Raises `NotFound`."""
     full = _without_room(database)
     with database.read() as connection:
@@ -36,13 +36,13 @@ def explain(database: Database, settings: Settings, job_id: str) -> dict[str, An
     return {"job_id": job_id, "state": job.state, "sentence": sentence, "tasks": lines}
 
 
-def queue_status(database: Database, settings: Settings) -> dict[str, Any]:
+def queue_status(database: Database, settings: Settings) -> JsonObject:
     """Whether the queue is paused, and the shares of who waits, runs or has used something lately."""
     with database.read() as connection:
         row, now = changing.queue(connection), database.now(connection)
         waiting = claiming.waiting_sponsors(connection)
-        names = {*waiting, *users.devices_in_use(connection), *users.known(connection)}
-        accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
+        names = {*waiting, *quotas.devices_in_use(connection), *quotas.known(connection)}
+        accounts = quotas.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
     return {
         "paused": bool(row and row.paused),
         "paused_by": row.changed_by if row and row.paused else None,
@@ -122,12 +122,12 @@ def _look(
         return _Look(now, stop, cluster, too_large, {}, {}, 0, kept=kept, no_gpu=no_gpu)
     window = claiming.waiting(connection, now, WINDOW)
     names = {task.sponsor for task in window} | {task.sponsor for task in queued}
-    accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
+    accounts = quotas.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
     unlimited = {name: replace(account, max_gpus=None) for name, account in accounts.items()}
     before: dict[str, int] = {}
     for decision in scheduling.choose(window, unlimited, replace(cluster, free_slots=len(window)), now):
         before |= dict.fromkeys(decision.task_ids, len(before))
-    in_use = sum(users.devices_in_use(connection).values())
+    in_use = sum(quotas.devices_in_use(connection).values())
     places = claiming.places(connection)
     return _Look(now, stop, cluster, too_large, accounts, before, len(window), places, in_use, kept, no_gpu)
 
@@ -140,7 +140,7 @@ def _no_gpu(capacity: Capacity, aside: Sequence[SetAside], now: float) -> str:
     return f", but the cluster has no GPU now, and it waits for one: {why} (UNCANNY_GPUS_PER_TASK=0 uses CPUs)"
 
 
-def _task_line(connection: Connection, look: _Look, task: Task, tasks: Sequence[Task]) -> dict[str, Any]:
+def _task_line(connection: Connection, look: _Look, task: Task, tasks: Sequence[Task]) -> JsonObject:
     sentence, before = f"it is {task.state}", None
     match task.state:
         case TaskState.RUNNING if task.worker is None:
@@ -198,12 +198,12 @@ def _full(look: _Look) -> str:
     return f"; all {look.places:g} places of the cluster are taken" if full else ""
 
 
-def _sentence(job: Job, tasks: Sequence[Task], lines: Sequence[dict[str, Any]], paused: bool) -> str:
+def _sentence(job: Job, tasks: Sequence[Task], lines: Sequence[JsonObject], paused: bool) -> str:
     """The one thing about a job that says most."""
     if job.state not in LIVE_JOB:
         return f"it has ended: {job.state}" + (f" ({job.reason})" if job.reason else "")
     done = f"{len(tasks) - len(lines)} of its {len(tasks)} tasks are done"
-    by_state: dict[str, list[dict[str, Any]]] = {}
+    by_state: dict[str, list[JsonObject]] = {}
     for line in lines:
         by_state.setdefault(line["state"], []).append(line)
     if held := by_state.get(TaskState.HELD):

@@ -11,8 +11,8 @@ from service.interrupt import interrupt
 from service.model.executor import Bundle, Capacity, Message
 from service.model.ledger import Ledger
 
-LOOK_SECONDS = 0.1  # how often a waiting poll looks for threads that do not stop
-TALK_SECONDS = 0.2  # for which a poll goes on listening to bundles that always have something to say
+POLL_INTERVAL_SECONDS = 0.1  # between two looks of a waiting poll for threads that do not stop
+OVERRUN_SECONDS = 0.2  # how long a poll may exceed its timeout while bundles send messages without a pause
 AGAIN_SECONDS = 0.5  # an interrupt that lands in a destructor or a callback of the collector is lost: it is sent again
 
 
@@ -74,7 +74,7 @@ class InProcessExecutor:
             messages += self._lost
             self._lost = []
             now = time.monotonic()
-            wait = 0.0 if messages else min(max(0.0, deadline - now), LOOK_SECONDS)
+            wait = 0.0 if messages else min(max(0.0, deadline - now), POLL_INTERVAL_SECONDS)
             try:
                 bundle_id, item = self._arrived.get(timeout=wait)
             except queue.Empty:
@@ -86,7 +86,7 @@ class InProcessExecutor:
             if bundle_id in self._bundles:
                 messages += self._take(bundle_id, item)
             self._start_those_that_fit()
-            if time.monotonic() >= deadline + TALK_SECONDS:
+            if time.monotonic() >= deadline + OVERRUN_SECONDS:
                 return messages
 
     def cancel(self, task_id: str, attempt: int) -> None:
@@ -102,7 +102,7 @@ class InProcessExecutor:
             self._stop(bundle_id)
         arrived: list[Message] = []
         while self._bundles:  # until each has ended, or is given up
-            arrived += self.poll(LOOK_SECONDS)
+            arrived += self.poll(POLL_INTERVAL_SECONDS)
         self._lost += arrived
 
     def _run(self, bundle: Bundle, begun: threading.Event, stop: threading.Event) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from service.errors import DatabaseAway
 from service.lab.artifacts import Artifacts
 from service.model.executor import Failed, Lost, Message, Progress, Succeeded
+from service.model.retrying import Patience
 from service.queue.spool import Spool
 from service.settings import Settings
 from service.store import Database, claiming, recording
@@ -71,7 +72,7 @@ class Outbox:
         if not messages:
             return True
         settings = self.settings
-        patience = recording.Patience(settings.max_errors, settings.max_suspect_losses, settings.backoff_seconds)
+        patience = Patience(settings.max_errors, settings.max_suspect_losses, settings.backoff_seconds)
         with self.database.write() as connection:
             if not claiming.still_leads(connection, self.actor, epoch):
                 return False

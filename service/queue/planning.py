@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from service.errors import InvalidSpec
 from service.model.jobs import TaskState
+from service.model.json import JsonObject
 from service.model.names import OWN_DATASET
 from service.model.pointers import pointer_to
 from service.model.records import RegisteredDataset
@@ -53,7 +53,7 @@ def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
     return {digest: task for plan in plans for digest, task in plan.tasks.items()}
 
 
-def counted(jobs: int, needed: Mapping[str, PlannedTask], known: Known, *, repetitions: int = 0) -> dict[str, Any]:
+def counted(jobs: int, needed: Mapping[str, PlannedTask], known: Known, *, repetitions: int = 0) -> JsonObject:
     """Cells, dropped repetitions, distinct tasks by kind, and how many are known, under way, to be computed."""
     kinds: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "known", "under_way", "to_compute")}
     for digest, task in needed.items():
@@ -129,7 +129,7 @@ class _Weights:
         replicate: int,
         field: str,
         imported: dict[str, Imported],
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """What a job, or a source, is to have in place of a recipe that names a training by its weights."""
         if recipe.checkpoint is None or recipe != Imported(checkpoint=recipe.checkpoint):
             sentence = "name a registered checkpoint, or weights by their SHA-256, and nothing else of it"

@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from service.limits import Limits
 from service.model.estimates import Estimate, Workload, estimate, units, workload
+from service.model.json import JsonObject
 from service.queue.planning import Known, counted, distinct_tasks, standing
 from service.specs.plan import JobPlan, PlannedTask
-from service.store import Connection, changing, claiming, submitting, timings, users
+from service.store import Connection, changing, claiming, quotas, submitting, timings
 
 MANY = 10_000  # as far as tasks before it are counted
 
@@ -28,12 +28,12 @@ class _Group:
 
 def preview(
     connection: Connection, name: str, plans: Sequence[JobPlan], user: str, default: Limits, *, repetitions: int = 0
-) -> dict[str, Any]:
+) -> JsonObject:
     """What these jobs would mean for `user`, in the store and the queue as they are."""
     needed = distinct_tasks(plans)
     known = submitting.known_tasks(connection, needed)
     groups = _groups(connection, needed, known)
-    limits = users.limits(connection, [user], default)[user]
+    limits = quotas.limits(connection, [user], default)[user]
     queue = _queue(connection, user)
     return {
         "name": name,
@@ -59,7 +59,7 @@ def _groups(connection: Connection, needed: Mapping[str, PlannedTask], known: Kn
     }
 
 
-def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
+def _estimate(groups: Sequence[_Group]) -> JsonObject:
     """Device seconds of what is to be computed; null with a reason while there is no history for some of it."""
     unknown = [group for group in groups if group.estimate is None]
     history = [
@@ -94,11 +94,11 @@ def _estimate(groups: Sequence[_Group]) -> dict[str, Any]:
 def _eta(
     connection: Connection,
     groups: Mapping[str, Sequence[_Group]],
-    queue: Mapping[str, Any],
+    queue: JsonObject,
     user: str,
     limits: Limits,
     default: Limits,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Seconds until all is done, at the user's fair share of the places among those who wait now.
 
     What the user has queued already comes first and is taken to be like this; no less than a training and the longest
@@ -113,7 +113,7 @@ def _eta(
     if any(group.estimate is None for group in both):
         return {"eta_seconds": None, "eta_reason": "there is no history for some of it"}
     waiting = set(claiming.waiting_sponsors(connection)) | {user}
-    weights = {name: of.weight for name, of in users.limits(connection, waiting, default).items()}
+    weights = {name: of.weight for name, of in quotas.limits(connection, waiting, default).items()}
     mine = places * weights[user] / sum(weights.values())
     mine = max(min(mine, limits.max_gpus or mine), 1e-9)
     work = sum(group.seconds("p50") or 0.0 for group in both)
@@ -128,7 +128,7 @@ def _eta(
     return {"eta_seconds": round(eta, 1), "eta_reason": share}
 
 
-def _queue(connection: Connection, user: str) -> dict[str, Any]:
+def _queue(connection: Connection, user: str) -> JsonObject:
     row = changing.queue(connection)
     others = [name for name in claiming.waiting_sponsors(connection) if name != user]
     return {
@@ -138,10 +138,10 @@ def _queue(connection: Connection, user: str) -> dict[str, Any]:
     }
 
 
-def _quota(connection: Connection, user: str, limits: Limits, more: int) -> dict[str, Any]:
-    have = users.unfinished_jobs(connection, user)
+def _quota(connection: Connection, user: str, limits: Limits, more: int) -> JsonObject:
+    have = quotas.unfinished_jobs(connection, user)
     fits = limits.max_queued_jobs is None or have + more <= limits.max_queued_jobs
-    in_use = users.devices_in_use(connection).get(user, 0.0)
+    in_use = quotas.devices_in_use(connection).get(user, 0.0)
     return {
         "user": user,
         **asdict(limits),

@@ -7,7 +7,6 @@ jobs that need it from then on, or wait for it, get a new generation of it.
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -15,6 +14,7 @@ from service.errors import Conflict, InvalidQuery, InvalidSpec, NotFound
 from service.lab.access import NotAllowed
 from service.model.dotted import or_rather
 from service.model.events import EventKind
+from service.model.json import JsonObject
 from service.model.query import Node
 from service.model.records import Task
 from service.queue import replanning
@@ -33,9 +33,7 @@ MAX_AGAIN = 10_000  # jobs that one request may submit anew
 RETRACT, RESTORE = "retract", "restore"
 
 
-def retract(
-    service: Service, job_id: str, reason: str, *, user: str, rerun: bool = False, admin: bool
-) -> dict[str, Any]:
+def retract(service: Service, job_id: str, reason: str, *, user: str, rerun: bool = False, admin: bool) -> JsonObject:
     """Retract a result, and with it all that show the same numbers.
 
     What was compared with that attack at s = 1 is judged again without it.
@@ -62,7 +60,7 @@ def retract(
 
 def retract_all(
     service: Service, nodes: Sequence[Node], reason: str, *, user: str, rerun: bool = False, measure: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Retract every result that the filters choose, such as all of `versions.attack = 1`.
 
     With the type of a further `measure` the results stay, without that measure's numbers: its tasks are retracted.
@@ -87,7 +85,7 @@ def retract_all(
 
 def retract_task(
     service: Service, id_or_digest: str, reason: str, *, user: str, rerun: bool = False, admin: bool
-) -> dict[str, Any]:
+) -> JsonObject:
     """Retract a task with all that rests on it: tasks on its checkpoint, results that need one of them.
 
     Those that imported its weights by their digest are among them. Where these are registered under a name, that stays
@@ -107,7 +105,7 @@ def retract_task(
         return _retract_tasks(service, connection, task_ids, reason, user, rerun)
 
 
-def restore(service: Service, job_id: str, *, user: str, admin: bool) -> dict[str, Any]:
+def restore(service: Service, job_id: str, *, user: str, admin: bool) -> JsonObject:
     """Take back the retraction that hides a result, of all results that it hides.
 
     Raises `NotFound`, `Conflict`, and `NotAllowed` where it or some of the results are others' and no admin asks.
@@ -128,7 +126,7 @@ def restore(service: Service, job_id: str, *, user: str, admin: bool) -> dict[st
         return restored
 
 
-def restore_task(service: Service, id_or_digest: str, *, user: str, admin: bool) -> dict[str, Any]:
+def restore_task(service: Service, id_or_digest: str, *, user: str, admin: bool) -> JsonObject:
     """Take the retraction of a task back, and of all that was retracted with it.
 
     New jobs join it again, unless there is a newer generation already (`superseded`): then only its numbers are shown.
@@ -147,7 +145,7 @@ def restore_task(service: Service, id_or_digest: str, *, user: str, admin: bool)
         return _restore(service, connection, user, [], [task.id])
 
 
-def restore_all(service: Service, nodes: Sequence[Node], *, user: str, measure: str | None = None) -> dict[str, Any]:
+def restore_all(service: Service, nodes: Sequence[Node], *, user: str, measure: str | None = None) -> JsonObject:
     """Take back every retraction that hides a result which the filters choose, or its numbers of a further `measure`.
 
     Raises `InvalidQuery`, also without any filter.
@@ -164,7 +162,7 @@ def restore_all(service: Service, nodes: Sequence[Node], *, user: str, measure: 
 
 def _retract_tasks(
     service: Service, connection: Connection, task_ids: Sequence[str], reason: str, user: str, rerun: bool
-) -> dict[str, Any]:
+) -> JsonObject:
     now = service.database.now(connection)
     marked = retracting.retract_tasks(connection, now, user, reason, task_ids)
     retracted = retracting.hide_resting_on(connection, marked)
@@ -188,7 +186,7 @@ def _retract_tasks(
 
 def _restore(
     service: Service, connection: Connection, user: str, attack_ids: Sequence[str], roots: Sequence[str]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Of results that were retracted by themselves, by their attacks, and of `roots` with all that rests on them."""
     now = service.database.now(connection)
     attack_ids = retracting.with_equal_numbers(connection, attack_ids)
@@ -253,7 +251,7 @@ def _replicates(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]
     return _accepted(again)
 
 
-def _accepted(specs: Sequence[dict[str, Any]]) -> list[JobSpec]:
+def _accepted(specs: Sequence[JsonObject]) -> list[JobSpec]:
     """Raises `InvalidSpec` for a spec that an earlier version accepted and this one refuses."""
     try:
         return [JobSpec.model_validate(spec) for spec in specs]
@@ -262,7 +260,7 @@ def _accepted(specs: Sequence[dict[str, Any]]) -> list[JobSpec]:
         raise InvalidSpec([("/rerun", f"a job of these is not accepted any more: {said}")]) from None
 
 
-def _apart_from_replicate(spec: dict[str, Any]) -> str:
+def _apart_from_replicate(spec: JsonObject) -> str:
     return json.dumps({name: value for name, value in spec.items() if name != "replicate"}, sort_keys=True)
 
 
@@ -298,7 +296,7 @@ def _tell(
     user: str,
     kind: EventKind,
     job_ids: Sequence[str],
-    data: dict[str, Any] | None = None,
+    data: JsonObject | None = None,
 ) -> None:
     events = [Event(kind, job_id=job_id, data=data or {}) for job_id in job_ids]
     history.append(connection, now, user, events)

@@ -1,7 +1,7 @@
-"""Whose quota a shared task counts against while it waits: the user's whose turn comes first, of those who need it.
+"""A waiting task that jobs of several users need is sponsored by the one of them whose turn comes first.
 
-Else a task that a user with a large share needs too would wait for the turn of another who has used up theirs, or who
-may use nothing. What runs stays with its sponsor.
+Otherwise the task could wait for the turn of a user who has used up their quota, although a job of another user with
+quota left needs it. A running task keeps its sponsor.
 """
 
 from collections.abc import Callable
@@ -9,18 +9,18 @@ from collections.abc import Callable
 from service.model import scheduling
 from service.model.scheduling import Cluster
 from service.settings import Settings
-from service.store import Connection, Database, claiming, users
+from service.store import Connection, Database, claiming, quotas
 
 MOST = 512  # tasks that change their sponsor in one transaction
 
 
 def pass_on(database: Database, settings: Settings, cluster: Cluster, leads: Callable[[Connection], bool]) -> int:
-    """Give waiting tasks to the users whose turn is first, while the caller `leads`; returns how many."""
+    """Give waiting tasks the sponsors whose turn is first, while the caller `leads`. Returns how many tasks change."""
     with database.read() as connection:
         if not claiming.any_shared(connection):
             return 0
-        now, names = database.now(connection), users.with_unfinished_jobs(connection)
-        accounts = users.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
+        now, names = database.now(connection), quotas.with_unfinished_jobs(connection)
+        accounts = quotas.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
         turns = scheduling.turns(accounts, cluster)
         late = claiming.sponsored_too_late(connection, turns, MOST)
     if not late:

@@ -11,6 +11,7 @@ from service.limits import MAX_SWEEP_JOBS, Limits
 from service.model import records
 from service.model.events import EventKind
 from service.model.jobs import LIVE_JOB, RETRIABLE, JobState
+from service.model.json import JsonObject
 from service.model.names import OWN_DATASET
 from service.model.records import Job
 from service.queue import replanning
@@ -25,10 +26,10 @@ from service.store import (
     changing,
     datasets,
     history,
+    quotas,
     reading,
     replies,
     submitting,
-    users,
 )
 from service.store.database import Database
 from service.store.history import Event
@@ -110,7 +111,7 @@ class Service:
 
         return self._once(user, idempotency, write)
 
-    def dry_run(self, asked: JobSpec | Sweep, *, user: str) -> dict[str, Any]:
+    def dry_run(self, asked: JobSpec | Sweep, *, user: str) -> JsonObject:
         """What a job or a sweep would mean: tasks, device seconds, time, quota. Nothing is written."""
         with self.database.read() as connection:
             if isinstance(asked, JobSpec):
@@ -271,7 +272,7 @@ class Service:
             now = self.database.now(connection)
             return changing.boost_sweep(connection, now, user, sweep_id, boosted=boosted)
 
-    def register_dataset(self, name: str, train_sha256: str, test_sha256: str, *, user: str) -> dict[str, Any]:
+    def register_dataset(self, name: str, train_sha256: str, test_sha256: str, *, user: str) -> JsonObject:
         """Register a lab's own images, whose two files are artifacts already, as `npz:NAME`.
 
         The same name with the same files again changes nothing; with other files it is a `Conflict`.
@@ -330,8 +331,8 @@ class Service:
 
     def _check_quota(self, connection: Connection, user: str, more: int) -> None:
         """Raises `QuotaExceeded` where so many jobs more are more than the user may have waiting or running."""
-        most = users.limits(connection, [user], self.limits)[user].max_queued_jobs
-        if most is not None and more and (have := users.unfinished_jobs(connection, user)) + more > most:
+        most = quotas.limits(connection, [user], self.limits)[user].max_queued_jobs
+        if most is not None and more and (have := quotas.unfinished_jobs(connection, user)) + more > most:
             raise QuotaExceeded(
                 f"{user} may have {most:,} jobs waiting or running and has {have:,}; {more:,} more do not fit: "
                 "let some end, cancel some, or ask for a larger quota"

@@ -1,9 +1,8 @@
 """The index of artifacts: which rows name which bytes, and what may be forgotten of it."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, or_, select, union, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, insert, or_, select, union, update
 
 from service.model.jobs import ENDED_TASK, TaskState
 from service.store.listed import listed
@@ -68,21 +67,22 @@ def oldest_of_ended_tasks(connection: Connection, kind: str, size_bytes: int, wi
 
 def digests_where(connection: Connection, which: ColumnElement[bool]) -> list[str]:
     """The digests that `forget` would forget, also those that something else refers to."""
-    return [row.digest for row in _of_tasks(connection, which)]
+    return [digest for digest, _ in _of_tasks(connection, which)]
 
 
 def forget(connection: Connection, which: ColumnElement[bool]) -> list[str]:
     """Drop these rows, and what would resume from them; returns those digests that nothing refers to any more."""
-    found = _of_tasks(connection, which)
-    pairs = [f"{row.digest}:{row.task_id}" for row in found]
+    artifacts_of_tasks = _of_tasks(connection, which)
+    pairs = [f"{digest}:{task_id}" for digest, task_id in artifacts_of_tasks]
     connection.execute(delete(artifacts).where((artifacts.c.digest + ":" + artifacts.c.task_id).in_(listed(pairs))))
     resumed = (tasks.c.resume_digest + ":" + tasks.c.id).in_(listed(pairs))
     connection.execute(update(tasks).where(resumed).values(resume_digest=None, resume_bytes=None))
-    digests = list(dict.fromkeys(row.digest for row in found))
+    digests = list(dict.fromkeys(digest for digest, _ in artifacts_of_tasks))
     named = named_among(connection, digests)
     return [digest for digest in digests if digest not in named]
 
 
-def _of_tasks(connection: Connection, which: ColumnElement[bool]) -> list[Row[Any]]:
+def _of_tasks(connection: Connection, which: ColumnElement[bool]) -> list[tuple[str, str]]:
+    """`(digest, task id)` of each row."""
     query = select(artifacts.c.digest, artifacts.c.task_id).join(tasks, tasks.c.id == artifacts.c.task_id)
-    return list(connection.execute(query.where(which)))
+    return [(digest, task_id) for digest, task_id in connection.execute(query.where(which))]

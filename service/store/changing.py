@@ -1,9 +1,8 @@
 """What can be changed of accepted work: whether it is paused, its priority, its labels."""
 
 from collections.abc import Collection
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, insert, literal, select, update
 
 from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, TaskState
@@ -12,9 +11,9 @@ from service.store import history
 from service.store.claiming import QUEUE
 from service.store.history import Event
 from service.store.listed import listed
-from service.store.settling import rank_anew
+from service.store.settling import rerank
 from service.store.tables import Json, job_tasks, jobs, queues, sweeps, tasks
-from service.store.values import one
+from service.store.values import Values, one
 
 
 def pause_sweep(
@@ -30,7 +29,7 @@ def pause_sweep(
         return False
     kind, data = EventKind.SWEEP_PAUSED if paused else EventKind.SWEEP_RESUMED, {"reason": reason} if reason else {}
     history.append(connection, now, actor, [Event(kind, sweep_id=sweep_id, data=data)])
-    rank_anew(connection, now, _open_tasks_of(jobs.c.sweep_id == sweep_id))
+    rerank(connection, now, _open_tasks_of(jobs.c.sweep_id == sweep_id))
     return True
 
 
@@ -45,7 +44,7 @@ def going_on(connection: Connection, task_ids: Collection[str]) -> list[tuple[st
 
 
 def pause_queue(connection: Connection, now: float, actor: str, *, paused: bool) -> bool:
-    """Claim nothing any more, of nobody, or go on. False where nothing changes."""
+    """Stop all claims, or allow them again. False if nothing changes."""
     row = queue(connection)
     if (row is not None and row.paused) == paused:
         return False
@@ -66,37 +65,36 @@ def queue(connection: Connection) -> Queue | None:
 def _change_jobs(
     connection: Connection, now: float, actor: str, which: ColumnElement[bool],
     *, priority: int | None, labels: dict[str, str] | None,
-) -> int:  # fmt: skip
-    """Give live jobs another priority, and all of `which` other labels. Their tasks rank anew; returns how many."""
+) -> None:  # fmt: skip
+    """Change the priority of the live jobs, and the labels of all jobs. Their tasks are ranked again."""
     if labels is not None:
         connection.execute(update(jobs).where(which).values(labels=labels))
     if priority is not None:
         connection.execute(update(jobs).where(which, jobs.c.state.in_(LIVE_JOB)).values(priority=priority))
-        rank_anew(connection, now, _open_tasks_of(which))
+        rerank(connection, now, _open_tasks_of(which))
     given = _given(priority, labels)
     history.append_for_jobs(
         connection, now, actor, EventKind.JOB_CHANGED, select(jobs.c.id).where(which), literal(given, Json)
     )
-    return int(connection.execute(select(func.count()).select_from(jobs).where(which)).scalar_one())
 
 
 def change_sweep(
     connection: Connection, now: float, actor: str, sweep_id: str,
     *, priority: int | None, labels: dict[str, str] | None,
-) -> int:  # fmt: skip
-    """The same for a sweep and all of its jobs; returns how many those are."""
+) -> None:  # fmt: skip
+    """The same for a sweep and all of its jobs."""
     given = _given(priority, labels)
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(given))
     history.append(connection, now, actor, [Event(EventKind.SWEEP_CHANGED, sweep_id=sweep_id, data=given)])
-    return _change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
+    _change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
 
 
 def change_job(
     connection: Connection, now: float, actor: str, job_id: str,
     *, priority: int | None, labels: dict[str, str] | None,
-) -> int:  # fmt: skip
-    """Give a job another priority, if it is live, and other labels. Its tasks rank anew."""
-    return _change_jobs(connection, now, actor, jobs.c.id == job_id, priority=priority, labels=labels)
+) -> None:  # fmt: skip
+    """Change the priority of a job if it is live, and its labels. Its tasks are ranked again."""
+    _change_jobs(connection, now, actor, jobs.c.id == job_id, priority=priority, labels=labels)
 
 
 def boost_job(connection: Connection, now: float, actor: str, job_id: str, *, boosted: bool) -> int:
@@ -113,13 +111,13 @@ def _boost_jobs(connection: Connection, now: float, actor: str, which: ColumnEle
     changed = and_(which, jobs.c.state.in_(LIVE_JOB), jobs.c.boosted.is_not(boosted))
     ids = list(connection.scalars(update(jobs).where(changed).values(boosted=boosted).returning(jobs.c.id)))
     if ids:
-        rank_anew(connection, now, _open_tasks_of(jobs.c.id.in_(listed(ids))))
+        rerank(connection, now, _open_tasks_of(jobs.c.id.in_(listed(ids))))
         kind = EventKind.JOB_BOOSTED if boosted else EventKind.JOB_UNBOOSTED
         history.append_for_jobs(connection, now, actor, kind, listed(ids))
     return len(ids)
 
 
-def _given(priority: int | None, labels: dict[str, str] | None) -> dict[str, Any]:
+def _given(priority: int | None, labels: dict[str, str] | None) -> Values:
     return {name: value for name, value in (("priority", priority), ("labels", labels)) if value is not None}
 
 

@@ -27,16 +27,18 @@ from sqlalchemy.sql import ColumnElement
 from service.model.events import EventKind
 from service.model.executor import ArtifactRef, Grant
 from service.model.jobs import LIVE_JOB, TaskState
+from service.model.json import JsonObject
 from service.model.records import Lease
+from service.model.retrying import UNWANTED
 from service.model.scheduling import MAX_BUNDLE, Waiting
 from service.settings import KINDS
-from service.store import history, users
+from service.store import history, quotas
 from service.store.history import Event
 from service.store.listed import listed
-from service.store.settling import UNPAUSED, UNWANTED, rank_anew, settle, start_jobs
+from service.store.settling import UNPAUSED, rerank, settle, start_jobs
 from service.store.states import CLAIMABLE, RUNNING, SHARED, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, leases, queues, sweeps, tasks, trainings
-from service.store.values import one
+from service.store.values import Values, one
 
 LEADER = "dispatcher"
 QUEUE = "default"
@@ -47,7 +49,7 @@ REASONS = {
 
 
 def lead(
-    connection: Connection, now: float, holder: str, epoch: int | None, lease_seconds: float, status: dict[str, Any]
+    connection: Connection, now: float, holder: str, epoch: int | None, lease_seconds: float, status: JsonObject
 ) -> int | None:
     """Become the leading dispatcher for one lease, or stay it in `epoch`. Returns the epoch; None while another leads.
 
@@ -140,7 +142,7 @@ def waiting(connection: Connection, now: float, limit: int) -> list[Waiting]:
     return found
 
 
-def _each_sponsor() -> Select[Any]:
+def _each_sponsor() -> Select[str]:
     first = select(func.min(tasks.c.sponsor).label("sponsor")).where(CLAIMABLE).cte("sponsors", recursive=True)
     later = tasks.alias("later")
     queued = later.c.state == literal_column(f"'{TaskState.QUEUED}'")
@@ -176,7 +178,7 @@ def sponsored_too_late(connection: Connection, turns: Mapping[str, int], most: i
 
 def change_sponsors(connection: Connection, now: float, task_ids: Collection[str], turns: Mapping[str, int]) -> None:
     """Have these tasks, where they still wait, sponsored by the user whose turn is first of those who need them."""
-    rank_anew(connection, now, and_(tasks.c.id.in_(listed(task_ids)), SHARED), turns)
+    rerank(connection, now, and_(tasks.c.id.in_(listed(task_ids)), SHARED), turns)
 
 
 def queued_of(connection: Connection, sponsor: str, most: int) -> int:
@@ -209,7 +211,7 @@ def grant(
     if placements is not None:
         payers = listed(f"{task_id}:{placements[task_id].sponsor}" for task_id in task_ids)
         mine = mine.where((tasks.c.id + literal(":", String) + tasks.c.sponsor).in_(payers))
-    values: dict[str, Any] = {
+    values: Values = {
         "attempt": tasks.c.attempt + 1, "holder": holder, "worker": None,
         "lease_expires_at": now + lease_seconds, "started_at": now, "finished_at": None,
         "progress": 0.0, "detail": {},
@@ -228,7 +230,7 @@ def grant(
     return granted
 
 
-def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Placement] | None) -> dict[str, Any]:
+def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Placement] | None) -> Values:
     place = placements[one.task_id] if placements else None
     return {
         "task_id": one.task_id, "number": one.attempt, "holder": holder, "started_at": now,
@@ -236,7 +238,7 @@ def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Place
     }  # fmt: skip
 
 
-def checkpoint_of(connection: Connection, train_digest: str) -> tuple[dict[str, Any], ArtifactRef | None]:
+def checkpoint_of(connection: Connection, train_digest: str) -> tuple[JsonObject, ArtifactRef | None]:
     """The spec of a training and, once it has succeeded, its checkpoint."""
     query = (
         select(tasks.c.spec, trainings.c.checkpoint_digest, trainings.c.checkpoint_bytes)
@@ -260,7 +262,7 @@ def renew(connection: Connection, now: float, holder: str, lease_seconds: float)
     """Prolong the leases of everything that `holder` runs, and charge its sponsors so far."""
     mine = (tasks.c.holder == holder) & (RUNNING)
     connection.execute(update(tasks).where(mine).values(lease_expires_at=now + lease_seconds))
-    users.charge_running(connection, now, holder)
+    quotas.charge_running(connection, now, holder)
 
 
 def held_by(connection: Connection, holder: str) -> dict[tuple[str, int], bool]:

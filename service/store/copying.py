@@ -6,6 +6,7 @@ from typing import Any
 from sqlalchemy import Connection, LargeBinary, Table, delete, func, insert, select, update
 
 from service.store.tables import artifact_roots, leases, metadata
+from service.store.values import Values
 
 BATCH = 1000
 
@@ -39,7 +40,7 @@ def empty(connection: Connection) -> None:
         connection.execute(delete(table))
 
 
-def fill(connection: Connection, table: str, values: Sequence[dict[str, Any]]) -> None:
+def fill(connection: Connection, table: str, values: Sequence[Values]) -> None:
     if values:
         connection.execute(insert(metadata.tables[table]), values)
 

@@ -115,7 +115,7 @@ def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _finished(job_ids: Sequence[str]) -> Select[Any]:
+def _finished(job_ids: Sequence[str]) -> Select[str]:
     columns = [jobs.c[name] for name in ("id", "sequence", "user", "sweep_id", "spec", "created_at", *FROM_JOB)]
     parts = [jobs.c[name] for name in ("finished_at", *PARTS.values())]
     numbers = [number.label(name) for name, (_, number) in FROM_TASKS.items()]

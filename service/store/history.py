@@ -7,12 +7,13 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, Table, delete, exists, func, insert, literal, select
 
 from service.model.events import EventKind
+from service.model.json import JsonObject
 from service.model.records import FirstEvent
 from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
 from service.store.values import one
 
-Ids = Select[tuple[str]]
+Ids = Select[str]
 Value = ColumnElement[Any]  # Any: of whichever type the column has
 PAGE = 1000  # events that are read at once
 
@@ -26,7 +27,7 @@ class Event:
     job_id: str | None = None
     task_id: str | None = None
     attempt: int | None = None
-    data: dict[str, Any] = field(default_factory=dict)
+    data: JsonObject = field(default_factory=dict)
 
 
 def append(connection: Connection, now: float, actor: str, happened: list[Event]) -> None:

@@ -24,6 +24,7 @@ from sqlalchemy.sql.functions import FunctionElement, GenericFunction
 from sqlalchemy.sql.selectable import TableValuedAlias
 
 from service.store.tables import Json
+from service.store.values import Values
 
 
 class _Elements(FunctionElement[str]):
@@ -40,13 +41,13 @@ class json_of(GenericFunction[Any]):  # noqa: N801 - SQLAlchemy's functions are 
     inherit_cache = True
 
 
-def listed(values: Iterable[str]) -> Select[Any]:
+def listed(values: Iterable[str]) -> Select[str]:
     """`column.in_(listed(values))`."""
     array = bindparam(None, json.dumps(list(values)), Text)
     return select(literal_column("value", Text)).select_from(_Elements(array))
 
 
-def numbered(values: Iterable[int]) -> Select[Any]:
+def numbered(values: Iterable[int]) -> Select[int]:
     """The same of whole numbers."""
     array = elements(bindparam(None, json.dumps([str(value) for value in values]), Text))
     return select(cast(array.c.value, Integer))
@@ -57,7 +58,7 @@ def elements(array: ColumnElement[Any]) -> TableValuedAlias:
     return _Elements(array).table_valued("value")
 
 
-def insert_rows(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
+def insert_rows(connection: Connection, table: Table, rows: Sequence[Values]) -> None:
     """Insert thousands of rows that all have the same columns, as fast as the driver can. JSON may be text already."""
     if not rows:
         return
@@ -81,7 +82,7 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[dict[str, A
             copy.write_row(row)
 
 
-def stored_json(value: Any) -> str:
+def stored_json(value: object) -> str:
     """JSON with its texts as they are: SQLite finds no key that is written in escapes.
 
     Half of a surrogate pair, which no UTF-8 has, stays an escape.
@@ -95,20 +96,20 @@ def json_object(**columns: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 @compiles(_Elements, "sqlite")
-def _elements_sqlite(element: _Elements, compiler: SQLCompiler, **options: Any) -> str:
+def _elements_sqlite(element: _Elements, compiler: SQLCompiler, **options: object) -> str:
     return f"json_each({compiler.process(element.clauses, **options)})"
 
 
 @compiles(_Elements, "postgresql")
-def _elements_postgresql(element: _Elements, compiler: SQLCompiler, **options: Any) -> str:
+def _elements_postgresql(element: _Elements, compiler: SQLCompiler, **options: object) -> str:
     return f"json_array_elements_text(CAST({compiler.process(element.clauses, **options)} AS json))"
 
 
 @compiles(json_of, "sqlite")
-def _json_of_sqlite(element: json_of, compiler: SQLCompiler, **options: Any) -> str:
+def _json_of_sqlite(element: json_of, compiler: SQLCompiler, **options: object) -> str:
     return f"json_object({compiler.process(element.clauses, **options)})"
 
 
 @compiles(json_of, "postgresql")
-def _json_of_postgresql(element: json_of, compiler: SQLCompiler, **options: Any) -> str:
+def _json_of_postgresql(element: json_of, compiler: SQLCompiler, **options: object) -> str:
     return f"json_build_object({compiler.process(element.clauses, **options)})"

@@ -1,10 +1,8 @@
 """What attempts report. Each write says in its UPDATE that its attempt is still the current one, or changes nothing."""
 
 import math
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import Any, NamedTuple, assert_never
 
@@ -13,37 +11,30 @@ from sqlalchemy import ColumnElement, Connection, String, and_, bindparam, cast,
 from service.model.events import EventKind
 from service.model.executor import Failed, Lost, Message, Outcome, Progress, Started, Succeeded
 from service.model.jobs import TaskState
+from service.model.retrying import (
+    MAX_PATIENT_LOSSES,
+    OF_MEMORY,
+    PATIENT,
+    Counts,
+    Patience,
+    after_error,
+    after_loss,
+    is_further_measure,
+    unless_unwanted,
+)
 from service.store import filing, history
 from service.store.history import Event
 from service.store.listed import listed
-from service.store.settling import MISSING_CHECKPOINT, UNWANTED, settle
+from service.store.settling import settle
 from service.store.states import move_tasks
 from service.store.tables import artifacts, attempts, curves, outcome_bits, tasks
 from service.store.task_kinds import TASK_KINDS
 from service.store.trained_again import Made, Replaced, other_weights
+from service.store.values import Values
 
 THIS_ATTEMPT = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
 RUNS = tasks.c.state == TaskState.RUNNING
 Key = tuple[str, int]
-COSTLY = {"worker_died", "out_of_memory", "stalled"}  # losses that may be the task's own doing
-PATIENT = {"out_of_shared_memory"}  # those that would come again at once
-OF_MEMORY = {"out_of_memory", "out_of_shared_memory"}
-MAX_PATIENT_LOSSES = 3  # in a row, with a whole GPU: then the memory is too little for the task itself
-LONGEST_WAIT_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How many application errors and lost workers a task may have, and the wait before a retry: doubled each time."""
-
-    max_errors: int
-    max_suspect_losses: int
-    backoff_seconds: float
-
-    def wait_seconds(self, errors: int) -> float:
-        """With jitter, so that what failed together does not come back together."""
-        doubled = min(self.backoff_seconds * 2.0 ** min(errors - 1, 20), LONGEST_WAIT_SECONDS)
-        return float(doubled * random.uniform(0.75, 1.25))
 
 
 def record(
@@ -147,7 +138,7 @@ def _trained_again(done: Sequence[_Done], outcomes: Sequence[Outcome]) -> list[M
     ]
 
 
-def _instead(replaced: Replaced | None) -> dict[str, Any]:
+def _instead(replaced: Replaced | None) -> Values:
     return {} if replaced is None else {"id": replaced.task_id, "attempt": replaced.attempt}
 
 
@@ -158,7 +149,7 @@ def _attempt(connection: Connection, report: Message, **values: Any) -> None:
 
 def _progress(connection: Connection, now: float, message: Progress) -> list[str]:
     detail = finite(message.detail)
-    values: dict[str, Any] = {"progress": message.fraction, "detail": detail}
+    values: Values = {"progress": message.fraction, "detail": detail}
     if message.resume is None:
         _current(connection, message, **values)
         return []
@@ -199,52 +190,33 @@ def _store_outcomes(connection: Connection, now: float, kind: str, outcomes: Map
 
 
 def _stopped(connection: Connection, now: float, actor: str, message: Failed | Lost, patience: Patience) -> bool:
-    """An attempt ended without success: try again, or not."""
-    counters = select(tasks.c.errors, tasks.c.suspect_losses, tasks.c.cancel_requested, tasks.c.kind, tasks.c.spec)
-    task = connection.execute(counters.where(tasks.c.id == message.task_id)).one_or_none()
+    """An attempt ended without success: write down what follows by `retrying`."""
+    columns = (tasks.c.errors, tasks.c.suspect_losses, tasks.c.cancel_requested, tasks.c.kind, tasks.c.spec)
+    task = connection.execute(select(*columns).where(tasks.c.id == message.task_id)).one_or_none()
     if task is None:
         return False
-    state, why, end = TaskState.QUEUED, message.message, "error"
-    values: dict[str, Any] = {}
+    counts, more = Counts(task.errors, task.suspect_losses), {}
     if isinstance(message, Failed):
-        values["errors"] = task.errors + 1
-        if message.kind != "error" or values["errors"] >= patience.max_errors:
-            state = TaskState.FAILED
-            end = MISSING_CHECKPOINT if message.kind == MISSING_CHECKPOINT else "failed"
-        else:
-            values["not_before"] = now + patience.wait_seconds(values["errors"])
+        ending = after_error(message, counts, patience)
+        more = {"traceback": message.traceback or None, "missing_digest": message.missing}
     else:
         end = "out_of_memory" if _fits_on_no_gpu(connection, message) else message.reason
-        if end in PATIENT:
-            values["not_before"] = now + patience.wait_seconds(1 + _in_a_row(connection, message))
-        if end in COSTLY:
-            losses = values["suspect_losses"] = task.suspect_losses + 1
-            if losses >= patience.max_suspect_losses:
-                why = f"it lost its worker {losses} times, last: {message.message}"
-                if _is_further_measure(task.kind, task.spec):  # its jobs have their results without its numbers
-                    state = TaskState.FAILED
-                else:
-                    state, why = TaskState.HELD, f"held for review: {why}"
-            values["not_before"] = now + patience.wait_seconds(losses)
-    if task.cancel_requested and state is not TaskState.FAILED:
-        state, why = TaskState.CANCELLED, UNWANTED
-    values["finished_at"] = None if state is TaskState.QUEUED else now
-    this = move_tasks({TaskState.RUNNING}, state).where(_fence([message]))
-    values |= {"reason": why, "holder": None, "lease_expires_at": None}
-    if connection.execute(this.values(values)).rowcount != 1:
+        in_a_row = _in_a_row(connection, message) if end in PATIENT else 0
+        further = is_further_measure(task.kind, task.spec)
+        ending = after_loss(message.message, end, in_a_row, counts, patience, dispensable=further)
+    if task.cancel_requested:
+        ending = unless_unwanted(ending)
+    values: Values = {"reason": ending.reason, "holder": None, "lease_expires_at": None}
+    values |= vars(ending.counts) | {"finished_at": None if ending.state is TaskState.QUEUED else now}
+    if ending.wait_seconds is not None:
+        values["not_before"] = now + ending.wait_seconds
+    moved = move_tasks({TaskState.RUNNING}, ending.state).where(_fence([message])).values(values)
+    if connection.execute(moved).rowcount != 1:
         return False
-    more: dict[str, Any] = {}
-    if isinstance(message, Failed):
-        more = {"traceback": message.traceback or None, "missing_digest": message.missing}
-    _attempt(connection, message, ended_at=now, end=end, message=message.message, **more)
-    data = {"end": end, "reason": why}
-    happened = Event(EventKind.of_task(state), task_id=message.task_id, attempt=message.attempt, data=data)
-    history.append(connection, now, actor, [happened])
+    _attempt(connection, message, ended_at=now, end=ending.end, message=message.message, **more)
+    kind, data = EventKind.of_task(ending.state), {"end": ending.end, "reason": ending.reason}
+    history.append(connection, now, actor, [Event(kind, task_id=message.task_id, attempt=message.attempt, data=data)])
     return True
-
-
-def _is_further_measure(kind: str, spec: Mapping[str, Any]) -> bool:
-    return kind == "measure" and spec["measure"]["type"] != "closed_forms"
 
 
 def _fits_on_no_gpu(connection: Connection, message: Lost) -> bool:

@@ -25,12 +25,13 @@ from sqlalchemy import (
 )
 
 from service.model.jobs import LIVE_JOB, JobState
+from service.model.json import JsonObject
 from service.specs.versions import LATER
 from service.store.fields import Column
 from service.store.listed import listed
 from service.store.result_tables import results
 from service.store.tables import checkpoints, job_tasks, jobs, task_edges, tasks, trainings
-from service.store.values import every
+from service.store.values import Values, every
 
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
 MARK = (*RETRACTION, "retracted_with")
@@ -61,7 +62,7 @@ def with_equal_numbers(connection: Connection, task_ids: Sequence[str]) -> list[
     return [*task_ids, *sorted(equal - set(task_ids))]
 
 
-def _numbers_of(spec: dict[str, Any]) -> str:
+def _numbers_of(spec: JsonObject) -> str:
     """An attack's spec as text; one that was stored before a field existed has that field's default."""
     return json.dumps({**LATER, **spec}, sort_keys=True)
 
@@ -260,7 +261,7 @@ class ResultSpec(NamedTuple):
 
     cell_id: int
     seed: int
-    spec: dict[str, Any]
+    spec: JsonObject
 
 
 def specs_of(connection: Connection, job_ids: Sequence[str]) -> list[ResultSpec]:
@@ -302,7 +303,7 @@ def users_of(connection: Connection, task_ids: Sequence[str]) -> list[str]:
     return sorted(connection.scalars(needing.distinct()))
 
 
-def _jobs_of(task_ids: Sequence[str]) -> Select[Any]:
+def _jobs_of(task_ids: Sequence[str]) -> Select[str]:
     return select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
 
 
@@ -348,13 +349,13 @@ def _hide(connection: Connection, which: Column) -> list[str]:
 _CLOSED_FORMS: ColumnElement[bool] = tasks.c.id == results.c.measure_task_id
 
 
-def _first_mark(marked: Select[Any], of: Any) -> dict[str, Any]:
+def _first_mark(marked: Select[Any], of: Any) -> Values:
     """The values of the earliest of the marks that these tasks have."""
     first = marked.order_by(of.c.retracted_at, of.c.id).limit(1)
     return {name: first.with_only_columns(of.c[name]).scalar_subquery() for name in MARK}
 
 
-def new_digest() -> dict[str, Any]:
+def new_digest() -> Values:
     """The values by which a task gives its digest up, so that a new task can have it."""
     return {
         "former_digest": func.coalesce(tasks.c.former_digest, tasks.c.digest),

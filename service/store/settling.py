@@ -5,21 +5,20 @@ Thousands of jobs may share one task, so whatever happens to them is a statement
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, distinct, exists, func, select, update
 
 from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
+from service.model.retrying import MISSING_CHECKPOINT, UNWANTED
 from service.model.scheduling import AGEING_SECONDS, BOOST_SECONDS, HEAD_START_SECONDS
-from service.store import filing, history, timings, users
+from service.store import filing, history, quotas, timings
 from service.store.judging import verdicts, write_verdicts
 from service.store.listed import json_object, listed
 from service.store.states import move_jobs, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks
+from service.store.values import Values
 
-MISSING_CHECKPOINT = "missing_checkpoint"  # how an attempt ended, by which a retry finds the training to run again
-UNWANTED = "no live job needs it"
 UNPAUSED = func.coalesce(sweeps.c.paused, False).is_(False)  # of jobs joined with their sweeps
 # The states that a job's tasks are in, as a set of bits, and the state of the job that follows by `job_state`.
 BITS = {str(state): 1 << place for place, state in enumerate(TaskState)}
@@ -29,7 +28,7 @@ STATE_BY_BITS = {
 
 
 def start_jobs(connection: Connection, now: float, actor: str, running: Collection[str]) -> None:
-    """The jobs that have waited run, now that these tasks of theirs do."""
+    """Move the queued jobs that need one of these running tasks to `running`."""
     theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(running)))
     waiting = and_(jobs.c.id.in_(theirs), jobs.c.state == JobState.QUEUED)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_RUNNING, select(jobs.c.id).where(waiting))
@@ -37,10 +36,10 @@ def start_jobs(connection: Connection, now: float, actor: str, running: Collecti
 
 
 def settle(connection: Connection, now: float, actor: str, changed: Collection[str]) -> None:
-    """Carry the new states of the tasks `changed` over to their children and to the jobs that need them."""
+    """Apply the new states of the tasks `changed` to their children and to the jobs that need them."""
     if not changed:
         return
-    users.charge_ended(connection, now, changed)
+    quotas.charge_ended(connection, now, changed)
     state = dict(connection.execute(select(tasks.c.id, tasks.c.state).where(tasks.c.id.in_(listed(changed)))).all())
     succeeded = [task_id for task_id in changed if state[task_id] == TaskState.SUCCEEDED]
     others = [task_id for task_id in changed if state[task_id] != TaskState.SUCCEEDED]
@@ -96,7 +95,7 @@ def _finish_jobs(connection: Connection, now: float, actor: str, succeeded: Coll
     _move_jobs(connection, now, actor, connection.scalars(done).all(), JobState.SUCCEEDED)
 
 
-def settle_jobs(connection: Connection, now: float, actor: str, which: Select[tuple[str]]) -> None:
+def settle_jobs(connection: Connection, now: float, actor: str, which: Select[str]) -> None:
     """Derive the state of each live job of `which` (a query of ids) from its tasks, whatever has changed there."""
     counted = case((_does_without(), str(TaskState.SUCCEEDED)), else_=tasks.c.state)
     seen = func.sum(distinct(case(BITS, value=counted)))
@@ -127,7 +126,7 @@ def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
         return
     if state is JobState.SUCCEEDED:
         write_verdicts(connection, verdicts(connection, job_ids))
-    values: dict[str, Any] = {"reason": None, "finished_at": None if state in LIVE_JOB else now}
+    values: Values = {"reason": None, "finished_at": None if state in LIVE_JOB else now}
     stopped = state in (JobState.FAILED, JobState.HELD)
     if stopped:
         values["reason"] = _reason_of_tasks()
@@ -151,14 +150,14 @@ def _reason_of_tasks() -> ColumnElement[str | None]:
 
 
 def release(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> None:
-    """Let go of the tasks of jobs that are not live any more: those that no live job needs end, others rank anew."""
+    """Cancel the tasks of these ended jobs that no live job needs, and rank the others again."""
     if job_ids:
         mine = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(job_ids)))
         release_tasks(connection, now, actor, mine)
 
 
-def release_tasks(connection: Connection, now: float, actor: str, which: Select[Any]) -> None:
-    """The same of tasks that some job needs no more; `which` is a query of their ids."""
+def release_tasks(connection: Connection, now: float, actor: str, which: Select[str]) -> None:
+    """Cancel the tasks among these that no live job needs, and rank the others again; `which` is a query of ids."""
     unneeded = and_(tasks.c.id.in_(which), ~of_live_jobs(select(1)).exists())
     running = tasks.c.state == TaskState.RUNNING
     connection.execute(update(tasks).where(unneeded, running).values(cancel_requested=True))
@@ -168,16 +167,17 @@ def release_tasks(connection: Connection, now: float, actor: str, which: Select[
     if ended:
         why = json_object(reason=tasks.c.reason)
         history.append_for_tasks(connection, now, actor, EventKind.TASK_CANCELLED, listed(ended), why)
-    rank_anew(connection, now, and_(tasks.c.id.in_(which), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD})))
+    rerank(connection, now, and_(tasks.c.id.in_(which), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD})))
 
 
-def rank_anew(
+def rerank(
     connection: Connection, now: float, which: ColumnElement[bool], turns: Mapping[str, int] | None = None
 ) -> None:
-    """Each of these tasks ranks as the best-ranked live, unpaused job that needs it; that job's user is its sponsor.
+    """Give each of these tasks the rank of the highest-ranked live job that needs it and is not paused.
 
-    With `turns`, users' places in line, the lowest first, it is the best-ranked job of the user whose turn is first.
-    Those that only paused jobs need are paused with the rank that they had; one that goes on begins to wait anew.
+    The owner of that job is the sponsor of the task. `turns` are users' places in line, the lowest first: with them the
+    task has the rank of the highest-ranked job of the user whose turn is first. A task that only paused jobs need is
+    paused and keeps its rank; a task that is resumed waits from now on.
     """
     ids = select(tasks.c.id).where(which)
     turn = [case(turns, value=jobs.c.user, else_=0)] if turns else []
@@ -209,7 +209,7 @@ def rank_anew(
     connection.execute(update(tasks).where(best).values(rank))
 
 
-def of_live_jobs(query: Select[Any], *, unpaused: bool = False) -> Select[Any]:
+def of_live_jobs(query: Select[int], *, unpaused: bool = False) -> Select[int]:
     """The query, of the live jobs that need the task at hand."""
     needing = jobs.join(job_tasks, job_tasks.c.job_id == jobs.c.id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
     here = query.select_from(needing).where(job_tasks.c.task_id == tasks.c.id, jobs.c.state.in_(LIVE_JOB))

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -23,7 +23,9 @@ from uuid_utils import uuid7
 
 from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, RETRIABLE, JobState, TaskState
+from service.model.json import JsonObject
 from service.model.records import Job
+from service.model.retrying import MISSING_CHECKPOINT, UNWANTED
 from service.model.scheduling import AGEING_SECONDS, due
 from service.specs import JobSpec, digest
 from service.specs.plan import JobPlan, PlannedTask
@@ -31,17 +33,16 @@ from service.store import counters, history
 from service.store.history import Event
 from service.store.listed import insert_rows, json_object, listed
 from service.store.settling import (
-    MISSING_CHECKPOINT,
-    UNWANTED,
     of_live_jobs,
-    rank_anew,
     release,
     release_tasks,
+    rerank,
     settle,
     settle_jobs,
 )
 from service.store.states import move_jobs, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, tasks, trainings
+from service.store.values import Values
 
 BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
 REOPENED = (TaskState.FAILED, TaskState.CANCELLED)  # by a new job that needs them
@@ -57,7 +58,7 @@ def insert_sweep(
     *,
     name: str,
     user: str,
-    spec: dict[str, Any],
+    spec: JsonObject,
     priority: int,
     labels: dict[str, str],
 ) -> str:
@@ -68,7 +69,7 @@ def insert_sweep(
     return sweep_id
 
 
-def extend_sweep(connection: Connection, sweep_id: str, spec: dict[str, Any]) -> None:
+def extend_sweep(connection: Connection, sweep_id: str, spec: JsonObject) -> None:
     """From now on this is the sweep's spec."""
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(spec=spec))
 
@@ -130,7 +131,7 @@ def insert_jobs(
         others = and_(joined, tasks.c.finished_at.is_(None), tasks.c.sponsor != user, ~tasks.c.shared)
         connection.execute(update(tasks).where(others).values(shared=True))
     lacking = or_(tasks.c.priority < priority, tasks.c.paused, tasks.c.cancel_requested, reopened)
-    rank_anew(connection, now, and_(joined, lacking))
+    rerank(connection, now, and_(joined, lacking))
     connection.execute(update(tasks).where(joined, tasks.c.cancel_requested).values(cancel_requested=False))
     settle(connection, now, user, moved)
     # A job may be further already than `queued`: where all of its numbers are known, it has succeeded at once.
@@ -226,7 +227,7 @@ def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[
     before = set(connection.scalars(select(job_tasks.c.task_id).where(mine)))
     connection.execute(delete(job_tasks).where(mine))
     roles = [{"job": job.id, **_roles(plan, ids)} for job, plan in plans]
-    moved: dict[str, Any] = {name: bindparam(name) for name in roles[0] if name != "job"}
+    moved: Values = {name: bindparam(name) for name in roles[0] if name != "job"}
     connection.execute(update(jobs).where(jobs.c.id == bindparam("job")).values(moved), roles)
     _insert_needs(connection, jobs.c.id.in_(listed(job_ids)), [(job.id, plan) for job, plan in plans], ids)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_REPLANNED, listed(job_ids))
@@ -237,7 +238,7 @@ def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[
     needed = tasks.c.id.in_(listed(ids.values()))
     connection.execute(update(tasks).where(needed, tasks.c.cancel_requested).values(cancel_requested=False))
     release_tasks(connection, now, actor, listed(before - set(ids.values())))
-    rank_anew(connection, now, needed)
+    rerank(connection, now, needed)
     settle(connection, now, actor, waiting)
     settle_jobs(connection, now, actor, listed(job_ids))
 
@@ -372,7 +373,7 @@ def retry_jobs(
             again[row.id] = state_of[row.digest] = _first_state(parents, state_of)
     reopen(connection, now, actor, again)
     moved = _let_wait(connection, now, actor, [row.id for row in needed if row.digest in lost])
-    rank_anew(connection, now, mine)
+    rerank(connection, now, mine)
     settle(connection, now, actor, [*again, *moved])  # other jobs may have been held by the same tasks
     settle_jobs(connection, now, actor, listed(retried))
     return retried
@@ -402,7 +403,7 @@ def _first_state(parents: Iterable[str], states: Mapping[str, TaskState]) -> Tas
     return TaskState.BLOCKED if waits else TaskState.QUEUED
 
 
-def _task_row(task: PlannedTask, sequence: int, task_id: str, state: TaskState, now: float) -> dict[str, Any]:
+def _task_row(task: PlannedTask, sequence: int, task_id: str, state: TaskState, now: float) -> Values:
     return {
         "id": task_id, "digest": task.digest, "kind": task.spec.kind, "version": task.spec.version,
         "spec": task.spec_json, "state": state, "train_digest": task.train_digest,
@@ -411,7 +412,7 @@ def _task_row(task: PlannedTask, sequence: int, task_id: str, state: TaskState, 
     }  # fmt: skip
 
 
-def _job_row(plan: JobPlan, ids: dict[str, str], sequence: int, now: float) -> dict[str, Any]:
+def _job_row(plan: JobPlan, ids: dict[str, str], sequence: int, now: float) -> Values:
     job: JobSpec = plan.job
     return {
         "id": new_id(), "sequence": sequence, "spec": job.model_dump_json(), "spec_digest": digest(job),

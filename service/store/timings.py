@@ -6,6 +6,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, or_, select
 
 from service.model.estimates import Timing, Workload, units, workload
+from service.model.json import JsonObject
 from service.store.listed import insert_rows, listed
 from service.store.states import CURRENT, DIGEST
 from service.store.tables import attempts, tasks, timings
@@ -46,7 +47,7 @@ def _row(found: Any, train_spec: Mapping[str, Any], now: float) -> dict[str, Any
     }
 
 
-def _seconds(provenance: dict[str, Any] | None) -> float | None:
+def _seconds(provenance: JsonObject | None) -> float | None:
     """Device seconds, or wall seconds of a worker that says no more."""
     said = (provenance or {}).get("device_seconds", (provenance or {}).get("wall_seconds"))
     return float(said) if isinstance(said, (int, float)) else None

@@ -18,10 +18,11 @@ from service.store.history import Event
 from service.store.listed import insert_rows, listed
 from service.store.result_tables import results
 from service.store.retracting import GIVEN_UP, give_digests_up, new_digest
-from service.store.settling import rank_anew, settle_jobs
+from service.store.settling import rerank, settle_jobs
 from service.store.states import DIGEST, move_tasks
 from service.store.tables import artifacts, attempts, job_tasks, jobs, task_edges, tasks, trainings
 from service.store.task_kinds import TASK_KINDS
+from service.store.values import Values
 
 WHY = "its network was trained again, with other weights"
 NOT_YET = (
@@ -90,7 +91,7 @@ def _replace(connection: Connection, now: float, actor: str, made: Made, weights
     copies = listed(copy for of_kind in instead.values() for copy in of_kind.values())
     history.append_for_tasks(connection, now, actor, EventKind.TASK_BLOCKED, copies)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_REPLANNED, listed(live))
-    rank_anew(connection, now, or_(tasks.c.id == new_id, tasks.c.id.in_(copies)))
+    rerank(connection, now, or_(tasks.c.id == new_id, tasks.c.id.in_(copies)))
     ended = _end_children(connection, now, actor, row.id)
     settle_jobs(connection, now, actor, listed(live))
     needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id == row.id)
@@ -136,7 +137,7 @@ def _copy_children(
     give_digests_up(connection, [child.id for child in children])
     of_live = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(live)))
     needed = set(connection.scalars(of_live.distinct()))
-    copies: dict[str, dict[str, Any]] = {}
+    copies: dict[str, Values] = {}
     instead: dict[str, dict[str, str]] = {}
     for child in children:
         if child.id in needed:
@@ -149,7 +150,7 @@ def _copy_children(
     return instead
 
 
-def _copy(child: Row[Any], now: float) -> dict[str, Any]:
+def _copy(child: Row[Any], now: float) -> Values:
     values = {name: value for name, value in child._mapping.items() if name != "own"}
     waiting_since = now if child.finished_at is not None else child.waiting_since
     return {

@@ -60,53 +60,53 @@ class contains(FunctionElement[bool]):  # noqa: N801
 
 
 @compiles(json_number, "sqlite")
-def _number_sqlite(element: json_number, compiler: SQLCompiler, **options: Any) -> str:
+def _number_sqlite(element: json_number, compiler: SQLCompiler, **options: object) -> str:
     return _scalar_sqlite(element, compiler, "'integer', 'real'", **options)
 
 
 @compiles(json_text, "sqlite")
-def _text_sqlite(element: json_text, compiler: SQLCompiler, **options: Any) -> str:
+def _text_sqlite(element: json_text, compiler: SQLCompiler, **options: object) -> str:
     return _scalar_sqlite(element, compiler, "'text'", **options)
 
 
 @compiles(json_flag, "sqlite")
-def _flag_sqlite(element: json_flag, compiler: SQLCompiler, **options: Any) -> str:
+def _flag_sqlite(element: json_flag, compiler: SQLCompiler, **options: object) -> str:
     return _scalar_sqlite(element, compiler, "'true', 'false'", **options)
 
 
 @compiles(json_list, "sqlite")
-def _list_sqlite(element: json_list, compiler: SQLCompiler, **options: Any) -> str:
+def _list_sqlite(element: json_list, compiler: SQLCompiler, **options: object) -> str:
     return _scalar_sqlite(element, compiler, "'array'", **options)
 
 
-def _scalar_sqlite(element: FunctionElement[Any], compiler: SQLCompiler, types: str, **options: Any) -> str:
+def _scalar_sqlite(element: FunctionElement[Any], compiler: SQLCompiler, types: str, **options: object) -> str:
     column, key = (compiler.process(part, **options) for part in element.clauses)
     path = f"""'$."' || {key} || '"'"""
     return f"CASE WHEN json_type({column}, {path}) IN ({types}) THEN json_extract({column}, {path}) END"
 
 
 @compiles(json_number, "postgresql")
-def _number_postgresql(element: json_number, compiler: SQLCompiler, **options: Any) -> str:
+def _number_postgresql(element: json_number, compiler: SQLCompiler, **options: object) -> str:
     return _scalar_postgresql(element, compiler, "number", "DOUBLE PRECISION", **options)
 
 
 @compiles(json_text, "postgresql")
-def _text_postgresql(element: json_text, compiler: SQLCompiler, **options: Any) -> str:
+def _text_postgresql(element: json_text, compiler: SQLCompiler, **options: object) -> str:
     return _scalar_postgresql(element, compiler, "string", "TEXT", **options)
 
 
 @compiles(json_flag, "postgresql")
-def _flag_postgresql(element: json_flag, compiler: SQLCompiler, **options: Any) -> str:
+def _flag_postgresql(element: json_flag, compiler: SQLCompiler, **options: object) -> str:
     return _scalar_postgresql(element, compiler, "boolean", "BOOLEAN", **options)
 
 
 @compiles(json_list, "postgresql")
-def _list_postgresql(element: json_list, compiler: SQLCompiler, **options: Any) -> str:
+def _list_postgresql(element: json_list, compiler: SQLCompiler, **options: object) -> str:
     return _scalar_postgresql(element, compiler, "array", "TEXT", **options)
 
 
 def _scalar_postgresql(
-    element: FunctionElement[Any], compiler: SQLCompiler, kind: str, sql: str, **options: Any
+    element: FunctionElement[Any], compiler: SQLCompiler, kind: str, sql: str, **options: object
 ) -> str:
     column, key = (compiler.process(part, **options) for part in element.clauses)
     name = f"CAST({key} AS TEXT)"
@@ -114,35 +114,35 @@ def _scalar_postgresql(
 
 
 @compiles(bytewise, "sqlite")
-def _bytewise_sqlite(element: bytewise, compiler: SQLCompiler, **options: Any) -> str:
+def _bytewise_sqlite(element: bytewise, compiler: SQLCompiler, **options: object) -> str:
     return str(compiler.process(element.clauses, **options))
 
 
 @compiles(bytewise, "postgresql")
-def _bytewise_postgresql(element: bytewise, compiler: SQLCompiler, **options: Any) -> str:
+def _bytewise_postgresql(element: bytewise, compiler: SQLCompiler, **options: object) -> str:
     return f'({compiler.process(element.clauses, **options)} COLLATE "C")'
 
 
 @compiles(unindexed, "sqlite")
-def _unindexed_sqlite(element: unindexed, compiler: SQLCompiler, **options: Any) -> str:
+def _unindexed_sqlite(element: unindexed, compiler: SQLCompiler, **options: object) -> str:
     return f"+{compiler.process(element.clauses, **options)}"
 
 
 @compiles(unindexed, "postgresql")
-def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **options: Any) -> str:
+def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **options: object) -> str:
     return str(compiler.process(element.clauses, **options))
 
 
 @compiles(unsorted)
-def _unsorted(element: unsorted, compiler: SQLCompiler, **options: Any) -> str:
+def _unsorted(element: unsorted, compiler: SQLCompiler, **options: object) -> str:
     return f"({compiler.process(element.clauses, **options)} + 0)"
 
 
 @compiles(contains, "sqlite")
-def _contains_sqlite(element: contains, compiler: SQLCompiler, **options: Any) -> str:
+def _contains_sqlite(element: contains, compiler: SQLCompiler, **options: object) -> str:
     return f"(instr({compiler.process(element.clauses, **options)}) > 0)"
 
 
 @compiles(contains, "postgresql")
-def _contains_postgresql(element: contains, compiler: SQLCompiler, **options: Any) -> str:
+def _contains_postgresql(element: contains, compiler: SQLCompiler, **options: object) -> str:
     return f"(strpos({compiler.process(element.clauses, **options)}) > 0)"

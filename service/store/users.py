@@ -1,119 +1,69 @@
-"""Users' limits, and what they have used: charged as their tasks run, to the sponsor of each at that time."""
+"""The rows of users and of their tokens."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, func, insert, literal, select, update
+from sqlalchemy import Connection, insert, select, update
+from uuid_utils import uuid7
 
-from service.limits import Limits
-from service.model.scheduling import Account, decayed
+from service.model.records import Admission, Token, User
 from service.store.listed import listed
-from service.store.states import CURRENT, RUNNING
-from service.store.tables import attempts, jobs, tasks, usage, users
+from service.store.tables import jobs, sweeps, tokens, users
+from service.store.values import Values, every, one
 
-HANDLING_SECONDS = 0.05  # what an attempt costs beside its run: those that end between two looks are not free
-FOLD_SECONDS = 60.0  # recent usage is decayed at least so often
-
-
-def limits(connection: Connection, names: Collection[str], default: Limits) -> dict[str, Limits]:
-    """The limits of these users: their own where they have some, otherwise the default."""
-    columns = (users.c.name, users.c.weight, users.c.max_queued_jobs, users.c.max_gpus)
-    found = dict.fromkeys(names, default)
-    for name, *own in connection.execute(select(*columns).where(users.c.name.in_(listed(names)))):
-        given = zip(("weight", "max_queued_jobs", "max_gpus"), own, strict=True)
-        found[name] = replace(default, **{field: value for field, value in given if value is not None})
-    return found
+NEW_USER = {"role": "researcher", "weight": None, "max_queued_jobs": None, "max_gpus": None, "disabled_at": None}
 
 
-def known(connection: Connection) -> list[str]:
-    """Users who were ever charged."""
-    return list(connection.scalars(select(usage.c.user).order_by(usage.c.user)))
+def user(connection: Connection, name: str) -> User | None:
+    return one(connection, User, select(users).where(users.c.name == name))
 
 
-def with_unfinished_jobs(connection: Connection) -> list[str]:
-    """Users who have jobs that have not ended."""
-    query = select(jobs.c.user).where(jobs.c.finished_at.is_(None)).distinct()
-    return list(connection.scalars(query.order_by(jobs.c.user)))
+def users_by_name(connection: Connection) -> list[User]:
+    return every(connection, User, select(users).order_by(users.c.name))
 
 
-def unfinished_jobs(connection: Connection, user: str) -> int:
-    """How many jobs of this user have not ended."""
-    mine = (jobs.c.user == user) & (jobs.c.finished_at.is_(None))
-    return int(connection.execute(select(func.count()).select_from(jobs).where(mine)).scalar_one())
+def put_user(connection: Connection, now: float, name: str, changes: Values) -> User:
+    """Make or change a user; what the changes do not name stays as it is. Returns the user as they are now."""
+    if user(connection, name) is None:
+        connection.execute(insert(users).values({**NEW_USER, **changes, "name": name, "created_at": now}))
+    elif changes:
+        connection.execute(update(users).where(users.c.name == name).values(changes))
+    return User(*connection.execute(select(users).where(users.c.name == name)).one())
 
 
-def charge_running(connection: Connection, now: float, holder: str) -> None:
-    """Charge the sponsors of what `holder` runs for the time since they were last charged."""
-    _charge(connection, now, and_(tasks.c.holder == holder, RUNNING), literal(0.0), until=now)
+def insert_token(connection: Connection, now: float, **values: Any) -> Token:
+    row = {"id": str(uuid7()), "created_at": now, **values}
+    return Token(*connection.execute(insert(tokens).values(row).returning(tokens)).one())
 
 
-def charge_ended(connection: Connection, now: float, task_ids: Iterable[str]) -> None:
-    """Charge what is left to be charged for the attempts of these tasks, of those that do not run any more."""
-    ended = and_(tasks.c.id.in_(listed(task_ids)), ~RUNNING)
-    _charge(connection, now, ended, literal(HANDLING_SECONDS), until=None)
+def token(connection: Connection, token_id: str) -> Token | None:
+    return one(connection, Token, select(tokens).where(tokens.c.id == token_id))
 
 
-def _charge(
-    connection: Connection, now: float, which: ColumnElement[bool], extra: ColumnElement[float], until: float | None
-) -> None:
-    open_account = and_(which, CURRENT, attempts.c.charged_until.is_not(None))
-    ran = case((attempts.c.charged_until < now, now - attempts.c.charged_until), else_=0.0)
-    seconds = func.sum((ran + extra) * func.coalesce(attempts.c.device_share, 1.0))
-    rows = connection.execute(select(tasks.c.sponsor, seconds).where(open_account).group_by(tasks.c.sponsor)).all()
-    if not rows:
-        return
-    _open(connection, now, [row.sponsor for row in rows])
-    more = update(usage).where(usage.c.user == bindparam("name"))
-    more = more.values(recent_seconds=usage.c.recent_seconds + bindparam("more"))
-    connection.execute(more, [{"name": sponsor, "more": seconds} for sponsor, seconds in rows])
-    connection.execute(update(attempts).where(open_account).values(charged_until=until))
+def tokens_of(connection: Connection, user: str) -> list[Token]:
+    return every(connection, Token, select(tokens).where(tokens.c.user == user).order_by(tokens.c.id))
 
 
-def _open(connection: Connection, now: float, names: Collection[str]) -> None:
-    """Have a row of usage for each of these users."""
-    known = set(connection.scalars(select(usage.c.user).where(usage.c.user.in_(listed(sorted(names))))))
-    nothing = {"device_seconds": 0.0, "as_of": now, "recent_seconds": 0.0}
-    if new := [{"user": name, **nothing} for name in sorted(set(names) - known)]:
-        connection.execute(insert(usage), new)
+def admission(connection: Connection, *, sha256: str | None = None, token_id: str | None = None) -> Admission | None:
+    """The token of that hash or id, with what matters of its user; None where there is none."""
+    which = tokens.c.sha256 == sha256 if token_id is None else tokens.c.id == token_id
+    query = select(tokens, users.c.role, users.c.disabled_at).join(users, users.c.name == tokens.c.user)
+    row = connection.execute(query.where(which)).one_or_none()
+    return None if row is None else Admission(Token(*row[:-2]), *row[-2:])
 
 
-def fold(connection: Connection, now: float, half_life_seconds: float) -> None:
-    """Bring usage that has not been decayed for a while up to date."""
-    old = connection.execute(select(usage).where(usage.c.as_of < now - FOLD_SECONDS)).all()
-    if old:
-        used = update(usage).where(usage.c.user == bindparam("name"))
-        used = used.values(device_seconds=bindparam("seconds"), recent_seconds=0.0, as_of=now)
-        connection.execute(used, [{"name": row.user, "seconds": _used(row, now, half_life_seconds)} for row in old])
+def note_use(connection: Connection, token_id: str, now: float) -> None:
+    connection.execute(update(tokens).where(tokens.c.id == token_id).values(last_used_at=now))
 
 
-def accounts(
-    connection: Connection, now: float, sponsors: Collection[str], half_life_seconds: float, default: Limits
-) -> dict[str, Account]:
-    """What the scheduler has to know of these users."""
-    used = {row.user: row for row in connection.execute(select(usage).where(usage.c.user.in_(listed(sponsors))))}
-    allowed, devices = limits(connection, sponsors, default), devices_in_use(connection)
-    return {
-        name: Account(
-            _used(used[name], now, half_life_seconds) if name in used else 0.0,
-            devices.get(name, 0.0),
-            allowed[name].weight,
-            allowed[name].max_gpus,
-        )
-        for name in sorted(sponsors)
-    }
+def revoke(connection: Connection, token_id: str, now: float) -> list[Token]:
+    """Revoke a token, those made with it, those made with these, and so on. Returns those that were valid."""
+    family = select(tokens.c.id).where(tokens.c.id == token_id).cte("family", recursive=True)
+    family = family.union(select(tokens.c.id).join(family, tokens.c.parent_id == family.c.id))
+    made_with_it = list(connection.scalars(select(family.c.id)))
+    valid = update(tokens).where(tokens.c.id.in_(listed(made_with_it)), tokens.c.revoked_at.is_(None))
+    return every(connection, Token, valid.values(revoked_at=now).returning(tokens))
 
 
-def devices_in_use(connection: Connection) -> dict[str, float]:
-    """Devices that each sponsor's bundles take now; a bundle counts until the last of its tasks has ended."""
-    bundle = func.coalesce(attempts.c.bundle, attempts.c.task_id)
-    share = func.max(func.coalesce(attempts.c.device_share, 1.0))
-    query = select(tasks.c.sponsor, bundle, share).where(RUNNING, CURRENT).group_by(tasks.c.sponsor, bundle)
-    found: dict[str, float] = {}
-    for sponsor, _, devices in connection.execute(query):
-        found[sponsor] = found.get(sponsor, 0.0) + devices
-    return found
-
-
-def _used(row: Any, now: float, half_life_seconds: float) -> float:
-    return decayed(row.device_seconds, now - row.as_of, half_life_seconds) + float(row.recent_seconds)
+def owner(connection: Connection, *, job_id: str | None, sweep_id: str | None) -> str | None:
+    table, ident = (jobs, job_id) if job_id is not None else (sweeps, sweep_id)
+    return connection.execute(select(table.c.user).where(table.c.id == ident)).scalar_one_or_none()

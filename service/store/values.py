@@ -8,6 +8,8 @@ from sqlalchemy import Connection, Executable
 
 T = TypeVar("T")
 
+Values = dict[str, Any]  # by column. Any: each value has the type of its column
+
 
 def one(connection: Connection, record: Callable[..., T], query: Executable) -> T | None:
     """The only row of `query`; None where there is none."""

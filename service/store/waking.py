@@ -15,7 +15,7 @@ from service.errors import DatabaseAway
 from service.store.database import CONNECT_SECONDS, WRITTEN, Database
 
 LISTEN = SQL("LISTEN {}").format(Identifier(WRITTEN))
-LOOK_SECONDS = 0.005
+POLL_INTERVAL_SECONDS = 0.005  # between two looks at SQLite's count of commits
 
 
 class Waking(Protocol):
@@ -53,7 +53,7 @@ class _Counting:
     def wait(self, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
         while (now := self._commits()) == self._seen and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(LOOK_SECONDS, left))
+            time.sleep(min(POLL_INTERVAL_SECONDS, left))
         self._seen = now
 
     def _commits(self) -> int:

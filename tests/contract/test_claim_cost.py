@@ -10,7 +10,7 @@ from store_lab import Lab
 
 from service.model import scheduling
 from service.model.scheduling import Cluster, due
-from service.store import claiming, users
+from service.store import claiming, quotas
 from service.store.listed import insert_rows
 from service.store.tables import tasks
 
@@ -38,7 +38,7 @@ def claim(lab: Any) -> float:
     started = time.perf_counter()
     with lab.database.engine.connect().execution_options(uncanny_write=True) as connection:
         queue = claiming.waiting(connection, 1e12, 512)
-        accounts = users.accounts(connection, 1e6, {task.sponsor for task in queue}, 1e6, lab.service.limits)
+        accounts = quotas.accounts(connection, 1e6, {task.sponsor for task in queue}, 1e6, lab.service.limits)
         decisions = scheduling.choose(queue, accounts, Cluster(4), 1e6)
         granted = claiming.grant(connection, 1e6, "d1", 20.0, [one for of in decisions for one in of.task_ids])
         assert len(decisions) == 4

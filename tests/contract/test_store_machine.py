@@ -33,7 +33,9 @@ from store_lab import Lab
 
 from service.errors import Conflict, DatabaseAway
 from service.lab.artifacts import Artifacts
+from service.model import retrying
 from service.model.executor import ArtifactRef, Failed, Grant, Lost, Message, Progress, Succeeded
+from service.model.retrying import Patience
 from service.queue.planning import plans_of
 from service.queue.submission import Idempotency, Service
 from service.specs import JobSpec, Sweep
@@ -44,7 +46,7 @@ from service.store.typed import json_number
 
 LEASE = 20.0
 START = 1e9  # what the database's clock says at first, long before any other clock
-PATIENCE = recording.Patience(max_errors=2, max_suspect_losses=2, backoff_seconds=0.0)
+PATIENCE = Patience(max_errors=2, max_suspect_losses=2, backoff_seconds=0.0)
 COSTLY = ("worker_died", "out_of_memory")
 FREE = ("node_died", "preempted", "executor_lost", "given_back", "cancelled")
 BEFORE, AFTER = "error before the commit", "error after the commit"
@@ -547,8 +549,16 @@ def test_it_does_so_at_length(database_url: str, artifacts: Artifacts) -> None:
 # What somebody might take out of the store: `(function, what it says, what it says then)`.
 MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "no attempt guard": (recording._fence, ", theirs.in_(listed(keys))", ""),
-    "completed without a look at the state": (recording._fence, ", tasks.c.state == TaskState.RUNNING", ""),
-    "claimed without a lock on what is claimed": (claiming.grant, ", CLAIMABLE)", ")"),
+    "completed without a look at the state": (
+        recording._write_successes,
+        "move_tasks({TaskState.RUNNING}, TaskState.SUCCEEDED)",
+        "update(tasks).values(state=TaskState.SUCCEEDED)",
+    ),
+    "claimed without a lock on what is claimed": (
+        claiming.grant,
+        "move_tasks({TaskState.QUEUED}, TaskState.RUNNING).where(tasks.c.id.in_(listed(task_ids)), ~tasks.c.paused)",
+        "update(tasks).values(state=TaskState.RUNNING).where(tasks.c.id.in_(listed(task_ids)))",
+    ),
     "writers do not take turns": (database_module._sqlite_engine, '"BEGIN IMMEDIATE" if immediate else ', ""),
     "leases by age": (claiming.reap, "tasks.c.lease_expires_at <", "tasks.c.started_at + 20 <"),
     "leases by the local clock": (
@@ -567,10 +577,10 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "a request is done as often as it is sent": (Service._once, "stored is not None", "False"),
     "cancelled for all who need it": (
         settling.release_tasks,
-        "unneeded = and_(theirs, ~of_live_jobs(select(1)).exists())",
-        "unneeded = theirs",
+        "unneeded = and_(tasks.c.id.in_(which), ~of_live_jobs(select(1)).exists())",
+        "unneeded = tasks.c.id.in_(which)",
     ),
-    "a lost node is held against the task": (recording._stopped, "end in COSTLY", "end"),
+    "a lost node is held against the task": (retrying.after_loss, "end in COSTLY", "end"),
     "children do not wait": (submitting._first_state, "is not TaskState.SUCCEEDED", "is None"),
 }
 

@@ -18,9 +18,9 @@ from service.model.executor import (
     Started,
     Succeeded,
 )
+from service.model.retrying import Patience
 from service.store import tables
 from service.store.listed import listed
-from service.store.recording import Patience
 from service.store.settling import settle_jobs
 from service.store.tables import artifacts, attempts, events, outcome_bits, tasks, trainings
 

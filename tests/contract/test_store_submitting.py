@@ -531,7 +531,7 @@ def test_a_sweep_is_accepted_whole_or_not_at_all(lab: Any, monkeypatch: pytest.M
 
     before = lab.dump()
     monkeypatch.setattr(submitting, "settle_jobs", fails)
-    monkeypatch.setattr(submitting, "rank_anew", fails)
+    monkeypatch.setattr(submitting, "rerank", fails)
     with pytest.raises(RuntimeError):
         lab.submit_sweep()
     assert lab.dump() == before

@@ -10,11 +10,11 @@ from dispatching import Scripted, dispatcher, passes, succeeds
 from service.errors import Conflict, NotFound
 from service.model.executor import Capacity
 from service.queue import decisions
-from service.queue.claims import PASS_ON_SECONDS
+from service.queue.claims import SPONSOR_CHECK_SECONDS
 from service.queue.explaining import explain
 from service.settings import Settings
-from service.store import accounts, claiming, deciding
-from service.store.settling import rank_anew
+from service.store import claiming, deciding, users
+from service.store.settling import rerank
 from service.store.tables import events, jobs, tasks, usage
 
 MIGRATIONS = "service.store.migrations.versions"
@@ -33,7 +33,7 @@ def used(lab: Any, **seconds: float) -> None:
 
 def limit(lab: Any, user: str, **limits: Any) -> None:
     with lab.database.write() as connection:
-        accounts.put_user(connection, lab.database.now(connection), user, limits)
+        users.put_user(connection, lab.database.now(connection), user, limits)
 
 
 class Turns:
@@ -48,7 +48,7 @@ class Turns:
         """Who sponsors the next one; None where nothing can be claimed."""
         before = len(self.executor.bundles)
         for _ in range(4):
-            passes(PASS_ON_SECONDS)
+            passes(SPONSOR_CHECK_SECONDS)
             self.dispatcher.tick()
             if len(self.executor.bundles) > before:
                 [grant, *_] = self.executor.bundles[before].grants
@@ -139,7 +139,7 @@ class TestShared:
         lab.service.resume_sweep(cyds, user="cyd")
         assert shared() == {"train", "attack", "control"}
         with lab.database.write() as connection:
-            rank_anew(connection, 0.0, tasks.c.shared, {"cyd": 0, "ann": 1})
+            rerank(connection, 0.0, tasks.c.shared, {"cyd": 0, "ann": 1})
         assert {row.sponsor for row in lab.rows(tasks, shared=True)} == {"cyd"}
         with lab.database.read() as connection:
             assert claiming.any_shared(connection)

@@ -20,7 +20,7 @@ from service.queue.submission import Idempotency, Service
 from service.results.views import version
 from service.settings import Settings
 from service.specs import JobSpec, Sweep
-from service.store import accounts, claiming, users
+from service.store import claiming, quotas, users
 from service.store.tables import attempts, events, jobs, sweeps, tasks, timings, usage
 
 pytestmark = pytest.mark.slow
@@ -34,12 +34,12 @@ def dispatcher(lab: Any, workers: Scripted, settings: Settings = SETTINGS) -> Di
 
 def in_use(lab: Any) -> dict[str, float]:
     with lab.database.read() as connection:
-        return users.devices_in_use(connection)
+        return quotas.devices_in_use(connection)
 
 
 def limit(lab: Any, name: str, **limits: float) -> None:
     with lab.database.write() as connection:
-        accounts.put_user(connection, lab.database.now(connection), name, limits)
+        users.put_user(connection, lab.database.now(connection), name, limits)
 
 
 class TestPause:
@@ -341,7 +341,7 @@ class TestUsage:
         assert (row.user, row.recent_seconds) == ("ann", pytest.approx(7.0))
         lab.record(Succeeded(train.task_id, 1, lab.outcome(train)), at=1020.0)
         [row] = lab.rows(usage)
-        assert row.recent_seconds == pytest.approx(10.0 + users.HANDLING_SECONDS)
+        assert row.recent_seconds == pytest.approx(10.0 + quotas.HANDLING_SECONDS)
         with lab.database.write() as connection:
             claiming.renew(connection, 2000.0, "d1", 20.0)
         assert lab.rows(usage) == [row], "it ran no longer"
@@ -365,9 +365,9 @@ class TestUsage:
         with lab.database.write() as connection:
             row = {"user": "ann", "device_seconds": 0.0, "as_of": 0.0, "recent_seconds": 80.0}
             connection.execute(usage.insert().values(row))
-            users.fold(connection, 100.0, 1000.0)
+            quotas.fold(connection, 100.0, 1000.0)
             seconds = [
-                users.accounts(connection, now, ["ann"], 1000.0, Limits())["ann"].device_seconds
+                quotas.accounts(connection, now, ["ann"], 1000.0, Limits())["ann"].device_seconds
                 for now in (100.0, 1100.0, 3100.0)
             ]
         assert seconds == pytest.approx([80.0, 40.0, 10.0])

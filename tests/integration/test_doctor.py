@@ -15,11 +15,12 @@ from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Lost
+from service.model.retrying import Patience
 from service.operations import doctor
 from service.operations.doctor import Check
 from service.queue.submission import Service
 from service.settings import Settings
-from service.store import Database, claiming, recording
+from service.store import Database, claiming
 from service.store.tables import counters, tasks
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def test_what_waits_for_long_or_is_held_is_said(settings: Settings, lab: Lab) ->
     lab.submit(dataset="synthetic")
     assert examine(settings)["queue"].state == "ok"
     poison = lab.grant("train")[0]
-    once = recording.Patience(max_errors=1, max_suspect_losses=1, backoff_seconds=0)
+    once = Patience(max_errors=1, max_suspect_losses=1, backoff_seconds=0)
     lab.record(Lost(poison.task_id, poison.attempt, "worker_died", "its worker died"), patience=once)
     lab.expire()
     with lab.database.write() as connection:

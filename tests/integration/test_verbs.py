@@ -10,7 +10,7 @@ import pytest
 
 from api.cli.main import main
 from api.client import ApiError
-from service.store import Database, accounts
+from service.store import Database, users
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +163,7 @@ class TestDryRunAndExplain:
     def test_a_quota_is_told_and_kept(self, quiet: Any) -> None:
         database = Database(quiet.settings.database)
         with database.write() as connection:
-            accounts.put_user(connection, database.now(connection), "eve", {"max_queued_jobs": 1})
+            users.put_user(connection, database.now(connection), "eve", {"max_queued_jobs": 1})
         database.close()
         eve = {"X-Uncanny-User": "eve"}
         sweep = {"name": "s", "base": {**BASE, "seed": 13}, "grid": {"scale": [1, 5]}}

@@ -233,7 +233,7 @@ class TestAway:
         assert lab.task_states("train") == {"succeeded": 1}
 
     def test_it_keeps_trying(self, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("service.queue.dispatcher.AWAY_SECONDS", 0.05)
+        monkeypatch.setattr("service.queue.dispatcher.RECONNECT_SECONDS", 0.05)
         lab.submit()
         tries: list[Database] = []
 

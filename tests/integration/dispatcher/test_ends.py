@@ -35,7 +35,7 @@ SHARED_MEMORY: Literal["out_of_shared_memory"] = "out_of_shared_memory"
 
 class TestCancellation:
     def test_what_nobody_wants_is_stopped_soon(self, lab: Any, scripted: Scripted, monkeypatch: Any) -> None:
-        monkeypatch.setattr("service.queue.dispatcher.LOOK_SECONDS", 0.0)
+        monkeypatch.setattr("service.queue.dispatcher.CANCEL_CHECK_SECONDS", 0.0)
         job = lab.submit()
         one = dispatcher(lab, scripted)
         one.tick()
@@ -58,7 +58,7 @@ class TestCancellation:
         assert scripted.cancelled
 
     def test_someone_wants_it_again_in_time(self, lab: Any, scripted: Scripted, monkeypatch: Any) -> None:
-        monkeypatch.setattr("service.queue.dispatcher.LOOK_SECONDS", 0.0)
+        monkeypatch.setattr("service.queue.dispatcher.CANCEL_CHECK_SECONDS", 0.0)
         job = lab.submit()
         one = dispatcher(lab, scripted)
         one.tick()
