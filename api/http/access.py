@@ -1,6 +1,6 @@
 """Users and their tokens, and who one is."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field
@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.http.auth import NAME
 from api.http.deps import CurrentCaller, Users
 from api.http.errors import documented
-from api.http.permissions import Scope, scope, submitter_or_own_token
+from api.http.permissions import scope, submitter_or_own_token
 from api.http.routing import Router
+from service.model.access import Role, Scope
+from service.model.names import TEXT_PATTERN
 
 router = Router(prefix="/v1", tags=["access"])
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$")]
@@ -22,7 +24,7 @@ class UserChange(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"role": "researcher", "weight": 2}]})
 
-    role: Literal["reader", "researcher", "admin"] = "researcher"
+    role: Role = "researcher"
     weight: (
         Annotated[float, Field(strict=True, gt=0, le=1000, description="Share of the cluster beside others.")] | None
     ) = None
@@ -78,7 +80,7 @@ class TokenRequest(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"name": "laptop", "scope": "submit", "expires_in_days": 90}]}
     )
 
-    name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$", description="What it is for.")]
+    name: Annotated[str, Field(min_length=1, max_length=200, pattern=TEXT_PATTERN, description="What it is for.")]
     scope: Scope = "submit"
     user: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] | None = Field(
         default=None, description="Whose it is; the caller's when left out."

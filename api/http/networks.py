@@ -11,12 +11,11 @@ from api.http.paging import linked
 from api.http.permissions import scope
 from api.http.routing import Router
 from api.http.schemas import DIGEST, JOB_EXAMPLE, JOB_ID
-from service.model.names import DIGEST_PATTERN
+from service.model.names import DIGEST_PATTERN, TEXT_PATTERN
 from service.results.networks import trained
 
 router = Router(prefix="/v1/networks", tags=["checkpoints"])
-TEXT = r"^[^\x00]*$"
-Only = Annotated[str | None, Query(description="Only networks of this one.", pattern=TEXT)]
+Only = Annotated[str | None, Query(description="Only networks of this one.", pattern=TEXT_PATTERN)]
 
 
 class Network(BaseModel):
@@ -53,7 +52,9 @@ def list_networks(
     service: Verbs,
     architecture: Only = None,
     dataset: Only = None,
-    recipe: Annotated[str | None, Query(description="Only networks of the recipe of this name.", pattern=TEXT)] = None,
+    recipe: Annotated[
+        str | None, Query(description="Only networks of the recipe of this name.", pattern=TEXT_PATTERN)
+    ] = None,
     weights_sha256: Annotated[str | None, Query(description="Only of these weights.", pattern=DIGEST_PATTERN)] = None,
     limit: Limit = 100,
     cursor: Cursor = None,

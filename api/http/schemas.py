@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
-from service.model.names import DIGEST_PATTERN
+from service.model.names import DIGEST_PATTERN, TEXT_PATTERN
 from service.specs import JobSpec
 from service.specs.base import Labels, Priority
 
@@ -504,7 +504,7 @@ class Retraction(BaseModel):
         {"reason": "the attack clipped to [0, 255]", "rerun": True}
     ]})  # fmt: skip
 
-    reason: Annotated[str, Field(min_length=3, max_length=2000, pattern=r"^[^\x00]*$")]
+    reason: Annotated[str, Field(min_length=3, max_length=2000, pattern=TEXT_PATTERN)]
     rerun: StrictBool = False
 
 

@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
+from service.model.access import ROLES, SCOPES
 from service.model.records import Admission, Token, User
 from service.model.times import iso
 from service.store import Connection, Database, accounts, history, meanings
 from service.store.history import Event
 
-SCOPES = ("read", "submit", "admin")
-"""What a token may be used for; each includes those before it."""
-ROLES = {"reader": "read", "researcher": "submit", "admin": "admin"}
-"""What users are, and the widest scope that any token of theirs has."""
 PREFIX_LETTERS = 8
 USED_EVERY_SECONDS = 60  # how exactly it is known when a token was last used
 DAY_SECONDS = 86_400
