@@ -14,6 +14,7 @@ from httpx_sse import SSEError, connect_sse
 from api.client.asking import Aggregate, Asking, Rows
 from api.client.transport import PASSING, ApiError, Json, OnProgress, Patience, Unanswered, Unreachable, check
 from service.errors import UncannyError
+from service.model.jobs import STOPPED_JOB
 
 __all__ = [
     "Aggregate",
@@ -29,7 +30,7 @@ __all__ = [
     "Unreachable",
 ]
 
-ENDED = ("succeeded", "failed", "cancelled", "held")
+ENDED: frozenset[str] = STOPPED_JOB
 SWEEP_FIELDS = {"base", "grid", "include", "exclude"}
 LONG_POLL_SECONDS = 10
 CHECKPOINT_SECONDS = 400  # that the service may take to check weights, with those of others before

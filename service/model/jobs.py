@@ -55,6 +55,7 @@ TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
 
 ENDED_TASK = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED, TaskState.HELD})
 LIVE_JOB = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.HELD})
+STOPPED_JOB = frozenset(JobState) - {JobState.QUEUED, JobState.RUNNING}  # a held one waits for a person
 RETRIABLE = (JobState.FAILED, JobState.HELD, JobState.CANCELLED)  # what a job is run again from
 
 
