@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from api.client.asking import Rows
 from api.client.transport import Json, OnProgress
+from service.model.jobs import STOPPED_JOB
 
 if TYPE_CHECKING:
     from api.client.client import Client
 
-ENDED = ("succeeded", "failed", "cancelled", "held")
+ENDED: frozenset[str] = STOPPED_JOB
 LONG_POLL_SECONDS = 10
 
 

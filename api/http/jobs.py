@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -17,6 +17,7 @@ from api.http.prefix import public
 from api.http.routing import Answer, Router
 from api.http.schemas.jobs import Accepted, Change, Explanation, JobDetail, JobPage, JobSubmission
 from api.http.schemas.previews import DryRun
+from service.model.jobs import STOPPED_JOB
 from service.model.json import JsonObject
 from service.queue.explaining import explain
 from service.results.insights import NEWEST_FIRST, Question
@@ -25,7 +26,6 @@ from service.store.replies import Reply
 
 router = Router(prefix="/v1/jobs", tags=["jobs"])
 POLL_SECONDS = 0.2
-ENDED = ("succeeded", "failed", "cancelled", "held")
 MOST_WAITING = 32
 
 
@@ -79,7 +79,7 @@ def list_jobs(
 @router.get("/{job_id}", dependencies=[scope("read")], response_model=JobDetail, responses=documented(404))
 async def get_job(job_id: str, insights: Questions, request: Request, response: Response, wait: Wait = 0) -> Answer:
     """One job with its tasks. `ETag` is for `If-Match` too: it goes stale there with priority or labels only."""
-    return tag(await wait_for(request, lambda: insights.job(job_id), ENDED, wait), response)
+    return tag(await wait_for(request, lambda: insights.job(job_id), STOPPED_JOB, wait), response)
 
 
 @router.patch(
@@ -146,7 +146,7 @@ _waiting: set[object] = set()
 
 
 async def wait_for(
-    request: Request, look: Callable[[], JsonObject], ended: tuple[str, ...], seconds: float
+    request: Request, look: Callable[[], JsonObject], ended: Collection[str], seconds: float
 ) -> JsonObject:
     """What `look` sees, looked at again until its state is one of `ended`, the time is up, or the client has left.
 

@@ -10,12 +10,11 @@ from api.http.paging import linked
 from api.http.permissions import scope
 from api.http.routing import Answer, Router
 from api.http.schemas.networks import NetworkPage
-from service.model.names import DIGEST_PATTERN
+from service.model.names import DIGEST_PATTERN, TEXT_PATTERN
 from service.results.networks import trained
 
 router = Router(prefix="/v1/networks", tags=["checkpoints"])
-TEXT = r"^[^\x00]*$"
-Only = Annotated[str | None, Query(description="Only networks of this one.", pattern=TEXT)]
+Only = Annotated[str | None, Query(description="Only networks of this one.", pattern=TEXT_PATTERN)]
 
 
 @router.get("", dependencies=[scope("read")], response_model=NetworkPage, responses=documented(422))
@@ -25,7 +24,9 @@ def list_networks(
     service: Verbs,
     architecture: Only = None,
     dataset: Only = None,
-    recipe: Annotated[str | None, Query(description="Only networks of the recipe of this name.", pattern=TEXT)] = None,
+    recipe: Annotated[
+        str | None, Query(description="Only networks of the recipe of this name.", pattern=TEXT_PATTERN)
+    ] = None,
     weights_sha256: Annotated[str | None, Query(description="Only of these weights.", pattern=DIGEST_PATTERN)] = None,
     limit: Limit = 100,
     cursor: Cursor = None,

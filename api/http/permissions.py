@@ -17,11 +17,11 @@ from api.http import shares
 from api.http.auth import READING, bearer, caller_of_token, trusted_caller
 from api.http.errors import Forbidden
 from service.lab.access import Access, Caller
+from service.model.access import Scope
 from service.results.insights import Insights
 from service.settings import Settings
 from service.store.identifying import Kind
 
-Scope = Literal["read", "submit", "admin"]
 Owned = Literal["job", "sweep"]
 IDS: dict[str, Kind] = {"job_id": "job", "sweep_id": "sweep", "task_id": "task", "token_id": "token"}
 """Path parameters that take a prefix of an id."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from service.errors import Conflict, DatabaseAway, NotFound, Unauthenticated, UncannyError
+from service.model.access import ROLES, SCOPES
 from service.model.events import EventKind
 from service.model.json import JsonObject
 from service.model.records import Admission, Token, User
@@ -14,10 +15,6 @@ from service.model.times import iso
 from service.store import Connection, Database, history, meanings, users
 from service.store.history import Event
 
-SCOPES = ("read", "submit", "admin")
-"""What a token may be used for; each includes those before it."""
-ROLES = {"reader": "read", "researcher": "submit", "admin": "admin"}
-"""The roles of users, each with the widest scope that their tokens can have."""
 PREFIX_LETTERS = 8
 USED_EVERY_SECONDS = 60  # how precisely the last use of a token is recorded
 DAY_SECONDS = 86_400

@@ -69,6 +69,7 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 ENDED_TASK = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED, TaskState.HELD})
 LIVE_JOB = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.HELD})
+STOPPED_JOB = frozenset(JobState) - {JobState.QUEUED, JobState.RUNNING}  # a held one waits for a person
 RETRIABLE = (JobState.FAILED, JobState.HELD, JobState.CANCELLED)  # states from which a job can be run again
 
 

@@ -1,4 +1,4 @@
-"""What names look like: those that a lab gives to what it registers, ids and digests."""
+"""What names that a lab gives, ids, digests and texts look like."""
 
 import re
 
@@ -8,4 +8,5 @@ REGISTERED_RULE = "letters, digits, `_`, `.` and `-`, at most 100"
 ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 DIGEST = re.compile("[0-9a-f]{64}")
 DIGEST_PATTERN = f"^{DIGEST.pattern}$"
+TEXT_PATTERN = r"^[^\x00]*$"
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # in any text: databases take none of these characters

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
 
+from service.model.names import TEXT_PATTERN
+
 
 class Spec(BaseModel):
     """A frozen value. Its fields' defaults are part of the digest: changing one needs a new task `version`."""
@@ -130,7 +132,7 @@ Number = Annotated[
 
 # Keys can be asked for as `labels.KEY`, and no database keeps a NUL character.
 LabelKey = Annotated[str, Field(min_length=1, max_length=100, pattern=r'^[^\x00-\x1f\x7f"\\]*$')]
-LabelText = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
+LabelText = Annotated[str, Field(max_length=1000, pattern=TEXT_PATTERN)]
 MAX_LABELS, MAX_LABEL_BYTES = 50, 10_000
 
 

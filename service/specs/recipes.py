@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from service.model.json import JsonObject
-from service.model.names import DIGEST_PATTERN
+from service.model.names import DIGEST_PATTERN, TEXT_PATTERN
 from service.specs.base import Number, Spec, Truth, Whole, of_images, without_effect
 
 Positive = Annotated[Number, Field(gt=0, le=1e6)]
@@ -134,7 +134,7 @@ class Imported(Spec):
     """
 
     name: Literal["imported"] = "imported"
-    checkpoint: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00]*$")] | None = Field(
+    checkpoint: Annotated[str, Field(min_length=1, max_length=100, pattern=TEXT_PATTERN)] | None = Field(
         default=None, description="The name of a registered checkpoint, or the SHA-256 of weights: see /v1/networks."
     )
     weights_sha256: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = Field(default=None, description=FILLED_IN)

@@ -1,20 +1,19 @@
 """`user` and `token`: who may use the service."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from api.cli.commands.options import EPILOG, AsJson, Home, Url, client_of, print_json, settings_of, whole_number
 from api.client import Json
 from api.client.render import counted, err, out, show, table
+from service.model.access import Role, Scope
 
 user = typer.Typer(help="Users, their roles and quotas (for admins).", no_args_is_help=True, epilog=EPILOG)
 token = typer.Typer(help="Tokens that say who you are.", no_args_is_help=True, epilog=EPILOG)
 
 Name = Annotated[str, typer.Argument(metavar="USER")]
-Role = Literal["reader", "researcher", "admin"]
-Scope = Literal["read", "submit", "admin"]
 USER_COLUMNS = ("name", "role", "weight", "max_queued_jobs", "max_gpus", "disabled_at")
 TOKEN_COLUMNS = ("id", "prefix", "name", "scope", "created_at", "expires_at", "last_used_at", "revoked_at")
 

@@ -1,11 +1,11 @@
 """Users and their tokens."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.http.auth import NAME
-from api.http.permissions import Scope
+from service.model.access import Role, Scope
 
 MOST = 2**31 - 1  # what the column holds
 EXAMPLE = "ada"
@@ -16,7 +16,7 @@ class UserChange(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"role": "researcher", "weight": 2}]})
 
-    role: Literal["reader", "researcher", "admin"] = "researcher"
+    role: Role = "researcher"
     weight: (
         Annotated[float, Field(strict=True, gt=0, le=1000, description="Share of the cluster beside others.")] | None
     ) = None
