@@ -143,7 +143,7 @@ class Settings(BaseSettings):
         default=None, gt=0, description="How long events are kept; for ever when left out."
     )
     usage_half_life_seconds: float = Field(
-        default=7 * 86_400.0, gt=0, description="Usage of so long ago counts half when users' shares are compared."
+        default=7 * 86_400.0, gt=0, description="Usage of so long ago counts half when users are compared."
     )
     weight: float = Field(default=1.0, gt=0, description="Weight of users who have none of their own.")
     max_sweep_jobs: int = Field(

@@ -1,4 +1,4 @@
-"""Who is most robust: one board per threat model, data set and samples, a row per architecture and recipe.
+"""Leaderboards: one board per threat model, data set and samples, a row per architecture and recipe.
 
 A row counts networks (distinct weights), each by its worst case over every stored attack of the threat model. Attack
 seeds, replicates and further scales of a network make it no second one.

@@ -1,4 +1,4 @@
-"""What can be named in a job: architectures and data sets, as far as the torch-free half needs to know them.
+"""What can be named in a job: architectures and data sets, as far as the service needs to know them without torch.
 
 A contract test holds these tables against the ones of `workers/science`.
 """
