@@ -6,7 +6,7 @@ class UncannyError(Exception):
 
 
 class InvalidSpec(UncannyError):
-    """What was asked for cannot be computed. `errors`: one `(pointer, sentence)` per field, as in `/attack/eps`."""
+    """The request cannot be computed. `errors`: one `(pointer, sentence)` per field, as in `/attack/eps`."""
 
     def __init__(self, errors: list[tuple[str, str]]) -> None:
         self.errors = errors
@@ -14,7 +14,7 @@ class InvalidSpec(UncannyError):
 
 
 class InvalidQuery(UncannyError):
-    """A question that cannot be answered: `parameter` says which part of it, as in `sort`, `position` where in it."""
+    """A question that cannot be answered. `parameter` is the part at fault, such as `sort`, `position` where in it."""
 
     def __init__(self, parameter: str, sentence: str, position: int | None = None) -> None:
         self.parameter = parameter
@@ -28,23 +28,23 @@ class NotFound(UncannyError):
 
 
 class AmbiguousId(UncannyError):
-    """The beginning of an id that several have."""
+    """A prefix that several ids have."""
 
 
 class Unauthenticated(UncannyError):
-    """Who is asking cannot be told."""
+    """The caller is not known."""
 
 
 class Conflict(UncannyError):
-    """The thing is not in a state in which that can be done."""
+    """The state of the thing does not allow the request."""
 
 
 class Changed(UncannyError):
-    """The thing is not as it was when it was looked at: look again, then say what to change."""
+    """The thing has changed since the caller read it: read it again, then change it."""
 
 
 class QuotaExceeded(UncannyError):
-    """The user would have more than they may."""
+    """The request would exceed a limit of the user."""
 
 
 class IdempotencyMismatch(UncannyError):
@@ -56,15 +56,15 @@ class DatabaseAway(UncannyError):
 
 
 class DatabaseDamaged(DatabaseAway):
-    """What the database has on its disk cannot be read any more."""
+    """The database cannot read its own files any more."""
 
 
 class UnfitDatabase(UncannyError):
-    """The database, or the URL that names it, is none that Uncanny can work with."""
+    """Uncanny cannot work with this database, or with this URL of one."""
 
 
 class BackupFailed(UncannyError):
-    """A backup cannot be written, or what is to be restored is not a whole one."""
+    """A backup cannot be written, or the file to restore is not a whole backup."""
 
 
 class SchemaOutdated(UncannyError):

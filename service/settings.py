@@ -143,17 +143,17 @@ class Settings(BaseSettings):
         default=None, gt=0, description="How long events are kept; for ever when left out."
     )
     usage_half_life_seconds: float = Field(
-        default=7 * 86_400.0, gt=0, description="Usage of so long ago counts half when users' shares are compared."
+        default=7 * 86_400.0, gt=0, description="Usage of so long ago counts half when users are compared."
     )
-    weight: float = Field(default=1.0, gt=0, description="Share of a user of whom nothing else is said.")
+    weight: float = Field(default=1.0, gt=0, description="Weight of users who have none of their own.")
     max_sweep_jobs: int = Field(
         default=MAX_SWEEP_JOBS, ge=1, description="Jobs that one sweep may have, as it is written."
     )
     max_queued_jobs: int | None = Field(
-        default=None, ge=0, description="Jobs that such a user may have waiting or running; no limit when left out."
+        default=None, ge=0, description="Jobs that such a user may have queued or running; no limit when left out."
     )
     max_gpus: float | None = Field(
-        default=None, gt=0, description="GPUs (without any: places) that such a user may use at once."
+        default=None, gt=0, description="GPUs (without any: slots) that such a user may use at once."
     )
     decision_log: int = Field(default=1000, ge=1, description="Claims that are kept to be replayed.")
     lookahead: int = Field(default=2, ge=0, description="Bundles claimed beyond what the cluster can place now.")

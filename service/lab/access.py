@@ -37,7 +37,7 @@ class Caller:
 
 
 class Access:
-    """Users and tokens of one store."""
+    """The users and tokens of one store."""
 
     def __init__(self, database: Database) -> None:
         self.database = database

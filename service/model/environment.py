@@ -21,7 +21,7 @@ SHARED = {"artifact_root", "data_folder"}  # owners that nodes may have in commo
 
 Key = tuple[str, int]
 """`(task id, attempt)`"""
-Place = tuple[Owner, str, str, str]
+AsideKey = tuple[Owner, str, str, str]
 """What is set aside: `(owner, name, node, dataset)`, as in `Fault`."""
 
 
@@ -43,10 +43,10 @@ class SetAside:
     writing: bool = False
 
     @property
-    def place(self) -> Place:
+    def key(self) -> AsideKey:
         return self.owner, self.name, self.node, self.dataset
 
-    def may_be(self, other: Place) -> bool:
+    def may_be(self, other: AsideKey) -> bool:
         """Whether `other` may be the same folder, seen from another node."""
         owner, name, _, dataset = other
         return owner in SHARED and (owner, name, dataset) == (self.owner, self.name, self.dataset)
@@ -103,9 +103,9 @@ class Environment:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._aside: dict[Place, SetAside] = {}
-        self._changed_at: dict[Place, float] = {}  # when it last failed: older attempts say nothing about it
-        self._trials: dict[str, frozenset[Place]] = {}  # by bundle
+        self._aside: dict[AsideKey, SetAside] = {}
+        self._changed_at: dict[AsideKey, float] = {}  # when it last failed: older attempts say nothing about it
+        self._trials: dict[str, frozenset[AsideKey]] = {}  # by bundle
         self._taken_up: dict[Key, tuple[str, float]] = {}  # where, and when
         self._devices: dict[Key, str] = {}  # on which device, as a fault names it
         self._hosts: dict[str, str] = {}  # by node
@@ -123,11 +123,11 @@ class Environment:
         """Forget nodes that are gone, and take note of those that the executor itself gives no work."""
         if not capacity.ready:
             return
-        for place, fault in list(self._aside.items()):
+        for key, fault in list(self._aside.items()):
             if fault.node and fault.node not in names_of(capacity):
-                self._return(place)
-        left = ((bundle_id, places & self._aside.keys()) for bundle_id, places in self._trials.items())
-        self._trials = {bundle_id: places for bundle_id, places in left if places}
+                self._return(key)
+        left = ((bundle_id, keys & self._aside.keys()) for bundle_id, keys in self._trials.items())
+        self._trials = {bundle_id: keys for bundle_id, keys in left if keys}
         for name in self._unfit.keys() - capacity.unfit.keys():
             self.news.append(("returned", self._unfit.pop(name)))
         for name, why in capacity.unfit.items():
@@ -161,8 +161,8 @@ class Environment:
         if isinstance(message, Succeeded):
             self.ended.append((message.task_id, None))
             self._proved(node, at, dataset, wrote=bool(message.outcome.artifacts))
-            for place in [place for place in self._aside if place[:3] == ("device", device, node)]:
-                self._return(place)
+            for aside_key in [aside_key for aside_key in self._aside if aside_key[:3] == ("device", device, node)]:
+                self._return(aside_key)
         elif isinstance(message, Lost) and message.fault is not None:
             self._set_aside(message.fault, message.message, tried=bundle.id in self._trials)
         elif isinstance(message, (Failed, Lost)) and is_quick(message, now - at):
@@ -173,8 +173,8 @@ class Environment:
     def may_try(self, node: str, dataset: str) -> bool:
         """Whether a task on that data set may be the trial of the node: all that keeps it away is due for one."""
         kept, now = concerning(self.aside, node, dataset), self._clock()
-        tried = frozenset[Place]().union(*self._trials.values())
-        if any(place == fault.place or fault.may_be(place) for fault in kept for place in tried):
+        tried = frozenset[AsideKey]().union(*self._trials.values())
+        if any(key == fault.key or fault.may_be(key) for fault in kept for key in tried):
             return False
         return bool(kept) and all(now >= fault.retry_at for fault in kept)
 
@@ -183,7 +183,7 @@ class Environment:
 
     def tries(self, bundle_id: str, node: str, dataset: str) -> None:
         """Make that bundle the trial of all that keeps the data set from the node."""
-        self._trials[bundle_id] = frozenset(fault.place for fault in concerning(self.aside, node, dataset))
+        self._trials[bundle_id] = frozenset(fault.key for fault in concerning(self.aside, node, dataset))
 
     def as_status(self, now: float) -> list[JsonObject]:
         """What is set aside, as JSON; times are by the clock that shows `now`."""
@@ -196,12 +196,12 @@ class Environment:
         ahead = self._clock() - now
         for fault in earlier:
             moved = replace(fault, since=fault.since + ahead, retry_at=fault.retry_at + ahead)
-            self._aside.setdefault(fault.place, moved)
-            self._changed_at.setdefault(fault.place, self._clock())
+            self._aside.setdefault(fault.key, moved)
+            self._changed_at.setdefault(fault.key, self._clock())
 
     def _set_aside(self, fault: Fault, reason: str, *, tried: bool) -> None:
-        place: Place = (fault.owner, fault.name, fault.node, fault.dataset)
-        now, before = self._clock(), self._aside.get(place)
+        key: AsideKey = (fault.owner, fault.name, fault.node, fault.dataset)
+        now, before = self._clock(), self._aside.get(key)
         tried = tried or (before is not None and before.owner == "device" and now >= before.retry_at)
         if before is not None and not tried:
             return  # it ran beside the attempt that reported the fault first
@@ -209,27 +209,27 @@ class Environment:
         wait_seconds = min(FIRST_WAIT_SECONDS * 2.0 ** (losses - 1), LONGEST_WAIT_SECONDS)
         wait_seconds = DEVICE_WAIT_SECONDS if fault.owner == "device" else wait_seconds
         since = before.since if before else now
-        entry = SetAside(*place, reason, since, now + wait_seconds, losses, fault.writing)
-        self._aside[place], self._changed_at[place] = entry, now
+        entry = SetAside(*key, reason, since, now + wait_seconds, losses, fault.writing)
+        self._aside[key], self._changed_at[key] = entry, now
         self.news.append(("set_aside", entry))
         for other in self.aside:
-            if tried and other.may_be(place) and other.place != place:  # the same folder would lose a trial there too
+            if tried and other.may_be(key) and other.key != key:  # the same folder would lose a trial there too
                 wait_until = max(other.retry_at, now + FIRST_WAIT_SECONDS)
-                self._aside[other.place] = replace(other, retry_at=wait_until)
+                self._aside[other.key] = replace(other, retry_at=wait_until)
 
     def _proved(self, node: str, started_at: float, dataset: str, *, wrote: bool) -> None:
         """An attempt that started at `started_at` works on the node: what failed there before that is used again."""
         self._quick.pop(node, None)
         for entry in concerning(self.aside, node, dataset):
-            if started_at >= self._changed_at[entry.place] and (wrote or not entry.writing):
-                self._return(entry.place)
+            if started_at >= self._changed_at[entry.key] and (wrote or not entry.writing):
+                self._return(entry.key)
 
-    def _return(self, place: Place) -> None:
-        self.news.append(("returned", self._aside.pop(place)))
-        self._changed_at.pop(place)
+    def _return(self, key: AsideKey) -> None:
+        self.news.append(("returned", self._aside.pop(key)))
+        self._changed_at.pop(key)
         for other in self.aside:
-            if other.may_be(place):  # the folder may work there again too
-                self._aside[other.place] = replace(other, retry_at=min(other.retry_at, self._clock()))
+            if other.may_be(key):  # the folder may work there again too
+                self._aside[other.key] = replace(other, retry_at=min(other.retry_at, self._clock()))
 
     def _suspect(self, node: str, message: Failed | Lost, names: Sequence[str], *, tried: bool) -> None:
         """Several tasks that end at once may be at fault themselves, so the last node is never set aside."""

@@ -19,7 +19,7 @@ Flag = JsonObject
 Specs = Mapping[int, JsonMapping]  # the specs of cells by id, with dotted names
 
 
-class Place(NamedTuple):
+class NetworkInCell(NamedTuple):
     """A network, by the SHA-256 of its weights, and a cell."""
 
     weights_sha256: str | None
@@ -37,13 +37,13 @@ class Mean(NamedTuple):
     job_id: str
 
 
-def flags_of_cells(means: Sequence[Mean], specs: Specs) -> dict[Place, list[Flag]]:
-    """The flags of each place that has any."""
+def flags_of_cells(means: Sequence[Mean], specs: Specs) -> dict[NetworkInCell, list[Flag]]:
+    """The flags of each network in a cell that has any."""
     together: dict[tuple[str, str], list[Mean]] = defaultdict(list)
     for mean in means:
         together[mean.weights_sha256, mean.family].append(mean)
     return {
-        Place(mean.weights_sha256, mean.cell_id): flags
+        NetworkInCell(mean.weights_sha256, mean.cell_id): flags
         for alike in together.values()
         if len(alike) > 1
         for mean in alike

@@ -1,7 +1,7 @@
-"""Who goes next: a pure function of the queue, what users have used and may use, the room there is, and the clock.
+"""Which tasks go next: a pure function of the queue, users' usage and limits, the free resources, and the clock.
 
 Between users: what an admin has boosted goes first, then the user who has used least for their weight, whatever the
-priorities are: with each task of theirs that runs, the others come nearer to their turn, so nobody waits for ever.
+priorities are: each task that runs brings the other users nearer to their turn, so nobody waits for ever.
 Among the tasks of one user: the boosted ones, then priority, to which each `AGEING_SECONDS` of a task's own wait add a
 point, then trainings (those that most jobs need first), then the order of submission. So only finitely many of a
 user's own tasks can ever come before one of theirs that waits.

@@ -238,14 +238,14 @@ class Grouping:
         """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
         columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
         observed: Observations[int] = Observations(len(columns))
-        of_place: dict[tuple[object, ...], int] = {}  # a group's number is hashed in a fraction of the time of its key
+        number_of: dict[tuple[object, ...], int] = {}  # a group's number is hashed in a fraction of the time of its key
         numbers: dict[Key, int] = {}
         with closing(aggregating.observations(self.connection, self.where, self.own, columns, of_cells)) as batches:
             for batch in batches:
-                places = list(zip(batch.cell_ids, *batch.keys, strict=True))
-                for place in set(places) - of_place.keys():
-                    of_place[place] = numbers.setdefault(self._key(place[0], place[1:]), len(numbers))
-                groups_of = [of_place[place] for place in places]
+                rows = list(zip(batch.cell_ids, *batch.keys, strict=True))
+                for row in set(rows) - number_of.keys():
+                    number_of[row] = numbers.setdefault(self._key(row[0], row[1:]), len(numbers))
+                groups_of = [number_of[row] for row in rows]
                 observed.add(groups_of, batch.networks, batch.attack_seeds, *batch.metrics)
         keys = list(numbers)
         networks = observed.networks()

@@ -95,13 +95,13 @@ def _group(
     scales = [specs[point.cell_id]["scale"] for point in of_group]
     biases = [scale == 1 or specs[point.cell_id]["scale_bias"] for scale, point in zip(scales, of_group, strict=True)]
     of_points = [point.network for point in of_group]
-    places = list(zip(scales, of_points, biases, strict=True))
+    keys_of_points = list(zip(scales, of_points, biases, strict=True))
     architecture = {point.network: specs[point.cell_id]["architecture"] for point in of_group}
     columns = ((point.measure_task, point.measure, point.target_task, point.target) for point in of_group)
-    observed.add(places, of_points, [point.attack_seed for point in of_group], *zip(*columns, strict=True))
+    observed.add(keys_of_points, of_points, [point.attack_seed for point in of_group], *zip(*columns, strict=True))
     measured, targets = (observed.values(i, "network") for i in range(2))
     every = sorted(measured)  # equal points in an equal order are resampled alike
-    x, y = (np.array([of[place][0] for place in every], np.float64) for of in (measured, targets))
+    x, y = (np.array([of[point][0] for point in every], np.float64) for of in (measured, targets))
     at_one = np.array([scale == 1 for scale, *_ in every], bool)
     networks = [network for scale, network, _ in every if scale == 1]
     correlation = correlate(x[at_one], y[at_one], [architecture[network] for network in networks], networks)

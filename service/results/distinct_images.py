@@ -62,7 +62,7 @@ class DistinctImages:
             counts = self._correct[fraction] = {}
             of_keys = aggregating.clean_correct(self._connection, self._where, self._own, column)
             for cell_id, own, (most, untold) in of_keys:
-                place = self._key_of(cell_id, own), self._samples[cell_id][0]
-                before = counts.get(place, 0)
-                counts[place] = None if untold or before is None else max(before, most)
+                group_and_dataset = self._key_of(cell_id, own), self._samples[cell_id][0]
+                before = counts.get(group_and_dataset, 0)
+                counts[group_and_dataset] = None if untold or before is None else max(before, most)
         return self._correct[fraction]

@@ -1,4 +1,4 @@
-"""Who is most robust: one board per threat model, data set and samples, a row per architecture and recipe.
+"""Leaderboards: one board per threat model, data set and samples, a row per architecture and recipe.
 
 A row counts networks (distinct weights), each by its worst case over every stored attack of the threat model. Attack
 seeds, replicates and further scales of a network make it no second one.
@@ -18,7 +18,7 @@ from service.model.query import Comparison, Node, Value
 from service.model.results import CellSpec, NetworkCell
 from service.model.threat_model import of_adversaries, threat_model
 from service.model.verdict import VERSION
-from service.results.worst_case import Place, WorstCase, is_current, place_of, preset_of, presets, worst_cases
+from service.results.worst_case import Scope, WorstCase, is_current, preset_of, presets, scope_of, worst_cases
 from service.specs.attacks import PRESETS
 from service.specs.base import shorten
 from service.store import network_results
@@ -32,7 +32,7 @@ TRUSTED = (Comparison("verdict", "=", (Value("trusted"),)), Comparison("verdict_
 class Network:
     """One network of a board: the robust accuracies of its chosen results by attack, repeats averaged."""
 
-    place: Place
+    scope: Scope
     by_attack: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     clean: list[float] = field(default_factory=list)
     results: int = 0
@@ -79,9 +79,9 @@ def leaderboard(
         rows = [row for row in rows if _ranks(specs[row.cell_id], attack)]
         boards = _boards(rows, specs)
         every = [network for board in boards.values() for of in board.values() for network in of.values()]
-        worst = dict(worst_cases(connection, {network.place for network in every}))
+        worst = dict(worst_cases(connection, {network.scope for network in every}))
     for network in every:
-        network.worst = worst.get(network.place)
+        network.worst = worst.get(network.scope)
     return [_board(json.loads(key), rows) for key, rows in sorted(boards.items())]
 
 
@@ -93,17 +93,17 @@ def _boards(rows: Sequence[NetworkCell], specs: Mapping[int, CellSpec]) -> dict[
     """The networks by board and row, whose keys are JSON of what they have in common."""
     boards: dict[str, dict[str, Networks]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        cell, place = specs[row.cell_id], place_of(row.weights_sha256, specs[row.cell_id])
-        if place is None:
+        cell, scope = specs[row.cell_id], scope_of(row.weights_sha256, specs[row.cell_id])
+        if scope is None:
             continue
         threat = threat_model(cell["attack"])
         board = {
-            "dataset": place.dataset,
-            "threat_model": place.threat_model,
+            "dataset": scope.dataset,
+            "threat_model": scope.threat_model,
             "norm": threat.norm,
             "eps": threat.eps,
-            "samples": place.samples,
-            "order": place.order,
+            "samples": scope.samples,
+            "order": scope.order,
             "scale_bias": cell["scale_bias"],
         }
         same = {
@@ -111,7 +111,7 @@ def _boards(rows: Sequence[NetworkCell], specs: Mapping[int, CellSpec]) -> dict[
             "version": cell["versions"]["train"],
         }
         of_row = boards[json.dumps(board)][json.dumps(same, sort_keys=True)]
-        of_row.setdefault(place.network, Network(place)).add(row, cell)
+        of_row.setdefault(scope.network, Network(scope)).add(row, cell)
     return boards
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from service.errors import InvalidQuery, NotFound
 from service.model.dotted import FAMILIES, chosen
-from service.model.flags import Place
+from service.model.flags import NetworkInCell
 from service.model.jobs import TaskState
 from service.model.json import JsonMapping, JsonObject
 from service.model.observations import INTERVALS
@@ -90,7 +90,7 @@ class Results:
             network, cell_id = result.weights_sha256, result.cell_id
             further = store.further_measures(connection, [result])[job_id]
             cell = store.cell_specs(connection, [cell_id])[cell_id]
-            flags = flags_of(connection, Place(network, cell_id)) + trained_again(connection, job_id)
+            flags = flags_of(connection, NetworkInCell(network, cell_id)) + trained_again(connection, job_id)
             flags += mixed_weights(connection, job_id, network)
             worst_case = worst_case_of(connection, network, cell)
             parts = _parts(connection, result)

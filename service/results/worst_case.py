@@ -26,11 +26,11 @@ NO_EVIDENCE = ("outside_ball", "non_finite", "eps_zero", "train_mode", "random_f
 """Reasons of verdicts after which a broken image proves nothing: the network may be right everywhere in the ball. A
 blind or weak attack is no such reason: it breaks too few images, and other attacks make up for that."""
 SUPERSEDED = "superseded"
-MAX_PLACES = 10_000  # in one answer
+MAX_SCOPES = 10_000  # in one answer
 
 
 @dataclass(frozen=True)
-class Place:
+class Scope:
     """A network, a ball and images, over which a worst case is taken. `scale` is 1 if the bias is scaled too: then the
     predictions are equal at every s, and an image that is broken at one s is broken at all."""
 
@@ -105,13 +105,13 @@ class WorstCase:
         }
 
 
-def place_of(network: str | None, cell: CellSpec) -> Place | None:
-    """The place of a result's worst case; None without a ball, or if the network's weights are unknown."""
+def scope_of(network: str | None, cell: CellSpec) -> Scope | None:
+    """The scope of a result's worst case; None without a ball, or if the network's weights are unknown."""
     ball = threat_model(cell["attack"]).ball
     if network is None or ball is None:
         return None
     scale = 1.0 if cell["scale_bias"] else cell["scale"]
-    return Place(network, ball, cell["dataset"], cell["samples"], cell.get("order"), scale)
+    return Scope(network, ball, cell["dataset"], cell["samples"], cell.get("order"), scale)
 
 
 def is_current(cell: CellSpec) -> bool:
@@ -126,48 +126,48 @@ def why_left_out(verdict_reasons: Iterable[str] | None, cell: CellSpec) -> str |
     return next((reason for reason in verdict_reasons or () if reason in NO_EVIDENCE), None)
 
 
-def worst_cases(connection: Connection, places: Collection[Place]) -> Iterator[tuple[Place, WorstCase]]:
+def worst_cases(connection: Connection, scopes: Collection[Scope]) -> Iterator[tuple[Scope, WorstCase]]:
     """The worst case of each of these, some networks at a time; none where no attack of this version says anything."""
-    wanted = set(places)
+    wanted = set(scopes)
     specs: dict[int, CellSpec] = {}
-    for attacks in network_results.attacks_in_a_ball(connection, {place.network for place in wanted}):
+    for attacks in network_results.attacks_in_a_ball(connection, {scope.network for scope in wanted}):
         specs |= store.cell_specs(connection, {attack.cell_id for attack in attacks} - specs.keys())
-        cases: dict[Place, WorstCase] = {}
+        cases: dict[Scope, WorstCase] = {}
         for attack in attacks:
-            place = place_of(attack.weights_sha256, specs[attack.cell_id])
-            if place in wanted:
-                _add(cases.setdefault(place, WorstCase(attack.n)), attack, specs[attack.cell_id])
-        yield from ((place, worst) for place, worst in cases.items() if worst.attacks)
+            scope = scope_of(attack.weights_sha256, specs[attack.cell_id])
+            if scope in wanted:
+                _add(cases.setdefault(scope, WorstCase(attack.n)), attack, specs[attack.cell_id])
+        yield from ((scope, worst) for scope, worst in cases.items() if worst.attacks)
 
 
 def of_networks(database: Database, nodes: Sequence[Node]) -> list[JsonObject]:
     """The worst case of each network that `nodes` choose by their results, in each threat model of those results.
 
     Whatever chose a network, its worst case is over all stored attacks of the threat model. Raises `InvalidQuery`, also
-    for more than `MAX_PLACES`.
+    for more than `MAX_SCOPES`.
     """
-    places: dict[Place, CellSpec] = {}
+    scopes: dict[Scope, CellSpec] = {}
     with database.read() as connection:
         networks = network_results.by_network(connection, store.selected(connection, [*nodes, *of_adversaries()]))
         specs = store.cell_specs(connection, {network.cell_id for network in networks})
         for network in networks:
-            place = place_of(network.weights_sha256, specs[network.cell_id])
-            if place is not None:
-                places.setdefault(place, specs[network.cell_id])
-        if len(places) > MAX_PLACES:
-            raise InvalidQuery("filter", f"that chooses {len(places):,} worst cases, at most {MAX_PLACES:,}: filter")
-        items = [_item(place, places[place], worst) for place, worst in worst_cases(connection, places.keys())]
+            scope = scope_of(network.weights_sha256, specs[network.cell_id])
+            if scope is not None:
+                scopes.setdefault(scope, specs[network.cell_id])
+        if len(scopes) > MAX_SCOPES:
+            raise InvalidQuery("filter", f"that chooses {len(scopes):,} worst cases, at most {MAX_SCOPES:,}: filter")
+        items = [_item(scope, scopes[scope], worst) for scope, worst in worst_cases(connection, scopes.keys())]
     key = itemgetter("dataset", "threat_model", "samples", "robust_accuracy_worst_case", "weights_sha256", "scale")
     return sorted(items, key=key)
 
 
 def worst_case_of(connection: Connection, network: str | None, cell: CellSpec) -> JsonObject | None:
     """The worst case of a result's network in its threat model, as JSON; None if there is none."""
-    place = place_of(network, cell)
-    if place is None:
+    scope = scope_of(network, cell)
+    if scope is None:
         return None
-    cases = dict(worst_cases(connection, [place]))
-    return {"threat_model": place.threat_model, **cases[place].as_json()} if place in cases else None
+    cases = dict(worst_cases(connection, [scope]))
+    return {"threat_model": scope.threat_model, **cases[scope].as_json()} if scope in cases else None
 
 
 def preset_of(attack: Mapping[str, object]) -> str | None:
@@ -181,18 +181,18 @@ def presets() -> dict[str, JsonObject]:
     return {name: attack.model_dump(mode="json") for name, attack in PRESETS.items()}
 
 
-def _item(place: Place, cell: CellSpec, worst: WorstCase) -> JsonObject:
+def _item(scope: Scope, cell: CellSpec, worst: WorstCase) -> JsonObject:
     shown = worst.as_json()
     return {
-        "weights_sha256": place.network,
+        "weights_sha256": scope.network,
         "architecture": cell["architecture"],
         "recipe": cell["recipe"],
         "train_version": cell["versions"]["train"],
-        "dataset": place.dataset,
-        "threat_model": place.threat_model,
-        "samples": place.samples,
-        **({} if place.order is None else {"order": place.order}),
-        "scale": place.scale,
+        "dataset": scope.dataset,
+        "threat_model": scope.threat_model,
+        "samples": scope.samples,
+        **({} if scope.order is None else {"order": scope.order}),
+        "scale": scope.scale,
         "robust_accuracy_worst_case": shown.pop("robust_accuracy"),
         "attack_count": len(worst.attacks),
         **shown,

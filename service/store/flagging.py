@@ -5,7 +5,7 @@ from collections.abc import Collection
 from sqlalchemy import Connection, bindparam, func, select, update
 
 from service.model.dotted import flat
-from service.model.flags import TRAINED_AGAIN, Flag, Place, compared, flags_of_cells
+from service.model.flags import TRAINED_AGAIN, Flag, NetworkInCell, compared, flags_of_cells
 from service.store import network_results
 from service.store.listed import listed, numbered
 from service.store.result_tables import cells, results
@@ -14,7 +14,7 @@ from service.store.tables import job_tasks, trainings
 AT_ONCE = 200  # networks that are looked at together
 
 
-def flags_of(connection: Connection, place: Place) -> list[Flag]:
+def flags_of(connection: Connection, place: NetworkInCell) -> list[Flag]:
     """What the other results of a network say against what it has in a cell, its repeats there averaged.
 
     Retracted results say nothing, and nothing is said of a place where all are.
@@ -36,7 +36,7 @@ def trained_again(connection: Connection, job_id: str) -> list[Flag]:
 def renew(connection: Connection, job_ids: Collection[str]) -> None:
     """Bring the flags of the results of these jobs' networks up to date, in the families of these jobs' cells."""
     query = select(results.c.weights_sha256, results.c.cell_id).where(results.c.job_id.in_(listed(job_ids))).distinct()
-    places = [Place(*row) for row in connection.execute(query) if row.weights_sha256 is not None]
+    places = [NetworkInCell(*row) for row in connection.execute(query) if row.weights_sha256 is not None]
     several = _of_several_strengths(connection, {place.cell_id for place in places})
     places = sorted(place for place in places if place.cell_id in several)
     for start in range(0, len(places), AT_ONCE):
@@ -57,7 +57,7 @@ def _renew(connection: Connection, weights: Collection[str | None], cell_ids: Co
     wrong = [
         {"network": row.weights_sha256, "cell": row.cell_id, "flag": not row.not_monotone}
         for row in connection.execute(known)
-        if row.not_monotone != (Place(row.weights_sha256, row.cell_id) in flagged)
+        if row.not_monotone != (NetworkInCell(row.weights_sha256, row.cell_id) in flagged)
     ]
     if wrong:
         here = (results.c.weights_sha256 == bindparam("network")) & (results.c.cell_id == bindparam("cell"))
@@ -66,7 +66,7 @@ def _renew(connection: Connection, weights: Collection[str | None], cell_ids: Co
 
 def _found(
     connection: Connection, weights: Collection[str | None], cell_ids: Collection[int]
-) -> dict[Place, list[Flag]]:
+) -> dict[NetworkInCell, list[Flag]]:
     means = network_results.means(connection, weights, cell_ids)
     query = select(cells.c.id, cells.c.spec).where(cells.c.id.in_(numbered({mean.cell_id for mean in means})))
     specs = {cell_id: dict(flat(compared(spec))) for cell_id, spec in connection.execute(query)} if means else {}

@@ -127,7 +127,7 @@ def test_every_network_and_ball_is_listed_with_its_attacks(lab: Any, insights: I
 
 
 def test_too_many_worst_cases_are_refused(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worst_case, "MAX_PLACES", 1)
+    monkeypatch.setattr(worst_case, "MAX_SCOPES", 1)
     lab.submit(attack=BALL, samples=N)
     finish(lab, by_attack)
     assert len(worst_case.of_networks(lab.database, [])) == 1
