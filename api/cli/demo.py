@@ -1,4 +1,4 @@
-"""`uncanny demo`: from nothing to a robustness table, over HTTP, with a real Ray."""
+"""`uncanny demo`: starts the service, runs a sweep over HTTP on a real Ray, and prints a table of robustness."""
 
 import shlex
 import signal
@@ -77,16 +77,16 @@ def demo(
 
 @contextmanager
 def _service(settings: Settings, running: str | None) -> Iterator[str]:
-    """The service of this home: the one that runs, or one for as long as this takes."""
+    """The service of this home: the one that runs already, or one that runs for as long as the demo."""
     if running is not None:
         tell(f"Using the service that runs at {running}.")
         yield running
         return
-    listen(settings.host, settings.port).close()  # a port in use is said here, not in a log
+    listen(settings.host, settings.port).close()  # so that a port in use is an error here, and not in a log
     private.folder(private.folder(settings.home) / settings.logs.name)
     command = [sys.executable, "-m", "api.cli", "serve", "--home", str(settings.home), "--port", str(settings.port)]
     known = settings.database_url or (settings.home / "uncanny.db").exists()
-    command += ["--when-needed"] if known else []  # the numbers may be there already; else Ray starts at once
+    command += ["--when-needed"] if known else []  # with stored numbers Ray may not be needed
     with private.opened(settings.logs / "serve.log", "ab") as log:
         server = subprocess.Popen(
             command,
@@ -143,7 +143,7 @@ def _table(architecture: str, rows: list[Json]) -> Table:
                 *(row.get("verdict") or "–" for row in pair),
             ]
         )
-    # So narrow that 80 columns are enough.
+    # The headings are narrow enough for 80 columns.
     columns = ["scale", "clean\n%", "robust\nl2 %", "robust\nlinf %", "median\nlog\nsharpness", "zero\ngrad.\n%"]
     columns += ["masked\nl2 %", "masked\nlinf %", "verdict\nl2", "verdict\nlinf"]
     l2_eps, linf_eps = (number(attack["eps"]) for attack in ATTACKS)

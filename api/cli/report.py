@@ -1,6 +1,6 @@
-"""A report of results in Markdown: a table per attack, what the verdicts found, and what computed the numbers.
+"""A report of results in Markdown: a table per attack, the reasons of verdicts, and the versions that computed them.
 
-The statistics are the service's own, over trained networks, and refused where they would mix unequal protocols.
+The statistics are the service's own, over trained networks. It refuses to mix unequal protocols.
 """
 
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ METRICS = (
     "masked_fraction:mean",
     "log_relative_sharpness_median:mean",
 )
-UNGROUPED = "attack.source.recipe."  # no field to group by; the service refuses what then differs
+UNGROUPED = "attack.source.recipe."  # no fields to group by; if they differ, the service refuses
 MEANING = {
     "zero_gradient": "the attack's first gradient is exactly zero on correctly classified images: it is blind",
     "masked": "examples count as robust here that the same attack, or its margin twin, breaks at s = 1",
@@ -53,9 +53,9 @@ class NothingToReport(UncannyError):
 
 @dataclass(frozen=True)
 class Report:
-    """`groups` has the statistics, with the `verdicts` in each; the rest counts distinct computations.
+    """`groups` has the statistics, each with its `verdicts`. The other fields count distinct computations.
 
-    `most` has for each of the `reasons` that count images the largest share: `[images, of how many]`.
+    `most` has, for each of the `reasons` that count images, the largest fraction: `[images, of how many]`.
     """
 
     asked: Json
@@ -112,7 +112,7 @@ class Report:
 
 
 def report(client: Client, filter: str | None = None, **filters: Any) -> Report:  # Any: as `Client.results`
-    """Of every result that matches, without the retracted ones. Raises `NothingToReport`, `ApiError`."""
+    """The report of all results that match and are not retracted. Raises `NothingToReport`, `ApiError`."""
     fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", "verdict_counts", "flags"]
     fields += [f"provenance.{name}" for name in MADE_BY]
     found = client.results(filter, sort="created_at", fields=fields, limit=1000, **filters)
@@ -142,7 +142,7 @@ def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
 
 
 def meaning(reason: str) -> str:
-    """What a verdict's reason says, such as `masked` or `weaker_than:square`."""
+    """The meaning of a reason of a verdict, such as `masked` or `weaker_than:square`."""
     return MEANING[reason.partition(":")[0]]
 
 
@@ -156,17 +156,17 @@ def _most(rows: Sequence[Json]) -> dict[str, list[int]]:
     for row in rows:
         for reason in row["verdict_reasons"] or []:
             counts = (row["verdict_counts"] or {}).get(reason)
-            if counts and counts[1] and counts[0] / counts[1] > _share(most.get(reason)):
+            if counts and counts[1] and counts[0] / counts[1] > _fraction(most.get(reason)):
                 most[reason] = counts
     return most
 
 
-def _share(counts: Sequence[int] | None) -> float:
+def _fraction(counts: Sequence[int] | None) -> float:
     return counts[0] / counts[1] if counts else -1.0
 
 
 def _varying(specs: Sequence[Json]) -> list[str]:
-    """The fields of the specs, other than those of `GROUP`, in which these differ."""
+    """The fields, other than those of `GROUP`, in which these specs differ."""
     names = dict.fromkeys(name for spec in specs for name in spec if not name.startswith(UNGROUPED))
     return [name for name in names if name not in GROUP and len({spec.get(name) for spec in specs}) > 1]
 
@@ -176,7 +176,7 @@ def _key(spec: Json, by: Sequence[str]) -> Key:
 
 
 def _title(group: Json) -> str:
-    """All that a group's rows have in common and other tables have not."""
+    """The title of a group's table: data set, attack, samples, and options of the attack."""
     attack = [str(group["attack.type"]), group["attack.norm"], group["attack.eps"]]
     rest = {
         name: value

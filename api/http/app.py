@@ -20,22 +20,22 @@ from api.http import (
     ids,
     jobs,
     networks,
-    queueing,
+    queue,
     results,
     routing,
     statistics,
     sweeps,
     tasks,
 )
-from api.http.accepting import acceptable
-from api.http.auth import ASKING, Limiter
+from api.http.auth import ADMISSION_THREADS, Limiter
 from api.http.conditional import Conditional
 from api.http.deps import only_documented_parameters
 from api.http.feed import Feed
 from api.http.limits import BodyLimit
+from api.http.media_types import acceptable
+from api.http.open_requests import OpenRequests
 from api.http.prefix import Prefix
 from api.http.security import SecurityHeaders
-from api.http.shares import Shares
 from service.lab.access import Access
 from service.lab.artifact_root import of_database
 from service.queue.submission import Service
@@ -44,7 +44,7 @@ from service.settings import Settings
 from service.store import Database
 
 ROUTERS = [
-    *(jobs, sweeps, ids, queueing),
+    *(jobs, sweeps, ids, queue),
     *(results, statistics, tasks, events),
     *(catalog, datasets, checkpoints, networks, artifacts),
     *(access, health),
@@ -72,7 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.access = Access(database)
     app.state.limiter = Limiter()
-    app.state.asking = CapacityLimiter(ASKING)
+    app.state.admission_threads = CapacityLimiter(ADMISSION_THREADS)
     app.state.turns = routing.new_turns()
     app.state.open_by, app.state.held_by = Counter[str](), Counter[str]()
     app.state.insights = Insights(database)
@@ -87,7 +87,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         max_upload_bytes=settings.max_upload_bytes,
         held_by=app.state.held_by,
     )
-    app.add_middleware(Shares, open_by=app.state.open_by)
+    app.add_middleware(OpenRequests, open_by=app.state.open_by)
     app.add_middleware(SecurityHeaders)
     if settings.root_path:
         app.add_middleware(Prefix, root_path=settings.root_path, missing=SecurityHeaders(errors.missing))

@@ -1,4 +1,4 @@
-"""`user` and `token`: who may use the service."""
+"""`user` and `token`: the users of the service and their tokens."""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,6 +1,6 @@
-"""Changing what was submitted: `cancel`, `retry`, `pause`, `resume`, `extend`, `priority`, `boost`, `explain`.
+"""Change submitted jobs and sweeps: `cancel`, `retry`, `pause`, `resume`, `extend`, `priority`, `boost`.
 
-`queue` shows all of it.
+`explain` and `queue` say what waits, and why.
 """
 
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`report`, `export` and `verify`: results as a text, as files, and frozen to be checked without the service."""
+"""`report`, `export` and `verify`: results as Markdown, as files, and as snapshots that need no service."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`doctor` and `gc`: is everything as it has to be, and what can go."""
+"""`doctor` and `gc`: check the installation, and delete what is not needed."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""`data` and `db`: the lab's own data sets; the database's schema, its backup and its restoration."""
+"""`data`, `artifacts` and `db`: the lab's own data sets, the artifact root, schema and backup of the database."""
 
 from contextlib import closing
 from dataclasses import asdict
@@ -161,6 +161,6 @@ def _database(home: Path | None) -> "Database":
 
 
 def _exists(database: "Database") -> bool:
-    """Looking at an SQLite file that is not there would make it."""
+    """Whether there is a database. Opening a missing SQLite file would make one."""
     path = database.engine.url.database
     return not database.is_sqlite or (path is not None and Path(path).exists())
