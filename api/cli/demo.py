@@ -129,16 +129,16 @@ def _table(architecture: str, rows: list[Json]) -> Table:
     lines = []
     for scale in SCALES:
         pair = [cells.get((scale, norm), {}) for norm in ("l2", "linf")]
-        one = pair[0] or pair[1]
-        if not one:
+        either = pair[0] or pair[1]
+        if not either:
             continue
         lines.append(
             [
                 number(float(scale)),
-                _in_percent(one["clean_accuracy"]),
+                _in_percent(either["clean_accuracy"]),
                 *(_in_percent(row.get("robust_accuracy")) for row in pair),
-                number(one.get("log_relative_sharpness_median")),
-                _in_percent(one["zero_gradient_fraction"]),
+                number(either.get("log_relative_sharpness_median")),
+                _in_percent(either["zero_gradient_fraction"]),
                 *(_in_percent(row.get("masked_fraction")) for row in pair),
                 *(row.get("verdict") or "–" for row in pair),
             ]
@@ -160,13 +160,13 @@ def _say_what_was_computed(accepted: Json, seconds: float, own_service: bool) ->
     trainings, others = new.pop("train", 0), sum(new.values())
     took = f"{accepted['jobs']} jobs in {seconds:.1f} s{', the start of the service included' if own_service else ''}"
     if trainings or others or accepted["under_way"]:
-        said = f"{took}: {trainings} trainings and {others} other tasks computed, {known} known before."
+        sentence = f"{took}: {trainings} trainings and {others} other tasks computed, {known} known before."
     else:
         trainings = accepted["known"]["train"]
         without = " without starting Ray" if own_service else ""
         others = known - trainings
-        said = f"{took}, from the store{without}: all {trainings} trainings and {others} other tasks were known."
-    say(said)
+        sentence = f"{took}, from the store{without}: all {trainings} trainings and {others} other tasks were known."
+    say(sentence)
     say("Scaling changes no prediction, so the true robust accuracy is the same at every scale:")
     say("where it seems to rise, the attack has grown weak or gone blind, and where that is much, the verdict says so.")
 

@@ -90,21 +90,21 @@ class Report:
         ]
         lines += ["where robust accuracy rises with the scale, the attack has gone blind, and the verdict says so."]
         if self.reasons:
-            found = [
+            reasons = [
                 [f"`{reason}`", str(n), images(self.most.get(reason)) or "–", meaning(reason)]
                 for reason, n in self.reasons.items()
             ]
             columns = ("reason", "computations", "at most", "meaning")
-            lines += ["", "## What the verdicts found", "", *_table(columns, found)]
+            lines += ["", "## What the verdicts found", "", *_table(columns, reasons)]
         if self.flags:
-            found = [[f"`{flag}`", str(n), FLAGS[flag]] for flag, n in self.flags.items()]
+            flags = [[f"`{flag}`", str(n), FLAGS[flag]] for flag, n in self.flags.items()]
             lines += [
                 "",
                 "## What other results say against it",
                 "",
-                *_table(("flag", "computations", "meaning"), found),
+                *_table(("flag", "computations", "meaning"), flags),
             ]
-        made_by = [[*(str(one[name]) for name in MADE_BY), str(one["computations"])] for one in self.made_by]
+        made_by = [[str(version[name]) for name in (*MADE_BY, "computations")] for version in self.made_by]
         if self.retracted:
             lines += ["", f"{self.retracted} retracted results are left out."]
         lines += ["", "## What computed it", "", *_table((*MADE_BY, "computations"), made_by)]
@@ -115,8 +115,8 @@ def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
     """The report of all results that match and are not retracted. Raises `NothingToReport`, `ApiError`."""
     fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", "verdict_counts", "flags"]
     fields += [f"provenance.{name}" for name in MADE_BY]
-    found = client.results(filter, sort="created_at", fields=fields, limit=1000, **filters)
-    rows = list({row["spec_digest"]: row for row in found}.values())
+    results = client.results(filter, sort="created_at", fields=fields, limit=1000, **filters)
+    rows = list({row["spec_digest"]: row for row in results}.values())
     if not rows:
         raise NothingToReport("no result matches: there is nothing to report")
     specs = [dict(flat({name: row[name] for name in SPEC})) for row in rows]

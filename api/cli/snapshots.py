@@ -55,14 +55,14 @@ def freeze(
     partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     try:
         partial.mkdir()
-        asked = {"filter": filter, "include_retracted": include_retracted, **filters}
-        client.export(partial / "results.parquet", fields="*", sort="created_at", **asked)
+        query = {"filter": filter, "include_retracted": include_retracted, **filters}
+        client.export(partial / "results.parquet", fields="*", sort="created_at", **query)
         ids = _job_ids(partial / "results.parquet")
         if not ids:
             raise NoSnapshot("no result matches: there is nothing to freeze")
         with (partial / "specs.ndjson").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(spec) + "\n" for spec in _specs(client, ids))
-        _describe(partial, asked, len(ids))
+        _describe(partial, query, len(ids))
         sha256 = _write_sums(partial)
         partial.rename(folder)
     except OSError as error:
@@ -112,7 +112,7 @@ def _specs(client: Client, job_ids: Sequence[str]) -> Iterator[Json]:
             yield {"job_id": job_id, "spec_digest": job["spec_digest"], "spec": job["spec"]}
 
 
-def _describe(folder: Path, asked: Json, results: int) -> None:
+def _describe(folder: Path, query: Json, results: int) -> None:
     now = datetime.now(UTC)
     data = _sha256(folder / "results.parquet")
     citation = {
@@ -127,7 +127,7 @@ def _describe(folder: Path, asked: Json, results: int) -> None:
     (folder / "CITATION.cff").write_text(
         json.dumps(citation, indent=2) + "\n", encoding="utf-8"
     )  # CFF is YAML, and so is JSON
-    chosen = {name: value for name, value in asked.items() if value}
+    chosen = {name: value for name, value in query.items() if value}
     (folder / "README.md").write_text(
         f"# {TITLE}\n\n"
         f"{results} results, frozen at {now.isoformat(timespec='seconds')}.\n\n"

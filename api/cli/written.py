@@ -36,10 +36,10 @@ class _Json(SafeConstructor):
     def decimal(self, node: ScalarNode) -> float | str:
         if "_" in node.value:
             return str(node.value)
-        found = float(self.construct_yaml_float(node))
-        if found == 0 and underflows(node.value):
+        value = float(self.construct_yaml_float(node))
+        if value == 0 and underflows(node.value):
             raise ConstructorError(None, None, f"{shorten(node.value)} {TOO_SMALL}", node.start_mark)
-        return found
+        return value
 
 
 class _Yaml(YAML):

@@ -76,10 +76,10 @@ def show(made: Table, *narrower: Callable[[], Table]) -> None:
         needs = _width(made)
         return (out if needs <= out.width else Console(**PLAIN, width=needs)).print(made)
     tables = [made]
-    for one in narrower:
+    for make in narrower:
         if _width(tables[-1]) <= out.width:
             break
-        tables.append(one())
+        tables.append(make())
     fits = _width(tables[-1]) <= out.width
     return out.print(tables[-1] if fits else _upright(tables[min(1, len(tables) - 1)]))
 

@@ -213,9 +213,9 @@ class Patience:
         Where the answer has a `Retry-After`, wait as long as it says, but not beyond the end of the patience.
         """
         seconds = self._pause_seconds * random.uniform(0.5, 1.0)
-        asked = _retry_after(response.headers.get("Retry-After", "")) if response is not None else None
-        if asked is not None:
-            seconds = min(asked, max(0.0, self._deadline - time.monotonic())) + seconds / 10
+        retry_after = _retry_after(response.headers.get("Retry-After", "")) if response is not None else None
+        if retry_after is not None:
+            seconds = min(retry_after, max(0.0, self._deadline - time.monotonic())) + seconds / 10
         self._pause_seconds = min(2 * self._pause_seconds, 2.0)
         time.sleep(seconds)
 
@@ -238,8 +238,8 @@ def answer_of(response: httpx.Response) -> Json:
         answer = None
     if not isinstance(answer, dict):
         kind = response.headers.get("Content-Type", "nothing")
-        said = f"{response.url} answers with {kind} and not with JSON: is it the address of an Uncanny service?"
-        raise ApiError(response.status_code, {"detail": said})
+        detail = f"{response.url} answers with {kind} and not with JSON: is it the address of an Uncanny service?"
+        raise ApiError(response.status_code, {"detail": detail})
     return answer
 
 
@@ -258,6 +258,8 @@ def check(response: httpx.Response, more: str = "") -> None:
         phrase = HTTPStatus(status).phrase
         problem["detail"] = f"something between here and the service answers {status} {phrase}: is the service up?"
     if more and status != HTTPStatus.UNPROCESSABLE_ENTITY:
-        said = problem.get("detail") or f"the service answered with status {status}"
-        problem["detail"] = f"{said}; {more}" if status in LOST else f"{said} (an earlier try got no answer: {more})"
+        detail = problem.get("detail") or f"the service answered with status {status}"
+        problem["detail"] = (
+            f"{detail}; {more}" if status in LOST else f"{detail} (an earlier try got no answer: {more})"
+        )
     raise ApiError(status, problem)

@@ -130,9 +130,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport, self._request_more)
-        transport.set_write_buffer_limits(
-            high=0
-        )  # else what the socket does not take is buffered, and nobody is told to pause
+        transport.set_write_buffer_limits(high=0)  # else bytes pile up here before the application is told to pause
         self._update_head_timer()
         if len(self.connections) > self.crowd.most:
             log.warning("more than %d connections: the one that was idle for longest is dropped", self.crowd.most)

@@ -176,8 +176,8 @@ def get_correlations(
     What is too much to resample is refused: n networks of a group make n² pairs, and count as 10,000 where
     they are fewer; 10,000,000 are allowed in all groups together. Groups below ten networks are not resampled."""
     nodes = nodes_of(filter, filters_of(request, RESULTS))
-    found = correlating.correlations(insights.database, nodes, measure, target=target, by=names_of(by), trusted=trusted)
-    return {"measure": measure, "target": target, "items": found, "retracted": insights.hidden(nodes)}
+    items = correlating.correlations(insights.database, nodes, measure, target=target, by=names_of(by), trusted=trusted)
+    return {"measure": measure, "target": target, "items": items, "retracted": insights.hidden(nodes)}
 
 
 def _whole(insights: Insights, ids: str) -> list[str]:

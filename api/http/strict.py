@@ -129,7 +129,7 @@ def _pointer(value: object, wanted: _Constant | _TooSmall) -> str | None:
         return ""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in items:
-        found = _pointer(inner, wanted)
-        if found is not None:
-            return pointer_to(name) + found
+        inner_pointer = _pointer(inner, wanted)
+        if inner_pointer is not None:
+            return pointer_to(name) + inner_pointer
     return None

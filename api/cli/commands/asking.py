@@ -57,7 +57,7 @@ def aggregate(
 ) -> None:
     """Statistics over groups of results, as `uncanny aggregate dataset=digits --by architecture,scale,attack`."""
     with client_of(home, url) as client:
-        found = client.aggregate(
+        statistics = client.aggregate(
             by,
             metrics,
             filter,
@@ -67,13 +67,13 @@ def aggregate(
             **filters_of(filters),
         )
     if as_json:
-        return print_json(found.items)
-    if found.retracted:
-        tell(f"{found.retracted:,} retracted results are not counted (--include-retracted counts them).")
-    if not found.items:
+        return print_json(statistics.items)
+    if statistics.retracted:
+        tell(f"{statistics.retracted:,} retracted results are not counted (--include-retracted counts them).")
+    if not statistics.items:
         return tell("No results match.")
-    show(fields_table(found.flat()))
-    return say(f"\n{COUNTED[found.spread_of]}")
+    show(fields_table(statistics.flat()))
+    return say(f"\n{COUNTED[statistics.spread_of]}")
 
 
 def leaderboard(
@@ -128,26 +128,26 @@ def compare(
 ) -> None:
     """Results side by side: what differs, whether they break the same examples, and the worst case over all."""
     with client_of(home, url) as client:
-        found = client.compare(*jobs)
-        short = client.short_ids(row["job_id"] for row in found["results"]) if not as_json else {}
+        comparison = client.compare(*jobs)
+        short = client.short_ids(row["job_id"] for row in comparison["results"]) if not as_json else {}
     if as_json:
-        return print_json(found)
-    differing = [[name, *map(number, values)] for name, values in found["differing"].items()]
-    ids = [row["job_id"] for row in found["results"]]
+        return print_json(comparison)
+    differing = [[name, *map(number, values)] for name, values in comparison["differing"].items()]
+    ids = [row["job_id"] for row in comparison["results"]]
     show(
         table(["differs", *ids], differing),
         lambda: table(["differs", *(short.get(ident, ident) for ident in ids)], differing),
     )
     say("")
     columns = ["a", "b", "only_a", "only_b", "difference", "difference_low", "difference_high", "p_value"]
-    pairs = [{name: pair[name] for name in columns} for pair in found["pairs"]]
+    pairs = [{name: pair[name] for name in columns} for pair in comparison["pairs"]]
     show(fields_table(pairs), lambda: fields_table(pairs, short))
     say("")
-    if found["union"] is None:
-        say(f"No worst case over all of them: {found['union_refused']}.")
+    if comparison["union"] is None:
+        say(f"No worst case over all of them: {comparison['union_refused']}.")
     else:
-        say(f"Robust against all of them: {percent(found['union']['robust_accuracy'])}.")
-        for job_id, reason in found["union"]["left_out"].items():
+        say(f"Robust against all of them: {percent(comparison['union']['robust_accuracy'])}.")
+        for job_id, reason in comparison["union"]["left_out"].items():
             say(f"Left out, because it proves nothing: {job_id} ({reason}).")
     return None
 
@@ -164,17 +164,17 @@ def correlations(
     """Does a measure rank networks as their robust accuracy does? Kendall's tau, one point per network at s = 1."""
     conditions = _conditions(filters, filter)
     with client_of(home, url) as client:
-        found = client.correlations(measure, trusted=trusted, **conditions)
+        items = client.correlations(measure, trusted=trusted, **conditions)
     if as_json:
-        return print_json(found)
+        return print_json(items)
     rows = [
         {"dataset": row["dataset"], "attack": attack_name(row["attack"]), "samples": row["samples"], **_tau(row)}
-        for row in found
+        for row in items
     ]
     if not rows:
         return _tell_nothing(trusted)
     show(fields_table(rows))
-    say("\nFewer than ten networks give no tau; over_scales is " + found[0]["over_scales"]["note"] + ".")
+    say("\nFewer than ten networks give no tau; over_scales is " + items[0]["over_scales"]["note"] + ".")
     return None
 
 

@@ -57,8 +57,8 @@ def jobs(
     with client_of(home, url) as client:
         if one := _ident(filters):
             return _show_job(client, client.job(one), as_json)
-        found = client.jobs(filter, sort=sort, limit=_page(limit), **filters_of(filters))
-        rows = _first(found, limit, "--limit shows more")
+        matching = client.jobs(filter, sort=sort, limit=_page(limit), **filters_of(filters))
+        rows = _first(matching, limit, "--limit shows more")
         return print_json(rows) if as_json else _show(jobs_table, client, rows, "jobs")
 
 
@@ -86,7 +86,7 @@ def results(
         if one := _ident(filters):
             result = client.result(one)
             return print_json(result) if as_json else _show_result(client, result)
-        found = client.results(
+        matching = client.results(
             filter,
             sort=sort,
             fields=fields,
@@ -94,9 +94,9 @@ def results(
             include_retracted=include_retracted,
             **filters_of(filters),
         )
-        rows = _first(found, limit, "--limit shows more, `uncanny export FILE` writes all of them")
+        rows = _first(matching, limit, "--limit shows more, `uncanny export FILE` writes all of them")
         short = _short(client, rows) if fields and not (as_json or as_csv) else {}
-        if not as_json and (hidden := found.retracted):
+        if not as_json and (hidden := matching.retracted):
             tell(f"{hidden:,} retracted results are hidden (--include-retracted shows them).")
         if not (as_json or as_csv or fields):
             return _show(results_table, client, rows, "results")
@@ -136,9 +136,9 @@ def _page(limit: int) -> int:
     return min(limit + 1, MAX_PAGE)
 
 
-def _first(found: Iterable[Json], limit: int, advice: str) -> list[Json]:
+def _first(matching: Iterable[Json], limit: int, advice: str) -> list[Json]:
     """The rows to show. If there are more, a sentence on stderr says so."""
-    rows = list(itertools.islice(found, limit + 1))
+    rows = list(itertools.islice(matching, limit + 1))
     if len(rows) > limit:
         tell(f"There are more than {'this one' if limit == 1 else f'these {limit}'}: {advice}.")
     return rows[:limit]
