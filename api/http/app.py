@@ -54,7 +54,6 @@ ROUTERS = [
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application on the store and the artifact root of these settings. Making it touches neither."""
     settings = settings or Settings()
-    database = Database(settings.database, statement_seconds=settings.statement_seconds)
     app = FastAPI(
         title="Uncanny",
         version=metadata.version("uncanny-bench"),
@@ -66,6 +65,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # such a redirect names the host, and `http` where a proxy speaks TLS
         dependencies=[Depends(only_documented_parameters), Depends(acceptable)],
     )
+    _set_state(app, settings)
+    routing.install(app, [module.router for module in ROUTERS])
+    docs.install(app)
+    errors.install(app)
+    _add_middleware(app, settings)
+    document.install(app)
+    return app
+
+
+def _set_state(app: FastAPI, settings: Settings) -> None:
+    """What all requests share: the verbs, the questions, the access of users, and counts of what is open."""
+    database = Database(settings.database, statement_seconds=settings.statement_seconds)
     app.state.settings = settings
     app.state.service = Service(
         database, of_database(database, settings.artifacts), settings.limits, max_sweep_jobs=settings.max_sweep_jobs
@@ -77,9 +88,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.open_by, app.state.held_by = Counter[str](), Counter[str]()
     app.state.insights = Insights(database)
     app.state.feed = Feed(app.state.insights, app.state.access, lambda: getattr(app.state, "stopping", False))
-    routing.install(app, [module.router for module in ROUTERS])
-    docs.install(app)
-    errors.install(app)
+
+
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """The layers around the routes; the last one is the outermost."""
     app.add_middleware(Conditional)
     app.add_middleware(
         BodyLimit,
@@ -91,5 +103,3 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(SecurityHeaders)
     if settings.root_path:
         app.add_middleware(Prefix, root_path=settings.root_path, missing=SecurityHeaders(errors.missing))
-    document.install(app)
-    return app
