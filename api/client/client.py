@@ -11,8 +11,8 @@ from urllib.parse import urlencode
 import httpx
 from httpx_sse import SSEError, connect_sse
 
-from api.client.asking import Asking
 from api.client.handles import Job, Sweep
+from api.client.questions import Questions
 from api.client.transport import (
     PASSING,
     ApiError,
@@ -43,7 +43,7 @@ class Event:
     data: Json
 
 
-class Client(Asking):
+class Client(Questions):
     """Everything that a service does, as methods. `Client()` uses the service of this home (see `Transport`)."""
 
     def submit(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> Job:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from api.client.asking import Rows
+from api.client.questions import Rows
 from api.client.transport import Json, OnProgress
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from api.cli.commands.options import (
     print_json,
 )
 from api.cli.report import report as report_of
-from api.client.asking import ENDINGS, whole
+from api.client.questions import ENDINGS, whole
 from api.client.render import say, tell
 
 FAILED = 1

@@ -31,7 +31,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-class Asking(Transport):
+class Questions(Transport):
     """Questions about results. A `filter` is in the grammar of the service.
 
     Simple filters are keywords, as in `scale=5`, or `scale=[5, 10]` for either; dotted fields as in
@@ -198,7 +198,7 @@ class Asking(Transport):
 class Rows:
     """Results that match a question: iterated page by page, or all at once as a frame."""
 
-    client: Asking
+    client: Questions
     params: Mapping[str, Parameter]
 
     def __iter__(self) -> Iterator[Json]:
