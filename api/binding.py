@@ -6,7 +6,7 @@ import socket
 from service.errors import UncannyError
 from service.settings import Settings
 
-UNSENT_BYTES = 128 << 10  # that the kernel keeps for a reader who does not read
+UNSENT_BYTES = 128 << 10  # the most that the kernel holds for a client that does not read
 
 
 class PortTaken(UncannyError):
@@ -14,11 +14,11 @@ class PortTaken(UncannyError):
 
 
 class NotLoopback(UncannyError):
-    """The server would be reachable from elsewhere, and nothing would ask who is there."""
+    """Other machines could reach the server, and it would require no token."""
 
 
 def check_bind(settings: Settings) -> None:
-    """Raises `NotLoopback` for an address that others can reach, unless tokens are asked for or that was wanted."""
+    """Raises `NotLoopback` for an address that others can reach, unless tokens are required or `insecure` is set."""
     if not (settings.auth or settings.insecure or is_loopback(settings.host)):
         raise NotLoopback(
             f"refusing to listen on {settings.host}: anyone who reaches it could submit jobs as anyone. "
@@ -41,8 +41,8 @@ def is_loopback(host: str) -> bool:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises `PortTaken` with a sentence that says what to do.
 
-    It names its protocol, because asyncio sets TCP_NODELAY for those that do: without it each answer of two writes
-    (head and body) waits 40 ms for the client's delayed acknowledgement.
+    The socket names its protocol, because asyncio sets TCP_NODELAY only on sockets that do. Without TCP_NODELAY, an
+    answer of two writes (head and body) waits 40 ms for the client's delayed acknowledgement.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -51,7 +51,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise _taken(host, port, error) from None
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # its connections inherit that
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # the accepted connections inherit it
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         listening.bind(address)
         listening.listen(2048)
@@ -62,5 +62,5 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _taken(host: str, port: int, error: OSError) -> PortTaken:
-    said = error.strerror or error
-    return PortTaken(f"cannot listen on {host}:{port} ({said}): stop what uses it, or take another --port")
+    reason = error.strerror or error
+    return PortTaken(f"cannot listen on {host}:{port} ({reason}): stop what uses it, or take another --port")

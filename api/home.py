@@ -1,4 +1,4 @@
-"""The home folder as processes share it: one service at a time, and a note of where it answers."""
+"""The home folder as processes share it: a lock for one service at a time, and a note of its address."""
 
 import fcntl
 import json
@@ -13,8 +13,8 @@ from service import private
 from service.errors import UncannyError
 from service.settings import Settings
 
-LAST_BREATH_SECONDS = 40.0  # what children of a killed supervisor get to stop
-CLOCK_SECONDS = 5.0  # by which a clock that is set may move the time at which a process began
+CHILDREN_STOP_SECONDS = 40.0  # the children of a killed supervisor get so long to stop
+CLOCK_TOLERANCE_SECONDS = 5.0  # setting the clock moves the time at which a process began
 
 
 class Note(TypedDict):
@@ -30,12 +30,12 @@ class AlreadyServing(UncannyError):
 
 
 def lock(settings: Settings) -> IO[str]:
-    """The home's lock, for as long as the file is open here or in a child that inherited it.
+    """The home's lock: it is held while the file is open here, or in a child process that inherited it.
 
-    Raises `AlreadyServing`. Children of a supervisor that was killed are given time to stop.
+    Waits for the children of a supervisor that was killed. Raises `AlreadyServing`.
     """
     file = private.opened(private.folder(settings.home) / "serve.lock", "a+")
-    deadline = time.monotonic() + LAST_BREATH_SECONDS
+    deadline = time.monotonic() + CHILDREN_STOP_SECONDS
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,7 +51,7 @@ def lock(settings: Settings) -> IO[str]:
 
 
 def announce(settings: Settings, url: str) -> None:
-    """Note where this home's service answers."""
+    """Write the note: where this home's service answers."""
     path = _path(settings)
     me = psutil.Process()
     note: Note = {"url": url, "pid": me.pid, "process_began_at": me.create_time()}
@@ -65,13 +65,13 @@ def forget(settings: Settings) -> None:
 
 
 def running_url(settings: Settings) -> str | None:
-    """Where this home's service answers, if one runs."""
+    """The address of this home's service; None if none runs."""
     note = _note(settings)
     return note["url"] if note is not None and _serves(note) else None
 
 
 def service_url(settings: Settings) -> str:
-    """Where a client looks: as it was told, else where the home's service answers, else the usual port."""
+    """The address that a client uses: the setting `url`, else that of the home's service, else the usual port."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return (settings.url or running_url(settings) or f"http://{host}:{settings.port}").rstrip("/")
 
@@ -91,7 +91,7 @@ def _note(settings: Settings) -> Note | None:
 
 
 def _serves(note: Note) -> bool:
-    """Whether the process that wrote the note still runs, and not another that got its number."""
+    """Whether the process that wrote the note still runs. Another process may have its number by now."""
     try:
         process = psutil.Process(int(note["pid"]))
         began_at = process.create_time()
@@ -99,4 +99,4 @@ def _serves(note: Note) -> bool:
             return False
     except psutil.Error:
         return False
-    return abs(began_at - float(note["process_began_at"])) < CLOCK_SECONDS
+    return abs(began_at - float(note["process_began_at"])) < CLOCK_TOLERANCE_SECONDS

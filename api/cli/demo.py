@@ -1,4 +1,4 @@
-"""`uncanny demo`: from nothing to a robustness table, over HTTP, with a real Ray."""
+"""`uncanny demo`: starts the service, runs a sweep over HTTP on a real Ray, and prints a table of robustness."""
 
 import shlex
 import signal
@@ -77,16 +77,16 @@ def demo(
 
 @contextmanager
 def _service(settings: Settings, running: str | None) -> Iterator[str]:
-    """The service of this home: the one that runs, or one for as long as this takes."""
+    """The service of this home: the one that runs already, or one that runs for as long as the demo."""
     if running is not None:
         tell(f"Using the service that runs at {running}.")
         yield running
         return
-    listen(settings.host, settings.port).close()  # a port in use is said here, not in a log
+    listen(settings.host, settings.port).close()  # so that a port in use is an error here, and not in a log
     private.folder(private.folder(settings.home) / settings.logs.name)
     command = [sys.executable, "-m", "api.cli", "serve", "--home", str(settings.home), "--port", str(settings.port)]
     known = settings.database_url or (settings.home / "uncanny.db").exists()
-    command += ["--when-needed"] if known else []  # the numbers may be there already; else Ray starts at once
+    command += ["--when-needed"] if known else []  # with stored numbers Ray may not be needed
     with private.opened(settings.logs / "serve.log", "ab") as log:
         server = subprocess.Popen(
             command,
@@ -129,21 +129,21 @@ def _table(architecture: str, rows: list[Json]) -> Table:
     lines = []
     for scale in SCALES:
         pair = [cells.get((scale, norm), {}) for norm in ("l2", "linf")]
-        one = pair[0] or pair[1]
-        if not one:
+        either = pair[0] or pair[1]
+        if not either:
             continue
         lines.append(
             [
                 number(float(scale)),
-                _in_percent(one["clean_accuracy"]),
+                _in_percent(either["clean_accuracy"]),
                 *(_in_percent(row.get("robust_accuracy")) for row in pair),
-                number(one.get("log_relative_sharpness_median")),
-                _in_percent(one["zero_gradient_fraction"]),
+                number(either.get("log_relative_sharpness_median")),
+                _in_percent(either["zero_gradient_fraction"]),
                 *(_in_percent(row.get("masked_fraction")) for row in pair),
                 *(row.get("verdict") or "–" for row in pair),
             ]
         )
-    # So narrow that 80 columns are enough.
+    # The headings are narrow enough for 80 columns.
     columns = ["scale", "clean\n%", "robust\nl2 %", "robust\nlinf %", "median\nlog\nsharpness", "zero\ngrad.\n%"]
     columns += ["masked\nl2 %", "masked\nlinf %", "verdict\nl2", "verdict\nlinf"]
     l2_eps, linf_eps = (number(attack["eps"]) for attack in ATTACKS)
@@ -160,13 +160,13 @@ def _say_what_was_computed(accepted: Json, seconds: float, own_service: bool) ->
     trainings, others = new.pop("train", 0), sum(new.values())
     took = f"{accepted['jobs']} jobs in {seconds:.1f} s{', the start of the service included' if own_service else ''}"
     if trainings or others or accepted["under_way"]:
-        said = f"{took}: {trainings} trainings and {others} other tasks computed, {known} known before."
+        sentence = f"{took}: {trainings} trainings and {others} other tasks computed, {known} known before."
     else:
         trainings = accepted["known"]["train"]
         without = " without starting Ray" if own_service else ""
         others = known - trainings
-        said = f"{took}, from the store{without}: all {trainings} trainings and {others} other tasks were known."
-    say(said)
+        sentence = f"{took}, from the store{without}: all {trainings} trainings and {others} other tasks were known."
+    say(sentence)
     say("Scaling changes no prediction, so the true robust accuracy is the same at every scale:")
     say("where it seems to rise, the attack has grown weak or gone blind, and where that is much, the verdict says so.")
 

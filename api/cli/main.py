@@ -1,6 +1,6 @@
-"""`uncanny`: the commands. Exit codes: 0 done, 1 failed, 2 bad usage, 3 nobody answers, 4 refused.
+"""`uncanny`: the commands. Exit codes: 0 done, 1 failed, 2 bad usage, 3 no service answers, 4 refused.
 
-A reader that closes the pipe early has seen enough: 0.
+If the reader of a pipe closes it early, the exit code is 0.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""A report of results in Markdown: a table per attack, what the verdicts found, and what computed the numbers.
+"""A report of results in Markdown: a table per attack, the reasons of verdicts, and the versions that computed them.
 
-The statistics are the service's own, over trained networks, and refused where they would mix unequal protocols.
+The statistics are the service's own, over trained networks. It refuses to mix unequal protocols.
 """
 
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ METRICS = (
     "masked_fraction:mean",
     "log_relative_sharpness_median:mean",
 )
-UNGROUPED = "attack.source.recipe."  # no field to group by; the service refuses what then differs
+UNGROUPED = "attack.source.recipe."  # no fields to group by; if they differ, the service refuses
 MEANING = {
     "zero_gradient": "the attack's first gradient is exactly zero on correctly classified images: it is blind",
     "masked": "examples count as robust here that the same attack, or its margin twin, breaks at s = 1",
@@ -53,9 +53,9 @@ class NothingToReport(UncannyError):
 
 @dataclass(frozen=True)
 class Report:
-    """`groups` has the statistics, with the `verdicts` in each; the rest counts distinct computations.
+    """`groups` has the statistics, each with its `verdicts`. The other fields count distinct computations.
 
-    `most` has for each of the `reasons` that count images the largest share: `[images, of how many]`.
+    `most` has, for each of the `reasons` that count images, the largest fraction: `[images, of how many]`.
     """
 
     asked: Json
@@ -90,21 +90,21 @@ class Report:
         ]
         lines += ["where robust accuracy rises with the scale, the attack has gone blind, and the verdict says so."]
         if self.reasons:
-            found = [
+            reasons = [
                 [f"`{reason}`", str(n), images(self.most.get(reason)) or "–", meaning(reason)]
                 for reason, n in self.reasons.items()
             ]
             columns = ("reason", "computations", "at most", "meaning")
-            lines += ["", "## What the verdicts found", "", *_table(columns, found)]
+            lines += ["", "## What the verdicts found", "", *_table(columns, reasons)]
         if self.flags:
-            found = [[f"`{flag}`", str(n), FLAGS[flag]] for flag, n in self.flags.items()]
+            flags = [[f"`{flag}`", str(n), FLAGS[flag]] for flag, n in self.flags.items()]
             lines += [
                 "",
                 "## What other results say against it",
                 "",
-                *_table(("flag", "computations", "meaning"), found),
+                *_table(("flag", "computations", "meaning"), flags),
             ]
-        made_by = [[*(str(one[name]) for name in MADE_BY), str(one["computations"])] for one in self.made_by]
+        made_by = [[str(version[name]) for name in (*MADE_BY, "computations")] for version in self.made_by]
         if self.retracted:
             lines += ["", f"{self.retracted} retracted results are left out."]
         lines += ["", "## What computed it", "", *_table((*MADE_BY, "computations"), made_by)]
@@ -112,11 +112,11 @@ class Report:
 
 
 def report(client: Client, filter: str | None = None, **filters: Any) -> Report:  # Any: as `Client.results`
-    """Of every result that matches, without the retracted ones. Raises `NothingToReport`, `ApiError`."""
+    """The report of all results that match and are not retracted. Raises `NothingToReport`, `ApiError`."""
     fields = [*SPEC, "spec_digest", "verdict", "verdict_reasons", "verdict_counts", "flags"]
     fields += [f"provenance.{name}" for name in MADE_BY]
-    found = client.results(filter, sort="created_at", fields=fields, limit=1000, **filters)
-    rows = list({row["spec_digest"]: row for row in found}.values())
+    results = client.results(filter, sort="created_at", fields=fields, limit=1000, **filters)
+    rows = list({row["spec_digest"]: row for row in results}.values())
     if not rows:
         raise NothingToReport("no result matches: there is nothing to report")
     specs = [dict(flat({name: row[name] for name in SPEC})) for row in rows]
@@ -142,7 +142,7 @@ def report(client: Client, filter: str | None = None, **filters: Any) -> Report:
 
 
 def meaning(reason: str) -> str:
-    """What a verdict's reason says, such as `masked` or `weaker_than:square`."""
+    """The meaning of a reason of a verdict, such as `masked` or `weaker_than:square`."""
     return MEANING[reason.partition(":")[0]]
 
 
@@ -156,17 +156,17 @@ def _most(rows: Sequence[Json]) -> dict[str, list[int]]:
     for row in rows:
         for reason in row["verdict_reasons"] or []:
             counts = (row["verdict_counts"] or {}).get(reason)
-            if counts and counts[1] and counts[0] / counts[1] > _share(most.get(reason)):
+            if counts and counts[1] and counts[0] / counts[1] > _fraction(most.get(reason)):
                 most[reason] = counts
     return most
 
 
-def _share(counts: Sequence[int] | None) -> float:
+def _fraction(counts: Sequence[int] | None) -> float:
     return counts[0] / counts[1] if counts else -1.0
 
 
 def _varying(specs: Sequence[Json]) -> list[str]:
-    """The fields of the specs, other than those of `GROUP`, in which these differ."""
+    """The fields, other than those of `GROUP`, in which these specs differ."""
     names = dict.fromkeys(name for spec in specs for name in spec if not name.startswith(UNGROUPED))
     return [name for name in names if name not in GROUP and len({spec.get(name) for spec in specs}) > 1]
 
@@ -176,7 +176,7 @@ def _key(spec: Json, by: Sequence[str]) -> Key:
 
 
 def _title(group: Json) -> str:
-    """All that a group's rows have in common and other tables have not."""
+    """The title of a group's table: data set, attack, samples, and options of the attack."""
     attack = [str(group["attack.type"]), group["attack.norm"], group["attack.eps"]]
     rest = {
         name: value

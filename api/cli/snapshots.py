@@ -1,7 +1,7 @@
-"""A query frozen in a folder, to be published or cited: rows, specs and checksums, to be checked without a service.
+"""Snapshots: the results of a query frozen in a folder, to be published, cited, and checked without a service.
 
-`results.parquet` has every field of every row, `specs.ndjson` what each job asked for (`uncanny submit` takes one),
-`SHA256SUMS` a line per file, as `sha256sum --check` reads it; its own checksum stands for the whole snapshot.
+`results.parquet` has every field of every row. `specs.ndjson` has the spec of each job, which `uncanny submit` takes.
+`SHA256SUMS` has a line per file, as `sha256sum --check` reads it; its own checksum stands for the whole snapshot.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ TITLE = "Results of an Uncanny robustness benchmark"
 
 
 class NoSnapshot(UncannyError):
-    """The folder is none that a snapshot can be made in, or read from."""
+    """The folder cannot become a snapshot, or is none."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """`wrong` has a sentence for everything that is not as it was frozen."""
+    """`wrong` has a sentence for each difference from the frozen files."""
 
     wrong: list[str]
     files: int
@@ -45,23 +45,24 @@ def freeze(
     include_retracted: bool = False,
     **filters: Any,  # as `Client.export` takes them
 ) -> Json:
-    """Freeze what matches in a new folder, which is there whole or not at all; returns `results` and `sha256`.
+    """Freeze the results that match in a new folder, which is there whole or not at all.
 
-    Raises `NoSnapshot` where the folder exists or nothing matches, `ApiError`.
+    Returns `results`, their number, and `sha256`. Raises `NoSnapshot` if the folder exists or nothing matches, and
+    `ApiError`.
     """
     if folder.exists():
         raise NoSnapshot(f"{folder} is there already: a snapshot is made in a new folder")
     partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     try:
         partial.mkdir()
-        asked = {"filter": filter, "include_retracted": include_retracted, **filters}
-        client.export(partial / "results.parquet", fields="*", sort="created_at", **asked)
+        query = {"filter": filter, "include_retracted": include_retracted, **filters}
+        client.export(partial / "results.parquet", fields="*", sort="created_at", **query)
         ids = _job_ids(partial / "results.parquet")
         if not ids:
             raise NoSnapshot("no result matches: there is nothing to freeze")
         with (partial / "specs.ndjson").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(spec) + "\n" for spec in _specs(client, ids))
-        _describe(partial, asked, len(ids))
+        _describe(partial, query, len(ids))
         sha256 = _write_sums(partial)
         partial.rename(folder)
     except OSError as error:
@@ -72,7 +73,7 @@ def freeze(
 
 
 def verify(folder: Path) -> Verified:
-    """Compare a snapshot with its checksums. Raises `NoSnapshot` where there are none to be read."""
+    """Compare a snapshot with its checksums. Raises `NoSnapshot` if they cannot be read."""
     try:
         text = (folder / SUMS).read_bytes()
     except OSError as error:
@@ -89,29 +90,29 @@ def verify(folder: Path) -> Verified:
     for name in sorted(sums.keys() & there.keys()):
         if not there[name].is_file() or there[name].is_symlink():
             wrong.append(f"{name} is not a plain file")
-        elif (found := _sha256(there[name])) != sums[name]:
-            wrong.append(f"{name} is changed: its SHA-256 is {found}, not {sums[name]}")
+        elif (actual := _sha256(there[name])) != sums[name]:
+            wrong.append(f"{name} is changed: its SHA-256 is {actual}, not {sums[name]}")
     return Verified(wrong, len(sums), hashlib.sha256(text).hexdigest())
 
 
 def _job_ids(path: Path) -> list[str]:
-    import pyarrow.parquet as pq  # forty megabytes that other commands do not need
+    import pyarrow.parquet as pq  # takes 40 MB, which other commands do not need
 
     ids: list[str] = pq.read_table(path, columns=["job_id"])["job_id"].to_pylist()
     return ids
 
 
 def _specs(client: Client, job_ids: Sequence[str]) -> Iterator[Json]:
-    """In the order of the rows."""
+    """The specs of these jobs, in the same order."""
     for start in range(0, len(job_ids), JOBS_PER_REQUEST):
         some = job_ids[start : start + JOBS_PER_REQUEST]
-        found = {job["id"]: job for job in client.jobs(filter=f"id in ({', '.join(some)})", limit=JOBS_PER_REQUEST)}
+        jobs = {job["id"]: job for job in client.jobs(filter=f"id in ({', '.join(some)})", limit=JOBS_PER_REQUEST)}
         for job_id in some:
-            job = found[job_id]
+            job = jobs[job_id]
             yield {"job_id": job_id, "spec_digest": job["spec_digest"], "spec": job["spec"]}
 
 
-def _describe(folder: Path, asked: Json, results: int) -> None:
+def _describe(folder: Path, query: Json, results: int) -> None:
     now = datetime.now(UTC)
     data = _sha256(folder / "results.parquet")
     citation = {
@@ -123,8 +124,10 @@ def _describe(folder: Path, asked: Json, results: int) -> None:
         "date-released": now.date().isoformat(),
         "identifiers": [{"type": "other", "value": f"sha256:{data}", "description": "results.parquet"}],
     }
-    (folder / "CITATION.cff").write_text(json.dumps(citation, indent=2) + "\n", encoding="utf-8")  # which is YAML too
-    chosen = {name: value for name, value in asked.items() if value}
+    (folder / "CITATION.cff").write_text(
+        json.dumps(citation, indent=2) + "\n", encoding="utf-8"
+    )  # CFF is YAML, and so is JSON
+    chosen = {name: value for name, value in query.items() if value}
     (folder / "README.md").write_text(
         f"# {TITLE}\n\n"
         f"{results} results, frozen at {now.isoformat(timespec='seconds')}.\n\n"

@@ -1,4 +1,4 @@
-"""Files that people write: JSON or YAML 1.2, read as strictly as a request's body is."""
+"""Files that people write: JSON or YAML 1.2, read as strictly as the body of a request."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from ruamel.yaml.resolver import VersionedResolver
 
 from service.specs.base import TOO_SMALL, shorten, underflows
 
-MAX_UNFOLDED = 100_000  # values that aliases stand for, together
+MAX_UNFOLDED = 100_000  # values that all aliases of a document stand for
 
 
 class _Json(SafeConstructor):
-    """Only what JSON has: a date is the text that was written, and so is a number of YAML 1.1 only (1_0, 0b1)."""
+    """Values that JSON has. Dates, and numbers of YAML 1.1 only (1_0, 0b1), are the text that was written."""
 
     def as_text(self, node: ScalarNode) -> str:
         return str(node.value)
@@ -29,21 +29,21 @@ class _Json(SafeConstructor):
             return str(node.value)
         try:
             return int(self.construct_yaml_int(node))
-        except ValueError:  # Python's int() takes no more digits
+        except ValueError:  # more digits than Python's int() takes
             sentence = f"a number has {len(node.value):,} digits, and no field takes so many"
             raise ConstructorError(None, None, sentence, node.start_mark) from None
 
     def decimal(self, node: ScalarNode) -> float | str:
         if "_" in node.value:
             return str(node.value)
-        found = float(self.construct_yaml_float(node))
-        if found == 0 and underflows(node.value):
+        value = float(self.construct_yaml_float(node))
+        if value == 0 and underflows(node.value):
             raise ConstructorError(None, None, f"{shorten(node.value)} {TOO_SMALL}", node.start_mark)
-        return found
+        return value
 
 
 class _Yaml(YAML):
-    """YAML 1.2, whatever version the document says that it is of: `no` is a text in each."""
+    """YAML 1.2, whatever version the document declares: `no` is a text."""
 
     @property
     def version(self) -> tuple[int, int]:
@@ -61,12 +61,12 @@ class _Resolver(VersionedResolver):
 
 
 class _Composer(Composer):
-    """Nodes without tags, and with aliases that unfold to a bounded number of nodes."""
+    """Refuses tags, and aliases that unfold to too many nodes."""
 
     def __init__(self, loader: object = None) -> None:
         super().__init__(loader)
         self.warn_double_anchors = False
-        self._sizes: dict[int, int] = {}  # nodes below each node, and itself, by its id; aliases unfolded
+        self._sizes: dict[int, int] = {}  # by id of a node, how many nodes it has with itself, aliases unfolded
         self._unfolded = 0
 
     def compose_node(self, parent: Node | None, index: object) -> Node:
@@ -108,15 +108,15 @@ _Json.add_constructor("tag:yaml.org,2002:float", _Json.decimal)
 def read(text: str) -> object:
     """The one document of `text` as plain JSON values: `010` is 10, `1e-3` a number, `no`, `=` and a date are texts.
 
-    Beyond YAML 1.2, the key `<<` takes the fields of a mapping that the mapping around it does not have.
+    Beyond YAML 1.2, the key `<<` merges a mapping into the one around it, whose own fields win.
 
-    Raises `ValueError` with the line, or with where in the document it is: for what is neither, a key that is there
-    twice, a second document, a tag, aliases that unfold to too much, NaN, infinity, half a character, and keys that are
-    no texts.
+    Raises `ValueError` with the line, or with the place in the document: for text that is neither YAML nor JSON,
+    duplicate keys, a second document, tags, aliases that unfold to too much, NaN, infinity, lone surrogates, and keys
+    that are no texts.
     """
     try:
         value = json.loads(text, object_pairs_hook=_each_once, parse_float=_decimal)
-    except (ValueError, RecursionError):  # then it is YAML, or wrong, and YAML's reader knows the line
+    except (ValueError, RecursionError):  # it is YAML or malformed, and the YAML parser knows the line
         value = _yaml(text)
     try:
         _check(value, "")
@@ -150,8 +150,8 @@ def _yaml(text: str) -> object:
         raise ValueError(f"neither YAML nor JSON: {_in_a_line(error)}") from None
 
 
-def _in_a_line(said: object) -> str:
-    return " ".join(str(said).split())[:200]
+def _in_a_line(message: object) -> str:
+    return " ".join(str(message).split())[:200]
 
 
 def _check(value: object, where: str) -> None:

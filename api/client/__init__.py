@@ -1,4 +1,4 @@
-"""The client for scripts, notebooks and the commands: requests, answers, and what a terminal shows of them."""
+"""The client for scripts, notebooks and the commands: requests, answers, and tables and bars for the terminal."""
 
 from api.client.client import SWEEP_FIELDS, Client, Event
 from api.client.handles import ENDED, Job, Sweep

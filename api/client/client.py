@@ -11,8 +11,8 @@ from urllib.parse import urlencode
 import httpx
 from httpx_sse import SSEError, connect_sse
 
-from api.client.asking import Asking
 from api.client.handles import Job, Sweep
+from api.client.questions import Questions
 from api.client.transport import (
     PASSING,
     ApiError,
@@ -26,7 +26,7 @@ from service.errors import UncannyError
 __all__ = ["Client", "Event", "Job", "Sweep"]
 
 SWEEP_FIELDS = {"base", "grid", "include", "exclude"}
-CHECKPOINT_SECONDS = 400  # that the service may take to check weights, with those of others before
+CHECKPOINT_SECONDS = 400  # the service may take so long to check weights, others in line before them included
 CHUNK_BYTES = 1 << 20
 IDS_AT_ONCE = 100
 
@@ -35,7 +35,7 @@ IDS_AT_ONCE = 100
 class Event:
     """A state change (`id` is set, `kind` as in `task.succeeded`), or a `progress` report without an id.
 
-    A `gap` comes in the place of events that are not kept any more: `data` has the ids `from` and `to` of those.
+    A `gap` stands for events that are not kept any more: `data` has their ids `from` and `to`.
     """
 
     id: int | None
@@ -43,8 +43,8 @@ class Event:
     data: Json
 
 
-class Client(Asking):
-    """Everything a service does, as methods: `Client()` is one for the service of this home (see `Transport`)."""
+class Client(Questions):
+    """Everything that a service does, as methods. `Client()` uses the service of this home (see `Transport`)."""
 
     def submit(self, spec: Mapping[str, object] | None = None, /, **fields: object) -> Job:
         """Submit one job, given as a JobSpec's fields."""
@@ -90,11 +90,11 @@ class Client(Asking):
         return self._change(job_or_sweep_id, "cancel", "cancel")
 
     def retry(self, job_or_sweep_id: str, *, states: Collection[str] = ("failed",)) -> Json:
-        """Run a job again that failed, is held or was cancelled, or those of a sweep that are in one of `states`."""
+        """Run a failed, held or cancelled job again, or the jobs of a sweep that are in one of `states`."""
         return self._change(job_or_sweep_id, "retry", f"retry-failed?{urlencode({'states': ','.join(states)})}")
 
     def short_ids(self, ids: Iterable[str]) -> dict[str, str]:
-        """For each id of a job or sweep its shortest beginning that no other has now; whole ids of an older service."""
+        """The shortest prefix of each id that no other job or sweep has; from an older service, the whole ids."""
         whole = list(ids)
         prefixes = dict(zip(whole, whole, strict=True))
         for first in range(0, len(whole), IDS_AT_ONCE):
@@ -111,7 +111,7 @@ class Client(Asking):
         return self._request("GET", f"/v1/jobs/{job_id}/explain")
 
     def queue(self) -> Json:
-        """What is in the queue, whether it is paused, and each user's share."""
+        """What is in the queue, whether it is paused, and how much each user has used of the cluster."""
         return self._request("GET", "/v1/queue")
 
     def pause(self, sweep_id: str | None = None) -> Json:
@@ -138,12 +138,12 @@ class Client(Asking):
         return self._request("PATCH", f"/v1/sweeps/{job_or_sweep_id}", json=changes, headers=headers)
 
     def boost(self, job_or_sweep_id: str, *, boosted: bool = True) -> Json:
-        """Let a job, or the live jobs of a sweep, go before all other users' work, or in turn again (admin)."""
+        """Put a job, or the live jobs of a sweep, before all other users' work, or back in turn (admin)."""
         verb = "boost" if boosted else "unboost"
         return self._change(job_or_sweep_id, verb, verb)
 
     def _change(self, ident: str, of_job: str, of_sweep: str) -> Json:
-        """Done twice, these are done once, or refused with the state that the first left."""
+        """The request may be repeated: the second one changes nothing, or is refused with the state that it found."""
         try:
             return self._request("POST", f"/v1/jobs/{ident}:{of_job}", repeatable=True)
         except ApiError as error:
@@ -152,7 +152,7 @@ class Client(Asking):
         return self._request("POST", f"/v1/sweeps/{ident}:{of_sweep}", repeatable=True)
 
     def me(self) -> Json:
-        """Who this client is to the service, and what its token may do."""
+        """The user whom the service takes this client for, and what its token may do."""
         return self._request("GET", "/v1/me")
 
     def users(self) -> list[Json]:
@@ -201,7 +201,7 @@ class Client(Asking):
         return self._request("POST", "/v1/datasets", json=body, repeatable=True)
 
     def checkpoints(self) -> list[Json]:
-        """The registered weights made elsewhere."""
+        """The registered weights, which were made elsewhere."""
         items: list[Json] = self._request("GET", "/v1/checkpoints")["items"]
         return items
 
@@ -236,7 +236,7 @@ class Client(Asking):
     def events(
         self, *, sweep: str | None = None, job: str | None = None, after: int | None = None, follow: bool = True
     ) -> Iterator[Event]:
-        """What happens, as it happens. Comes back by itself where the connection breaks, and misses no state change."""
+        """Events as they happen. If the connection breaks, it connects again and misses no state change."""
         params: Json = {"follow": follow} | ({"sweep": sweep} if sweep else {}) | ({"job": job} if job else {})
         last_id = after
         patience: Patience | None = None
@@ -251,7 +251,7 @@ class Client(Asking):
                     response = source.response
                     check(response)
                     for item in source.iter_sse():
-                        if item.event == "end":  # all that there is, as `follow=False` asked for
+                        if item.event == "end":  # the last event with `follow=False`
                             return
                         patience = None
                         last_id = int(item.id) if item.id else last_id

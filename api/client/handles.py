@@ -1,11 +1,11 @@
-"""A job or a sweep that was submitted: look at it, wait for its end, take its results."""
+"""Handles of submitted jobs and sweeps: their state, waiting for the end, their results."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from api.client.asking import Rows
+from api.client.questions import Rows
 from api.client.transport import Json, OnProgress
 from service.model.jobs import STOPPED_JOB
 
@@ -28,9 +28,9 @@ class Job:
         return self.client.job(self.id)
 
     def wait(self, progress: OnProgress | bool | None = None) -> Json:
-        """Wait for its end; `progress` is called with what is known meanwhile. Returns the job.
+        """Wait for its end, and return the job. `progress` is called with each state of the job.
 
-        True is a bar, False none; where nothing is said, a terminal or a notebook shows one.
+        True shows a bar, False none. By default a terminal or a notebook shows one.
         """
         return _wait(lambda seconds: self.client.job(self.id, wait_seconds=seconds), progress, f"job {self.id}")
 
@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A submitted sweep; `accepted` says which of its tasks were known already."""
+    """A submitted sweep. `accepted` is the answer: how many of its tasks were known already, for example."""
 
     client: "Client"
     id: str
@@ -50,9 +50,9 @@ class Sweep:
         return self.client.get_sweep(self.id)
 
     def wait(self, progress: OnProgress | bool | None = None) -> Json:
-        """Wait for its end; `progress` is called with what is known meanwhile. Returns the sweep.
+        """Wait for its end, and return the sweep. `progress` is called with each state of the sweep.
 
-        True is a bar, False none; where nothing is said, a terminal or a notebook shows one.
+        True shows a bar, False none. By default a terminal or a notebook shows one.
         """
         return _wait(lambda seconds: self.client.get_sweep(self.id, wait_seconds=seconds), progress, f"sweep {self.id}")
 
@@ -69,7 +69,7 @@ class Sweep:
 def _wait(look: Callable[[float], Json], progress: OnProgress | bool | None, name: str) -> Json:
     if callable(progress) or progress is False:
         return _follow(look, progress or None)
-    from api.client import render  # and rich with it, only where there is something to show
+    from api.client import render  # imports rich, which only a bar needs
 
     if progress is None and not (render.err.is_terminal or render.err.is_jupyter):
         return _follow(look, None)
@@ -79,9 +79,9 @@ def _wait(look: Callable[[float], Json], progress: OnProgress | bool | None, nam
 
 def _follow(look: Callable[[float], Json], progress: OnProgress | None) -> Json:
     while True:
-        seen = look(0 if progress else LONG_POLL_SECONDS)
+        status = look(0 if progress else LONG_POLL_SECONDS)
         if progress is not None:
-            progress(seen)
-        if seen["state"] in ENDED:
-            return seen
+            progress(status)
+        if status["state"] in ENDED:
+            return status
         time.sleep(0.3)

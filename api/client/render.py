@@ -18,20 +18,20 @@ from api.client.transport import Json, OnProgress
 
 
 class Plain(TypedDict):
-    """What a console has that shows data as it is."""
+    """Options of a console that shows data as it is."""
 
     highlight: bool
     markup: bool
     emoji: bool
 
 
-WIDE = 160  # columns of a table where no terminal says how wide it is
+WIDE = 160  # columns of a table if stdout is no terminal
 ID = re.compile("0[0-9a-f]{7}")
-SENTENCE = 40  # columns into which a sentence is broken at the least
+SENTENCE = 40  # the least width of a column of sentences
 PLAIN: Plain = {"highlight": False, "markup": False, "emoji": False}
 out = Console(**PLAIN, width=None if sys.stdout.isatty() else WIDE)
 err = Console(**PLAIN, stderr=True)
-NAMES: Mapping[str, str] = {}  # ids that are shown whole
+NAMES: Mapping[str, str] = {}  # short forms of ids: none, so that ids are shown whole
 COLOURS = {
     **dict.fromkeys(("succeeded", "trusted"), "green"),
     **dict.fromkeys(("failed", "invalid", "held"), "red"),
@@ -40,11 +40,11 @@ COLOURS = {
     "running": "cyan",
 }
 Columns = Mapping[str, Callable[[Json], str]]
-"""The heading of each column of a table, and the text of its cell for a row of the service's answer."""
+"""The columns of a table: the heading, and the function that makes the cell of a row."""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """No cell is broken but the last of a row, which may be a sentence."""
+    """A table. Only the last cell of a row may be broken into lines, because it may be a sentence."""
     made = Table(
         title=Text(plain(title), "table.title") if title else None,
         title_justify="left",
@@ -68,24 +68,24 @@ def table_of(columns: Columns, rows: Sequence[Json], title: str | None = None) -
 
 
 def show(made: Table, *narrower: Callable[[], Table]) -> None:
-    """A table on stdout: on a terminal the first of these that fits, else the first narrower, a line for each cell.
+    """Print a table. A terminal shows the first of these that fits, or else the first narrower one, cell below cell.
 
-    Elsewhere it is the widest, whole.
+    If stdout is no terminal, it is `made`, as wide as it needs to be.
     """
     if not out.is_terminal:
         needs = _width(made)
         return (out if needs <= out.width else Console(**PLAIN, width=needs)).print(made)
     tables = [made]
-    for one in narrower:
+    for make in narrower:
         if _width(tables[-1]) <= out.width:
             break
-        tables.append(one())
+        tables.append(make())
     fits = _width(tables[-1]) <= out.width
     return out.print(tables[-1] if fits else _upright(tables[min(1, len(tables) - 1)]))
 
 
 def _upright(made: Table) -> Table:
-    """The same with the names of its columns at the left, for each row anew; long cells are folded."""
+    """The same table turned: a line for each cell, with the name of its column at the left; long cells are folded."""
     turned = Table(title=made.title, title_justify="left", show_header=False, box=None, pad_edge=False)
     turned.add_column(style="bold", overflow="fold")
     turned.add_column(overflow="fold")
@@ -108,12 +108,12 @@ def coloured(cell: str) -> Text:
 
 
 def say(text: str) -> None:
-    """A sentence as it is: no markup, and no line breaks that a copied command would carry along."""
+    """Print a sentence on stdout, without markup and without line breaks, so that commands in it can be copied."""
     out.print(plain(text), soft_wrap=True)
 
 
 def tell(text: str) -> None:
-    """The same to stderr, where `--json` wants stdout for itself."""
+    """Print a sentence on stderr, because stdout is for the data (such as `--json`)."""
     err.print(plain(text), soft_wrap=True)
 
 
@@ -126,7 +126,7 @@ def percent(value: float | None) -> str:
 
 
 def percents(low: float | None, high: float | None) -> str:
-    """An interval."""
+    """An interval of shares, in percent."""
     return "–" if low is None else f"{percent(low)} to {percent(high)}"
 
 
@@ -219,9 +219,9 @@ def duration(seconds: float | None) -> str:
 
 @contextmanager
 def sweep_progress(name: str) -> Iterator[OnProgress]:
-    """A progress bar on stderr for a sweep or a job; call what it gives with each status.
+    """A progress bar on stderr for a sweep or a job. Call the yielded function with each status.
 
-    Where stderr is no terminal, or a dumb one, a line at the beginning and for every tenth that is done.
+    If stderr is no terminal, or a dumb one, it is a line at the beginning and for every tenth that is done.
     """
     if err.is_dumb_terminal or not (err.is_terminal or err.is_jupyter):
         yield _lines(name)
@@ -257,7 +257,7 @@ def _lines(name: str) -> OnProgress:
 
 
 def _left(status: Json) -> str:
-    """Of a sweep, its jobs and when they will be done."""
+    """The jobs of a sweep that are done, and when all will be; empty for a job."""
     if "jobs" not in status:
         return ""
     jobs = status["jobs"]

@@ -1,4 +1,4 @@
-"""What a terminal can show, and a reader that has seen enough."""
+"""Output to terminals and pipes: control characters, letters that an encoding lacks, readers that go away."""
 
 import codecs
 import io
@@ -14,15 +14,15 @@ SPELLED = "uncanny.spelled"
 
 
 def plain(text: str) -> str:
-    """The text without what would move a terminal's cursor, change its colours or turn its direction."""
+    """The text with its control characters escaped, which would move the cursor or change colours and direction."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 @contextmanager
 def spoken_to(out: TextIO, err: TextIO) -> Iterator[None]:
-    """Let `sys.stdout` and `sys.stderr` be these, for readers that go away and for encodings that lack letters.
+    """Let `sys.stdout` and `sys.stderr` be these streams, made safe for closed pipes and for poor encodings.
 
-    A reader that closes the pipe early has seen enough: the command ends at once, with exit code 0.
+    If the reader closes the pipe early, as `head` does, the command ends at once with exit code 0.
     """
     for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):
@@ -54,7 +54,7 @@ class _Pipe:
             raise self._end() from None
 
     def _end(self) -> SystemExit:
-        """What is still to be written is lost, also by the interpreter as it ends."""
+        """Discard whatever is still to be written, also by the interpreter when it exits."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -66,7 +66,7 @@ class _Pipe:
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
-    """What an encoding lacks, in ASCII: signs of ours by their like, letters of others as escapes."""
+    """Characters that the encoding lacks, in ASCII: our own signs by similar ones, others as escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end].translate(ASCII)

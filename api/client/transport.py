@@ -1,4 +1,4 @@
-"""Requests to a service: repeated with growing pauses where that is safe, refused with the service's own words."""
+"""Requests to a service: repeated with growing pauses if that is safe. Errors have the service's own words."""
 
 import random
 import time
@@ -22,14 +22,14 @@ from service.settings import Settings
 Json = JsonObject
 Scalar = str | int | float | bool | None
 Parameter = Scalar | Sequence[Scalar]
-"""A parameter of a query; of a filter by field, several values stand for any of them."""
+"""A query parameter. Several values of a filter mean: any of them."""
 OnProgress = Callable[[Json], None]
-REFUSED = 429  # nothing was done
-LOST = (502, 503, 504)  # of a proxy or a database that broke off: what was asked for may have been done
+REFUSED = 429  # the request was not begun
+LOST = (502, 503, 504)  # a proxy or the database broke off: the request may have been carried out
 PASSING = (REFUSED, *LOST)
 REPEATABLE = ("GET", "PUT", "PATCH", "DELETE")
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
-PATIENCE_SECONDS = 60.0  # longer than a writer of the database waits for its turn, and an API takes to start again
+PATIENCE_SECONDS = 60.0  # longer than a restart of the API takes, or a writer waits for the database
 RESTARTS = 10  # of one download
 MAY_EXIST = (
     "what was asked for may have been done all the same: look with `{program} jobs`, `{program} sweeps` or "
@@ -38,7 +38,7 @@ MAY_EXIST = (
 
 
 class Sent(TypedDict, total=False):
-    """What a request has beside its method and path."""
+    """The parts of a request beside its method and path."""
 
     params: Mapping[str, Parameter]
     json: Mapping[str, object] | None
@@ -47,7 +47,7 @@ class Sent(TypedDict, total=False):
 
 
 class ApiError(UncannyError):
-    """The service refused, or failed. `problem` is its problem document."""
+    """The service refused the request, or failed. `problem` is its problem document."""
 
     def __init__(self, status: int, problem: Json) -> None:
         self.status, self.problem = status, problem
@@ -59,15 +59,15 @@ class Unreachable(UncannyError):
 
 
 class Unanswered(Unreachable):
-    """A request that changes something was sent, and no answer came: it may have been done."""
+    """No answer came to a request that changes something: it may have been carried out."""
 
 
 class Transport:
-    """Talks to a service: at `url`, else `UNCANNY_URL`, else the one that runs for this home.
+    """Sends requests to a service: at `url`, else `UNCANNY_URL`, else the one that runs for this home.
 
-    What is safe to repeat is repeated with growing pauses, or those that the service asks for, for up to
-    `patience_seconds`; for up to `reach_seconds` where nothing listens there. Submissions are made safe by an
-    idempotency key. Raises `ApiError`, `Unreachable` and `Unanswered`.
+    A request that is safe to repeat is repeated for up to `patience_seconds`, with growing pauses or those that the
+    service asks for; for up to `reach_seconds` if nothing listens at the address. An idempotency key makes submissions
+    safe. Raises `ApiError`, `Unreachable` and `Unanswered`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Transport:
             base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(120, connect=5),
-            trust_env=not is_loopback(httpx.URL(self.url).host),  # no proxy knows this machine
+            trust_env=not is_loopback(httpx.URL(self.url).host),  # a request to this machine goes through no proxy
         )
 
     def close(self) -> None:
@@ -148,9 +148,9 @@ class Transport:
             patience.pause(response)
 
     def _download(self, path: str, params: Mapping[str, Parameter], target: Path) -> None:
-        """Write an answer to a file, piece by piece; from its start again where the connection breaks.
+        """Write an answer to a file, piece by piece. If the connection breaks, the download starts again.
 
-        It is tried anew after every connection that something came through, up to `RESTARTS` times.
+        After a connection that delivered something it gets the whole patience again, up to `RESTARTS` times.
         """
         patience, restarts = self._patience(), 0
         while True:
@@ -178,7 +178,7 @@ class Transport:
         return MAY_EXIST.format(program=self._program)
 
     def _unanswered(self, error: Exception, lost: bool = False) -> Unreachable:
-        """What is to be said of an answer that did not come; `lost`: to a request that may have changed something."""
+        """The error for an answer that did not come. `lost` says that the request may have changed something."""
         if lost:
             return Unanswered(f"no answer came from {self.url} ({error}): {self._may_exist}")
         if not isinstance(error, NOT_SENT):
@@ -190,7 +190,7 @@ class Transport:
 
 
 class Patience:
-    """How long something is tried again: with growing pauses, or with those that the service asks for."""
+    """How long a request is repeated: with growing pauses, or with those that the service asks for."""
 
     def __init__(self, seconds: float, reach_seconds: float | None = None) -> None:
         """`reach_seconds` is for an address at which nothing listens."""
@@ -208,40 +208,43 @@ class Patience:
         return self.is_over or (isinstance(error, NOT_SENT) and time.monotonic() > self._reach_deadline)
 
     def pause(self, response: httpx.Response | None = None) -> None:
-        """Wait, as `Retry-After` says where it does, and not beyond the end."""
+        """Wait a little longer each time.
+
+        Where the answer has a `Retry-After`, wait as long as it says, but not beyond the end of the patience.
+        """
         seconds = self._pause_seconds * random.uniform(0.5, 1.0)
-        asked = _retry_after(response.headers.get("Retry-After", "")) if response is not None else None
-        if asked is not None:
-            seconds = min(asked, max(0.0, self._deadline - time.monotonic())) + seconds / 10
+        retry_after = _retry_after(response.headers.get("Retry-After", "")) if response is not None else None
+        if retry_after is not None:
+            seconds = min(retry_after, max(0.0, self._deadline - time.monotonic())) + seconds / 10
         self._pause_seconds = min(2 * self._pause_seconds, 2.0)
         time.sleep(seconds)
 
 
 def _retry_after(text: str) -> float | None:
-    """The seconds that a `Retry-After` asks for: a number, or a date (RFC 9110); None for what is neither."""
+    """The seconds that `Retry-After` asks for, as a number or a date (RFC 9110); None if it is neither."""
     if text.strip().isdecimal():
         return float(text)
     try:
         return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # no date, or one without its zone
+    except (ValueError, TypeError):  # no date, or one without a time zone
         return None
 
 
 def answer_of(response: httpx.Response) -> Json:
-    """The JSON of an answer. Raises `ApiError` where there is none: something else than the service answers."""
+    """The JSON object of an answer. Raises `ApiError` if it is none: then the answer is not from the service."""
     try:
         answer = response.json()
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
         kind = response.headers.get("Content-Type", "nothing")
-        said = f"{response.url} answers with {kind} and not with JSON: is it the address of an Uncanny service?"
-        raise ApiError(response.status_code, {"detail": said})
+        detail = f"{response.url} answers with {kind} and not with JSON: is it the address of an Uncanny service?"
+        raise ApiError(response.status_code, {"detail": detail})
     return answer
 
 
 def check(response: httpx.Response, more: str = "") -> None:
-    """Raises `ApiError` for a refusal or a failure; `more` is added to what it says."""
+    """Raises `ApiError` for a refusal or a failure. `more` is added to its message."""
     if response.is_success:
         return
     response.read()
@@ -255,6 +258,8 @@ def check(response: httpx.Response, more: str = "") -> None:
         phrase = HTTPStatus(status).phrase
         problem["detail"] = f"something between here and the service answers {status} {phrase}: is the service up?"
     if more and status != HTTPStatus.UNPROCESSABLE_ENTITY:
-        said = problem.get("detail") or f"the service answered with status {status}"
-        problem["detail"] = f"{said}; {more}" if status in LOST else f"{said} (an earlier try got no answer: {more})"
+        detail = problem.get("detail") or f"the service answered with status {status}"
+        problem["detail"] = (
+            f"{detail}; {more}" if status in LOST else f"{detail} (an earlier try got no answer: {more})"
+        )
     raise ApiError(status, problem)

@@ -20,22 +20,22 @@ from api.http import (
     ids,
     jobs,
     networks,
-    queueing,
+    queue,
     results,
     routing,
     statistics,
     sweeps,
     tasks,
 )
-from api.http.accepting import acceptable
-from api.http.auth import ASKING, Limiter
+from api.http.auth import ADMISSION_THREADS, Limiter
 from api.http.conditional import Conditional
 from api.http.deps import only_documented_parameters
 from api.http.feed import Feed
 from api.http.limits import BodyLimit
+from api.http.media_types import acceptable
+from api.http.open_requests import OpenRequests
 from api.http.prefix import Prefix
 from api.http.security import SecurityHeaders
-from api.http.shares import Shares
 from service.lab.access import Access
 from service.lab.artifact_root import of_database
 from service.queue.submission import Service
@@ -44,7 +44,7 @@ from service.settings import Settings
 from service.store import Database
 
 ROUTERS = [
-    *(jobs, sweeps, ids, queueing),
+    *(jobs, sweeps, ids, queue),
     *(results, statistics, tasks, events),
     *(catalog, datasets, checkpoints, networks, artifacts),
     *(access, health),
@@ -54,7 +54,6 @@ ROUTERS = [
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application on the store and the artifact root of these settings. Making it touches neither."""
     settings = settings or Settings()
-    database = Database(settings.database, statement_seconds=settings.statement_seconds)
     app = FastAPI(
         title="Uncanny",
         version=metadata.version("uncanny-bench"),
@@ -66,20 +65,33 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # such a redirect names the host, and `http` where a proxy speaks TLS
         dependencies=[Depends(only_documented_parameters), Depends(acceptable)],
     )
+    _set_state(app, settings)
+    routing.install(app, [module.router for module in ROUTERS])
+    docs.install(app)
+    errors.install(app)
+    _add_middleware(app, settings)
+    document.install(app)
+    return app
+
+
+def _set_state(app: FastAPI, settings: Settings) -> None:
+    """What all requests share: the verbs, the questions, the access of users, and counts of what is open."""
+    database = Database(settings.database, statement_seconds=settings.statement_seconds)
     app.state.settings = settings
     app.state.service = Service(
         database, of_database(database, settings.artifacts), settings.limits, max_sweep_jobs=settings.max_sweep_jobs
     )
     app.state.access = Access(database)
     app.state.limiter = Limiter()
-    app.state.asking = CapacityLimiter(ASKING)
+    app.state.admission_threads = CapacityLimiter(ADMISSION_THREADS)
     app.state.turns = routing.new_turns()
     app.state.open_by, app.state.held_by = Counter[str](), Counter[str]()
     app.state.insights = Insights(database)
     app.state.feed = Feed(app.state.insights, app.state.access, lambda: getattr(app.state, "stopping", False))
-    routing.install(app, [module.router for module in ROUTERS])
-    docs.install(app)
-    errors.install(app)
+
+
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """The layers around the routes; the last one is the outermost."""
     app.add_middleware(Conditional)
     app.add_middleware(
         BodyLimit,
@@ -87,9 +99,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         max_upload_bytes=settings.max_upload_bytes,
         held_by=app.state.held_by,
     )
-    app.add_middleware(Shares, open_by=app.state.open_by)
+    app.add_middleware(OpenRequests, open_by=app.state.open_by)
     app.add_middleware(SecurityHeaders)
     if settings.root_path:
         app.add_middleware(Prefix, root_path=settings.root_path, missing=SecurityHeaders(errors.missing))
-    document.install(app)
-    return app

@@ -65,7 +65,7 @@ def get_artifact(
     """The bytes of an artifact, or a range of them."""
     headers = {"ETag": f'"{digest}"', "Accept-Ranges": "bytes", "Cache-Control": FOR_EVER}
     size = artifacts.size(digest)
-    part = _asked(range, size)
+    part = _part(range, size)
     start, end = part or (0, size)
     if start >= end and part is not None:
         raise HTTPException(416, f"the artifact has {size:,} bytes", {"Content-Range": f"bytes */{size}"})
@@ -85,12 +85,12 @@ def get_artifact(
     return StreamingResponse(chunks(), status, headers, media_type="application/octet-stream")
 
 
-def _asked(range: str, size: int) -> tuple[int, int] | None:
-    """Start and end of one range of `size` bytes, the end left out; None where the whole is asked for (RFC 9110)."""
-    found = RANGE.fullmatch(range.strip())
-    if found is None or not (found[1] or found[2]):
+def _part(range: str, size: int) -> tuple[int, int] | None:
+    """Start and end (exclusive) of the range in `size` bytes; None if the whole is meant (RFC 9110)."""
+    match = RANGE.fullmatch(range.strip())
+    if match is None or not (match[1] or match[2]):
         return None
-    if not found[1]:
-        return max(0, size - int(found[2])), size
-    start, last = int(found[1]), int(found[2]) if found[2] else size - 1
-    return None if last < start and found[2] else (start, min(last + 1, size))
+    if not match[1]:
+        return max(0, size - int(match[2])), size
+    start, last = int(match[1]), int(match[2]) if match[2] else size - 1
+    return None if last < start and match[2] else (start, min(last + 1, size))

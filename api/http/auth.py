@@ -1,4 +1,4 @@
-"""Who is asking. Without authentication everyone on this machine is believed."""
+"""Who sends a request: the owner of its token; without authentication, the user that the request names."""
 
 import getpass
 import re
@@ -21,8 +21,8 @@ from service.settings import Settings
 HEADER = "X-Uncanny-User"
 NAME = re.compile(r"[\w.@+-]{1,100}")
 READING = {"GET", "HEAD"}
-FAILURES_PER_MINUTE = 60  # of one address with bad tokens
-ASKING = 8  # threads that find out who is asking: slow questions of others keep nobody outside
+FAILURES_PER_MINUTE = 60  # requests with bad tokens from one address
+ADMISSION_THREADS = 8  # threads of their own for checking tokens, so that slow questions delay no admission
 
 bearer = HTTPBearer(auto_error=False, description="A token of `uncanny token create`; not needed where auth is off.")
 
@@ -34,13 +34,13 @@ class Limiter:
         self._counter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def count(self, per_minute: int, kind: str, who: str) -> None:
-        """Count a request. Raises `TooManyRequests` beyond the limit; 0 is none."""
+        """Count a request. Raises `TooManyRequests` beyond the limit; a limit of 0 means no limit."""
         if per_minute and not self._counter.hit(RateLimitItemPerMinute(per_minute), kind, who):
             raise TooManyRequests(f"more than {per_minute} requests a minute: wait a little")
 
 
 async def current_caller(request: Request) -> Caller:
-    """The caller, as the route's permission found out. A route that is open to all has none."""
+    """The caller, whom the route's permission has admitted. A route that is open to all has none."""
     caller: Caller = request.state.caller
     return caller
 
@@ -71,15 +71,15 @@ def caller_of_token(request: Request, credentials: HTTPAuthorizationCredentials 
 
 
 def trusted_caller(request: Request, settings: Settings) -> Caller:
-    """The user named by the header, else the one who runs the server.
+    """The user whom the header names, else the one who runs the server.
 
-    A page of another site can reach a loopback server through a name that resolves to it, and can send it simple
-    requests: such hosts and origins are refused.
+    A web page of another site could send requests to a server on loopback, through a name that resolves to it.
+    Requests with such a host or origin are refused.
     """
     if not settings.insecure and not is_loopback(request.url.hostname or ""):
         raise Forbidden(f"this server answers on loopback only, not as {request.url.hostname!r}")
     origin = request.headers.get("Origin")
-    if origin is not None and _place(origin) != request.url.netloc:
+    if origin is not None and _netloc(origin) != request.url.netloc:
         raise Forbidden(f"a page of {origin!r:.200} may not use this server")
     name = request.headers.get(HEADER)
     if name is None:
@@ -89,8 +89,8 @@ def trusted_caller(request: Request, settings: Settings) -> Caller:
     return Caller(name)
 
 
-def _place(origin: str) -> str | None:
-    """Host and port of an origin; None for what is none."""
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin; None if it is malformed."""
     try:
         return urlsplit(origin).netloc
     except ValueError:

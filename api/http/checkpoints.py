@@ -22,8 +22,8 @@ def register_checkpoint(body: CheckpointSubmission, service: Verbs, user: User) 
     """Register weights for an architecture: names and shapes are checked now. Jobs name them as `"checkpoint": NAME`,
     in place of recipe and seed. Again with the same: no change."""
     if not service.artifacts.exists(body.weights_sha256):
-        said = f"it has not been uploaded: PUT /v1/artifacts/{body.weights_sha256} first"
-        raise InvalidSpec([("/weights_sha256", said)])
+        sentence = f"it has not been uploaded: PUT /v1/artifacts/{body.weights_sha256} first"
+        raise InvalidSpec([("/weights_sha256", sentence)])
     return register(service.database, service.artifacts, body.upload, user=user)
 
 

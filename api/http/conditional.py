@@ -1,4 +1,4 @@
-"""`HEAD` wherever `GET`, and no answer twice that the client has: `ETag`, `If-None-Match`, 304 (RFC 9110)."""
+"""`HEAD` for every `GET`, and 304 for an answer that the client has: `ETag`, `If-None-Match` (RFC 9110)."""
 
 import hashlib
 
@@ -7,10 +7,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Conditional:
-    """ASGI middleware. A JSON answer to GET has a digest of its bytes as its `ETag`, unless it has one already.
+    """ASGI middleware. A JSON answer to GET gets a digest of its bytes as its `ETag`, unless it has one already.
 
-    The body is left out where the tag is one that the client sent, with 304, and for HEAD, whose headers are those of
-    GET. A stream whose body is left out is given up before its first byte is made.
+    If the client has sent this tag, the answer is 304 without a body. HEAD has the headers of GET without its body. A
+    stream whose body is left out is ended before its first byte is made.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -29,19 +29,19 @@ class Conditional:
 
 
 class _Complete(Exception):
-    """All of the answer that is wanted has been sent."""
+    """The answer has been sent as far as the client wants it."""
 
 
 class _Answer:
     def __init__(self, scope: Scope, send: Send) -> None:
         self._send = send
         self._held = ", ".join(Headers(scope=scope).getlist("if-none-match"))
-        self._start: Message | None = None  # while the tag depends on the body
+        self._start: Message | None = None  # held back until the body is there, of which the tag is a digest
         self.without_body = False
         self._is_head = scope["method"] == "HEAD"
 
     async def send(self, message: Message) -> None:
-        """Pass a message on, or what is left of it. Raises `_Complete` to end who sends."""
+        """Pass a message on, or its head alone. Raises `_Complete` when the sender has to stop."""
         if message["type"] == "http.response.start":
             if _lacks_tag(message):
                 self._start = message
@@ -69,12 +69,12 @@ class _Answer:
 
 
 def _lacks_tag(start: Message) -> bool:
-    """Whether this is JSON in one piece that says nothing of its version."""
+    """Whether the answer is JSON in one piece without an `ETag`."""
     headers = Headers(raw=start["headers"])
     json = headers.get("content-type", "").startswith("application/json")
     return start["status"] == 200 and json and "content-length" in headers and "etag" not in headers
 
 
 def _names(held: str, tag: str) -> bool:
-    """Whether an `If-None-Match` has this tag; for reading, a weak one is as good."""
+    """Whether an `If-None-Match` has this tag. A weak tag counts too: the comparison is the weak one."""
     return any(part.strip() == "*" or part.strip().removeprefix("W/") == tag for part in held.split(","))

@@ -1,6 +1,7 @@
-"""One HTTP connection: how long its head may take, how long its reader may take nothing, and how many there may be.
+"""One HTTP connection, with limits: seconds for its head, seconds for its client to read, and how many there may be.
 
-A body is parsed as it is asked for, a little at a time, and not at all once it is answered.
+A body is parsed as the application reads it, a few pieces at a time. Once the request is answered, the rest is not
+parsed.
 """
 
 import asyncio
@@ -20,25 +21,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 log = logging.getLogger("uncanny.api")
 
 HEAD_SECONDS = 10.0  # for a request's line and headers
-READER_SECONDS = 30.0  # in which a reader must take something of what waits for it
+READER_SECONDS = 30.0  # a client that reads nothing of its answer for so long is dropped
 MOST_CONNECTIONS = 4096
-SPARE_DESCRIPTORS = 256  # for the database, files and libraries
-FREE_PIECES = 16  # of a body that are parsed before anybody asks for it: a small body is whole at once
-MORE_PIECES = 64  # that are parsed at a time, once it is asked for
-TURN_SECONDS = 0.01  # for parsing bodies, in one turn of the loop
-MANY_CHUNKS, LEAST_BYTES = 512, 64  # so many chunks may be smaller than so much, then their average may not
+SPARE_DESCRIPTORS = 256  # left for the database, files and libraries
+FREE_PIECES = 16  # pieces of a body that are parsed before the application reads it: a small body is whole at once
+MORE_PIECES = 64  # pieces that are parsed at a time when the application reads the body
+TURN_SECONDS = 0.01  # of one turn of the event loop, for parsing bodies
+MANY_CHUNKS, LEAST_BYTES = 512, 64  # beyond so many chunks, the average chunk must have at least so many bytes
 TINY = f"the chunks of this body have less than {LEAST_BYTES} bytes on average: send larger ones, or a Content-Length"
 
 
 class Parser(h11.Connection):
-    """Takes of a body only as many pieces as it has been given leave for: `left`.
+    """Parses only as many pieces of a body as it is allowed to: `left`.
 
-    Each piece costs the event loop about as much as a small request, however small the piece is.
+    A piece costs the event loop about as much as a small request, however small the piece is.
     """
 
     left = 0
-    starved = False  # it has stopped for want of leave
-    unread = False  # the answer has begun before the body was there: then the connection ends with the answer
+    starved = False  # it has stopped because nothing was left
+    unread = False  # the answer has begun before the whole body was read: then the connection ends with the answer
     _chunks = _bytes = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -65,14 +66,14 @@ class Parser(h11.Connection):
         if isinstance(event, h11.Response) and self.their_state is h11.SEND_BODY:
             self.unread = True
             if sent is not None and not any(name == b"connection" for name, _ in event.headers):
-                # Not h11's own header: at that, uvicorn closes at once, and what still arrives resets the connection
-                # before the client has read its answer.
+                # The header is not given to h11: uvicorn would close at once, and bytes that still arrive would reset
+                # the connection before the client has read its answer.
                 sent = sent.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)
         return sent
 
 
 class _Flow(FlowControl):
-    """Says when more of a body is wanted."""
+    """Calls `wanted` when the application reads more of the body."""
 
     def __init__(self, transport: asyncio.Transport, wanted: Callable[[], None]) -> None:
         super().__init__(transport)
@@ -85,9 +86,9 @@ class _Flow(FlowControl):
 
 @dataclass(eq=False)
 class Crowd:
-    """The connections of one server: at most `most`; `idle` are those without a request, the longest idle first.
+    """The connections of one server: at most `most`. `idle` are those without a request, the longest idle first.
 
-    `parsing` are those with bytes of a body that is asked for: they take turns, so that everything else gets its own.
+    `parsing` are those with a body to parse: they take turns, so that the event loop has time for everything else.
     """
 
     most: int = MOST_CONNECTIONS
@@ -110,10 +111,10 @@ class Crowd:
 
 
 class Connection(H11Protocol):
-    """A connection whose client cannot keep it for nothing.
+    """A connection that an idle or slow client cannot hold for ever.
 
-    A client that does not send a whole head in time is dropped, and one that takes nothing of its answer. If there are
-    too many connections, the one that has been without a request for longest goes.
+    A client that does not send a whole head in time is dropped, and so is one that does not read its answer. If there
+    are too many connections, the one that has been idle for longest is dropped.
     """
 
     crowd: Crowd
@@ -128,9 +129,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = _Flow(transport, self._want)
-        transport.set_write_buffer_limits(high=0)  # else what the socket does not take gathers before anybody is told
-        self._look()
+        self.flow = _Flow(transport, self._request_more)
+        transport.set_write_buffer_limits(high=0)  # else bytes pile up here before the application is told to pause
+        self._update_head_timer()
         if len(self.connections) > self.crowd.most:
             log.warning("more than %d connections: the one that was idle for longest is dropped", self.crowd.most)
             next(iter(self.crowd.idle)).drop()
@@ -145,9 +146,9 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.conn.unread and self.cycle.response_complete:
-            return  # of a body that nobody wants any more
+            return  # the rest of a body whose request is answered
         super().data_received(data)
-        self._look()
+        self._update_head_timer()
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -155,12 +156,12 @@ class Connection(H11Protocol):
             self.flow.pause_reading()
 
     def parse(self) -> None:
-        """Parse some more of the body; if that is not enough, it is asked for again."""
+        """Parse some more of the body. If that is not enough, the application asks again."""
         self.conn.left = MORE_PIECES
         self.handle_events()
-        self._look()
+        self._update_head_timer()
 
-    def _want(self) -> None:
+    def _request_more(self) -> None:
         if self.conn.starved and not (self.cycle.response_complete or self.transport.is_closing()):
             self.crowd.parse(self)
 
@@ -168,11 +169,11 @@ class Connection(H11Protocol):
         super().send_400_response(TINY if self.conn.is_tiny else msg)
 
     def on_response_complete(self) -> None:
-        """After an answer that has left a body unread, what comes is thrown away until the client has the answer."""
+        """After an answer that left a body unread, all that arrives is dropped until the client has read the answer."""
         super().on_response_complete()
         if self.conn.unread and not self.transport.is_closing():
             self.transport.write_eof()
-        self._look()
+        self._update_head_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -185,14 +186,14 @@ class Connection(H11Protocol):
             self._reader_timer = None
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing here speaks another protocol: such a request is answered as if it had not asked, as HTTP allows."""
+        """A request to upgrade to another protocol is answered as if it had not asked for it, as HTTP allows."""
 
     def drop(self) -> None:
         self.crowd.idle.pop(self, None)
         self.transport.abort()
 
-    def _look(self) -> None:
-        """Start or stop the clock for a head, whichever this moment asks for."""
+    def _update_head_timer(self) -> None:
+        """Start the timer for the next head if the connection is idle, else stop it."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.crowd.idle.pop(self, None)
             if self._head_timer is not None:
@@ -204,8 +205,8 @@ class Connection(H11Protocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self.transport.get_write_buffer_size():  # it still reads the answer before
-            self._look()
+        if self.transport.get_write_buffer_size():  # the client still reads the previous answer
+            self._update_head_timer()
         else:
             self.drop()
 
@@ -221,7 +222,7 @@ class Connection(H11Protocol):
 
 
 def connections() -> type[Connection]:
-    """The protocol of a new server, with as many connections as this process may have descriptors for."""
+    """The protocol of a new server: as many connections as this process may have file descriptors for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_CONNECTIONS + SPARE_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -229,5 +230,5 @@ def connections() -> type[Connection]:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
-    room = MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - SPARE_DESCRIPTORS
-    return type("Connection", (Connection,), {"crowd": Crowd(max(16, min(MOST_CONNECTIONS, room)))})
+    most = MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else soft - SPARE_DESCRIPTORS
+    return type("Connection", (Connection,), {"crowd": Crowd(max(16, min(MOST_CONNECTIONS, most)))})

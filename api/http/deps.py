@@ -1,4 +1,4 @@
-"""What endpoints are given: the verbs, the questions, the user, an idempotency key."""
+"""Dependencies and parameters of endpoints: the verbs, the questions, the user, an idempotency key, pages."""
 
 import hashlib
 from typing import Annotated
@@ -6,9 +6,9 @@ from typing import Annotated
 from fastapi import Depends, Header, Query, Request
 from pydantic import BaseModel, BeforeValidator
 
-from api.http.accepting import operation_of
 from api.http.auth import current_caller, current_user
 from api.http.feed import Feed
+from api.http.media_types import operation_of
 from service.errors import InvalidQuery
 from service.lab.access import Access, Caller
 from service.lab.artifacts import Artifacts
@@ -68,24 +68,24 @@ Key = Annotated[
         description="Sent again with the same body, the request is not repeated: its stored answer comes back.",
     ),
 ]
-SaysWhole = BeforeValidator(lambda value: whole(value) if isinstance(value, str) else value)
-Limit = Annotated[int, SaysWhole, Query(ge=1, le=MAX_LIMIT, description="Rows of a page.", examples=[100])]
+WholeFromText = BeforeValidator(lambda value: whole(value) if isinstance(value, str) else value)
+Limit = Annotated[int, WholeFromText, Query(ge=1, le=MAX_LIMIT, description="Rows of a page.", examples=[100])]
 CURSOR_EXAMPLE = "_8R5S4AtWyI4MGQ5YmVlZGZmMTciLFtdLDQyXQ"
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before.", examples=[CURSOR_EXAMPLE])]
-SaysTruth = BeforeValidator(lambda value: truth(value) if isinstance(value, str) else value)
-SaysNumber = BeforeValidator(lambda value: number(value) if isinstance(value, str) else value)
+TruthFromText = BeforeValidator(lambda value: truth(value) if isinstance(value, str) else value)
+NumberFromText = BeforeValidator(lambda value: number(value) if isinstance(value, str) else value)
 IsDryRun = Annotated[
-    bool, SaysTruth, Query(alias="dry_run", description="Only say what it would mean; nothing is stored.")
+    bool, TruthFromText, Query(alias="dry_run", description="Only say what it would mean; nothing is stored.")
 ]
 Wait = Annotated[
     float,
-    SaysNumber,
+    NumberFromText,
     Query(ge=0, le=60, description="Wait up to so many seconds for the end before answering.", examples=[30]),
 ]
 
 
 def idempotency(key: str | None, request: Request, body: BaseModel) -> Idempotency | None:
-    """The key with the digest of what it stands for: the route and the body, in whichever order its fields came."""
+    """The key, with a digest of the route and of the body, in which the order of fields makes no difference."""
     if key is None:
         return None
     text = f"{request.method} {request.url.path} {body.model_dump_json()}"
@@ -93,7 +93,7 @@ def idempotency(key: str | None, request: Request, body: BaseModel) -> Idempoten
 
 
 async def only_documented_parameters(request: Request) -> None:
-    """A query parameter that the OpenAPI document does not have is refused: a typo must not change an answer."""
+    """Refuses a query parameter that the OpenAPI document does not have, so that a typo changes no answer."""
     operation = operation_of(request)
     if operation is None:
         return

@@ -1,4 +1,4 @@
-"""The documentation page: Swagger UI on the OpenAPI document, with the files of a package and none from elsewhere."""
+"""The documentation page: Swagger UI on the OpenAPI document. Its files come from an installed package."""
 
 import re
 from base64 import b64encode
@@ -20,7 +20,7 @@ POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'sha256-{}'; frame-ancestors 'none'"
 )
-PARAMETERS = {"docExpansion": "none", "defaultModelsExpandDepth": 0}  # a page that is short at first
+PARAMETERS = {"docExpansion": "none", "defaultModelsExpandDepth": 0}  # all folded, so that the page is short at first
 
 
 def install(app: FastAPI) -> None:
@@ -35,7 +35,7 @@ def install(app: FastAPI) -> None:
             swagger_favicon_url="data:,",
             swagger_ui_parameters=PARAMETERS,
         )
-        [script] = INLINE.findall(page.body)  # the only one that the policy allows on the page itself
+        [script] = INLINE.findall(page.body)  # the only inline script that the policy allows
         page.headers["Content-Security-Policy"] = POLICY.format(b64encode(sha256(script).digest()).decode())
         return page
 

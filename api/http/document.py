@@ -1,4 +1,4 @@
-"""The OpenAPI document: what it says beyond what the routes say by themselves."""
+"""The OpenAPI document: what is added to the document that the framework makes of the routes."""
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -58,12 +58,12 @@ TAGS = [
 
 
 def operation_id(route: APIRoute) -> str:
-    """The name of the function that answers: stable, and what a generated client calls it."""
+    """The name of the endpoint's function: it is stable, and generated clients name their methods by it."""
     return route.name
 
 
 def install(app: FastAPI) -> None:
-    """Let `app.openapi()` and `/openapi.json` give the completed document."""
+    """Make `app.openapi()` and `/openapi.json` return the completed document."""
     made = app.openapi
 
     def openapi() -> JsonObject:
@@ -75,7 +75,7 @@ def install(app: FastAPI) -> None:
 
 
 def completed(document: JsonObject) -> JsonObject:
-    """Problem documents by name, 422 as we say it, a summary for each operation, bounds in JSON schema's own words."""
+    """The document with our problem documents (422 too), a summary for each operation, and bounds as in JSON schema."""
     schemas = document["components"]["schemas"]
     own = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= {**own.pop("$defs"), "Problem": own}
@@ -106,7 +106,7 @@ def _describe_conditional(operation: JsonObject) -> None:
 
 
 def _describe_headers(operation: JsonObject) -> None:
-    """What answers say beside their bodies; a parameter tells which operations have them."""
+    """Describe the headers of answers. Which ones an operation has follows from its parameters."""
     parameters = {parameter["name"] for parameter in operation.get("parameters", [])}
     responses = operation["responses"]
     if "cursor" in parameters:
@@ -126,7 +126,7 @@ def _first_sentence(text: str) -> str:
 
 
 def with_bounds(schema: JsonObject) -> JsonObject:
-    """A JSON schema whose bounds are in its own words: pydantic leaves `ge` and so on where a validator comes first."""
+    """A JSON schema with bounds by its own names: pydantic leaves `ge` and so on where a validator comes first."""
     return {BOUNDS.get(name, name): _bounded(value) for name, value in schema.items()}
 
 

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from api.http.accepting import NotAcceptable
 from api.http.limits import BodyTooLarge, BodyTooSlow
+from api.http.media_types import NotAcceptable
 from api.http.preconditions import PreconditionRequired
 from api.http.prefix import public
 from api.http.strict import NotJson, NotSentAsJson, check_sent
@@ -47,13 +47,13 @@ log = logging.getLogger("uncanny.api")
 
 PARAMETER = re.compile(r"{[^}]*}")
 PROBLEM_JSON = "application/problem+json"
-RETRY_AFTER_SECONDS = {503: 2, 429: 2, 507: 30}  # of what will pass by itself; a disk is not cleared in a moment
+RETRY_AFTER_SECONDS = {503: 2, 429: 2, 507: 30}  # for problems that pass; a full disk takes longer to clear
 ALWAYS = (401, 403, 406, 429, 503)
-MAX_ERRORS, MAX_DETAIL = 50, 10_000  # of a problem: what is wrong with the rest is said once these are mended
+MAX_ERRORS, MAX_DETAIL = 50, 10_000  # of one problem document; the other errors are shown when these are corrected
 
 
 class Forbidden(UncannyError):
-    """The request may not be served as it came."""
+    """This request is not allowed."""
 
 
 STATUS: dict[type[UncannyError], int] = {
@@ -131,7 +131,7 @@ def problem(
     errors: Sequence[JsonObject] = (),
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """The response for a problem. `Retry-After` goes with what will pass by itself."""
+    """The response for a problem, with `Retry-After` if the problem passes by itself."""
     headers = dict(headers or {})
     if status == HTTPStatus.REQUEST_TIMEOUT:
         headers.setdefault("Connection", "close")
@@ -150,7 +150,7 @@ def problem(
 
 
 def install(app: FastAPI) -> None:
-    """Translate whatever an endpoint raises, and what the framework refuses by itself."""
+    """Translate every exception of an endpoint, and the framework's own refusals, into problem documents."""
     app.add_exception_handler(UncannyError, _uncanny)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http)
@@ -174,19 +174,19 @@ def _uncanny(request: Request, error: Exception) -> JSONResponse:
 
 
 def _invalid_request(request: Request, error: Exception) -> JSONResponse:
-    """What pydantic found in the body or in the parameters."""
+    """The errors that pydantic found in the body or in the parameters."""
     assert isinstance(error, RequestValidationError)
     body = getattr(request.scope.get("route"), "body_field", None)
     names = tuple(getattr(body.field_info.annotation, "model_fields", ())) if body is not None else ()
-    found = error.errors()
+    items = error.errors()
     try:
-        for item in found:
+        for item in items:
             check_sent(item)
     except InvalidSpec as refusal:
         return _uncanny(request, refusal)
-    fields = [_field(item, names) for item in found[: MAX_ERRORS + 1]]
-    said = [f"{field.get('pointer') or field.get('parameter') or '/'}: {field['detail']}" for field in fields]
-    return problem(422, "; ".join(said), request, fields)
+    fields = [_field(item, names) for item in items[: MAX_ERRORS + 1]]
+    sentences = [f"{field.get('pointer') or field.get('parameter') or '/'}: {field['detail']}" for field in fields]
+    return problem(422, "; ".join(sentences), request, fields)
 
 
 def _field(item: JsonObject, names: Sequence[str]) -> dict[str, str]:
@@ -200,12 +200,12 @@ def _field(item: JsonObject, names: Sequence[str]) -> dict[str, str]:
 
 
 async def missing(scope: Scope, receive: Receive, send: Send) -> None:
-    """An ASGI application that has nothing."""
+    """An ASGI application that answers 404 to everything."""
     await _http(Request(scope), HTTPException(HTTPStatus.NOT_FOUND))(scope, receive, send)
 
 
 def _http(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses: no such route, wrong method."""
+    """The framework's own refusals: no such route, wrong method."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, UncannyError):  # raised while the body was read
         return _uncanny(request, error.__cause__)
@@ -220,20 +220,20 @@ def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _allowed(request: Request) -> list[str]:
-    """The methods of the documented path that says the most about this one; the framework names its first match."""
+    """The methods of the most specific documented path that matches. The framework would name its first match."""
     documented_paths = request.app.openapi()["paths"]
     matching = [
         path
         for path in documented_paths
         if re.fullmatch("[^/]+".join(map(re.escape, PARAMETER.split(path))), request.url.path)
     ]
-    said = max(matching, key=lambda path: len(PARAMETER.sub("", path)), default=None)
-    methods = [method.upper() for method in documented_paths[said]] if said else ["GET"]
+    path = max(matching, key=lambda path: len(PARAMETER.sub("", path)), default=None)
+    methods = [method.upper() for method in documented_paths[path]] if path else ["GET"]
     return [*methods, "HEAD"] if "GET" in methods else methods
 
 
 def _hung_up(request: Request, error: Exception) -> JSONResponse:
-    """Nobody hears the answer, and nothing of ours has failed."""
+    """The client is gone: nobody reads the answer, and it is no failure of the service."""
     log.debug("%s %s: the client hung up", request.method, request.url.path)
     return problem(400, "the client hung up before the body was there", request)
 
@@ -245,7 +245,7 @@ def _unexpected(request: Request, error: Exception) -> JSONResponse:
 
 
 def documented(*statuses: int) -> dict[int | str, JsonObject]:
-    """The problems that a route documents; those of who asks, how often, and of the database can always come."""
+    """The problems that a route documents: these statuses, and `ALWAYS` (access, rate limits, the database)."""
     content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     with_body = {HTTPStatus.REQUEST_TIMEOUT.value} if HTTPStatus.REQUEST_ENTITY_TOO_LARGE in statuses else set()
     return {

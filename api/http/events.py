@@ -1,4 +1,4 @@
-"""The live stream of what happens, as server-sent events."""
+"""The live stream of events, as server-sent events."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from fastapi import Depends, Header, Query, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from api.http.deps import CurrentCaller, EventFeed, Questions, SaysTruth, SaysWhole, Users
+from api.http.deps import CurrentCaller, EventFeed, Questions, TruthFromText, Users, WholeFromText
 from api.http.errors import documented
 from api.http.feed import RENEW_SECONDS, Feed, Reader, event_piece, may_see, progress_piece
 from api.http.permissions import scope
@@ -25,10 +25,10 @@ from service.model.json import JsonObject
 from service.results.insights import Insights
 
 router = Router(prefix="/v1/events", tags=["events"])
-PING_SECONDS = 15.0  # in which a stream is never silent
-CATCHING_UP = CapacityLimiter(4)  # threads that read what happened before a reader came
-END = "end"  # of a stream that does not go on
-GAP = "gap"  # of what was dropped before it could be sent
+PING_SECONDS = 15.0  # the longest silence of a stream, before a comment is sent
+CATCHING_UP = CapacityLimiter(4)  # threads that read past events
+END = "end"  # the last event of a stream that does not follow
+GAP = "gap"  # stands for events that were dropped before they could be sent
 LAST_ID = 2**63 - 1
 MEDIA_TYPE = "text/event-stream"
 EVENT = {
@@ -61,21 +61,22 @@ def _start(
     ] = None,
     after: Annotated[
         int | None,
-        SaysWhole,
+        WholeFromText,
         Query(ge=0, le=LAST_ID, description="Start behind this event; as `Last-Event-ID`.", examples=[0]),
     ] = None,
-    last_event_id: Annotated[int | None, SaysWhole, Header(ge=0, le=LAST_ID)] = None,
+    last_event_id: Annotated[int | None, WholeFromText, Header(ge=0, le=LAST_ID)] = None,
 ) -> Start:
-    """Where the stream starts: where it broke off; else at the beginning of that sweep or job; else now.
+    """Where the stream starts: where it broke off; else at the beginning of the sweep or job; else now.
 
-    Refuses what is not there before the stream begins, and an id that no event has yet: what comes would be missed.
+    An unknown sweep or job is refused before the stream begins. So is an id that no event has yet, because the reader
+    would miss the events up to it.
     """
     if sweep is not None:
         sweep = insights.sweep(insights.identify("sweep", sweep))["id"]
     if job is not None:
         job = insights.job(insights.identify("job", job))["id"]
     resumed = last_event_id if last_event_id is not None else after
-    newest = insights.last_event()  # asked for in any case: where the database is away, that is said by a status
+    newest = insights.last_event()  # always read, so that a database that is away is answered with a status
     if resumed is None:
         resumed = 0 if sweep or job else newest
     if resumed > newest:
@@ -97,7 +98,7 @@ async def follow_events(
     feed: EventFeed,
     caller: CurrentCaller,
     start: Annotated[Start, Depends(_start)],
-    follow: Annotated[bool, SaysTruth, Query(description="False: send what there is, and end.")] = True,
+    follow: Annotated[bool, TruthFromText, Query(description="False: send what there is, and end.")] = True,
 ) -> Response:
     """State changes with their ids (`event: task.succeeded` and so on), and `progress` of running tasks without one.
 
@@ -121,7 +122,7 @@ async def follow_events(
 
 
 class _Past:
-    """What has happened already, in pages, behind `last_id`, which goes with what was sent."""
+    """The past events after `last_id`, in pages. `last_id` moves on with the events that were sent."""
 
     def __init__(self, insights: Insights, users: Access, caller: Caller, start: Start) -> None:
         self._insights, self._users, self._caller, self._of = insights, users, caller, start.of
@@ -131,11 +132,11 @@ class _Past:
         self._renewed_at = time.monotonic()
 
     def started(self) -> bytes:
-        """What a stream begins with: the id that it starts behind, and the gap where events were dropped."""
+        """The beginning of a stream: the id that it starts after, and a gap if events were dropped."""
         return format_sse_event(id=str(self.last_id)) + self._gap(self._start.first)
 
     def _gap(self, first: int) -> bytes:
-        """What says that events between the last one and the `first` that is kept were dropped; else nothing."""
+        """A gap if events between the last one and `first`, the oldest that is kept, were dropped; else nothing."""
         if first <= self.last_id + 1:
             return b""
         gap = {"from": self.last_id + 1, "to": first - 1}
@@ -143,13 +144,13 @@ class _Past:
         return format_sse_event(data_str=json.dumps(gap), event=GAP, id=str(self.last_id))
 
     async def pages(self) -> AsyncIterator[bytes]:
-        """Raises `DatabaseAway`, and `Unauthenticated` where the caller's token is good no more."""
+        """Raises `DatabaseAway`, and `Unauthenticated` if the caller's token is no longer valid."""
         while True:
             if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
                 self._caller = await to_thread.run_sync(self._users.renewed, self._caller, limiter=CATCHING_UP)
                 self._renewed_at = time.monotonic()
-            look = partial(self._insights.events, self.last_id, **self._of)
-            first, happened, self.running = await to_thread.run_sync(look, limiter=CATCHING_UP)
+            ask = partial(self._insights.events, self.last_id, **self._of)
+            first, happened, self.running = await to_thread.run_sync(ask, limiter=CATCHING_UP)
             if gap := self._gap(first):
                 yield gap
             if not happened:
@@ -165,7 +166,7 @@ async def _listed(past: _Past) -> AsyncIterator[bytes]:
         async for page in past.pages():
             yield page
     except (DatabaseAway, Unauthenticated):
-        return  # the client comes back, and then is told so
+        return  # the client connects again, and is answered 503 or 401 then
     end = format_sse_event(data_str=json.dumps({"last_id": past.last_id}), event=END)
     yield b"".join(progress_piece(task) for task in past.running) + end
 

@@ -1,4 +1,4 @@
-"""One look at the database for all readers of events, however many there are."""
+"""The event feed: one poll of the database serves all readers of events."""
 
 import asyncio
 import json
@@ -20,31 +20,31 @@ from service.results.insights import Insights
 from service.store.history import PAGE
 
 POLL_SECONDS = 0.3
-BREATHS, LONGEST_PAUSE_SECONDS = 9, 2.0  # between two looks: so many times as long as giving out took
-RENEW_SECONDS = 5.0  # so often it is asked whether the callers' tokens are still good
+PAUSE_FACTOR, LONGEST_PAUSE_SECONDS = 9, 2.0  # the pause between two polls: so many times as long as one took
+RENEW_SECONDS = 5.0  # between two checks that the callers' tokens are still valid
 MOST_READERS = 2000
-MOST_PENDING = 64  # looks of which a reader may be behind, before it reads from the database again
-READERS_AT_ONCE = 16  # that are woken before others have their turn on the event loop
-OF_ACCESS = ("user.", "token.")  # what only admins are told, and who did it
+MOST_PENDING = 64  # polls that may wait for a reader; one that is further behind reads from the database again
+READERS_AT_ONCE = 16  # that are woken in one turn of the event loop
+OF_ACCESS = ("user.", "token.")  # events that only admins see, and the user who caused them
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
 Piece = tuple[int | None, bytes]
-"""An event as it is sent, with its id; of progress without one."""
+"""An event as bytes to send, with its id; progress has no id."""
 
 
 @dataclass(eq=False)
 class Reader:
-    """An open stream of what happens to a sweep or a job, or of everything, and what waits to be sent on it.
+    """An open stream of the events of a sweep or a job, or of all, with the pieces that wait to be sent on it.
 
-    What it is given are events after `since`; `behind` says that some were left out.
+    It is given the events after `since`. `behind` says that some were left out, because too many were waiting.
     """
 
     caller: Caller
     sweep_id: str | None = None
     job_id: str | None = None
     since: int = 0
-    fresh: bool = True  # it has not been told the progress of what runs
+    fresh: bool = True  # it has not been sent the progress of the running tasks yet
     behind: bool = False
     ended: bool = False
     woken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -52,7 +52,7 @@ class Reader:
 
     @property
     def group(self) -> tuple[str | None, str | None, str | None]:
-        """Readers of one group are sent the same."""
+        """Readers of one group are sent the same pieces."""
         return self.sweep_id, self.job_id, None if self.caller.may("admin") else self.caller.name
 
     def give(self, pieces: list[Piece]) -> None:
@@ -64,7 +64,7 @@ class Reader:
         self.woken.set()
 
     def taken(self) -> Iterator[Piece]:
-        """All that waits, once; then the reader sleeps until there is more."""
+        """The pieces that wait; they wait no longer. `woken` is set when there are more."""
         self.woken.clear()
         while self._pending:
             yield from self._pending.popleft()
@@ -75,9 +75,9 @@ class Reader:
 
 
 class Feed:
-    """Looks at the database every `POLL_SECONDS` while anybody reads, and gives each reader what is new for it.
+    """Polls the database every `POLL_SECONDS` while there are readers, and gives each of them the new events.
 
-    `is_stopping` tells when the server ends its streams.
+    `is_stopping` says whether the server is ending its streams.
     """
 
     def __init__(self, insights: Insights, users: Access, is_stopping: Callable[[], bool]) -> None:
@@ -88,11 +88,11 @@ class Feed:
         self._thread = CapacityLimiter(1)
         self._needed_by: dict[str, set[str]] = {}
         self._followed: tuple[set[str], set[str]] = (set(), set())
-        self._told: dict[str, tuple[object, object]] = {}
+        self._progress: dict[str, tuple[object, object]] = {}
         self._renewed_at = 0.0
 
     async def join(self, reader: Reader) -> None:
-        """Give this reader what happens from now on. Raises `DatabaseAway`, `Busy` for too many readers."""
+        """Give this reader the events from now on. Raises `DatabaseAway`, or `Busy` if there are too many readers."""
         if len(self._readers) >= MOST_READERS:
             raise Busy(f"{MOST_READERS} streams of events are open: try again in a moment")
         newest = self._position
@@ -100,7 +100,7 @@ class Feed:
             newest = await self._run(self._insights.last_event)
         if self._task is None or self._task.done():
             self._position, self._renewed_at = newest, time.monotonic()
-            self._task = asyncio.get_running_loop().create_task(self._look())
+            self._task = asyncio.get_running_loop().create_task(self._poll())
         assert self._position is not None
         reader.since = self._position
         self._readers[reader] = None
@@ -108,37 +108,37 @@ class Feed:
     def leave(self, reader: Reader) -> None:
         self._readers.pop(reader, None)
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         try:
             while self._readers and not self._is_stopping():
                 began = time.monotonic()
-                is_full = await self._tell()
-                pause = BREATHS * (time.monotonic() - began)
+                is_full = await self._give_news()
+                pause = PAUSE_FACTOR * (time.monotonic() - began)
                 if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
                     await self._renew()
                 if not is_full:
                     await asyncio.sleep(max(POLL_SECONDS, min(pause, LONGEST_PAUSE_SECONDS)))
         except DatabaseAway:
-            pass  # the clients come back, and then are told so
+            pass  # clients connect again, and are answered 503 then
         finally:
             for reader in self._readers:
                 reader.end()
             self._readers.clear()
 
-    async def _tell(self) -> bool:
-        """Give out what is new; whether there may be more at once."""
+    async def _give_news(self) -> bool:
+        """Give out the new events. Returns whether there may be more of them already."""
         assert self._position is not None
         sweeps = {reader.sweep_id for reader in self._readers if reader.sweep_id}
         jobs = {reader.job_id for reader in self._readers if reader.job_id}
         if self._followed != (sweeps, jobs):
             self._followed, self._needed_by = (sweeps, jobs), {}
-        look = partial(self._insights.news, sweep_ids=sweeps, job_ids=jobs, known=self._needed_by)
-        happened, running, self._needed_by = await self._run(look, self._position)
+        ask = partial(self._insights.news, sweep_ids=sweeps, job_ids=jobs, known=self._needed_by)
+        happened, running, self._needed_by = await self._run(ask, self._position)
         if happened:
             self._position = happened[-1]["id"]
-        told = {task["task_id"]: (task["progress"], task["detail"]) for task in running}
-        changed = {task_id for task_id, of in told.items() if self._told.get(task_id) != of}
-        self._told = told
+        progress = {task["task_id"]: (task["progress"], task["detail"]) for task in running}
+        changed = {task_id for task_id, of in progress.items() if self._progress.get(task_id) != of}
+        self._progress = progress
         await self._give(happened, running, changed)
         return len(happened) >= PAGE
 
@@ -163,7 +163,7 @@ class Feed:
                 await asyncio.sleep(0)
 
     def _wanted(self, sweep_id: str | None, job_id: str | None, row: JsonObject) -> bool:
-        """Whether an event, or the progress of a task, is of that sweep or job or of a task that it needs."""
+        """Whether an event or progress belongs to that sweep or job, or to a task that it needs."""
         if sweep_id is None and job_id is None:
             return True
         needed_by = self._needed_by.get(row["task_id"], set())
@@ -173,16 +173,17 @@ class Feed:
         )
 
     async def _renew(self) -> None:
-        """End the readers whose tokens are good no more."""
+        """End the readers whose tokens are no longer valid."""
         callers = {reader.caller for reader in self._readers}
         renewed = await self._run(self._renewed, callers)
         self._renewed_at = time.monotonic()
         for reader in self._readers:
             if reader.caller in callers:
-                found = renewed.get(reader.caller)
-                reader.caller = found or reader.caller
-                if found is None:
+                caller = renewed.get(reader.caller)
+                if caller is None:
                     reader.end()
+                else:
+                    reader.caller = caller
 
     def _renewed(self, callers: Iterable[Caller]) -> dict[Caller, Caller]:
         renewed = {}
@@ -198,7 +199,7 @@ class Feed:
 
 
 def may_see(event: JsonObject, name: str | None) -> bool:
-    """Whether that user may be told; None is an admin."""
+    """Whether a user may see the event. `name` is None for admins."""
     return name is None or not event["kind"].startswith(OF_ACCESS) or event["actor"] == name
 
 

@@ -31,14 +31,14 @@ Sort = Annotated[
 
 
 def filters_of(request: Request, fields: Fields, leaving: Collection[str] = ()) -> dict[str, list[str]]:
-    """The simple filters of this request, but for `leaving`; other parameters are checked by their declarations."""
+    """The filters by field of this request, without those in `leaving`."""
     query = request.query_params
     names = [name for name in query if (name in fields.known or name == LABEL) and name not in leaving]
     return {name: query.getlist(name) for name in names}
 
 
 def documented_filters(fields: Fields, leaving: Collection[str] = ()) -> JsonObject:
-    """The same for the OpenAPI document."""
+    """The filters by field, for the OpenAPI document."""
     described = {name: f"Only rows with this `{name}`; repeated: any of the values." for name in fields.known}
     described[LABEL] = 'Only rows with this label, as `key:value` or `"my: key":value`; repeated: all of them.'
     return {

@@ -1,4 +1,4 @@
-"""Is it alive, is it ready, what is going on."""
+"""Whether the service is alive and ready, and the state of its cluster."""
 
 from fastapi import Request
 
@@ -14,7 +14,7 @@ router = Router(tags=["health"])
 
 @router.get("/healthz", dependencies=[open_to_all()], response_model=Alive)
 async def healthz() -> Answer:
-    """This process answers."""  # without a thread: all of them may be waiting for a database
+    """This process answers."""  # async, because all threads may be waiting for the database
     return {"status": "ok"}
 
 
@@ -26,8 +26,8 @@ def readyz(request: Request, insights: Questions, artifacts: ArtifactRoot) -> An
     """
     insights.database.check_schema()
     cluster = insights.cluster()
-    # PostgreSQL alone knows its disk, and says that it is full when it writes. The probe writes if no dispatcher leads,
-    # because the full disk may be why, or if the last write of this process met a full disk.
+    # Only PostgreSQL knows its disk, and it reports a full one when it writes. So the probe writes if no dispatcher
+    # leads, which a full disk may have caused, or if the last write of this process met a full disk.
     insights.database.check_room(doubt=not insights.database.is_sqlite and not cluster["leading"])
     artifact_root.check(insights.database, artifacts.root)
     version = request.app.version

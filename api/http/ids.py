@@ -1,4 +1,4 @@
-"""Ids as people write them: the shortest prefix that only one has."""
+"""Short ids for people: the shortest prefix that no other id has."""
 
 from typing import Annotated
 
@@ -27,7 +27,7 @@ def shorten_ids(
     Wherever an id is taken, so is a prefix of 8 characters or more that only one has; 409 names the candidates where
     several have it.
     """
-    asked = names_of(ids)
-    if len(asked) > MAX_IDS:
-        raise InvalidQuery("ids", f"at most {MAX_IDS} ids at once, not {len(asked)}")
-    return {"prefixes": insights.short_ids(asked)}
+    whole = names_of(ids)
+    if len(whole) > MAX_IDS:
+        raise InvalidQuery("ids", f"at most {MAX_IDS} ids at once, not {len(whole)}")
+    return {"prefixes": insights.short_ids(whole)}

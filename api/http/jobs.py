@@ -25,8 +25,8 @@ from service.store.fields import JOBS
 from service.store.replies import Reply
 
 router = Router(prefix="/v1/jobs", tags=["jobs"])
-POLL_SECONDS = 0.2
-MOST_WAITING = 32
+POLL_INTERVAL_SECONDS = 0.2
+MOST_WAITING = 32  # requests that poll the database for the end of a job or sweep
 
 
 @router.post(
@@ -134,7 +134,7 @@ def unboost_job(job_id: str, service: Verbs, insights: Questions, user: User) ->
 
 
 def answer(reply: Reply, request: Request, response: Response) -> JsonObject:
-    """A reply of the service as the response: the stored one, where it is a replay."""
+    """The response to a submission. A replay is the stored answer, and its header says so."""
     response.status_code = reply.status
     response.headers["Location"] = public(request, reply.location)
     if reply.replayed:
@@ -148,21 +148,21 @@ _waiting: set[object] = set()
 async def wait_for(
     request: Request, look: Callable[[], JsonObject], ended: Collection[str], seconds: float
 ) -> JsonObject:
-    """What `look` sees, looked at again until its state is one of `ended`, the time is up, or the client has left.
+    """The job or sweep that `look` reads, once its state is one of `ended`, the time is up, or the client has left.
 
-    Each waiting request asks the database again and again, so if many wait already the answer comes at once.
+    Each waiting request polls the database. If `MOST_WAITING` do so already, the answer comes at once.
     """
     deadline = time.monotonic() + seconds
-    seen = await run_in_threadpool(look)
+    job_or_sweep = await run_in_threadpool(look)
     if len(_waiting) >= MOST_WAITING:
-        return seen
+        return job_or_sweep
     _waiting.add(me := object())
     try:
-        while seen["state"] not in ended and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_SECONDS)
+        while job_or_sweep["state"] not in ended and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_INTERVAL_SECONDS)
             if await request.is_disconnected():
                 break
-            seen = await run_in_threadpool(look)
+            job_or_sweep = await run_in_threadpool(look)
     finally:
         _waiting.remove(me)
-    return seen
+    return job_or_sweep

@@ -1,30 +1,30 @@
-"""How large the body of a request may be, and how slow its sender. It is counted as it is asked for, not before."""
+"""Limits on bodies: their size, the memory of all that are being read, and the time that a slow sender has."""
 
 import asyncio
 from collections import Counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.http.shares import user_of
+from api.http.open_requests import user_of
 from api.http.turns import Busy, TooManyRequests
 from service.errors import UncannyError
 
-BODY_BYTES = 1 << 20  # of all bodies but sweeps and artifacts
-SMALL_BYTES = 64 << 10  # of a body that is always heard
-HELD_BYTES = 128 << 20  # of all bodies that are being read, beyond what is small of each
-ONE_USERS_PART = 2  # of these, one user's bodies may have the half
-BODY_SECONDS = 20.0  # that a sender may keep a server waiting, and
-SLOWEST_BYTES_PER_SECOND = 50_000  # so much longer as it has sent
+BODY_BYTES = 1 << 20  # the largest body, except of sweeps and artifacts
+SMALL_BYTES = 64 << 10  # of each body that do not count towards HELD_BYTES
+HELD_BYTES = 128 << 20  # of all bodies that are being read, beyond SMALL_BYTES of each
+ONE_USERS_PART = 2  # one user's bodies may have a half of HELD_BYTES
+BODY_SECONDS = 20.0  # that a sender may keep the server waiting,
+SLOWEST_BYTES_PER_SECOND = 50_000  # and a second more for so many bytes
 SWEEPS, ARTIFACTS = "/v1/sweeps", "/v1/artifacts/"
 
 
 def is_of_sweeps(path: str) -> bool:
-    """Whether a body for this path is a sweep or a part of one, which may be long."""
+    """Whether the body for this path is a sweep or a part of one, which may be large."""
     return path == SWEEPS or path.startswith(f"{SWEEPS}/")
 
 
 class BodyTooLarge(UncannyError):
-    """The body is larger than this server takes."""
+    """The body is larger than the server accepts."""
 
 
 class BodyTooSlow(UncannyError):
@@ -32,10 +32,10 @@ class BodyTooSlow(UncannyError):
 
 
 class BodyLimit:
-    """ASGI middleware: bounds each body, and the memory of all that are being read, as their bytes are asked for.
+    """ASGI middleware: bounds each body, and the memory of all that are being read.
 
-    Whoever reads a body gets `BodyTooLarge`, `BodyTooSlow`, `Busy` or, where the same user's bodies are the reason,
-    `TooManyRequests` raised. Artifacts count in no memory: they are written to disk as they come.
+    Bytes are counted as the application reads them. Reading raises `BodyTooLarge`, `BodyTooSlow`, `Busy` or, if the
+    same user's bodies are the reason, `TooManyRequests`. Artifacts need no memory: they go to disk as they come.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class BodyLimit:
     ) -> None:
         self.app, self.max_body_bytes, self.max_upload_bytes = app, max_body_bytes, max_upload_bytes
         self.held_bytes = 0
-        self.held_by = Counter[str]() if held_by is None else held_by  # of users that have a share
+        self.held_by = Counter[str]() if held_by is None else held_by  # bytes of each user whose requests are counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,7 +77,7 @@ class _Body:
         self.held_bytes = 0
 
     async def receive(self) -> Message:
-        if self._ended:  # what comes now is the end of the connection
+        if self._ended:  # the next message is the end of the connection
             return await self._receive()
         if max(self._seen, self._declared) > self._most:
             raise BodyTooLarge(f"the body is larger than {self._most:,} bytes")
@@ -106,7 +106,7 @@ class _Body:
         more = max(0, self._seen - SMALL_BYTES) - self.held_bytes
         if not more:
             return
-        self._user = user_of(self._scope)  # of all that is read of a body
+        self._user = user_of(self._scope)
         if self._user is not None and self._limit.held_by[self._user] + more > HELD_BYTES // ONE_USERS_PART:
             raise TooManyRequests(
                 f"many large bodies of {self._user} are being read: nothing was done; try again when some have been"
@@ -119,7 +119,7 @@ class _Body:
             self._limit.held_by[self._user] += more
 
     def release(self) -> None:
-        """Nothing of this body is held any more."""
+        """Give back the memory that this body was counted for."""
         self._limit.held_bytes -= self.held_bytes
         if self._user is not None:
             self._limit.held_by[self._user] -= self.held_bytes

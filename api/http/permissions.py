@@ -1,7 +1,7 @@
-"""What a route asks of its caller. Every route declares one of these as a dependency: `dependencies=[scope("submit")]`.
+"""Who may use a route. Every route declares a permission as a dependency: `dependencies=[scope("submit")]`.
 
-The route checks it before a byte of the body is read (`routing.StrictRoute`), because the framework reads and parses a
-body before it calls any dependency.
+`routing.StrictRoute` checks the permission before it reads a byte of the body. As a dependency alone it would come too
+late: the framework reads and parses the body first.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fastapi.params import Depends as Dependency
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials
 
-from api.http import shares
+from api.http import open_requests
 from api.http.auth import READING, bearer, caller_of_token, trusted_caller
 from api.http.errors import Forbidden
 from service.lab.access import Access, Caller
@@ -24,12 +24,12 @@ from service.store.identifying import Kind
 
 Owned = Literal["job", "sweep"]
 IDS: dict[str, Kind] = {"job_id": "job", "sweep_id": "sweep", "task_id": "task", "token_id": "token"}
-"""Path parameters that take a prefix of an id."""
+"""Path parameters that may be a prefix of an id."""
 
 
 @dataclass(frozen=True)
 class OpenToAll:
-    """Everyone may use the route, also without a token, and nobody is asked who they are."""
+    """Everyone may use the route, also without a token."""
 
     async def __call__(self) -> None: ...
 
@@ -51,17 +51,17 @@ class Permission:
         await self.admit(request)
 
     async def admit(self, request: Request) -> Caller:
-        """The caller, who has this permission; checked once for each request.
+        """The caller, if they have this permission. It is checked once for each request.
 
         Raises `Unauthenticated`, `Forbidden`, `TooManyRequests`; `NotFound` and `AmbiguousId` for an id in the path.
         """
         if not hasattr(request.state, "caller"):
             settings: Settings = request.app.state.settings
-            threads: CapacityLimiter = request.app.state.asking
+            threads: CapacityLimiter = request.app.state.admission_threads
             if settings.auth:
                 credentials = await bearer(request)
                 caller = await to_thread.run_sync(self._admit_token, request, credentials, limiter=threads)
-                shares.count(request.scope, request.app.state.open_by, caller.name, settings.max_open_requests)
+                open_requests.count(request.scope, request.app.state.open_by, caller.name, settings.max_open_requests)
             else:
                 caller = trusted_caller(request, settings)
                 if request.path_params:
@@ -103,8 +103,10 @@ def submitter_or_own_token() -> Dependency:
 
 
 def declared(route: APIRoute) -> OpenToAll | Permission:
-    """What a route declares. Raises `TypeError` if that is missing, twice, or too little for a route that changes
-    something."""
+    """The permission that a route declares.
+
+    Raises `TypeError` if there is none or more than one, or if a route that changes something requires only `read`.
+    """
     methods = route.methods or set()
     name = f"{', '.join(sorted(methods))} {route.path}"
     permissions = [of.dependency for of in route.dependencies if isinstance(of.dependency, OpenToAll | Permission)]
@@ -122,7 +124,7 @@ def declared(route: APIRoute) -> OpenToAll | Permission:
 
 
 def _complete_ids(request: Request, caller: Caller) -> None:
-    """Replace prefixes of ids in the path by whole ids. A caller who is no admin can mean only their own tokens."""
+    """Replace prefixes of ids in the path by whole ids. Only admins can name other users' tokens."""
     insights: Insights = request.app.state.insights
     user = None if caller.may("admin") else caller.name
     for name in IDS.keys() & request.path_params.keys():
@@ -130,7 +132,7 @@ def _complete_ids(request: Request, caller: Caller) -> None:
 
 
 def _check_owner(noun: Owned, request: Request, caller: Caller) -> None:
-    """Raises `Forbidden` for another user's job or sweep. If it does not exist, the endpoint says so."""
+    """Raises `Forbidden` for another user's job or sweep. One that does not exist is left to the endpoint."""
     access: Access = request.app.state.access
     ident: str = request.path_params[f"{noun}_id"]
     owner = access.owner(

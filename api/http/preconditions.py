@@ -1,7 +1,7 @@
-"""Changing only what one has seen: `ETag` with an answer, `If-Match` with a change (RFC 9110, RFC 6585).
+"""Changes are based on the current version: `ETag` with an answer, `If-Match` with a change (RFC 9110, RFC 6585).
 
-The tag of a job or sweep is `"VERSION.CONTENT"`: the version of what can be changed of it, which is what `If-Match`
-looks at (progress must not refuse a change), and a digest of all that is shown, for `If-None-Match`.
+The tag of a job or sweep is `"VERSION.CONTENT"`. VERSION is of the fields that can be changed; `If-Match` compares it
+alone, so that progress does not refuse a change. CONTENT is a digest of the whole answer, for `If-None-Match`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from service.results.views import version
 
 
 class PreconditionRequired(UncannyError):
-    """A change must say what it is based on."""
+    """The change does not say which version it is based on."""
 
 
 def tag(view: JsonObject, response: Response) -> JsonObject:
@@ -32,7 +32,7 @@ def _seen(
         Header(alias="If-Match", description="The `ETag` of the answer that the change is based on, or `*`."),
     ] = None,
 ) -> frozenset[str] | None:
-    """The versions of which one must be current; None for any. A weak tag is never one: it promises too little."""
+    """The versions of which one must be the current one; None for any. Weak tags do not count (RFC 9110)."""
     if if_match is None:
         raise PreconditionRequired("send If-Match with the ETag of what you have seen (GET it first), or `If-Match: *`")
     tags = [part.strip() for part in if_match.split(",")]

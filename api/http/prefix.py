@@ -7,8 +7,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 class Prefix:
     """ASGI middleware: `path` is without the prefix from here on, `root_path` is the prefix.
 
-    Both are changed in place, for who answers what nobody expected stands outside. A path with the prefix twice is
-    `missing`'s: the framework takes the prefix off by itself if it is still there.
+    Both are changed in place, because the handler of unexpected errors stands outside of this middleware and needs them
+    too. A path that has the prefix twice goes to `missing`: the framework would take the second one off by itself.
     """
 
     def __init__(self, app: ASGIApp, root_path: str, missing: ASGIApp) -> None:
@@ -29,5 +29,5 @@ class Prefix:
 
 
 def public(connection: HTTPConnection, path: str) -> str:
-    """A path of this service as the client has to ask for it."""
+    """A path of this service as the client has to request it."""
     return f"{connection.scope.get('root_path', '')}{path}"

@@ -7,10 +7,10 @@ from fastapi import Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
 
-from api.http.accepting import chosen
-from api.http.deps import CurrentCaller, Cursor, Limit, Questions, SaysTruth, User, Verbs
+from api.http.deps import CurrentCaller, Cursor, Limit, Questions, TruthFromText, User, Verbs
 from api.http.errors import documented
 from api.http.filters import Filter, Sort, documented_filters, filters_of
+from api.http.media_types import chosen
 from api.http.paging import next_link
 from api.http.permissions import owner_of, scope
 from api.http.routing import Answer, Router
@@ -47,7 +47,7 @@ SAYS_HIDDEN: JsonObject = {
         "schema": {"type": "integer"},
     }
 }
-WithRetracted = Annotated[bool, SaysTruth, Query(description="Show retracted results too.")]
+WithRetracted = Annotated[bool, TruthFromText, Query(description="Show retracted results too.")]
 
 
 @router.get(
@@ -87,7 +87,7 @@ def list_results(
 
 
 def _stream(wanted: Literal["csv", "ndjson", "parquet"], insights: Insights, question: Question) -> Response:
-    """All rows as they are read. What is hidden is said in a header, for the body has nothing but rows."""
+    """All rows, as they are read. The body has only rows, so a header counts the hidden ones."""
     rows: Iterator[str] | Iterator[bytes]
     match wanted:
         case "csv":

@@ -1,4 +1,4 @@
-"""The routes of the API: who asks is known before the body is read, no thread waits for a body, and all take turns."""
+"""The routes of the API: they check the caller before they read the body, and work in turns."""
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from enum import Enum
@@ -31,27 +31,30 @@ OF_MANY = {
     "/v1/sweeps",
     "/v1/worst-cases",
 }
-"""Questions that take the longer, the more the store has. What looks at one thing, or counts, is always answered."""
+"""Questions that take longer the more the store has; they take turns. Others are answered at once."""
 
 
 def new_turns() -> dict[str, Turns]:
-    """Those that hold threads are together less than the threads of a server, and than the connections of its pool:
-    what is small is answered while everything else waits."""
+    """The turns of each kind of request.
+
+    Those that hold a thread are together fewer than the threads of the server, and than the connections of its pool.
+    So small requests are answered while large ones wait.
+    """
     return {
-        WRITERS: Turns("requests that write", at_once=8, most_waiting=200, patience_seconds=10.0, share=6),
+        WRITERS: Turns("requests that write", at_once=8, most_waiting=200, patience_seconds=10.0, per_user=6),
         REGISTRATIONS: Turns("registrations", at_once=2, most_waiting=20, patience_seconds=10.0),
-        UPLOADS: Turns("uploads", at_once=128, most_waiting=100, patience_seconds=10.0, share=64),
-        QUESTIONS: Turns("questions about many rows", at_once=6, most_waiting=200, patience_seconds=10.0, share=4),
-        DOWNLOADS: Turns("downloads", at_once=6, most_waiting=200, patience_seconds=10.0, share=4),
+        UPLOADS: Turns("uploads", at_once=128, most_waiting=100, patience_seconds=10.0, per_user=64),
+        QUESTIONS: Turns("questions about many rows", at_once=6, most_waiting=200, patience_seconds=10.0, per_user=4),
+        DOWNLOADS: Turns("downloads", at_once=6, most_waiting=200, patience_seconds=10.0, per_user=4),
     }
 
 
 class StrictRoute(APIRoute):
-    """A route whose body, if it has one, is JSON that says each field once, of someone who may send it.
+    """A route that checks its permission before it reads the body, and that reads the body as strict JSON.
 
-    The framework reads and parses a body before it asks any dependency, that of who is asking among them. What changes
-    something takes its turn when its body is there; a question about many rows takes one, and one more for each piece
-    of an answer that streams.
+    The framework by itself would read and parse the body before it calls any dependency. A request that changes
+    something takes its turn when its body is there. A question about many rows takes a turn, and one more for each
+    piece of an answer that streams.
     """
 
     turns: ClassVar[str] = WRITERS
@@ -66,7 +69,7 @@ class StrictRoute(APIRoute):
             request = StrictRequest(request.scope, request.receive)
             if request.method in READING:
                 reading = self._reading()
-                return await (_asked(request, handle, reading, user) if reading else handle(request))
+                return await (_in_turn(request, handle, reading, user) if reading else handle(request))
             if self.body_field is not None:
                 await request.body()
             async with request.app.state.turns[self.turns].one(user):
@@ -75,12 +78,12 @@ class StrictRoute(APIRoute):
         return strict
 
     def _reading(self) -> str | None:
-        """The turn that reading takes; None where it takes none."""
+        """The kind of turn that a reading request takes; None if it takes none."""
         return QUESTIONS if self.path_format in OF_MANY else None
 
 
 class RegistrationRoute(StrictRoute):
-    """What is registered is looked at first, which may take minutes."""
+    """Files are checked before they are registered, which may take minutes."""
 
     turns = REGISTRATIONS
 
@@ -104,9 +107,9 @@ class Router(APIRouter):
 
 
 def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
-    """Make the routes of an application strict: its own from now on, and those of these routers.
+    """Add these routers, and make the routes strict that the application itself defines from now on.
 
-    Raises `TypeError` for a router with a route that is not strict, because nothing is checked before its body is read.
+    Raises `TypeError` for a route that is not strict, because it would read its body before it checks the caller.
     """
     app.router.route_class = StrictRoute
     for router in routers:
@@ -117,7 +120,7 @@ def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
 
 
 def _check_closed(route: APIRoute) -> None:
-    """Raises `TypeError` if unknown fields of the body would be dropped in silence."""
+    """Raises `TypeError` if the model of the body would ignore unknown fields."""
     if route.body_field is not None:
         model = route.body_field.field_info.annotation
         if not (
@@ -126,7 +129,7 @@ def _check_closed(route: APIRoute) -> None:
             raise TypeError(f'{route.path}: the body must be a model with `extra="forbid"`, not {model}')
 
 
-async def _asked(request: Request, handle: Handler, which: str, user: str) -> Response:
+async def _in_turn(request: Request, handle: Handler, which: str, user: str) -> Response:
     turns: Turns = request.app.state.turns[which]
     async with turns.one(user):
         response = await handle(request)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import Query, Request
 
-from api.http.deps import Questions, SaysNumber, SaysTruth
+from api.http.deps import NumberFromText, Questions, TruthFromText
 from api.http.errors import documented
 from api.http.filters import Filter, documented_filters, filters_of
 from api.http.permissions import scope
@@ -20,10 +20,10 @@ from service.results.questions import nodes_of
 from service.store.fields import RESULTS
 
 router = Router(prefix="/v1", tags=["statistics"])
-Retracted = Annotated[bool, SaysTruth, Query(description="Count retracted results too.")]
+Retracted = Annotated[bool, TruthFromText, Query(description="Count retracted results too.")]
 OWN = ("attack", "scale")  # parameters of the leaderboard itself
 Trusted = Annotated[
-    bool, SaysTruth, Query(description="Only results with the verdict `trusted` by this version's rule.")
+    bool, TruthFromText, Query(description="Only results with the verdict `trusted` by this version's rule.")
 ]
 Ids = Annotated[str, Query(description="Job ids by comma.", min_length=1, examples=[f"{JOB_ID},{JOB_ID[:-1]}b"])]
 
@@ -61,7 +61,7 @@ def aggregate_results(
         ),
     ] = "network",
     filter: Filter = None,
-    allow_mixed: Annotated[bool, SaysTruth, Query(description="Let a group differ in more than seeds.")] = False,
+    allow_mixed: Annotated[bool, TruthFromText, Query(description="Let a group differ in more than seeds.")] = False,
     include_retracted: Retracted = False,
 ) -> Answer:
     """Statistics over groups of results, n being the number of trained networks: their repeats are averaged first.
@@ -114,7 +114,8 @@ def get_leaderboard(
         str | None, Query(description="A preset; all attacks where left out.", examples=["pgd_linf"])
     ] = None,
     scale: Annotated[
-        Literal["all"] | Annotated[float, SaysNumber], Query(description="Of this scale, or `all`.", examples=["all"])
+        Literal["all"] | Annotated[float, NumberFromText],
+        Query(description="Of this scale, or `all`.", examples=["all"]),
     ] = 1.0,
     filter: Filter = None,
     trusted: Trusted = True,
@@ -175,8 +176,8 @@ def get_correlations(
     What is too much to resample is refused: n networks of a group make n² pairs, and count as 10,000 where
     they are fewer; 10,000,000 are allowed in all groups together. Groups below ten networks are not resampled."""
     nodes = nodes_of(filter, filters_of(request, RESULTS))
-    found = correlating.correlations(insights.database, nodes, measure, target=target, by=names_of(by), trusted=trusted)
-    return {"measure": measure, "target": target, "items": found, "retracted": insights.hidden(nodes)}
+    items = correlating.correlations(insights.database, nodes, measure, target=target, by=names_of(by), trusted=trusted)
+    return {"measure": measure, "target": target, "items": items, "retracted": insights.hidden(nodes)}
 
 
 def _whole(insights: Insights, ids: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bodies of requests, read as strictly as a contract is: what JSON leaves open is refused, not guessed."""
+"""Strict reading of JSON bodies: duplicate keys, NaN and whatever else has no one meaning is refused."""
 
 import json
 from itertools import accumulate
@@ -12,9 +12,9 @@ from service.model.json import JsonObject
 from service.model.pointers import pointer_to
 from service.specs.base import TOO_SMALL, shorten, underflows
 
-LARGE_BYTES = 64 << 10  # a body that is not read on the event loop
-READING = CapacityLimiter(2)  # the threads for those
-MAX_FIELDS = 1000  # of an object
+LARGE_BYTES = 64 << 10  # a larger body is parsed in a thread, not on the event loop
+PARSERS = CapacityLimiter(2)  # threads that parse large bodies
+MAX_FIELDS = 1000  # of one object
 MAX_NAME = 1000  # characters of a field's name
 MAX_DEPTH = 1000
 MAX_VALUES, MAX_SWEEP_VALUES = 20_000, 1_500_000  # of a body as a whole
@@ -26,13 +26,13 @@ class NotJson(InvalidSpec):
 
 
 class NotSentAsJson(InvalidSpec):
-    """The body says of itself that it is something else."""
+    """The `Content-Type` of the body is another one than JSON's."""
 
 
 def check_sent(error: JsonObject) -> None:
-    """Raises `NotSentAsJson` and `NotJson` where what pydantic says of a body is that there was no JSON to look at.
+    """Raises `NotSentAsJson` or `NotJson` for an error of pydantic which says that there was no JSON in the body.
 
-    That is known only then, when who is asking has been found out.
+    It is checked so late because the caller has to be known before anything is said about the body.
     """
     if isinstance(error.get("input"), bytes):
         raise NotSentAsJson([("", SENT_AS)])
@@ -50,12 +50,12 @@ class StrictRequest(Request):
             if len(body) <= LARGE_BYTES:
                 self._json = read(body)
             else:
-                self._json = await to_thread.run_sync(read, body, limiter=READING)
+                self._json = await to_thread.run_sync(read, body, limiter=PARSERS)
         return self._json
 
 
 def _check_values(body: bytes, most: int) -> None:
-    """Before anything is made of them: a body of some megabytes can have more values than fit in memory."""
+    """Raises before anything is parsed: a body of a few megabytes can have more values than fit in memory."""
     if (values := sum(body.count(mark) for mark in (b",", b"[", b"{"))) > most:
         if _is_deep(body[:LARGE_BYTES]):
             raise NotJson([("", "the body is nested too deep")])
@@ -63,13 +63,13 @@ def _check_values(body: bytes, most: int) -> None:
 
 
 def _is_deep(body: bytes) -> bool:
-    """Whether brackets stand within each other as no reader takes them; brackets in texts count too."""
+    """Whether brackets are nested too deep for any parser. Brackets in strings count too."""
     depths = accumulate(1 if byte in b"[{" else -1 for byte in body if byte in b"[]{}")
     return max(depths, default=0) > MAX_DEPTH
 
 
 class _Constant(str):
-    """`NaN`, `Infinity` or `-Infinity`, which Python's reader takes for numbers, and JSON does not have."""
+    """`NaN`, `Infinity` or `-Infinity`: Python's parser accepts them, but JSON does not have them."""
 
 
 class _TooSmall(float):
@@ -77,7 +77,7 @@ class _TooSmall(float):
 
 
 def read(body: bytes) -> object:
-    """The JSON value of a body. Raises `NotJson`, and `InvalidSpec` for a number that Python or float64 has not."""
+    """The JSON value of a body. Raises `NotJson`, or `InvalidSpec` for a number beyond Python's int or float64."""
     constants: list[_Constant] = []
     too_small: list[_TooSmall] = []
 
@@ -110,7 +110,7 @@ def read(body: bytes) -> object:
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Python, like most readers, would take the last of two and forget the other."""
+    """The object of these fields. Python, like most parsers, would silently take the last of two equal keys."""
     if len(pairs) > MAX_FIELDS:
         raise InvalidSpec([("", f"an object of the body has {len(pairs):,} fields, at most {MAX_FIELDS:,} are taken")])
     fields = dict(pairs)
@@ -124,12 +124,12 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _pointer(value: object, wanted: _Constant | _TooSmall) -> str | None:
-    """Where in `value` this very object is, as a JSON pointer."""
+    """The JSON pointer to this very object in `value`."""
     if value is wanted:
         return ""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in items:
-        found = _pointer(inner, wanted)
-        if found is not None:
-            return pointer_to(name) + found
+        inner_pointer = _pointer(inner, wanted)
+        if inner_pointer is not None:
+            return pointer_to(name) + inner_pointer
     return None

@@ -1,4 +1,4 @@
-"""Work of which only so much goes on at a time: the rest waits in line, without a thread, and not for long."""
+"""Turns: only so many requests of a kind are worked on at a time. The rest waits in line, without a thread."""
 
 import asyncio
 import math
@@ -13,26 +13,25 @@ T = TypeVar("T")
 
 
 class Busy(UncannyError):
-    """The service has so much to do that this request was not begun; nothing of it was done."""
+    """The service is busy: the request was not begun, and nothing of it was done."""
 
 
 class TooManyRequests(UncannyError):
-    """The caller asks faster, or for more at once, than one caller may."""
+    """The caller sends requests faster, or has more of them open at once, than one caller may."""
 
 
 class Turns:
-    """At most `at_once` at a time, of what `noun` says; up to `most_waiting` wait, up to `patience_seconds`.
+    """At most `at_once` requests of a kind, which `noun` names; up to `most_waiting` wait, up to `patience_seconds`.
 
-    Of these, one user has at most `share` at a time, and the same part of the line. Without a `share` there is no such
-    limit.
+    One user has at most `per_user` of the turns, and the same part of the line; without `per_user`, all of them.
     """
 
     def __init__(
-        self, noun: str, at_once: int, most_waiting: int, patience_seconds: float, share: int | None = None
+        self, noun: str, at_once: int, most_waiting: int, patience_seconds: float, per_user: int | None = None
     ) -> None:
         self.noun, self.at_once = noun, at_once
         self.most_waiting, self.patience_seconds = most_waiting, patience_seconds
-        self.share = at_once if share is None else share
+        self.per_user = at_once if per_user is None else per_user
         self._all, self._of = asyncio.Semaphore(at_once), dict[str, asyncio.Semaphore]()
         self._here = Counter[str]()  # requests of each user that wait or have their turn
         self._waiting = Counter[str]()
@@ -40,7 +39,7 @@ class Turns:
     @asynccontextmanager
     async def one(self, user: str = "", *, patience_seconds: float | None = None) -> AsyncIterator[None]:
         """Raises `Busy` if there is no turn in time, `TooManyRequests` if this user's own requests are the reason."""
-        own = self._of.setdefault(user, asyncio.Semaphore(self.share))
+        own = self._of.setdefault(user, asyncio.Semaphore(self.per_user))
         self._here[user] += 1
         try:
             await self._wait(user, own, self.patience_seconds if patience_seconds is None else patience_seconds)
@@ -55,7 +54,7 @@ class Turns:
                 del self._here[user], self._of[user]
 
     async def each(self, pieces: AsyncIterator[T], user: str) -> AsyncIterator[T]:
-        """The same pieces, each made when it is this user's turn: between two of them others have theirs."""
+        """The same pieces. Each is made in a turn of its own, so that others have theirs between two pieces."""
         while True:
             async with self.one(user, patience_seconds=math.inf):
                 try:
@@ -65,9 +64,9 @@ class Turns:
             yield piece
 
     async def _wait(self, user: str, own: asyncio.Semaphore, patience_seconds: float) -> None:
-        """Take a place of the user's share, then one of all."""
+        """Take one of the user's turns, then one of all."""
         patient = math.isinf(patience_seconds)
-        if not patient and own.locked() and self._waiting[user] >= self.most_waiting * self.share // self.at_once:
+        if not patient and own.locked() and self._waiting[user] >= self.most_waiting * self.per_user // self.at_once:
             raise self._too_many()
         if not patient and self._all.locked() and self._waiting.total() >= self.most_waiting:
             raise self._busy()
@@ -93,9 +92,9 @@ class Turns:
         return Busy(f"{self.at_once} {self.noun} are going on and others wait: nothing was done; try again in a moment")
 
     def _too_many(self) -> UncannyError:
-        if self.share == self.at_once:
+        if self.per_user == self.at_once:
             return self._busy()
         return TooManyRequests(
-            f"{self.share} {self.noun} of yours are going on, as many as one user may have at once, and others of "
+            f"{self.per_user} {self.noun} of yours are going on, as many as one user may have at once, and others of "
             "yours wait: nothing was done; try again when some have ended"
         )

@@ -23,7 +23,7 @@ GRACE_SECONDS = 3
 
 
 class Server(uvicorn.Server):
-    """Tells open event streams to end as soon as the server is asked to stop, and stops without dying of the signal."""
+    """A server that ends its event streams when it is asked to stop, and exits without the signal as its cause."""
 
     def __init__(self, app: FastAPI, grace_seconds: float) -> None:
         grace = math.ceil(grace_seconds)
@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings, listening: socket.socket) -> None:
-    """Answer requests on that socket until SIGTERM or SIGINT; open requests get a few seconds."""
+    """Answer requests on this socket until SIGTERM or SIGINT. Open requests get a few seconds to end."""
     log.info("answers requests on %s port %s", *listening.getsockname()[:2])
     Server(create_app(settings), GRACE_SECONDS).run(sockets=[listening])
     log.info("has stopped")

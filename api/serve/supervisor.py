@@ -1,7 +1,7 @@
 """`uncanny serve`: API, dispatcher and Ray head as child processes, started again when they die, stopped together.
 
 The supervisor holds the listening socket, so connections wait while the API is started again, and the home's lock,
-which its children inherit: a new service of this home starts when the last of the old one is gone.
+which its children inherit: a new service of this home starts when the last process of the old one is gone.
 """
 
 import hashlib
@@ -32,19 +32,19 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from service.store import Database
 
-LOOK_SECONDS = 0.1
-# What each gets to stop by itself; with `stop_seconds` at its default, all of it is less than half a minute.
+POLL_INTERVAL_SECONDS = 0.1
+# How long each part may take to stop by itself. With the default of `stop_seconds` it is less than 30 s in all.
 API_SECONDS = 6.0
-DISPATCHER_SECONDS = 10.0  # beside what running tasks get to finish
-STARTING_SECONDS = 2.0  # instead, while nothing can run yet
+DISPATCHER_SECONDS = 10.0  # beyond `stop_seconds`, in which running tasks may finish
+STARTING_SECONDS = 2.0  # for the dispatcher instead, while no task can run yet
 HEAD_SECONDS = 5.0
 HURRY_SECONDS = 1.0
 ORPHAN_SECONDS = 3.0
-ASK_SECONDS = 1.0
+QUERY_SECONDS = 1.0  # for a question to the database while the service stops
 LONGEST_PAUSE_SECONDS = 10.0
-HEALTHY_SECONDS = 60.0  # who lived so long starts again at once
+HEALTHY_SECONDS = 60.0  # a part that has lived so long is started again at once
 LOG_BYTES = 20 << 20
-# Each thread of the C library allocates from an arena of its own, and each arena keeps the most that it ever needed.
+# By default the C library gives each thread an arena of its own, and an arena never shrinks.
 API_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 
 Say = Callable[[str], None]
@@ -52,14 +52,14 @@ Say = Callable[[str], None]
 
 @dataclass
 class Part:
-    """A child process that is meant to be there: `command` in a session of its own, so that Ctrl-C passes it by."""
+    """A child process that is kept running. `command` has its own session, so that Ctrl-C does not reach it."""
 
     name: str
     command: list[str]
     environment: dict[str, str]
     log: Path | None
     inherited: tuple[int, ...]
-    death_signal: signal.Signals = signal.SIGKILL  # what it gets when the supervisor is killed; it has nothing to lose
+    death_signal: signal.Signals = signal.SIGKILL  # which it gets when the supervisor is killed
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float = 0.0
@@ -82,7 +82,7 @@ class Part:
             sink.close()
 
     def died(self) -> str | None:
-        """What it died of, if it has; then it is to start again after a pause."""
+        """How it died, or None if it has not. A part that died is to be started again after a pause."""
         if self.process is None or self.process.poll() is None:
             return None
         code = self.process.returncode
@@ -94,15 +94,15 @@ class Part:
         return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
     def bound_log(self) -> None:
-        """Start its log again when that is large, under the running process; what was in it stays as `.log.1`."""
-        with suppress(OSError):  # of a full disk: later
+        """Empty a large log while the process writes to it. A copy stays as `.log.1`."""
+        with suppress(OSError):  # such as a full disk: it is tried again later
             if self.log is not None and self.log.stat().st_size > LOG_BYTES:
                 with private.opened(_earlier(self.log), "wb") as copy, self.log.open("rb") as log:
                     shutil.copyfileobj(log, copy)
                 os.truncate(self.log, 0)
 
     def end(self) -> None:
-        """Kill it; nothing where it does not run."""
+        """Kill it, if it runs."""
         self.send(signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
@@ -141,19 +141,19 @@ class Supervisor:
             Part("api", api, {**API_ENVIRONMENT, **environment}, logs["api"], (*held, self._socket.fileno())),
             Part("dispatcher", dispatcher, environment, logs["dispatcher"], held),
         ]
-        if not settings.ray_address:  # the head's guard is told, and ends what Ray would leave behind
+        if not settings.ray_address:  # SIGTERM, so that the head's guard can end what Ray would leave behind
             self.parts.append(Part("head", [], environment, logs["head"], held, death_signal=signal.SIGTERM))
         self.parts[0].start()
         try:
-            self._database = _prepared(settings)  # slow to import, as the API is: side by side
+            self._database = _prepared(settings)  # slow to import: it happens while the API starts
         except BaseException:
             self.parts[0].end()
             raise
 
     def run(self, stop: threading.Event, hurry: threading.Event | None = None) -> None:
-        """Keep all parts alive until `stop` is set, then stop them in bounded time and leave nothing behind.
+        """Keep all parts running until `stop` is set. Then stop them in bounded time, and leave no process behind.
 
-        The time is up when `hurry` is set.
+        `hurry` ends this time at once.
         """
         adopt_orphans()
         home.announce(self.settings, self.url)
@@ -162,7 +162,7 @@ class Supervisor:
                 self._needed = self._needed or self._has_work()
                 for part in reversed(self.parts if self._needed else self.parts[:1]):
                     self._look_after(part)
-                stop.wait(LOOK_SECONDS)
+                stop.wait(POLL_INTERVAL_SECONDS)
         finally:
             self._stop(hurry or threading.Event())
             home.forget(self.settings)
@@ -182,12 +182,12 @@ class Supervisor:
                 self._choose_port(part)
             try:
                 part.start()
-            except OSError as error:  # no memory, no descriptors, no folder: it may pass
+            except OSError as error:  # no memory, no file descriptors, no folder: that may pass
                 part.start_at = time.monotonic() + LONGEST_PAUSE_SECONDS
                 self.say(f"the {part.name} cannot be started: {error}")
 
     def _choose_port(self, head: Part) -> None:
-        """A free port for the head that starts; a dispatcher of the one before has lost its cluster and restarts."""
+        """Choose a free port for the new head. The dispatcher of the old head has lost its cluster and is restarted."""
         dispatcher = self.parts[1]
         dispatcher.end()
         dispatcher.process, dispatcher.start_at = None, 0.0
@@ -217,7 +217,7 @@ class Supervisor:
     def _wait_for(self, part: Part, seconds: float, hurry: threading.Event) -> None:
         deadline = time.monotonic() + seconds
         while part.runs and time.monotonic() < deadline and not hurry.is_set():
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_INTERVAL_SECONDS)
 
     def _has_work(self) -> bool:
         from service.results.insights import Insights
@@ -229,11 +229,11 @@ class Supervisor:
         return any(count for of_kind in tasks for state, count in of_kind.items() if state not in ENDED_TASK)
 
     def _may_run_tasks(self) -> bool:
-        """Before its cluster is there a dispatcher hands nothing over, and need not be waited for."""
+        """Whether the dispatcher may have running tasks: it has none before its cluster is there."""
         answers: list[bool] = []
-        asking = threading.Thread(target=lambda: answers.append(self._leads()), daemon=True)  # the database may hang
-        asking.start()
-        asking.join(ASK_SECONDS)
+        query = threading.Thread(target=lambda: answers.append(self._leads()), daemon=True)  # the database may hang
+        query.start()
+        query.join(QUERY_SECONDS)
         return answers[0] if answers else True
 
     def _leads(self) -> bool:
@@ -247,9 +247,9 @@ class Supervisor:
         return bool(cluster["leading"] and (status.get("capacity", {}).get("ready") or status.get("bundles")))
 
     def _end_orphans(self) -> None:
-        """End what dead parts left running, such as the processes of a local Ray.
+        """Kill the processes that dead parts left behind, such as those of a local Ray.
 
-        Look again until none is left: what one of them had started is adopted when that one dies.
+        It repeats until none is left: the children of a killed process are adopted when it dies.
         """
         ours = {part.process.pid for part in self.parts if part.process is not None and part.runs}
         me, deadline = psutil.Process(), time.monotonic() + ORPHAN_SECONDS
@@ -277,7 +277,7 @@ def _prepared(settings: Settings) -> "Database":
 
 
 def dispatcher_name(settings: Settings) -> str:
-    """The name of this home's dispatcher: the same after a restart, so that it has its leases back at once."""
+    """The name of this home's dispatcher. It is the same after a restart, which so gets its leases back at once."""
     place = hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]
     return f"{socket.gethostname()}-{place}"
 

@@ -17,7 +17,7 @@ import pytest
 from scipy.stats import binomtest
 
 from api.cli.commands.options import REACH_SECONDS
-from api.client import ApiError, Client, Unanswered, Unreachable, asking, client, transport
+from api.client import ApiError, Client, Unanswered, Unreachable, client, questions, transport
 from api.http.errors import RETRY_AFTER_SECONDS
 from api.serve.supervisor import LONGEST_PAUSE_SECONDS
 from service.errors import UncannyError
@@ -25,7 +25,7 @@ from service.lab import checkpoints
 from service.store.database import BUSY_SECONDS
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
-CLASSES = (client.Client, client.Job, client.Sweep, asking.Asking, asking.Rows, asking.Aggregate)
+CLASSES = (client.Client, client.Job, client.Sweep, questions.Questions, questions.Rows, questions.Aggregate)
 
 
 @pytest.fixture(scope="module", autouse=True)

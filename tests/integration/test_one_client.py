@@ -363,7 +363,7 @@ class TestThreads:
     ) -> None:
         """Forty took all threads. One user has not all turns either, and a stream waits for those of its pieces."""
         until(lambda: not any(turns._here for turns in own.app.state.turns.values()))
-        monkeypatch.setitem(own.app.state.turns, "questions", Turns("questions", 3, 12, 0.5, share=2))
+        monkeypatch.setitem(own.app.state.turns, "questions", Turns("questions", 3, 12, 0.5, per_user=2))
         module, _, name = slow.rpartition(".")
         usual, go_on, begun = getattr(import_module(module), name), Event(), Semaphore(0)
 

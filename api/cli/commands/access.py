@@ -1,4 +1,4 @@
-"""`user` and `token`: who may use the service."""
+"""`user` and `token`: the users of the service and their tokens."""
 
 from pathlib import Path
 from typing import Annotated
@@ -126,8 +126,8 @@ def _create_directly(name: str, for_user: str | None, scope: Scope, days: float 
     database.check_schema()
     access, actor = Access(database), operating_system_user()
     owner = for_user or actor
-    known = {row["name"]: row for row in access.users()}
-    if owner not in known or (scope == "admin" and known[owner]["disabled_at"] is None):
+    users = {row["name"]: row for row in access.users()}
+    if owner not in users or (scope == "admin" and users[owner]["disabled_at"] is None):
         access.put_user(owner, {"role": "admin"} if scope == "admin" else {}, actor=actor)
     return access.create_token(owner, name, scope, days, by=Caller(actor))
 

@@ -1,4 +1,4 @@
-"""`aggregate`, `leaderboard`, `compare`, `correlations`, `retract`: questions to all results at once."""
+"""`aggregate`, `leaderboard`, `compare`, `correlations`, `retract`: questions about many results at once."""
 
 from typing import Annotated
 
@@ -57,7 +57,7 @@ def aggregate(
 ) -> None:
     """Statistics over groups of results, as `uncanny aggregate dataset=digits --by architecture,scale,attack`."""
     with client_of(home, url) as client:
-        found = client.aggregate(
+        statistics = client.aggregate(
             by,
             metrics,
             filter,
@@ -67,13 +67,13 @@ def aggregate(
             **filters_of(filters),
         )
     if as_json:
-        return print_json(found.items)
-    if found.retracted:
-        tell(f"{found.retracted:,} retracted results are not counted (--include-retracted counts them).")
-    if not found.items:
+        return print_json(statistics.items)
+    if statistics.retracted:
+        tell(f"{statistics.retracted:,} retracted results are not counted (--include-retracted counts them).")
+    if not statistics.items:
         return tell("No results match.")
-    show(fields_table(found.flat()))
-    return say(f"\n{COUNTED[found.spread_of]}")
+    show(fields_table(statistics.flat()))
+    return say(f"\n{COUNTED[statistics.spread_of]}")
 
 
 def leaderboard(
@@ -86,9 +86,9 @@ def leaderboard(
     as_json: AsJson = False,
 ) -> None:
     """Networks by their worst case over all stored attacks, as `uncanny leaderboard dataset=digits norm=linf`."""
-    asked = _asked(filters, filter)
+    conditions = _conditions(filters, filter)
     with client_of(home, url) as client:
-        boards = client.leaderboard(scale=scale, trusted=trusted, **asked)
+        boards = client.leaderboard(scale=scale, trusted=trusted, **conditions)
     if as_json:
         return print_json(boards)
     for board in boards:
@@ -109,9 +109,9 @@ def worst_cases(
     as_json: AsJson = False,
 ) -> None:
     """The worst case of each network over all stored attacks of a threat model, which are named."""
-    asked = _asked(filters, filter)
+    conditions = _conditions(filters, filter)
     with client_of(home, url) as client:
-        rows = client.worst_cases(**asked)
+        rows = client.worst_cases(**conditions)
     if as_json:
         return print_json(rows)
     if not rows:
@@ -128,26 +128,26 @@ def compare(
 ) -> None:
     """Results side by side: what differs, whether they break the same examples, and the worst case over all."""
     with client_of(home, url) as client:
-        found = client.compare(*jobs)
-        short = client.short_ids(row["job_id"] for row in found["results"]) if not as_json else {}
+        comparison = client.compare(*jobs)
+        short = client.short_ids(row["job_id"] for row in comparison["results"]) if not as_json else {}
     if as_json:
-        return print_json(found)
-    differing = [[name, *map(number, values)] for name, values in found["differing"].items()]
-    ids = [row["job_id"] for row in found["results"]]
+        return print_json(comparison)
+    differing = [[name, *map(number, values)] for name, values in comparison["differing"].items()]
+    ids = [row["job_id"] for row in comparison["results"]]
     show(
         table(["differs", *ids], differing),
         lambda: table(["differs", *(short.get(ident, ident) for ident in ids)], differing),
     )
     say("")
     columns = ["a", "b", "only_a", "only_b", "difference", "difference_low", "difference_high", "p_value"]
-    pairs = [{name: pair[name] for name in columns} for pair in found["pairs"]]
+    pairs = [{name: pair[name] for name in columns} for pair in comparison["pairs"]]
     show(fields_table(pairs), lambda: fields_table(pairs, short))
     say("")
-    if found["union"] is None:
-        say(f"No worst case over all of them: {found['union_refused']}.")
+    if comparison["union"] is None:
+        say(f"No worst case over all of them: {comparison['union_refused']}.")
     else:
-        say(f"Robust against all of them: {percent(found['union']['robust_accuracy'])}.")
-        for job_id, reason in found["union"]["left_out"].items():
+        say(f"Robust against all of them: {percent(comparison['union']['robust_accuracy'])}.")
+        for job_id, reason in comparison["union"]["left_out"].items():
             say(f"Left out, because it proves nothing: {job_id} ({reason}).")
     return None
 
@@ -162,19 +162,19 @@ def correlations(
     as_json: AsJson = False,
 ) -> None:
     """Does a measure rank networks as their robust accuracy does? Kendall's tau, one point per network at s = 1."""
-    asked = _asked(filters, filter)
+    conditions = _conditions(filters, filter)
     with client_of(home, url) as client:
-        found = client.correlations(measure, trusted=trusted, **asked)
+        items = client.correlations(measure, trusted=trusted, **conditions)
     if as_json:
-        return print_json(found)
+        return print_json(items)
     rows = [
         {"dataset": row["dataset"], "attack": attack_name(row["attack"]), "samples": row["samples"], **_tau(row)}
-        for row in found
+        for row in items
     ]
     if not rows:
         return _tell_nothing(trusted)
     show(fields_table(rows))
-    say("\nFewer than ten networks give no tau; over_scales is " + found[0]["over_scales"]["note"] + ".")
+    say("\nFewer than ten networks give no tau; over_scales is " + items[0]["over_scales"]["note"] + ".")
     return None
 
 
@@ -206,17 +206,17 @@ def retract(
     if as_json:
         print_json(done)
     else:
-        _say_done(done)
+        _say_changes(done)
     if not any(done.values()):
         tell("No retracted result matches." if undo else "No result that is shown matches.")
         raise typer.Exit(FAILED)
 
 
-def _say_done(done: Json) -> None:
-    """What was hidden, or is shown again: results by their jobs, tasks by how many they are."""
-    for what in ("retracted", "restored", "resubmitted", "unmeasured", "measured"):
-        if done.get(what):
-            say(f"{what}: {', '.join(done[what])}")
+def _say_changes(done: Json) -> None:
+    """Print which results are hidden or shown again, and how many tasks."""
+    for change in ("retracted", "restored", "resubmitted", "unmeasured", "measured"):
+        if done.get(change):
+            say(f"{change}: {', '.join(done[change])}")
     if done.get("tasks"):
         say(f"tasks: {len(done['tasks']):,}")
     if done.get("replanned"):
@@ -228,7 +228,7 @@ def _say_done(done: Json) -> None:
         say(f"{len(done['superseded']):,} of the tasks are joined by no new job: there is a newer generation.")
 
 
-def _asked(filters: list[str] | None, filter: str) -> Json:
+def _conditions(filters: list[str] | None, filter: str) -> Json:
     return {**filters_of(filters), **({"filter": filter} if filter else {})}
 
 
@@ -237,7 +237,7 @@ def _tell_nothing(trusted: bool) -> None:
 
 
 def _differing(recipes: list[Json]) -> list[str]:
-    """The parameters in which these recipes, if they have the same name, are not all the same."""
+    """The parameters in which recipes of the same name differ."""
     names = dict.fromkeys(name for recipe in recipes for name in recipe if name != "name")
     return [
         name
@@ -249,7 +249,7 @@ def _differing(recipes: list[Json]) -> list[str]:
 
 
 def _places(rows: list[Json]) -> Columns:
-    """The columns of a leaderboard: recipes are told apart by the parameters in which these rows differ."""
+    """The columns of a leaderboard. Recipes are shown with the parameters in which those of one name differ."""
     differing = _differing([dict(flat(row["recipe"])) for row in rows])
     return {
         "rank": lambda row: str(row["rank"]),
@@ -281,7 +281,7 @@ def _flags(row: Json) -> str:
 
 
 def _attacks(row: Json) -> str:
-    """How many, and of how many not every network of the row has met."""
+    """The number of attacks, and of those that not every network of the row has met."""
     partly = sum(attack["networks"] < row["networks"] for attack in row["attacks"])
     return str(len(row["attacks"])) + (f", {partly} not on all" if partly else "")
 
@@ -306,6 +306,6 @@ WORST_CASES: Columns = {
 
 
 def _tau(row: Json) -> Json:
-    left = {"dataset", "attack", "samples", "version", "measure_version"}
-    found = {name: value for name, value in row.items() if name not in left}
-    return {name: value for name, value in flat(found) if isinstance(value, (int, float, type(None)))}
+    left_out = {"dataset", "attack", "samples", "version", "measure_version"}
+    shown = {name: value for name, value in row.items() if name not in left_out}
+    return {name: value for name, value in flat(shown) if isinstance(value, (int, float, type(None)))}

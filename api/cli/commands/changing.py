@@ -1,6 +1,6 @@
-"""Changing what was submitted: `cancel`, `retry`, `pause`, `resume`, `extend`, `priority`, `boost`, `explain`.
+"""Change submitted jobs and sweeps: `cancel`, `retry`, `pause`, `resume`, `extend`, `priority`, `boost`.
 
-`queue` shows all of it.
+`explain` and `queue` say what waits, and why.
 """
 
 from typing import Annotated
@@ -41,8 +41,8 @@ def retry(
     _report(retried, "retried", as_json)
     left = {state: n for state, n in retried.get("states", {}).items() if n and state not in chosen}
     if left and not as_json:
-        said = " and ".join(f"{n} {state}" for state, n in left.items())
-        say(f"{said} stay so: `uncanny retry {ident} --states {','.join(left)}` takes them")
+        counts = " and ".join(f"{n} {state}" for state, n in left.items())
+        say(f"{counts} stay so: `uncanny retry {ident} --states {','.join(left)}` takes them")
 
 
 def pause(ident: SweepOrAll = None, home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
@@ -69,9 +69,9 @@ def extend(
     """Add values to axes of a sweep's grid; only the new cells are computed."""
     grid = {}
     for item in axes:
-        axis, equals, said = item.partition("=")
+        axis, equals, text = item.partition("=")
         try:
-            values = written.read(f"[{said}]")
+            values = written.read(f"[{text}]")
         except ValueError:
             values = None
         if not axis or not equals or not isinstance(values, list) or not values:
@@ -133,12 +133,12 @@ def explain(
 def queue(home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
     """Show the queue: how much waits and runs, whether it is paused, and each user's share."""
     with client_of(home, url) as client:
-        seen = client.queue()
+        status = client.queue()
     if as_json:
-        return print_json(seen)
-    say(f"paused by {seen['paused_by']}" if seen["paused"] else "the queue goes on")
-    say("jobs: " + (", ".join(f"{n} {state}" for state, n in sorted(seen["jobs"].items())) or "none"))
-    return show(table_of(USERS, seen["users"]))
+        return print_json(status)
+    say(f"paused by {status['paused_by']}" if status["paused"] else "the queue goes on")
+    say("jobs: " + (", ".join(f"{n} {state}" for state, n in sorted(status["jobs"].items())) or "none"))
+    return show(table_of(USERS, status["users"]))
 
 
 WHY: Columns = {

@@ -1,4 +1,4 @@
-"""`report`, `export` and `verify`: results as a text, as files, and frozen to be checked without the service."""
+"""`report`, `export` and `verify`: results as Markdown, as files, and as snapshots that need no service."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ from api.cli.commands.options import (
     print_json,
 )
 from api.cli.report import report as report_of
-from api.client.asking import ENDINGS, whole
+from api.client.questions import ENDINGS, whole
 from api.client.render import say, tell
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by `uncanny export --snapshot DIR`.")]
@@ -37,13 +37,13 @@ def report(
     """Results as Markdown: a table per attack, and what the verdicts found; with a sweep's ID alone, of that sweep."""
     given = [f"sweep={filters[0]}"] if filters and len(filters) == 1 and "=" not in filters[0] else filters
     with client_of(home, url) as client:
-        found = report_of(client, filter or None, **filters_of(given))
+        made = report_of(client, filter or None, **filters_of(given))
     if output is not None:
         with whole(output) as partial:
-            partial.write_text(found.as_markdown(), encoding="utf-8")
+            partial.write_text(made.as_markdown(), encoding="utf-8")
     if as_json:
-        return print_json(found.as_json())
-    return say(found.as_markdown() if output is None else f"{output}: {len(found.groups)} rows")
+        return print_json(made.as_json())
+    return say(made.as_markdown() if output is None else f"{output}: {len(made.groups)} rows")
 
 
 def export(
@@ -71,10 +71,10 @@ def export(
         return print_json({"path": str(snapshot), **made}) if as_json else say(text)
     if not file.endswith(ENDINGS):
         raise BadUsage(f"say which file to write, ending in {', '.join(ENDINGS)}, or --snapshot DIR")
-    asked = {"sort": sort, "fields": fields, "include_retracted": include_retracted, **filters_of(filters)}
+    options = {"sort": sort, "fields": fields, "include_retracted": include_retracted, **filters_of(filters)}
     with client_of(home, url) as client:
-        path = client.export(file, filter, **asked)
-        if not as_json and (hidden := client.results(filter, **asked).retracted):
+        path = client.export(file, filter, **options)
+        if not as_json and (hidden := client.results(filter, **options).retracted):
             tell(f"{hidden:,} retracted results are left out (--include-retracted takes them along).")
     size_bytes = path.stat().st_size
     return print_json({"file": str(path), "size_bytes": size_bytes}) if as_json else say(f"{path}: {size_bytes} bytes")
@@ -82,11 +82,11 @@ def export(
 
 def verify(folder: Folder, as_json: AsJson = False) -> None:
     """Check a snapshot, without any service: exit code 1 where a file is changed, missing or was added."""
-    found = snapshots.verify(folder)
+    verified = snapshots.verify(folder)
     if as_json:
-        print_json({"path": str(folder), "sha256": found.sha256, "wrong": found.wrong})
-    elif found.wrong:
-        say("\n".join(found.wrong))
+        print_json({"path": str(folder), "sha256": verified.sha256, "wrong": verified.wrong})
+    elif verified.wrong:
+        say("\n".join(verified.wrong))
     else:
-        say(f"{folder} is as it was frozen: {found.files} files, checksum {found.sha256}.")
-    raise typer.Exit(FAILED if found.wrong else 0)
+        say(f"{folder} is as it was frozen: {verified.files} files, checksum {verified.sha256}.")
+    raise typer.Exit(FAILED if verified.wrong else 0)

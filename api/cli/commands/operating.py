@@ -1,4 +1,4 @@
-"""`doctor` and `gc`: is everything as it has to be, and what can go."""
+"""`doctor` and `gc`: check the installation, and delete what is not needed."""
 
 from typing import Annotated
 
@@ -21,8 +21,8 @@ def doctor(home: Home = None, as_json: AsJson = False) -> None:
             checks.append(check)
             if not as_json:
                 out.print(f"{check.state:<5}", end="", style=COLOURS[check.state])
-                said = f"{check.name}: {check.said}" + (f" -> {check.advice}" if check.advice else "")
-                out.print(said, soft_wrap=True)
+                line = f"{check.name}: {check.said}" + (f" -> {check.advice}" if check.advice else "")
+                out.print(line, soft_wrap=True)
     failed = sum(check.state == "fail" for check in checks)
     if as_json:
         print_json({"ok": not failed, "checks": [check.as_json() for check in checks]})

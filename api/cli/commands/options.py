@@ -1,4 +1,4 @@
-"""Options that commands share, and the settings that come of them."""
+"""Options that commands share, the settings and filters that they stand for, and JSON on stdout."""
 
 import json
 import sys
@@ -19,18 +19,18 @@ from service.specs.base import whole
 def whole_number(least: int, most: int | None = None) -> Callable[[str | int], int]:
     """The parser of an option that is a whole number in this range: digits, and a leading `-` where `least` has one.
 
-    Of `1_0`, `+5` or ` 5`, which Python's `int` takes, it says that they are none.
+    It refuses `1_0`, `+5` and ` 5`, which Python's `int` would accept.
     """
     allowed = f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
 
     def parse(value: str | int) -> int:
         try:
-            found = whole(value) if isinstance(value, str) else value  # typer hands defaults over too
+            parsed = whole(value) if isinstance(value, str) else value  # typer parses defaults too
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-        if found < least or (most is not None and found > most):
-            raise typer.BadParameter(f"{found:,} is not in the range: {allowed}")
-        return found
+        if parsed < least or (most is not None and parsed > most):
+            raise typer.BadParameter(f"{parsed:,} is not in the range: {allowed}")
+        return parsed
 
     return parse
 
@@ -60,11 +60,11 @@ Retracted = Annotated[bool, typer.Option("--include-retracted", help="Take retra
 
 FAILED = 1  # the exit code
 EPILOG = "Exit codes: 0 done; 1 failed jobs or an error; 2 bad usage; 3 no service answers; 4 the service refuses."
-REACH_SECONDS = 2.0  # for an address at which nothing listens; what is there and busy gets the client's own patience
+REACH_SECONDS = 2.0  # if nothing listens at the address; a service that is busy gets the client's own patience
 
 
 class BadUsage(UncannyError):
-    """The command line makes no sense."""
+    """The options and arguments do not go together, or one of them is malformed."""
 
 
 def settings_of(**flags: Any) -> Settings:  # Any: the types of the settings, which the settings check
@@ -72,8 +72,8 @@ def settings_of(**flags: Any) -> Settings:  # Any: the types of the settings, wh
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise BadUsage(f"bad settings: {said}") from None
+        sentences = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BadUsage(f"bad settings: {sentences}") from None
 
 
 def client_of(home: Path | None, url: str | None) -> Client:

@@ -1,4 +1,4 @@
-"""`jobs`, `sweeps` and `results`: what is there, and what came out."""
+"""`jobs`, `sweeps` and `results`: lists, and one job or result whole."""
 
 import csv
 import itertools
@@ -57,8 +57,8 @@ def jobs(
     with client_of(home, url) as client:
         if one := _ident(filters):
             return _show_job(client, client.job(one), as_json)
-        found = client.jobs(filter, sort=sort, limit=_page(limit), **filters_of(filters))
-        rows = _first(found, limit, "--limit shows more")
+        matching = client.jobs(filter, sort=sort, limit=_page(limit), **filters_of(filters))
+        rows = _first(matching, limit, "--limit shows more")
         return print_json(rows) if as_json else _show(jobs_table, client, rows, "jobs")
 
 
@@ -86,7 +86,7 @@ def results(
         if one := _ident(filters):
             result = client.result(one)
             return print_json(result) if as_json else _show_result(client, result)
-        found = client.results(
+        matching = client.results(
             filter,
             sort=sort,
             fields=fields,
@@ -94,9 +94,9 @@ def results(
             include_retracted=include_retracted,
             **filters_of(filters),
         )
-        rows = _first(found, limit, "--limit shows more, `uncanny export FILE` writes all of them")
+        rows = _first(matching, limit, "--limit shows more, `uncanny export FILE` writes all of them")
         short = _short(client, rows) if fields and not (as_json or as_csv) else {}
-        if not as_json and (hidden := found.retracted):
+        if not as_json and (hidden := matching.retracted):
             tell(f"{hidden:,} retracted results are hidden (--include-retracted shows them).")
         if not (as_json or as_csv or fields):
             return _show(results_table, client, rows, "results")
@@ -112,7 +112,7 @@ def results(
 
 
 def _show(made: Callable[..., Table], client: Client, rows: list[Json], noun: str) -> None:
-    """A table with whole ids where there is room for them, else with beginnings that only they have."""
+    """Print a table with whole ids if there is room for them, else with their shortest unique prefixes."""
     if not rows:
         return _tell_nothing(noun)
     short = cache(lambda: client.short_ids(str(row.get("id") or row["job_id"]) for row in rows))
@@ -121,39 +121,38 @@ def _show(made: Callable[..., Table], client: Client, rows: list[Json], noun: st
 
 
 def _short(client: Client, rows: Iterable[Json]) -> dict[str, str]:
-    """The beginnings of the ids that results have."""
+    """The shortest unique prefixes of the ids in these results."""
     ids = {str(row[name]) for row in rows for name in ("job_id", "sweep_id") if row.get(name)}
     return client.short_ids(sorted(ids))
 
 
 def _tell_nothing(noun: str) -> None:
-    """That nothing matches is no row: it is said on stderr."""
+    """Say on stderr that nothing matches. On stdout it would look like a row."""
     tell(f"No {noun} match{' (--include-retracted shows retracted ones too)' if noun == 'results' else ''}.")
 
 
 def _page(limit: int) -> int:
-    """Rows of a page: one more than are shown, which tells whether there are more."""
+    """Rows of a page: one more than are shown, to see whether there are more."""
     return min(limit + 1, MAX_LIMIT)
 
 
-def _first(found: Iterable[Json], limit: int, advice: str) -> list[Json]:
-    """The rows that are shown; what stands on stdout is not all of them where stderr says so."""
-    rows = list(itertools.islice(found, limit + 1))
+def _first(matching: Iterable[Json], limit: int, advice: str) -> list[Json]:
+    """The rows to show. If there are more, a sentence on stderr says so."""
+    rows = list(itertools.islice(matching, limit + 1))
     if len(rows) > limit:
         tell(f"There are more than {'this one' if limit == 1 else f'these {limit}'}: {advice}.")
     return rows[:limit]
 
 
 def _ident(filters: list[str] | None) -> str | None:
-    """The ID that was given instead of filters."""
+    """The ID, if one was given instead of filters."""
     return filters[0] if filters and len(filters) == 1 and "=" not in filters[0] else None
 
 
 def _show_result(client: Client, result: Json) -> None:
-    """Every number and reason; of the tasks that it rests on, `--json` has the rest."""
+    """Print every number and reason of a result. Its tasks are in `--json` only."""
     if result["retracted_at"]:
-        said = f" by {result['retracted_by']}: {result['retraction_reason']}"
-        say(f"RETRACTED {result['retracted_at']}{said}")
+        say(f"RETRACTED {result['retracted_at']} by {result['retracted_by']}: {result['retraction_reason']}")
     _show(results_table, client, [result], "results")
     for reason in result["verdict_reasons"] or ():
         counted = images((result["verdict_counts"] or {}).get(reason))

@@ -1,4 +1,4 @@
-"""`serve`, and its halves for a cluster: `api` and `dispatch`. What is slow to import is imported by who needs it."""
+"""`serve`, and its halves for a cluster: `api` and `dispatch`. Slow imports are inside the commands that need them."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ from api.client.render import err
 from service import logs, private
 from service.processes import SignalSafeEvent
 
-TOGETHER_SECONDS = 0.3
+SAME_SIGNAL_SECONDS = 0.3  # two signals so close together are one Ctrl-C
 
 
 def serve(
@@ -45,7 +45,7 @@ def serve(
     supervisor = Supervisor(settings, say, verbose=verbose, when_needed=when_needed)
     stop, hurry = SignalSafeEvent(), SignalSafeEvent()
     for which in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(which, partial(_heard, stop, hurry, []))
+        signal.signal(which, partial(_on_signal, stop, hurry, []))
     if as_json:
         print_line(
             {"url": supervisor.url, "docs": f"{supervisor.url}/docs", "home": str(settings.home), "pid": os.getpid()}
@@ -56,11 +56,11 @@ def serve(
     say("Stopped. What was accepted is kept and goes on when it is started again.")
 
 
-def _heard(stop: threading.Event, hurry: threading.Event, times: list[float], *_: object) -> None:
-    """The first signal stops, a second one hurries. `uv run` passes the terminal's on, so that it arrives twice."""
+def _on_signal(stop: threading.Event, hurry: threading.Event, times: list[float], *_: object) -> None:
+    """The first signal stops the service, a second one hurries it. Under `uv run` each Ctrl-C arrives twice."""
     times.append(time.monotonic())
     stop.set()
-    if times[-1] - times[0] > TOGETHER_SECONDS:
+    if times[-1] - times[0] > SAME_SIGNAL_SECONDS:
         hurry.set()
 
 
@@ -81,7 +81,7 @@ def api(home: Home = None, host: Host = None, port: Port = None, auth: Auth = No
 
 def dispatch(home: Home = None) -> None:
     """Run the dispatcher alone: it hands tasks to the Ray cluster at RAY_ADDRESS, or to a local Ray."""
-    importlib.import_module("service.store")  # where only the client is installed, that is said here
+    importlib.import_module("service.store")  # fails here, with its own message, if only the client is installed
     environment = {**os.environ, **settings_of(home=home).environment()}
     os.execve(sys.executable, [sys.executable, "-m", "workers.dispatch"], environment)
 

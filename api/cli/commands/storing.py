@@ -1,4 +1,4 @@
-"""`data` and `db`: the lab's own data sets; the database's schema, its backup and its restoration."""
+"""`data`, `artifacts` and `db`: the lab's own data sets, the artifact root, schema and backup of the database."""
 
 from contextlib import closing
 from dataclasses import asdict
@@ -32,16 +32,16 @@ def add_data(
 ) -> None:
     """Upload a folder with train.npz and test.npz and register it."""
     with client_of(home, url) as client:
-        found = client.register_dataset(name, folder)
+        dataset = client.register_dataset(name, folder)
     if as_json:
-        return print_json(found)
-    shape = f"{found['channels']}x{found['height']}x{found['width']}"
-    counts = f"{found['train_count']} training and {found['test_count']} test images"
-    say(f"{found['name']}: {counts} of {shape}, {found['classes']} classes. Use it as `dataset: {found['name']}`.")
-    if both := found["test_images_in_train"]:
-        say(
-            f"{both} of the {found['test_count']} test images are training images too: an accuracy on them says little."
-        )
+        return print_json(dataset)
+    shape = f"{dataset['channels']}x{dataset['height']}x{dataset['width']}"
+    counts = f"{dataset['train_count']} training and {dataset['test_count']} test images"
+    registered_as, classes = dataset["name"], dataset["classes"]
+    say(f"{registered_as}: {counts} of {shape}, {classes} classes. Use it as `dataset: {registered_as}`.")
+    if both := dataset["test_images_in_train"]:
+        of_all = f"{both} of the {dataset['test_count']} test images"
+        say(f"{of_all} are training images too: an accuracy on them says little.")
     return None
 
 
@@ -91,18 +91,18 @@ def upgrade(home: Home = None, as_json: AsJson = False) -> None:
 def status(home: Home = None, as_json: AsJson = False) -> None:
     """Say which schema the database has; exit code 1 where it is not this version's."""
     database = _database(home)
-    revision, said, current = None, "there is no database yet: run `uncanny db upgrade`", False
+    revision, sentence, current = None, "there is no database yet: run `uncanny db upgrade`", False
     if _exists(database):
         revision = database.revision()
         try:
             database.check_schema()
-            said, current = f"the database has schema {revision}, which is this version's", True
+            sentence, current = f"the database has schema {revision}, which is this version's", True
         except SchemaOutdated as error:
-            said = str(error)
+            sentence = str(error)
     if as_json:
         print_json({"database": database.engine.url.render_as_string(), "schema": revision, "current": current})
     else:
-        say(said)
+        say(sentence)
     raise typer.Exit(0 if current else 1)
 
 
@@ -161,6 +161,6 @@ def _database(home: Path | None) -> "Database":
 
 
 def _exists(database: "Database") -> bool:
-    """Looking at an SQLite file that is not there would make it."""
+    """Whether there is a database. Opening a missing SQLite file would make one."""
     path = database.engine.url.database
     return not database.is_sqlite or (path is not None and Path(path).exists())

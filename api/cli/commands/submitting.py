@@ -26,7 +26,7 @@ from api.client import ENDED, SWEEP_FIELDS, ApiError, Client, Event, Job, Json, 
 from api.client.render import attack_name, counted, number, say, sweep_progress, tell
 
 STDIN = Path("-")
-NAMED = 5  # of the cells of a sweep that failed
+NAMED_FAILURES = 5  # failed cells of a sweep that are named
 
 
 def submit(
@@ -46,7 +46,7 @@ def submit(
         if not as_json:
             _say_accepted(submitted, next_commands=not wait)
         if wait:
-            client.reach_seconds = client.patience_seconds  # who waits for hours is not sent away by a restart
+            client.reach_seconds = client.patience_seconds  # a restart of the service does not end a wait of hours
             return _wait(submitted, str(spec.get("name", file.name)), as_json)
     return print_json(submitted.accepted) if as_json else None
 
@@ -62,7 +62,7 @@ def watch(
     """Follow what happens, until the job or sweep has ended (exit code 1 if it failed) or Ctrl-C."""
     with client_of(home, url) as client:
         kind, status = _look(client, ident) if ident else ("", {"state": ""})
-        client.reach_seconds = client.patience_seconds  # who waits for hours is not sent away by a restart
+        client.reach_seconds = client.patience_seconds  # a restart of the service does not end a wait of hours
         events = partial(client.events, job=ident if kind == "job" else None, sweep=ident if kind == "sweep" else None)
         last_id: int | None = None
         if status["state"] not in ENDED:
@@ -74,7 +74,7 @@ def watch(
                         _, status = _look(client, ident)
                         if status["state"] in ENDED:
                             break
-        if ident:  # what has happened since, or all of it
+        if ident:  # the events since then, or all of them
             for event in events(after=last_id, follow=False):
                 _show_event(event, as_json)
     if not as_json and ident:
@@ -153,7 +153,9 @@ def _wait(submitted: Job | Sweep, name: str, as_json: bool) -> None:
         raise
     succeeded = status["state"] == "succeeded"
     if isinstance(submitted, Sweep) and not succeeded:
-        for job in islice(submitted.client.jobs(sweep=submitted.id, state="failed", limit=NAMED), NAMED):
+        for job in islice(
+            submitted.client.jobs(sweep=submitted.id, state="failed", limit=NAMED_FAILURES), NAMED_FAILURES
+        ):
             tell(f"failed: {_cell(job['spec'])} (job {job['id']}): {job['reason']}")
     if as_json:
         print_json(status)

@@ -1,4 +1,4 @@
-"""Why a job or a sweep waits, told while a command follows it: a silent wait looks like work."""
+"""Say why a job or a sweep waits while a command follows it, because a silent wait looks like work."""
 
 import re
 import threading
@@ -9,15 +9,20 @@ from api.client import Client
 from api.client.render import tell
 from service.errors import UncannyError
 
-FIRST_SECONDS, EVERY_SECONDS = 3.0, 5.0
+FIRST_SECONDS, POLL_INTERVAL_SECONDS = 3.0, 5.0
 LIVE = ("running", "queued")
 
 
 @contextmanager
 def reasons_told(
-    url: str, noun: str, ident: str, *, first_seconds: float = FIRST_SECONDS, every_seconds: float = EVERY_SECONDS
+    url: str,
+    noun: str,
+    ident: str,
+    *,
+    first_seconds: float = FIRST_SECONDS,
+    every_seconds: float = POLL_INTERVAL_SECONDS,
 ) -> Iterator[None]:
-    """Say on stderr what `explain` says while nothing of it runs: once, and again when other words say it."""
+    """Print the sentence of `explain` on stderr while nothing runs, and again when its words change."""
     stop = threading.Event()
     thread = threading.Thread(
         target=_tell, args=(stop, url, noun, ident, first_seconds, every_seconds), name="reasons", daemon=True
@@ -30,20 +35,20 @@ def reasons_told(
 
 
 def _tell(stop: threading.Event, url: str, noun: str, ident: str, first_seconds: float, every_seconds: float) -> None:
-    told, wait = "", first_seconds
+    last_words, wait = "", first_seconds
     with Client(url, patience_seconds=0) as client:
         while not stop.wait(wait):
             wait = every_seconds
-            with suppress(UncannyError):  # who follows says it, where it does not pass
+            with suppress(UncannyError):  # the command itself reports an error that persists
                 sentence = _reason(client, noun, ident)
-                words = re.sub("[0-9]+", "", sentence)  # seconds and counts change all the time
-                if sentence and words != told and not stop.is_set():
-                    told = words
+                words = re.sub("[0-9]+", "", sentence)  # numbers change all the time
+                if sentence and words != last_words and not stop.is_set():
+                    last_words = words
                     tell(sentence)
 
 
 def _reason(client: Client, noun: str, ident: str) -> str:
-    """Why no task of the job runs, or of the first job of the sweep that has not ended; nothing where one does."""
+    """Why no task runs of the job, or of the sweep's first job that has not ended; empty if one runs."""
     job_id = ident if noun == "job" else _live_job(client, ident)
     if job_id is None:
         return ""

@@ -24,8 +24,8 @@ class JobSubmission(JobSpec):
 
     @property
     def job(self) -> JobSpec:
-        said = self.model_fields_set & JobSpec.model_fields.keys()
-        return JobSpec.model_construct(said, **{name: getattr(self, name) for name in JobSpec.model_fields})
+        given = self.model_fields_set & JobSpec.model_fields.keys()
+        return JobSpec.model_construct(given, **{name: getattr(self, name) for name in JobSpec.model_fields})
 
 
 class Accepted(BaseModel):

@@ -1,4 +1,4 @@
-"""What a client accepts: the `Accept` header with its q values (RFC 9110, 12.5.1)."""
+"""Which media type an answer has: the `Accept` header with its q values (RFC 9110, 12.5.1)."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from service.model.json import JsonObject
 
 
 class NotAcceptable(UncannyError):
-    """The client accepts none of the media types that there are."""
+    """The client accepts none of the media types that are offered."""
 
 
 def operation_of(request: Request) -> JsonObject | None:
-    """What the OpenAPI document says of the operation that this request asks for; None for one that it has not."""
+    """The entry of the OpenAPI document for this request; None if the document has none."""
     route = request.scope.get("route")
     operations: dict[str, JsonObject] = request.app.openapi()["paths"].get(getattr(route, "path_format", ""), {})
     return operations.get(request.method.lower())
 
 
 async def acceptable(request: Request) -> None:
-    """Raises `NotAcceptable` where the document has an answer to this request, and none that the client accepts."""
+    """Raises `NotAcceptable` if the document has answers to this request, but none that the client accepts."""
     responses = (operation_of(request) or {}).get("responses", {})
     offered = [media for status in ("200", "201") for media in responses.get(status, {}).get("content", {})]
     if offered and "format" not in request.query_params:
@@ -28,9 +28,9 @@ async def acceptable(request: Request) -> None:
 
 
 def chosen(request: Request, offered: Sequence[str]) -> str:
-    """The media type of `offered` that the client likes best; the first without an `Accept`.
+    """The media type of `offered` with the highest q value; the first if there is no `Accept` header.
 
-    Of equals it is the one that the client names more exactly, then the one that it names first. Raises
+    Ties go to the media type that the client names more exactly, then to the one that it names first. Raises
     `NotAcceptable`.
     """
     header = ", ".join(request.headers.getlist("accept"))
@@ -45,7 +45,7 @@ def chosen(request: Request, offered: Sequence[str]) -> str:
 
 
 def _range(part: str) -> tuple[str, float]:
-    """A media range and its q value, which is 1 where it is left out and 0 where it makes no sense."""
+    """A media range and its q value: 1 if it is left out, 0 if it is invalid."""
     name, *parameters = (piece.strip().lower() for piece in part.split(";"))
     quality = 1.0
     for parameter in parameters:
@@ -59,7 +59,7 @@ def _range(part: str) -> tuple[str, float]:
 
 
 def _rank(media: str, ranges: Sequence[tuple[str, float]]) -> tuple[float, int, int]:
-    """The q value of a media type by the most exact range that has it, how exact that is, and how early it comes."""
+    """The q value of a media type by the most exact range that matches it, how exact that range is, and its place."""
     names = (media, f"{media.partition('/')[0]}/*", "*/*")
     matching = [
         (len(names) - names.index(name), -place, quality)

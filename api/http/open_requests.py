@@ -1,4 +1,4 @@
-"""What one user may have open at once, where tokens are asked for: so another one's requests still get in."""
+"""The open requests of each user: with tokens, one user may have only so many, so that others are still served."""
 
 from collections import Counter
 
@@ -6,13 +6,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.http.turns import TooManyRequests
 
-HELD = "uncanny.share"  # in the state of a request, the user whose share it counts in
+COUNTED = "uncanny.counted"  # in the state of a request: the user whose open requests it is one of
 
 
-class Shares:
-    """ASGI middleware: counts each user's open requests, streams and waits among them, until their answers have ended.
+class OpenRequests:
+    """ASGI middleware: the other half of `count`. When an answer has ended, its request is no longer open.
 
-    Who asks is told by `count`, as soon as it is known.
+    Streams and requests that wait are open too.
     """
 
     def __init__(self, app: ASGIApp, open_by: Counter[str]) -> None:
@@ -25,7 +25,7 @@ class Shares:
         try:
             await self.app(scope, receive, send)
         finally:
-            user = state.pop(HELD, None)
+            user = state.pop(COUNTED, None)
             if user is not None:
                 self.open_by[user] -= 1
                 if not self.open_by[user]:
@@ -34,7 +34,7 @@ class Shares:
 
 
 def count(scope: Scope, open_by: Counter[str], user: str, most: int) -> None:
-    """Count this request as one of that user's. Raises `TooManyRequests` where `most` are open; 0 is no limit."""
+    """Count this request as one of the user's. Raises `TooManyRequests` if `most` are open; 0 means no limit."""
     if not most:
         return
     if open_by[user] >= most:
@@ -43,10 +43,10 @@ def count(scope: Scope, open_by: Counter[str], user: str, most: int) -> None:
             "once: nothing was done; close some, or wait until they have ended"
         )
     open_by[user] += 1
-    scope["state"][HELD] = user
+    scope["state"][COUNTED] = user
 
 
 def user_of(scope: Scope) -> str | None:
-    """Whose share a request counts in; None where there are no shares, or nobody knows yet who asks."""
-    held: str | None = scope.get("state", {}).get(HELD)
-    return held
+    """The user whose request this is; None if it is not counted, or not yet known whose it is."""
+    user: str | None = scope.get("state", {}).get(COUNTED)
+    return user

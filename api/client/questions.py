@@ -1,4 +1,4 @@
-"""The questions of the client: rows of results, statistics of them, retractions and files; frames on request."""
+"""The client's questions about results: rows, statistics, retractions, exports; as data frames on request."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +31,11 @@ FORMATS: dict[str, Format] = {
 }
 
 
-class Asking(Transport):
-    """Questions about results. A `filter` is in the grammar of the service; simple filters are by field, as `scale=5`,
-    with several values for any of them, and dotted fields as in `**{"attack.norm": "linf"}`.
+class Questions(Transport):
+    """Questions about results. A `filter` is in the grammar of the service.
+
+    Simple filters are keywords, as in `scale=5`, or `scale=[5, 10]` for either; dotted fields as in
+    `**{"attack.norm": "linf"}`.
     """
 
     def results(
@@ -46,8 +48,8 @@ class Asking(Transport):
         **filters: Parameter,
     ) -> "Rows":
         """The result rows that match, fetched as they are taken; `fields` may name any stored number, `*` is all."""
-        asked = _asked(filter, include_retracted, filters)
-        return Rows(self, {"sort": sort, **({"fields": _listed(fields)} if fields else {}), **asked})
+        conditions = _conditions(filter, include_retracted, filters)
+        return Rows(self, {"sort": sort, **({"fields": _listed(fields)} if fields else {}), **conditions})
 
     def result(self, job_id: str) -> Json:
         """One result whole: every number of the tasks it rests on, with their provenance."""
@@ -71,10 +73,10 @@ class Asking(Transport):
         """
         params: Json = {"by": _listed(by), "unit": unit, "allow_mixed": allow_mixed}
         params |= {"metrics": _listed(metrics)} if metrics else {}
-        found = self._request(
-            "GET", "/v1/results:aggregate", params={**params, **_asked(filter, include_retracted, filters)}
+        answer = self._request(
+            "GET", "/v1/results:aggregate", params={**params, **_conditions(filter, include_retracted, filters)}
         )
-        return Aggregate(**found)
+        return Aggregate(**answer)
 
     def compare(self, *job_ids: str) -> Json:
         """Results side by side: what differs, McNemar's test of every two, the union of attacks in one ball."""
@@ -146,8 +148,8 @@ class Asking(Transport):
         With the `training` of a job, or any `task`, everything that rests on it; with a filter and a further `measure`
         only that measure's numbers. With `rerun` they are computed again.
         """
-        said: Json = {"reason": reason, "rerun": rerun}
-        return self._retraction("retract", job_id, filter, training, task, measure, said)
+        body: Json = {"reason": reason, "rerun": rerun}
+        return self._retraction("retract", job_id, filter, training, task, measure, body)
 
     def restore(
         self, job_id: str = "", *, filter: str = "", training: str = "", task: str = "", measure: str = ""
@@ -156,20 +158,20 @@ class Asking(Transport):
         return self._retraction("restore", job_id, filter, training, task, measure, {})
 
     def _retraction(
-        self, verb: str, job_id: str, filter: str, training: str, task: str, measure: str, said: Json
+        self, verb: str, job_id: str, filter: str, training: str, task: str, measure: str, body: Json
     ) -> Json:
         if sum(map(bool, (job_id, filter, training, task))) != 1:
             raise UncannyError("name one of: a job, a filter, the training of a job, a task")
         if measure and not filter:
             raise UncannyError("a measure is that of the results of a filter")
         if filter:
-            said = {**said, "filter": filter, **({"measure": measure} if measure else {})}
-            return self._request("POST", f"/v1/results:{verb}", json=said, repeatable=True)
+            body = {**body, "filter": filter, **({"measure": measure} if measure else {})}
+            return self._request("POST", f"/v1/results:{verb}", json=body, repeatable=True)
         if training:
             tasks = self._request("GET", f"/v1/jobs/{training}")["tasks"]
-            [task] = [one["id"] for one in tasks if "train" in one["roles"]]
+            [task] = [item["id"] for item in tasks if "train" in item["roles"]]
         path = f"/v1/tasks/{task}:{verb}" if task else f"/v1/results/{job_id}:{verb}"
-        return self._request("POST", path, json=said or None, repeatable=True)
+        return self._request("POST", path, json=body or None, repeatable=True)
 
     def export(
         self,
@@ -179,7 +181,7 @@ class Asking(Transport):
         format: Format | None = None,
         **more: Any,  # as `results` takes them
     ) -> Path:
-        """Write every row that matches to a file, as it comes; the format is told from the file's name.
+        """Write every row that matches to a file, as it comes. The format follows from the name of the file.
 
         `more` is as for `results`. The file is there whole or not at all.
         """
@@ -196,7 +198,7 @@ class Asking(Transport):
 class Rows:
     """Results that match a question: iterated page by page, or all at once as a frame."""
 
-    client: Asking
+    client: Questions
     params: Mapping[str, Parameter]
 
     def __iter__(self) -> Iterator[Json]:
@@ -231,9 +233,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Groups in the order of `by`, counted in what `spread_of` names.
+    """Groups in the order of `by`. `spread_of` says what is counted: networks, or attack seeds.
 
-    `mixed` has the fields other than seeds that differ within one; `retracted` results of the filter are in none.
+    `mixed` has the fields, other than seeds, that differ within a group. `retracted` results match but are in no group.
     """
 
     by: list[str]
@@ -260,9 +262,9 @@ class Aggregate:
         return frame
 
 
-def _asked(filter: str | None, include_retracted: bool, filters: Mapping[str, Parameter]) -> Json:
-    asked: Json = {"filter": filter} if filter else {}
-    return asked | ({"include_retracted": True} if include_retracted else {}) | dict(filters)
+def _conditions(filter: str | None, include_retracted: bool, filters: Mapping[str, Parameter]) -> Json:
+    conditions: Json = {"filter": filter} if filter else {}
+    return conditions | ({"include_retracted": True} if include_retracted else {}) | dict(filters)
 
 
 def _listed(names: Names) -> str:
@@ -278,7 +280,7 @@ def _library(name: str) -> ModuleType:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` that takes its place when all is written. Raises `UncannyError` where nothing can be."""
+    """A temporary path beside `path` that replaces it when all is written. Raises `UncannyError` if that fails."""
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
         yield partial
