@@ -449,7 +449,7 @@ def _attack_arguments(task: AttackTask, made_on: nn.Module, subject: Subject) ->
     numerics = {name: getattr(attack.attack, name) for name in NUMERICS}
     probe = to_unit(subject.samples(min(PROBES, task.samples), task.order)[1])
     climbed = prepare(source, probe=probe, batch_size=min(subject.context.batch_images, task.samples), **numerics)
-    made_by = {"source_attack": ATTACKS[attack.attack.type], "scale": attack.source_scale}
+    made_by = {"source_attack": ATTACKS[attack.attack.type], "source_scale": attack.source_scale}
     return {"source": climbed, **made_by, **attack_parameters(attack.attack)}, {}
 
 

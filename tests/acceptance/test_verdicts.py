@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typed import linear
 
 from service.model.verdict import AttackBits, Controls, Evidence, Verdict, chance_of, judge
-from workers.science.attacks import ATTACKS, AttackOutput
+from workers.science.attacks import ATTACKS, AttackInput, AttackOutput
 from workers.science.controls import ControlReport, Geometry, run_controls
 from workers.science.datasets import to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
@@ -158,9 +158,9 @@ class TestBroken:
         """A step and a ball of eps after division by the deviation are 1 / .37 as large in pixels."""
 
         def normalised(
-            model: nn.Module, x: Tensor, y: Tensor, *, eps: float, step_size: float, **rest: Any
+            model: nn.Module, inputs: AttackInput, *, eps: float, step_size: float, **rest: Any
         ) -> AttackOutput:
-            output = ATTACKS["pgd"](model, x, y, eps=eps / 0.37, step_size=step_size / 0.37, **rest)
+            output = ATTACKS["pgd"](model, inputs, eps=eps / 0.37, step_size=step_size / 0.37, **rest)
             return type(output)(**{**vars(output), "eps": eps})
 
         monkeypatch.setitem(ATTACKS, "pgd_normalised", normalised)

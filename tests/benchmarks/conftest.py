@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from service.store import Database
 from workers.science.architectures import build
+from workers.science.attacks import AttackInput
 from workers.science.attacks.pgd import pgd
 
 HERE = Path(__file__).resolve().parent
@@ -261,12 +262,15 @@ class Network:
     def first(self, n: int) -> "Network":
         return Network(self.model, self.x[:n], self.y[:n], self.index[:n])
 
+    def inputs(self) -> AttackInput:
+        return AttackInput(self.x, self.y, self.index)
+
     def middling_eps(self) -> float:
         """A radius in linf at which about half of the images withstand, so that robust accuracies can differ."""
         low, high, eps = 1e-6, 0.1, 0.1
         for _ in range(8):
             eps = (low * high) ** 0.5
-            broken = pgd(self.model, self.x, self.y, index=self.index, eps=eps, step_size=eps / 4, steps=5).broken
+            broken = pgd(self.model, self.inputs(), eps=eps, step_size=eps / 4, steps=5).broken
             share = float(broken.double().mean())
             if 0.4 < share < 0.6:
                 break

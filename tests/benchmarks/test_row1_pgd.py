@@ -39,12 +39,12 @@ def test_pgd(table: Any, network: Callable[..., Any], foolbox: ModuleType, name:
         return classes(net.model, x)
 
     def ours(model: nn.Module) -> Tensor:
-        return pgd(model, net.x, net.y, index=net.index, eps=EPS, step_size=STEP_SIZE, steps=STEPS).x_adv
+        return pgd(model, net.inputs(), eps=EPS, step_size=STEP_SIZE, steps=STEPS).x_adv
 
     gap = float((ours(net.model) - theirs(net.x, net.y)).abs().max())
     eps = net.middling_eps()
     walk = {"eps": eps, "step_size": eps / 4, "steps": STEPS}
-    plain, folded = (pgd(m, net.x, net.y, index=net.index, **walk).x_adv for m in (net.model, fast))
+    plain, folded = (pgd(m, net.inputs(), **walk).x_adv for m in (net.model, fast))
     robust = [int((classes(net.model, x) == net.y).sum()) for x in (plain, folded)]
     table.compare(
         "1",

@@ -31,7 +31,7 @@ def test_pgd_in_bf16(table: Any, network: Callable[..., Any], name: str) -> None
     points = 100 * (number(bf16.numbers, "robust_accuracy") - number(plain.numbers, "robust_accuracy"))
 
     def run(model: Any) -> Callable[[], object]:
-        return lambda: pgd(model, batch.x, batch.y, index=batch.index, steps=STEPS)
+        return lambda: pgd(model, batch.inputs(), steps=STEPS)
 
     table.compare(
         "1b",

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from workers.science.attacks import AttackInput
 from workers.science.attacks.pgd import pgd
 
 PGD: dict[str, Any] = {"eps": 8 / 255, "step_size": 2 / 255, "judge": "any_step"}
@@ -16,8 +17,8 @@ PGD: dict[str, Any] = {"eps": 8 / 255, "step_size": 2 / 255, "judge": "any_step"
 def test_skipping_the_broken(table: Any, network: Callable[..., Any], name: str, n: int, steps: int) -> None:
     net = network(name, n)
 
-    def run(**more: Any) -> Any:
-        return pgd(net.model, net.x, net.y, index=net.index, steps=steps, **PGD, **more)
+    def run(observer: Any = None) -> Any:
+        return pgd(net.model, AttackInput(net.x, net.y, net.index, observer=observer), steps=steps, **PGD)
 
     def watch(*_: object) -> None:
         """An observer wants to see every example, to the last step."""

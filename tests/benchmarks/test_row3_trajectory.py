@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from workers.science.attacks import AttackInput
 from workers.science.attacks.pgd import pgd
 from workers.science.heads import linear_head
 from workers.science.trajectory import Recorder
@@ -18,7 +19,7 @@ def test_recording(table: Any, network: Callable[..., Any], name: str, n: int, c
     head = linear_head(net.model)
 
     def run(observer: Any = None) -> None:
-        pgd(net.model, net.x, net.y, index=net.index, steps=10, observer=observer)
+        pgd(net.model, AttackInput(net.x, net.y, net.index, observer=observer), steps=10)
 
     def record() -> None:
         recorder = Recorder(head.weight, head.bias)

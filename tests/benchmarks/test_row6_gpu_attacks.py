@@ -8,7 +8,7 @@ import torchattacks
 from torch import Tensor, nn
 from typed import number
 
-from workers.science.attacks import prepare
+from workers.science.attacks import AttackInput, prepare
 from workers.science.attacks.pgd import pgd
 from workers.science.evaluation import evaluate_attack
 from workers.science.seeding import deterministic
@@ -40,7 +40,7 @@ def attacks(table: Any, net: Any, batch: int) -> None:
 
     def ours(model: nn.Module) -> Callable[[], object]:
         parts = list(zip(net.x.split(batch), net.y.split(batch), net.index.split(batch), strict=True))
-        return lambda: [pgd(model, x, y, index=index, steps=STEPS) for x, y, index in parts]
+        return lambda: [pgd(model, AttackInput(*part), steps=STEPS) for part in parts]
 
     with deterministic(net.x.device):
         few = net.first(batch)

@@ -30,18 +30,8 @@ from workers.science.recipes import RECIPES as RECIPE_FUNCTIONS
 from workers.science.sharpness import MEASURES as MEASURE_FUNCTIONS
 from workers.science.summaries import majority_share
 
-# What the runner hands to every attack or measure, and what only exists inside a worker.
-NOT_IN_ATTACK_SPECS = {
-    "index",
-    "attack_seed",
-    "observer",
-    "on_progress",
-    "scale",
-    "source",
-    "source_attack",
-    "params",
-    "feature_loss",
-}
+# Parameters that only exist inside a worker.
+NOT_IN_ATTACK_SPECS = {"source", "source_attack", "source_scale", "params", "feature_loss"}
 SLOW = pytest.mark.slow
 DEEP = {"densenet121", "densenet121_cifar", "resnet50d", "attention_resnet50d"}
 NOT_IN_MEASURE_SPECS = {"seed", "batch_size", "on_progress", "scale"}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from workers import provenance
 from workers.science import seeding
 from workers.science.architectures import ARCHITECTURES, build
-from workers.science.attacks import prepare
+from workers.science.attacks import AttackInput, prepare
 from workers.science.attacks.norms import NORMS
 from workers.science.attacks.pgd import pgd
 from workers.science.augmentation import Augmentation, augment
@@ -330,12 +330,10 @@ def test_no_step_of_pgd_waits_for_the_gpu(norm: str, loss: str) -> None:
     def observer(t: int, _x: Tensor, _phi: Tensor, _logits: Tensor) -> None:
         """Has the features taken, too."""
 
+    inputs = AttackInput(x, y, torch.arange(64), observer=observer, on_progress=after_step)
     with deterministic(DEVICE):
         try:
-            pgd(
-                model, x, y, index=torch.arange(64), norm=norm, loss=loss, steps=6, observer=observer,
-                on_progress=after_step,
-            )  # fmt: skip
+            pgd(model, inputs, norm=norm, loss=loss, steps=6)
         finally:
             wait("default")
     assert seen == [1, 2, 3, 4, 5, 6]

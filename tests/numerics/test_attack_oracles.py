@@ -11,7 +11,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.attacks.fab import fab
 from workers.science.seeding import normal_per_example, uniform_per_example
 
@@ -58,8 +58,8 @@ def in_float64(nets: list[tuple[nn.Module, Tensor, Tensor]]) -> list[tuple[nn.Mo
     return [(copy.deepcopy(model).double(), x.double(), y) for model, x, y in nets]
 
 
-def ours(name: str, model: nn.Module, x: Tensor, y: Tensor, **params: Any) -> Tensor:
-    return ATTACKS[name](model, x, y, index=torch.arange(len(x)), **params).x_adv
+def ours(name: str, model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0, **params: Any) -> Tensor:
+    return ATTACKS[name](model, AttackInput(x, y, torch.arange(len(x)), seed), **params).x_adv
 
 
 def right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class TestNeverWeaker:
             other = torchattacks.APGDT(model, norm=NORM[norm], eps=EPS[norm], steps=20, seed=seed)
             options = {"norm": norm, "eps": EPS[norm], "steps": 20, "loss": "dlr", "targeted": True}
             theirs += robust(model, other(x, y), y)
-            mine += robust(model, ours("apgd", model, x, y, attack_seed=seed, **options), y)
+            mine += robust(model, ours("apgd", model, x, y, seed=seed, **options), y)
         assert mine <= theirs + len(self.seeds) * self.slack
 
     @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -206,7 +206,7 @@ class TestNeverWeaker:
         for seed in self.seeds[:2]:
             other = torchattacks.Square(model, norm=NORM[norm], eps=EPS[norm], n_queries=500, seed=seed)
             theirs += robust(model, other(x, y), y)
-            found = ours("square", model, x, y, norm=norm, eps=EPS[norm], queries=500, attack_seed=seed)
+            found = ours("square", model, x, y, norm=norm, eps=EPS[norm], queries=500, seed=seed)
             mine += robust(model, found, y)
         assert mine <= theirs + 2 * self.slack
 
@@ -214,7 +214,7 @@ class TestNeverWeaker:
     def test_fab(self, digits_net: Any, norm: str) -> None:
         model, x, y = cases(digits_net)[0]
         theirs = torchattacks.FAB(model, norm=NORM[norm], eps=EPS[norm], steps=10, multi_targeted=True)(x, y)
-        mine = fab(model, x, y, index=torch.arange(N), norm=norm, eps=EPS[norm], steps=10).x_adv
+        mine = fab(model, AttackInput(x, y, torch.arange(N)), norm=norm, eps=EPS[norm], steps=10).x_adv
         assert robust(model, mine, y) <= robust(model, theirs, y) + self.slack
 
     @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -249,7 +249,9 @@ def test_autoattack_leaves_the_images_robust_that_the_published_ensemble_leaves(
         member.steps = 40
     square.n_queries = 1000
     theirs = right(model, ensemble(x, y), y)
-    output = ATTACKS["autoattack"](model, x, y, index=torch.arange(32), norm=norm, eps=eps, steps=40, queries=1000)
+    output = ATTACKS["autoattack"](
+        model, AttackInput(x, y, torch.arange(32)), norm=norm, eps=eps, steps=40, queries=1000
+    )
     assert 3 < int(theirs.sum()) < 29, "or this test says nothing"
     assert int((~output.broken & ~theirs).sum()) <= 1
     assert int((output.broken & theirs).sum()) <= 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typed import linear
 
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.attacks.losses import LOSSES
 from workers.science.attacks.norms import NORMS
 from workers.science.evaluation import ball_limit, evaluate_attack
@@ -60,9 +60,10 @@ def case(seed: int, shape: tuple[int, ...], size: float, kind: str) -> tuple[nn.
 def test_pgd(seed: int, shape: tuple[int, ...], size: float, kind: str, **params: Any) -> None:
     model, x, y, index = case(seed, shape, size, kind)
     before = copy.deepcopy(model.state_dict())
-    output = ATTACKS["pgd"](model, x, y, index=index, attack_seed=seed, scale=size, **params)
+    inputs = AttackInput(x, y, index, seed=seed, scale=size)
+    output = ATTACKS["pgd"](model, inputs, **params)
     check(model, before, x, y, output.x_adv, params["norm"], params["eps"])
-    again = ATTACKS["pgd"](model, x, y, index=index, attack_seed=seed, scale=size, **params)
+    again = ATTACKS["pgd"](model, inputs, **params)
     assert torch.equal(again.x_adv, output.x_adv)
     with torch.no_grad():
         wrong = (model(x).argmax(1) != y) | (model(output.x_adv).argmax(1) != y)
@@ -92,7 +93,7 @@ def test_the_others(
     }
     params = of.get(name, {})
     before = copy.deepcopy(model.state_dict())
-    output = ATTACKS[name](model, x, y, index=index, attack_seed=seed, norm=norm, eps=eps, **params)
+    output = ATTACKS[name](model, AttackInput(x, y, index, seed=seed), norm=norm, eps=eps, **params)
     check(model, before, x, y, output.x_adv, norm, eps)
 
 
@@ -101,7 +102,7 @@ def test_the_others(
 def test_cw_stays_in_the_box(seed: int, shape: tuple[int, ...], size: float, kind: str, steps: int) -> None:
     model, x, y, index = case(seed, shape, size, kind)
     before = copy.deepcopy(model.state_dict())
-    output = ATTACKS["cw"](model, x, y, index=index, steps=steps, lr=0.1)
+    output = ATTACKS["cw"](model, AttackInput(x, y, index), steps=steps, lr=0.1)
     check(model, before, x, y, output.x_adv, "linf", 1.0)
 
 

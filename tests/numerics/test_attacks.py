@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, AttackOutput, prepare
+from workers.science.attacks import ATTACKS, WITH_TRAJECTORY, AttackInput, AttackOutput, prepare
 from workers.science.attacks.fab import fab, to_hyperplane
 from workers.science.attacks.losses import LOSSES, objective
 from workers.science.attacks.norms import NORMS
@@ -33,11 +33,20 @@ QUICK: dict[str, dict[str, Any]] = {
 EVERY = [pytest.param(name, marks=pytest.mark.slow) if name == "autoattack" else name for name in ATTACKS]
 
 
+def of(net: Any, part: slice = slice(0, 60), **more: Any) -> AttackInput:
+    """The images of `net` that an attack gets, with its `observer` and the like."""
+    return AttackInput(net.x[part], net.y[part], net.index[part], **more)
+
+
 def run(name: str, net: Any, part: slice = slice(0, 60), **params: Any) -> AttackOutput:
+    return attacked(name, net, of(net, part), **params)
+
+
+def attacked(name: str, net: Any, inputs: AttackInput, **params: Any) -> AttackOutput:
     params = {**QUICK[name], **params}
     if name == "transfer":
         params.setdefault("source", net.model)
-    return ATTACKS[name](net.model, net.x[part], net.y[part], index=net.index[part], **params)
+    return ATTACKS[name](net.model, inputs, **params)
 
 
 def wrong(net: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -109,7 +118,7 @@ class TestContract:
     @pytest.mark.parametrize("name", EVERY)
     def test_progress_rises_to_the_end(self, digits_net: Any, name: str) -> None:
         seen: list[tuple[int, int]] = []
-        run(name, digits_net, on_progress=lambda step, steps: seen.append((step, steps)))
+        attacked(name, digits_net, of(digits_net, on_progress=lambda step, steps: seen.append((step, steps))))
         steps = [step for step, _ in seen]
         assert steps == sorted(steps)
         assert all(step <= total for step, total in seen)
@@ -118,7 +127,8 @@ class TestContract:
     @pytest.mark.parametrize("name", sorted(WITH_TRAJECTORY))
     def test_the_observer_sees_every_iterate(self, digits_net: Any, name: str) -> None:
         seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        watched = run(name, digits_net, observer=lambda t, x, phi, z: seen.append((t, x, phi, z)))
+        inputs = of(digits_net, observer=lambda t, x, phi, z: seen.append((t, x, phi, z)))
+        watched = attacked(name, digits_net, inputs)
         assert [t for t, *_ in seen] == list(range(len(seen)))
         for _, x, phi, logits in seen:
             expected_phi, expected = features_and_logits(digits_net.model, x)
@@ -130,7 +140,7 @@ class TestContract:
     @pytest.mark.parametrize("name", sorted(set(ATTACKS) - WITH_TRAJECTORY))
     def test_no_trajectory_is_said_plainly(self, digits_net: Any, name: str) -> None:
         with pytest.raises(ValueError, match="no trajectory"):
-            run(name, digits_net, observer=lambda *_: None)
+            attacked(name, digits_net, of(digits_net, observer=lambda *_: None))
 
     @pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"cw"}))
     def test_unknown_norm(self, digits_net: Any, name: str) -> None:
@@ -164,7 +174,7 @@ class TestPgd:
     def test_as_written_by_hand_in_float64(self, digits_net: Any, norm: str) -> None:
         model, x, y = copy.deepcopy(digits_net.model).double(), digits_net.x[:16].double(), digits_net.y[:16]
         params = {"norm": norm, "eps": 0.3, "step_size": 0.07, "steps": 10}
-        ours = pgd(model, x, y, index=digits_net.index[:16], **params)  # type: ignore[arg-type]
+        ours = pgd(model, AttackInput(x, y, digits_net.index[:16]), **params)  # type: ignore[arg-type]
         assert torch.allclose(ours.x_adv, by_hand(model, x, y, **params), atol=1e-9)  # type: ignore[arg-type]
 
     def test_a_zero_gradient_moves_nothing_and_is_counted(self, digits_net: Any) -> None:
@@ -172,7 +182,7 @@ class TestPgd:
         with torch.no_grad():
             linear_head(dead).weight.zero_()
         for norm in NORMS:
-            output = pgd(dead, digits_net.x[:9], digits_net.y[:9], index=digits_net.index[:9], norm=norm)
+            output = pgd(dead, of(digits_net, slice(0, 9)), norm=norm)
             assert torch.equal(output.x_adv, digits_net.x[:9])
             assert bool(output.zero_gradient is not None and output.zero_gradient.all())
 
@@ -200,7 +210,8 @@ class TestPgd:
     @pytest.mark.parametrize("params", [{}, {"random_start": True, "restarts": 3}, {"targeted": True, "loss": "dlr"}])
     def test_any_step_leaves_out_the_broken_and_changes_no_bit(self, digits_net: Any, params: dict[str, Any]) -> None:
         skipping = run("pgd", digits_net, slice(0, 200), judge="any_step", **params)
-        following = run("pgd", digits_net, slice(0, 200), judge="any_step", observer=lambda *_: None, **params)
+        watched = of(digits_net, slice(0, 200), observer=lambda *_: None)
+        following = attacked("pgd", digits_net, watched, judge="any_step", **params)
         final = run("pgd", digits_net, slice(0, 200), **params)
         assert torch.equal(skipping.broken, following.broken)
         assert torch.equal(skipping.broken, final.broken_any_iterate)
@@ -214,14 +225,9 @@ class TestPgd:
 
     def test_restart_0_starts_at_x_unless_random_start(self, digits_net: Any) -> None:
         starts: list[Tensor] = []
+        inputs = of(digits_net, observer=lambda t, x, phi, z: starts.append(x) if t == 0 else None)
         for random_start in (False, True):
-            run(
-                "pgd",
-                digits_net,
-                random_start=random_start,
-                restarts=2,
-                observer=lambda t, x, phi, z: starts.append(x) if t == 0 else None,
-            )
+            attacked("pgd", digits_net, inputs, random_start=random_start, restarts=2)
         assert torch.equal(starts[0], digits_net.x[:60])
         assert not torch.equal(starts[1], digits_net.x[:60])
         assert len(starts) == 2
@@ -230,9 +236,9 @@ class TestPgd:
     @pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"cw", "noise"}))
     def test_nobody_left_to_attack(self, digits_net: Any, name: str, norm: str) -> None:
         """All clean-wrong, or all broken at once: later restarts and members have an empty batch."""
-        x, y, index = digits_net.x[:5], (digits_net.y[:5] + 1) % 10, digits_net.index[:5]
+        inputs = AttackInput(digits_net.x[:5], (digits_net.y[:5] + 1) % 10, digits_net.index[:5])
         params = {"pgd": {"restarts": 2, "judge": "any_step"}, "transfer": {"source": digits_net.model}}.get(name, {})
-        output = ATTACKS[name](digits_net.model, x, y, index=index, norm=norm, **params)
+        output = ATTACKS[name](digits_net.model, inputs, norm=norm, **params)
         assert bool(output.broken.all())
 
     @pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"transfer"}))
@@ -240,7 +246,7 @@ class TestPgd:
         broken = copy.deepcopy(digits_net.model)
         with torch.no_grad():
             linear_head(broken).bias[0] = torch.nan
-        output = ATTACKS[name](broken, digits_net.x[:4], digits_net.y[:4], index=digits_net.index[:4])
+        output = ATTACKS[name](broken, of(digits_net, slice(0, 4)))
         self.lost(output, digits_net.x[:4])
 
     def lost(self, output: AttackOutput, x: Tensor) -> None:
@@ -272,7 +278,7 @@ class TestPgd:
 
         x, index = digits_net.x[:10], digits_net.index[:10]
         y = digits_net.model(x).argmax(1)  # what is wrong already, `fab` leaves alone
-        self.lost(attack(Kinked().eval(), x, y, index=index, **params), x)
+        self.lost(attack(Kinked().eval(), AttackInput(x, y, index), **params), x)
 
     @pytest.mark.parametrize("params", [{"steps": -1}, {"eps": -0.1}, {"judge": "maybe"}, {"loss": "mse"}])
     def test_parameters_without_sense(self, digits_net: Any, params: dict[str, Any]) -> None:
@@ -366,18 +372,13 @@ class TestScaling:
         net = copy.deepcopy(digits_net.model).double()
         paths: dict[str, list[Tensor]] = {"cross_entropy": [], "stable_cross_entropy": []}
         for loss, path in paths.items():
-            pgd(
-                net,
+            inputs = AttackInput(
                 digits_net.x[:64].double(),
                 digits_net.y[:64],
-                index=digits_net.index[:64],
-                norm=norm,
-                eps=0.3,
-                step_size=0.03,
-                steps=15,
-                loss=loss,
+                digits_net.index[:64],
                 observer=lambda t, x, phi, z, path=path: path.append(x),
             )
+            pgd(net, inputs, norm=norm, eps=0.3, step_size=0.03, steps=15, loss=loss)
         assert len(paths["cross_entropy"]) == 16
         for plain, stable in zip(*paths.values(), strict=True):
             assert torch.allclose(plain, stable, atol=1e-9)
@@ -385,14 +386,8 @@ class TestScaling:
     def test_examples_of_scale_1_transfer_to_scale_100(self, digits_net: Any) -> None:
         scaled = scale_head(digits_net.model, 100.0)
         made = run("pgd", digits_net, slice(0, 200))
-        output = ATTACKS["transfer"](
-            scaled,
-            digits_net.x[:200],
-            digits_net.y[:200],
-            index=digits_net.index[:200],
-            source=digits_net.model,
-            **QUICK["pgd"],
-        )
+        inputs = of(digits_net, slice(0, 200))
+        output = ATTACKS["transfer"](scaled, inputs, source=digits_net.model, **QUICK["pgd"])
         assert torch.equal(output.broken, made.broken)
 
     def robust(self, net: Any, s: float, params: dict[str, Any]) -> Tensor:
@@ -477,4 +472,4 @@ class TestFab:
 def test_an_observer_needs_a_linear_head(digits_net: Any) -> None:
     capped = nn.Sequential(digits_net.model, nn.ReLU()).eval()
     with pytest.raises(NoLinearHead):
-        pgd(capped, digits_net.x[:4], digits_net.y[:4], index=digits_net.index[:4], observer=lambda *_: None)
+        pgd(capped, of(digits_net, slice(0, 4), observer=lambda *_: None))

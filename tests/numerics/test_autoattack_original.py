@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from workers.science.architectures import build
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -49,6 +49,6 @@ def robust_to_the_original(model: nn.Module, x: Tensor, y: Tensor, norm: str, ep
 def test_the_same_images_withstand_it(digits_net: Any, name: str, norm: str, eps: float) -> None:
     model, x, y = trained(name, digits_net), digits_net.x[:N], digits_net.y[:N]
     theirs = robust_to_the_original(model, x, y, norm, eps)
-    ours = ~ATTACKS["autoattack"](model, x, y, index=torch.arange(N), norm=norm, eps=eps).broken
+    ours = ~ATTACKS["autoattack"](model, AttackInput(x, y, torch.arange(N)), norm=norm, eps=eps).broken
     assert 0 < int(theirs.sum()) < N, "neither side has anything to find"
     assert int((theirs != ours).sum()) <= OF_CHANCE

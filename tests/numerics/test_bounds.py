@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 from typed import linear
 
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.attacks.pgd import pgd
 from workers.science.bounds import (
     BOUNDS,
@@ -220,7 +220,7 @@ def test_what_an_attack_returned_by_a_second_computation() -> None:
     y, index, head = torch.arange(9) % 4, torch.arange(9), linear_head(model)
     params: dict[str, Any] = {"eps": 0.2, "step_size": 0.05, "steps": 5, "random_start": True}
     found = evaluate_attack(model, x, y, index, attack="pgd", params=params, batch_size=4).returned
-    x_adv = pgd(model, x, y, index=index, **params).x_adv
+    x_adv = pgd(model, AttackInput(x, y, index), **params).x_adv
     assert found is not None
     with torch.no_grad():
         (clean, _), (after, _) = (features_and_logits(model, of) for of in (x, x_adv))
@@ -250,7 +250,7 @@ def test_an_attack_never_breaks_the_corrected_bounds(s: float) -> None:
         head.bias.mul_(s)
     y, index = model(x).argmax(1), torch.arange(16)
     recorder = Recorder(head.weight, head.bias)
-    pgd(model, x, y, index=index, observer=recorder(x, y, index), loss="margin", eps=0.2, step_size=0.05)
+    pgd(model, AttackInput(x, y, index, observer=recorder(x, y, index)), loss="margin", eps=0.2, step_size=0.05)
     numbers = bound_numbers(recorder.trajectory(), head.weight, head.bias)
     assert (numbers["bound_n"], numbers["bound_n_examples"]) == (160, 16)
     assert numbers["bound_violated_corrected_taylor"] == numbers["bound_violated_certificate"] == 0

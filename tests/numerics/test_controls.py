@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.science.architectures import build
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.controls import ControlReport, Geometry, Twin, run_controls
 from workers.science.errors import NonFinite
 from workers.science.heads import linear_head
@@ -68,9 +68,9 @@ class TestPanel:
             "robust_more_steps": ("pgd", {**walk, "steps": 4 * geometry.steps}),
         }
         assert set(bits) == {"clean_correct", *challengers}
+        inputs = AttackInput(digits_net.x[:N], digits_net.y[:N], digits_net.index[:N])
         for name, (attack, params) in challengers.items():
-            x, y, index = digits_net.x[:N], digits_net.y[:N], digits_net.index[:N]
-            alone = ~ATTACKS[attack](digits_net.model, x, y, index=index, **params).broken
+            alone = ~ATTACKS[attack](digits_net.model, inputs, **params).broken
             if name == "robust_more_steps":
                 alone &= bits["robust_pgd"]
             assert torch.equal(bits[name], alone), name
@@ -84,8 +84,8 @@ class TestPanel:
     )
     def test_a_twin_is_the_attack_that_was_asked_for(self, digits_net: Any, panel: ControlReport, twin: Twin) -> None:
         found = controls(digits_net, twin=twin).bits
-        x, y, index = digits_net.x[:N], digits_net.y[:N], digits_net.index[:N]
-        alone = ATTACKS[twin.attack](digits_net.model, x, y, index=index, **twin.params)
+        inputs = AttackInput(digits_net.x[:N], digits_net.y[:N], digits_net.index[:N])
+        alone = ATTACKS[twin.attack](digits_net.model, inputs, **twin.params)
         assert torch.equal(found.pop("robust_twin"), ~alone.broken)
         assert all(torch.equal(bits, panel.bits[name]) for name, bits in found.items())
 

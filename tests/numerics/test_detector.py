@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from workers.science.attacks import AttackInput
 from workers.science.attacks.pgd import pgd
 from workers.science.closed_forms import closed_forms
 from workers.science.detector import (
@@ -75,7 +76,8 @@ def attacked(eps: float, step_size: float, steps: int) -> Trajectory:
     x, index, head = torch.rand(60, 3, 3, 3), torch.arange(60), linear_head(model)
     y = model(x).argmax(1)
     recorder = Recorder(head.weight, head.bias)
-    pgd(model, x, y, index=index, observer=recorder(x, y, index), eps=eps, step_size=step_size, steps=steps)
+    inputs = AttackInput(x, y, index, observer=recorder(x, y, index))
+    pgd(model, inputs, eps=eps, step_size=step_size, steps=steps)
     return recorder.trajectory()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typed import linear
 
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.bounds import bound_numbers
 from workers.science.errors import NonFinite
 from workers.science.evaluation import ball_limit, evaluate_attack, evaluate_clean
@@ -91,9 +91,8 @@ class TestAttack:
 
     def test_the_bits_are_the_attack_s(self, digits_net: Any) -> None:
         report = evaluate(digits_net, batch_size=150)
-        output = ATTACKS["pgd"](
-            digits_net.model, digits_net.x[:150], digits_net.y[:150], index=digits_net.index[:150], **PARAMS
-        )
+        inputs = AttackInput(digits_net.x[:150], digits_net.y[:150], digits_net.index[:150])
+        output = ATTACKS["pgd"](digits_net.model, inputs, **PARAMS)
         assert torch.equal(report.bits["robust"], ~output.broken)
         assert torch.equal(report.bits["robust_any_iterate"], ~output.broken_any_iterate)
 
@@ -124,9 +123,10 @@ class TestAttack:
         assert report.numbers["outside_ball"] is None
 
     def test_an_attack_that_leaves_the_ball_is_caught(self, digits_net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        def cheat(model: nn.Module, x: Any, y: Any, *, eps: float, **rest: Any) -> Any:
-            rest.pop("step_size")
-            output = ATTACKS["fgsm"](model, x, y, eps=2 * eps, **{k: v for k, v in rest.items() if k != "steps"})
+        def cheat(
+            model: nn.Module, inputs: AttackInput, *, eps: float, step_size: float, steps: int, **rest: Any
+        ) -> Any:
+            output = ATTACKS["fgsm"](model, inputs, eps=2 * eps, **rest)
             return type(output)(**{**vars(output), "eps": eps, "x_adv": output.x_adv + 0.6})
 
         monkeypatch.setitem(ATTACKS, "pgd_cheating", cheat)

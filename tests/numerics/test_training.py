@@ -9,7 +9,7 @@ from torch import nn
 
 from workers.science import seeding
 from workers.science.architectures import build
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.augmentation import Augmentation, augment, default_augmentation
 from workers.science.datasets import DATASETS, ImageData, sample_indices, training_indices
 from workers.science.errors import Diverged, NonFinite, ScienceError, WrongShape, WrongState
@@ -384,7 +384,8 @@ def test_the_epoch_most_robust_on_held_out_training_images_is_kept(
     # The number, by the attack of the benchmark: another start, so about the same.
     held_out = training_indices(1297, 120, 150)[1]
     x, y = digits.train_x[held_out].float() / 255, digits.train_y[held_out]
-    output = ATTACKS["pgd"](model, x, y, index=torch.from_numpy(held_out), random_start=True, **how["recipe_params"])
+    inputs = AttackInput(x, y, torch.from_numpy(held_out))
+    output = ATTACKS["pgd"](model, inputs, random_start=True, **how["recipe_params"])
     assert float((~output.broken).double().mean()) == pytest.approx(done.kept.held_out_robust_accuracy, abs=0.03)
 
     for epoch in (1, done.kept_epoch, 12):  # the best so far is in the state

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from workers.science.attacks import AttackInput
 from workers.science.attacks.pgd import pgd
 from workers.science.closed_forms import closed_forms
 from workers.science.cross_entropy import log_odds
@@ -176,14 +177,15 @@ def test_the_recorder_sees_what_the_closed_forms_see() -> None:
     iterates: list[Tensor] = []
     recorder, whole = Recorder(head.weight, head.bias), Recorder(head.weight, head.bias)
     for part in (slice(0, 4), slice(4, 9)):
-        pgd(model, x[part], y[part], index=index[part], observer=recorder(x[part], y[part], index[part]), steps=3)
+        batch = x[part], y[part], index[part]
+        pgd(model, AttackInput(*batch, observer=recorder(*batch)), steps=3)
     watch = whole(x, y, index)
 
     def both(t: int, x_t: Tensor, phi: Tensor, logits: Tensor) -> None:
         iterates.append(x_t.clone())
         watch(t, x_t, phi, logits)
 
-    pgd(model, x, y, index=index, observer=both, steps=3)
+    pgd(model, AttackInput(x, y, index, observer=both), steps=3)
     path = recorder.trajectory()
     for name, values in whole.trajectory().tensors().items():
         torch.testing.assert_close(path.tensors()[name], values, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from workers.science import training
 from workers.science.architectures import build
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.attacks.losses import LOSSES
 from workers.science.attacks.norms import NORMS
 from workers.science.augmentation import Augmentation
@@ -41,14 +41,14 @@ def attacked(gpu: PretendGpu, net: Any, attack: str, **params: Any) -> list[int]
     right = net.model(net.x).argmax(1) == net.y
     x, y, index = (of[right][:24] for of in (net.x, net.y, net.index))
     model = copy.deepcopy(net.model).to(DEVICE)
-    there = x.to(DEVICE), y.to(DEVICE)
-    gpu.waits.clear()
     waits: list[int] = []
-    found = ATTACKS[attack](
-        model, *there, index=index, on_progress=lambda _step, _steps: waits.append(gpu.waits.total()), **params
+    there = AttackInput(
+        x.to(DEVICE), y.to(DEVICE), index, on_progress=lambda _step, _steps: waits.append(gpu.waits.total())
     )
+    gpu.waits.clear()
+    found = ATTACKS[attack](model, there, **params)
     after = gpu.waits.copy()
-    here = ATTACKS[attack](net.model, x, y, index=index, **params)
+    here = ATTACKS[attack](net.model, AttackInput(x, y, index), **params)
     assert torch.equal(found.x_adv.cpu(), here.x_adv)
     gpu.waits = after
     return waits

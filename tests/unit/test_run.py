@@ -52,7 +52,7 @@ from workers import devices, run, tasks
 from workers.context import Cache, Context
 from workers.provenance import cudnn, gpu, of_properties
 from workers.science.architectures import build
-from workers.science.attacks import ATTACKS
+from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.datasets import DATASETS
 from workers.science.errors import Diverged, ScienceError
 from workers.science.summaries import merged
@@ -327,7 +327,7 @@ def test_the_panel_of_auto_pgd_runs_it_with_the_margin_loss(
 
     def survivors(**changed: Any) -> list[bool]:
         params = {**own, "loss": "margin", **changed}
-        output = ATTACKS["apgd"](subject.network(), x.float() / 255, y, index=index, **params)
+        output = ATTACKS["apgd"](subject.network(), AttackInput(x.float() / 255, y, index), **params)
         return (~output.broken).tolist()
 
     twin = found["robust_twin"].tolist()
@@ -768,11 +768,11 @@ def test_what_ran_out_of_memory_is_tried_again_with_half_the_images_at_a_time(
     at_256 = execute(plan.train, *both, checkpoint=trained[0])
     seen: list[int] = []
 
-    def greedy(model: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:
-        seen.append(len(x))
-        if len(x) > 128:
+    def greedy(model: Any, inputs: AttackInput, **options: Any) -> Any:
+        seen.append(len(inputs.x))
+        if len(inputs.x) > 128:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return attack(model, x, *args, **options)
+        return attack(model, inputs, **options)
 
     monkeypatch.setitem(ATTACKS, "pgd", greedy)
     halved = execute(plan.train, *both, checkpoint=trained[0])

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.science.attacks import ATTACKS
-from workers.science.attacks.base import index_of, look, misclassified
+from workers.science.attacks import ATTACKS, AttackInput
+from workers.science.attacks.base import look, misclassified
 from workers.science.errors import NonFinite
 from workers.science.evaluation import unit_interval
 from workers.science.summaries import Numbers
@@ -96,7 +96,8 @@ def run_controls(
     bits: dict[str, list[Tensor]] = {}
     random_forward = batch_dependent = 0
     for number, part in enumerate(parts):
-        x_0, y_0, index_0 = unit_interval(x[part], device), y[part].to(device), index[part]
+        x_0, y_0 = unit_interval(x[part], device), y[part].to(device)
+        inputs = AttackInput(x_0, y_0, index[part])
         first, again = look(model, x_0)[1], look(model, x_0)[1]
         finite = torch.isfinite(first).all(1) | torch.isfinite(again).all(1)
         steady = (first == again).all(1)
@@ -105,14 +106,14 @@ def run_controls(
         clean_correct = ~misclassified(first, y_0) & torch.isfinite(first).all(1)
         found = {"clean_correct": clean_correct, "finite": finite}
         for stage, (name, attack, params) in enumerate(panel):
-            output = ATTACKS[attack](model, x_0, y_0, index=index_0, **params)
+            output = ATTACKS[attack](model, inputs, **params)
             found[name] = ~output.broken & clean_correct
             _report(on_progress, number * stages + stage + 1, len(parts) * stages)
         found["robust_more_steps"] = found["robust_pgd"].clone()
         left = found["robust_pgd"].nonzero().squeeze(1)
         if len(left):
             longer = {**walk, "steps": MORE_STEPS * geometry.steps}
-            output = ATTACKS["pgd"](model, x_0[left], y_0[left], index=index_of(left, index_0), **longer)
+            output = ATTACKS["pgd"](model, inputs.at(left), **longer)
             found["robust_more_steps"][left] = ~output.broken
         _report(on_progress, (number + 1) * stages, len(parts) * stages)
         for name, values in found.items():

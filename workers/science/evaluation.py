@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from workers.science.ahead import ahead_of
-from workers.science.attacks import ATTACKS, AttackOutput, Observer, OnProgress, prepare
+from workers.science.attacks import ATTACKS, AttackInput, AttackOutput, Observer, OnProgress, prepare
 from workers.science.attacks.norms import geometry
 from workers.science.bounds import Returned
 from workers.science.cross_entropy import log_odds, loss_increase, softplus
@@ -128,16 +128,10 @@ def evaluate_attack(
         for number, part in enumerate(parts):
             begin(number)
             x_0, y_0, index_0 = unit_interval(x[part], device), y[part].to(device), index[part]
-            output = ATTACKS[attack](
-                climbed,
-                x_0,
-                y_0,
-                index=index_0,
-                attack_seed=attack_seed,
-                observer=None if observer_factory is None else observer_factory(x_0, y_0, index_0),
-                on_progress=_of_all(on_progress, number, len(parts)),
-                **{"scale": scale, **params},
-            )
+            observer = None if observer_factory is None else observer_factory(x_0, y_0, index_0)
+            reporting = _of_all(on_progress, number, len(parts))
+            inputs = AttackInput(x_0, y_0, index_0, attack_seed, scale, observer, reporting)
+            output = ATTACKS[attack](climbed, inputs, **params)
             batches.append(_judge(model, x_0, y_0, output))
             gradient_calls, forward_calls = gradient_calls + output.gradient_calls, forward_calls + output.forward_calls
     seen = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from workers.science.attacks.apgd import apgd
 from workers.science.attacks.autoattack import autoattack
-from workers.science.attacks.base import Attack, AttackOutput, Observer, OnProgress
+from workers.science.attacks.base import Attack, AttackInput, AttackOutput, Observer, OnProgress
 from workers.science.attacks.cw import cw
 from workers.science.attacks.fgsm import fgsm
 from workers.science.attacks.noise import noise
@@ -27,4 +27,4 @@ ATTACKS: dict[str, Callable[..., AttackOutput]] = {
 WITH_TRAJECTORY = frozenset({"pgd", "fgsm", "apgd", "cw", "noise"})
 """The attacks that an observer can follow; the others raise `ValueError` for one."""
 
-__all__ = ["ATTACKS", "WITH_TRAJECTORY", "Attack", "AttackOutput", "Observer", "OnProgress", "prepare"]
+__all__ = ["ATTACKS", "WITH_TRAJECTORY", "Attack", "AttackInput", "AttackOutput", "Observer", "OnProgress", "prepare"]

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from workers.science.attacks.base import (
+    AttackInput,
     AttackOutput,
     Found,
-    Observer,
-    OnProgress,
     Step,
     highest_wrong_classes,
     index_of,
@@ -22,14 +21,8 @@ from workers.science.attacks.norms import geometry
 
 def apgd(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    inputs: AttackInput,
     *,
-    index: Tensor,
-    attack_seed: int = 0,
-    observer: Observer | None = None,
-    on_progress: OnProgress | None = None,
-    scale: float = 1.0,
     norm: str = "linf",
     eps: float = 8 / 255,
     steps: int = 100,
@@ -49,7 +42,7 @@ def apgd(
     """
     if steps < 1 or restarts < 1 or eps < 0 or not 0 < rho <= 1 or targets < 1:
         raise ValueError("apgd needs steps >= 1, restarts >= 1, eps >= 0, 0 < rho <= 1 and targets >= 1")
-    ball, x = geometry(norm), x.detach()
+    ball, x, y = geometry(norm), inputs.x.detach(), inputs.y
     clean_logits = look(model, x)[1]
     found = Found(x, misclassified(clean_logits, y))
     found.met(clean_logits)
@@ -58,16 +51,17 @@ def apgd(
     runs = restarts * classes.shape[1]
 
     for run in range(runs):
-        watcher, leave = (observer if run == 0 else None), observer is None or run > 0
+        watcher = inputs.observer if run == 0 else None
+        leave = watcher is None
         alive = found.robust() if run > 0 else torch.arange(len(x), device=x.device)
         x_0, y_0, target = x[alive], y[alive], classes[alive, run % classes.shape[1]]
-        noise = ball.random_start(x_0, 1.0, seed=attack_seed, index=index_of(alive, index), restart=run)
+        noise = ball.random_start(x_0, 1.0, seed=inputs.seed, index=index_of(alive, inputs.index), restart=run)
         x_t = (x_0 + noise * per_example(eps / ball.size(noise).clamp_min(1e-12), noise)).clamp(0, 1)
         memory, x_before = _Memory(x_t, steps, rho, 2 * eps), x_t
         for t in range(steps + 1):
             if not len(alive):
                 break
-            climb = objective(loss, y_0, scale, target if targeted else None)
+            climb = objective(loss, y_0, inputs.scale, target if targeted else None)
             step = take_gradient(model, x_t, climb, with_features=watcher is not None)
             found.count(alive, step)
             if watcher is not None and step.phi is not None:
@@ -90,8 +84,7 @@ def apgd(
                 a = 0.75 if t > 0 else 1.0
                 ahead = x_t + a * (ahead - x_t) + (1 - a) * (x_t - x_before)
                 x_before, x_t = x_t, (x_0 + ball.project(ahead - x_0, eps)).clamp(0, 1)
-            if on_progress is not None:
-                on_progress(run * (steps + 1) + t + 1, runs * (steps + 1))
+            inputs.report(run * (steps + 1) + t + 1, runs * (steps + 1))
     return found.output(norm, eps)
 
 

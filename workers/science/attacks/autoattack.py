@@ -6,16 +6,16 @@ It is compared with the authors' code image by image (`tests/numerics/test_autoa
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.attacks.apgd import apgd
 from workers.science.attacks.base import (
+    AttackInput,
     AttackOutput,
     Found,
-    Observer,
     OnProgress,
-    index_of,
     look,
     misclassified,
     refuse_observer,
@@ -27,14 +27,8 @@ from workers.science.attacks.square import square
 
 def autoattack(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    inputs: AttackInput,
     *,
-    index: Tensor,
-    attack_seed: int = 0,
-    observer: Observer | None = None,
-    on_progress: OnProgress | None = None,
-    scale: float = 1.0,
     norm: str = "linf",
     eps: float = 8 / 255,
     steps: int = 100,
@@ -47,9 +41,9 @@ def autoattack(
     defaults are the published standard. `zero_gradient` is that of the first member. It has no trajectory: raises
     `ValueError` for an observer, `WrongShape` for k < 4; other errors as in `pgd`.
     """
-    refuse_observer(observer, "autoattack")
+    refuse_observer(inputs, "autoattack")
     geometry(norm)
-    x = x.detach()
+    x, y = inputs.x.detach(), inputs.y
     members: list[Callable[..., AttackOutput]] = [apgd, apgd, fab, square]
     params: list[dict[str, object]] = [
         {"steps": steps, "loss": "cross_entropy"},
@@ -64,17 +58,8 @@ def autoattack(
     for stage, (member, its) in enumerate(zip(members, params, strict=True)):
         alive = found.robust() if stage else (~found.broken).nonzero().squeeze(1)
         if len(alive):
-            output = member(
-                model,
-                x[alive],
-                y[alive],
-                index=index_of(alive, index),
-                attack_seed=attack_seed,
-                on_progress=_share_of(on_progress, stage, len(members)),
-                norm=norm,
-                eps=eps,
-                **its,
-            )
+            left = replace(inputs.at(alive), on_progress=_share_of(inputs.on_progress, stage, len(members)))
+            output = member(model, left, norm=norm, eps=eps, **its)
             found.gradient_calls += output.gradient_calls
             found.forward_calls += output.forward_calls
             found.lose(alive, output.non_finite)
@@ -82,8 +67,7 @@ def autoattack(
                 found.zero_gradient = output.zero_gradient
                 found.keep(alive, output.x_adv)
             found.see(alive, output.x_adv, output.broken, judged=True)
-        if on_progress is not None:
-            on_progress((stage + 1) * RESOLUTION, len(members) * RESOLUTION)
+        inputs.report((stage + 1) * RESOLUTION, len(members) * RESOLUTION)
     return found.output(norm, eps)
 
 

@@ -1,7 +1,7 @@
 """The seam that every attack fills: what it is given, what it hands back, and the gradient that they all take."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,38 @@ class Observer(Protocol):
 
     def __call__(self, t: int, x_t: Tensor, phi: Tensor, logits: Tensor, /) -> None:
         """`x_t [n, C, H, W]`, `phi [n, m]`, `logits [n, k]`, float32. The tensors are the observer's to keep."""
+
+
+@dataclass(frozen=True)
+class AttackInput:
+    """The images that an attack starts from, the seed, and who follows the attack.
+
+    x            [n, C, H, W] float32 in [0, 1]
+    y            [n] int64 true labels
+    index        [n] int64 positions in the data set. All randomness of an example is drawn from its position and
+                 `seed`, so that it does not depend on the batch
+    seed         the attack's seed
+    scale        s of the linear head, already in the network's weights; only a loss that divides by s reads it
+    observer     called with every iterate, if there is one
+    on_progress  called after every step, if there is one
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    seed: int = 0
+    scale: float = 1.0
+    observer: Observer | None = None
+    on_progress: OnProgress | None = None
+
+    def at(self, positions: Tensor) -> "AttackInput":
+        """The same with only the examples at `positions [m]`, in rising order."""
+        return replace(self, x=self.x[positions], y=self.y[positions], index=index_of(positions, self.index))
+
+    def report(self, step: int, steps: int) -> None:
+        """Call `on_progress`, if there is one."""
+        if self.on_progress is not None:
+            self.on_progress(step, steps)
 
 
 @dataclass(frozen=True)
@@ -56,26 +88,13 @@ class FeatureLoss(Protocol):
 class Attack(Protocol):
     """An attack on `model`, any network in eval mode that returns logits. It leaves the network as it was.
 
-    `x [n, C, H, W]` float32 in [0, 1], `y [n]` int64 true labels, `index [n]` int64 positions in the data set, from
-    which (with `attack_seed`) all randomness of an example is drawn, so that it does not depend on the batch.
-    `scale` is the s of the head, which is in `model` already. Further keywords are the attack's own.
-    An example with NaN or infinities says so in the output, and changes no other's outcome.
+    Keywords are the attack's own parameters (`eps`, `steps`, ...), each with a default.
+    An example with NaN or infinities is `non_finite` in the output, and changes the outcome of no other example.
     Raises `ValueError` for parameters that make no sense.
     """
 
-    def __call__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        index: Tensor,
-        attack_seed: int = 0,
-        observer: Observer | None = None,
-        on_progress: OnProgress | None = None,
-        scale: float = 1.0,
-    ) -> AttackOutput:
-        """What the attack found for `x`."""
+    def __call__(self, model: nn.Module, inputs: AttackInput) -> AttackOutput:
+        """The judged examples and their outcomes, in the order of `inputs.x`."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +161,9 @@ def index_of(alive: Tensor, index: Tensor) -> Tensor:
     return index if len(alive) == len(index) else index[alive.to(index.device)]
 
 
-def refuse_observer(observer: Observer | None, attack: str) -> None:
+def refuse_observer(inputs: AttackInput, attack: str) -> None:
     """Raises `ValueError` if there is an observer: `attack` has no iterates to show."""
-    if observer is not None:
+    if inputs.observer is not None:
         raise ValueError(f"{attack} has no trajectory to record")
 
 

@@ -1,13 +1,12 @@
 """Carlini & Wagner (2017), l2: a small perturbation that is misclassified with confidence, by Adam in tanh space."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.attacks.base import (
+    AttackInput,
     AttackOutput,
     Found,
-    Observer,
-    OnProgress,
     look,
     misclassified,
     per_example,
@@ -21,14 +20,8 @@ INSIDE = 1 - 1e-6
 
 def cw(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    inputs: AttackInput,
     *,
-    index: Tensor,
-    attack_seed: int = 0,
-    observer: Observer | None = None,
-    on_progress: OnProgress | None = None,
-    scale: float = 1.0,
     c: float = 10.0,
     kappa: float = 20.0,
     lr: float = 0.01,
@@ -42,7 +35,7 @@ def cw(
     """
     if steps < 1 or c < 0 or kappa < 0 or lr <= 0:
         raise ValueError("cw needs steps >= 1, c >= 0, kappa >= 0 and lr > 0")
-    x = x.detach()
+    x, y, observer = inputs.x.detach(), inputs.y, inputs.observer
     found = Found(x)
     w = torch.atanh(INSIDE * (2 * x - 1)).requires_grad_()
     adam = torch.optim.Adam([w], lr=lr)
@@ -74,7 +67,6 @@ def cw(
         if t < steps:
             (w.grad,) = torch.autograd.grad(candidate, w, step.gradient + 2 * (last - x))
             adam.step()
-        if on_progress is not None:
-            on_progress(t, steps)
+        inputs.report(t, steps)
     found.keep(everyone, last)
     return found.output("l2", None)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from workers.science.attacks.base import (
+    AttackInput,
     AttackOutput,
     Found,
-    Observer,
-    OnProgress,
     highest_wrong_classes,
     look,
     misclassified,
@@ -26,14 +25,8 @@ NEWTON_STEPS = 25
 
 def fab(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    inputs: AttackInput,
     *,
-    index: Tensor,
-    attack_seed: int = 0,
-    observer: Observer | None = None,
-    on_progress: OnProgress | None = None,
-    scale: float = 1.0,
     norm: str = "linf",
     eps: float = 8 / 255,
     steps: int = 100,
@@ -48,10 +41,10 @@ def fab(
     overshoots by `eta`; mixes both with a weight of x of at most `alpha_max`; and after a success goes back towards x
     by `beta`. Examples leave when broken within `eps`. Raises `ValueError` for an observer; other errors as in `pgd`.
     """
-    refuse_observer(observer, "fab")
+    refuse_observer(inputs, "fab")
     if steps < 1 or targets < 1 or eps < 0:
         raise ValueError("fab needs steps >= 1, targets >= 1 and eps >= 0")
-    ball, x = geometry(norm), x.detach()
+    ball, x, y = geometry(norm), inputs.x.detach(), inputs.y
     clean_logits = look(model, x)[1]
     found = Found(x, misclassified(clean_logits, y))
     found.met(clean_logits)
@@ -87,8 +80,7 @@ def fab(
             x_t = torch.where(per_example(wrong, x_t), x_0 + beta * (x_t - x_0), x_t)
             keep = ~(wrong & within)
             alive, x_0, y_0, target, x_t = (v[keep] for v in (alive, x_0, y_0, target, x_t))
-            if on_progress is not None:
-                on_progress(run * steps + t + 1, classes.shape[1] * steps)
+            inputs.report(run * steps + t + 1, classes.shape[1] * steps)
     return found.output(norm, eps)
 
 

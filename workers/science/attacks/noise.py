@@ -4,23 +4,17 @@ trajectory's sharpness is not the attack's doing.
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from workers.science.attacks.base import AttackOutput, Found, Observer, OnProgress, look, misclassified
+from workers.science.attacks.base import AttackInput, AttackOutput, Found, look, misclassified
 from workers.science.attacks.norms import geometry
 from workers.science.seeding import moved, normal_per_example
 
 
 def noise(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    inputs: AttackInput,
     *,
-    index: Tensor,
-    attack_seed: int = 0,
-    observer: Observer | None = None,
-    on_progress: OnProgress | None = None,
-    scale: float = 1.0,
     kind: str = "gaussian",
     norm: str = "linf",
     eps: float = 8 / 255,
@@ -35,15 +29,15 @@ def noise(
     """
     if kind not in ("gaussian", "uniform") or points < 2 or draws < 1 or eps < 0:
         raise ValueError("noise needs kind gaussian or uniform, points >= 2, draws >= 1 and eps >= 0")
-    x = x.detach()
+    x, y = inputs.x.detach(), inputs.y
     found, everyone = Found(x), torch.arange(len(x), device=x.device)
     for draw in range(draws):
-        watcher = observer if draw == 0 else None
+        watcher = inputs.observer if draw == 0 else None
         if kind == "gaussian":
-            normal = normal_per_example(attack_seed, index, draw, x.shape[1:], stream="noise")
+            normal = normal_per_example(inputs.seed, inputs.index, draw, x.shape[1:], stream="noise")
             end = (0.5 + 0.25 * moved(normal, x.device).to(x)).clamp(0, 1)
         else:
-            start = geometry(norm).random_start(x, eps, seed=attack_seed, index=index, restart=draw)
+            start = geometry(norm).random_start(x, eps, seed=inputs.seed, index=inputs.index, restart=draw)
             end = (x + start).clamp(0, 1)
         for t, a in enumerate(np.linspace(0, 1, points).tolist()):
             if t == 0 and draw > 0:
@@ -60,6 +54,5 @@ def noise(
             if t == points - 1 and draw == 0:
                 found.keep(everyone, x_t)
             found.see(everyone, x_t, wrong, judged=t == points - 1)
-            if on_progress is not None:
-                on_progress(draw * (points - 1) + t, draws * (points - 1))
+            inputs.report(draw * (points - 1) + t, draws * (points - 1))
     return found.output(norm if kind == "uniform" else "l2", eps if kind == "uniform" else None)

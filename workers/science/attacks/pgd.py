@@ -3,14 +3,13 @@
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.attacks.base import (
+    AttackInput,
     AttackOutput,
     FeatureLoss,
     Found,
-    Observer,
-    OnProgress,
     highest_wrong,
     index_of,
     look,
@@ -23,19 +22,13 @@ from workers.science.attacks.norms import geometry
 
 def pgd(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    inputs: AttackInput,
     *,
-    index: Tensor,
-    attack_seed: int = 0,
-    observer: Observer | None = None,
-    on_progress: OnProgress | None = None,
     norm: str = "linf",
     eps: float = 8 / 255,
     step_size: float = 2 / 255,
     steps: int = 10,
     loss: str = "cross_entropy",
-    scale: float = 1.0,
     random_start: bool = False,
     restarts: int = 1,
     targeted: bool = False,
@@ -44,8 +37,8 @@ def pgd(
 ) -> AttackOutput:
     """`x_{t+1} = clip(x_0 + project(x_t + step_size * normalize(gradient) - x_0))`, `steps` times.
 
-    `norm` "linf" or "l2" (over C x H x W), `eps` and `step_size` in units of [0, 1]. `loss` is one of `LOSSES`;
-    `scale` is the head's s, which only `rescaled_cross_entropy` reads. Restart 0 starts at x_0 unless `random_start`,
+    `norm` "linf" or "l2" (over C x H x W), `eps` and `step_size` in units of [0, 1]. `loss` is one of `LOSSES`,
+    of which only `rescaled_cross_entropy` reads the head's scale. Restart 0 starts at x_0 unless `random_start`,
     later ones at random. `targeted` goes for the highest clean logit that is not y; the outcome is still "not y".
     `judge` "final" looks at the last iterate of every restart, "any_step" at every iterate, and then leaves out
     examples that are already broken (unless an observer wants to see them all).
@@ -54,8 +47,9 @@ def pgd(
     """
     if judge not in ("final", "any_step") or steps < 0 or restarts < 1 or eps < 0 or step_size < 0:
         raise ValueError("pgd needs judge final or any_step, steps >= 0, restarts >= 1, eps >= 0 and step_size >= 0")
-    any_step, leave = judge == "any_step", judge == "any_step" and observer is None
-    ball, x, everyone = geometry(norm), x.detach(), torch.arange(len(x), device=x.device)
+    any_step, leave = judge == "any_step", judge == "any_step" and inputs.observer is None
+    ball, x, y = geometry(norm), inputs.x.detach(), inputs.y
+    everyone = torch.arange(len(x), device=x.device)
     found = Found(x)
     found.zero_gradient = torch.zeros_like(found.broken)
     if random_start or targeted:
@@ -66,19 +60,19 @@ def pgd(
     target = highest_wrong(clean_logits, y) if targeted else y
 
     for restart in range(restarts):
-        watcher = observer if restart == 0 else None
+        watcher = inputs.observer if restart == 0 else None
         alive = found.robust() if leave and restart > 0 else everyone
         if not len(alive):
             break
         x_0, y_0, target_0 = x[alive], y[alive], target[alive]
         x_t = x_0
         if random_start or restart > 0:
-            noise = ball.random_start(x_0, eps, seed=attack_seed, index=index_of(alive, index), restart=restart)
+            noise = ball.random_start(x_0, eps, seed=inputs.seed, index=index_of(alive, inputs.index), restart=restart)
             x_t = (x_0 + noise).clamp(0, 1)
         for t in range(steps):
             if not len(alive):
                 break
-            climb = objective(loss, y_0, scale, target_0 if targeted else None)
+            climb = objective(loss, y_0, inputs.scale, target_0 if targeted else None)
             of_features = None if feature_loss is None else partial(feature_loss, y=y_0)
             wanted = watcher is not None or of_features is not None
             step = take_gradient(model, x_t, climb, with_features=wanted, of_features=of_features)
@@ -96,8 +90,7 @@ def pgd(
                 alive, x_0, y_0, target_0, x_t, gradient = (v[keep] for v in (alive, x_0, y_0, target_0, x_t, gradient))
             x_t = x_t + step_size * ball.normalize(gradient)
             x_t = (x_0 + ball.project(x_t - x_0, eps)).clamp(0, 1)
-            if on_progress is not None:
-                on_progress(restart * steps + t + 1, restarts * steps)
+            inputs.report(restart * steps + t + 1, restarts * steps)
         if len(alive):
             phi, logits = look(model, x_t, with_features=watcher is not None)
             found.met(logits, alive)

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from workers.science.attacks.base import (
+    AttackInput,
     AttackOutput,
     Found,
-    Observer,
-    OnProgress,
     index_of,
     look,
     misclassified,
@@ -26,14 +25,8 @@ CHUNK = 500
 
 def square(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    inputs: AttackInput,
     *,
-    index: Tensor,
-    attack_seed: int = 0,
-    observer: Observer | None = None,
-    on_progress: OnProgress | None = None,
-    scale: float = 1.0,
     norm: str = "linf",
     eps: float = 8 / 255,
     queries: int = 5000,
@@ -45,13 +38,13 @@ def square(
     Examples leave when broken. Positions and signs are drawn per example, where the published code shares positions
     within the batch. It has no trajectory: raises `ValueError` for an observer; other errors as in `pgd`.
     """
-    refuse_observer(observer, "square")
+    refuse_observer(inputs, "square")
     if queries < 1 or eps < 0 or not 0 < p_init <= 1:
         raise ValueError("square needs queries >= 1, eps >= 0 and 0 < p_init <= 1")
     propose = {"linf": _propose_linf, "l2": _propose_l2}.get(norm)
     if propose is None:
         raise ValueError(f"unknown norm {norm!r}; there are linf, l2")
-    x = x.detach()
+    x, y = inputs.x.detach(), inputs.y
     clean_logits = look(model, x)[1]
     found = Found(x, misclassified(clean_logits, y))
     found.met(clean_logits)
@@ -60,7 +53,7 @@ def square(
     x_0, y_0 = x[alive], y[alive]
     channels, height, width = x.shape[1:]
 
-    first = _uniform(attack_seed, index, alive, (channels * (height * width + 1) + 1,), "square start", x)
+    first = _uniform(inputs, alive, (channels * (height * width + 1) + 1,), "square start")
     x_best = _stripes(x_0, eps, first) if norm == "linf" else _tiles(x_0, eps, first)
     best = torch.full((len(alive),), -torch.inf, device=x.device, dtype=x.dtype)
     x_new, drawn = x_best, first
@@ -69,7 +62,7 @@ def square(
             break
         if query > 0:
             if (query - 1) % CHUNK == 0:
-                drawn = _uniform(attack_seed, index, alive, (CHUNK, 5 + channels), f"square {query}", x)
+                drawn = _uniform(inputs, alive, (CHUNK, 5 + channels), f"square {query}")
             x_new = propose(x_0, x_best, eps, _share(p_init, query - 1, queries), drawn[:, (query - 1) % CHUNK])
         logits = look(model, x_new)[1]
         found.met(logits, alive)
@@ -81,14 +74,15 @@ def square(
         if bool(wrong.any()):
             keep = ~wrong
             alive, x_0, y_0, x_best, best, drawn = (v[keep] for v in (alive, x_0, y_0, x_best, best, drawn))
-        if on_progress is not None:
-            on_progress(query + 1, queries)
+        inputs.report(query + 1, queries)
     found.keep(alive, x_best)
     return found.output(norm, eps)
 
 
-def _uniform(seed: int, index: Tensor, alive: Tensor, shape: tuple[int, ...], stream: str, like: Tensor) -> Tensor:
-    return moved(uniform_per_example(seed, index_of(alive, index), 0, shape, stream=stream), like.device).to(like)
+def _uniform(inputs: AttackInput, alive: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+    """`[m, *shape]` in [0, 1), for the examples at the positions `alive [m]`."""
+    drawn = uniform_per_example(inputs.seed, index_of(alive, inputs.index), 0, shape, stream=stream)
+    return moved(drawn, inputs.x.device).to(inputs.x)
 
 
 def _share(p_init: float, query: int, queries: int) -> float:

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.attacks.base import (
+    AttackInput,
     AttackOutput,
-    Observer,
-    OnProgress,
     look,
     misclassified,
     per_example,
@@ -20,26 +19,21 @@ from workers.science.attacks.pgd import pgd
 
 def transfer(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    inputs: AttackInput,
     *,
-    index: Tensor,
     source: nn.Module,
     source_attack: Callable[..., AttackOutput] = pgd,
-    attack_seed: int = 0,
-    observer: Observer | None = None,
-    on_progress: OnProgress | None = None,
-    scale: float = 1.0,
+    source_scale: float = 1.0,
     **params: object,
 ) -> AttackOutput:
-    """`source_attack` with `params` on `source`, whose head's scale is `scale`; only its examples are judged here.
+    """`source_attack` with `params` on `source`, a network whose linear head has the scale `source_scale`.
 
-    `zero_gradient` and `gradient_calls` are the source's. Raises `ValueError` for an observer, else as the attack.
+    Only the examples that it makes are judged here. `zero_gradient` and `gradient_calls` are the source's.
+    Raises `ValueError` for an observer, else as the attack.
     """
-    refuse_observer(observer, "transfer")
-    made = source_attack(
-        source, x, y, index=index, attack_seed=attack_seed, on_progress=on_progress, scale=scale, **params
-    )
+    refuse_observer(inputs, "transfer")
+    x, y = inputs.x, inputs.y
+    made = source_attack(source, replace(inputs, scale=source_scale), **params)
     clean, judged = look(model, x)[1], look(model, made.x_adv)[1]
     non_finite = made.non_finite | ~torch.isfinite(clean + judged).all(1)
     broken = misclassified(clean, y) | misclassified(judged, y) | non_finite

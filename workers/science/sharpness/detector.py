@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from workers.science.attacks.base import FeatureLoss
+from workers.science.attacks.base import AttackInput, FeatureLoss
 from workers.science.attacks.pgd import pgd
 from workers.science.curvature import batches
 from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
@@ -40,18 +40,8 @@ def detection(
         recorder, start, lost = Recorder(head.weight, head.bias), 0, []
         for xb, yb in batches(x, y, batch_size):
             index = torch.arange(start, start + len(xb))
-            output = pgd(
-                model,
-                xb,
-                yb,
-                index=index,
-                observer=recorder(xb, yb, index),
-                feature_loss=loss,
-                norm="linf",
-                eps=eps,
-                step_size=step_size,
-                steps=steps,
-            )
+            inputs = AttackInput(xb, yb, index, observer=recorder(xb, yb, index))
+            output = pgd(model, inputs, feature_loss=loss, norm="linf", eps=eps, step_size=step_size, steps=steps)
             lost.append(output.non_finite)
             start += len(xb)
             report(number * len(x) + start, rounds * len(x))
