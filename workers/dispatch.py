@@ -28,9 +28,9 @@ from service.store import Database
 from workers.head import end_family, running, use_driver_environment
 
 log = logging.getLogger("uncanny.dispatch")
-AWAY_SECONDS = 1.0
-WAIT_SECONDS = 0.1
-TOGETHER_SECONDS = 2.0  # signals so close to each other are one: a service manager's and the supervisor's
+RECONNECT_SECONDS = 1.0
+POLL_INTERVAL_SECONDS = 0.1
+SIGNAL_WINDOW_SECONDS = 2.0  # signals within it count as one: a service manager's and the supervisor's
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,7 +106,7 @@ def _dispatch(settings: Settings, database: Database, artifacts: Artifacts, name
     executor = RayExecutor(settings, root_mark=RootMark(database, settings.artifacts))
     try:
         while not executor.capacity().ready and not stop.is_set():
-            stop.wait(WAIT_SECONDS)
+            stop.wait(POLL_INTERVAL_SECONDS)
         _stop_on_signals(stop)  # again: Ray has put a handler of its own before ours
         log.info("dispatcher %s starts", name)
         dispatcher = Dispatcher(database, artifacts, executor, settings, name)
@@ -126,7 +126,7 @@ def _stop_on_signals(stop: threading.Event) -> None:
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal first
         first = min(first, time.monotonic())
-        if stop.is_set() and time.monotonic() - first > TOGETHER_SECONDS:
+        if stop.is_set() and time.monotonic() - first > SIGNAL_WINDOW_SECONDS:
             os._exit(128 + number)
         stop.set()
 
@@ -141,7 +141,7 @@ def _ready(database: Database, stop: threading.Event) -> bool:
             database.check_schema()
         except DatabaseAway as error:
             log.warning("%s", error)
-            stop.wait(AWAY_SECONDS)
+            stop.wait(RECONNECT_SECONDS)
         else:
             return True
     return False

@@ -25,7 +25,7 @@ from workers.revision import code_digest, installed
 START_SECONDS = 60.0
 NODE_SECONDS = 120.0
 SMI_SECONDS = 20.0
-WAIT_SECONDS = 0.1
+POLL_INTERVAL_SECONDS = 0.1
 DISTRIBUTIONS = ("uncanny-bench", "ray", "torch", "torchvision", "timm")
 
 
@@ -65,7 +65,7 @@ def _examine(settings: Settings, patience_seconds: float) -> dict[str, Any]:
         except ConnectionError:
             if time.monotonic() - started >= patience_seconds:
                 raise
-            time.sleep(WAIT_SECONDS)
+            time.sleep(POLL_INTERVAL_SECONDS)
     seconds = time.monotonic() - started
     try:
         nodes = _examine_nodes(settings)

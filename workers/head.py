@@ -29,7 +29,7 @@ SESSION_ROOM_BYTES = 43  # of the 107 of a Unix socket's path, what Ray leaves f
 OBJECT_STORE_BYTES = 256 << 20  # outcomes are small; weights travel as artifacts
 LOG = "head.log"  # in the home, of a head that is not the supervisor's
 CORE = ("gcs_server", "raylet")
-LOOK_SECONDS = 0.2
+POLL_INTERVAL_SECONDS = 0.2
 STOP_SECONDS = 2.0  # what Ray gets to end by itself: .2 to .4 s are enough
 ORPHAN_SECONDS = 2.0
 GUARD_SECONDS = 10.0  # what the guard gets to end its head
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         core = _Core(head.pid)
         while head.poll() is None and not stop.is_set() and os.getppid() == parent and core.lives():
-            stop.wait(LOOK_SECONDS)
+            stop.wait(POLL_INTERVAL_SECONDS)
     finally:
         _end(head)
     if stop.is_set():
@@ -218,7 +218,7 @@ def end_family() -> None:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(me.children(), timeout=LOOK_SECONDS)
+        psutil.wait_procs(me.children(), timeout=POLL_INTERVAL_SECONDS)
 
 
 def _token(home: Path) -> Path:

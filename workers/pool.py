@@ -32,9 +32,9 @@ log = logging.getLogger("uncanny.pool")
 
 NOT_READY = Capacity(ready=False, cpus=0.0, gpus=0.0)
 Body = Callable[[Bundle, WorkerSettings], Iterator[list[Message]]]
-LOOK_SECONDS = 0.1  # how often a waiting poll looks for bundles that do not stop
-TALK_SECONDS = 0.2  # for which a poll goes on listening to bundles that always have something to say
-WATCH_SECONDS = 1.0  # how often the size of the cluster is asked for
+POLL_INTERVAL_SECONDS = 0.1  # how often a waiting poll checks for bundles that do not stop
+POLL_OVERTIME_SECONDS = 0.2  # how long a poll reads on after its timeout, if bundles never pause
+CLUSTER_INTERVAL_SECONDS = 1.0  # between two requests for the size of the cluster
 SETTLE_SECONDS = 4.0  # in which the cluster finds out that a node is gone which took its workers down
 
 
@@ -127,7 +127,7 @@ class RayExecutor:
             self._look_after_those_in_trouble()
             messages += self._lost
             self._lost = []
-            wait = 0.0 if messages else min(max(0.0, deadline - time.monotonic()), LOOK_SECONDS)
+            wait = 0.0 if messages else min(max(0.0, deadline - time.monotonic()), POLL_INTERVAL_SECONDS)
             ready = self._ready(wait)
             for bundle_id in ready:
                 over = self._bundles[bundle_id].ledger.stopping  # what was waited for then is its end
@@ -135,7 +135,7 @@ class RayExecutor:
                 while over and bundle_id in self._bundles:
                     messages += self._read(bundle_id)
             late = time.monotonic() - deadline
-            if late >= TALK_SECONDS or (not ready and (messages or late >= 0)):
+            if late >= POLL_OVERTIME_SECONDS or (not ready and (messages or late >= 0)):
                 return messages
 
     def cancel(self, task_id: str, attempt: int) -> None:
@@ -154,7 +154,7 @@ class RayExecutor:
             self._stop(running)
         arrived: list[Message] = []
         while self._bundles:  # `poll` gives up on each after two grace periods
-            arrived += self.poll(LOOK_SECONDS)
+            arrived += self.poll(POLL_INTERVAL_SECONDS)
         self._lost += arrived
         self._closing.set()
         self._thread.join(self._grace_seconds + RETRY_SECONDS)
@@ -162,7 +162,7 @@ class RayExecutor:
     def _heard(self, bundle_id: str) -> list[Message]:
         """What a bundle has said already: a cancellation would lose what was yielded and not read."""
         messages: list[Message] = []
-        deadline = time.monotonic() + LOOK_SECONDS  # of one that always has something to say
+        deadline = time.monotonic() + POLL_INTERVAL_SECONDS  # of one that always has something to say
         while (running := self._bundles.get(bundle_id)) and not running.ledger.stopping and not running.crash:
             if time.monotonic() > deadline or not ray.wait([running.generator], timeout=0)[0]:
                 break
@@ -264,7 +264,8 @@ class RayExecutor:
 
     def _hold_ray(self) -> None:
         """The thread that owns Ray."""
-        pause_seconds = RETRY_SECONDS if self._settings.ray_address else LOOK_SECONDS  # a local head may just start
+        # A local Ray head may just be starting, so it is asked again sooner.
+        pause_seconds = RETRY_SECONDS if self._settings.ray_address else POLL_INTERVAL_SECONDS
         said = ""
         while not self._closing.is_set():
             try:
@@ -284,7 +285,7 @@ class RayExecutor:
             if now != trouble:
                 log.log(logging.ERROR if now else logging.INFO, "%s", now or "the cluster is usable again")
                 trouble = now
-            self._closing.wait(WATCH_SECONDS)
+            self._closing.wait(CLUSTER_INTERVAL_SECONDS)
         ray.shutdown()
 
     def _look(self) -> Capacity:

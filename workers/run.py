@@ -46,9 +46,9 @@ log = logging.getLogger("uncanny.worker")
 
 TASK: TypeAdapter[Task] = TypeAdapter(Task)
 PROGRESS_SECONDS = 0.5
-LISTEN_SECONDS = 0.02  # an interrupt of the listening thread is heard that often
+POLL_INTERVAL_SECONDS = 0.02  # how often an interrupt of the reading thread can be delivered
 OTHERS_BYTES = 1 << 30  # of a GPU's memory that others have before it counts as shared; a driver takes some itself
-GATHER_SECONDS = 0.005  # messages that come so close together travel together
+BATCH_WINDOW_SECONDS = 0.005  # messages within it are sent as one batch
 INTERRUPT_AGAIN_SECONDS = 1.0  # an interrupt that lands in a destructor is lost
 OF_MEMORY: set[Reason] = {"out_of_memory", "out_of_shared_memory"}
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
@@ -174,11 +174,11 @@ class _Ended:
 
 def _gather(arrived: "queue.SimpleQueue[Message | _Ended]") -> list[Message | _Ended]:
     try:
-        batch = [arrived.get(timeout=LISTEN_SECONDS)]
+        batch = [arrived.get(timeout=POLL_INTERVAL_SECONDS)]
     except queue.Empty:
         return []
     if not isinstance(batch[0], _Ended):
-        time.sleep(GATHER_SECONDS)
+        time.sleep(BATCH_WINDOW_SECONDS)
     while not arrived.empty():
         batch.append(arrived.get())
     return batch

@@ -43,7 +43,7 @@ from workers.science.errors import DataFolderUnusable, DatasetCorrupt, DatasetMi
 from workers.science.evaluation import PROBES, evaluate_attack, evaluate_clean
 from workers.science.heads import linear_head, scale_head
 from workers.science.imported import as_saved, is_at_chance, require_accuracy
-from workers.science.sharpness import MEASURES, MeasureReport
+from workers.science.sharpness import MEASURES, MeasureInput, MeasureReport
 from workers.science.summaries import merged
 from workers.science.training import EpochReport, State, StepReport, TrainReport, train
 from workers.science.trajectory import Recorder, analyse
@@ -414,17 +414,19 @@ def _measure(
     n = int(params.get("images", samples))
     trained_on = _trained_on(subject, order)[: n if train else 0]
     tested_on = sample_indices(len(data.test_y), min(n, len(data.test_y)), order)
-    splits = []
-    for x, y, of in ((data.train_x, data.train_y, trained_on), (data.test_x, data.test_y, tested_on)):
-        index = torch.from_numpy(of)
-        splits += [to_unit(x[index]), y[index]]
+    train_split, test_split = (
+        (to_unit(x[index]), y[index])
+        for x, y, index in (
+            (data.train_x, data.train_y, torch.from_numpy(trained_on)),
+            (data.test_x, data.test_y, torch.from_numpy(tested_on)),
+        )
+    )
     batch_size = MEASURE_BATCH  # others differentiate twice, which takes more memory
     if name == "closed_forms":
         params, batch_size = {**params, "scale": scale}, subject.context.batch_images
+    inputs = MeasureInput(*train_split, *test_split, batch_size=batch_size, on_progress=on_progress)
     try:
-        return MEASURES[name](
-            model, *splits, **{"seed": 0, "batch_size": batch_size, **params}, on_progress=on_progress
-        )
+        return MEASURES[name](model, inputs, **params)
     except ValueError as error:  # parameters that make no sense together
         raise ScienceError(str(error)) from error
 

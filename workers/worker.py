@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workers.context import Cache, Context
 
 DELIVERY_SECONDS = 1.0  # before a process ends: Ray drops what a generator said last if its process ends at once
-LISTEN_SECONDS = 0.05  # an interrupt is heard that often
+POLL_INTERVAL_SECONDS = 0.05  # how often an interrupt can be delivered
 
 # Torch, and what needs it, is imported in the functions: the dispatcher imports this module too. So is Ray, which must
 # not be imported before `workers.pool` has prepared its environment.
@@ -150,7 +150,7 @@ def import_undisturbed(name: str) -> None:
     thread = threading.Thread(target=load, name=f"import {name}", daemon=True)
     thread.start()
     while thread.is_alive():
-        thread.join(LISTEN_SECONDS)
+        thread.join(POLL_INTERVAL_SECONDS)
     if errors:
         raise RuntimeError(f"{name} cannot be imported: {type(errors[0]).__name__}: {errors[0]}") from errors[0]
 

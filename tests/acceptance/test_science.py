@@ -17,6 +17,7 @@ from workers.science.closed_forms import closed_forms
 from workers.science.datasets import to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
 from workers.science.heads import features_and_logits, linear_head, scale_head
+from workers.science.sharpness import MeasureInput
 from workers.science.sharpness.detector import detection
 from workers.science.trajectory import Recorder, Trajectory, analyse
 
@@ -234,10 +235,8 @@ class TestBounds:
 class TestDetector:
     def test_beats_chance_on_cifar_until_the_attack_hides(self, cifar_net: Any) -> None:
         x = to_unit(cifar_net.x)
-        found = detection(
-            cifar_net.model, x, cifar_net.y, x, cifar_net.y, seed=0, batch_size=100,
-            eps=0.1, step_size=2 / 255, steps=30, images=100,
-        ).numbers  # fmt: skip
+        inputs = MeasureInput(x, cifar_net.y, x, cifar_net.y, batch_size=100)
+        found = detection(cifar_net.model, inputs, eps=0.1, step_size=2 / 255, steps=30, images=100).numbers
         assert (found["detector_n"] or 0) > 40
         assert (found["detector_accuracy"] or 0) > 0.7
         assert (found["detector_auroc"] or 0) > 0.75

@@ -36,7 +36,7 @@ from workers.science.summaries import majority_share
 NOT_IN_ATTACK_SPECS = {"source", "source_attack", "source_scale", "params", "feature_loss"}
 SLOW = pytest.mark.slow
 DEEP = {"densenet121", "densenet121_cifar", "resnet50d", "attention_resnet50d"}
-NOT_IN_MEASURE_SPECS = {"seed", "batch_size", "on_progress", "scale"}
+NOT_IN_MEASURE_SPECS = {"scale"}
 
 
 def keywords(function: object) -> dict[str, object]:

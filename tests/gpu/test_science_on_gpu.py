@@ -32,7 +32,7 @@ from workers.science.heads import features_and_logits, linear_head, scale_head
 from workers.science.recipes import RECIPES
 from workers.science.recipes.common import BatchNoise
 from workers.science.seeding import deterministic
-from workers.science.sharpness import MEASURES
+from workers.science.sharpness import MEASURES, MeasureInput
 from workers.science.training import TrainReport, train
 from workers.science.weights import load_state, save_state
 
@@ -363,9 +363,10 @@ def test_every_measure(name: str) -> None:
     found = []
     for device in (DEVICE, CPU):
         data = digits().to(device)
-        splits = [to_unit(data.train_x[:48]), data.train_y[:48], to_unit(data.test_x[:48]), data.test_y[:48]]
+        x, of_test = to_unit(data.train_x[:48]), to_unit(data.test_x[:48])
+        inputs = MeasureInput(x, data.train_y[:48], of_test, data.test_y[:48], batch_size=32)
         with deterministic(device):
-            found.append(MEASURES[name](on(device), *splits, seed=0, batch_size=32, **cheap.get(name, {})).numbers)
+            found.append(MEASURES[name](on(device), inputs, **cheap.get(name, {})).numbers)
     there, here = found
     assert there.keys() == here.keys()
     assert {key for key, of in there.items() if of is None} == {key for key, of in here.items() if of is None}

@@ -24,6 +24,7 @@ from workers.science.detector import (
     stump,
 )
 from workers.science.heads import linear_head
+from workers.science.sharpness import MeasureInput
 from workers.science.sharpness.detector import detection
 from workers.science.trajectory import Recorder, Trajectory
 
@@ -160,7 +161,7 @@ def test_images_without_features_are_attacked_like_the_others() -> None:
     model, x = Dark().eval(), torch.rand(30, 1, 2, 2)
     x[:10] = 0
     y = model(x).argmax(1)
-    report = detection(model, x, y, x, y, seed=0, batch_size=8, eps=0.3, step_size=0.1, steps=4)
+    report = detection(model, MeasureInput(x, y, x, y, batch_size=8), eps=0.3, step_size=0.1, steps=4)
     numbers = report.numbers
     assert numbers["detector_accuracy"] is not None
     for name in ("lambda001", "lambda01", "lambda1"):
@@ -175,7 +176,7 @@ def test_nothing_to_hide(part: str) -> None:
     with torch.no_grad():
         (model.head if part == "head" else model.first).weight.zero_()
     y = model(x).argmax(1)
-    numbers = detection(model, x, y, x, y, seed=0, batch_size=8, steps=2).numbers
+    numbers = detection(model, MeasureInput(x, y, x, y, batch_size=8), steps=2).numbers
     assert numbers["detector_n"] == 0
     assert not any(name.startswith("detector_adaptive") for name in numbers)
 

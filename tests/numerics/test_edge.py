@@ -21,7 +21,7 @@ from workers.science.datasets import digits, to_unit
 from workers.science.heads import linear_head, scale_head
 from workers.science.recipes import RECIPES
 from workers.science.recipes.common import BatchNoise
-from workers.science.sharpness import MEASURES
+from workers.science.sharpness import MEASURES, MeasureInput
 from workers.science.training import train
 
 MARGINS = [80.0, 87.5, 88.0, 90.0, 98.0, 104.0, 700.0]
@@ -77,7 +77,7 @@ def whole(name: str) -> str:
 
 
 def run(name: str, model: nn.Module, x: Tensor, y: Tensor, **params: Any) -> dict[str, Any]:
-    return dict(MEASURES[name](model, x, y, x, y, **{"seed": 0, "batch_size": 3, **params}).numbers)
+    return dict(MEASURES[name](model, MeasureInput(x, y, x, y, batch_size=3), **params).numbers)
 
 
 # -- the smallest input -------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_curvature_of_one_confident_image(margin: float) -> None:
     top = run("top_eigenvalue_network", model, x, y)
     assert top["log_top_eigenvalue_network"] == pytest.approx(math.log(10) + log_p, abs=1e-5)
     assert top["top_eigenvalue_network_converged"] == 1
-    trace = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=1, probes=100)
+    trace = MEASURES["hessian_trace_network"](model, MeasureInput(x, y, x, y, batch_size=1), probes=100)
     slack = 4 * float(trace.numbers["hessian_trace_network_standard_error"] or 0) * math.exp(min(-log_p, 600))
     assert math.exp(float(trace.numbers["log_hessian_trace_network"] or 0) - log_p) == pytest.approx(
         10, abs=max(slack, 3)
@@ -201,7 +201,7 @@ def test_weight_measures_against_sixty_digits(scale: float) -> None:
         average = run("adaptive_average", model, x, y, rho=0.001, draws=1)["adaptive_average"]
         assert average == pytest.approx(float(oracle.loss(moved) - before), rel=1e-6)
         log_trace = mpmath.log(oracle.trace())
-        trace = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=3, probes=150).numbers
+        trace = MEASURES["hessian_trace_network"](model, MeasureInput(x, y, x, y, batch_size=3), probes=150).numbers
         assert trace["log_hessian_trace_network"] == pytest.approx(float(log_trace), abs=0.4)
 
 
@@ -216,13 +216,13 @@ def test_the_weight_measures_of_a_trained_mlp_are_those_of_float64() -> None:
         scaled = scale_head(model, scale)
         double = scale_head(model, scale).double()
         for name in ("sam_sharpness", "asam_sharpness", "adaptive_worst", "top_eigenvalue_network", "fisher_rao"):
-            found = MEASURES[name](scaled, x, y, x, y, seed=0, batch_size=128).numbers
-            exact = MEASURES[name](double, x.double(), y, x.double(), y, seed=0, batch_size=128).numbers
+            found = MEASURES[name](scaled, MeasureInput(x, y, x, y, batch_size=128)).numbers
+            exact = MEASURES[name](double, MeasureInput(x.double(), y, x.double(), y, batch_size=128)).numbers
             assert float(found[name] or 0) > 0
             assert found[name] == pytest.approx(exact[name], rel=1e-3), (name, scale)
     faraway = scale_head(model, 400.0)
     for name in ("sam_sharpness", "adaptive_worst", "top_eigenvalue_network", "fisher_rao"):
-        log_value = MEASURES[name](faraway, x, y, x, y, seed=0, batch_size=128).numbers[f"log_{name}"]
+        log_value = MEASURES[name](faraway, MeasureInput(x, y, x, y, batch_size=128)).numbers[f"log_{name}"]
         assert log_value is not None
         assert -4000 < log_value < -400
 
@@ -299,10 +299,10 @@ def test_every_number_with_a_sign_is_one_that_a_measure_gives() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(27, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
     x = torch.rand(60, 3, 3, 3)
     y = model(x).argmax(1)
-    found: set[str] = set()
+    inputs, found = MeasureInput(x, y, x, y, batch_size=60), set[str]()
     for name, measure in MEASURES.items():
         params = {**QUICK.get(name, {}), **({"eps": 0.5, "step_size": 0.2} if name == "detector" else {})}
-        found |= {whole(key) for key in measure(model, x, y, x, y, seed=0, batch_size=60, **params).numbers}
+        found |= {whole(key) for key in measure(model, inputs, **params).numbers}
     assert found == NOT_NEGATIVE | MAY_BE_NEGATIVE
     assert not NOT_NEGATIVE & MAY_BE_NEGATIVE
 
@@ -312,7 +312,7 @@ def test_every_number_with_a_sign_is_one_that_a_measure_gives() -> None:
 @pytest.mark.parametrize("name", list(MEASURES))
 def test_every_measure_is_a_number_or_null(name: str, case: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = case
-    report = MEASURES[name](model, x, y, x, y, seed=0, batch_size=4, **QUICK.get(name, {}))
+    report = MEASURES[name](model, MeasureInput(x, y, x, y, batch_size=4), **QUICK.get(name, {}))
     json.dumps([report.numbers, report.curves], allow_nan=False)
     for key, value in report.numbers.items():
         assert whole(key) in NOT_NEGATIVE | MAY_BE_NEGATIVE, f"which of the two is {key}?"
@@ -412,7 +412,7 @@ def test_a_zero_head_leaves_no_trace_elsewhere() -> None:
         linear(model, 5).weight.zero_()
         linear(model, 5).bias.zero_()
     x, y = torch.rand(40, 1, 2, 2), torch.randint(0, 3, (40,))
-    report = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=16, probes=50)
+    report = MEASURES["hessian_trace_network"](model, MeasureInput(x, y, x, y, batch_size=16), probes=50)
     assert report.curves["layer"] == ["1", "3", "5"]
     assert report.curves["layer_trace"][:2] == [0.0, 0.0]
     assert report.curves["layer_share"] == [0.0, 0.0, 1.0]
@@ -429,7 +429,7 @@ def test_layers_share_the_probes() -> None:
     model = nn.Sequential(nn.Flatten(), *[nn.Linear(4, 4) for _ in range(20)], nn.Linear(4, 2)).eval()
     x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
     for probes, each in ((1, 1), (2, 2), (3, 2), (21, 4)):
-        report = MEASURES["hessian_trace_network"](model, x, y, x, y, seed=0, batch_size=3, probes=probes)
+        report = MEASURES["hessian_trace_network"](model, MeasureInput(x, y, x, y, batch_size=3), probes=probes)
         assert report.curves["layer_probes"] == [each] * 20 + [probes]
         assert (report.numbers["hessian_trace_network_standard_error"] is None) == (probes == 1)
         assert report.numbers["hessian_trace_network"] == pytest.approx(sum(map(float, report.curves["layer_trace"])))  # type: ignore[arg-type]

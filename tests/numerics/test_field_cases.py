@@ -23,7 +23,7 @@ from workers.science.evaluation import evaluate_attack, evaluate_clean
 from workers.science.heads import linear_head, scale_head
 from workers.science.recipes import RECIPES
 from workers.science.seeding import uniform_per_example
-from workers.science.sharpness import MEASURES
+from workers.science.sharpness import MEASURES, MeasureInput
 from workers.science.training import train
 from workers.science.trajectory import Recorder, analyse
 
@@ -198,7 +198,7 @@ def test_an_attack_on_129_images(attack: str, vectors: tuple[nn.Module, Tensor, 
 def test_a_measure_of_129_images(measure: str, vectors: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, x, y = vectors
     one, other = (
-        MEASURES[measure](model, x, y, x, y, seed=0, batch_size=size, **QUICK_MEASURES.get(measure, {})).numbers
+        MEASURES[measure](model, MeasureInput(x, y, x, y, batch_size=size), **QUICK_MEASURES.get(measure, {})).numbers
         for size in (128, 129)
     )
     assert one.keys() == other.keys()

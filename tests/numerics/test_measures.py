@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from workers.science.closed_forms import closed_forms
 from workers.science.curvature import lanczos
 from workers.science.errors import NonFinite
 from workers.science.heads import linear_head, scale_head
-from workers.science.sharpness import MEASURES
+from workers.science.sharpness import MEASURES, MeasureInput
 
 # torch.func.hessian imports a module of torch that still uses the deprecated torch.jit.script
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
@@ -39,9 +40,10 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.rand(N, 1, 2, 2, generator=g, dtype=torch.float64), torch.randint(0, K, (N,), generator=g)
 
 
-def run(name: str, model: nn.Module, data: tuple[Tensor, Tensor], **params: Any) -> dict[str, Any]:
-    params = {"seed": 0, "batch_size": 5, **params}
-    return dict(MEASURES[name](model, *data, *data, **params).numbers)
+def run(
+    name: str, model: nn.Module, data: tuple[Tensor, Tensor], *, seed: int = 0, batch_size: int = 5, **params: Any
+) -> dict[str, Any]:
+    return dict(MEASURES[name](model, MeasureInput(*data, *data, seed, batch_size), **params).numbers)
 
 
 def dense(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[Tensor, list[str]]:
@@ -63,9 +65,10 @@ def test_every_measure_fills_the_seam(name: str, net: nn.Sequential, data: tuple
     """Same seed, same numbers; the network untouched; nothing that JSON cannot hold; progress within its total."""
     before = {n: v.clone() for n, v in net.state_dict().items()}
     seen: list[tuple[int, int]] = []
-    kwargs = {"seed": 3, "batch_size": 5, **FAST.get(name, {})}
-    one = MEASURES[name](net, *data, *data, on_progress=lambda done, total: seen.append((done, total)), **kwargs)
-    two = MEASURES[name](net, *data, *data, **kwargs)
+    inputs, params = MeasureInput(*data, *data, seed=3, batch_size=5), FAST.get(name, {})
+    watched = replace(inputs, on_progress=lambda done, total: seen.append((done, total)))
+    one = MEASURES[name](net, watched, **params)
+    two = MEASURES[name](net, inputs, **params)
     assert one == two
     json.dumps([one.numbers, one.curves], allow_nan=False)
     assert one.numbers
@@ -89,13 +92,13 @@ def test_nothing_to_measure(net: nn.Sequential, data: tuple[Tensor, Tensor]) -> 
     for name in MEASURES:
         if name != "closed_forms":
             with pytest.raises(ValueError):
-                MEASURES[name](net, *empty, *empty, seed=0, batch_size=5)
+                MEASURES[name](net, MeasureInput(*empty, *empty))
 
 
 @pytest.mark.slow
 def test_hutchinson_finds_the_trace_and_the_shares(net: nn.Sequential, data: tuple[Tensor, Tensor]) -> None:
     H, owners = dense(net, data)
-    report = MEASURES["hessian_trace_network"](net, *data, *data, seed=0, batch_size=5, probes=600)
+    report = MEASURES["hessian_trace_network"](net, MeasureInput(*data, *data, batch_size=5), probes=600)
     trace, error = report.numbers["hessian_trace_network"], report.numbers["hessian_trace_network_standard_error"]
     assert trace is not None
     assert error is not None
@@ -238,9 +241,8 @@ def test_input_measures_do_not_underflow(net: nn.Sequential, data: tuple[Tensor,
 
 def test_closed_forms_of_both_splits_and_populations(net: nn.Sequential, data: tuple[Tensor, Tensor]) -> None:
     x, y = data
-    numbers = MEASURES["closed_forms"](
-        scale_head(net, 5.0), x[:5], y[:5], x, y, seed=0, batch_size=4, scale=5.0
-    ).numbers
+    inputs = MeasureInput(x[:5], y[:5], x, y, batch_size=4)
+    numbers = MEASURES["closed_forms"](scale_head(net, 5.0), inputs, scale=5.0).numbers
     head = linear_head(net)
     forms = closed_forms(net[:3](x).detach(), head.weight * 5, head.bias * 5)
     correct = net(x).argmax(1) == y

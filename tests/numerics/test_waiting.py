@@ -24,6 +24,7 @@ from workers.science.closed_forms import closed_forms
 from workers.science.datasets import digits
 from workers.science.heads import linear_head
 from workers.science.recipes import RECIPES
+from workers.science.sharpness import MeasureInput
 from workers.science.sharpness.closed_forms import penultimate
 
 SEE = 2
@@ -124,7 +125,7 @@ def sharpness(gpu: PretendGpu, net: Any, images: int) -> tuple[int, int]:
     closed_forms(phi, head.weight, head.bias, chunk=16)
     of_closed_forms = gpu.waits.total()
     gpu.waits.clear()
-    numbers = penultimate(model, x, y, x, y, seed=0, batch_size=16).numbers
+    numbers = penultimate(model, MeasureInput(x, y, x, y, batch_size=16)).numbers
     products = sum(int(of or 0) for name, of in numbers.items() if "_iterations" in name)
     assert products > 0
     return of_closed_forms, gpu.waits.total() - products

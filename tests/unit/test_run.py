@@ -770,11 +770,11 @@ def test_what_ran_out_of_memory_is_tried_again_with_half_the_images_at_a_time(
     at_256 = execute(plan.train, *both, checkpoint=trained[0])
     seen: list[int] = []
 
-    def greedy(model: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:
-        seen.append(len(x))
-        if len(x) > 128:
+    def greedy(model: Any, inputs: AttackInput, **options: Any) -> Any:
+        seen.append(len(inputs.x))
+        if len(inputs.x) > 128:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return attack(model, x, *args, **options)
+        return attack(model, inputs, **options)
 
     monkeypatch.setitem(ATTACKS, "pgd", greedy)
     halved = execute(plan.train, *both, checkpoint=trained[0])

@@ -31,7 +31,7 @@ from workers.science.heads import linear_head, scale_head
 from workers.science.imported import as_saved
 from workers.science.recipes import RECIPES
 from workers.science.seeding import deterministic
-from workers.science.sharpness import MEASURES
+from workers.science.sharpness import MEASURES, MeasureInput
 from workers.science.summaries import merged
 from workers.science.training import EpochReport, train
 from workers.science.trajectory import Recorder, analyse
@@ -106,15 +106,16 @@ def _train(options: argparse.Namespace) -> Report:
 
 def _measure(options: argparse.Namespace) -> Report:
     data, model = _scaled(options)
-    splits = []
-    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
-        index = _samples(len(y), options.samples)
-        splits += [to_unit(x[index]).to(options.device), y[index].to(options.device)]
+    train_split, test_split = (
+        (to_unit(x[index]).to(options.device), y[index].to(options.device))
+        for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y))
+        for index in [_samples(len(y), options.samples)]
+    )
     params = {"scale": options.scale} if options.measure == "closed_forms" else {}
+    params |= dict(options.option)
+    of_input = {name: params.pop(name) for name in ("seed", "batch_size") if name in params}
     with deterministic(options.device):
-        found = MEASURES[options.measure](
-            model, *splits, **{"seed": 0, "batch_size": 256, **params, **dict(options.option)}
-        )
+        found = MEASURES[options.measure](model, MeasureInput(*train_split, *test_split, **of_input), **params)
     return {"numbers": found.numbers, "curves": found.curves}
 
 

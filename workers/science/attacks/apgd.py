@@ -67,7 +67,7 @@ def apgd(
             if watcher is not None and step.phi is not None:
                 watcher(t, x_t, step.phi, step.logits)
             if run == 0 and t == 0:
-                found.zero_gradient = (step.gradient == 0).flatten(1).all(1)
+                found.zero_gradient = step.zero_gradient
             wrong = found.see(alive, x_t, misclassified(step.logits, y_0), judged=True)
             if run == 0 and t == steps:
                 found.keep(alive, x_t)

@@ -106,6 +106,11 @@ class Step:
     logits: Tensor
     phi: Tensor | None = None
 
+    @property
+    def zero_gradient(self) -> Tensor:
+        """`[n]` bool: the gradient is exactly 0 at every pixel."""
+        return (self.gradient == 0).flatten(1).all(1)
+
 
 def take_gradient(
     model: nn.Module,

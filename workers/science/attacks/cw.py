@@ -56,7 +56,7 @@ def cw(
         if observer is not None and step.phi is not None:
             observer(t, last, step.phi, step.logits)
         if t == 0:
-            found.zero_gradient = (step.gradient == 0).flatten(1).all(1)
+            found.zero_gradient = step.zero_gradient
         wrong = misclassified(step.logits, y)
         found.broken_any |= wrong
         found.broken |= wrong

@@ -62,7 +62,7 @@ def fab(
             step = take_gradient(model, x_t, lambda z, y=y_0, k=target: at(z, k) - at(z, y))  # type: ignore[misc]
             found.count(alive, step)
             if run == 0 and t == 0:
-                found.zero_gradient[alive] = (step.gradient == 0).flatten(1).all(1)
+                found.zero_gradient[alive] = step.zero_gradient
             normal = step.gradient
             offset = (normal * x_t).flatten(1).sum(1) - step.loss
             from_x_t = to_hyperplane(x_t, normal, offset, norm)

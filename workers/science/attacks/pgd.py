@@ -82,7 +82,7 @@ def pgd(
                 watcher(t, x_t, step.phi, step.logits)
             wrong = found.see(alive, x_t, misclassified(step.logits, y_0), judged=any_step)
             if restart == 0 and t == 0:
-                found.zero_gradient = (gradient == 0).flatten(1).all(1)
+                found.zero_gradient = step.zero_gradient
                 if not random_start:
                     found.clean_wrong = wrong
             if leave and bool(wrong.any()):

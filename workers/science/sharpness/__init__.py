@@ -8,7 +8,7 @@ from collections.abc import Callable
 from workers.science.sharpness.adaptive_average import adaptive_average
 from workers.science.sharpness.adaptive_worst import adaptive_worst
 from workers.science.sharpness.asam_sharpness import asam_sharpness
-from workers.science.sharpness.base import Measure, MeasureReport
+from workers.science.sharpness.base import Measure, MeasureInput, MeasureReport
 from workers.science.sharpness.closed_forms import penultimate
 from workers.science.sharpness.detector import detection
 from workers.science.sharpness.fisher_rao import fisher_rao
@@ -37,4 +37,4 @@ MEASURES: dict[str, Callable[..., MeasureReport]] = {
     "detector": detection,
 }
 
-__all__ = ["MEASURES", "Measure", "MeasureReport"]
+__all__ = ["MEASURES", "Measure", "MeasureInput", "MeasureReport"]

@@ -11,20 +11,14 @@ from torch import Tensor, nn
 
 from workers.science.cross_entropy import mean_increase
 from workers.science.curvature import gaussian_like, log_odds_of, parameters_of
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.summaries import Numbers
 
 
 def adaptive_average(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     rho: float = 0.1,
     draws: int = 10,
     images: int = 1024,
@@ -35,22 +29,22 @@ def adaptive_average(
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)
-    >>> adaptive_average(net, x, y, x, y, seed=0, batch_size=8, rho=0.0).numbers["adaptive_average"]
+    >>> adaptive_average(net, MeasureInput(x, y, x, y), rho=0.0).numbers["adaptive_average"]
     0.0
     """
     if draws < 1 or rho < 0:
         raise ValueError("draws must be at least 1, rho not negative")
-    x, y = first(train_x, train_y, images)
-    generator, parameters = torch.Generator().manual_seed(seed), parameters_of(model)
+    x, y = inputs.train(images)
+    generator, parameters = inputs.generator(), parameters_of(model)
     names = {"adaptive_average": False, "adaptive_average_normalised": True}
-    before = {name: log_odds_of(model, parameters, x, y, batch_size, normalise=n) for name, n in names.items()}
+    before = {name: log_odds_of(model, parameters, x, y, inputs.batch_size, normalise=n) for name, n in names.items()}
     after: dict[str, list[Tensor]] = {name: [] for name in names}
     for draw in range(draws):
         noise = gaussian_like(parameters, generator)
         moved = {n: p + rho * p.abs() * noise[n] for n, p in parameters.items()}
         for name, normalise in names.items():
-            after[name].append(log_odds_of(model, moved, x, y, batch_size, normalise=normalise))
-        (on_progress or no_progress)(draw + 1, draws)
+            after[name].append(log_odds_of(model, moved, x, y, inputs.batch_size, normalise=normalise))
+        inputs.report(draw + 1, draws)
     numbers: Numbers = {}
     for name, odds in after.items():
         rises = [mean_increase(before[name], one)[0] for one in odds]

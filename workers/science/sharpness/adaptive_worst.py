@@ -12,19 +12,13 @@ from torch import Tensor, nn
 
 from workers.science.cross_entropy import log_softplus, mean_increase
 from workers.science.curvature import Parameters, batches, log_odds_of, loss_direction, parameters_of
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 
 
 def adaptive_worst(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     rho: float = 0.002,
     steps: int = 20,
     m: int = 128,
@@ -35,20 +29,20 @@ def adaptive_worst(
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)
-    >>> adaptive_worst(net, x, y, x, y, seed=0, batch_size=8).numbers["adaptive_worst"] > 0
+    >>> adaptive_worst(net, MeasureInput(x, y, x, y)).numbers["adaptive_worst"] > 0
     True
     """
     if steps < 1 or rho < 0 or m < 1:
         raise ValueError("steps and m must be at least 1, rho not negative")
-    x, y = first(train_x, train_y, images)
+    x, y = inputs.train(images)
     names = {"adaptive_worst": False, "adaptive_worst_normalised": True}
     odds: dict[str, list[Tensor]] = {name: [] for name in names}  # [2, m]: before, after
     done = 0
     for xb, yb in batches(x, y, m):
         for name, normalise in names.items():
-            odds[name].append(_worst_odds(model, xb, yb, rho, steps, batch_size, normalise=normalise))
+            odds[name].append(_worst_odds(model, xb, yb, rho, steps, inputs.batch_size, normalise=normalise))
         done += len(xb)
-        (on_progress or no_progress)(done, len(x))
+        inputs.report(done, len(x))
     (rise, log_rise), (normalised, _) = (mean_increase(*torch.cat(parts, 1)) for parts in odds.values())
     return MeasureReport(
         {"adaptive_worst": rise, "log_adaptive_worst": log_rise, "adaptive_worst_normalised": normalised}

@@ -3,23 +3,17 @@
 `mean over batches B of m:  L_B(w + rho T^2 g / ||T g||) - L_B(w)`,  T = |w| + eta elementwise.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.curvature import parameters_of
-from workers.science.sharpness.base import MeasureReport, OnProgress, first
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.sharpness.sam_sharpness import one_step
 
 
 def asam_sharpness(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     rho: float = 0.5,
     eta: float = 0.01,
     m: int = 128,
@@ -31,10 +25,9 @@ def asam_sharpness(
     >>> import torch
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)
-    >>> asam_sharpness(net, x, y, x, y, seed=0, batch_size=8).numbers["asam_sharpness"] > 0
+    >>> asam_sharpness(net, MeasureInput(x, y, x, y)).numbers["asam_sharpness"] > 0
     True
     """
-    x, y = first(train_x, train_y, images)
     T = {name: p.abs() + eta for name, p in parameters_of(model).items()}
-    rise, log_rise = one_step(model, x, y, T, rho, m, batch_size, on_progress)
+    rise, log_rise = one_step(model, inputs, T, rho=rho, m=m, images=images)
     return MeasureReport({"asam_sharpness": rise, "log_asam_sharpness": log_rise})

@@ -3,26 +3,21 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
+from workers.science.curvature import batches
 from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.sharpness.base import MeasureReport, OnProgress, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.summaries import Numbers, finite, merged, quantile, summary
 
 
 @torch.no_grad()
 def penultimate(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     scale: float = 1.0,
 ) -> MeasureReport:
     """`{train_}{quantity}_{statistic}{_clean_correct}`: no prefix is the test split, no suffix all samples.
@@ -36,7 +31,7 @@ def penultimate(
     """
     head = linear_head(model)
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    report, done, total = on_progress or no_progress, 0, len(train_x) + len(test_x)
+    done, total = 0, len(inputs.train_x) + len(inputs.test_x)
     weight_norm = weight.double().norm()
     norm, log_norm = torch.stack([weight_norm, weight_norm.log()]).tolist()
     numbers: Numbers = {
@@ -44,21 +39,21 @@ def penultimate(
         "weight_norm_unscaled": norm / scale,
         "log_weight_norm": finite(log_norm),
     }
-    for prefix, x, y in (("", test_x, test_y), ("train_", train_x, train_y)):
+    for prefix, x, y in (("", inputs.test_x, inputs.test_y), ("train_", inputs.train_x, inputs.train_y)):
         if not len(x):
             continue
         features, correct, readable = [], [], []
-        for start in range(0, len(x), batch_size):
-            phi, logits = features_and_logits(model, x[start : start + batch_size])
+        for xb, yb in batches(x, y, inputs.batch_size):
+            phi, logits = features_and_logits(model, xb)
             if phi.ndim != 2:
                 raise NoLinearHead(
                     f"no linear head: its input has shape {tuple(phi.shape)}, one vector per image needed"
                 )
             features.append(phi)
-            correct.append(logits.argmax(1) == y[start : start + batch_size])
+            correct.append(logits.argmax(1) == yb)
             readable.append(torch.isfinite(phi).all(1) & torch.isfinite(logits).all(1))
             done += len(phi)
-            report(done, total)
+            inputs.report(done, total)
         kept = torch.cat(readable)
         if not bool(kept.any()):
             raise NonFinite.of("a feature or a logit", ~kept)
@@ -76,7 +71,7 @@ def penultimate(
                 summary(loss[chosen], "loss"),
             )
             if chosen.any():
-                value, lanczos = log_dataset_top_eigenvalue(phi[samples], weight, bias, seed=seed)
+                value, lanczos = log_dataset_top_eigenvalue(phi[samples], weight, bias, seed=inputs.seed)
                 found["log_dataset_top_eigenvalue"] = value if math.isfinite(value) else None
                 found["log_dataset_top_eigenvalue_iterations"] = lanczos.iterations
                 found["log_dataset_top_eigenvalue_converged"] = int(lanczos.converged)

@@ -1,27 +1,21 @@
 """The detector of arXiv 2510.14231, appendix D.4, with the attack that hides from it (README.md, "Trajectory")."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.attacks.base import AttackInput, FeatureLoss
 from workers.science.attacks.pgd import pgd
 from workers.science.curvature import batches
 from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
 from workers.science.heads import linear_head
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.trajectory import Recorder, Trajectory
 
 
 def detection(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     eps: float = 8 / 255,
     step_size: float = 2 / 255,
     steps: int = 10,
@@ -32,19 +26,19 @@ def detection(
     Curves: by fold, for the plain attack. The paper's are at s = 1. Null where fewer than five images flip. No
     adaptive attack, and none of its numbers, where no clean-correct image has a log kappa to hide.
     """
-    x, y = first(test_x, test_y, images)
+    x, y = inputs.test(images)
     head = linear_head(model)
-    rounds, report = 1 + len(LAMBDAS), on_progress or no_progress
+    rounds = 1 + len(LAMBDAS)
 
     def attacked(number: int, loss: FeatureLoss | None) -> Trajectory:
         recorder, start, lost = Recorder(head.weight, head.bias), 0, []
-        for xb, yb in batches(x, y, batch_size):
+        for xb, yb in batches(x, y, inputs.batch_size):
             index = torch.arange(start, start + len(xb))
-            inputs = AttackInput(xb, yb, index, observer=recorder(xb, yb, index))
-            output = pgd(model, inputs, feature_loss=loss, norm="linf", eps=eps, step_size=step_size, steps=steps)
+            batch = AttackInput(xb, yb, index, observer=recorder(xb, yb, index))
+            output = pgd(model, batch, feature_loss=loss, norm="linf", eps=eps, step_size=step_size, steps=steps)
             lost.append(output.non_finite)
             start += len(xb)
-            report(number * len(x) + start, rounds * len(x))
+            inputs.report(number * len(x) + start, rounds * len(x))
         return recorder.trajectory(torch.cat(lost))
 
     plain = attacked(0, None)

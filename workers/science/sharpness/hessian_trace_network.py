@@ -26,20 +26,14 @@ from workers.science.curvature import (
     rademacher_like,
 )
 from workers.science.heads import linear_head
-from workers.science.sharpness.base import Curves, MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import Curves, MeasureInput, MeasureReport
 from workers.science.summaries import Numbers
 
 
 def hessian_trace_network(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     probes: int = 100,
     images: int = 1024,
 ) -> MeasureReport:
@@ -53,16 +47,16 @@ def hessian_trace_network(
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> with torch.no_grad(): _ = net[1].weight.zero_()
     >>> x, y = torch.ones(1, 1, 1, 1), torch.tensor([0])
-    >>> report = hessian_trace_network(net, x, y, x, y, seed=0, batch_size=1, probes=64)
+    >>> report = hessian_trace_network(net, MeasureInput(x, y, x, y), probes=64)
     >>> abs(report.numbers["hessian_trace_network"] - 0.5) < 3 * report.numbers["hessian_trace_network_standard_error"]
     True
     """
     if probes < 1:
         raise ValueError("probes must be at least 1")
-    x, y = first(train_x, train_y, images)
+    x, y = inputs.train(images)
     blocks = _blocks(model, probes)
-    log_unit = log_hessian_unit(model, x, y, batch_size)
-    estimates = _estimates(model, x, y, blocks, seed, batch_size, log_unit, on_progress)
+    log_unit = log_hessian_unit(model, x, y, inputs.batch_size)
+    estimates = _estimates(model, x, y, blocks, log_unit, inputs)
     traces = [_Trace.of(values) for values in estimates]
     total, unit = _Trace.sum(traces), math.exp(log_unit)
     head = linear_head(model)
@@ -137,28 +131,21 @@ def _blocks(model: nn.Module, probes: int) -> list[_Block]:
 
 
 def _estimates(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    blocks: list[_Block],
-    seed: int,
-    batch_size: int,
-    log_unit: float,
-    on_progress: OnProgress | None,
+    model: nn.Module, x: Tensor, y: Tensor, blocks: list[_Block], log_unit: float, inputs: MeasureInput
 ) -> list[Tensor]:
     """`v^T H v / exp(log_unit)` of every probe, `[probes]` float64 by block."""
     leaves = leaves_of(model)
     estimates = [torch.zeros(block.probes, dtype=torch.float64, device=x.device) for block in blocks]
-    done, total = 0, math.ceil(len(x) / batch_size) * sum(block.probes for block in blocks)
-    for xb, yb in batches(x, y, batch_size):
-        generator = torch.Generator().manual_seed(seed)  # the same probes for every batch of images
+    done, total = 0, math.ceil(len(x) / inputs.batch_size) * sum(block.probes for block in blocks)
+    for xb, yb in batches(x, y, inputs.batch_size):
+        generator = inputs.generator()  # the same probes for every batch of images
         gradients = differentiable_gradient(model, leaves, xb, yb, len(x), log_unit)
         for block, values in zip(blocks, estimates, strict=True):
             at = {name: leaves[name] for name in block.names}
             for probe in range(block.probes):
                 values[probe] += _quadratic_form(gradients, at, rademacher_like(at, generator))
                 done += 1
-                (on_progress or no_progress)(done, total)
+                inputs.report(done, total)
     return [values.cpu() for values in estimates]
 
 

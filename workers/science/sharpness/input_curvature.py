@@ -13,20 +13,14 @@ from workers.science.closed_forms import Head
 from workers.science.cross_entropy import at, log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.heads import linear_head
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.sharpness.input_gradient_norm import both_populations, require_finite, watched
 
 
 def input_curvature(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     iterations: int = 20,
     images: int = 1024,
 ) -> MeasureReport:
@@ -35,21 +29,21 @@ def input_curvature(
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> with torch.no_grad(): _ = net[1].weight.copy_(torch.tensor([[4.0], [0.0]])), net[1].bias.zero_()
     >>> x, y = torch.zeros(1, 1, 1, 1), torch.tensor([0])
-    >>> report = input_curvature(net, x, y, x, y, seed=0, batch_size=1)
+    >>> report = input_curvature(net, MeasureInput(x, y, x, y))
     >>> round(report.numbers["log_input_curvature_median"], 6)  # log(4^2 / 4)
     1.386294
     """
-    x, y = first(test_x, test_y, images)
-    layer, generator = linear_head(model), torch.Generator().manual_seed(seed)
+    x, y = inputs.test(images)
+    layer, generator = linear_head(model), inputs.generator()
     head = Head(layer.weight, layer.bias)
     values, correct, done = [], [], 0
-    for xb, yb in batches(x, y, batch_size):
+    for xb, yb in batches(x, y, inputs.batch_size):
         start = torch.randn(xb.flatten(1).shape, generator=generator).to(xb).double()
         curvature, right = _log_curvature(model, xb, yb, head, start, iterations)
         values.append(curvature.cpu())
         correct.append(right.cpu())
         done += len(xb)
-        (on_progress or no_progress)(done, len(x))
+        inputs.report(done, len(x))
     return MeasureReport(both_populations(torch.cat(values), torch.cat(correct), "log_input_curvature"))
 
 

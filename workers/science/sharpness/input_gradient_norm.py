@@ -12,20 +12,14 @@ from workers.science.cross_entropy import log_odds, log_sigmoid
 from workers.science.curvature import batches
 from workers.science.errors import NonFinite
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.summaries import merged, summary
 
 
 def input_gradient_norm(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     images: int = 10_000,
 ) -> MeasureReport:
     """`log_input_gradient_norm_{statistic}` and the same with `_clean_correct`, l2 over C x H x W, on test images.
@@ -33,15 +27,15 @@ def input_gradient_norm(
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> with torch.no_grad(): _ = net[1].weight.copy_(torch.tensor([[4.0], [0.0]])), net[1].bias.zero_()
     >>> x, y = torch.zeros(1, 1, 1, 1), torch.tensor([0])
-    >>> report = input_gradient_norm(net, x, y, x, y, seed=0, batch_size=1)
+    >>> report = input_gradient_norm(net, MeasureInput(x, y, x, y))
     >>> round(report.numbers["log_input_gradient_norm_median"], 6)  # log(4 / 2)
     0.693147
     """
-    x, y = first(test_x, test_y, images)
+    x, y = inputs.test(images)
     layer = linear_head(model)
     head = Head(layer.weight, layer.bias)
     values, correct, done = [], [], 0
-    for xb, yb in batches(x, y, batch_size):
+    for xb, yb in batches(x, y, inputs.batch_size):
         leaf, phi, logits = watched(model, xb)
         g = log_odds(head.logits(phi), yb)
         (gradient,) = torch.autograd.grad(g.sum(), leaf)
@@ -50,7 +44,7 @@ def input_gradient_norm(
         values.append((log_sigmoid(g.detach()) + norm.log()).cpu())
         correct.append((logits.argmax(1) == yb).cpu())
         done += len(xb)
-        (on_progress or no_progress)(done, len(x))
+        inputs.report(done, len(x))
     return MeasureReport(both_populations(torch.cat(values), torch.cat(correct), "log_input_gradient_norm"))
 
 

@@ -1,25 +1,19 @@
 """Lipschitz constants of the features, and the certificate's radius with them (README.md, "Bounds")."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.bounds import Anchor, lipschitz_jacobian, lipschitz_upper, radius_numbers
 from workers.science.curvature import batches
 from workers.science.heads import features_and_logits, linear_head
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.summaries import Numbers, merged, quantile, summary
 
 
 def lipschitz(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     iterations: int = 20,
     images: int = 256,
 ) -> MeasureReport:
@@ -33,18 +27,18 @@ def lipschitz(
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
     >>> with torch.no_grad(): _ = net[1].weight.copy_(torch.diag(torch.tensor([3.0, -4.0])))
     >>> x, y = torch.rand(4, 1, 1, 2), torch.tensor([0, 1, 0, 1])
-    >>> numbers = lipschitz(net, x, y, x, y, seed=0, batch_size=4).numbers
+    >>> numbers = lipschitz(net, MeasureInput(x, y, x, y)).numbers
     >>> numbers["lipschitz_upper"], round(numbers["lipschitz_jacobian_max"], 3)
     (4.0, 4.0)
     """
-    x, y = first(test_x, test_y, images)
+    x, y = inputs.test(images)
     head = linear_head(model)
     features, norms = [], []
-    for xb, _ in batches(x, y, batch_size):
-        norms.append(lipschitz_jacobian(model, xb, seed=seed, iterations=iterations).cpu())
+    for xb, _ in batches(x, y, inputs.batch_size):
+        norms.append(lipschitz_jacobian(model, xb, seed=inputs.seed, iterations=iterations).cpu())
         with torch.no_grad():
             features.append(features_and_logits(model, xb)[0].cpu())
-        (on_progress or no_progress)(sum(map(len, norms)), len(x))
+        inputs.report(sum(map(len, norms)), len(x))
     jacobian, bias = torch.cat(norms), None if head.bias is None else head.bias.detach().cpu()
     at = Anchor.of(torch.cat(features), y.cpu(), head.weight.detach().cpu(), bias)
     upper, largest = lipschitz_upper(model), quantile(jacobian, 1.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from workers.science.curvature import Parameters, batches, gaussian_like, log_odds_of, parameters_of
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.summaries import Numbers
 
 DOUBLINGS = 20
@@ -18,14 +18,8 @@ DOUBLINGS = 20
 
 def pac_bayes_flatness(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     drop: float = 0.1,
     draws: int = 10,
     bisections: int = 15,
@@ -38,26 +32,26 @@ def pac_bayes_flatness(
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x = torch.rand(64, 1, 1, 1); y = net(x).argmax(1)
-    >>> report = pac_bayes_flatness(net, x, y, x, y, seed=0, batch_size=64)
+    >>> report = pac_bayes_flatness(net, MeasureInput(x, y, x, y))
     >>> report.numbers["pac_bayes_flatness"] == report.numbers["pac_bayes_sigma"] ** -2
     True
     """
     if draws < 1 or not 0 < drop < 1:
         raise ValueError("draws must be at least 1, drop between 0 and 1")
-    x, y = first(train_x, train_y, images)
-    parameters, done = parameters_of(model), 0
+    x, y = inputs.train(images)
+    parameters, batch_size, done = parameters_of(model), inputs.batch_size, 0
     log_odds_of(model, parameters, x, y, batch_size)  # refuses a network that is NaN or infinite without any noise
     clean = _accuracy(model, parameters, x, y, batch_size)
 
     def fall(sigma: float) -> float:
         nonlocal done
-        generator, accuracies = torch.Generator().manual_seed(seed), []
+        generator, accuracies = inputs.generator(), []
         for _ in range(draws):
             noise = gaussian_like(parameters, generator)
             moved = {n: p + sigma * noise[n] for n, p in parameters.items()}
             accuracies.append(_accuracy(model, moved, x, y, batch_size))
         done += 1
-        (on_progress or no_progress)(min(done, DOUBLINGS + bisections + 1), DOUBLINGS + bisections + 1)
+        inputs.report(min(done, DOUBLINGS + bisections + 1), DOUBLINGS + bisections + 1)
         return clean - sum(accuracies) / draws
 
     low = 2.0**-10

@@ -4,7 +4,7 @@
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers.science.cross_entropy import mean_increase
 from workers.science.curvature import (
@@ -15,19 +15,13 @@ from workers.science.curvature import (
     of_unit_norm,
     parameters_of,
 )
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 
 
 def sam_sharpness(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     rho: float = 0.05,
     m: int = 128,
     images: int = 1024,
@@ -38,34 +32,28 @@ def sam_sharpness(
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)
-    >>> sam_sharpness(net, x, y, x, y, seed=0, batch_size=8).numbers["sam_sharpness"] > 0
+    >>> sam_sharpness(net, MeasureInput(x, y, x, y)).numbers["sam_sharpness"] > 0
     True
     """
-    x, y = first(train_x, train_y, images)
     unit = {name: torch.ones_like(p) for name, p in parameters_of(model).items()}
-    rise, log_rise = one_step(model, x, y, unit, rho, m, batch_size, on_progress)
+    rise, log_rise = one_step(model, inputs, unit, rho=rho, m=m, images=images)
     return MeasureReport({"sam_sharpness": rise, "log_sam_sharpness": log_rise})
 
 
 def one_step(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    T: Parameters,
-    rho: float,
-    m: int,
-    batch_size: int,
-    on_progress: OnProgress | None,
+    model: nn.Module, inputs: MeasureInput, T: Parameters, *, rho: float, m: int, images: int
 ) -> tuple[float, float | None]:
     """Mean loss increase of the step `rho T^2 g / ||T g||`, the best one of `||delta / T|| <= rho` to first order, and
     its logarithm (null where it is not positive).
 
-    `T` by parameter, as large as it; a batch whose gradient is exactly zero does not move. Exact at any confidence:
-    the step is normalised before it is scaled, and the two losses are never subtracted.
+    On the first training `images`, `m` in each batch. `T` by parameter, as large as it; a batch whose gradient is
+    exactly zero does not move. Exact at any confidence: the step is normalised before it is scaled, and the two losses
+    are never subtracted.
     """
     if rho < 0 or m < 1:
         raise ValueError("rho must not be negative, m at least 1")
-    parameters = parameters_of(model)
+    x, y = inputs.train(images)
+    parameters, batch_size = parameters_of(model), inputs.batch_size
     before, after, done = [], [], 0
     for xb, yb in batches(x, y, m):
         g = loss_direction(model, parameters, xb, yb, batch_size)
@@ -74,5 +62,5 @@ def one_step(
         before.append(log_odds_of(model, parameters, xb, yb, batch_size))
         after.append(log_odds_of(model, moved, xb, yb, batch_size))
         done += len(xb)
-        (on_progress or no_progress)(done, len(x))
+        inputs.report(done, len(x))
     return mean_increase(torch.cat(before), torch.cat(after))

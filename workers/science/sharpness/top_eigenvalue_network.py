@@ -5,7 +5,6 @@ H is that of the mean cross-entropy over unaugmented training images. Keeps one 
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -17,19 +16,13 @@ from workers.science.curvature import (
     log_hessian_unit,
     parameters_of,
 )
-from workers.science.sharpness.base import MeasureReport, OnProgress, first, no_progress
+from workers.science.sharpness.base import MeasureInput, MeasureReport
 
 
 def top_eigenvalue_network(
     model: nn.Module,
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
+    inputs: MeasureInput,
     *,
-    seed: int,
-    batch_size: int,
-    on_progress: OnProgress | None = None,
     iterations: int = 50,
     tolerance: float = 1e-4,
     images: int = 1024,
@@ -38,24 +31,25 @@ def top_eigenvalue_network(
     whether the residual fell to `tolerance` times the value. `log_top_eigenvalue_network` is null where the value is
     not positive.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> with torch.no_grad(): _ = net[1].weight.zero_()
     >>> x, y = torch.ones(1, 1, 1, 1), torch.tensor([0])
-    >>> report = top_eigenvalue_network(net, x, y, x, y, seed=0, batch_size=1)
+    >>> report = top_eigenvalue_network(net, MeasureInput(x, y, x, y))
     >>> round(report.numbers["top_eigenvalue_network"], 6)  # S(1/2, 1/2) has the eigenvalues 0 and 1/2
     0.5
     """
-    x, y = first(train_x, train_y, images)
-    parameters, done = parameters_of(model), 0
+    x, y = inputs.train(images)
+    parameters, batch_size, done = parameters_of(model), inputs.batch_size, 0
     log_unit = log_hessian_unit(model, x, y, batch_size)
 
     def product(v: Tensor) -> Tensor:
         nonlocal done
         done += 1
-        (on_progress or no_progress)(min(done, iterations), iterations)
+        inputs.report(min(done, iterations), iterations)
         return _flat(hessian_vector_product(model, x, y, _unflat(v, parameters), batch_size, log_unit))
 
-    start = _flat(gaussian_like(parameters, torch.Generator().manual_seed(seed)))
+    start = _flat(gaussian_like(parameters, inputs.generator()))
     found = lanczos(product, start, iterations=iterations, tolerance=tolerance)
     unit = math.exp(log_unit)
     return MeasureReport(
