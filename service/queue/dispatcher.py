@@ -100,7 +100,7 @@ class Dispatcher:
         self._stop()
 
     def _try(self, do: Callable[[], bool]) -> bool | None:
-        """`do`, or where the database is away (None) keep on disk what is finished meanwhile."""
+        """Call `do`. If the database is away, keep finished outcomes on disk and return None."""
         try:
             return do()
         except DatabaseAway as error:
@@ -110,14 +110,14 @@ class Dispatcher:
             return None
 
     def tick(self) -> bool:
-        """One round; true while there is something to wait for from the executor."""
+        """Do one round. True while tasks run, so that the executor may send messages."""
         self._go_on()
         if self.leading:
             self._claim()
         return bool(self._running)
 
     def _go_on(self) -> bool:
-        """A round without taking on new work."""
+        """Do one round without claiming tasks."""
         self._hold_leadership()
         self._collect(POLL_TIMEOUT_SECONDS if self._running else 0.0)
         if self.leading:
@@ -222,7 +222,7 @@ class Dispatcher:
             self.executor.cancel(*key)
 
     def _collect(self, timeout_seconds: float) -> None:
-        """Take what the executor has to say; it is kept until it is written."""
+        """Take the executor's messages. The outbox keeps them until they are written."""
         arrived: list[Message] = []
         messages = self.executor.poll(timeout_seconds)
         if messages and timeout_seconds:
@@ -242,7 +242,7 @@ class Dispatcher:
         self._outbox.add(arrived)
 
     def _look_for_stalled(self) -> None:
-        """Report those that do not advance, and start anew those that have not for too long."""
+        """Report attempts that do not advance, and stop those that have not advanced for too long: they are retried."""
         report, limit = self.settings.stalled_seconds, self.settings.stalled_limit_seconds
         for key, seconds in list(self._liveness.standing_still(limit)):
             self._give_up(key, "stalled", f"it ran, but did not advance for {seconds:.0f} seconds (limit {limit:g})")

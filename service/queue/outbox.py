@@ -1,4 +1,4 @@
-"""What attempts reported and the database does not have yet: in memory, on disk while the database is away."""
+"""Messages of attempts that the database does not have yet: in memory, and on disk while the database is away."""
 
 import logging
 from collections.abc import Sequence
@@ -40,15 +40,16 @@ class Outbox:
         self.messages = _newest_progress([*self.messages, *messages])
 
     def take_over(self) -> None:
-        """Have what earlier processes could not write; attempts that were superseded since will hit nothing."""
-        self.messages = [*(one for one in self._spool.take() if one not in self.messages), *self.messages]
+        """Add the messages that earlier processes could not write. Those of superseded attempts will change nothing."""
+        earlier = [message for message in self._spool.take() if message not in self.messages]
+        self.messages = [*earlier, *self.messages]
 
     def keep(self) -> None:
-        """The database is away: have on disk what must not be lost with this process."""
+        """The database is away: write the messages to disk that must not be lost with this process."""
         self._spool.keep(self.messages)
 
     def drop(self) -> None:
-        """Another dispatcher leads: these are of attempts that it has given, or will give, to others."""
+        """Another dispatcher leads: it has given these attempts to other workers, or will do so."""
         self.messages.clear()
 
     def write(self, epoch: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""Sweeps of which one task after the other fails at once are paused: before all have used up what they may try."""
+"""A sweep whose tasks fail at once, one after the other, is paused before all of them have used up their retries."""
 
 from collections.abc import Callable, Sequence
 

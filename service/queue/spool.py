@@ -1,7 +1,7 @@
-"""Outcomes that the database could not take yet, on disk: a dispatcher that is started anew writes them too.
+"""Outcomes on disk that the database could not take yet. A restarted dispatcher writes those of earlier processes too.
 
-One file a process, replaced as a whole, so a file is there with all that it had or not at all. Whether an outcome still
-counts is not decided here: its attempt number is, when it is written to the database.
+Each process has one file and replaces it as a whole, so that a file is never half written. The spool does not decide
+whether an outcome still counts: the database compares its attempt number when it is written.
 """
 
 import logging
@@ -28,8 +28,8 @@ class Spool:
         self._taken: list[Path] = []
 
     def keep(self, messages: Sequence[Message]) -> None:
-        """Have all of these on disk that would be missed. Where that cannot be done, it is said and not raised."""
-        worth = [one for one in messages if _worth_keeping(one)]
+        """Write the messages that would be missed to disk. An error is logged, not raised."""
+        worth = [message for message in messages if _worth_keeping(message)]
         if worth == self._kept or not worth:
             return
         try:

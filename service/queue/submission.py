@@ -226,7 +226,7 @@ class Service:
         self, job_id: str, *, user: str, seen: Collection[str] | None = None,
         priority: int | None = None, labels: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Give a job another priority, or other labels; its tasks rank anew, those that run go on.
+        """Change the priority or the labels of a job. Its tasks are ranked again; running tasks keep running.
 
         `seen`: versions (`views.version`) of which one must still be the job's, or it is `Changed`. Raises `NotFound`,
         `Conflict` for the priority of a job that has ended.
