@@ -39,7 +39,6 @@ ANYWHERE = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else it rebuilds the environment in every worker
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # which prints a stack at SIGTERM
-    "RAY_task_events_report_interval_ms": "0",  # nobody reads them, and the GCS would keep those of 100,000 tasks
 }
 
 
@@ -55,6 +54,7 @@ def driver_environment(home: Path, *, local: bool) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(_token(home)),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: listen on loopback only
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a driver without its head ends after so long, not after 60 s
+        "RAY_task_events_report_interval_ms": "0",  # nobody reads them, and the head would keep those of 100,000 tasks
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     for name in ("no_proxy", "NO_PROXY"):  # gRPC would ask a proxy for what is on this machine

@@ -116,11 +116,18 @@ def declared(route: APIRoute) -> OpenToAll | Permission:
     only_reads = isinstance(permission, OpenToAll) or permission.scope == "read"
     if only_reads and not methods <= READING:
         raise TypeError(f"{name} changes something: it needs `owner_of`, or `scope` of `submit` or `admin`")
+    of_one = {f"{noun}_id" for noun in ("job", "sweep")} & route.param_convertors.keys()
+    if of_one and not methods <= READING and not _guards_owner(permission):
+        raise TypeError(f"{name} changes what one user owns: it needs `owner_of`, or `scope('admin')`")
     if isinstance(permission, Permission):
         owned = f"{permission.owned}_id" if permission.owned else "token_id" if permission.own_token else None
         if owned is not None and owned not in route.param_convertors:
             raise TypeError(f"{name} has no {owned} in its path")
     return permission
+
+
+def _guards_owner(permission: OpenToAll | Permission) -> bool:
+    return isinstance(permission, Permission) and (permission.owned is not None or permission.scope == "admin")
 
 
 def _complete_ids(request: Request, caller: Caller) -> None:

@@ -133,6 +133,8 @@ PLANTED = [
     ("POST", "/planted", [permissions.scope("read")], "changes something"),
     ("DELETE", "/planted", [open_to_all()], "changes something"),
     ("POST", "/planted/{name}", [owner_of("job")], "has no job_id in its path"),
+    ("POST", "/planted/{job_id}:change", [permissions.scope("submit")], "changes what one user owns"),
+    ("PATCH", "/planted/{sweep_id}", [permissions.scope("submit")], "changes what one user owns"),
 ]
 
 

@@ -23,7 +23,7 @@ def catalog(word: Word = "", home: Home = None, url: Url = None, as_json: AsJson
     named = [[kind, name, entry["summary"]] for kind in NAMED for name, entry in found[kind].items() if word in name]
     named += [["datasets", entry["name"], ""] for entry in found["registered_datasets"] if word in entry["name"]]
     named += [[kind, name, ""] for kind in PRESETS for name in found[kind] if word in name]
-    numbers = [number for number in found["numbers"] if _has(number, word)]
+    numbers = [number for number in found.get("numbers", ()) if _has(number, word)]
     if named:
         show(table(["kind", "name", "summary"], [[kind.replace("_", " "), *rest] for kind, *rest in named]))
     if numbers:
