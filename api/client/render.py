@@ -56,8 +56,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
         numeric = bool(rows) and all(row[i][:1] in "-0123456789–" and not ID.match(row[i]) for row in rows)
         lines = [line for cell in (column, *(row[i] for row in rows)) for line in cell.splitlines()]
         widest = max(map(cell_len, lines), default=0)
-        least = min(widest, SENTENCE) if i == len(columns) - 1 else widest
-        made.add_column(Text(plain(column)), justify="right" if numeric else "left", overflow="fold", min_width=least)
+        last = i == len(columns) - 1
+        made.add_column(
+            Text(plain(column)),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            min_width=min(widest, SENTENCE) if last else widest,
+            no_wrap=not last,  # or several would be narrowed, and then widened again beyond the edge
+        )
     for row in rows:
         made.add_row(*(coloured(cell) for cell in row))
     return made

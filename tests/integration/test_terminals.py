@@ -102,6 +102,19 @@ def test_nothing_steers_the_terminal() -> None:
     assert plain("a\x1b[31mb\x07\r\x9bc\u202ed\ne\tf") == "a\\x1b[31mb\\x07\\r\\x9bc\\u202ed\ne\tf"
 
 
+def test_a_sentence_beside_wide_columns_loses_no_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several columns were narrowed, and widened again beyond the edge, where a sentence was cut off."""
+    sentence = (
+        "the loss of some point rose by more than the bound with the distance that was realised, and by a tolerance"
+    )
+    row = ["a" * 60, "natural logarithm", "no such image, or the statistic falls on an exact zero", sentence]
+    monkeypatch.setattr(render, "out", Console(width=100))
+    render.show(render.table(["name", "unit", "null if", "formula"], [row, ["b", "share", "never", "short"]]))
+    assert set(capsys.readouterr().out.split()) >= {word for cell in row for word in cell.split()}
+
+
 @pytest.mark.slow
 def test_ids_are_whole_on_a_line_of_80_columns_and_are_taken_as_they_are_shown(
     server: Any, named: list[dict[str, Any]]
