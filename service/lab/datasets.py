@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 
 from service.errors import InvalidSpec
 from service.model.names import REGISTERED, REGISTERED_RULE
+from service.model.records import Registration
 
 MAX_BYTES = 2**35  # of an array, unfolded: workers hold it in memory
 MAX_WHOLE_BYTES = 2**28  # of one that is not read piece by piece: labels, and images in Fortran's order
@@ -29,21 +30,6 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy's: zipfile unfolds
 CHUNK_BYTES = 2**24  # read at once
 CHUNK_ENTRIES = 2**18  # at most: of images of few bytes the sums and digests take more than the images
 COLOURS = (1, 3)
-
-
-@dataclass(frozen=True)
-class Registration:
-    """What the store keeps of a data set: the digests of its files, the shape of an image and the counts."""
-
-    name: str
-    train_sha256: str
-    test_sha256: str
-    channels: int
-    height: int
-    width: int
-    classes: int
-    train_count: int
-    test_count: int
 
 
 @dataclass(frozen=True)

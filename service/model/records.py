@@ -197,8 +197,8 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class RegisteredDataset:
-    """A lab's own images, which jobs call `npz:NAME`: two files, and the shape of what is in them."""
+class Registration:
+    """What registering a data set finds out: the digests of its two files, the shape of an image, and the counts."""
 
     name: str
     train_sha256: str
@@ -209,6 +209,12 @@ class RegisteredDataset:
     classes: int
     train_count: int
     test_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredDataset(Registration):
+    """A lab's own images, which jobs call `npz:NAME`, and who registered them."""
+
     created_by: str
     created_at: float
 

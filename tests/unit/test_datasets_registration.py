@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 
 from service.errors import InvalidSpec
 from service.lab import datasets
-from service.lab.datasets import Registration, inspect
+from service.lab.datasets import inspect
+from service.model.records import Registration
 
 
 def write(path: Path, x: Any, y: Any, **more: Any) -> Path:

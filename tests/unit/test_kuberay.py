@@ -83,9 +83,9 @@ def test_no_pod_runs_as_root_or_gains_rights() -> None:
 def test_ray_is_reached_by_our_pods_alone() -> None:
     policy = of("NetworkPolicy", "uncanny-ray")
     assert policy["ingress"] == [{"from": [{"podSelector": policy["podSelector"]}]}]
-    labels = [of("RayCluster", "uncanny")["headGroupSpec"]["template"]["metadata"]["labels"],
-              of("RayCluster", "uncanny")["workerGroupSpecs"][0]["template"]["metadata"]["labels"],
-              of("Deployment", "uncanny-dispatcher")["template"]["metadata"]["labels"]]  # fmt: skip
+    cluster = of("RayCluster", "uncanny")
+    pods = [cluster["headGroupSpec"], cluster["workerGroupSpecs"][0], of("Deployment", "uncanny-dispatcher")]
+    labels = [pod["template"]["metadata"]["labels"] for pod in pods]
     [expression] = policy["podSelector"]["matchExpressions"]
     assert all(label["app"] == "uncanny" and label["part"] in expression["values"] for label in labels)
     assert not [each for each in KUBERNETES if each["kind"] == "Service" and "ray" in str(each["spec"]["selector"])]
