@@ -1,7 +1,7 @@
 """The verbs: what a user can ask the service to do. Each is one transaction, and true only once it is committed."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
@@ -289,7 +289,7 @@ class Service:
                 sentence = "is registered with other files; results rest on them, so take a new name"
                 raise Conflict(f"{row.reference} {sentence}")
             if row is None:
-                datasets.register(connection, {**vars(found), "created_by": user, "created_at": now})
+                datasets.register(connection, {**asdict(found), "created_by": user, "created_at": now})
                 artifact_index.keep_uploads(connection, now, "dataset", sizes)
                 history.append(
                     connection,
@@ -297,7 +297,7 @@ class Service:
                     user,
                     [Event(EventKind.DATASET_REGISTERED, data={"name": name, "test_images_in_train": in_both})],
                 )
-        return {**vars(found), "name": OWN_DATASET + name, "test_images_in_train": in_both}
+        return {**asdict(found), "name": OWN_DATASET + name, "test_images_in_train": in_both}
 
     def _change(self, ids: list[str], user: str, verb: str, change: Callable[..., list[str]], *more: str) -> None:
         with self.database.write() as connection:

@@ -6,6 +6,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_what_the_store_keeps(train: Path, test: Path) -> None:
     found, in_both = inspect("mine", train, test, "a" * 64, "b" * 64)
     assert in_both == 2  # all of them are black
     assert found == Registration("mine", "a" * 64, "b" * 64, 3, 8, 8, 3, 4, 2)
-    assert {type(value) for value in vars(found).values()} == {str, int}
+    assert {type(value) for value in asdict(found).values()} == {str, int}
 
 
 def test_grey_images_need_no_channel(tmp_path: Path) -> None:
