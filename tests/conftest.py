@@ -19,7 +19,7 @@ from privileges import NEEDS
 from store_lab import Lab
 
 from service.lab.artifacts import Artifacts
-from service.queue.submission import Service
+from service.queue.verbs import Service
 from service.specs import plan, versions
 from service.store import Database
 from workers.head import running

@@ -10,7 +10,7 @@ from service.lab.artifacts import Artifacts
 from service.model.executor import Bits, Failed, Grant, Message, Outcome, Succeeded
 from service.model.jobs import ENDED_TASK, LIVE_JOB, TRANSITIONS, JobState, TaskState, job_state
 from service.model.retrying import Patience
-from service.queue.submission import Service
+from service.queue.verbs import Service
 from service.specs import JobSpec, Sweep
 from service.store import Database, claiming, recording, tables
 

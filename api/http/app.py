@@ -38,7 +38,7 @@ from api.http.prefix import Prefix
 from api.http.security import SecurityHeaders
 from service.lab.access import Access
 from service.lab.artifact_root import of_database
-from service.queue.submission import Service
+from service.queue.verbs import Service
 from service.results.insights import Insights
 from service.settings import Settings
 from service.store import Database

@@ -14,7 +14,7 @@ from service.lab.access import Access, Caller
 from service.lab.artifacts import Artifacts
 from service.limits import MAX_LIMIT
 from service.model.dotted import or_rather
-from service.queue.submission import Idempotency, Service
+from service.queue.verbs import Idempotency, Service
 from service.results.insights import Insights
 from service.settings import Settings
 from service.specs.base import number, truth, whole

@@ -18,7 +18,7 @@ from api.http.schemas.results import Result, ResultPage, Trajectory
 from api.http.schemas.retractions import Restorations, Restored, Retracted, Retraction, Retractions
 from service.model.json import JsonObject
 from service.model.query import names_of
-from service.queue import retraction
+from service.queue import retractions
 from service.results import exporting
 from service.results.insights import Insights
 from service.results.questions import NEWEST_FIRST, Question, nodes_of
@@ -109,13 +109,13 @@ def retract_results(body: Retractions, service: Verbs, user: User) -> Answer:
     """Retract every result that a filter chooses, such as all of one version of a task; or their numbers of one
     further measure, such as `sam_sharpness` where `measures.sam_sharpness.version = 1`."""
     nodes = nodes_of(body.filter)
-    return retraction.retract_all(service, nodes, body.reason, user=user, rerun=body.rerun, measure=body.measure)
+    return retractions.retract_all(service, nodes, body.reason, user=user, rerun=body.rerun, measure=body.measure)
 
 
 @router.post(":restore", dependencies=[scope("admin")], response_model=Restored, responses=documented(422))
 def restore_results(body: Restorations, service: Verbs, user: User) -> Answer:
     """Take back every retraction that hides one of the results, or measures, that a filter chooses."""
-    return retraction.restore_all(service, nodes_of(body.filter), user=user, measure=body.measure)
+    return retractions.restore_all(service, nodes_of(body.filter), user=user, measure=body.measure)
 
 
 @router.get("/{job_id}", dependencies=[scope("read")], response_model=Result, responses=documented(404))
@@ -135,7 +135,7 @@ def get_trajectory(job_id: str, insights: Questions) -> Answer:
 )
 def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, caller: CurrentCaller) -> Answer:
     """Hide a result, and all others that show the same numbers, from now on. Nothing is deleted."""
-    return retraction.retract(service, job_id, body.reason, user=user, rerun=body.rerun, admin=caller.may("admin"))
+    return retractions.retract(service, job_id, body.reason, user=user, rerun=body.rerun, admin=caller.may("admin"))
 
 
 @router.post(
@@ -143,4 +143,4 @@ def retract_result(job_id: str, body: Retraction, service: Verbs, user: User, ca
 )
 def restore_result(job_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Answer:
     """Take back the retraction that hides a result, of all that it hides."""
-    return retraction.restore(service, job_id, user=user, admin=caller.may("admin"))
+    return retractions.restore(service, job_id, user=user, admin=caller.may("admin"))

@@ -6,7 +6,7 @@ from api.http.permissions import scope
 from api.http.routing import Answer, Router
 from api.http.schemas.retractions import Restored, Retracted, Retraction
 from api.http.schemas.tasks import Task
-from service.queue import retraction
+from service.queue import retractions
 
 router = Router(prefix="/v1/tasks", tags=["tasks"])
 
@@ -30,7 +30,7 @@ def retract_task(task_id: str, body: Retraction, service: Verbs, user: User, cal
     generation of what was retracted. Nothing is deleted.
     """
     admin = caller.may("admin")
-    return retraction.retract_task(service, task_id, body.reason, user=user, rerun=body.rerun, admin=admin)
+    return retractions.retract_task(service, task_id, body.reason, user=user, rerun=body.rerun, admin=admin)
 
 
 @router.post(
@@ -38,4 +38,4 @@ def retract_task(task_id: str, body: Retraction, service: Verbs, user: User, cal
 )
 def restore_task(task_id: str, service: Verbs, user: User, caller: CurrentCaller) -> Answer:
     """Take a retraction back, of all that was retracted with the task."""
-    return retraction.restore_task(service, task_id, user=user, admin=caller.may("admin"))
+    return retractions.restore_task(service, task_id, user=user, admin=caller.may("admin"))

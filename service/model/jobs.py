@@ -68,6 +68,7 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 }
 
 ENDED_TASK = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED, TaskState.HELD})
+REOPENED_TASK = frozenset({TaskState.FAILED, TaskState.CANCELLED})  # they run again if a new or retried job needs them
 LIVE_JOB = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.HELD})
 STOPPED_JOB = frozenset(JobState) - {JobState.QUEUED, JobState.RUNNING}  # a held one waits for a person
 RETRIABLE = (JobState.FAILED, JobState.HELD, JobState.CANCELLED)  # states from which a job can be run again
@@ -85,6 +86,20 @@ def check_transitions(table: Mapping[State, frozenset[State]], before: Iterable[
     for old, new in product(before, after):
         if new not in table[old]:
             raise NoTransition(f"{type(new).__name__}: nothing moves from {old} to {new}")
+
+
+def first_state(parents: Iterable[TaskState]) -> TaskState:
+    """The state in which a task begins, or begins again, by those of its parents: it waits until all have succeeded."""
+    waits = any(state is not TaskState.SUCCEEDED for state in parents)
+    return TaskState.BLOCKED if waits else TaskState.QUEUED
+
+
+def reopened_by_retry(states: Iterable[JobState]) -> frozenset[TaskState]:
+    """The task states that a retry of jobs in these states reopens.
+
+    A held task waits for a person to look at it, so only a retry of held jobs reopens it.
+    """
+    return REOPENED_TASK | {TaskState.HELD} if JobState.HELD in states else REOPENED_TASK
 
 
 def job_state(tasks: list[TaskState]) -> JobState:

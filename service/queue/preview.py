@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from service.limits import Limits
 from service.model.estimates import Estimate, Workload, estimate, units, workload
 from service.model.json import JsonObject
-from service.queue.planning import Known, counted, distinct_tasks, standing
+from service.queue.plans import counted, distinct_tasks, standing
 from service.specs.plan import JobPlan, PlannedTask
-from service.store import Connection, changing, claiming, quotas, submitting, timings
+from service.store import Connection, changing, claiming, quotas, timings
+from service.store.joining import ExistingTasks, existing_tasks
 
 MANY = 10_000  # as far as tasks before it are counted
 
@@ -31,25 +32,27 @@ def preview(
 ) -> JsonObject:
     """What these jobs would mean for `user`, in the store and the queue as they are."""
     needed = distinct_tasks(plans)
-    known = submitting.known_tasks(connection, needed)
-    groups = _groups(connection, needed, known)
+    existing = existing_tasks(connection, needed)
+    groups = _groups(connection, needed, existing)
     limits = quotas.limits(connection, [user], default)[user]
     queue = _queue(connection, user)
     return {
         "name": name,
-        **counted(len(plans), needed, known, repetitions=repetitions),
+        **counted(len(plans), needed, existing, repetitions=repetitions),
         "estimate": _estimate(groups["to_compute"]) | _eta(connection, groups, queue, user, limits, default),
         "queue": queue,
         "quota": _quota(connection, user, limits, len(plans)),
     }
 
 
-def _groups(connection: Connection, needed: Mapping[str, PlannedTask], known: Known) -> dict[str, list[_Group]]:
+def _groups(
+    connection: Connection, needed: Mapping[str, PlannedTask], existing: ExistingTasks
+) -> dict[str, list[_Group]]:
     """Those that are under way and those to compute, each in groups that are alike."""
     sizes: dict[str, dict[Workload, list[float]]] = {"under_way": defaultdict(list), "to_compute": defaultdict(list)}
     specs = {digest: task.stored_spec for digest, task in needed.items() if task.spec.kind == "train"}
     for digest, task in needed.items():
-        if (place := standing(digest, known)) != "known":
+        if (place := standing(digest, existing)) != "known":
             spec = task.stored_spec
             sizes[place][workload(spec, specs[task.train_digest])].append(units(spec))
     found = {like: estimate(timings.newest(connection, like)) for place in sizes.values() for like in place}

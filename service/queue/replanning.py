@@ -9,11 +9,11 @@ from service.errors import Conflict, InvalidSpec
 from service.model.executor import Grant
 from service.model.jobs import RETRIABLE
 from service.model.records import Job
-from service.queue.planning import plans_of
+from service.queue.plans import plans_of
 from service.specs import JobSpec, problems
 from service.specs.plan import JobPlan
 from service.specs.versions import version_of_spec
-from service.store import Connection, reading, retracting, submitting
+from service.store import Connection, jobs, reading, retractions
 
 log = logging.getLogger("uncanny.replanning")
 
@@ -37,9 +37,9 @@ def replan(connection: Connection, now: float, actor: str, task_ids: Collection[
         try:
             plans.append((job, _plan(connection, job)))
         except _Refused as refused:
-            submitting.cancel_jobs(connection, now, actor, [job.id], str(refused))
+            jobs.cancel_jobs(connection, now, actor, [job.id], str(refused))
     if plans:
-        submitting.replan_jobs(connection, now, actor, plans)
+        jobs.replan_jobs(connection, now, actor, plans)
         log.info("%d jobs were planned again: their tasks are of an older version, or retracted", len(plans))
     return len(plans)
 
@@ -51,13 +51,13 @@ def before_retry(
 
     Raises `Conflict` where this version refuses a spec.
     """
-    ended = reading.jobs_in(connection, retracting.outlived(connection, job_ids), states)
+    ended = reading.jobs_in(connection, retractions.outlived(connection, job_ids), states)
     try:
         plans = [(job, _plan(connection, job)) for job in ended]
     except _Refused as refused:
         raise Conflict(f"it needs a retracted task, and {refused}: submit it anew") from None
     if plans:
-        submitting.replan_jobs(connection, now, actor, plans)
+        jobs.replan_jobs(connection, now, actor, plans)
 
 
 def _plan(connection: Connection, job: Job) -> JobPlan:

@@ -15,7 +15,7 @@ from service.store import flagging
 from service.store.listed import insert_rows, listed
 from service.store.own_weights import leave_out
 from service.store.result_tables import cells, number_names, results
-from service.store.retracting import RETRACTION, retraction_of
+from service.store.retractions import RETRACTION, retraction_of
 from service.store.states import WEIGHTS_USED
 from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
 from service.store.task_kinds import TASK_KINDS

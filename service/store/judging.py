@@ -11,7 +11,7 @@ from service.model.json import JsonObject
 from service.model.verdict import VERSION, AttackBits, BitArray, Controls, Evidence, Verdict, chance_of, judge, unpack
 from service.store.datasets import classes
 from service.store.listed import listed
-from service.store.retracting import retraction_of
+from service.store.retractions import retraction_of
 from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED
 from service.store.tables import attack_results, attempts, control_results, jobs, outcome_bits, tasks
 

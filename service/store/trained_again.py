@@ -17,7 +17,7 @@ from service.store import history
 from service.store.history import Event
 from service.store.listed import insert_rows, listed
 from service.store.result_tables import results
-from service.store.retracting import GIVEN_UP, give_digests_up, new_digest
+from service.store.retractions import GIVEN_UP, give_digests_up, new_digest
 from service.store.settling import rerank, settle_jobs
 from service.store.states import DIGEST, move_tasks
 from service.store.tables import artifacts, attempts, job_tasks, jobs, task_edges, tasks, trainings

@@ -7,9 +7,10 @@ from sqlalchemy import update
 
 from service.lab.access import NotAllowed
 from service.model.query import parse
-from service.queue import retraction
+from service.queue import retractions
 from service.results.insights import Insights
-from service.store import result_tables, retracting, tables
+from service.store import result_tables, tables
+from service.store.retractions import MARK
 
 
 def attacks(lab: Any) -> list[tuple[float, bool, str]]:
@@ -77,19 +78,19 @@ def test_what_is_wrong_is_wrong_with_arrays_and_without(lab: Any, first: bool, b
 
     nodes = [parse(f"job_id = {one}")]
     if by == "job":
-        retraction.retract(lab.service, one, "wrong", user="ann", admin=True)
+        retractions.retract(lab.service, one, "wrong", user="ann", admin=True)
     elif by == "task":
-        retraction.retract_task(lab.service, attack_id, "wrong", user="ann", admin=True)
+        retractions.retract_task(lab.service, attack_id, "wrong", user="ann", admin=True)
     else:
-        retraction.retract_all(lab.service, nodes, "wrong", user="ann")
+        retractions.retract_all(lab.service, nodes, "wrong", user="ann")
     assert hidden() == set(pair)
     assert unharmed not in hidden()
     if by == "job":
-        retraction.restore(lab.service, other, user="ann", admin=True)
+        retractions.restore(lab.service, other, user="ann", admin=True)
     elif by == "task":
-        retraction.restore_task(lab.service, attack_id, user="ann", admin=True)
+        retractions.restore_task(lab.service, attack_id, user="ann", admin=True)
     else:
-        retraction.restore_all(lab.service, nodes, user="ann")
+        retractions.restore_all(lab.service, nodes, user="ann")
     assert hidden() == set()
 
 
@@ -110,23 +111,21 @@ def test_what_was_wrong_before_its_twin_was_there_is_wrong_in_both(
     later = twins() if submitted == "before" and not with_arrays else []
     nodes = [parse(f"job_id = {wrong}")]
     if by == "job":
-        retraction.retract(lab.service, wrong, "wrong", user="ann", admin=True)
+        retractions.retract(lab.service, wrong, "wrong", user="ann", admin=True)
     else:
-        retraction.retract_all(lab.service, nodes, "wrong", user="ann")
+        retractions.retract_all(lab.service, nodes, "wrong", user="ann")
     later = later or twins()
     lab.finish()
     shown = {row.job_id: row for row in lab.rows(result_tables.results)}
     twin, scaled = later
-    assert {name: getattr(shown[twin], name) for name in retracting.MARK} == {
-        name: getattr(shown[wrong], name) for name in retracting.MARK
-    }
+    assert {name: getattr(shown[twin], name) for name in MARK} == {name: getattr(shown[wrong], name) for name in MARK}
     assert shown[twin].retracted_at is not None
     assert shown[scaled].retracted_at is None, "at another scale it is another attack"
     assert lab.job(scaled).verdict_checks["masked"] == "not_checked", "its baseline is the one that was retracted"
     if by == "job":
-        retraction.restore(lab.service, twin, user="ann", admin=True)
+        retractions.restore(lab.service, twin, user="ann", admin=True)
     else:
-        retraction.restore_all(lab.service, nodes, user="ann")
+        retractions.restore_all(lab.service, nodes, user="ann")
     assert {row.retracted_at for row in lab.rows(result_tables.results)} == {None}
     assert lab.job(scaled).verdict_checks["masked"] != "not_checked"
 
@@ -135,7 +134,7 @@ def test_a_twin_that_is_computed_after_the_retraction_of_ones_own_is_new(lab: An
     """Who is no admin decides nothing for others: from then on everybody's jobs have the numbers computed again."""
     wrong = lab.submit(scale=5, user="ann")
     lab.finish()
-    retraction.retract(lab.service, wrong, "wrong", user="ann", admin=False)
+    retractions.retract(lab.service, wrong, "wrong", user="ann", admin=False)
     again = [lab.submit(scale=5, user="bob"), lab.submit(scale=5, arrays=True, user="bob")]
     lab.finish()
     hidden = {row.job_id for row in lab.rows(result_tables.results) if row.retracted_at is not None}
@@ -147,7 +146,7 @@ def test_ones_own_twin_that_waits_is_as_wrong(lab: Any) -> None:
     wrong = lab.submit(scale=5, user="ann")
     lab.finish()
     waiting = lab.submit(scale=5, arrays=True, user="ann")
-    retraction.retract(lab.service, wrong, "wrong", user="ann", admin=False)
+    retractions.retract(lab.service, wrong, "wrong", user="ann", admin=False)
     lab.finish()
     assert {row.job_id for row in lab.rows(result_tables.results) if row.retracted_at} == {wrong, waiting}
 
@@ -161,7 +160,9 @@ def test_an_attack_from_before_there_was_an_order_has_its_twin(lab: Any) -> None
         connection.execute(update(tables.tasks).where(tables.tasks.c.id == attack_id).values(spec=spec))
     kept = lab.submit(scale=5, arrays=True)
     lab.finish()
-    assert retraction.retract(lab.service, plain, "wrong", user="ann", admin=True)["retracted"] == sorted([plain, kept])
+    assert retractions.retract(lab.service, plain, "wrong", user="ann", admin=True)["retracted"] == sorted(
+        [plain, kept]
+    )
 
 
 def test_who_is_no_admin_hides_no_results_of_others_with_arrays(lab: Any) -> None:
@@ -170,9 +171,9 @@ def test_who_is_no_admin_hides_no_results_of_others_with_arrays(lab: Any) -> Non
     lab.submit(scale=5, arrays=True, user="bob")
     lab.finish()
     with pytest.raises(NotAllowed, match="bob"):
-        retraction.retract(lab.service, mine, "wrong", user="ann", admin=False)
+        retractions.retract(lab.service, mine, "wrong", user="ann", admin=False)
     with pytest.raises(NotAllowed, match="bob"):
-        retraction.retract_task(lab.service, lab.job(mine).attack_task_id, "wrong", user="ann", admin=False)
+        retractions.retract_task(lab.service, lab.job(mine).attack_task_id, "wrong", user="ann", admin=False)
 
 
 def test_what_was_retracted_without_arrays_is_computed_again(lab: Any) -> None:
@@ -180,7 +181,7 @@ def test_what_was_retracted_without_arrays_is_computed_again(lab: Any) -> None:
     lab.finish()
     kept = lab.submit(arrays=True)
     lab.finish()
-    retraction.retract_task(lab.service, lab.job(plain).attack_task_id, "wrong", user="ann", admin=True)
+    retractions.retract_task(lab.service, lab.job(plain).attack_task_id, "wrong", user="ann", admin=True)
     again = lab.submit(user="bob")
     assert lab.job(again).attack_task_id not in (lab.job(plain).attack_task_id, lab.job(kept).attack_task_id)
     lab.finish()

@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 
 from service.model.executor import Succeeded
 from service.model.flags import Mean, not_monotone
-from service.queue import retraction
+from service.queue import retractions
 from service.results import exporting, leaderboard, worst_case
 from service.results.insights import Insights, Question
 from service.store.result_tables import cells, results
@@ -70,10 +70,10 @@ def test_more_steps_that_break_less(lab: Any) -> None:
         assert {line["job_id"] for line in lines if line["flags"] == "not_monotone"} == flagged
     assert insights.result(ten)["verdict"] == "trusted"
     for job_id in (forty, repeat):
-        retraction.retract(lab.service, job_id, "a bug", user="ann", admin=True)
+        retractions.retract(lab.service, job_id, "a bug", user="ann", admin=True)
     assert insights.result(ten)["flags"] == []
     assert insights.results(Question(filter="flags = not_monotone"))["items"] == []
-    retraction.restore(lab.service, forty, user="ann", admin=True)
+    retractions.restore(lab.service, forty, user="ann", admin=True)
     shown = insights.results(Question(filter="flags = not_monotone"))["items"]
     assert {row["job_id"] for row in shown} == {ten, forty, same}
 

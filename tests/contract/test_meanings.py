@@ -24,7 +24,7 @@ from api.http.feed import MOST_PENDING, Feed, Reader
 from service.errors import InvalidQuery
 from service.lab.access import Access, Caller
 from service.model import times
-from service.queue import retraction
+from service.queue import retractions
 from service.results import exporting, leaderboard, networks
 from service.results.insights import Insights, Question
 from service.results.questions import nodes_of
@@ -175,7 +175,7 @@ def test_a_digest_in_capitals(insights: Insights) -> None:
 
 def test_who_retracted_without_a_job_is_known(lab: Any, insights: Insights) -> None:
     [row, *_] = insights.results(Question())["items"]
-    retraction.retract(lab.service, row["job_id"], "wrong", user="carol", admin=True)
+    retractions.retract(lab.service, row["job_id"], "wrong", user="carol", admin=True)
     for text in ("retracted_by = carol", "retracted_by ~ caro"):
         found = insights.results(Question(filter=text, retracted=True))["items"]
         assert row["job_id"] in [one["job_id"] for one in found]

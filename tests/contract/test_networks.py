@@ -9,7 +9,7 @@ from store_lab import Lab
 from service.errors import InvalidQuery, InvalidSpec
 from service.lab.access import NotAllowed
 from service.model.executor import Grant, Succeeded
-from service.queue import retraction
+from service.queue import retractions
 from service.results import networks
 from service.specs import DatasetRef, JobSpec, digest
 from service.specs.plan import plan_job
@@ -212,7 +212,7 @@ class TestTrainedByDigest:
 class TestRetracted:
     def retract(self, lab: Lab, job: str) -> None:
         training = lab.job(job).train_task_id
-        retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=True)
+        retractions.retract_task(lab.service, training, "the wrong split", user="ann", admin=True)
 
     @pytest.mark.parametrize("replicate", [0, 3])
     def test_retracted_weights_do_not_come_back_by_their_digest(self, lab: Lab, replicate: int) -> None:
@@ -227,7 +227,7 @@ class TestRetracted:
         source = {"architecture": "mlp", "recipe": {"name": "imported", "checkpoint": weights}}
         with pytest.raises(InvalidSpec, match="/attack: ann retracted the training"):
             lab.submit(seed=4, attack={"type": "transfer", "attack": by, "source": source})
-        retraction.restore_task(lab.service, lab.job(job).train_task_id, user="ann", admin=True)
+        retractions.restore_task(lab.service, lab.job(job).train_task_id, user="ann", admin=True)
         assert lab.job(lab.submit(checkpoint=weights)).train_task_id == lab.job(job).train_task_id
 
     def test_what_imported_the_weights_before_is_hidden_with_the_training_and_comes_back(self, lab: Lab) -> None:
@@ -241,8 +241,8 @@ class TestRetracted:
         assert lab.job(imported).train_task_id not in (lab.job(job).train_task_id, lab.job(other).train_task_id)
         training = lab.job(job).train_task_id
         with pytest.raises(NotAllowed, match="jobs of bob rest on it"):
-            retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=False)
-        done = retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=True)
+            retractions.retract_task(lab.service, training, "the wrong split", user="ann", admin=False)
+        done = retractions.retract_task(lab.service, training, "the wrong split", user="ann", admin=True)
         assert done["retracted"] == sorted([job, imported, moved])
         assert done["still_registered"] == []
         assert self.shown(lab) == {other}
@@ -251,7 +251,7 @@ class TestRetracted:
         [row] = lab.rows(results, job_id=imported)
         assert (row.retracted_with, row.retracted_by, row.retraction_reason) == (training, "ann", "the wrong split")
         lab.check()
-        back = retraction.restore_task(lab.service, training, user="ann", admin=True)
+        back = retractions.restore_task(lab.service, training, user="ann", admin=True)
         assert back["restored"] == sorted([job, imported, moved])
         assert self.shown(lab) == {job, other, imported, moved}
         assert not any(row.former_digest for row in lab.rows(tables.tasks))
@@ -264,7 +264,7 @@ class TestRetracted:
         register(lab, "kept", weights_sha256=weights)
         by_name = lab.submit(checkpoint="kept")
         lab.finish()
-        done = retraction.retract_task(
+        done = retractions.retract_task(
             lab.service, lab.job(job).train_task_id, "the wrong split", user="ann", admin=True
         )
         assert (done["retracted"], done["still_registered"]) == ([job], ["kept"])
@@ -290,7 +290,7 @@ class TestRetracted:
         lab.submit(checkpoint=self.weights_of(lab, job), replicate=5)
         lab.finish()
         training = lab.job(job).train_task_id
-        done = retraction.retract_task(lab.service, training, "the wrong split", user="ann", admin=True, rerun=True)
+        done = retractions.retract_task(lab.service, training, "the wrong split", user="ann", admin=True, rerun=True)
         assert len(done["retracted"]) == 2
         [again] = done["resubmitted"]
         assert lab.job(again).recipe == "standard"

@@ -17,7 +17,7 @@ from service.model.jobs import TaskState
 from service.results import exporting
 from service.results.insights import Insights, Question
 from service.specs.attacks import PRESETS
-from service.store import submitting
+from service.store import joining
 from service.store.fields import RESULTS
 
 
@@ -222,7 +222,7 @@ def test_a_task_that_is_computed_again_changes_what_is_shown(lab: Any, insights:
     [row] = insights.results(Question())["items"]
     task_id = insights.result(row["job_id"])["parts"]["attack"]["task_id"]
     with lab.database.write() as connection:
-        submitting.reopen(connection, 1.0, "ann", {task_id: TaskState.QUEUED})
+        joining.reopen(connection, 1.0, "ann", {task_id: TaskState.QUEUED})
     [grant] = lab.grant()
     lab.record(Succeeded(grant.task_id, grant.attempt, lab.outcome(grant, robust_accuracy=0.125)))
     assert [row["robust_accuracy"] for row in insights.results(Question())["items"]] == [0.125]

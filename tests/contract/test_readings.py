@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from service.errors import DatabaseAway, InvalidQuery, NotFound
 from service.model.executor import ArtifactRef, Bits, Grant, Outcome, Progress
 from service.queue.dispatcher import Dispatcher
-from service.queue.submission import Service
+from service.queue.verbs import Service
 from service.results.insights import Insights, Question
 from service.results.views import eta_seconds, sweep_state
 from service.settings import Settings

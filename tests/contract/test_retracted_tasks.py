@@ -8,8 +8,8 @@ from service.errors import Conflict, InvalidQuery, NotFound, QuotaExceeded
 from service.lab.access import NotAllowed
 from service.model.executor import Grant, Succeeded
 from service.operations.housekeeping import Policy, collect
-from service.queue import retraction
-from service.queue.submission import Service
+from service.queue import retractions
+from service.queue.verbs import Service
 from service.results import aggregates, leaderboard
 from service.results.insights import Insights, Question
 from service.results.questions import nodes_of
@@ -50,11 +50,11 @@ def training_of(lab: Any, job_id: str) -> str:
 
 
 def retract(lab: Any, task_id: str, user: str = "ann", *, admin: bool = True, **more: Any) -> dict[str, Any]:
-    return retraction.retract_task(lab.service, task_id, SPLIT, user=user, admin=admin, **more)
+    return retractions.retract_task(lab.service, task_id, SPLIT, user=user, admin=admin, **more)
 
 
 def restore(lab: Any, task_id: str, user: str = "ann", *, admin: bool = True) -> dict[str, Any]:
-    return retraction.restore_task(lab.service, task_id, user=user, admin=admin)
+    return retractions.restore_task(lab.service, task_id, user=user, admin=admin)
 
 
 def four(lab: Any, user: str) -> list[str]:
@@ -97,7 +97,7 @@ def test_a_training_takes_all_its_scales_attacks_and_users_along(lab: Any) -> No
     assert insights.result(mine[0])["parts"]["train"]["digest"] == digest
     assert insights.result(mine[0])["attack_digest"] == insights.result(later)["attack_digest"]
 
-    back = retraction.restore_all(lab.service, nodes_of("user = bob and scale = 5 and attack = fgsm"), user="ann")
+    back = retractions.restore_all(lab.service, nodes_of("user = bob and scale = 5 and attack = fgsm"), user="ann")
     assert back["restored"] == sorted(mine + theirs)
     assert back["superseded"] == back["tasks"], "new jobs would mix two generations of one training"
     assert shown(lab) == dict.fromkeys([*mine, *theirs, other], 0.25) | {later: 0.75}
@@ -188,13 +188,13 @@ def test_the_network_that_a_transfer_comes_from_counts(lab: Any) -> None:
 def test_a_result_that_was_retracted_by_itself_stays_so_when_its_training_is_restored(lab: Any) -> None:
     bad, good = lab.submit(), lab.submit(scale=5)
     answer(lab, 0.5)
-    retraction.retract(lab.service, bad, "a bug", user="ann", admin=True)
+    retractions.retract(lab.service, bad, "a bug", user="ann", admin=True)
     train = training_of(lab, bad)
     assert retract(lab, train)["retracted"] == [good]
-    assert retraction.restore(lab.service, good, user="ann", admin=True)["restored"] == [good]
+    assert retractions.restore(lab.service, good, user="ann", admin=True)["restored"] == [good]
     assert shown(lab) == {good: 0.5}
     retract(lab, train)
-    assert retraction.restore(lab.service, bad, user="ann", admin=True)["restored"] == [], "its training is retracted"
+    assert retractions.restore(lab.service, bad, user="ann", admin=True)["restored"] == [], "its training is retracted"
     restore(lab, train)
     assert shown(lab) == {bad: 0.5, good: 0.5}
 
@@ -220,7 +220,7 @@ def test_who_is_no_admin_hides_nobody_elses_result(lab: Any) -> None:
     with pytest.raises(NotAllowed, match=r"root.*ask an admin"):
         restore(lab, shared, "bob", admin=False)
     with pytest.raises(NotAllowed, match=r"root.*ask an admin"):
-        retraction.restore(lab.service, waiting, user="bob", admin=False)
+        retractions.restore(lab.service, waiting, user="bob", admin=False)
     with pytest.raises(NotFound):
         retract(lab, "0" * 64)
 
@@ -231,12 +231,12 @@ def test_a_retraction_of_ones_own_hides_nothing_that_others_ask_for_later(lab: A
     [attack] = lab.grant("attack")
     lab.succeed(attack)
     answer(lab, 0.25)
-    retraction.retract(lab.service, mine, "for fun", user="mallory", admin=False)
+    retractions.retract(lab.service, mine, "for fun", user="mallory", admin=False)
     bob = lab.submit(user="bob")
     assert lab.job(bob).attack_task_id != attack.task_id
     answer(lab, 0.5)
     assert shown(lab) == {bob: 0.5}
-    assert retraction.restore(lab.service, mine, user="mallory", admin=False)["superseded"] == [attack.task_id]
+    assert retractions.restore(lab.service, mine, user="mallory", admin=False)["superseded"] == [attack.task_id]
     assert set(shown(lab)) == {mine, bob}
 
 
@@ -245,7 +245,7 @@ def test_a_result_that_others_wait_for_is_not_retracted_by_its_owner(lab: Any) -
     answer(lab, 0.25)
     waiting = lab.submit(user="bob", measures=["fisher_rao"])  # the same attack, and a measure that is to come
     with pytest.raises(NotAllowed, match=r"bob.*ask an admin"):
-        retraction.retract(lab.service, mine, "for fun", user="mallory", admin=False)
+        retractions.retract(lab.service, mine, "for fun", user="mallory", admin=False)
     answer(lab, 0.25)
     assert set(shown(lab)) == {mine, waiting}
 
@@ -271,7 +271,7 @@ def test_a_further_measure_is_retracted_by_its_version_and_takes_no_other_number
         return int(found["items"][0][metric]["count"])
 
     assert numbers(both)["sam_sharpness_loss"] == 3.0
-    done = retraction.retract_all(lab.service, wrong, "a step overflowed", user="root", measure="sam_sharpness")
+    done = retractions.retract_all(lab.service, wrong, "a step overflowed", user="root", measure="sam_sharpness")
     assert (done["retracted"], done["unmeasured"], len(done["tasks"])) == ([], [both], 1)
     said = {"sam_sharpness": "retracted: a step overflowed"}
     assert numbers(both) == {
@@ -290,12 +290,12 @@ def test_a_further_measure_is_retracted_by_its_version_and_takes_no_other_number
     answer(lab, 0.5, sam_sharpness_loss=1.0)
     assert (numbers(later)["sam_sharpness_loss"], numbers(both)["sam_sharpness_loss"]) == (1.0, None)
     assert lab.job(later).attack_task_id == lab.job(both).attack_task_id
-    back = retraction.restore_all(lab.service, wrong, user="root", measure="sam_sharpness")
+    back = retractions.restore_all(lab.service, wrong, user="root", measure="sam_sharpness")
     assert (back["restored"], back["measured"], back["superseded"]) == ([], [both], back["tasks"])
     assert numbers(both)["sam_sharpness_loss"] == 3.0
     for name in ("closed_forms", "sam_sharpnes"):
         with pytest.raises(InvalidQuery, match="unknown measure"):
-            retraction.retract_all(lab.service, wrong, "a bug", user="root", measure=name)
+            retractions.retract_all(lab.service, wrong, "a bug", user="root", measure=name)
 
 
 def test_rerun_submits_what_was_hidden_again_or_nothing_is_retracted(lab: Any) -> None:
@@ -306,7 +306,7 @@ def test_rerun_submits_what_was_hidden_again_or_nothing_is_retracted(lab: Any) -
     train = lab.rows(tables.tasks, kind="train")[0].id
     small = Service(lab.database, lab.artifacts, Settings(max_queued_jobs=1).limits)
     with pytest.raises(QuotaExceeded):
-        retraction.retract_task(small, train, SPLIT, user="ann", rerun=True, admin=True)
+        retractions.retract_task(small, train, SPLIT, user="ann", rerun=True, admin=True)
     assert len(shown(lab)) == 3
     again = retract(lab, train, rerun=True)["resubmitted"]
     assert len(again) == 2
@@ -326,7 +326,7 @@ def test_the_bytes_of_what_is_retracted_stay(lab: Any) -> None:
 @pytest.mark.parametrize("text", [None, " "])
 def test_a_filter_that_says_nothing_restores_nothing(lab: Any, text: str | None) -> None:
     with pytest.raises(InvalidQuery, match="it is empty"):
-        retraction.restore_all(lab.service, nodes_of(text), user="root")
+        retractions.restore_all(lab.service, nodes_of(text), user="root")
 
 
 @pytest.mark.parametrize("by", ["job", "filter"])
@@ -344,9 +344,9 @@ def test_verdicts_do_not_rest_on_a_retracted_attack_at_one(lab: Any, by: str) ->
     untouched = insights.result(other)
     nodes = nodes_of("scale = 1")
     if by == "job":
-        retraction.retract(lab.service, at_one, "a bug", user="ann", admin=True)
+        retractions.retract(lab.service, at_one, "a bug", user="ann", admin=True)
     else:
-        retraction.retract_all(lab.service, nodes, "a bug", user="ann")
+        retractions.retract_all(lab.service, nodes, "a bug", user="ann")
     without = insights.result(at_five)
     assert (without["verdict"], without["masked_fraction"], without["verdict_checks"]["masked"]) == (
         "not_checked",
@@ -358,9 +358,9 @@ def test_verdicts_do_not_rest_on_a_retracted_attack_at_one(lab: Any, by: str) ->
     answer(lab, 0.25)
     assert insights.result(later)["verdict"] == "not_checked"
     if by == "job":
-        retraction.restore(lab.service, at_one, user="ann", admin=True)
+        retractions.restore(lab.service, at_one, user="ann", admin=True)
     else:
-        retraction.restore_all(lab.service, nodes, user="ann")
+        retractions.restore_all(lab.service, nodes, user="ann")
     again = insights.result(at_five)
     assert {name for name in again if again[name] != before[name]} == {"worst_case"}  # the later job's, too
     assert insights.result(other) == untouched

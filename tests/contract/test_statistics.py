@@ -13,8 +13,8 @@ from service.lab.access import NotAllowed
 from service.model.dotted import flat
 from service.model.executor import Bits, Outcome, Succeeded
 from service.model.query import parse
-from service.queue import retraction
-from service.queue.submission import Service
+from service.queue import retractions
+from service.queue.verbs import Service
 from service.results import aggregates, comparing, correlating, leaderboard
 from service.results.insights import Insights, Question
 from service.results.questions import nodes_of
@@ -466,14 +466,14 @@ def test_what_is_not_accepted_any_more_is_not_computed_again(lab: Any, insights:
     with lab.database.write() as connection:  # as an earlier version accepted it
         connection.execute(update(jobs).values(spec={**row.spec, "architecture": "vgg11_bn"}))
     with pytest.raises(InvalidSpec, match="/rerun: a job of these is not accepted any more: /architecture: vgg11_bn"):
-        retraction.retract(lab.service, job, "a bug", user="ann", rerun=True, admin=True)
+        retractions.retract(lab.service, job, "a bug", user="ann", rerun=True, admin=True)
     assert insights.result(job)["retracted_at"] is None
 
 
 def test_retraction(lab: Any, insights: Insights) -> None:
     first, same, other = lab.submit(), lab.submit(user="bob"), lab.submit(scale=5)
     finish(lab)
-    done = retraction.retract(lab.service, first, "a bug", user="ann", rerun=True, admin=True)
+    done = retractions.retract(lab.service, first, "a bug", user="ann", rerun=True, admin=True)
     assert done["retracted"] == sorted([first, same])
     assert {row["job_id"] for row in insights.results(Question())["items"]} == {other}
     every = insights.results(Question(retracted=True, filter="retraction_reason = 'a bug'"))["items"]
@@ -481,7 +481,7 @@ def test_retraction(lab: Any, insights: Insights) -> None:
     assert insights.result(first)["retracted_by"] == "ann"
     assert insights.result(first)["robust_accuracy"] is not None
     with pytest.raises(Conflict, match="a bug"):
-        retraction.retract(lab.service, same, "again", user="ann", admin=True)
+        retractions.retract(lab.service, same, "again", user="ann", admin=True)
     later = lab.submit(user="eve")  # its numbers are known, and known to be wrong
     assert later not in {row["job_id"] for row in insights.results(Question())["items"]}
     [again] = done["resubmitted"]
@@ -489,33 +489,33 @@ def test_retraction(lab: Any, insights: Insights) -> None:
     assert insights.result(again)["replicate"] == 1
     assert {row["job_id"] for row in insights.results(Question())["items"]} == {other, again}
     assert {event.job_id for event in lab.rows(tables.events) if event.kind == "result.retracted"} == {first, same}
-    assert sorted(retraction.restore(lab.service, first, user="ann", admin=True)["restored"]) == sorted(
+    assert sorted(retractions.restore(lab.service, first, user="ann", admin=True)["restored"]) == sorted(
         [first, same, later]
     )
 
-    rest = retraction.retract_all(
+    rest = retractions.retract_all(
         lab.service, [parse(f"versions.attack = {version_of('attack', 'pgd')} and scale = 5")], "all of it", user="ann"
     )
     assert rest["retracted"] == [other]
     found = aggregates.aggregate(lab.database, [], [], {"robust_accuracy": ("count",)}, allow_mixed=True)
     assert [item["results"] for item in found["items"]] == [4]
     with pytest.raises(NotFound):
-        retraction.retract(lab.service, "nothing", "because", user="ann", admin=True)
+        retractions.retract(lab.service, "nothing", "because", user="ann", admin=True)
 
 
 def test_only_an_admin_retracts_or_restores_what_others_have_too(lab: Any, insights: Insights) -> None:
     shared, _, own = lab.submit(), lab.submit(user="bob"), lab.submit(scale=5)
     finish(lab)
     with pytest.raises(NotAllowed, match=r"bob.*ask an admin"):
-        retraction.retract(lab.service, shared, "a bug", user="ann", admin=False)
+        retractions.retract(lab.service, shared, "a bug", user="ann", admin=False)
     assert len(insights.results(Question())["items"]) == 3
-    assert retraction.retract(lab.service, own, "a bug", user="ann", admin=False)["retracted"] == [own]
-    assert retraction.restore(lab.service, own, user="ann", admin=False)["restored"] == [own]
-    retraction.retract(lab.service, shared, "a bug", user="ann", admin=True)
-    retraction.retract(lab.service, own, "a bug", user="root", admin=True)
+    assert retractions.retract(lab.service, own, "a bug", user="ann", admin=False)["retracted"] == [own]
+    assert retractions.restore(lab.service, own, user="ann", admin=False)["restored"] == [own]
+    retractions.retract(lab.service, shared, "a bug", user="ann", admin=True)
+    retractions.retract(lab.service, own, "a bug", user="root", admin=True)
     for job_id, who in ((shared, "bob"), (own, "root")):
         with pytest.raises(NotAllowed, match=f"{who}.*ask an admin"):
-            retraction.restore(lab.service, job_id, user="ann", admin=False)
+            retractions.restore(lab.service, job_id, user="ann", admin=False)
     assert insights.results(Question())["items"] == []
 
 
@@ -524,7 +524,7 @@ def test_a_filter_that_says_nothing_retracts_nothing(lab: Any, insights: Insight
     lab.submit()
     finish(lab)
     with pytest.raises(InvalidQuery, match="would retract every result"):
-        retraction.retract_all(lab.service, nodes_of(text), "oops", user="root")
+        retractions.retract_all(lab.service, nodes_of(text), "oops", user="root")
     assert len(insights.results(Question())["items"]) == 1
 
 
@@ -535,8 +535,8 @@ def test_a_rerun_is_of_every_spec_or_nothing_is_retracted(lab: Any, insights: In
     everything = [parse("scale > 0")]
     service = Service(lab.database, lab.artifacts, Settings(max_queued_jobs=1).limits)
     with pytest.raises(QuotaExceeded):
-        retraction.retract_all(service, everything, "a bug", user="ann", rerun=True)
+        retractions.retract_all(service, everything, "a bug", user="ann", rerun=True)
     assert len(insights.results(Question())["items"]) == 2
-    again = retraction.retract_all(lab.service, everything, "a bug", user="root", rerun=True)["resubmitted"]
+    again = retractions.retract_all(lab.service, everything, "a bug", user="root", rerun=True)["resubmitted"]
     specs = [row.spec for row in lab.rows(tables.jobs) if row.id in again]
     assert sorted((spec["attack_seed"], spec["replicate"]) for spec in specs) == [(0, 1), (1, 1)]

@@ -31,7 +31,7 @@ from waiting import until
 from service.errors import DatabaseAway, DatabaseFull, SchemaOutdated
 from service.lab.artifacts import Artifacts
 from service.model.events import EventKind
-from service.queue.submission import Idempotency
+from service.queue.verbs import Idempotency
 from service.specs import JobSpec
 from service.store import Database, history
 from service.store import database as database_module

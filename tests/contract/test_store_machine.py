@@ -33,13 +33,14 @@ from store_lab import Lab
 
 from service.errors import Conflict, DatabaseAway
 from service.lab.artifacts import Artifacts
+from service.model import jobs as model_jobs
 from service.model import retrying
 from service.model.executor import ArtifactRef, Failed, Grant, Lost, Message, Progress, Succeeded
 from service.model.retrying import Patience
-from service.queue.planning import plans_of
-from service.queue.submission import Idempotency, Service
+from service.queue.plans import plans_of
+from service.queue.verbs import Idempotency, Service
 from service.specs import JobSpec, Sweep
-from service.store import Database, claiming, recording, settling, submitting, tables
+from service.store import Database, claiming, joining, recording, settling, tables
 from service.store import database as database_module
 from service.store.task_kinds import TASK_KINDS
 from service.store.typed import json_number
@@ -263,7 +264,7 @@ class Machine(RuleBasedStateMachine):
             with self.store.read() as connection:
                 new.sort(key=lambda row: row.sequence)
                 for row, plan in zip(new, plans_of(connection, jobs[: len(new)]), strict=True):
-                    ids = {digest: one for digest, (one, _) in submitting.known_tasks(connection, plan.tasks).items()}
+                    ids = {digest: one for digest, (one, _) in joining.existing_tasks(connection, plan.tasks).items()}
                     for digest, task in plan.tasks.items():
                         parents = tuple(ids[parent] for parent in task.parents)
                         self.model.tasks.setdefault(ids[digest], Task(parents))
@@ -573,7 +574,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
         "(row.holder, row.epoch) == (holder, epoch)",
         "row.holder == holder",
     ),
-    "the count of attempts begins anew": (submitting.reopen, "errors=0,", "errors=0, attempt=0,"),
+    "the count of attempts begins anew": (joining.reopen, '"errors": 0,', '"errors": 0, "attempt": 0,'),
     "a request is done as often as it is sent": (Service._once, "stored is not None", "False"),
     "cancelled for all who need it": (
         settling.release_tasks,
@@ -581,7 +582,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
         "unneeded = tasks.c.id.in_(which)",
     ),
     "a lost node is held against the task": (retrying.after_loss, "end in COSTLY", "end"),
-    "children do not wait": (submitting._first_state, "is not TaskState.SUCCEEDED", "is None"),
+    "children do not wait": (model_jobs.first_state, "is not TaskState.SUCCEEDED", "is None"),
 }
 
 

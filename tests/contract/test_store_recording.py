@@ -203,9 +203,9 @@ class TestSuccess:
         lab.succeed(train)
         with lab.database.write() as connection:  # its bytes are lost: a new generation
             from service.model.jobs import TaskState
-            from service.store import submitting
+            from service.store import joining
 
-            submitting.reopen(connection, 0.0, "ann", {train.task_id: TaskState.QUEUED})
+            joining.reopen(connection, 0.0, "ann", {train.task_id: TaskState.QUEUED})
             settle_jobs(connection, 0.0, "ann", listed([lab.rows(tables.jobs)[0].id]))
         [again] = lab.grant("train")
         lab.record(Succeeded(again.task_id, again.attempt, lab.outcome(again, test_accuracy=0.1)))

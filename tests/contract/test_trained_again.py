@@ -21,11 +21,11 @@ from service.lab.artifacts import Artifacts
 from service.model.executor import Bits, Failed, Grant, Succeeded
 from service.model.jobs import LIVE_JOB, RETRIABLE
 from service.operations.upgrading import judge_again
-from service.queue import retraction
+from service.queue import retractions
 from service.results import aggregates, comparing, correlating, exporting, leaderboard, worst_case
 from service.results.insights import Insights, Question
 from service.results.questions import nodes_of
-from service.store import Database, filing, recording, submitting, tables, trained_again
+from service.store import Database, filing, jobs, joining, recording, tables, trained_again
 from service.store.result_tables import results
 
 PGD = {"type": "pgd", "norm": "linf", "eps": 0.1, "step_size": 0.02, "steps": 5}
@@ -216,7 +216,8 @@ def test_what_still_runs_on_the_old_weights_as_others_come_back(
     lab: Any, monkeypatch: pytest.MonkeyPatch, recorded: str
 ) -> None:
     """As an earlier version may have left it: what ends in the same moment stays with the old, what runs is stopped."""
-    monkeypatch.setattr(submitting, "_let_wait", lambda connection, now, actor, reopened: list(reopened))
+    for module in (jobs, joining):
+        monkeypatch.setattr(module, "let_wait", lambda connection, now, actor, reopened: list(reopened))
     keeps, runs = unwanted(lab)
     lab.service.retry_job(keeps, user="ann")
     wants = lab.submit(user="eve", attack=PGD)
@@ -266,11 +267,11 @@ def test_a_retracted_training_that_runs_again(lab: Any) -> None:
     old = training_of(lab, first)
     lost_and_retried(lab, scale=5)
     [running] = lab.grant("train")
-    retraction.retract_task(lab.service, old.id, "a bug", user="root", admin=True)
+    retractions.retract_task(lab.service, old.id, "a bug", user="root", admin=True)
     answer(lab, running, "others")  # it had ended before it could be stopped
     assert weights_of(lab, first)["train"] == made_by(lab, old.id)
     finish(lab, "thirds")
-    back = retraction.restore_task(lab.service, old.id, user="root", admin=True)
+    back = retractions.restore_task(lab.service, old.id, user="root", admin=True)
     assert back["restored"] == [first]
     assert set(weights_of(lab, first).values()) == {made_by(lab, old.id)}
     insights = Insights(lab.database)
@@ -289,8 +290,8 @@ def test_a_new_generation_that_is_retracted_does_not_bring_the_lost_weights_back
     second = lost_and_retried(lab, scale=5)
     finish(lab, "others")
     for task in (old.id, training_of(lab, second).id):
-        retraction.retract_task(lab.service, task, "a bug", user="root", admin=True)
-    assert old.id in retraction.restore_task(lab.service, old.id, user="root", admin=True)["superseded"]
+        retractions.retract_task(lab.service, task, "a bug", user="root", admin=True)
+    assert old.id in retractions.restore_task(lab.service, old.id, user="root", admin=True)["superseded"]
     third = lab.submit(user="bob")
     assert training_of(lab, third).id not in (old.id, training_of(lab, second).id)
     assert training_of(lab, third).generation == 3

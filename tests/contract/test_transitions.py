@@ -14,8 +14,8 @@ from service.store.states import move_jobs, move_tasks
 
 # The two helpers, the three functions that build a new row, and the fields that a filter may name.
 ROWS = {
-    "submitting._task_row",
-    "submitting._job_row",
+    "joining._task_row",
+    "jobs._job_row",
     "trained_again._copy",
     "fields.JOBS",
     "states.move_tasks",

@@ -16,7 +16,7 @@ from service.model.scheduling import AGEING_SECONDS, Cluster, choose
 from service.queue import decisions
 from service.queue.dispatcher import Dispatcher
 from service.queue.explaining import explain, queue_status
-from service.queue.submission import Idempotency, Service
+from service.queue.verbs import Idempotency, Service
 from service.results.views import version
 from service.settings import Settings
 from service.specs import JobSpec, Sweep

@@ -14,7 +14,7 @@ from api.cli import report
 from service.errors import InvalidQuery
 from service.model.executor import Bits, Succeeded
 from service.model.verdict import VERSION, wilson
-from service.queue import retraction
+from service.queue import retractions
 from service.results import comparing, correlating, leaderboard, worst_case
 from service.results.insights import Insights, Question
 from service.results.questions import nodes_of
@@ -122,7 +122,7 @@ def test_every_network_and_ball_is_listed_with_its_attacks(lab: Any, insights: I
     }
     [alone] = worst_case.of_networks(lab.database, nodes_of("attack = square"))
     assert alone == of_network, "what chose the network does not choose its attacks"
-    retraction.retract(lab.service, inside[1], "a bug", user="ann", admin=True)
+    retractions.retract(lab.service, inside[1], "a bug", user="ann", admin=True)
     assert worst_case.of_networks(lab.database, nodes_of("attack = square")) == []
 
 
@@ -175,7 +175,7 @@ def test_what_proves_nothing_is_left_out_and_counted(
     assert insights.result(first)["worst_case"]["robust_accuracy"] == (N - 2) / N
     assert insights.result(first)["worst_case"]["left_out"] == {"outside_ball": 1}
     monkeypatch.setattr(versions, "VERSIONS", {"attack/square": 2})
-    retraction.retract(lab.service, wrong, "a bug", user="ann", admin=True)
+    retractions.retract(lab.service, wrong, "a bug", user="ann", admin=True)
     worst = insights.result(first)["worst_case"]
     assert (worst["robust_accuracy"], worst["results"]) == ((N - 1) / N, 1)
     assert worst["left_out"] == {"outside_ball": 1, "superseded": 1}
@@ -331,7 +331,7 @@ def test_a_union_leaves_out_what_a_worst_case_does_and_names_it(
     wrong, square = lab.submit(attack={**BALL, "steps": 30}, samples=N), lab.submit(attack=OTHER_BALL, samples=N)
     finish(lab, lambda _: {2})
     monkeypatch.setattr(versions, "VERSIONS", {"attack/square": 2})
-    retraction.retract(lab.service, wrong, "a bug", user="ann", admin=True)
+    retractions.retract(lab.service, wrong, "a bug", user="ann", admin=True)
     union = comparing.compare(lab.database, [first, outside, wrong, square])["union"]
     assert union["robust_accuracy"] == insights.result(first)["worst_case"]["robust_accuracy"] == (N - 1) / N
     assert union["left_out"] == {outside: "outside_ball", wrong: "retracted", square: "superseded"}

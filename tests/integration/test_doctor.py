@@ -18,7 +18,7 @@ from service.model.executor import Lost
 from service.model.retrying import Patience
 from service.operations import doctor
 from service.operations.doctor import Check
-from service.queue.submission import Service
+from service.queue.verbs import Service
 from service.settings import Settings
 from service.store import Database, claiming
 from service.store.tables import counters, tasks

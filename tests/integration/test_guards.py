@@ -25,7 +25,7 @@ from api.http.permissions import Permission, open_to_all, owner_of
 from api.http.routing import OF_MANY, Router, install
 from service.errors import Conflict, NotFound, Unauthenticated
 from service.lab.access import Access, Caller
-from service.queue.submission import Service
+from service.queue.verbs import Service
 from service.results.insights import Insights
 from service.settings import Settings
 from service.specs import JobSpec, Sweep

@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from service.queue.dispatcher import Dispatcher
 from service.queue.inprocess import InProcessExecutor
-from service.queue.submission import Service
+from service.queue.verbs import Service
 from service.results import aggregates
 from service.settings import Settings
 from service.specs import Sweep

@@ -11,7 +11,7 @@ from sqlalchemy import select
 from service.lab.artifacts import Artifacts
 from service.queue.dispatcher import Dispatcher
 from service.queue.inprocess import InProcessExecutor
-from service.queue.submission import Service
+from service.queue.verbs import Service
 from service.settings import Settings
 from service.specs import JobSpec
 from service.store import Database

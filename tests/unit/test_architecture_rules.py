@@ -20,7 +20,7 @@ def test_contracts_hold() -> None:
     ("module", "heavy"),
     [
         ("service.queue.dispatcher", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
-        ("service.queue.submission", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
+        ("service.queue.verbs", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
         ("api.http.app", {"torch", "ray"}),
         ("api.client", {"torch", "ray", "fastapi", "scipy", "sklearn", "polars", "pandas", "pyarrow"}),
         ("workers.science.training", {"ray", "sqlalchemy", "fastapi", "pydantic", "service", "api"}),

@@ -9,7 +9,7 @@ from sqlalchemy import update
 
 from service.errors import Conflict, IdempotencyMismatch, InvalidSpec, NotFound
 from service.model.executor import Failed
-from service.queue.submission import Idempotency
+from service.queue.verbs import Idempotency
 from service.specs import JobSpec, Sweep
 from service.store import tables
 from service.store.tables import artifacts, attempts, events, idempotency_keys, jobs, tasks
@@ -524,14 +524,14 @@ class TestOwnDatasets:
 
 
 def test_a_sweep_is_accepted_whole_or_not_at_all(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.store import submitting
+    from service.store import jobs
 
     def fails(*_: Any) -> None:
         raise RuntimeError("the machine stops here")
 
     before = lab.dump()
-    monkeypatch.setattr(submitting, "settle_jobs", fails)
-    monkeypatch.setattr(submitting, "rerank", fails)
+    monkeypatch.setattr(jobs, "settle_jobs", fails)
+    monkeypatch.setattr(jobs, "rerank", fails)
     with pytest.raises(RuntimeError):
         lab.submit_sweep()
     assert lab.dump() == before

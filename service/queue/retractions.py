@@ -18,13 +18,13 @@ from service.model.json import JsonObject
 from service.model.query import Node
 from service.model.records import Task
 from service.queue import replanning
-from service.queue.planning import plans_of
-from service.queue.submission import Service
+from service.queue.plans import plans_of
+from service.queue.verbs import Service
 from service.results.judging import judge_results
 from service.results.results import result_of
 from service.specs import JobSpec, problems
 from service.specs.measures import FURTHER_MEASURES
-from service.store import Connection, flagging, history, reading, retracting
+from service.store import Connection, flagging, history, reading, retractions
 from service.store import results as store
 from service.store.fields import Column
 from service.store.history import Event
@@ -45,12 +45,12 @@ def retract(service: Service, job_id: str, reason: str, *, user: str, rerun: boo
         if row.retracted_at is not None:
             raise Conflict(f"the result of job {job_id} is retracted already: {row.retraction_reason}")
         now = service.database.now(connection)
-        attacks = retracting.with_equal_numbers(connection, [row.attack_task_id])
-        retracted = retracting.retract(connection, now, user, reason, attacks)
+        attacks = retractions.with_equal_numbers(connection, [row.attack_task_id])
+        retracted = retractions.retract(connection, now, user, reason, attacks)
         if not admin:
-            _check_own(connection, [*retracted, *retracting.waiting_for(connection, attacks)], user)
+            _check_own(connection, [*retracted, *retractions.waiting_for(connection, attacks)], user)
             # A later result of these numbers is hidden as it is filed, which only an admin may decide for others.
-            retracting.give_digests_up(connection, attacks)
+            retractions.give_digests_up(connection, attacks)
         flagging.renew(connection, retracted)
         _tell(connection, now, user, EventKind.RESULT_RETRACTED, retracted, {"reason": reason})
         _judge_without(connection, now, user, attacks)
@@ -71,11 +71,11 @@ def retract_all(
         where = _chosen(connection, nodes, RETRACT)
         if measure is not None:
             _check_measure(measure)
-            wrong = retracting.measures_of(connection, where, measure, retracted=False)
+            wrong = retractions.measures_of(connection, where, measure, retracted=False)
             return _retract_tasks(service, connection, wrong, reason, user, rerun)
-        attacks = retracting.with_equal_numbers(connection, retracting.attacks_of(connection, where))
+        attacks = retractions.with_equal_numbers(connection, retractions.attacks_of(connection, where))
         now = service.database.now(connection)
-        retracted = retracting.retract(connection, now, user, reason, attacks)
+        retracted = retractions.retract(connection, now, user, reason, attacks)
         flagging.renew(connection, retracted)
         _tell(connection, now, user, EventKind.RESULT_RETRACTED, retracted, {"reason": reason})
         _judge_without(connection, now, user, attacks)
@@ -99,7 +99,7 @@ def retract_task(
         task = _task(connection, id_or_digest)
         if task.retracted_at is not None:
             raise Conflict(f"{task.kind} {task.id} is retracted already: {task.retraction_reason}")
-        task_ids = retracting.with_equal_numbers(connection, [task.id])
+        task_ids = retractions.with_equal_numbers(connection, [task.id])
         if not admin:
             _check_users(connection, task_ids, user)
         return _retract_tasks(service, connection, task_ids, reason, user, rerun)
@@ -141,7 +141,7 @@ def restore_task(service: Service, id_or_digest: str, *, user: str, admin: bool)
         if not admin:
             if task.retracted_by != user:
                 raise NotAllowed(f"{task.retracted_by} retracted {task.kind} {task.id}: ask an admin to restore it")
-            _check_users(connection, retracting.with_equal_numbers(connection, [task.id]), user)
+            _check_users(connection, retractions.with_equal_numbers(connection, [task.id]), user)
         return _restore(service, connection, user, [], [task.id])
 
 
@@ -155,18 +155,18 @@ def restore_all(service: Service, nodes: Sequence[Node], *, user: str, measure: 
         if measure is not None:
             _check_measure(measure)
             return _restore(
-                service, connection, user, [], retracting.measures_of(connection, where, measure, retracted=True)
+                service, connection, user, [], retractions.measures_of(connection, where, measure, retracted=True)
             )
-        return _restore(service, connection, user, *retracting.hidden_by(connection, where))
+        return _restore(service, connection, user, *retractions.hidden_by(connection, where))
 
 
 def _retract_tasks(
     service: Service, connection: Connection, task_ids: Sequence[str], reason: str, user: str, rerun: bool
 ) -> JsonObject:
     now = service.database.now(connection)
-    marked = retracting.retract_tasks(connection, now, user, reason, task_ids)
-    retracted = retracting.hide_resting_on(connection, marked)
-    unmeasured = retracting.unmeasured_by(connection, marked)
+    marked = retractions.retract_tasks(connection, now, user, reason, task_ids)
+    retracted = retractions.hide_resting_on(connection, marked)
+    unmeasured = retractions.unmeasured_by(connection, marked)
     why = {"reason": reason}
     events = [Event(EventKind.TASK_RETRACTED, task_id=task_id, data=why) for task_id in marked]
     history.append(connection, now, user, events)
@@ -176,10 +176,10 @@ def _retract_tasks(
     replanned = replanning.replan(connection, now, user, marked)
     again: list[str] = []
     if rerun:
-        gone = retracting.importing(connection, marked)  # the weights that these jobs name are retracted
+        gone = retractions.importing(connection, marked)  # the weights that these jobs name are retracted
         again_of = [job_id for job_id in [*retracted, *unmeasured] if job_id not in gone]
         again = _submit(service, connection, now, _specs(connection, again_of), user)
-    registered = retracting.registered_of(connection, task_ids)
+    registered = retractions.registered_of(connection, task_ids)
     numbers = {"tasks": marked, "unmeasured": unmeasured, "replanned": replanned, "still_registered": registered}
     return {"retracted": retracted, "resubmitted": again, **numbers}
 
@@ -189,12 +189,12 @@ def _restore(
 ) -> JsonObject:
     """Of results that were retracted by themselves, by their attacks, and of `roots` with all that rests on them."""
     now = service.database.now(connection)
-    attack_ids = retracting.with_equal_numbers(connection, attack_ids)
-    roots = retracting.with_equal_numbers(connection, roots)
-    restored = retracting.restore(connection, attack_ids)
-    tasks, shown = retracting.restore_tasks(connection, roots)
-    superseded = retracting.give_digests_back(connection, [*tasks, *attack_ids])
-    unmeasured = retracting.unmeasured_by(connection, tasks)
+    attack_ids = retractions.with_equal_numbers(connection, attack_ids)
+    roots = retractions.with_equal_numbers(connection, roots)
+    restored = retractions.restore(connection, attack_ids)
+    tasks, shown = retractions.restore_tasks(connection, roots)
+    superseded = retractions.give_digests_back(connection, [*tasks, *attack_ids])
+    unmeasured = retractions.unmeasured_by(connection, tasks)
     restored = sorted({*restored, *shown})
     events = [
         Event(EventKind.TASK_RESTORED, task_id=task_id, data={"joined": task_id not in superseded}) for task_id in tasks
@@ -209,7 +209,7 @@ def _restore(
 
 def _judge_without(connection: Connection, now: float, user: str, attack_ids: Sequence[str]) -> None:
     """Judge again what was compared with these attacks at s = 1: a retracted one is no evidence, a restored one is."""
-    if before := retracting.judged_by(connection, attack_ids):
+    if before := retractions.judged_by(connection, attack_ids):
         judge_results(connection, now, user, before)
 
 
@@ -234,7 +234,7 @@ def _check_measure(name: str) -> None:
 
 def _specs(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]:
     """The specs of these results, each once."""
-    specs = {json.dumps(row.spec, sort_keys=True): row.spec for row in retracting.specs_of(connection, job_ids)}
+    specs = {json.dumps(row.spec, sort_keys=True): row.spec for row in retractions.specs_of(connection, job_ids)}
     return _accepted(list(specs.values()))
 
 
@@ -243,9 +243,9 @@ def _replicates(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]
 
     A replicate's training, measures and attacks are all independent of those before.
     """
-    rows = {_apart_from_replicate(row.spec): row for row in retracting.specs_of(connection, job_ids)}
+    rows = {_apart_from_replicate(row.spec): row for row in retractions.specs_of(connection, job_ids)}
     again = [
-        {**row.spec, "replicate": retracting.last_replicate(connection, row.cell_id, row.seed) + 1}
+        {**row.spec, "replicate": retractions.last_replicate(connection, row.cell_id, row.seed) + 1}
         for row in rows.values()
     ]
     return _accepted(again)
@@ -277,13 +277,13 @@ def _submit(service: Service, connection: Connection, now: float, jobs: Sequence
 
 def _check_own(connection: Connection, job_ids: Sequence[str], user: str) -> None:
     """Raises `NotAllowed` where some of these results are not the user's."""
-    if others := retracting.others_of(connection, job_ids, user):
+    if others := retractions.others_of(connection, job_ids, user):
         raise NotAllowed(f"results of {', '.join(others)} show the same numbers: ask an admin to do this")
 
 
 def _check_users(connection: Connection, task_ids: Sequence[str], user: str) -> None:
     """Raises `NotAllowed` where others' jobs need what rests on these tasks, or none of the user's does."""
-    users = retracting.users_of(connection, retracting.resting_on(connection, task_ids))
+    users = retractions.users_of(connection, retractions.resting_on(connection, task_ids))
     if others := [name for name in users if name != user]:
         raise NotAllowed(f"jobs of {', '.join(others)} rest on it: ask an admin to do this")
     if user not in users:

@@ -1,11 +1,11 @@
-"""What cells need, on the data sets of one store, and how much of it is there."""
+"""The plans of cells: the tasks that they need on the data sets and weights of one store, and which of these exist."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from service.errors import InvalidSpec
-from service.model.jobs import TaskState
+from service.model.jobs import REOPENED_TASK, TaskState
 from service.model.json import JsonObject
 from service.model.names import OWN_DATASET
 from service.model.pointers import pointer_to
@@ -16,11 +16,8 @@ from service.specs.attacks import Transfer
 from service.specs.fitting import Images, misfits
 from service.specs.plan import JobPlan, PlannedTask, plan_job, with_arrays
 from service.specs.recipes import Imported
-from service.store import Connection, datasets, submitting
-
-REOPENED = (TaskState.FAILED, TaskState.CANCELLED)
-Known = Mapping[str, tuple[str, TaskState]]
-"""`digest -> (task id, state)`, as `submitting.known_tasks` says it."""
+from service.store import Connection, datasets
+from service.store.joining import ExistingTasks, existing_tasks, retracted_digests
 
 
 def plans_of(
@@ -28,10 +25,10 @@ def plans_of(
     cells: Sequence[JobSpec],
     located: Callable[[JobSpec, InvalidSpec], InvalidSpec] | None = None,
 ) -> list[JobPlan]:
-    """What the jobs need. Raises `InvalidSpec`; `located` says where in the request a job is that cannot be had so.
+    """The plans of these jobs. Raises `InvalidSpec`; `located` adds to such an error where in the request the job is.
 
-    Two jobs that are the same once the `samples` that one of them leaves out are known, or the training whose weights
-    one of them names, have one plan. An attack that is there with its arrays is not computed again without.
+    Jobs that turn out to be equal have one plan: one may leave out the `samples` that the other states, or name by its
+    weights the training that the other spells out. An attack that exists with its arrays is not computed again without.
     """
     own: dict[str, RegisteredDataset] = {}
     weights = _Weights(connection, own)
@@ -46,53 +43,56 @@ def plans_of(
                 plans[whole] = plan_job(whole, _reference(job.dataset, dataset), imported)
         except InvalidSpec as error:
             raise error if located is None else located(job, error) from None
-    return _with_arrays_that_are_there(connection, list(plans.values()))
+    return _with_existing_arrays(connection, list(plans.values()))
 
 
 def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
     return {digest: task for plan in plans for digest, task in plan.tasks.items()}
 
 
-def counted(jobs: int, needed: Mapping[str, PlannedTask], known: Known, *, repetitions: int = 0) -> JsonObject:
+def counted(
+    jobs: int, needed: Mapping[str, PlannedTask], existing: ExistingTasks, *, repetitions: int = 0
+) -> JsonObject:
     """Cells, dropped repetitions, distinct tasks by kind, and how many are known, under way, to be computed."""
     kinds: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "known", "under_way", "to_compute")}
     for digest, task in needed.items():
         kinds["tasks"][task.spec.kind] += 1
         kinds["to_compute"][task.spec.kind] += 0
-        kinds[standing(digest, known)][task.spec.kind] += 1
+        kinds[standing(digest, existing)][task.spec.kind] += 1
     return {"jobs": jobs, "repetitions": repetitions, **{name: dict(counts) for name, counts in kinds.items()}}
 
 
-def standing(digest: str, known: Known) -> str:
+def standing(digest: str, existing: ExistingTasks) -> str:
     """Whether a task is `known`, `under_way` or still `to_compute`; one that failed is computed again."""
-    _, state = known.get(digest, ("", TaskState.FAILED))
-    if state in REOPENED:
+    _, state = existing.get(digest, ("", TaskState.FAILED))
+    if state in REOPENED_TASK:
         return "to_compute"
     return "known" if state is TaskState.SUCCEEDED else "under_way"
 
 
-def _with_arrays_that_are_there(connection: Connection, plans: Sequence[JobPlan]) -> list[JobPlan]:
-    """The plans, where an attack is only there with its arrays, or asked for with them too, with that one: its numbers
-    are the same.
+def _with_existing_arrays(connection: Connection, plans: Sequence[JobPlan]) -> list[JobPlan]:
+    """The plans with the attacks that keep arrays in place of those that do not, where the former need no computing.
 
-    One that was retracted is computed again: the same with arrays is as wrong.
+    An attack and the same one with arrays have the same numbers, so one that exists with arrays, or that another of
+    these plans needs with arrays, is not computed again without. An attack that was retracted is: the one with arrays
+    is as wrong.
     """
-    asked = {task.digest: task for plan in plans for task in (plan.attack, plan.baseline)}
-    known = submitting.known_tasks(connection, asked)
-    lacking = [task for own, task in asked.items() if standing(own, known) == "to_compute"]
-    others = {task.digest: with_arrays(task) for task in lacking}
-    known = submitting.known_tasks(connection, [other.digest for other in others.values()])
-    there = asked.keys() | {own for own in known if standing(own, known) != "to_compute"}
-    others = {own: other for own, other in others.items() if other.digest in there - {own}}
-    if not others:
+    attacks = {task.digest: task for plan in plans for task in (plan.attack, plan.baseline)}
+    existing = existing_tasks(connection, attacks)
+    lacking = [task for digest, task in attacks.items() if standing(digest, existing) == "to_compute"]
+    twins = {task.digest: with_arrays(task) for task in lacking}
+    existing = existing_tasks(connection, [twin.digest for twin in twins.values()])
+    computed = {digest for digest in existing if standing(digest, existing) != "to_compute"} | attacks.keys()
+    twins = {digest: twin for digest, twin in twins.items() if twin.digest in computed - {digest}}
+    if not twins:
         return list(plans)
-    for own in submitting.retracted_digests(connection, others):
-        del others[own]
+    for digest in retracted_digests(connection, twins):
+        del twins[digest]
     return [
         replace(
             plan,
-            attack=others.get(plan.attack.digest, plan.attack),
-            baseline=others.get(plan.baseline.digest, plan.baseline),
+            attack=twins.get(plan.attack.digest, plan.attack),
+            baseline=twins.get(plan.baseline.digest, plan.baseline),
         )
         for plan in plans
     ]

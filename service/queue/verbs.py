@@ -15,7 +15,7 @@ from service.model.json import JsonObject
 from service.model.names import OWN_DATASET
 from service.model.records import Job
 from service.queue import replanning
-from service.queue.planning import counted, distinct_tasks, plans_of
+from service.queue.plans import counted, distinct_tasks, plans_of
 from service.queue.preview import preview
 from service.results.views import version
 from service.specs import JobSpec, Sweep, digest
@@ -26,13 +26,16 @@ from service.store import (
     changing,
     datasets,
     history,
+    jobs,
+    joining,
     quotas,
     reading,
     replies,
-    submitting,
+    sweeps,
 )
 from service.store.database import Database
 from service.store.history import Event
+from service.store.jobs import Origin
 from service.store.replies import Reply
 
 
@@ -48,9 +51,13 @@ class Service:
     """The verbs on one store and one artifact root."""
 
     def __init__(
-        self, database: Database, artifacts: Artifacts, limits: Limits | None = None, *,
+        self,
+        database: Database,
+        artifacts: Artifacts,
+        limits: Limits | None = None,
+        *,
         max_sweep_jobs: int = MAX_SWEEP_JOBS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.database = database
         self.artifacts = artifacts
         self.limits = limits or Limits()
@@ -77,15 +84,19 @@ class Service:
         return self._once(user, idempotency, write)
 
     def accept(
-        self, connection: Connection, now: float, plans: Sequence[JobPlan],
-        *, user: str, priority: int = 0, labels: dict[str, str] | None = None,
-    ) -> list[str]:  # fmt: skip
+        self,
+        connection: Connection,
+        now: float,
+        plans: Sequence[JobPlan],
+        *,
+        user: str,
+        priority: int = 0,
+        labels: dict[str, str] | None = None,
+    ) -> list[str]:
         """Write jobs of no sweep in the caller's transaction; returns their ids. Raises `QuotaExceeded`."""
         self._check_quota(connection, user, len(plans))
-        known = submitting.known_tasks(connection, distinct_tasks(plans))
-        return submitting.insert_jobs(
-            connection, now, plans, known, user=user, sweep_id=None, priority=priority, labels=labels or {}
-        )
+        existing = joining.existing_tasks(connection, distinct_tasks(plans))
+        return jobs.insert_jobs(connection, now, plans, existing, Origin(user, priority, labels or {}))
 
     def submit_sweep(self, sweep: Sweep, *, user: str, idempotency: Idempotency | None = None) -> Reply:
         """Accept all cells of a sweep at once, or none of them."""
@@ -96,16 +107,14 @@ class Service:
 
         def write(connection: Connection, now: float) -> Reply:
             self._check_quota(connection, user, len(plans))
-            known = submitting.known_tasks(connection, needed)
-            sweep_id = submitting.insert_sweep(
-                connection, now, name=sweep.name, user=user, spec=sweep.model_dump(mode="json"),
-                priority=sweep.priority, labels=sweep.labels,
-            )  # fmt: skip
-            submitting.insert_jobs(
-                connection, now, plans, known,
-                user=user, sweep_id=sweep_id, priority=sweep.priority, labels=sweep.labels,
-            )  # fmt: skip
-            numbers = counted(len(plans), needed, known, repetitions=sweep.written() - len(plans))
+            existing = joining.existing_tasks(connection, needed)
+            spec, labels = sweep.model_dump(mode="json"), sweep.labels
+            sweep_id = sweeps.insert_sweep(
+                connection, now, name=sweep.name, user=user, spec=spec, priority=sweep.priority, labels=labels
+            )
+            origin = Origin(user, sweep.priority, labels, sweep_id)
+            jobs.insert_jobs(connection, now, plans, existing, origin)
+            numbers = counted(len(plans), needed, existing, repetitions=sweep.written() - len(plans))
             body = {"id": sweep_id, "name": sweep.name, **numbers}
             return Reply(201, f"/v1/sweeps/{sweep_id}", body)
 
@@ -117,9 +126,8 @@ class Service:
             if isinstance(asked, JobSpec):
                 return preview(connection, "", plans_of(connection, [asked]), user, self.limits)
             plans = plans_of(connection, asked.cells(self.max_sweep_jobs), asked.located)
-            return preview(
-                connection, asked.name, plans, user, self.limits, repetitions=asked.written() - len(plans)
-            )  # fmt: skip
+            repetitions = asked.written() - len(plans)
+            return preview(connection, asked.name, plans, user, self.limits, repetitions=repetitions)
 
     def extend(
         self, sweep_id: str, grid: dict[str, list[Any]], *, user: str, idempotency: Idempotency | None = None
@@ -148,23 +156,21 @@ class Service:
             current = _sweep(connection, sweep_id)
             if current.spec != stored.spec:
                 raise Conflict(f"sweep {sweep_id} was extended by somebody else just now: look at it, then try again")
-            known = submitting.known_tasks(connection, needed)
+            existing = joining.existing_tasks(connection, needed)
             if plans:
-                submitting.extend_sweep(connection, sweep_id, sweep.model_dump(mode="json"))
+                sweeps.extend_sweep(connection, sweep_id, sweep.model_dump(mode="json"))
                 happened = Event(EventKind.SWEEP_EXTENDED, sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
                 history.append(connection, now, user, [happened])
-                submitting.insert_jobs(
-                    connection, now, plans, known, user=user, sweep_id=sweep_id,
-                    priority=current.priority, labels=current.labels, paused=current.paused,
-                )  # fmt: skip
-            body = {"id": sweep_id, "name": current.name, **counted(len(plans), needed, known)}
+                origin = Origin(user, current.priority, current.labels, sweep_id, paused=current.paused)
+                jobs.insert_jobs(connection, now, plans, existing, origin)
+            body = {"id": sweep_id, "name": current.name, **counted(len(plans), needed, existing)}
             return Reply(200, f"/v1/sweeps/{sweep_id}", body)
 
         return self._once(user, idempotency, write)
 
     def cancel_job(self, job_id: str, *, user: str) -> None:
         """Detach a live job from its tasks. Raises `NotFound`, `Conflict` where it has ended already."""
-        self._change([job_id], user, "cancelled", submitting.cancel_jobs, "cancelled by " + user)
+        self._change([job_id], user, "cancelled", jobs.cancel_jobs, "cancelled by " + user)
 
     def retry_job(self, job_id: str, *, user: str) -> None:
         """Reopen a failed, held or cancelled job.
@@ -177,9 +183,8 @@ class Service:
         """Cancel the live jobs of a sweep; returns how many those were."""
         with self.database.write() as connection:
             ids = _jobs_of(connection, sweep_id)
-            return len(
-                submitting.cancel_jobs(connection, self.database.now(connection), user, ids, f"cancelled by {user}")
-            )
+            now = self.database.now(connection)
+            return len(jobs.cancel_jobs(connection, now, user, ids, f"cancelled by {user}"))
 
     def retry_failed(
         self, sweep_id: str, *, user: str, states: Collection[str] = (JobState.FAILED,)
@@ -191,10 +196,10 @@ class Service:
         """
         with self.database.write() as connection:
             ids = _jobs_of(connection, sweep_id)
-            there_were = submitting.states_of(connection, ids)
+            counts = jobs.states_of(connection, ids)
             ended = [JobState(state) for state in states]
             retried = self._retry(connection, self.database.now(connection), user, ids, ended)
-            return len(retried), {state: there_were[state] for state in RETRIABLE}
+            return len(retried), {state: counts[state] for state in RETRIABLE}
 
     def pause_sweep(self, sweep_id: str, *, user: str) -> None:
         """Claim nothing more for this sweep; what others need too goes on for them, and what runs is finished.
@@ -223,9 +228,14 @@ class Service:
             changing.pause_queue(connection, self.database.now(connection), user, paused=False)
 
     def change_job(
-        self, job_id: str, *, user: str, seen: Collection[str] | None = None,
-        priority: int | None = None, labels: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        job_id: str,
+        *,
+        user: str,
+        seen: Collection[str] | None = None,
+        priority: int | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> None:
         """Change the priority or the labels of a job. Its tasks are ranked again; running tasks keep running.
 
         `seen`: versions (`views.version`) of which one must still be the job's, or it is `Changed`. Raises `NotFound`,
@@ -242,9 +252,14 @@ class Service:
             changing.change_job(connection, now, user, job_id, priority=priority, labels=labels)
 
     def change_sweep(
-        self, sweep_id: str, *, user: str, seen: Collection[str] | None = None,
-        priority: int | None = None, labels: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        sweep_id: str,
+        *,
+        user: str,
+        seen: Collection[str] | None = None,
+        priority: int | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> None:
         """The same for a sweep: its live jobs get the priority, all of its jobs the labels."""
         with self.database.write() as connection:
             _check_seen(_sweep(connection, sweep_id), seen, f"sweep {sweep_id}")
@@ -280,24 +295,20 @@ class Service:
         docs/own-data-and-weights.md asks for, `ArtifactMissing`.
         """
         with self.artifacts.local(train_sha256) as train, self.artifacts.local(test_sha256) as test:
-            found, in_both = inspect(name, train, test, train_sha256, test_sha256)
+            dataset, in_both = inspect(name, train, test, train_sha256, test_sha256)
             sizes = {train_sha256: train.stat().st_size, test_sha256: test.stat().st_size}
         with self.database.write() as connection:
             now = self.database.now(connection)
-            row = datasets.named(connection, name)
-            if row is not None and (row.train_sha256, row.test_sha256) != (train_sha256, test_sha256):
-                sentence = "is registered with other files; results rest on them, so take a new name"
-                raise Conflict(f"{row.reference} {sentence}")
-            if row is None:
-                datasets.register(connection, {**asdict(found), "created_by": user, "created_at": now})
+            existing = datasets.named(connection, name)
+            if existing is None:
+                datasets.register(connection, {**asdict(dataset), "created_by": user, "created_at": now})
                 artifact_index.keep_uploads(connection, now, "dataset", sizes)
-                history.append(
-                    connection,
-                    now,
-                    user,
-                    [Event(EventKind.DATASET_REGISTERED, data={"name": name, "test_images_in_train": in_both})],
-                )
-        return {**asdict(found), "name": OWN_DATASET + name, "test_images_in_train": in_both}
+                data = {"name": name, "test_images_in_train": in_both}
+                history.append(connection, now, user, [Event(EventKind.DATASET_REGISTERED, data=data)])
+            elif (existing.train_sha256, existing.test_sha256) != (train_sha256, test_sha256):
+                sentence = "is registered with other files; results rest on them, so take a new name"
+                raise Conflict(f"{existing.reference} {sentence}")
+        return {**asdict(dataset), "name": OWN_DATASET + name, "test_images_in_train": in_both}
 
     def _change(self, ids: list[str], user: str, verb: str, change: Callable[..., list[str]], *more: str) -> None:
         with self.database.write() as connection:
@@ -308,13 +319,17 @@ class Service:
                 raise Conflict(f"job {ids[0]} is {state}, so it cannot be {verb}")
 
     def _retry(
-        self, connection: Connection, now: float, user: str, ids: list[str],
+        self,
+        connection: Connection,
+        now: float,
+        user: str,
+        ids: list[str],
         states: Collection[JobState] = RETRIABLE,
-    ) -> list[str]:  # fmt: skip
-        for owner, count in submitting.reopening(connection, ids, states).items():
+    ) -> list[str]:
+        for owner, count in jobs.count_retries(connection, ids, states).items():
             self._check_quota(connection, owner, count)
         replanning.before_retry(connection, now, user, ids, states)
-        return submitting.retry_jobs(connection, now, user, ids, states)
+        return jobs.retry_jobs(connection, now, user, ids, states)
 
     def _once(self, user: str, idempotency: Idempotency | None, write: Callable[[Connection, float], Reply]) -> Reply:
         """Do it once per idempotency key: the reply is stored in the same transaction as what it speaks of."""
