@@ -21,7 +21,7 @@ from service.model.jobs import STOPPED_JOB
 from service.model.json import JsonObject
 from service.queue.explaining import explain
 from service.results.insights import NEWEST_FIRST, Question
-from service.store.fields import JOBS
+from service.store.job_fields import JOBS
 from service.store.replies import Reply
 
 router = Router(prefix="/v1/jobs", tags=["jobs"])

@@ -22,7 +22,7 @@ from service.queue import retractions
 from service.results import exporting
 from service.results.insights import Insights
 from service.results.questions import NEWEST_FIRST, Question, nodes_of
-from service.store.fields import RESULTS
+from service.store.result_fields import RESULTS
 
 router = Router(prefix="/v1/results", tags=["results"])
 Format = Literal["json", "csv", "ndjson", "parquet"]

@@ -17,7 +17,7 @@ from service.model.unit import Unit
 from service.results import aggregates, comparing, correlating, leaderboard, worst_case
 from service.results.insights import Insights
 from service.results.questions import nodes_of
-from service.store.fields import RESULTS
+from service.store.result_fields import RESULTS
 
 router = Router(prefix="/v1", tags=["statistics"])
 Retracted = Annotated[bool, TruthFromText, Query(description="Count retracted results too.")]

@@ -26,7 +26,8 @@ from service.store import Connection, aggregating
 from service.store import results as store
 from service.store.aggregating import CellSums
 from service.store.database import Database
-from service.store.fields import RESULTS, Column, Field
+from service.store.fields import Column, Field
+from service.store.result_fields import RESULTS
 from service.store.result_tables import results
 
 STATISTICS = ("mean", "std", "ci95", "median", "min", "max", "count", "best", "worst")

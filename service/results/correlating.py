@@ -21,8 +21,9 @@ from service.model.verdict import VERSION
 from service.results.aggregates import is_judged, keys_of
 from service.store import Connection, Database
 from service.store import results as store
-from service.store.fields import RESULTS, Field
+from service.store.fields import Field
 from service.store.points import points
+from service.store.result_fields import RESULTS
 
 MAX_POINTS = 200_000
 MAX_PAIRS = 10_000_000  # of networks that are compared, each 2,000 times: seconds

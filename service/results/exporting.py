@@ -23,8 +23,9 @@ from service.store import Connection
 from service.store import results as store
 from service.store.database import Database
 from service.store.datasets import test_samples
-from service.store.fields import HEADLINE, RESULTS, SPEC, THREAT_MODEL, Kind, stored_numbers
+from service.store.fields import Kind, stored_numbers
 from service.store.keyset import Order
+from service.store.result_fields import HEADLINE, RESULTS, SPEC, THREAT_MODEL
 from service.store.result_tables import results
 
 if TYPE_CHECKING:

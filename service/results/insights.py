@@ -16,7 +16,7 @@ from service.results.questions import ALL_FIELDS, NEWEST_FIRST, Question
 from service.results.results import Results
 from service.specs import Task
 from service.store import Connection, claiming, datasets, history, identifying, meanings, reading
-from service.store.fields import JOBS
+from service.store.job_fields import JOBS
 from service.store.keyset import decode_id, encode_id
 from service.store.tables import jobs
 

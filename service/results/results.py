@@ -18,10 +18,11 @@ from service.store import Connection, reading
 from service.store import results as store
 from service.store.database import Database
 from service.store.datasets import test_samples
-from service.store.fields import RESULTS, stored_numbers, unknown
+from service.store.fields import stored_numbers, unknown
 from service.store.flagging import flags_of, trained_again
 from service.store.keyset import Order, Page
 from service.store.own_weights import mixed_weights
+from service.store.result_fields import RESULTS
 from service.store.result_tables import results
 from service.store.task_kinds import ROLES
 

@@ -18,7 +18,7 @@ from service.store.values import Values, one
 
 def pause_sweep(
     connection: Connection, now: float, actor: str, sweep_id: str, *, paused: bool, reason: str | None = None
-) -> bool:  # fmt: skip
+) -> bool:
     """Detach a sweep's jobs from the queue, or attach them again: each task ranks by the unpaused jobs that are left.
 
     What only they need is claimed no more; what runs is finished. False where nothing changes. The `reason` is that of
@@ -63,9 +63,14 @@ def queue(connection: Connection) -> Queue | None:
 
 
 def _change_jobs(
-    connection: Connection, now: float, actor: str, which: ColumnElement[bool],
-    *, priority: int | None, labels: dict[str, str] | None,
-) -> None:  # fmt: skip
+    connection: Connection,
+    now: float,
+    actor: str,
+    which: ColumnElement[bool],
+    *,
+    priority: int | None,
+    labels: dict[str, str] | None,
+) -> None:
     """Change the priority of the live jobs, and the labels of all jobs. Their tasks are ranked again."""
     if labels is not None:
         connection.execute(update(jobs).where(which).values(labels=labels))
@@ -79,9 +84,14 @@ def _change_jobs(
 
 
 def change_sweep(
-    connection: Connection, now: float, actor: str, sweep_id: str,
-    *, priority: int | None, labels: dict[str, str] | None,
-) -> None:  # fmt: skip
+    connection: Connection,
+    now: float,
+    actor: str,
+    sweep_id: str,
+    *,
+    priority: int | None,
+    labels: dict[str, str] | None,
+) -> None:
     """The same for a sweep and all of its jobs."""
     given = _given(priority, labels)
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(given))
@@ -90,9 +100,14 @@ def change_sweep(
 
 
 def change_job(
-    connection: Connection, now: float, actor: str, job_id: str,
-    *, priority: int | None, labels: dict[str, str] | None,
-) -> None:  # fmt: skip
+    connection: Connection,
+    now: float,
+    actor: str,
+    job_id: str,
+    *,
+    priority: int | None,
+    labels: dict[str, str] | None,
+) -> None:
     """Change the priority of a job if it is live, and its labels. Its tasks are ranked again."""
     _change_jobs(connection, now, actor, jobs.c.id == job_id, priority=priority, labels=labels)
 

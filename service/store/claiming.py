@@ -107,9 +107,15 @@ class Placement:
 
 def _best_of_each_kind() -> CompoundSelect[Any]:
     columns = (
-        tasks.c.id, tasks.c.kind, tasks.c.train_digest, tasks.c.sponsor, tasks.c.priority, tasks.c.sequence,
-        tasks.c.waiting_since, tasks.c.needed_by,
-    )  # fmt: skip
+        tasks.c.id,
+        tasks.c.kind,
+        tasks.c.train_digest,
+        tasks.c.sponsor,
+        tasks.c.priority,
+        tasks.c.sequence,
+        tasks.c.waiting_since,
+        tasks.c.needed_by,
+    )
     ran_out = (attempts.c.task_id == tasks.c.id) & (attempts.c.end == "out_of_shared_memory")
     whole = and_(tasks.c.attempt > 0, exists().where(ran_out)).label("whole")
     asked = (CLAIMABLE, tasks.c.sponsor == bindparam("payer"), tasks.c.not_before <= bindparam("now"))
@@ -200,9 +206,13 @@ def is_paused(connection: Connection) -> bool:
 
 
 def grant(
-    connection: Connection, now: float, holder: str, lease_seconds: float, task_ids: Collection[str],
+    connection: Connection,
+    now: float,
+    holder: str,
+    lease_seconds: float,
+    task_ids: Collection[str],
     placements: Mapping[str, Placement] | None = None,
-) -> dict[str, Grant]:  # fmt: skip
+) -> dict[str, Grant]:
     """Give queued tasks to `holder` for one lease. The attempt number that each gets fences every later write.
 
     With `placements` (by task id), only those whose sponsor is still the same: whoever pays has been asked.
@@ -212,10 +222,15 @@ def grant(
         payers = listed(f"{task_id}:{placements[task_id].sponsor}" for task_id in task_ids)
         mine = mine.where((tasks.c.id + literal(":", String) + tasks.c.sponsor).in_(payers))
     values: Values = {
-        "attempt": tasks.c.attempt + 1, "holder": holder, "worker": None,
-        "lease_expires_at": now + lease_seconds, "started_at": now, "finished_at": None,
-        "progress": 0.0, "detail": {},
-    }  # fmt: skip
+        "attempt": tasks.c.attempt + 1,
+        "holder": holder,
+        "worker": None,
+        "lease_expires_at": now + lease_seconds,
+        "started_at": now,
+        "finished_at": None,
+        "progress": 0.0,
+        "detail": {},
+    }
     made_of = (tasks.c.digest, tasks.c.spec, tasks.c.resume_digest, tasks.c.resume_bytes)
     granted: dict[str, Grant] = {}
     for row in connection.execute(mine.values(values).returning(tasks.c.id, tasks.c.attempt, *made_of)):
@@ -233,9 +248,13 @@ def grant(
 def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Placement] | None) -> Values:
     place = placements[one.task_id] if placements else None
     return {
-        "task_id": one.task_id, "number": one.attempt, "holder": holder, "started_at": now,
-        "bundle": place.bundle if place else None, "device_share": place.share if place else None,
-    }  # fmt: skip
+        "task_id": one.task_id,
+        "number": one.attempt,
+        "holder": holder,
+        "started_at": now,
+        "bundle": place.bundle if place else None,
+        "device_share": place.share if place else None,
+    }
 
 
 def checkpoint_of(connection: Connection, train_digest: str) -> tuple[JsonObject, ArtifactRef | None]:

@@ -108,11 +108,19 @@ def cell_row(digest: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     attack = spec["attack"]
     ball = attack.get("attack", attack)  # a transfer's is that of the attack that makes its examples
     return {
-        "digest": digest, "architecture": spec["architecture"], "dataset": spec["dataset"], "scale": spec["scale"],
-        "attack": attack["type"], "norm": ball.get("norm"), "eps": ball.get("eps"),
-        "recipe": spec["recipe"]["name"], "samples": spec["samples"], "spec": dict(spec),
-        "threat_model": threat_model(attack).ball, "family": family(spec),
-    }  # fmt: skip
+        "digest": digest,
+        "architecture": spec["architecture"],
+        "dataset": spec["dataset"],
+        "scale": spec["scale"],
+        "attack": attack["type"],
+        "norm": ball.get("norm"),
+        "eps": ball.get("eps"),
+        "recipe": spec["recipe"]["name"],
+        "samples": spec["samples"],
+        "spec": dict(spec),
+        "threat_model": threat_model(attack).ball,
+        "family": family(spec),
+    }
 
 
 def _finished(job_ids: Sequence[str]) -> Select[str]:
@@ -173,9 +181,12 @@ def _row(row: Row[Any], cell_id: int) -> dict[str, Any]:
     kept = ("sequence", "user", "sweep_id", "train_task_id", "measure_task_id", "attack_task_id", "created_at")
     numbers = (*FROM_JOB, *FROM_TASKS, "weights_sha256")
     return {
-        "job_id": row.id, "cell_id": cell_id, "finished_at": row.finished_at,
-        **{name: getattr(row, name) for name in (*kept, *numbers)}, **{name: row.spec[name] for name in OF_SPEC},
-    }  # fmt: skip
+        "job_id": row.id,
+        "cell_id": cell_id,
+        "finished_at": row.finished_at,
+        **{name: getattr(row, name) for name in (*kept, *numbers)},
+        **{name: row.spec[name] for name in OF_SPEC},
+    }
 
 
 def _number(number: Column[Any], task_id: Column[Any]) -> ColumnElement[Any]:

@@ -10,7 +10,7 @@ from service.model.query import Node
 from service.model.records import Attempt, Job, RunningTask, Sweep, Task, TaskCount
 from service.model.results import Result
 from service.store.conditions import condition
-from service.store.fields import JOBS
+from service.store.job_fields import JOBS
 from service.store.keyset import Order, Page, Position
 from service.store.listed import listed
 from service.store.states import DIGEST
@@ -169,9 +169,14 @@ def running_tasks(
 ) -> list[RunningTask]:
     """What runs now, with its progress: of everything, or of one sweep or job."""
     query = select(
-        tasks.c.id, DIGEST.label("digest"), tasks.c.kind, tasks.c.attempt, tasks.c.worker, tasks.c.progress,
+        tasks.c.id,
+        DIGEST.label("digest"),
+        tasks.c.kind,
+        tasks.c.attempt,
+        tasks.c.worker,
+        tasks.c.progress,
         tasks.c.detail,
-    ).where(tasks.c.state == TaskState.RUNNING)  # fmt: skip
+    ).where(tasks.c.state == TaskState.RUNNING)
     needed = (job_tasks.c.task_id == tasks.c.id) & (job_tasks.c.job_id == jobs.c.id)
     if sweep_id is not None:
         query = query.where(exists().where(needed, jobs.c.sweep_id == sweep_id))

@@ -17,10 +17,11 @@ from service.model.verdict import BitArray, unpack
 from service.specs.numbers import INDEXED, METRICS
 from service.specs.versions import LATER
 from service.store.conditions import by_cell, condition
-from service.store.fields import RESULTS, Column
+from service.store.fields import Column
 from service.store.keyset import Among, Order, Page, Position
 from service.store.listed import listed, numbered
 from service.store.own_weights import left_out
+from service.store.result_fields import RESULTS
 from service.store.result_tables import cells, results
 from service.store.states import CURRENT, DIGEST, WEIGHTS_USED
 from service.store.tables import (

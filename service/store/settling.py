@@ -88,9 +88,11 @@ def _finish_jobs(connection: Connection, now: float, actor: str, succeeded: Coll
     theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(succeeded)))
     needs = job_tasks.alias("needs")
     missing = exists().where(
-        needs.c.job_id == jobs.c.id, needs.c.task_id == tasks.c.id, tasks.c.state != TaskState.SUCCEEDED,
+        needs.c.job_id == jobs.c.id,
+        needs.c.task_id == tasks.c.id,
+        tasks.c.state != TaskState.SUCCEEDED,
         ~_does_without(),
-    )  # fmt: skip
+    )
     done = select(jobs.c.id).where(jobs.c.id.in_(theirs), jobs.c.state.in_(LIVE_JOB), ~missing)
     _move_jobs(connection, now, actor, connection.scalars(done).all(), JobState.SUCCEEDED)
 
@@ -187,21 +189,34 @@ def rerank(
     first, last = (of(jobs.c.user).over(partition_by=job_tasks.c.task_id) for of in (func.min, func.max))
     needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
     by_rank = (
-        select(job_tasks.c.task_id, jobs.c.priority, jobs.c.boosted, jobs.c.user, jobs.c.sequence,
-               place.label("place"), needed_by.label("needed_by"), (first != last).label("shared"))
+        select(
+            job_tasks.c.task_id,
+            jobs.c.priority,
+            jobs.c.boosted,
+            jobs.c.user,
+            jobs.c.sequence,
+            place.label("place"),
+            needed_by.label("needed_by"),
+            (first != last).label("shared"),
+        )
         .select_from(needing)
         .where(job_tasks.c.task_id.in_(ids), jobs.c.state.in_(LIVE_JOB), UNPAUSED)
         .subquery("by_rank")
-    )  # fmt: skip
+    )
     since = case((tasks.c.paused, now), else_=tasks.c.waiting_since)
     head_start = case((tasks.c.kind == "train", HEAD_START_SECONDS), else_=0.0)
     boost = case((by_rank.c.boosted, BOOST_SECONDS), else_=0.0)
     rank = {
-        "priority": by_rank.c.priority, "sponsor": by_rank.c.user, "sequence": by_rank.c.sequence,
-        "boosted": by_rank.c.boosted, "needed_by": by_rank.c.needed_by, "shared": by_rank.c.shared,
-        "waiting_since": since, "paused": False,
+        "priority": by_rank.c.priority,
+        "sponsor": by_rank.c.user,
+        "sequence": by_rank.c.sequence,
+        "boosted": by_rank.c.boosted,
+        "needed_by": by_rank.c.needed_by,
+        "shared": by_rank.c.shared,
+        "waiting_since": since,
+        "paused": False,
         "due": since - by_rank.c.priority * AGEING_SECONDS - head_start - boost,
-    }  # fmt: skip
+    }
     unranked = and_(which, tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}), ~tasks.c.paused)
     wanted = of_live_jobs(select(1), unpaused=True).exists()
     connection.execute(update(tasks).where(unranked, ~wanted, of_live_jobs(select(1)).exists()).values(paused=True))

@@ -20,7 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     text,
-)  # fmt: skip
+)
 
 from service.specs.numbers import stored
 
@@ -149,21 +149,28 @@ tasks = Table(
     Index("ix_tasks_former", "former_digest", postgresql_where=FORMER, sqlite_where=FORMER),
     Index("ix_tasks_retracted", "retracted_with", postgresql_where=FORMER, sqlite_where=FORMER),
     Index(
-        "ix_tasks_claim", "sponsor", "kind", "due", "sequence",
+        "ix_tasks_claim",
+        "sponsor",
+        "kind",
+        "due",
+        "sequence",
         postgresql_where=text("state = 'queued' AND NOT paused"),
         sqlite_where=text("state = 'queued' AND paused = 0"),
     ),
     Index(
-        "ix_tasks_running", "holder",
-        postgresql_where=text("state = 'running'"), sqlite_where=text("state = 'running'"),
+        "ix_tasks_running",
+        "holder",
+        postgresql_where=text("state = 'running'"),
+        sqlite_where=text("state = 'running'"),
     ),
     Index(
-        "ix_tasks_shared", "sponsor",
+        "ix_tasks_shared",
+        "sponsor",
         postgresql_where=text("state = 'queued' AND NOT paused AND shared"),
         sqlite_where=text("state = 'queued' AND NOT paused AND shared"),
     ),
     Index("ix_tasks_train", "train_digest", "state"),
-)  # fmt: skip
+)
 
 # These two are written only with the rows that they name, tens of thousands at once, and have no foreign keys for it:
 # PostgreSQL would look each one up again, which takes as long as all the rest.
@@ -241,10 +248,12 @@ jobs = Table(
     Index("ix_jobs_user", "user", "sequence"),
     Index("ix_jobs_cell", "architecture", "dataset", "scale", "attack"),
     Index(
-        "ix_jobs_unfinished", "user",
-        postgresql_where=text("finished_at IS NULL"), sqlite_where=text("finished_at IS NULL"),
+        "ix_jobs_unfinished",
+        "user",
+        postgresql_where=text("finished_at IS NULL"),
+        sqlite_where=text("finished_at IS NULL"),
     ),
-)  # fmt: skip
+)
 
 job_tasks = Table(
     "job_tasks",
@@ -459,6 +468,10 @@ counters = Table(
 
 # Where a row names bytes under the artifact root.
 NAMES_BYTES: tuple[Column[Any], ...] = (
-    artifacts.c.digest, tasks.c.resume_digest, trainings.c.checkpoint_digest, checkpoints.c.weights_sha256,
-    datasets.c.train_sha256, datasets.c.test_sha256,
-)  # fmt: skip
+    artifacts.c.digest,
+    tasks.c.resume_digest,
+    trainings.c.checkpoint_digest,
+    checkpoints.c.weights_sha256,
+    datasets.c.train_sha256,
+    datasets.c.test_sha256,
+)

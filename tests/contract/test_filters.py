@@ -36,9 +36,11 @@ from service.specs.base import number
 from service.specs.parameters import closed_lists
 from service.specs.recipes import KNOWN
 from service.store import tables
-from service.store.fields import JOBS, RESULTS, SHORT, SPEC_KINDS
+from service.store.job_fields import JOBS
 from service.store.keyset import CHECKSUM_BYTES
+from service.store.result_fields import RESULTS
 from service.store.result_tables import cells
+from service.store.spec_fields import SHORT, SPEC_KINDS
 
 EASY = settings(
     max_examples=100,

@@ -30,7 +30,8 @@ from service.results.insights import Insights, Question
 from service.results.questions import nodes_of
 from service.settings import Settings
 from service.store import tables
-from service.store.fields import JOBS, RESULTS
+from service.store.job_fields import JOBS
+from service.store.result_fields import RESULTS
 from service.store.result_tables import results
 
 Ask = Callable[[Question], dict[str, Any]]

@@ -20,7 +20,7 @@ from service.results import aggregates, correlating, exporting, leaderboard
 from service.results.insights import Insights
 from service.results.questions import Question, nodes_of
 from service.store import tables
-from service.store.fields import RESULTS
+from service.store.result_fields import RESULTS
 from service.store.result_tables import results
 
 N = 500

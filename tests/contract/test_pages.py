@@ -18,7 +18,7 @@ from service.results import exporting
 from service.results.insights import Insights, Question
 from service.specs.attacks import PRESETS
 from service.store import joining
-from service.store.fields import RESULTS
+from service.store.result_fields import RESULTS
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from service.settings import Settings
 from service.specs.attacks import PRESETS
 from service.specs.versions import version_of
 from service.store import aggregating, filing, tables
-from service.store.fields import RESULTS
+from service.store.result_fields import RESULTS
 from service.store.result_tables import cells, results
 from service.store.tables import jobs
 

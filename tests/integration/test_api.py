@@ -23,7 +23,7 @@ from api.http.app import create_app
 from service.lab.artifacts import MARK
 from service.settings import Settings
 from service.store import Database
-from service.store.fields import RESULTS
+from service.store.result_fields import RESULTS
 
 JOB = {
     "architecture": "simple_cnn",

@@ -46,7 +46,7 @@ from service.specs.measures import MEASURES
 from service.specs.numbers import filed
 from service.specs.plan import PlannedTask, plan_job
 from service.specs.recipes import Imported
-from service.store.fields import PROVENANCE
+from service.store.result_fields import PROVENANCE
 from service.store.tables import attempts, trainings
 from workers import devices, run, tasks
 from workers.context import Cache, Context
