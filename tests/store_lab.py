@@ -1,10 +1,13 @@
 """A store and what goes on around it, moved by hand: who submits, who grants, who answers; and what must then hold."""
 
+import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Connection, Table, Update, select
+from sqlalchemy import event as sql_event
 
 from service.lab.artifacts import Artifacts
 from service.model.executor import Bits, Failed, Grant, Message, Outcome, Succeeded
@@ -24,6 +27,15 @@ RESULTS = (tables.trainings, tables.measurements, tables.attack_results, tables.
 CHECKED = (tables.events, tables.task_edges, tables.tasks, tables.jobs, tables.job_tasks, tables.attempts, *RESULTS)
 
 
+def refuse_unchecked_moves(
+    connection: Connection, statement: Any, several: Any, parameters: Any, options: Mapping[str, Any]
+) -> None:
+    """States are changed by `move_tasks` and `move_jobs` alone, which look into the tables of transitions."""
+    if isinstance(statement, Update) and statement.table in (tables.tasks, tables.jobs) and "moves" not in options:
+        assignments = str(statement.compile(dialect=connection.dialect)).partition(" WHERE ")[0]
+        assert not re.search(r"\bstate=", assignments), f"it goes around `move_tasks` and `move_jobs`: {assignments}"
+
+
 class Lab:
     """A store and what goes on around it: users who submit, a dispatcher that grants, workers that answer."""
 
@@ -39,6 +51,8 @@ class Lab:
         self.database = database
         self.artifacts = artifacts
         self.service = Service(database, artifacts)
+        if not sql_event.contains(database.engine, "before_execute", refuse_unchecked_moves):
+            sql_event.listen(database.engine, "before_execute", refuse_unchecked_moves)
         self._used: dict[tuple[str, int], dict[str, str]] = {}  # the weights that attempts were granted on
 
     def submit(self, user: str = "ann", priority: int = 0, **changed: Any) -> str:

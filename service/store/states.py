@@ -29,11 +29,12 @@ def move_tasks(
 ) -> Update:
     """An UPDATE of the tasks in one of the states `before`: to `after`, or to the state of `unless` where that is true.
 
-    No other statement changes `tasks.state`. Raises `NoTransition` unless `TRANSITIONS` has each of these moves.
+    No other statement changes `tasks.state`: the tests refuse an update that has not the option `moves`.
+    Raises `NoTransition` unless `TRANSITIONS` has each of these moves.
     """
     check_transitions(TRANSITIONS, before, {after, unless[1]} if unless else {after})
     state = case((unless[0], str(unless[1])), else_=str(after)) if unless else after
-    return update(tasks).where(tasks.c.state.in_(before)).values(state=state)
+    return update(tasks).where(tasks.c.state.in_(before)).values(state=state).execution_options(moves=True)
 
 
 def move_jobs(before: Collection[JobState], after: JobState) -> Update:
@@ -42,4 +43,5 @@ def move_jobs(before: Collection[JobState], after: JobState) -> Update:
     No other statement changes `jobs.state`. Raises `NoTransition` unless `JOB_TRANSITIONS` has each of these moves.
     """
     check_transitions(JOB_TRANSITIONS, before, {after})
-    return update(jobs).where(unindexed(jobs.c.state).in_(before)).values(state=after)
+    moved = update(jobs).where(unindexed(jobs.c.state).in_(before)).values(state=after)
+    return moved.execution_options(moves=True)

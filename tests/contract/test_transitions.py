@@ -4,12 +4,15 @@ import ast
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import true
+from sqlalchemy import Table, true, update
+from store_lab import Lab
 
 from service import store
 from service.model.jobs import JOB_TRANSITIONS, TRANSITIONS, JobState, NoTransition, TaskState
+from service.store import tables
 from service.store.states import move_jobs, move_tasks
 
 # The two helpers, the three functions that build a new row, and the fields that a filter may name.
@@ -17,7 +20,7 @@ ROWS = {
     "joining._task_row",
     "jobs._job_row",
     "trained_again._copy",
-    "fields.JOBS",
+    "job_fields.JOBS",
     "states.move_tasks",
     "states.move_jobs",
 }
@@ -84,3 +87,10 @@ def test_only_the_two_helpers_write_a_state() -> None:
 )
 def test_an_update_that_goes_around_them_is_seen(around: str) -> None:
     assert list(written_states("settling", f"def settle():\n    {around}")) == ["settling.settle:2"]
+
+
+@pytest.mark.parametrize("table", [tables.tasks, tables.jobs], ids=str)
+def test_an_update_whose_columns_no_source_shows_is_refused(lab: Lab, table: Table) -> None:
+    values = vars(SimpleNamespace(state="held", reason="it is spelled nowhere"))
+    with lab.database.write() as connection, pytest.raises(AssertionError, match="goes around"):
+        connection.execute(update(table).values(values))
