@@ -1,4 +1,4 @@
-"""The index of artifacts: which rows name which bytes, and what may be forgotten of it."""
+"""The index of artifacts: which rows name which bytes, and which rows may be dropped."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -9,11 +9,11 @@ from service.store.listed import listed
 from service.store.tables import NAMES_BYTES, artifacts, tasks
 
 AT_ONCE = 500
-UPLOADED = ""  # in place of a task
+UPLOADED = ""  # in place of a task's id
 
 
 def keep_uploads(connection: Connection, now: float, kind: str, sizes: Mapping[str, int]) -> None:
-    """Index uploads that a registration names, by their digests with their sizes in bytes; like those of a task."""
+    """Index uploads that a registration names, like artifacts of a task; `sizes` has their sizes in bytes by digest."""
     for digest, size_bytes in sizes.items():
         present = (artifacts.c.digest == digest) & (artifacts.c.task_id == UPLOADED)
         if connection.execute(select(artifacts.c.digest).where(present)).one_or_none() is None:
@@ -29,11 +29,12 @@ def named_digests(connection: Connection) -> list[str]:
 
 def named_among(connection: Connection, digests: Sequence[str]) -> set[str]:
     """Those of these digests that some row refers to."""
-    named: set[str] = set()
+    referenced: set[str] = set()
     for first in range(0, len(digests), AT_ONCE):
-        some = digests[first : first + AT_ONCE]
-        named |= set(connection.scalars(union(*(select(column).where(column.in_(some)) for column in NAMES_BYTES))))
-    return named
+        batch = digests[first : first + AT_ONCE]
+        queries = (select(column).where(column.in_(batch)) for column in NAMES_BYTES)
+        referenced |= set(connection.scalars(union(*queries)))
+    return referenced
 
 
 def useless_epoch_states(before: float) -> ColumnElement[bool]:
@@ -48,12 +49,12 @@ def useless_epoch_states(before: float) -> ColumnElement[bool]:
 
 
 def of_ended_tasks(kind: str, digests: Collection[str]) -> ColumnElement[bool]:
-    """Those of these artifacts whose tasks are over."""
+    """Those of these artifacts whose tasks have ended."""
     return and_(tasks.c.state.in_(ENDED_TASK), artifacts.c.kind == kind, artifacts.c.digest.in_(listed(digests)))
 
 
 def oldest_of_ended_tasks(connection: Connection, kind: str, size_bytes: int, without: Collection[str]) -> list[str]:
-    """Digests of that kind, from the oldest on, that are together at least so large, or all there are."""
+    """Digests of that kind, from the oldest on, that are together at least `size_bytes` large, or all of them."""
     query = select(artifacts.c.digest, artifacts.c.size_bytes).join(tasks, tasks.c.id == artifacts.c.task_id)
     query = query.where(artifacts.c.kind == kind, tasks.c.state.in_(ENDED_TASK)).order_by(artifacts.c.created_at)
     chosen: dict[str, int] = {}
@@ -66,20 +67,20 @@ def oldest_of_ended_tasks(connection: Connection, kind: str, size_bytes: int, wi
 
 
 def digests_where(connection: Connection, which: ColumnElement[bool]) -> list[str]:
-    """The digests that `forget` would forget, also those that something else refers to."""
+    """The digests of the rows that `forget` would drop, also those that another row refers to."""
     return [digest for digest, _ in _of_tasks(connection, which)]
 
 
 def forget(connection: Connection, which: ColumnElement[bool]) -> list[str]:
-    """Drop these rows, and what would resume from them; returns those digests that nothing refers to any more."""
+    """Drop these rows, and resume no task from them; returns the digests that no row refers to any more."""
     artifacts_of_tasks = _of_tasks(connection, which)
     pairs = [f"{digest}:{task_id}" for digest, task_id in artifacts_of_tasks]
     connection.execute(delete(artifacts).where((artifacts.c.digest + ":" + artifacts.c.task_id).in_(listed(pairs))))
     resumed = (tasks.c.resume_digest + ":" + tasks.c.id).in_(listed(pairs))
     connection.execute(update(tasks).where(resumed).values(resume_digest=None, resume_bytes=None))
     digests = list(dict.fromkeys(digest for digest, _ in artifacts_of_tasks))
-    named = named_among(connection, digests)
-    return [digest for digest in digests if digest not in named]
+    referenced = named_among(connection, digests)
+    return [digest for digest in digests if digest not in referenced]
 
 
 def _of_tasks(connection: Connection, which: ColumnElement[bool]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What can be changed of accepted work: whether it is paused, its priority, its labels."""
+"""Changes to accepted work: pausing and resuming, priorities, labels, boosts; and pausing the whole queue."""
 
 from collections.abc import Collection
 
@@ -19,10 +19,10 @@ from service.store.values import Values, one
 def pause_sweep(
     connection: Connection, now: float, actor: str, sweep_id: str, *, paused: bool, reason: str | None = None
 ) -> bool:
-    """Detach a sweep's jobs from the queue, or attach them again: each task ranks by the unpaused jobs that are left.
+    """Pause a sweep or resume it, and rank its jobs' tasks again. Returns False if nothing changes.
 
-    What only they need is claimed no more; what runs is finished. False where nothing changes. The `reason` is that of
-    the service, where nobody asked for it.
+    Paused jobs give their tasks no rank: a task that only paused jobs need is not claimed, but a running task finishes.
+    A `reason` is given if the service pauses the sweep by itself.
     """
     changed = update(sweeps).where(sweeps.c.id == sweep_id, sweeps.c.paused.is_not(paused))
     if connection.execute(changed.values(paused=paused, pause_reason=reason)).rowcount == 0:
@@ -34,7 +34,7 @@ def pause_sweep(
 
 
 def going_on(connection: Connection, task_ids: Collection[str]) -> list[tuple[str, str]]:
-    """`(task id, sweep id)` of the sweeps with live jobs, not paused, that have jobs which need these tasks."""
+    """`(task id, sweep id)` for each sweep that needs one of these tasks, has live jobs, and is not paused."""
     needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id).join(sweeps, sweeps.c.id == jobs.c.sweep_id)
     other = jobs.alias("other")
     live = exists().where(other.c.sweep_id == sweeps.c.id, other.c.state.in_(LIVE_JOB))
@@ -58,7 +58,7 @@ def pause_queue(connection: Connection, now: float, actor: str, *, paused: bool)
 
 
 def queue(connection: Connection) -> Queue | None:
-    """Whether the queue is paused, by whom and since when; None where it never was."""
+    """Whether the queue is paused, by whom and since when; None if it never was."""
     return one(connection, Queue, select(queues).where(queues.c.name == QUEUE))
 
 
@@ -77,10 +77,8 @@ def _change_jobs(
     if priority is not None:
         connection.execute(update(jobs).where(which, jobs.c.state.in_(LIVE_JOB)).values(priority=priority))
         rerank(connection, now, _open_tasks_of(which))
-    given = _given(priority, labels)
-    history.append_for_jobs(
-        connection, now, actor, EventKind.JOB_CHANGED, select(jobs.c.id).where(which), literal(given, Json)
-    )
+    changes = literal(_changes(priority, labels), Json)
+    history.append_for_jobs(connection, now, actor, EventKind.JOB_CHANGED, select(jobs.c.id).where(which), changes)
 
 
 def change_sweep(
@@ -92,10 +90,10 @@ def change_sweep(
     priority: int | None,
     labels: dict[str, str] | None,
 ) -> None:
-    """The same for a sweep and all of its jobs."""
-    given = _given(priority, labels)
-    connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(given))
-    history.append(connection, now, actor, [Event(EventKind.SWEEP_CHANGED, sweep_id=sweep_id, data=given)])
+    """Change the priority and the labels of a sweep, and those of its jobs like `change_job`."""
+    changes = _changes(priority, labels)
+    connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(changes))
+    history.append(connection, now, actor, [Event(EventKind.SWEEP_CHANGED, sweep_id=sweep_id, data=changes)])
     _change_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, priority=priority, labels=labels)
 
 
@@ -113,12 +111,12 @@ def change_job(
 
 
 def boost_job(connection: Connection, now: float, actor: str, job_id: str, *, boosted: bool) -> int:
-    """Let a live job go before all other users' work, or in turn again."""
+    """Let a live job go before all other users' work, or in its turn again; returns how many jobs change: 0 or 1."""
     return _boost_jobs(connection, now, actor, jobs.c.id == job_id, boosted=boosted)
 
 
 def boost_sweep(connection: Connection, now: float, actor: str, sweep_id: str, *, boosted: bool) -> int:
-    """The same for the live jobs of a sweep; returns how many that changes."""
+    """Do the same for the live jobs of a sweep; returns how many jobs change."""
     return _boost_jobs(connection, now, actor, jobs.c.sweep_id == sweep_id, boosted=boosted)
 
 
@@ -132,12 +130,12 @@ def _boost_jobs(connection: Connection, now: float, actor: str, which: ColumnEle
     return len(ids)
 
 
-def _given(priority: int | None, labels: dict[str, str] | None) -> Values:
+def _changes(priority: int | None, labels: dict[str, str] | None) -> Values:
     return {name: value for name, value in (("priority", priority), ("labels", labels)) if value is not None}
 
 
 def _open_tasks_of(which: ColumnElement[bool]) -> ColumnElement[bool]:
     """The tasks that have not ended, of live jobs."""
     needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id)
-    theirs = select(job_tasks.c.task_id).select_from(needing).where(which, jobs.c.state.in_(LIVE_JOB))
-    return and_(tasks.c.id.in_(theirs), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}))
+    needed = select(job_tasks.c.task_id).select_from(needing).where(which, jobs.c.state.in_(LIVE_JOB))
+    return and_(tasks.c.id.in_(needed), tasks.c.state.not_in(ENDED_TASK - {TaskState.HELD}))

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any  # for rows: SQLAlchemy cannot type a row of expressions
 
 from sqlalchemy import (
     CompoundSelect,
@@ -53,7 +53,8 @@ def lead(
 ) -> int | None:
     """Become the leading dispatcher for one lease, or stay it in `epoch`. Returns the epoch; None while another leads.
 
-    One that is started under the leader's name takes over at once: the process that had it is gone, or has to go.
+    A dispatcher that starts under the leader's name takes over at once: the earlier process of that name is gone, or
+    has to go.
     """
     row = leader(connection)
     values = {"holder": holder, "expires_at": now + lease_seconds, "status": status}
@@ -75,7 +76,7 @@ def leads_now(connection: Connection, now: float) -> bool:
 
 
 def led_by_another(lease: Lease | None, now: float, holder: str) -> bool:
-    """Whether that lease of `leader` is a valid one of another dispatcher."""
+    """Whether another dispatcher holds this lease (see `leader`) and it has not expired."""
     return lease is not None and lease.holder != holder and lease.expires_at > now
 
 
@@ -87,8 +88,8 @@ def still_leads(connection: Connection, holder: str, epoch: int | None) -> bool:
 
 def resign(connection: Connection, now: float, holder: str) -> None:
     """Let the next dispatcher take over at once."""
-    mine = (leases.c.role == LEADER) & (leases.c.holder == holder)
-    connection.execute(update(leases).where(mine).values(expires_at=now))
+    own_lease = (leases.c.role == LEADER) & (leases.c.holder == holder)
+    connection.execute(update(leases).where(own_lease).values(expires_at=now))
 
 
 def leader(connection: Connection) -> Lease | None:
@@ -98,7 +99,7 @@ def leader(connection: Connection) -> Lease | None:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a task goes when it is claimed: at whose expense, in which bundle, with how many devices."""
+    """Where a claimed task goes: its sponsor, its bundle, and how many devices the bundle takes."""
 
     sponsor: str
     bundle: str
@@ -118,10 +119,10 @@ def _best_of_each_kind() -> CompoundSelect[Any]:
     )
     ran_out = (attempts.c.task_id == tasks.c.id) & (attempts.c.end == "out_of_shared_memory")
     whole = and_(tasks.c.attempt > 0, exists().where(ran_out)).label("whole")
-    asked = (CLAIMABLE, tasks.c.sponsor == bindparam("payer"), tasks.c.not_before <= bindparam("now"))
+    due_now = (CLAIMABLE, tasks.c.sponsor == bindparam("sponsor"), tasks.c.not_before <= bindparam("now"))
     best = (
         select(*columns, whole, tasks.c.boosted)
-        .where(*asked, tasks.c.kind == literal(kind))
+        .where(*due_now, tasks.c.kind == literal(kind))
         .order_by(tasks.c.due, tasks.c.sequence)
         .limit(bindparam("each", type_=Integer))
         .subquery(f"best_{kind}")
@@ -134,18 +135,18 @@ BEST_OF_EACH_KIND = _best_of_each_kind()
 
 
 def waiting(connection: Connection, now: float, limit: int) -> list[Waiting]:
-    """The best of each user's queue, about `limit` in all; those that back off or are paused are left out.
+    """The first tasks of each user's queue, about `limit` in all, without tasks that back off or are paused.
 
-    However many tasks one user has queued, each other user's best are there too, and so are the best of each kind: one
-    for which there is no room hides no other. Nothing is read but these.
+    Each user's first tasks of each kind are among them, however many tasks another user has queued: a task for which no
+    slot is free hides no other task. No other rows are read.
     """
     sponsors = waiting_sponsors(connection)
     each = max(limit // max(1, len(sponsors) * len(KINDS)), min(limit, MAX_BUNDLE))
-    found: list[Waiting] = []
+    first: list[Waiting] = []
     for sponsor in sponsors:
-        rows = connection.execute(BEST_OF_EACH_KIND, {"payer": sponsor, "now": now, "each": each}).all()
-        found += [Waiting(*row) for row in rows]
-    return found
+        rows = connection.execute(BEST_OF_EACH_KIND, {"sponsor": sponsor, "now": now, "each": each}).all()
+        first += [Waiting(*row) for row in rows]
+    return first
 
 
 def _each_sponsor() -> Select[str]:
@@ -161,47 +162,48 @@ EACH_SPONSOR = _each_sponsor()
 
 
 def waiting_sponsors(connection: Connection) -> list[str]:
-    """The users who have something queued that is not paused, by one look into the index for each of them."""
+    """The sponsors of the queued tasks that are not paused, by one index lookup for each sponsor."""
     return list(connection.scalars(EACH_SPONSOR))
 
 
 def any_shared(connection: Connection) -> bool:
-    """Whether a task waits that jobs of several users need."""
+    """Whether jobs of several users need the same waiting task."""
     return connection.execute(select(tasks.c.id).where(SHARED).limit(1)).first() is not None
 
 
 def sponsored_too_late(connection: Connection, turns: Mapping[str, int], most: int) -> list[str]:
-    """Up to `most` of the tasks that wait for their sponsor's turn while that of another user who needs them is
-    earlier; `turns` are users' places in line. What is boosted waits for nobody's turn.
+    """Up to `most` waiting tasks that a user whose turn is before their sponsor's turn needs too.
+
+    `turns` has the users' positions in line. Boosted tasks are left out: they wait for nobody's turn.
     """
-    place = [case(turns, value=user, else_=0) for user in (tasks.c.sponsor, jobs.c.user)]
+    turn_of_sponsor, turn_of_owner = (case(turns, value=user, else_=0) for user in (tasks.c.sponsor, jobs.c.user))
     needing = tasks.join(job_tasks, job_tasks.c.task_id == tasks.c.id).join(jobs, jobs.c.id == job_tasks.c.job_id)
     needing = needing.outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
     query = select(tasks.c.id).distinct().select_from(needing).where(SHARED, ~tasks.c.boosted)
-    earlier = (jobs.c.state.in_(LIVE_JOB), UNPAUSED, place[1] < place[0])
+    earlier = (jobs.c.state.in_(LIVE_JOB), UNPAUSED, turn_of_owner < turn_of_sponsor)
     return list(connection.scalars(query.where(*earlier).limit(most)))
 
 
 def change_sponsors(connection: Connection, now: float, task_ids: Collection[str], turns: Mapping[str, int]) -> None:
-    """Have these tasks, where they still wait, sponsored by the user whose turn is first of those who need them."""
+    """Give each of these tasks that still waits a new sponsor: the user whose turn is first of those who need it."""
     rerank(connection, now, and_(tasks.c.id.in_(listed(task_ids)), SHARED), turns)
 
 
 def queued_of(connection: Connection, sponsor: str, most: int) -> int:
-    """How many tasks wait at this user's expense, counted up to `most`."""
-    mine = select(tasks.c.id).where(CLAIMABLE, tasks.c.sponsor == sponsor).limit(most).subquery()
-    return int(connection.execute(select(func.count()).select_from(mine)).scalar_one())
+    """How many waiting tasks this user sponsors, counted up to `most`."""
+    queued = select(tasks.c.id).where(CLAIMABLE, tasks.c.sponsor == sponsor).limit(most).subquery()
+    return int(connection.execute(select(func.count()).select_from(queued)).scalar_one())
 
 
 def places(connection: Connection) -> float:
-    """How many tasks the leader's cluster can run at once, as far as it has said."""
+    """The GPUs of the leader's cluster, or its CPUs if it has no GPU; 0 if the leader has not reported them."""
     row = leader(connection)
     capacity = (row.status if row else {}).get("capacity", {})
     return float(capacity.get("gpus") or capacity.get("cpus") or 0.0)
 
 
 def is_paused(connection: Connection) -> bool:
-    """Whether the whole queue is."""
+    """Whether the whole queue is paused."""
     return bool(connection.scalar(select(queues.c.paused).where(queues.c.name == QUEUE)))
 
 
@@ -215,12 +217,12 @@ def grant(
 ) -> dict[str, Grant]:
     """Give queued tasks to `holder` for one lease. The attempt number that each gets fences every later write.
 
-    With `placements` (by task id), only those whose sponsor is still the same: whoever pays has been asked.
+    With `placements` (by task id), only the tasks that still have the sponsor whose quota the scheduler has checked.
     """
-    mine = move_tasks({TaskState.QUEUED}, TaskState.RUNNING).where(tasks.c.id.in_(listed(task_ids)), ~tasks.c.paused)
+    claimed = move_tasks({TaskState.QUEUED}, TaskState.RUNNING).where(tasks.c.id.in_(listed(task_ids)), ~tasks.c.paused)
     if placements is not None:
-        payers = listed(f"{task_id}:{placements[task_id].sponsor}" for task_id in task_ids)
-        mine = mine.where((tasks.c.id + literal(":", String) + tasks.c.sponsor).in_(payers))
+        sponsors = listed(f"{task_id}:{placements[task_id].sponsor}" for task_id in task_ids)
+        claimed = claimed.where((tasks.c.id + literal(":", String) + tasks.c.sponsor).in_(sponsors))
     values: Values = {
         "attempt": tasks.c.attempt + 1,
         "holder": holder,
@@ -231,29 +233,29 @@ def grant(
         "progress": 0.0,
         "detail": {},
     }
-    made_of = (tasks.c.digest, tasks.c.spec, tasks.c.resume_digest, tasks.c.resume_bytes)
-    granted: dict[str, Grant] = {}
-    for row in connection.execute(mine.values(values).returning(tasks.c.id, tasks.c.attempt, *made_of)):
+    columns = (tasks.c.digest, tasks.c.spec, tasks.c.resume_digest, tasks.c.resume_bytes)
+    by_task: dict[str, Grant] = {}
+    for row in connection.execute(claimed.values(values).returning(tasks.c.id, tasks.c.attempt, *columns)):
         resume = ArtifactRef(row.resume_digest, row.resume_bytes, "epoch_state") if row.resume_digest else None
-        granted[row.id] = Grant(row.id, row.attempt, row.digest, row.spec, resume)
-    if granted:
-        given = [granted[task_id] for task_id in task_ids if task_id in granted]
-        connection.execute(insert(attempts), [_attempt(one, now, holder, placements) for one in given])
-        happened = [Event(EventKind.TASK_RUNNING, task_id=one.task_id, attempt=one.attempt) for one in given]
-        history.append(connection, now, holder, happened)
-        start_jobs(connection, now, holder, list(granted))
-    return granted
+        by_task[row.id] = Grant(row.id, row.attempt, row.digest, row.spec, resume)
+    if by_task:
+        grants = [by_task[task_id] for task_id in task_ids if task_id in by_task]
+        connection.execute(insert(attempts), [_attempt(granted, now, holder, placements) for granted in grants])
+        events = [Event(EventKind.TASK_RUNNING, task_id=granted.task_id, attempt=granted.attempt) for granted in grants]
+        history.append(connection, now, holder, events)
+        start_jobs(connection, now, holder, list(by_task))
+    return by_task
 
 
-def _attempt(one: Grant, now: float, holder: str, placements: Mapping[str, Placement] | None) -> Values:
-    place = placements[one.task_id] if placements else None
+def _attempt(granted: Grant, now: float, holder: str, placements: Mapping[str, Placement] | None) -> Values:
+    placement = placements[granted.task_id] if placements else None
     return {
-        "task_id": one.task_id,
-        "number": one.attempt,
+        "task_id": granted.task_id,
+        "number": granted.attempt,
         "holder": holder,
         "started_at": now,
-        "bundle": place.bundle if place else None,
-        "device_share": place.share if place else None,
+        "bundle": placement.bundle if placement else None,
+        "device_share": placement.share if placement else None,
     }
 
 
@@ -278,55 +280,56 @@ def datasets_of(connection: Connection, train_digests: Collection[str]) -> dict[
 
 
 def renew(connection: Connection, now: float, holder: str, lease_seconds: float) -> None:
-    """Prolong the leases of everything that `holder` runs, and charge its sponsors so far."""
-    mine = (tasks.c.holder == holder) & (RUNNING)
-    connection.execute(update(tasks).where(mine).values(lease_expires_at=now + lease_seconds))
+    """Prolong the leases of all tasks that `holder` runs, and charge their sponsors up to now."""
+    held = (tasks.c.holder == holder) & RUNNING
+    connection.execute(update(tasks).where(held).values(lease_expires_at=now + lease_seconds))
     quotas.charge_running(connection, now, holder)
 
 
 def held_by(connection: Connection, holder: str) -> dict[tuple[str, int], bool]:
-    """What `holder` runs: `(task id, attempt) -> cancel requested`."""
+    """The attempts that `holder` runs: `(task id, attempt) -> cancel requested`."""
     query = select(tasks.c.id, tasks.c.attempt, tasks.c.cancel_requested)
-    mine = query.where(tasks.c.holder == holder, RUNNING)
-    return {(task_id, attempt): unwanted for task_id, attempt, unwanted in connection.execute(mine)}
+    held = query.where(tasks.c.holder == holder, RUNNING)
+    return {(task_id, attempt): unwanted for task_id, attempt, unwanted in connection.execute(held)}
 
 
 def reap(connection: Connection, now: float, actor: str) -> int:
-    """Take back what runs under an expired lease, at no cost to the task. Returns how many."""
+    """Take back the running tasks whose leases have expired, at no cost to them. Returns how many."""
     return _requeue(connection, now, actor, tasks.c.lease_expires_at < now, "lease_expired")
 
 
 def take_back(connection: Connection, now: float, holder: str, task_ids: Collection[str] | None = None) -> int:
-    """Take back what `holder` runs, or of that only these tasks: nothing of it runs any more."""
-    mine = tasks.c.holder == holder
+    """Take back all tasks of `holder`, or only these of them, which no worker runs any more. Returns how many."""
+    held = tasks.c.holder == holder
     if task_ids is not None:
-        mine &= tasks.c.id.in_(listed(task_ids))
-    return _requeue(connection, now, holder, mine, "given_back")
+        held &= tasks.c.id.in_(listed(task_ids))
+    return _requeue(connection, now, holder, held, "given_back")
 
 
 def _requeue(connection: Connection, now: float, actor: str, which: ColumnElement[bool], end: str) -> int:
-    """Queue running tasks again, or cancel those that no live job needs."""
+    """Queue running tasks again, or cancel those that no live job needs. Returns how many tasks that changes."""
     unwanted = tasks.c.cancel_requested
-    mine = move_tasks({TaskState.RUNNING}, TaskState.QUEUED, unless=(unwanted, TaskState.CANCELLED))
+    statement = move_tasks({TaskState.RUNNING}, TaskState.QUEUED, unless=(unwanted, TaskState.CANCELLED))
     values = {
         "reason": case((unwanted, UNWANTED), else_=tasks.c.reason),
         "finished_at": case((unwanted, now), else_=None),
         "holder": None,
         "lease_expires_at": None,
     }
-    mine = mine.where(RUNNING, which).values(values)  # RUNNING again, as a text: so SQLite can use its partial index
-    rows = connection.execute(mine.returning(tasks.c.id, tasks.c.attempt, tasks.c.state)).all()
+    # RUNNING repeats the condition as literal text, so that SQLite can use its partial index.
+    statement = statement.where(RUNNING, which).values(values)
+    rows = connection.execute(statement.returning(tasks.c.id, tasks.c.attempt, tasks.c.state)).all()
     if not rows:
         return 0
     this = (attempts.c.task_id == bindparam("task")) & (attempts.c.number == bindparam("attempt"))
     ended = update(attempts).where(this).values(ended_at=now, end=end)
     connection.execute(ended, [{"task": row.id, "attempt": row.attempt} for row in rows])
-    happened = [
+    events = [
         Event(
             EventKind.of_task(row.state), task_id=row.id, attempt=row.attempt, data={"end": end, "reason": REASONS[end]}
         )
         for row in rows
     ]
-    history.append(connection, now, actor, happened)
+    history.append(connection, now, actor, events)
     settle(connection, now, actor, [row.id for row in rows])
     return len(rows)

@@ -1,4 +1,4 @@
-"""Flags of results, renewed whenever a result is filed, retracted or restored: a page of a million has them at hand."""
+"""Flags of results, renewed whenever a result is filed, retracted or restored, so that questions only read them."""
 
 from collections.abc import Collection
 
@@ -15,11 +15,11 @@ AT_ONCE = 200  # networks that are looked at together
 
 
 def flags_of(connection: Connection, place: NetworkInCell) -> list[Flag]:
-    """What the other results of a network say against what it has in a cell, its repeats there averaged.
+    """The flags that a network's other results raise against its results in a cell, whose repeats are averaged.
 
-    Retracted results say nothing, and nothing is said of a place where all are.
+    Retracted results raise no flags. A cell in which all results of the network are retracted has none.
     """
-    return _found(connection, {place.weights_sha256}, {place.cell_id}).get(place, [])
+    return _flags(connection, {place.weights_sha256}, {place.cell_id}).get(place, [])
 
 
 def trained_again(connection: Connection, job_id: str) -> list[Flag]:
@@ -34,29 +34,29 @@ def trained_again(connection: Connection, job_id: str) -> list[Flag]:
 
 
 def renew(connection: Connection, job_ids: Collection[str]) -> None:
-    """Bring the flags of the results of these jobs' networks up to date, in the families of these jobs' cells."""
+    """Update the flags of all results of these jobs' networks in the families of these jobs' cells."""
     query = select(results.c.weights_sha256, results.c.cell_id).where(results.c.job_id.in_(listed(job_ids))).distinct()
     places = [NetworkInCell(*row) for row in connection.execute(query) if row.weights_sha256 is not None]
     several = _of_several_strengths(connection, {place.cell_id for place in places})
     places = sorted(place for place in places if place.cell_id in several)
     for start in range(0, len(places), AT_ONCE):
-        these = places[start : start + AT_ONCE]
-        _renew(connection, {place.weights_sha256 for place in these}, {place.cell_id for place in these})
+        batch = places[start : start + AT_ONCE]
+        _renew(connection, {place.weights_sha256 for place in batch}, {place.cell_id for place in batch})
 
 
 def _renew(connection: Connection, weights: Collection[str | None], cell_ids: Collection[int]) -> None:
-    flagged = _found(connection, weights, cell_ids).keys()
+    flagged = _flags(connection, weights, cell_ids).keys()
     alike = select(cells.c.id).where(
         cells.c.family.in_(select(cells.c.family).where(cells.c.id.in_(numbered(cell_ids))))
     )
-    known = (
+    stored = (
         select(results.c.weights_sha256, results.c.cell_id, results.c.not_monotone)
         .where(results.c.weights_sha256.in_(listed(filter(None, weights))), results.c.cell_id.in_(alike))
         .distinct()
     )
     wrong = [
         {"network": row.weights_sha256, "cell": row.cell_id, "flag": not row.not_monotone}
-        for row in connection.execute(known)
+        for row in connection.execute(stored)
         if row.not_monotone != (NetworkInCell(row.weights_sha256, row.cell_id) in flagged)
     ]
     if wrong:
@@ -64,7 +64,7 @@ def _renew(connection: Connection, weights: Collection[str | None], cell_ids: Co
         connection.execute(update(results).where(here).values(not_monotone=bindparam("flag")), wrong)
 
 
-def _found(
+def _flags(
     connection: Connection, weights: Collection[str | None], cell_ids: Collection[int]
 ) -> dict[NetworkInCell, list[Flag]]:
     means = network_results.means(connection, weights, cell_ids)
@@ -74,7 +74,7 @@ def _found(
 
 
 def _of_several_strengths(connection: Connection, cell_ids: Collection[int]) -> set[int]:
-    """Those of these cells that have others in their family: nothing is said against the rest."""
+    """The cells among these whose family has other cells: results in the rest have nothing to be compared with."""
     families = select(cells.c.family).where(cells.c.id.in_(numbered(cell_ids)))
     shared = select(cells.c.family).where(cells.c.family.in_(families)).group_by(cells.c.family)
     shared = shared.having(func.count() > 1)

@@ -11,7 +11,7 @@ from service.model.json import JsonObject
 from service.model.records import FirstEvent
 from service.store import counters
 from service.store.tables import Json, events, job_tasks, jobs, tasks
-from service.store.values import one
+from service.store.values import Values, one
 
 Ids = Select[str]
 Value = ColumnElement[Any]  # Any: of whichever type the column has
@@ -53,7 +53,7 @@ def append_for_jobs(
 def append_for_tasks(
     connection: Connection, now: float, actor: str, kind: EventKind | None, which: Ids, data: Value | None = None
 ) -> None:
-    """The same for tasks; without a `kind` it is `task.` and the state that each is in at this moment."""
+    """The same for tasks; without a `kind`, the kind is `task.` and the state that the task is in at this moment."""
     stored = literal(str(kind)) if kind else "task." + tasks.c.state
     _append_for(connection, now, actor, tasks, which, {"task_id": tasks.c.id, "kind": stored}, data)
 
@@ -67,10 +67,10 @@ def _append_for(
     columns: Mapping[str, Value],
     data: Value | None,
 ) -> None:
-    place = func.row_number().over(order_by=(table.c.sequence, table.c.id))
+    position = func.row_number().over(order_by=(table.c.sequence, table.c.id))
     values = {
         **columns,
-        "id": counters.current("events") + place,
+        "id": counters.current("events") + position,
         "at": literal(now),
         "actor": literal(actor),
         "data": literal({}, Json) if data is None else data,
@@ -82,27 +82,30 @@ def _append_for(
 
 def after(
     connection: Connection, last_id: int, *, sweep_id: str | None = None, job_id: str | None = None, limit: int = PAGE
-) -> list[dict[str, Any]]:
+) -> list[Values]:
     """Events later than `last_id`, oldest first, of everything or of one sweep or job and the tasks that it needs."""
     query = select(events).where(events.c.id > last_id).order_by(events.c.id).limit(limit)
-    # Asked of each event and not listed beforehand, by nested questions that leave the planner no other way: thousands
+    # Nested EXISTS, so that the planner has to test each event. Listing the tasks beforehand would take long: thousands
     # of jobs may need tens of thousands of tasks.
     needed = exists().where(job_tasks.c.task_id == events.c.task_id)
     if sweep_id is not None:
-        by_it = exists().where(jobs.c.id == job_tasks.c.job_id, jobs.c.sweep_id == sweep_id)
-        query = query.where((events.c.sweep_id == sweep_id) | needed.where(by_it.correlate(job_tasks)))
+        of_sweep = exists().where(jobs.c.id == job_tasks.c.job_id, jobs.c.sweep_id == sweep_id)
+        query = query.where((events.c.sweep_id == sweep_id) | needed.where(of_sweep.correlate(job_tasks)))
     if job_id is not None:
         query = query.where((events.c.job_id == job_id) | needed.where(job_tasks.c.job_id == job_id))
     return [dict(row._mapping) for row in connection.execute(query)]
 
 
 def first(connection: Connection) -> FirstEvent | None:
-    """The oldest event that is kept; None where there is none."""
+    """The oldest event that is kept; None if there is none."""
     return one(connection, FirstEvent, select(events.c.id, events.c.at).order_by(events.c.id).limit(1))
 
 
 def older_than(connection: Connection, at: float) -> tuple[int, int]:
-    """The ids of the oldest event and of the oldest that happened at `at` or later, else of the newest: that stays."""
+    """The ids of the oldest event and of the oldest event from `at` or later: the events between are older than `at`.
+
+    If all events are older, the second id is that of the newest event, which is always kept. Both are 0 without events.
+    """
     in_order = select(events.c.id).order_by(events.c.id).limit(1)
     oldest = connection.execute(in_order).scalar_one_or_none()
     if oldest is None:
@@ -121,13 +124,13 @@ def needing(
     """Which of these sweeps and jobs need each of these tasks."""
     of_sweeps = select(job_tasks.c.task_id, jobs.c.sweep_id).join(jobs, jobs.c.id == job_tasks.c.job_id).distinct()
     of_jobs = select(job_tasks.c.task_id, job_tasks.c.job_id)
-    found: dict[str, set[str]] = {task_id: set() for task_id in task_ids}
+    by_task: dict[str, set[str]] = {task_id: set() for task_id in task_ids}
     for column, ids, query in ((jobs.c.sweep_id, sweep_ids, of_sweeps), (job_tasks.c.job_id, job_ids, of_jobs)):
         if ids and task_ids:
             query = query.where(column.in_(ids))
-            for task_id, needed_by in connection.execute(query.where(job_tasks.c.task_id.in_(task_ids))):
-                found[task_id].add(needed_by)
-    return found
+            for task_id, needing_id in connection.execute(query.where(job_tasks.c.task_id.in_(task_ids))):
+                by_task[task_id].add(needing_id)
+    return by_task
 
 
 def last_id(connection: Connection) -> int:

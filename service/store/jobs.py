@@ -38,7 +38,7 @@ BASELINE = jobs.c.baseline_task_id  # at s = 1 the attack itself
 
 @dataclass(frozen=True)
 class Origin:
-    """What jobs that are accepted together have in common; `paused` says that their sweep is."""
+    """What jobs that are accepted together have in common; `paused` is whether their sweep is paused."""
 
     user: str
     priority: int
@@ -51,9 +51,9 @@ def insert_jobs(
     connection: Connection, now: float, plans: Sequence[JobPlan], existing: ExistingTasks, origin: Origin
 ) -> list[str]:
     """Insert jobs with the tasks they need. Live and succeeded tasks are joined, failed and cancelled ones reopened,
-    with the trainings whose checkpoints these have not found (see `retry_jobs`).
+    with the trainings whose checkpoints were missing (see `retry_jobs`).
 
-    `existing` are those of their tasks that exist. Returns the ids of the jobs.
+    `existing` has those of their tasks that exist. Returns the ids of the jobs.
     """
     user = origin.user
     sequence = counters.take(connection, "jobs", len(plans))
@@ -83,18 +83,18 @@ def insert_jobs(
 def _rank_existing(
     connection: Connection, now: float, joined: Joined, existing: ExistingTasks, planned: Sequence[PlannedJob]
 ) -> None:
-    """Rank the existing tasks that new jobs, all of one rank, need from now on: their user may come to sponsor them."""
+    """Rank the existing tasks that new jobs, all of one rank, need: the jobs' owner may become their sponsor."""
     rank = planned[0].rank
-    theirs = tasks.c.id.in_(listed(joined.ids_of(existing)))
+    needed = tasks.c.id.in_(listed(joined.ids_of(existing)))
     if not rank.paused:
         trainings = {job.plan.train.digest for job in planned} & existing.keys()
         need_more(connection, {joined.ids[digest]: joined.needed_by[digest] for digest in trainings})
-        of_others = and_(theirs, tasks.c.finished_at.is_(None), tasks.c.sponsor != rank.user, ~tasks.c.shared)
+        of_others = and_(needed, tasks.c.finished_at.is_(None), tasks.c.sponsor != rank.user, ~tasks.c.shared)
         connection.execute(update(tasks).where(of_others).values(shared=True))
     reopened = tasks.c.id.in_(listed(joined.ids_of(joined.reopened)))
     may_rise = or_(tasks.c.priority < rank.priority, tasks.c.paused, tasks.c.cancel_requested, reopened)
-    rerank(connection, now, and_(theirs, may_rise))
-    connection.execute(update(tasks).where(theirs, tasks.c.cancel_requested).values(cancel_requested=False))
+    rerank(connection, now, and_(needed, may_rise))
+    connection.execute(update(tasks).where(needed, tasks.c.cancel_requested).values(cancel_requested=False))
 
 
 def replan_jobs(connection: Connection, now: float, actor: str, plans: Sequence[tuple[Job, JobPlan]]) -> None:
@@ -144,7 +144,7 @@ def states_of(connection: Connection, job_ids: Sequence[str]) -> Counter[str]:
 def count_retries(
     connection: Connection, job_ids: Sequence[str], states: Collection[JobState] = RETRIABLE
 ) -> dict[str, int]:
-    """By how many `retry_jobs` would add to each user's unfinished jobs: a held job is unfinished already."""
+    """How many unfinished jobs each user would have more after `retry_jobs`: a held job is unfinished already."""
     ended = (jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states), jobs.c.finished_at.is_not(None))
     query = select(jobs.c.user, func.count()).where(*ended).group_by(jobs.c.user)
     return {user: count for user, count in connection.execute(query)}
@@ -155,9 +155,10 @@ def retry_jobs(
 ) -> list[str]:
     """Reopen those of these jobs that are in one of `states`, and their tasks that did not succeed. Returns the jobs.
 
-    A task that is held for a person to look at goes on waiting for that unless `states` has `held`.
-    A training whose checkpoint these tasks have not found, or found damaged, runs again too, and what is to use it
-    waits. If it gives the same weights, what had succeeded on them is still needed; if not, see `trained_again`.
+    A held task stays held, for a person to look at it, unless `states` has `held`.
+    A training whose checkpoint these tasks did not find, or found damaged, runs again too, and the tasks that are to
+    use the checkpoint wait. If the training gives the same weights, the tasks that had succeeded on them stay as they
+    are; if not, see `trained_again`.
     """
     statement = move_jobs(states, JobState.QUEUED).where(jobs.c.id.in_(listed(job_ids)))
     values = {"reason": None, "finished_at": None}
@@ -179,9 +180,9 @@ def retry_jobs(
 def _choose_reopened(
     connection: Connection, which: ColumnElement[bool], ended: Collection[TaskState]
 ) -> tuple[dict[str, TaskState], list[str]]:
-    """The tasks among these that run again, by id with the state that each begins in, and the lost trainings of them.
+    """The tasks among these that run again, by id with the state that each begins in, and the lost trainings.
 
-    Those are the tasks in a state of `ended`, and the trainings whose checkpoints are gone.
+    The tasks in a state of `ended` run again, and so do the lost trainings: those whose checkpoints are gone.
     """
     columns = (tasks.c.id, tasks.c.digest, tasks.c.train_digest, tasks.c.state, tasks.c.spec)
     needed = connection.execute(select(*columns).where(which)).all()
@@ -197,16 +198,16 @@ def _choose_reopened(
 
 
 def _insert_needs(
-    connection: Connection, these: ColumnElement[bool], plans: Sequence[tuple[str, JobPlan]], ids: Mapping[str, str]
+    connection: Connection, which: ColumnElement[bool], plans: Sequence[tuple[str, JobPlan]], ids: Mapping[str, str]
 ) -> None:
-    """Which job needs which tasks: those that its row names, its further measures, and a transfer's other network.
+    """Store which tasks each job needs: those that its row names, its further measures, and a transfer's other network.
 
-    `these` are the rows of the jobs, `plans` has their ids, and `ids` those of the tasks by digest.
+    `which` chooses the rows of the jobs, `plans` has the jobs' ids, and `ids` has the tasks' ids by digest.
     """
     parts = [column for column in jobs.columns if column.name.endswith("_task_id")]
-    named = [select(jobs.c.id, part).where(these, part.is_not(None)) for part in parts if part.name != BASELINE.name]
-    at_scale = select(jobs.c.id, BASELINE).where(these, jobs.c.attack_task_id != BASELINE)
-    connection.execute(insert(job_tasks).from_select(["job_id", "task_id"], union_all(*named, at_scale)))
+    in_rows = [select(jobs.c.id, part).where(which, part.is_not(None)) for part in parts if part.name != BASELINE.name]
+    at_scale = select(jobs.c.id, BASELINE).where(which, jobs.c.attack_task_id != BASELINE)
+    connection.execute(insert(job_tasks).from_select(["job_id", "task_id"], union_all(*in_rows, at_scale)))
     further = [
         {"job_id": job_id, "task_id": ids[task_digest]}
         for job_id, plan in plans

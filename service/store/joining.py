@@ -25,7 +25,7 @@ ExistingTasks = Mapping[str, tuple[str, TaskState]]
 
 @dataclass(frozen=True)
 class Rank:
-    """What a new task gets from the first job that needs it; it is ranked among all that need it afterwards."""
+    """What a new task gets from the first job that needs it; later it is ranked by all jobs that need it."""
 
     user: str
     priority: int
@@ -79,7 +79,7 @@ def retracted_digests(connection: Connection, digests: Iterable[str]) -> list[st
 def join_tasks(connection: Connection, now: float, jobs: Sequence[PlannedJob], existing: ExistingTasks) -> Joined:
     """Insert the tasks of these jobs that do not exist, and choose which of the `existing` ones are to run again.
 
-    `run_again` reopens those, once the caller has inserted its jobs.
+    `run_again` reopens the chosen tasks, after the caller has inserted its jobs.
     """
     needed: dict[str, tuple[PlannedTask, PlannedJob]] = {}
     needed_by: Counter[str] = Counter()
@@ -112,7 +112,7 @@ def join_tasks(connection: Connection, now: float, jobs: Sequence[PlannedJob], e
 
 
 def run_again(connection: Connection, now: float, actor: str, joined: Joined) -> list[str]:
-    """Reopen the tasks that are to run again, and let wait what uses the lost checkpoints.
+    """Reopen the tasks that are to run again, and let the tasks that use the lost checkpoints wait.
 
     Returns the tasks whose state has consequences for other jobs: the caller settles them.
     """
@@ -121,13 +121,13 @@ def run_again(connection: Connection, now: float, actor: str, joined: Joined) ->
 
 
 def append_new(connection: Connection, now: float, actor: str, joined: Joined) -> None:
-    """An event for each task that is new, whose kind is the state that it begins in."""
+    """Append an event for each new task; its kind is the state that the task begins in."""
     kind = json_object(kind=tasks.c.kind)
     history.append_for_tasks(connection, now, actor, None, listed(joined.ids_of(joined.new)), kind)
 
 
 def need_more(connection: Connection, jobs_by_training: Mapping[str, int]) -> None:
-    """So many jobs more need these trainings, which go before others of equal rank the more they are needed."""
+    """Count further jobs that need these trainings: at equal rank, the training that more jobs need goes first."""
     more = update(tasks).where(tasks.c.id == bindparam("task"), tasks.c.finished_at.is_(None))
     more = more.values(needed_by=tasks.c.needed_by + bindparam("more"))
     if jobs_by_training:
@@ -135,7 +135,7 @@ def need_more(connection: Connection, jobs_by_training: Mapping[str, int]) -> No
 
 
 def reopen(connection: Connection, now: float, actor: str, first_states: Mapping[str, TaskState]) -> None:
-    """A new generation of ended tasks, each from the state that it begins in. Attempts count on: they are the fence."""
+    """Start a new generation of ended tasks, each in its first state. Attempts count on: they are the fence."""
     if not first_states:
         return
     blocked = listed(task_id for task_id, state in first_states.items() if state is TaskState.BLOCKED)
@@ -152,7 +152,7 @@ def reopen(connection: Connection, now: float, actor: str, first_states: Mapping
 
 
 def lost_trainings(connection: Connection, which: ColumnElement[bool]) -> list[str]:
-    """Digests of the succeeded trainings whose checkpoints those of these tasks that failed have not found.
+    """The digests of succeeded trainings whose checkpoints failed tasks among these did not find.
 
     The last attempt of each failed task has the checkpoint's digest. An attempt that had begun before the training
     succeeded does not count: the bytes that it missed have been replaced since.

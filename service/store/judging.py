@@ -1,9 +1,9 @@
-"""Verdicts on jobs whose last task has landed, from the outcome bits and numbers that their tasks left."""
+"""Verdicts on jobs whose last task has ended, from the outcome bits and numbers that their tasks left."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple  # Any for rows: SQLAlchemy cannot type a row of expressions
 
 from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
 
@@ -14,6 +14,7 @@ from service.store.listed import listed
 from service.store.retractions import retraction_of
 from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED
 from service.store.tables import attack_results, attempts, control_results, jobs, outcome_bits, tasks
+from service.store.values import Values
 
 AT_ONCE = 200  # jobs whose bits are in memory together
 COLUMNS = {name: f"verdict_{name}" for name in ("reasons", "checks", "counts", "version")}
@@ -38,8 +39,8 @@ def verdicts(connection: Connection, job_ids: Sequence[str]) -> list[Judged]:
     """The verdict on each of these jobs."""
     judged = []
     for start in range(0, len(job_ids), AT_ONCE):
-        these = listed(job_ids[start : start + AT_ONCE])
-        rows = connection.execute(select(jobs).where(jobs.c.id.in_(these)).order_by(jobs.c.sequence)).all()
+        batch = listed(job_ids[start : start + AT_ONCE])
+        rows = connection.execute(select(jobs).where(jobs.c.id.in_(batch)).order_by(jobs.c.sequence)).all()
         evidence = _Evidence(connection, rows)
         judged += [Judged(row.id, evidence.verdict(row)) for row in rows]
     return judged
@@ -49,18 +50,16 @@ def write_verdicts(connection: Connection, judged: Sequence[Judged]) -> None:
     """Store these verdicts with their jobs."""
     if not judged:
         return
-    columns: dict[str, Any] = {
-        COLUMNS.get(field.name, field.name): bindparam(f"new_{field.name}") for field in fields(Verdict)
-    }
+    columns: Values = {COLUMNS.get(field.name, field.name): bindparam(f"new_{field.name}") for field in fields(Verdict)}
     statement = update(jobs).where(jobs.c.id == bindparam("new_id")).values(columns)
-    rows = [{"id": of.job_id, **asdict(of.verdict)} for of in judged]
+    rows = [{"id": job.job_id, **asdict(job.verdict)} for job in judged]
     connection.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in rows])
 
 
 def outdated(connection: Connection, after: int, limit: int) -> list[Outdated]:
     """Jobs that were judged by another version of the rule, in their order.
 
-    Those whose bits are not there cannot be judged again, and keep their verdict.
+    Jobs whose bits are gone cannot be judged again, and keep their verdict.
     """
     of_another = jobs.c.verdict.is_not(None) & jobs.c.verdict_version.is_distinct_from(VERSION)
     for task_id in (jobs.c.attack_task_id, jobs.c.baseline_task_id):
@@ -70,7 +69,7 @@ def outdated(connection: Connection, after: int, limit: int) -> list[Outdated]:
 
 
 class _Evidence:
-    """What the tasks of some jobs left, read at once."""
+    """What the tasks of some jobs left, read in a few queries for all of the jobs."""
 
     def __init__(self, connection: Connection, rows: Sequence[Row[Any]]) -> None:
         attacks = {task_id for row in rows for task_id in (row.attack_task_id, row.baseline_task_id)}
@@ -86,7 +85,7 @@ class _Evidence:
         self._retracted = retraction_of(connection, {row.baseline_task_id for row in rows})
 
     def verdict(self, row: Row[Any]) -> Verdict:
-        # The panel ran at s = 1; elsewhere its bits hold only while no predicted class changes.
+        # The panel ran at s = 1. At another scale its bits hold only if scaling changes no predicted class.
         holds = row.control_task_id is not None and (row.scale == 1 or row.spec["scale_bias"])
         holds = holds and self._of_one_network(row.attack_task_id, row.control_task_id)
         baseline = self._of_one_network(row.attack_task_id, row.baseline_task_id)
@@ -107,12 +106,12 @@ class _Evidence:
         return judge(evidence)
 
     def _of_one_network(self, attack: str, other: str) -> bool:
-        """Whether no attempt says that these two tasks were computed on different weights, or a transfer's on those."""
+        """Whether no attempt reports that these two tasks used different weights, or different transfer sources."""
         pairs = zip(self._weights.get(attack, ()), self._weights.get(other, ()), strict=False)
-        return all(mine == theirs or None in (mine, theirs) for mine, theirs in pairs)
+        return all(first == second or None in (first, second) for first, second in pairs)
 
     def _twin(self, task_id: str, attack: Mapping[str, object]) -> BitArray | None:
-        """The panel's PGD on the margin is that of plain PGD; another attack's is there if its panel ran it."""
+        """The twin of plain PGD is the panel's PGD on the margin; another attack has a twin if its panel ran one."""
         bits = self._bits[task_id]
         plain = attack["type"] == "pgd" and not (attack["random_start"] or attack["targeted"])
         if plain and attack["restarts"] == 1 and attack["judge"] == "final":

@@ -5,7 +5,6 @@ place, and what had been computed on the lost weights stayed beside what was com
 """
 
 from collections.abc import Collection
-from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, exists, literal, or_, select, update
 
@@ -18,8 +17,8 @@ from service.store.tables import attempts, job_tasks, tasks, trainings
 from service.store.typed import json_text
 
 
-def used_others(task_id: Column[Any]) -> ColumnElement[bool]:
-    """Whether this task is known to have used other weights than the result's attack."""
+def used_others(task_id: Column[str]) -> ColumnElement[bool]:
+    """Whether the current attempt of this task reports other weights than those of the result's attack."""
     task, attempt = tasks.alias(), attempts.alias()
     used = json_text(attempt.c.provenance, literal("weights_sha256"))
     current = (attempt.c.task_id == task.c.id) & (attempt.c.number == task.c.attempt)
@@ -28,24 +27,24 @@ def used_others(task_id: Column[Any]) -> ColumnElement[bool]:
     return query.correlate_except(task, attempt).exists()
 
 
-def left_out(task_id: Column[Any]) -> ColumnElement[bool]:
-    """The same, but at no cost for results without the flag."""
+def left_out(task_id: Column[str]) -> ColumnElement[bool]:
+    """The same, but at no cost for results without the flag `mixed_weights`."""
     return results.c.mixed_weights & used_others(task_id)
 
 
 def leave_out(connection: Connection, job_ids: Collection[str]) -> None:
     """Take the numbers of measures and trainings of other weights out of these results, and flag them."""
-    these = results.c.job_id.in_(listed(job_ids))
+    of_jobs = results.c.job_id.in_(listed(job_ids))
     training = exists().where(
         trainings.c.task_id == results.c.train_task_id, trainings.c.checkpoint_digest != results.c.weights_sha256
     )
     measure = job_tasks.c.task_id == tasks.c.id, tasks.c.kind == "measure", used_others(job_tasks.c.task_id)
     measures = exists().where(job_tasks.c.job_id == results.c.job_id, *measure)
-    flagged = update(results).where(these, or_(training, measures)).values(mixed_weights=True)
-    found = connection.scalars(flagged.returning(results.c.job_id)).all()
-    if not found:
+    flagged = update(results).where(of_jobs, or_(training, measures)).values(mixed_weights=True)
+    mixed_ids = connection.scalars(flagged.returning(results.c.job_id)).all()
+    if not mixed_ids:
         return
-    mixed = results.c.job_id.in_(listed(found))
+    mixed = results.c.job_id.in_(listed(mixed_ids))
     for others, names in ((training, filed("train")), (used_others(results.c.measure_task_id), filed("measure"))):
         connection.execute(update(results).where(mixed, others).values(dict.fromkeys(names)))
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any  # for rows: SQLAlchemy cannot type a row of expressions
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, func, insert, literal, select, update
 
 from service.limits import Limits
 from service.model.scheduling import Account, decayed
@@ -12,18 +12,18 @@ from service.store.listed import listed
 from service.store.states import CURRENT, RUNNING
 from service.store.tables import attempts, jobs, tasks, usage, users
 
-HANDLING_SECONDS = 0.05  # what an attempt costs beside its run: those that end between two looks are not free
+HANDLING_SECONDS = 0.05  # charged per attempt beside its run: also if its start and end are recorded together
 FOLD_SECONDS = 60.0  # recent usage is decayed at least so often
 
 
 def limits(connection: Connection, names: Collection[str], default: Limits) -> dict[str, Limits]:
-    """The limits of these users: their own where they have some, otherwise the default."""
+    """The limits of these users: each is the user's own, or else the default."""
     columns = (users.c.name, users.c.weight, users.c.max_queued_jobs, users.c.max_gpus)
-    found = dict.fromkeys(names, default)
+    limits_of = dict.fromkeys(names, default)
     for name, *own in connection.execute(select(*columns).where(users.c.name.in_(listed(names)))):
-        given = zip(("weight", "max_queued_jobs", "max_gpus"), own, strict=True)
-        found[name] = replace(default, **{field: value for field, value in given if value is not None})
-    return found
+        fields = zip(("weight", "max_queued_jobs", "max_gpus"), own, strict=True)
+        limits_of[name] = replace(default, **{field: value for field, value in fields if value is not None})
+    return limits_of
 
 
 def known(connection: Connection) -> list[str]:
@@ -39,17 +39,17 @@ def with_unfinished_jobs(connection: Connection) -> list[str]:
 
 def unfinished_jobs(connection: Connection, user: str) -> int:
     """How many jobs of this user have not ended."""
-    mine = (jobs.c.user == user) & (jobs.c.finished_at.is_(None))
-    return int(connection.execute(select(func.count()).select_from(jobs).where(mine)).scalar_one())
+    unfinished = (jobs.c.user == user) & (jobs.c.finished_at.is_(None))
+    return int(connection.execute(select(func.count()).select_from(jobs).where(unfinished)).scalar_one())
 
 
 def charge_running(connection: Connection, now: float, holder: str) -> None:
-    """Charge the sponsors of what `holder` runs for the time since they were last charged."""
+    """Charge the sponsors of the tasks that `holder` runs for the time since their last charge."""
     _charge(connection, now, and_(tasks.c.holder == holder, RUNNING), literal(0.0), until=now)
 
 
 def charge_ended(connection: Connection, now: float, task_ids: Iterable[str]) -> None:
-    """Charge what is left to be charged for the attempts of these tasks, of those that do not run any more."""
+    """Charge the rest for the last attempts of those of these tasks that do not run any more."""
     ended = and_(tasks.c.id.in_(listed(task_ids)), ~RUNNING)
     _charge(connection, now, ended, literal(HANDLING_SECONDS), until=None)
 
@@ -72,9 +72,9 @@ def _charge(
 
 def _open(connection: Connection, now: float, names: Collection[str]) -> None:
     """Have a row of usage for each of these users."""
-    known = set(connection.scalars(select(usage.c.user).where(usage.c.user.in_(listed(sorted(names))))))
+    existing = set(connection.scalars(select(usage.c.user).where(usage.c.user.in_(listed(sorted(names))))))
     nothing = {"device_seconds": 0.0, "as_of": now, "recent_seconds": 0.0}
-    if new := [{"user": name, **nothing} for name in sorted(set(names) - known)]:
+    if new := [{"user": name, **nothing} for name in sorted(set(names) - existing)]:
         connection.execute(insert(usage), new)
 
 
@@ -90,7 +90,7 @@ def fold(connection: Connection, now: float, half_life_seconds: float) -> None:
 def accounts(
     connection: Connection, now: float, sponsors: Collection[str], half_life_seconds: float, default: Limits
 ) -> dict[str, Account]:
-    """What the scheduler has to know of these users."""
+    """The usage, the devices in use and the limits of these users, for the scheduler."""
     used = {row.user: row for row in connection.execute(select(usage).where(usage.c.user.in_(listed(sponsors))))}
     allowed, devices = limits(connection, sponsors, default), devices_in_use(connection)
     return {
@@ -109,11 +109,11 @@ def devices_in_use(connection: Connection) -> dict[str, float]:
     bundle = func.coalesce(attempts.c.bundle, attempts.c.task_id)
     share = func.max(func.coalesce(attempts.c.device_share, 1.0))
     query = select(tasks.c.sponsor, bundle, share).where(RUNNING, CURRENT).group_by(tasks.c.sponsor, bundle)
-    found: dict[str, float] = {}
+    in_use: dict[str, float] = {}
     for sponsor, _, devices in connection.execute(query):
-        found[sponsor] = found.get(sponsor, 0.0) + devices
-    return found
+        in_use[sponsor] = in_use.get(sponsor, 0.0) + devices
+    return in_use
 
 
-def _used(row: Any, now: float, half_life_seconds: float) -> float:
+def _used(row: Row[Any], now: float, half_life_seconds: float) -> float:
     return decayed(row.device_seconds, now - row.as_of, half_life_seconds) + float(row.recent_seconds)

@@ -40,9 +40,9 @@ Key = tuple[str, int]
 def record(
     connection: Connection, now: float, actor: str, messages: Iterable[Message], patience: Patience
 ) -> list[str]:
-    """Write messages down, each if its attempt is the current one, and what follows from them.
+    """Store each message whose attempt is the current one, and apply its consequences.
 
-    Returns digests of artifacts that nobody points to any more.
+    Returns the digests of replaced epoch states that no artifact row has any more.
     """
     started: dict[str, list[Started]] = defaultdict(list)
     succeeded: dict[Key, Succeeded] = {}
@@ -61,8 +61,8 @@ def record(
                 rare.append(message)
             case _:
                 assert_never(message)
-    for worker, those in started.items():
-        _write_worker(connection, now, worker, those)
+    for worker, reports in started.items():
+        _write_worker(connection, now, worker, reports)
     if succeeded:
         ended += _write_successes(connection, now, actor, succeeded)
         superseded += _forget_epoch_states(connection, ended, keep=None)
@@ -74,27 +74,27 @@ def record(
 
 
 def _fence(reports: Iterable[Message]) -> ColumnElement[bool]:
-    """True of the tasks whose current attempt is that of one of these reports; only one that runs may write."""
+    """The tasks whose current attempt sent one of these reports. Callers also require that the task is running."""
     keys = [f"{report.task_id}:{report.attempt}" for report in reports]
     ids = [key.rpartition(":")[0] for key in keys]
-    theirs = tasks.c.id + ":" + cast(tasks.c.attempt, String)
-    return and_(tasks.c.id.in_(listed(ids)), theirs.in_(listed(keys)))
+    current = tasks.c.id + ":" + cast(tasks.c.attempt, String)
+    return and_(tasks.c.id.in_(listed(ids)), current.in_(listed(keys)))
 
 
-def _current(connection: Connection, message: Message, **values: Any) -> bool:
+def _current(connection: Connection, message: Message, values: Values) -> bool:
     """The fence: one UPDATE that hits the task only while `message.attempt` is its running attempt."""
-    return connection.execute(update(tasks).where(_fence([message]), RUNS).values(**values)).rowcount == 1
+    return connection.execute(update(tasks).where(_fence([message]), RUNS).values(values)).rowcount == 1
 
 
 def _write_worker(connection: Connection, now: float, worker: str, reports: Sequence[Started]) -> None:
-    mine = update(tasks).where(_fence(reports), RUNS).values(worker=worker).returning(tasks.c.id, tasks.c.attempt)
-    rows = [{"task": row.id, "attempt": row.attempt} for row in connection.execute(mine)]
+    statement = update(tasks).where(_fence(reports), RUNS).values(worker=worker).returning(tasks.c.id, tasks.c.attempt)
+    rows = [{"task": row.id, "attempt": row.attempt} for row in connection.execute(statement)]
     if rows:
         connection.execute(update(attempts).where(THIS_ATTEMPT).values(worker=worker, charged_until=now), rows)
 
 
 class _Done(NamedTuple):
-    """A task that has succeeded, and the attempt that its numbers are of."""
+    """A task that has succeeded, and the attempt that computed its numbers."""
 
     id: str
     attempt: int
@@ -103,18 +103,21 @@ class _Done(NamedTuple):
 
 
 def _write_successes(connection: Connection, now: float, actor: str, reports: Mapping[Key, Succeeded]) -> list[str]:
-    """Returns the tasks that have succeeded, whose report was of their current attempt, and those that ended for it."""
+    """Store the successes of current attempts.
+
+    Returns the tasks that succeeded, and the tasks that ended because their training made other weights.
+    """
     values = {"reason": None, "finished_at": now, "progress": 1.0}
-    nothing_left = {"holder": None, "lease_expires_at": None, "resume_digest": None, "resume_bytes": None}
-    mine = move_tasks({TaskState.RUNNING}, TaskState.SUCCEEDED).where(_fence(reports.values()))
+    cleared = {"holder": None, "lease_expires_at": None, "resume_digest": None, "resume_bytes": None}
+    statement = move_tasks({TaskState.RUNNING}, TaskState.SUCCEEDED).where(_fence(reports.values()))
     columns = (tasks.c.id, tasks.c.attempt, tasks.c.kind, tasks.c.generation)
-    done = [_Done(*row) for row in connection.execute(mine.values(**values, **nothing_left).returning(*columns))]
+    done = [_Done(*row) for row in connection.execute(statement.values(**values, **cleared).returning(*columns))]
     if not done:
         return []
-    left = [reports[row.id, row.attempt].outcome for row in done]
-    replaced = other_weights(connection, now, actor, _trained_again(done, left))
+    reported = [reports[row.id, row.attempt].outcome for row in done]
+    replaced = other_weights(connection, now, actor, _trained_again(done, reported))
     done = [row._replace(**_instead(replaced.get(row.id))) for row in done]
-    outcomes = {row.id: outcome for row, outcome in zip(done, left, strict=True)}
+    outcomes = {row.id: outcome for row, outcome in zip(done, reported, strict=True)}
     provenance = [{"task": row.id, "attempt": row.attempt, "made": finite(outcomes[row.id].provenance)} for row in done]
     made = {"ended_at": now, "end": "succeeded", "provenance": bindparam("made")}
     connection.execute(update(attempts).where(THIS_ATTEMPT).values(made), provenance)
@@ -122,13 +125,13 @@ def _write_successes(connection: Connection, now: float, actor: str, reports: Ma
         _store_outcomes(connection, now, kind, {row.id: outcomes[row.id] for row in done if row.kind == kind})
     if again := [row.id for row in done if row.generation > 1]:
         filing.refresh(connection, again)
-    happened = [Event(EventKind.TASK_SUCCEEDED, task_id=row.id, attempt=row.attempt) for row in done]
-    history.append(connection, now, actor, happened)
-    return [*outcomes, *chain.from_iterable(one.ended for one in replaced.values())]
+    events = [Event(EventKind.TASK_SUCCEEDED, task_id=row.id, attempt=row.attempt) for row in done]
+    history.append(connection, now, actor, events)
+    return [*outcomes, *chain.from_iterable(new.ended for new in replaced.values())]
 
 
 def _trained_again(done: Sequence[_Done], outcomes: Sequence[Outcome]) -> list[Made]:
-    """The weights of those that are no first generation of a training."""
+    """The weights of the trainings among these that ran again: their generation is not the first."""
     return [
         Made(row.id, row.attempt, ref.digest)
         for row, outcome in zip(done, outcomes, strict=True)
@@ -142,60 +145,63 @@ def _instead(replaced: Replaced | None) -> Values:
     return {} if replaced is None else {"id": replaced.task_id, "attempt": replaced.attempt}
 
 
-def _attempt(connection: Connection, report: Message, **values: Any) -> None:
+def _write_attempt(connection: Connection, report: Message, values: Values) -> None:
     this = (attempts.c.task_id == report.task_id) & (attempts.c.number == report.attempt)
-    connection.execute(update(attempts).where(this).values(**values))
+    connection.execute(update(attempts).where(this).values(values))
 
 
 def _progress(connection: Connection, now: float, message: Progress) -> list[str]:
     detail = finite(message.detail)
     values: Values = {"progress": message.fraction, "detail": detail}
     if message.resume is None:
-        _current(connection, message, **values)
+        _current(connection, message, values)
         return []
     resume = {"resume_digest": message.resume.digest, "resume_bytes": message.resume.size_bytes, "suspect_losses": 0}
-    if not _current(connection, message, **values, **resume):
-        return []  # its bytes stay for the collector of garbage: the current attempt may have written the same
+    if not _current(connection, message, values | resume):
+        return []  # the bytes are left to the garbage collection: the current attempt may have written the same ones
     superseded = _forget_epoch_states(connection, [message.task_id], keep=message.resume.digest)
     _artifact(connection, now, message.task_id, message.resume.digest, "epoch_state", message.resume.size_bytes)
     data = {"detail": detail}
-    happened = Event(EventKind.TASK_CHECKPOINTED, task_id=message.task_id, attempt=message.attempt, data=data)
-    history.append(connection, now, "worker", [happened])
+    event = Event(EventKind.TASK_CHECKPOINTED, task_id=message.task_id, attempt=message.attempt, data=data)
+    history.append(connection, now, "worker", [event])
     return superseded
 
 
 def _store_outcomes(connection: Connection, now: float, kind: str, outcomes: Mapping[str, Outcome]) -> None:
-    """Numbers into the table of their kind: known ones in their columns, all of them in `numbers`."""
+    """Store outcomes: all numbers in the column `numbers` of the kind's table, some in columns of their own too."""
     table = TASK_KINDS[kind].numbers
-    named = [column.name for column in table.columns if column.name not in ("task_id", "numbers")]
+    own_columns = [column.name for column in table.columns if column.name not in ("task_id", "numbers")]
     rows, bits, points = [], [], []
-    # A reopened task replaces what an earlier generation left.
+    # The outcome of a reopened task replaces the outcome of its earlier generation.
     for old in (table, outcome_bits, curves):
         connection.execute(delete(old).where(old.c.task_id.in_(listed(outcomes))))
     for task_id, outcome in outcomes.items():
         numbers = finite(outcome.numbers)
-        row = {"task_id": task_id, "numbers": numbers, **{name: numbers.get(name) for name in named}}
+        row = {"task_id": task_id, "numbers": numbers, **{name: numbers.get(name) for name in own_columns}}
         for ref in outcome.artifacts:
             _artifact(connection, now, task_id, ref.digest, ref.kind, ref.size_bytes)
             if ref.kind == "checkpoint":
                 row |= {"checkpoint_digest": ref.digest, "checkpoint_bytes": ref.size_bytes}
         rows.append(row)
-        bits += [{"task_id": task_id, "name": name, **vars(of)} for name, of in outcome.bits.items()]
-        points += [{"task_id": task_id, "name": name, "points": finite(of)} for name, of in outcome.curves.items()]
-    for into, these in ((table, rows), (outcome_bits, bits), (curves, points)):
-        if these:
-            connection.execute(insert(into), these)
+        bits += [{"task_id": task_id, "name": name, **vars(packed)} for name, packed in outcome.bits.items()]
+        points += [
+            {"task_id": task_id, "name": name, "points": finite(curve)} for name, curve in outcome.curves.items()
+        ]
+    for into, new_rows in ((table, rows), (outcome_bits, bits), (curves, points)):
+        if new_rows:
+            connection.execute(insert(into), new_rows)
     if TASK_KINDS[kind].asked_for:
         filing.note_names(connection, kind, [row["numbers"] for row in rows])
 
 
 def _stopped(connection: Connection, now: float, actor: str, message: Failed | Lost, patience: Patience) -> bool:
-    """An attempt ended without success: write down what follows by `retrying`."""
+    """Store that an attempt ended without success, and what follows by `retrying`. False if it is not current."""
     columns = (tasks.c.errors, tasks.c.suspect_losses, tasks.c.cancel_requested, tasks.c.kind, tasks.c.spec)
     task = connection.execute(select(*columns).where(tasks.c.id == message.task_id)).one_or_none()
     if task is None:
         return False
-    counts, more = Counts(task.errors, task.suspect_losses), {}
+    counts = Counts(task.errors, task.suspect_losses)
+    more: Values = {}
     if isinstance(message, Failed):
         ending = after_error(message, counts, patience)
         more = {"traceback": message.traceback or None, "missing_digest": message.missing}
@@ -213,14 +219,15 @@ def _stopped(connection: Connection, now: float, actor: str, message: Failed | L
     moved = move_tasks({TaskState.RUNNING}, ending.state).where(_fence([message])).values(values)
     if connection.execute(moved).rowcount != 1:
         return False
-    _attempt(connection, message, ended_at=now, end=ending.end, message=message.message, **more)
+    attempt = {"ended_at": now, "end": ending.end, "message": message.message}
+    _write_attempt(connection, message, attempt | more)
     kind, data = EventKind.of_task(ending.state), {"end": ending.end, "reason": ending.reason}
     history.append(connection, now, actor, [Event(kind, task_id=message.task_id, attempt=message.attempt, data=data)])
     return True
 
 
 def _fits_on_no_gpu(connection: Connection, message: Lost) -> bool:
-    """Whether it ran out of memory so often in a row with a whole GPU that no neighbour is to blame any more."""
+    """Whether the task ran out of memory so often in a row with a whole GPU that no neighbour is to blame any more."""
     if message.reason not in PATIENT:
         return False
     until = (attempts.c.task_id == message.task_id) & (attempts.c.number <= message.attempt)
@@ -231,14 +238,14 @@ def _fits_on_no_gpu(connection: Connection, message: Lost) -> bool:
 
 
 def _in_a_row(connection: Connection, message: Lost) -> int:
-    """How many attempts before this one ended for a reason as patient, one after the other."""
+    """How many attempts directly before this one ended for a reason in `PATIENT`; 20 are looked at."""
     before = (attempts.c.task_id == message.task_id) & (attempts.c.number < message.attempt)
     last = select(attempts.c.end).where(before).order_by(attempts.c.number.desc()).limit(20)
     return len(list(takewhile(PATIENT.__contains__, connection.scalars(last).all())))
 
 
 def note_stalled(connection: Connection, now: float, actor: str, still_seconds: Mapping[Key, float]) -> None:
-    """Say of these attempts that they have not advanced for so long: as an event, and in the detail until they do."""
+    """Record for how long these attempts have not advanced: as an event, and in their detail until they advance."""
     query = select(tasks.c.attempt, tasks.c.progress, tasks.c.detail).where(tasks.c.state == TaskState.RUNNING)
     for (task_id, attempt), seconds in still_seconds.items():
         task = connection.execute(query.where(tasks.c.id == task_id, tasks.c.attempt == attempt)).one_or_none()
@@ -259,16 +266,16 @@ def _artifact(connection: Connection, now: float, task_id: str, digest: str, kin
 
 
 def _forget_epoch_states(connection: Connection, task_ids: Sequence[str], *, keep: str | None) -> list[str]:
-    """Drop the rows of trainings' earlier epoch states; returns those digests that nothing else points to."""
-    theirs = (artifacts.c.task_id.in_(listed(task_ids))) & (artifacts.c.kind == "epoch_state")
-    old = delete(artifacts).where(theirs, artifacts.c.digest != (keep or "")).returning(artifacts.c.digest)
+    """Drop the rows of trainings' earlier epoch states; returns the digests that no other artifact row has."""
+    states = (artifacts.c.task_id.in_(listed(task_ids))) & (artifacts.c.kind == "epoch_state")
+    old = delete(artifacts).where(states, artifacts.c.digest != (keep or "")).returning(artifacts.c.digest)
     digests = list(connection.scalars(old))
     used = set(connection.scalars(select(artifacts.c.digest).where(artifacts.c.digest.in_(listed(digests)))))
     return [digest for digest in dict.fromkeys(digests) if digest not in used]
 
 
-def finite(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON does not have: null, as where there is no number."""
+def finite(value: Any) -> Any:  # Any: a value of JSON
+    """The value with null in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,28 +1,28 @@
-"""Idempotency keys with the replies they were given, written in the transaction of the request itself."""
+"""Idempotency keys with the replies to their requests, written in the transaction of the request itself."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import Connection, insert, select
 
 from service.errors import IdempotencyMismatch
+from service.model.json import JsonObject
 from service.store.tables import idempotency_keys
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a submission was answered with; `replayed` when it is the stored answer to an earlier request."""
+    """The answer to a submission; `replayed` if it is the stored answer to an earlier request."""
 
     status: int
     location: str
-    body: dict[str, Any]
+    body: JsonObject
     replayed: bool = False
 
 
 def find(connection: Connection, user: str, key: str, body_sha256: str) -> Reply | None:
-    """The stored reply to this user's key. Raises `IdempotencyMismatch` where the body was another one."""
-    mine = (idempotency_keys.c.user == user) & (idempotency_keys.c.key == key)
-    row = connection.execute(select(idempotency_keys).where(mine)).one_or_none()
+    """The stored reply to this user's key. Raises `IdempotencyMismatch` if its request had another body."""
+    same_key = (idempotency_keys.c.user == user) & (idempotency_keys.c.key == key)
+    row = connection.execute(select(idempotency_keys).where(same_key)).one_or_none()
     if row is None:
         return None
     if row.body_sha256 != body_sha256:

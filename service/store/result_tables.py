@@ -1,7 +1,7 @@
-"""Results as they are asked for: a narrow row a finished job, and what all seeds of a cell have in common once.
+"""Results as questions read them: a narrow row for each finished job, and one row for what all seeds of a cell share.
 
-A result is still a view over its tasks, where each number is stored: these rows repeat the headline numbers, so that a
-million of them can be filtered, sorted and aggregated by index. `filing` writes them when a job's last task lands.
+All numbers of a result are stored with its tasks. These rows repeat the headline numbers, so that a million results can
+be filtered, sorted and aggregated by index. `filing` writes them when a job succeeds.
 """
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Index, Integer, String, Table, Text, text
@@ -9,8 +9,8 @@ from sqlalchemy import BigInteger, Boolean, Column, Float, ForeignKey, Index, In
 from service.specs.numbers import INDEXED, METRICS
 from service.store.tables import Json, metadata
 
-# Two results are comparable but for their seeds where they have the same cell: everything that was asked for, except
-# seeds, replicates and further measures, and the versions of the tasks that computed it.
+# Two results that differ only in their seeds have the same cell: everything that was asked for, except seeds,
+# replicates, arrays and further measures, with the versions of the tasks that computed it.
 cells = Table(
     "cells",
     metadata,
@@ -25,11 +25,11 @@ cells = Table(
     Column("recipe", String(80), nullable=False),
     Column("samples", Integer, nullable=False),
     Column("spec", Json, nullable=False),
-    Column("threat_model", String(80)),  # the ball, as `linf 8/255`; null where the attack has none
-    # That of all cells whose attacks differ in nothing but strength, on whatever network of one architecture.
+    Column("threat_model", String(80)),  # the ball, as `linf 8/255`; null if the attack has none
+    # Equal for cells whose attacks differ only in strength, on networks of one architecture (`filing.family`).
     Column("family", String(64), nullable=False, server_default=text("''")),
     Index("ix_cells_family", "family"),
-    # All that filters ask of cells by column, so that a look at every one of them reads no spec.
+    # All columns of cells that filters use, so that a scan of all cells reads no spec.
     Index("ix_cells_asked", "architecture", "dataset", "attack", "scale", "norm", "eps", "recipe", "samples"),
 )
 
@@ -53,15 +53,16 @@ results = Table(
     Column("attack_task_id", String(36), nullable=False),
     Column("weights_sha256", String(64)),  # of the network that the attack really used
     Column("repeated", Boolean, nullable=False),  # an earlier result has the same attack task: the same numbers
-    # An earlier result of the cell is of the same network: another attack seed, a replicate, or the same numbers.
+    # An earlier result of the cell is of the same network (another attack seed, a replicate, or the same numbers), or
+    # may be.
     Column("repeats_network", Boolean, nullable=False, server_default=text("false")),
     *(Column(name, Float(53)) for name in METRICS),
     Column("masked_n", Integer),
     # Other results of the network speak against it (`service/model/flags.py`).
     Column("not_monotone", Boolean, nullable=False, server_default=text("false")),
-    # Weights that it rests on were lost, and their training gave others when it ran again.
+    # Weights that the result rests on were lost, and their training gave others when it ran again.
     Column("trained_again", Boolean, nullable=False, server_default=text("false")),
-    # A measure or its training used other weights than its attack; such numbers are left out (`store/own_weights.py`).
+    # A measure or the training has other weights than the attack; its numbers are left out (`store/own_weights.py`).
     Column("mixed_weights", Boolean, nullable=False, server_default=text("false")),
     Column("verdict", String(20), nullable=False),
     Column("verdict_version", Integer),
@@ -71,11 +72,11 @@ results = Table(
     Column("retracted_at", Float(53)),
     Column("retracted_by", String(200)),
     Column("retraction_reason", Text),
-    Column("retracted_with", String(36)),  # the task whose retraction hides it; null where itself was retracted
+    Column("retracted_with", String(36)),  # the task whose retraction hides it; null if the result itself was retracted
     Index("ix_results_retracted", "retracted_with", "sequence", postgresql_where=HIDDEN, sqlite_where=HIDDEN),
     Index("ix_results_retracted_training", "train_task_id", postgresql_where=HIDDEN, sqlite_where=HIDDEN),
-    # A page can be sorted by an indexed number without looking at all rows: of everything, where the cell and the user
-    # can be told from the index, and within each cell, where a filter asks for few of them.
+    # A page that is sorted by an indexed number does not read all rows. These indices serve a page of all results, as
+    # they have the cell and the user; the indices within each cell serve a filter that chooses few cells.
     *(
         Index(f"ix_results_{name}", name, "sequence", "cell_id", "user", postgresql_where=SHOWN, sqlite_where=SHOWN)
         for name in INDEXED
@@ -102,7 +103,7 @@ results = Table(
         "robust_accuracy",
         "clean_accuracy",
         "masked_fraction",
-        "retracted_at",  # always null, but SQLite reads the row where the index lacks a column of its condition
+        "retracted_at",  # always null, but SQLite reads the row if the index lacks a column of its condition
         postgresql_where=SHOWN,
         sqlite_where=SHOWN,
     ),
@@ -110,7 +111,7 @@ results = Table(
     Index("ix_results_weights", "weights_sha256", "cell_id"),
 )
 
-# Which numbers attacks and measures have ever left, so that a misspelt name is told from one without rows.
+# The names of all numbers that attacks and measures ever left: they tell a misspelt name from a name without rows.
 number_names = Table(
     "number_names",
     metadata,

@@ -1,17 +1,18 @@
 """Retractions: marks on results, by the attack task whose numbers they show, and on tasks with all that rests on them.
 
-What rests on a task: the tasks that are computed on its checkpoint, also where another task imported its weights by
+What rests on a task: the tasks that are computed on its checkpoint, also if another task imported its weights by
 their digest, and the results that need any of these for a number or for their verdict. A further measure is no such
-need: a result loses that measure's numbers only.
+need: without it, a result lacks only that measure's numbers.
 """
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple  # Any for rows: SQLAlchemy cannot type a row of expressions
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    FromClause,
     Row,
     Select,
     String,
@@ -37,7 +38,7 @@ RETRACTION = ("retracted_at", "retracted_by", "retraction_reason")
 MARK = (*RETRACTION, "retracted_with")
 NO_MARK: dict[str, None] = dict.fromkeys(MARK)
 FURTHER = (tasks.c.kind == "measure") & (tasks.c.spec["measure", "type"].as_string() != "closed_forms")
-IMPORTED = tasks.c.spec["recipe", "name"].as_string() == "imported"  # of a training: its weights were there
+IMPORTED = tasks.c.spec["recipe", "name"].as_string() == "imported"  # a training that uses given weights
 WEIGHTS = tasks.c.spec["recipe", "weights_sha256"].as_string()
 GIVEN_UP = "retracted:"  # before a task's id, in place of a digest that the task has given up
 LET_GO = (JobState.FAILED, JobState.CANCELLED)  # jobs that lose nothing with a task
@@ -49,15 +50,15 @@ def attacks_of(connection: Connection, where: Sequence[Column]) -> list[str]:
 
 
 def with_equal_numbers(connection: Connection, task_ids: Sequence[str]) -> list[str]:
-    """These tasks, and beside each attack the one that differs from it only in whether it keeps `arrays`."""
+    """These tasks and the twins of attacks: a twin differs only in whether it keeps `arrays`."""
     attacks = (tasks.c.id.in_(listed(task_ids)), tasks.c.kind == "attack")
-    given = {task_id: spec for task_id, spec in connection.execute(select(tasks.c.id, tasks.c.spec).where(*attacks))}
-    if not given:
+    specs = {task_id: spec for task_id, spec in connection.execute(select(tasks.c.id, tasks.c.spec).where(*attacks))}
+    if not specs:
         return list(task_ids)
-    trainings_of = select(task_edges.c.parent_id).where(task_edges.c.child_id.in_(listed(given)))
+    trainings_of = select(task_edges.c.parent_id).where(task_edges.c.child_id.in_(listed(specs)))
     beside = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(trainings_of))
     query = select(tasks.c.id, tasks.c.spec).where(tasks.c.id.in_(beside), tasks.c.kind == "attack")
-    wanted = {_numbers_of(spec | {"arrays": not spec["arrays"]}) for spec in given.values()}
+    wanted = {_numbers_of(spec | {"arrays": not spec["arrays"]}) for spec in specs.values()}
     equal = {task_id for task_id, spec in connection.execute(query) if _numbers_of(spec) in wanted}
     return [*task_ids, *sorted(equal - set(task_ids))]
 
@@ -67,7 +68,7 @@ def _numbers_of(spec: JsonObject) -> str:
     return json.dumps({**LATER, **spec}, sort_keys=True)
 
 
-def retraction_of(connection: Connection, attack_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+def retraction_of(connection: Connection, attack_ids: Iterable[str]) -> dict[str, Values]:
     """When, by whom and why the numbers of these attack tasks were retracted by themselves, and not with a task.
 
     A retracted result shows the numbers of the task, or of its twin: the same attack with or without `arrays`. A twin
@@ -78,16 +79,16 @@ def retraction_of(connection: Connection, attack_ids: Iterable[str]) -> dict[str
     hidden = select(*specs, *(results.c[name] for name in RETRACTION))
     hidden = hidden.join(results, results.c.attack_task_id == tasks.c.id).where(results.c.train_task_id.in_(parents))
     alone = (results.c.retracted_at.is_not(None), results.c.retracted_with.is_(None))
-    marks: dict[Any, dict[str, Any]] = {}
+    marks: dict[str | tuple[str, bool], Values] = {}
     for row in connection.execute(hidden.where(*alone).order_by(results.c.sequence)):
         mark = {name: getattr(row, name) for name in RETRACTION}
         marks.setdefault(row.id, mark)
         marks.setdefault(_twin_key(row), mark)
     if not marks:
         return {}
-    these = connection.execute(select(*specs).where(tasks.c.id.in_(listed(attack_ids)))).all()
-    found = {row.id: marks.get(row.id, marks.get(_twin_key(row))) for row in these}
-    return {task_id: mark for task_id, mark in found.items() if mark is not None}
+    rows = connection.execute(select(*specs).where(tasks.c.id.in_(listed(attack_ids)))).all()
+    mark_of = {row.id: marks.get(row.id, marks.get(_twin_key(row))) for row in rows}
+    return {task_id: mark for task_id, mark in mark_of.items() if mark is not None}
 
 
 def _twin_key(row: Row[Any]) -> tuple[str, bool]:
@@ -125,28 +126,28 @@ def restore(connection: Connection, attack_ids: Sequence[str]) -> list[str]:
 
     One that rests on a task which was retracted meanwhile stays hidden with that task.
     """
-    mine = (_showing(attack_ids), results.c.retracted_at.is_not(None), results.c.retracted_with.is_(None))
-    cleared = list(connection.scalars(update(results).where(*mine).values(NO_MARK).returning(results.c.job_id)))
+    marked = (_showing(attack_ids), results.c.retracted_at.is_not(None), results.c.retracted_with.is_(None))
+    cleared = list(connection.scalars(update(results).where(*marked).values(NO_MARK).returning(results.c.job_id)))
     return sorted(set(cleared) - set(_hide(connection, results.c.job_id.in_(listed(cleared)))))
 
 
 def give_digests_up(connection: Connection, task_ids: Sequence[str]) -> None:
-    """From now on no job joins these tasks."""
+    """Make these tasks give up their digests, so that no new job joins them."""
     connection.execute(update(tasks).where(tasks.c.id.in_(listed(task_ids))).values(new_digest()))
 
 
 def resting_on(connection: Connection, task_ids: Sequence[str]) -> list[str]:
-    """These tasks, and those that are computed on their checkpoints: only trainings have any, and no parents."""
+    """These tasks, and those that are computed on their checkpoints: only trainings have any, and have no parents."""
     parents = [*task_ids, *imports_of(connection, task_ids)]
     children = select(task_edges.c.child_id).where(task_edges.c.parent_id.in_(listed(parents)))
     return sorted({*parents, *connection.scalars(children)})
 
 
 def imports_of(connection: Connection, task_ids: Sequence[str]) -> dict[str, str]:
-    """The tasks that are not retracted and import by their digest the weights of these trainings, with the training.
+    """The unretracted tasks that import these trainings' weights by their digest: `task id -> training's id`.
 
-    None where another training that stands made equal weights, and none of weights that are registered under a name:
-    what imports these may rest on the file that was uploaded.
+    Two kinds of weights are left out: those that another unretracted training made too, and those that are registered
+    under a name, because their imports may rest on the uploaded file.
     """
     if not (made := _made_by(connection, task_ids)):
         return {}
@@ -155,8 +156,8 @@ def imports_of(connection: Connection, task_ids: Sequence[str]) -> dict[str, str
     standing = set(connection.scalars(others.where(tasks.c.id.not_in(listed(task_ids)), ~IMPORTED)))
     spoiled = made.keys() - standing - {weights for _, weights in _registered(connection, made)}
     imports = select(tasks.c.id, WEIGHTS).where(tasks.c.kind == "train", IMPORTED, tasks.c.retracted_at.is_(None))
-    found = connection.execute(imports.where(WEIGHTS.in_(listed(spoiled)))) if spoiled else ()
-    return {task_id: made[weights] for task_id, weights in found}
+    rows = connection.execute(imports.where(WEIGHTS.in_(listed(spoiled)))) if spoiled else ()
+    return {task_id: made[weights] for task_id, weights in rows}
 
 
 def registered_of(connection: Connection, task_ids: Sequence[str]) -> list[str]:
@@ -179,7 +180,7 @@ def _registered(connection: Connection, weights: Iterable[str]) -> list[tuple[st
 
 
 def retract_tasks(connection: Connection, now: float, user: str, reason: str, task_ids: Sequence[str]) -> list[str]:
-    """Mark these tasks, and those that rest on them, and let new tasks take their digests.
+    """Mark these tasks and those that rest on them, and make them give up their digests.
 
     Returns those that were not marked yet.
     """
@@ -203,11 +204,11 @@ def restore_tasks(connection: Connection, roots: Sequence[str]) -> tuple[list[st
     What rests on another retracted task too stays retracted with that one.
     """
     of_roots = listed(roots)
-    mine = update(tasks).where(tasks.c.retracted_with.in_(of_roots)).values(NO_MARK).returning(tasks.c.id)
-    cleared = list(connection.scalars(mine))
+    marked_tasks = update(tasks).where(tasks.c.retracted_with.in_(of_roots))
+    cleared = list(connection.scalars(marked_tasks.values(NO_MARK).returning(tasks.c.id)))
     still = _mark_children(connection, tasks.c.id.in_(listed(cleared)))
-    theirs = update(results).where(results.c.retracted_at.is_not(None), results.c.retracted_with.in_(of_roots))
-    shown = list(connection.scalars(theirs.values(NO_MARK).returning(results.c.job_id)))
+    marked_results = update(results).where(results.c.retracted_at.is_not(None), results.c.retracted_with.in_(of_roots))
+    shown = list(connection.scalars(marked_results.values(NO_MARK).returning(results.c.job_id)))
     hidden = _hide(connection, results.c.job_id.in_(listed(shown)))
     return sorted(set(cleared) - set(still)), sorted(set(shown) - set(hidden))
 
@@ -219,10 +220,10 @@ def importing(connection: Connection, task_ids: Sequence[str]) -> set[str]:
 
 
 def give_digests_back(connection: Connection, task_ids: Sequence[str]) -> list[str]:
-    """Let restored tasks be what new jobs join; returns those that cannot be, as a newer generation is.
+    """Give restored tasks their digests back, so that new jobs join them; returns the tasks that stay without.
 
-    That is one of their own, or one of a training that they were computed on: jobs never mix two. Nor can a training be
-    whose weights were lost and came back as others.
+    A task stays without if a newer generation of it has the digest, or if the training that it was computed on has a
+    newer generation: jobs never mix two. A training whose weights were lost and came back as others stays without too.
     """
     parent = tasks.alias("parent")
     on_newer = exists().where(
@@ -250,14 +251,14 @@ def unmeasured_by(connection: Connection, task_ids: Sequence[str]) -> list[str]:
 
 
 def outlived(connection: Connection, job_ids: Sequence[str]) -> list[str]:
-    """Those of these jobs that need a task in whose place there is, or will be, a newer generation."""
+    """The jobs among these that need a task which a newer generation replaces, or will replace."""
     query = select(job_tasks.c.job_id).join(tasks, tasks.c.id == job_tasks.c.task_id)
     query = query.where(job_tasks.c.job_id.in_(listed(job_ids)), tasks.c.former_digest.is_not(None))
     return list(connection.scalars(query.distinct()))
 
 
 class ResultSpec(NamedTuple):
-    """What a result is of."""
+    """The cell, the seed and the spec of a result."""
 
     cell_id: int
     seed: int
@@ -270,17 +271,17 @@ def specs_of(connection: Connection, job_ids: Sequence[str]) -> list[ResultSpec]
 
 
 def last_replicate(connection: Connection, cell_id: int, seed: int) -> int:
-    """The highest replicate of which there is a result in this cell."""
+    """The highest replicate that has a result in this cell with this seed; 0 if there is none."""
     replicate = jobs.c.spec["replicate"].as_integer()
-    theirs = select(func.max(replicate)).join(results, results.c.job_id == jobs.c.id)
+    query = select(func.max(replicate)).join(results, results.c.job_id == jobs.c.id)
     where = (results.c.cell_id == cell_id) & (results.c.seed == seed)
-    return int(connection.execute(theirs.where(where)).scalar_one() or 0)
+    return int(connection.execute(query.where(where)).scalar_one() or 0)
 
 
 def others_of(connection: Connection, job_ids: Sequence[str], user: str) -> list[str]:
-    """Whose these jobs are, apart from `user`."""
-    theirs = select(jobs.c.user).where(jobs.c.id.in_(listed(job_ids)), jobs.c.user != user)
-    return sorted(connection.scalars(theirs.distinct()))
+    """The owners of these jobs, apart from `user`."""
+    owners = select(jobs.c.user).where(jobs.c.id.in_(listed(job_ids)), jobs.c.user != user)
+    return sorted(connection.scalars(owners.distinct()))
 
 
 def waiting_for(connection: Connection, attack_ids: Sequence[str]) -> list[str]:
@@ -298,7 +299,7 @@ def judged_by(connection: Connection, attack_ids: Sequence[str]) -> dict[str, st
 
 
 def users_of(connection: Connection, task_ids: Sequence[str]) -> list[str]:
-    """Whose jobs need these tasks and have a result, or are to have one."""
+    """The owners of the jobs that need these tasks and have a result, or will have one."""
     needing = select(jobs.c.user).where(jobs.c.id.in_(_jobs_of(task_ids)), jobs.c.state.not_in(LET_GO))
     return sorted(connection.scalars(needing.distinct()))
 
@@ -308,7 +309,7 @@ def _jobs_of(task_ids: Sequence[str]) -> Select[str]:
 
 
 def _showing(attack_ids: Sequence[str]) -> Column:
-    """By the tasks that jobs need, which have an index; a baseline is no attack of the job's own."""
+    """The results of these attacks, by an index on `job_tasks`; a job's baseline does not count."""
     return results.c.job_id.in_(_jobs_of(attack_ids)) & results.c.attack_task_id.in_(listed(attack_ids))
 
 
@@ -337,7 +338,7 @@ def _mark_children(connection: Connection, which: Column) -> list[str]:
 
 
 def _hide(connection: Connection, which: Column) -> list[str]:
-    """Mark those of these results that rest on retracted tasks, each with the first that was."""
+    """Mark those of these results that rest on retracted tasks, each with the task that was retracted first."""
     needed = (job_tasks.c.job_id == results.c.job_id) & (tasks.c.id == job_tasks.c.task_id)
     spoiled = needed & tasks.c.retracted_at.is_not(None) & or_(tasks.c.kind != "measure", _CLOSED_FORMS)
     marked = select(tasks.c.id).where(spoiled).correlate(results)
@@ -349,10 +350,10 @@ def _hide(connection: Connection, which: Column) -> list[str]:
 _CLOSED_FORMS: ColumnElement[bool] = tasks.c.id == results.c.measure_task_id
 
 
-def _first_mark(marked: Select[Any], of: Any) -> Values:
+def _first_mark(marked: Select[str], table: FromClause) -> Values:
     """The values of the earliest of the marks that these tasks have."""
-    first = marked.order_by(of.c.retracted_at, of.c.id).limit(1)
-    return {name: first.with_only_columns(of.c[name]).scalar_subquery() for name in MARK}
+    first = marked.order_by(table.c.retracted_at, table.c.id).limit(1)
+    return {name: first.with_only_columns(table.c[name]).scalar_subquery() for name in MARK}
 
 
 def new_digest() -> Values:

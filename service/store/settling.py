@@ -1,6 +1,6 @@
 """What follows when tasks change state: children are unblocked or cancelled, jobs get their state and their verdict.
 
-Thousands of jobs may share one task, so whatever happens to them is a statement or two, however many they are.
+Thousands of jobs may share one task, so a change to all of them is one statement or two, however many they are.
 """
 
 from collections import defaultdict
@@ -20,8 +20,8 @@ from service.store.tables import attempts, job_tasks, jobs, sweeps, task_edges, 
 from service.store.values import Values
 
 UNPAUSED = func.coalesce(sweeps.c.paused, False).is_(False)  # of jobs joined with their sweeps
-# The states that a job's tasks are in, as a set of bits, and the state of the job that follows by `job_state`.
-BITS = {str(state): 1 << place for place, state in enumerate(TaskState)}
+# One bit for each task state, and for each set of these bits the state of a job whose tasks are in these states.
+BITS = {str(state): 1 << position for position, state in enumerate(TaskState)}
 STATE_BY_BITS = {
     bits: str(job_state([state for state in TaskState if BITS[state] & bits])) for bits in range(1, 1 << len(TaskState))
 }
@@ -29,10 +29,10 @@ STATE_BY_BITS = {
 
 def start_jobs(connection: Connection, now: float, actor: str, running: Collection[str]) -> None:
     """Move the queued jobs that need one of these running tasks to `running`."""
-    theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(running)))
-    waiting = and_(jobs.c.id.in_(theirs), jobs.c.state == JobState.QUEUED)
+    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(running)))
+    waiting = and_(jobs.c.id.in_(needing), jobs.c.state == JobState.QUEUED)
     history.append_for_jobs(connection, now, actor, EventKind.JOB_RUNNING, select(jobs.c.id).where(waiting))
-    connection.execute(move_jobs({JobState.QUEUED}, JobState.RUNNING).where(jobs.c.id.in_(theirs)))
+    connection.execute(move_jobs({JobState.QUEUED}, JobState.RUNNING).where(jobs.c.id.in_(needing)))
 
 
 def settle(connection: Connection, now: float, actor: str, changed: Collection[str]) -> None:
@@ -84,8 +84,8 @@ def _cancel_upstream(connection: Connection, now: float, actor: str, changed: Co
 
 
 def _finish_jobs(connection: Connection, now: float, actor: str, succeeded: Collection[str]) -> None:
-    """The jobs for which one of these tasks was the last have succeeded."""
-    theirs = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(succeeded)))
+    """Move the live jobs whose last missing tasks are among these to `succeeded`."""
+    needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(succeeded)))
     needs = job_tasks.alias("needs")
     missing = exists().where(
         needs.c.job_id == jobs.c.id,
@@ -93,12 +93,12 @@ def _finish_jobs(connection: Connection, now: float, actor: str, succeeded: Coll
         tasks.c.state != TaskState.SUCCEEDED,
         ~_does_without(),
     )
-    done = select(jobs.c.id).where(jobs.c.id.in_(theirs), jobs.c.state.in_(LIVE_JOB), ~missing)
+    done = select(jobs.c.id).where(jobs.c.id.in_(needing), jobs.c.state.in_(LIVE_JOB), ~missing)
     _move_jobs(connection, now, actor, connection.scalars(done).all(), JobState.SUCCEEDED)
 
 
 def settle_jobs(connection: Connection, now: float, actor: str, which: Select[str]) -> None:
-    """Derive the state of each live job of `which` (a query of ids) from its tasks, whatever has changed there."""
+    """Derive the state of each live job of `which` (a query of ids) from the states of its tasks."""
     counted = case((_does_without(), str(TaskState.SUCCEEDED)), else_=tasks.c.state)
     seen = func.sum(distinct(case(BITS, value=counted)))
     state = case(STATE_BY_BITS, value=seen)
@@ -113,9 +113,9 @@ def settle_jobs(connection: Connection, now: float, actor: str, which: Select[st
 
 
 def _does_without() -> ColumnElement[bool]:
-    """Whether the job at hand has a result without this task: a further measure that failed by itself.
+    """Whether a job gets a result without this task, because it is a further measure that failed by itself.
 
-    Not one that has not found its checkpoint: that runs again with its training once the job is retried.
+    A measure that did not find its checkpoint does not count: it runs again with its training if the job is retried.
     """
     measure = and_(tasks.c.kind == "measure", tasks.c.id != jobs.c.measure_task_id, tasks.c.state == TaskState.FAILED)
     last = (attempts.c.task_id == tasks.c.id) & (attempts.c.number == tasks.c.attempt)
@@ -142,10 +142,10 @@ def _move_jobs(connection: Connection, now: float, actor: str, job_ids: Sequence
 
 
 def _reason_of_tasks() -> ColumnElement[str | None]:
-    """The reason of the task of a job that failed itself, rather than of those that it took along."""
+    """The reason of the task of a job that failed or is held, rather than of tasks that were cancelled with it."""
     rank = case({str(TaskState.FAILED): 0, str(TaskState.HELD): 1}, value=tasks.c.state, else_=2)
-    mine = tasks.join(job_tasks, job_tasks.c.task_id == tasks.c.id)
-    query = select(tasks.c.reason).select_from(mine)
+    needed = tasks.join(job_tasks, job_tasks.c.task_id == tasks.c.id)
+    query = select(tasks.c.reason).select_from(needed)
     stopped = tasks.c.state.in_((TaskState.FAILED, TaskState.HELD, TaskState.CANCELLED))
     here = query.where(job_tasks.c.job_id == jobs.c.id, stopped, tasks.c.reason.is_not(None))
     return here.order_by(rank, tasks.c.id).limit(1).correlate(jobs).scalar_subquery()
@@ -154,8 +154,8 @@ def _reason_of_tasks() -> ColumnElement[str | None]:
 def release(connection: Connection, now: float, actor: str, job_ids: Sequence[str]) -> None:
     """Cancel the tasks of these ended jobs that no live job needs, and rank the others again."""
     if job_ids:
-        mine = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(job_ids)))
-        release_tasks(connection, now, actor, mine)
+        needed = select(job_tasks.c.task_id).where(job_tasks.c.job_id.in_(listed(job_ids)))
+        release_tasks(connection, now, actor, needed)
 
 
 def release_tasks(connection: Connection, now: float, actor: str, which: Select[str]) -> None:
@@ -177,16 +177,16 @@ def rerank(
 ) -> None:
     """Give each of these tasks the rank of the highest-ranked live job that needs it and is not paused.
 
-    The owner of that job is the sponsor of the task. `turns` are users' places in line, the lowest first: with them the
-    task has the rank of the highest-ranked job of the user whose turn is first. A task that only paused jobs need is
-    paused and keeps its rank; a task that is resumed waits from now on.
+    The owner of that job is the sponsor of the task. `turns` has users' positions in line, the lowest first: with it
+    the task has the rank of the highest-ranked job of the user whose turn is first. A task that only paused jobs need
+    is paused and keeps its rank; a task that is resumed waits from now on.
     """
     ids = select(tasks.c.id).where(which)
     turn = [case(turns, value=jobs.c.user, else_=0)] if turns else []
     best_first = (jobs.c.boosted.desc(), *turn, jobs.c.priority.desc(), jobs.c.sequence)
-    place = func.row_number().over(partition_by=job_tasks.c.task_id, order_by=best_first)
+    position = func.row_number().over(partition_by=job_tasks.c.task_id, order_by=best_first)
     needed_by = func.count().over(partition_by=job_tasks.c.task_id)
-    first, last = (of(jobs.c.user).over(partition_by=job_tasks.c.task_id) for of in (func.min, func.max))
+    first, last = (pick(jobs.c.user).over(partition_by=job_tasks.c.task_id) for pick in (func.min, func.max))
     needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
     by_rank = (
         select(
@@ -195,7 +195,7 @@ def rerank(
             jobs.c.boosted,
             jobs.c.user,
             jobs.c.sequence,
-            place.label("place"),
+            position.label("place"),
             needed_by.label("needed_by"),
             (first != last).label("shared"),
         )
@@ -225,7 +225,7 @@ def rerank(
 
 
 def of_live_jobs(query: Select[int], *, unpaused: bool = False) -> Select[int]:
-    """The query, of the live jobs that need the task at hand."""
+    """The query of the live jobs that need the task of the enclosing statement."""
     needing = jobs.join(job_tasks, job_tasks.c.job_id == jobs.c.id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
     here = query.select_from(needing).where(job_tasks.c.task_id == tasks.c.id, jobs.c.state.in_(LIVE_JOB))
     return (here.where(UNPAUSED) if unpaused else here).correlate(tasks)

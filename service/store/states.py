@@ -1,7 +1,6 @@
-"""Conditions on a task's state that partial indices stand for, what current attempts say, and every change of a state.
+"""Conditions on a task's state that partial indices have, expressions of current attempts, and every change of a state.
 
-The conditions are written into statements instead of bound to them: only so does SQLite know that an index holds all of
-them.
+The conditions are literal text in a statement, not bound parameters: otherwise SQLite does not use the partial indices.
 """
 
 from collections.abc import Collection
@@ -17,17 +16,17 @@ CLAIMABLE = and_(QUEUED, ~tasks.c.paused)
 SHARED = and_(CLAIMABLE, tasks.c.shared)
 RUNNING = tasks.c.state == literal_column(f"'{TaskState.RUNNING}'")
 CURRENT = (attempts.c.task_id == tasks.c.id) & (attempts.c.number == tasks.c.attempt)
-# By SHA-256, as far as an attempt noted them: the weights that it used, and those that a transfer's examples come from.
+# The SHA-256 of the weights that an attempt used, and of those that a transfer's examples come from; null if unknown.
 WEIGHTS_USED = json_text(attempts.c.provenance, literal("weights_sha256"))
 SOURCE_USED = json_text(attempts.c.provenance, literal("source_weights_sha256"))
-# What a task is the computation of, also where a newer generation has the digest in its place.
+# The digest of a task's spec, also if the task has given it up to a newer generation.
 DIGEST = func.coalesce(tasks.c.former_digest, tasks.c.digest)
 
 
 def move_tasks(
     before: Collection[TaskState], after: TaskState, *, unless: tuple[ColumnElement[bool], TaskState] | None = None
 ) -> Update:
-    """An UPDATE of the tasks in one of the states `before`: to `after`, or to the state of `unless` where that is true.
+    """An UPDATE of the tasks in one of the states `before`: to `after`, or to the state of `unless` if that is true.
 
     No other statement changes `tasks.state`: the tests refuse an update that has not the option `moves`.
     Raises `NoTransition` unless `TRANSITIONS` has each of these moves.

@@ -28,5 +28,5 @@ def insert_sweep(
 
 
 def extend_sweep(connection: Connection, sweep_id: str, spec: JsonObject) -> None:
-    """From now on this is the sweep's spec."""
+    """Replace the sweep's spec."""
     connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(spec=spec))

@@ -1,12 +1,12 @@
 """Trainings that ran again because their checkpoint was lost, and gave other weights: that is another network.
 
-The old task keeps its numbers, its checkpoint's digest, what was computed on it and the finished jobs that need it. A
-new task takes its digest, with the attempts since, and so does one in place of each child that a live job needs.
+The old task keeps its numbers, its checkpoint's digest, its children and the finished jobs that need it. A new task
+takes over its digest and its attempts since. New tasks also take over the digests of the children that live jobs need.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any  # for rows: SQLAlchemy cannot type a row of expressions
 
 from sqlalchemy import Connection, Row, bindparam, insert, or_, select, update
 from uuid_utils import uuid7
@@ -41,7 +41,7 @@ UNTOUCHED: Mapping[str, object] = {
 
 @dataclass(frozen=True)
 class Made:
-    """What the attempt of a training that has just succeeded made: weights, by their SHA-256."""
+    """The attempt of a training that has just succeeded, with the SHA-256 of the weights that it made."""
 
     task_id: str
     attempt: int
@@ -50,7 +50,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Replaced:
-    """The task and the attempt that other weights belong to now, and the tasks of the old network that ended for it."""
+    """The task and the attempt that the other weights belong to now, and the old network's tasks that this ended."""
 
     task_id: str
     attempt: int
@@ -58,11 +58,11 @@ class Replaced:
 
 
 def other_weights(connection: Connection, now: float, actor: str, made: Iterable[Made]) -> dict[str, Replaced]:
-    """Give each training whose earlier weights were others a new task for these; `task id -> what replaces it`.
+    """Give each training that made other weights before a new task for its new weights; `task id -> replacement`.
 
     These trainings are `succeeded`; their new numbers are not stored yet.
     """
-    by_task = {one.task_id: one for one in made}
+    by_task = {attempt.task_id: attempt for attempt in made}
     query = select(trainings.c.task_id, trainings.c.checkpoint_digest)
     before = connection.execute(query.where(trainings.c.task_id.in_(listed(by_task)))).all()
     return {
@@ -78,13 +78,13 @@ def _replace(connection: Connection, now: float, actor: str, made: Made, weights
     replaced = update(trainings).where(trainings.c.task_id == row.id)
     connection.execute(replaced.values(trained_again_as=made.weights_sha256))
     data = {"weights_sha256": weights, "trained_again_as": made.weights_sha256, "task_id": new_id}
-    happened = [
+    events = [
         Event(EventKind.TASK_OTHER_WEIGHTS, task_id=row.id, attempt=made.attempt, data=data),
         Event(EventKind.TASK_SUCCEEDED, task_id=row.id, attempt=earlier),
         Event(EventKind.TASK_QUEUED, task_id=new_id, data={"kind": row.kind}),
         Event(EventKind.TASK_RUNNING, task_id=new_id, attempt=made.attempt - earlier),
     ]
-    history.append(connection, now, actor, happened)
+    history.append(connection, now, actor, events)
     live = _live_jobs(connection, row.id)
     instead = _copy_children(connection, now, row.id, new_id, live)
     _need_instead(connection, live, {"train": {row.id: new_id}} | instead)
@@ -102,7 +102,7 @@ def _replace(connection: Connection, now: float, actor: str, made: Made, weights
 def _split(connection: Connection, now: float, row: Row[Any]) -> tuple[str, int]:
     """Move the attempts since this training's earlier success to a new task, which takes its digest.
 
-    Returns the new task's id and the number of the attempt that the old one is left with.
+    Returns the new task's id and the number of the last attempt that the old task keeps.
     """
     new_id = str(uuid7())
     successes = (attempts.c.task_id == row.id, attempts.c.end == "succeeded", attempts.c.number < row.attempt)
@@ -110,7 +110,7 @@ def _split(connection: Connection, now: float, row: Row[Any]) -> tuple[str, int]
     ran = {"attempt": made.number, "started_at": made.started_at, "finished_at": made.ended_at, "worker": made.worker}
     earlier = {**ran, "detail": {}, "generation": row.generation - 1}
     connection.execute(update(tasks).where(tasks.c.id == row.id).values(new_digest() | earlier))
-    taken = {"digest": GIVEN_UP + new_id} if row.former_digest else {}  # a retracted one has given its digest up
+    taken = {"digest": GIVEN_UP + new_id} if row.former_digest else {}  # a retracted task has given its digest up
     values = {**row._mapping, "id": new_id, "attempt": row.attempt - made.number, "created_at": now, **taken}
     connection.execute(insert(tasks).values(values))
     since = update(attempts).where(attempts.c.task_id == row.id, attempts.c.number > made.number)
@@ -128,9 +128,9 @@ def _live_jobs(connection: Connection, task_id: str) -> list[str]:
 def _copy_children(
     connection: Connection, now: float, old_parent: str, new_parent: str, live: Sequence[str]
 ) -> dict[str, dict[str, str]]:
-    """Have all children of the old network give their digests up, to new tasks where these live jobs need them.
+    """Let all children of the old network give their digests up, and make new tasks for those that live jobs need.
 
-    Returns the new tasks' ids by those of the old, by kind.
+    Returns `kind -> old task id -> new task id`.
     """
     of_parent = select(task_edges.c.child_id).where(task_edges.c.parent_id == old_parent)
     children = connection.execute(select(tasks, DIGEST.label("own")).where(tasks.c.id.in_(of_parent))).all()
@@ -141,7 +141,7 @@ def _copy_children(
     instead: dict[str, dict[str, str]] = {}
     for child in children:
         if child.id in needed:
-            # One whose result was retracted has given its digest up before, and another may have it: one copy for both.
+            # A retracted child has given its digest up before, and another child may have it: both get one copy.
             copy = copies.setdefault(child.own, _copy(child, now))
             instead.setdefault(child.kind, {})[child.id] = copy["id"]
     insert_rows(connection, tasks, list(copies.values()))
@@ -173,7 +173,7 @@ def _copy_edges(connection: Connection, copies: Mapping[str, str], parents: Mapp
 
 
 def _need_instead(connection: Connection, live: Sequence[str], instead: Mapping[str, Mapping[str, str]]) -> None:
-    """Have these jobs need other tasks, by kind and by the ids of those they needed."""
+    """Let these jobs need other tasks: `instead` is `kind -> old task id -> new task id`."""
     of_live = listed(live)
     needs = update(job_tasks).where(job_tasks.c.task_id == bindparam("old"), job_tasks.c.job_id.in_(of_live))
     for kind, of_kind in instead.items():
@@ -186,12 +186,12 @@ def _need_instead(connection: Connection, live: Sequence[str], instead: Mapping[
 
 
 def _end_children(connection: Connection, now: float, actor: str, parent: str) -> list[str]:
-    """No job needs what has not ended on the old weights; what runs is taken back at no cost."""
+    """Cancel the unfinished children, which no job needs any more; running ones are taken back at no cost."""
     children = tasks.c.id.in_(select(task_edges.c.child_id).where(task_edges.c.parent_id == parent))
     open_states = (TaskState.BLOCKED, TaskState.QUEUED, TaskState.RUNNING, TaskState.HELD)
     values = {"reason": WHY, "finished_at": now, "holder": None, "lease_expires_at": None}
-    theirs = move_tasks(open_states, TaskState.CANCELLED).where(children)
-    ended = list(connection.scalars(theirs.values(values).returning(tasks.c.id)))
+    statement = move_tasks(open_states, TaskState.CANCELLED).where(children)
+    ended = list(connection.scalars(statement.values(values).returning(tasks.c.id)))
     running = (attempts.c.task_id.in_(listed(ended)), attempts.c.ended_at.is_(None))
     taken_back = {"ended_at": now, "end": "given_back", "message": WHY}
     connection.execute(update(attempts).where(*running).values(taken_back))

@@ -549,7 +549,7 @@ def test_it_does_so_at_length(database_url: str, artifacts: Artifacts) -> None:
 
 # What somebody might take out of the store: `(function, what it says, what it says then)`.
 MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
-    "no attempt guard": (recording._fence, ", theirs.in_(listed(keys))", ""),
+    "no attempt guard": (recording._fence, ", current.in_(listed(keys))", ""),
     "completed without a look at the state": (
         recording._write_successes,
         "move_tasks({TaskState.RUNNING}, TaskState.SUCCEEDED)",
