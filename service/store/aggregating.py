@@ -1,4 +1,4 @@
-"""Sums over results, a cell at a time, and the results of each network where sums do not do."""
+"""Sums over results by cell, and each result with its network for statistics that sums cannot give."""
 
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -14,9 +14,12 @@ from service.store.result_tables import cells, results
 from service.store.tables import attack_results, tasks
 from service.store.typed import json_number
 
-FETCHED = 10_000
-# Equal weights are one network, however often they were trained; a result without them is known by its training.
+FETCHED = 10_000  # rows of a batch
+# Equal weights are one network, however often they were trained. A result without weights counts by its training.
 NETWORK = func.coalesce(results.c.weights_sha256, results.c.train_task_id)
+
+
+# Any in queries: SQLAlchemy cannot type a row of expressions.
 
 
 class CellSums(NamedTuple):
@@ -29,11 +32,11 @@ class CellSums(NamedTuple):
     keys: tuple[object, ...]
     rows: int
     repeats: int
-    sums: tuple[Any, ...]  # Any: integers, floats, and null where no result has a value
+    sums: tuple[Any, ...]  # Any: integers, floats, and null if no result has a value
 
 
 class OfKeys(NamedTuple):
-    """Something about results of a cell with equal `keys`."""
+    """An answer about the results of a cell with equal `keys`."""
 
     cell_id: int
     keys: tuple[object, ...]
@@ -55,14 +58,15 @@ def moments(
 ) -> Generator[list[CellSums], None, None]:
     """The sums per cell and `keys`.
 
-    They come in batches, to be closed: with keys that are not of the cell there may be as many as results.
+    They come in batches, from a generator to be closed. If the results of a cell differ in `keys`, there may be as many
+    sums as results.
     """
     sums = [part.label(f"sum_{i}") for i, part in enumerate(chain.from_iterable(map(_sums, metrics)))]
-    # SQLite has no maximum of booleans, PostgreSQL none either.
+    # PostgreSQL has no sum of booleans.
     repeats = func.count(func.nullif(results.c.repeats_network, False)).label("repeats")
-    query: Select[Any] = select(results.c.cell_id, *_named(keys), func.count().label("rows"), repeats, *sums)
-    query = query.where(*where).group_by(results.c.cell_id, *_named(keys))
-    if keys:  # else all of it at once, which a database may plan for
+    query: Select[Any] = select(results.c.cell_id, *_labelled(keys), func.count().label("rows"), repeats, *sums)
+    query = query.where(*where).group_by(results.c.cell_id, *_labelled(keys))
+    if keys:  # without, there are few rows: all at once, which a database may plan for
         query = query.execution_options(yield_per=FETCHED)
     end = 1 + len(keys)
     with connection.execute(query) as rows:
@@ -81,22 +85,22 @@ def _sums(metric: Column) -> tuple[Column, ...]:
     )
 
 
-def _named(keys: Sequence[Column]) -> list[Column]:
+def _labelled(keys: Sequence[Column]) -> list[Column]:
     return [key.label(f"key_{i}") for i, key in enumerate(keys)]
 
 
 def _real(metric: Column) -> Column:
-    """Sums and squares of integers leave their range on one database, and are decimals on the other."""
+    """The metric as a float: sums and squares of integers overflow on one database, and are decimals on the other."""
     return cast(metric, Float(53)) if isinstance(metric.type, Integer) else metric
 
 
 def _in_range(metric: Column) -> Column:
-    """0 for what is too large to be summed: PostgreSQL fails where a sum overflows. See `Moments.leaves_range`."""
+    """0 for values that are too large to be summed: PostgreSQL fails if a sum overflows. See `Moments.leaves_range`."""
     return case((metric.between(-LARGE, LARGE), metric), else_=0.0)
 
 
 def _square(metric: Column) -> Column:
-    """0 for what is too large, or too small, to be squared: PostgreSQL fails there."""
+    """0 for values that are too large, or too small, to be squared: PostgreSQL fails there."""
     can_be = metric.between(-LARGE, LARGE) & ~metric.between(-SMALL, SMALL)
     return case((can_be, metric * metric), else_=0.0)
 
@@ -106,7 +110,7 @@ def measures(
 ) -> Iterator[OfKeys]:
     """The spec, as text, and the version of each measure task that computed a metric, each once."""
     spec = cast(tasks.c.spec["measure"], Text).label("measure")
-    query: Select[Any] = select(results.c.cell_id, *_named(keys), spec, tasks.c.version)
+    query: Select[Any] = select(results.c.cell_id, *_labelled(keys), spec, tasks.c.version)
     query = query.select_from(results.join(tasks, tasks.c.id == task_id))
     return _of_keys(connection, query.where(*where, metric.is_not(None)).distinct(), keys)
 
@@ -116,20 +120,20 @@ def verdict_versions(
 ) -> Iterator[OfKeys]:
     """The version of the verdict on each result that has a metric, each once."""
     version = results.c.verdict_version.label("verdict_version")
-    query: Select[Any] = select(results.c.cell_id, *_named(keys), version)
+    query: Select[Any] = select(results.c.cell_id, *_labelled(keys), version)
     return _of_keys(connection, query.where(*where, metric.is_not(None)).distinct(), keys)
 
 
 def clean_correct(
     connection: Connection, where: Sequence[Column], keys: Sequence[Column], metric: Column
 ) -> Iterator[OfKeys]:
-    """Of the results that have a metric: the most images that a network gets right without an attack, and how many
-    results do not tell it, as those of early versions."""
+    """For the results that have a metric: the most images that a network classifies correctly without an attack, and
+    how many results, of early versions, lack this number."""
     correct = json_number(attack_results.c.numbers, literal("n_clean_correct"))
     counted = func.max(cast(correct, Integer)).label("most"), (func.count() - func.count(correct)).label("untold")
-    query: Select[Any] = select(results.c.cell_id, *_named(keys), *counted)
+    query: Select[Any] = select(results.c.cell_id, *_labelled(keys), *counted)
     query = query.select_from(results.join(attack_results, attack_results.c.task_id == results.c.attack_task_id))
-    query = query.where(*where, metric.is_not(None)).group_by(results.c.cell_id, *_named(keys))
+    query = query.where(*where, metric.is_not(None)).group_by(results.c.cell_id, *_labelled(keys))
     return _of_keys(connection, query, keys)
 
 
@@ -145,13 +149,13 @@ def observations(
     metrics: Sequence[tuple[Column, Column]],
     of_cells: Iterable[int] | None,
 ) -> Generator[Observed, None, None]:
-    """What is observed in each result, in batches: of these cells, or of all, which are read in the order of the table.
+    """The observation of each result, in batches: of these cells, or of all, in the order of the table.
 
     `metrics` are `(id of the task that computed it, value)`.
     """
-    named = [column.label(f"column_{i}") for i, column in enumerate((*keys, NETWORK, results.c.attack_seed))]
-    of = [column.label(f"metric_{i}") for i, column in enumerate(chain.from_iterable(metrics))]
-    query: Select[Any] = select(results.c.cell_id, *named, *of).where(*where)
+    labelled = [column.label(f"column_{i}") for i, column in enumerate((*keys, NETWORK, results.c.attack_seed))]
+    labelled += [column.label(f"metric_{i}") for i, column in enumerate(chain.from_iterable(metrics))]
+    query: Select[Any] = select(results.c.cell_id, *labelled).where(*where)
     if of_cells is not None:
         wanted = elements(bindparam(None, json.dumps([str(cell_id) for cell_id in of_cells]), Text))
         query = query.where(results.c.cell_id.in_(select(cast(wanted.c.value, Integer))))
@@ -169,7 +173,7 @@ def first(connection: Connection, where: Sequence[Column], condition: Column) ->
 
 
 def of_cells(connection: Connection, ids: Iterable[int], columns: Sequence[Column]) -> dict[int, tuple[Any, ...]]:
-    """These columns of each of these cells."""
+    """These columns of each of these cells. Any: whatever the columns hold."""
     wanted = set(ids)
     query = select(cells.c.id, *columns)
     if len(wanted) < FETCHED:

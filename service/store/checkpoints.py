@@ -15,13 +15,13 @@ def named(connection: Connection, name: str) -> RegisteredCheckpoint | None:
 
 
 def of_weights(connection: Connection, weights_sha256: str) -> list[RegisteredCheckpoint]:
-    """Those that have these weights, by name."""
+    """All checkpoints with these weights, by name."""
     query = select(checkpoints).where(checkpoints.c.weights_sha256 == weights_sha256)
     return every(connection, RegisteredCheckpoint, query.order_by(checkpoints.c.name))
 
 
 def registered(connection: Connection) -> list[RegisteredCheckpoint]:
-    """All of them, by name."""
+    """All registered checkpoints, by name."""
     return every(connection, RegisteredCheckpoint, select(checkpoints).order_by(checkpoints.c.name))
 
 
@@ -30,5 +30,5 @@ def some_names(connection: Connection) -> list[str]:
     return list(connection.scalars(select(checkpoints.c.name).limit(20)))
 
 
-def register(connection: Connection, values: Mapping[str, Any]) -> None:
+def register(connection: Connection, values: Mapping[str, Any]) -> None:  # Any: each has the type of its column
     connection.execute(insert(checkpoints).values(values))

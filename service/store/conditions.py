@@ -17,10 +17,10 @@ from service.store.typed import bytewise, contains, unindexed
 
 S = TypeVar("S", float, bool, str)
 MAX_INTEGER = 2**31
-LISTED = 5000  # cells or ids that a statement lists; more are asked for in a subquery
-SOUGHT, MOST = 1000, 4  # up to so many cells, and to one in so many, are looked into one by one for a page
-FEW = 300  # where fewer than one cell in so many matches, they are found by their index
-ORDER: dict[str, Callable[[Any, Any], Column]] = {
+LISTED = 5000  # the most cells or ids that are each a parameter of a statement
+SOUGHT, MOST = 1000, 4  # a page is read cell by cell if at most `SOUGHT` cells match, and at most one in `MOST`
+FEW = 300  # if fewer than one cell in so many matches, results are found by the index on their cell
+ORDER: dict[str, Callable[[Any, Any], Column]] = {  # Any: a column, and a value of its type
     "<": lambda a, b: a < b,
     "<=": lambda a, b: a <= b,
     ">": lambda a, b: a > b,
@@ -36,15 +36,16 @@ OPERATORS: dict[Kind, frozenset[str]] = {
     "boolean": EQUAL,
     "list": frozenset({"=", "in", "~"}),
 }
+# The operators for one stored value, and for several: a name may stand for several ids, several names for one id.
 ONE, MANY = (
     {"in": "=", "not in": "!="},
     {"=": "in", "!=": "not in"},
-)  # a value may stand for several, or for one of them
+)
 NULL = frozenset({"is null", "is not null"})
 
 
 def condition(connection: Connection, nodes: Sequence[Node], fields: Fields, *, scanning: bool = False) -> Column:
-    """All of `nodes` as one condition. With `scanning` the rows are read in the order of an index anyway.
+    """All of `nodes` as one condition. If `scanning`, the caller reads the rows in the order of an index anyway.
 
     Raises `InvalidQuery` for unknown fields and for values and operators that do not suit their kind.
     """
@@ -52,7 +53,7 @@ def condition(connection: Connection, nodes: Sequence[Node], fields: Fields, *, 
 
 
 def by_cell(connection: Connection, nodes: Sequence[Node], fields: Fields) -> tuple[list[int], Column] | None:
-    """`condition` in two: the cells that it allows, and what else it asks of a row. None where it allows many cells."""
+    """`condition` in two: the cells that it allows, and the rest of it. None if it allows many cells."""
     builder = _Builder(connection, fields, scanning=True)
     parts = [inner for node in nodes for inner in (node.parts if isinstance(node, And) else (node,))]
     of_cells = tuple(part for part in parts if builder.is_of_cells(part))
@@ -67,7 +68,7 @@ def by_cell(connection: Connection, nodes: Sequence[Node], fields: Fields) -> tu
 class _Builder:
     def __init__(self, connection: Connection, fields: Fields, scanning: bool) -> None:
         self.connection, self.fields, self.scanning = connection, fields, scanning
-        self._found: dict[str, Field] = {}
+        self._fields_by_name: dict[str, Field] = {}
 
     def build(self, node: Node) -> Column:
         if self.is_of_cells(node):
@@ -83,16 +84,17 @@ class _Builder:
                 return or_(*self._built(parts, Or))
 
     def _built(self, parts: Sequence[Node], join: type[And] | type[Or]) -> list[Column]:
-        """The parts, those about the cell in one."""
+        """The parts as conditions; all parts about the cell are one condition."""
         of_cells = tuple(part for part in parts if self.is_of_cells(part))
         others = [self.build(part) for part in parts if part not in of_cells]
         return [self._among_cells(join(of_cells)), *others] if of_cells else others
 
     def _field(self, comparison: Comparison) -> Field:
         name = comparison.field
-        if name not in self._found:
-            self._found[name] = self.fields.find(self.connection, name, comparison.parameter, comparison.position)
-        return self._found[name]
+        if name not in self._fields_by_name:
+            field = self.fields.find(self.connection, name, comparison.parameter, comparison.position)
+            self._fields_by_name[name] = field
+        return self._fields_by_name[name]
 
     def is_of_cells(self, node: Node) -> bool:
         match node:
@@ -104,7 +106,7 @@ class _Builder:
                 return bool(parts) and all(self.is_of_cells(part) for part in parts)
 
     def _among_cells(self, node: Node) -> Column:
-        """That a result's cell is one of those of which `node` is true: there are few, so they are looked up first."""
+        """That `node` is true of a result's cell. There are few cells, so those that match are looked up first."""
         ids, every = self.matching(node)
         if not ids:
             return false()
@@ -115,7 +117,7 @@ class _Builder:
         return column.in_(ids if len(ids) <= LISTED else select(cells.c.id).where(self._of_cells(node)))
 
     def matching(self, node: Node) -> tuple[list[int], int]:
-        """The cells of which `node` is true, up to one more than `LISTED`, and how many cells there are."""
+        """The cells of which `node` is true, at most one more than `LISTED`, and the number of all cells."""
         matching = select(cells.c.id).where(self._of_cells(node))
         ids = list(self.connection.scalars(matching.limit(LISTED + 1)))
         return ids, self.connection.execute(select(func.count()).select_from(cells)).scalar_one()
@@ -135,7 +137,7 @@ class _Builder:
 
 
 def compared(connection: Connection, comparison: Comparison, field: Field) -> Column:
-    """One comparison; null where the field is, except of `is null`."""
+    """One comparison. It is null if the field is null, except for lists and for `is null` and `is not null`."""
     operator: str = comparison.operator
     kind = field.kind
     _check_operator(comparison, field)
@@ -157,7 +159,7 @@ def compared(connection: Connection, comparison: Comparison, field: Field) -> Co
 
 
 def _check_operator(comparison: Comparison, field: Field) -> None:
-    """Raises `InvalidQuery`. Values of closed lists, names and ids have no order that anybody could mean."""
+    """Raises `InvalidQuery` if the field has no such operator. Closed lists, names and ids have no useful order."""
     operator, kind = comparison.operator, field.kind
     operators = OPERATORS[kind] if field.meaning is None else OPERATORS[kind] - ORDER.keys()
     if operator in operators | NULL:
@@ -178,7 +180,7 @@ def _check_part(connection: Connection, comparison: Comparison, meaning: Meaning
 
 
 def _meant(connection: Connection, comparison: Comparison, meaning: Meaning) -> list[str]:
-    """The stored values that those of a comparison stand for. Raises `InvalidQuery` for an unknown one."""
+    """The stored values that the values of a comparison stand for. Raises `InvalidQuery` for an unknown one."""
     values: dict[str, None] = {}
     for value in dict.fromkeys(comparison.values):
         text = literal_of("text", comparison, value)
@@ -190,7 +192,7 @@ def _meant(connection: Connection, comparison: Comparison, meaning: Meaning) -> 
 
 
 def _at(operator: str, column: Column, spans: Sequence[tuple[float, float]]) -> Column:
-    """A time compared with days or milliseconds, each `(from, to)`: `<=` has all of it, `>` begins behind it."""
+    """A time compared with days or milliseconds, each `(from, to)`: `<=` includes all of the span, `>` none of it."""
     [first, end] = spans[0]
     match operator:
         case "=" | "in":
@@ -207,35 +209,35 @@ def _at(operator: str, column: Column, spans: Sequence[tuple[float, float]]) -> 
             return column >= first
 
 
-def _scalar(operator: str, column: Column, values: list[Any], kind: Kind) -> Column:
-    found: Column
+def _scalar(operator: str, column: Column, values: list[Any], kind: Kind) -> Column:  # Any: see `literal_of`
+    test: Column
     match operator:
         case "is null":
-            found = column.is_(None)
+            test = column.is_(None)
         case "is not null":
-            found = column.is_not(None)
+            test = column.is_not(None)
         case "=":
-            found = column == values[0]
+            test = column == values[0]
         case "!=":
-            found = column != values[0]
+            test = column != values[0]
         case "in":
-            found = column.in_(_listed(values))
+            test = column.in_(_listed(values))
         case "not in":
-            found = column.not_in(_listed(values))
+            test = column.not_in(_listed(values))
         case "~":
-            found = contains(column, values[0])
+            test = contains(column, values[0])
         case _:
-            found = ORDER[operator](bytewise(column) if kind == "text" else column, values[0])
-    return found
+            test = ORDER[operator](bytewise(column) if kind == "text" else column, values[0])
+    return test
 
 
-def _listed(values: list[Any]) -> Any:
-    """A name may stand for more ids than a statement has parameters."""
+def _listed(values: list[Any]) -> Any:  # Any: as SQLAlchemy takes it, values or a subquery
+    """A name may stand for more ids than a statement has parameters: many ids become one parameter."""
     return listed(values) if len(values) > LISTED and isinstance(values[0], str) else values
 
 
-def literal_of(kind: Kind, comparison: Comparison, value: Value) -> Any:
-    """A value as its field's kind has it. Raises `InvalidQuery` that says where it stands and what was expected."""
+def literal_of(kind: Kind, comparison: Comparison, value: Value) -> Any:  # Any: the type depends on the kind
+    """A value in the type of its field's kind. Raises `InvalidQuery` with its position and what was expected."""
     text = value.text
 
     def refuse(sentence: str) -> InvalidQuery:
@@ -243,18 +245,18 @@ def literal_of(kind: Kind, comparison: Comparison, value: Value) -> Any:
 
     match kind:
         case "text" | "list":
-            return _said(storable, text, refuse)
+            return _parsed(storable, text, refuse)
         case "boolean":
-            return _said(truth, text, refuse)
-    found = _said(number, text, refuse)
+            return _parsed(truth, text, refuse)
+    parsed = _parsed(number, text, refuse)
     if kind == "integer":
-        if not (found.is_integer() and abs(found) < MAX_INTEGER):
+        if not (parsed.is_integer() and abs(parsed) < MAX_INTEGER):
             raise refuse(f"{shorten(text)} is not a whole number that fits")
-        return int(found)
-    return found
+        return int(parsed)
+    return parsed
 
 
-def _said(read: Callable[[str], S], text: str, refuse: Callable[[str], InvalidQuery]) -> S:
+def _parsed(read: Callable[[str], S], text: str, refuse: Callable[[str], InvalidQuery]) -> S:
     try:
         return read(text)
     except ValueError as error:

@@ -21,15 +21,15 @@ def binary_columns(table: str) -> set[str]:
     return {column.name for column in metadata.tables[table].columns if isinstance(column.type, LargeBinary)}
 
 
-def rows(connection: Connection, table: str) -> Iterator[Sequence[Any]]:
+def rows(connection: Connection, table: str) -> Iterator[Sequence[Any]]:  # Any: each has the type of its column
     """All rows of a table in the order of their keys, some at a time."""
-    of = metadata.tables[table]
-    query = select(of).order_by(*of.primary_key)
+    source = metadata.tables[table]
+    query = select(source).order_by(*source.primary_key)
     yield from connection.execution_options(yield_per=BATCH).execute(query)
 
 
 def filled(connection: Connection) -> list[str]:
-    """The tables that have rows, but for the artifact root's mark, which is made at the first start."""
+    """The tables that have rows. The mark of the artifact root does not count: it is made at the first start."""
     others = (table for table in metadata.sorted_tables if table is not artifact_roots)
     return [table.name for table in others if _has_rows(connection, table)]
 
@@ -46,7 +46,7 @@ def fill(connection: Connection, table: str, values: Sequence[Values]) -> None:
 
 
 def after_filling(connection: Connection) -> None:
-    """Whoever led when the rows were read leads no more, and ids that PostgreSQL counts go on after the last."""
+    """End the lease of the leader that the rows name, and let PostgreSQL's sequences continue after the last id."""
     connection.execute(update(leases).values(epoch=leases.c.epoch + 1, expires_at=0.0))
     if connection.dialect.name != "postgresql":
         return

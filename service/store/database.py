@@ -1,8 +1,8 @@
 """The database: connections, transactions, the clock, migrations. SQLite (WAL) embedded, PostgreSQL for the lab.
 
 Writing transactions take turns: on SQLite by `BEGIN IMMEDIATE`, on PostgreSQL by one advisory lock. So both behave
-alike, event ids are gap-free and in commit order, no two writers can deadlock, and nothing is lost to a retry. What is
-written is batched instead.
+alike, event ids are gap-free and in commit order, writers cannot deadlock, and no conflict makes one of them start
+over. Writers are fast because they batch rows.
 """
 
 import logging
@@ -35,23 +35,24 @@ from service.store.pooling import Pooling, postgresql_url
 
 log = logging.getLogger("uncanny.database")
 
-WRITER_LOCK = 7_265_011  # the advisory lock that stands for "I am the writer"
-WRITTEN = "uncanny_written"  # the channel on which every commit of a writer is told
-BUSY_SECONDS = 30  # the longest wait for one's turn
-FROZEN_SECONDS = 15  # a writer that says nothing for so long loses its turn, on PostgreSQL: less than a lease
+WRITER_LOCK = 7_265_011  # the advisory lock that the one writing transaction holds
+WRITTEN = "uncanny_written"  # the channel that every writing transaction notifies when it commits
+BUSY_SECONDS = 30  # the longest wait for the turn to write
+FROZEN_SECONDS = 15  # PostgreSQL ends a writing transaction that idles for so long; shorter than a lease
 CONNECT_SECONDS = 5
-PING_SECONDS = 5  # for the answer of a connection of the pool, before it is used
-POOL_SECONDS = 10  # for a connection of the pool
-GRACE_SECONDS = 10  # for a server to say that a statement took too long
-# Of PostgreSQL's error codes: connections, a server that stands by, a turn lost, conflicts, no room, no turn, stopping.
+PING_SECONDS = 5  # the longest wait for the answer of a pooled connection, before it is used
+POOL_SECONDS = 10  # the longest wait for a free connection of the pool
+GRACE_SECONDS = 10  # beyond a statement's limit: for the server to say itself that the statement took too long
+# PostgreSQL's codes of errors that may pass by themselves: a broken connection, a standby server, a writer that idled,
+# a conflict, no resources left, no turn in time, a shutdown or time-out, an input or output error.
 AWAY = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
-FULL = "53100"  # of these codes, that of a disk without room
-DAMAGED = ("XX001", "XX002")  # and those of pages and indexes that cannot be read
+FULL = "53100"  # the one of these codes for a full disk
+DAMAGED = ("XX001", "XX002")  # data pages and index pages that cannot be read
 DAMAGED_SQLITE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-LEAST_BYTES = 1 << 20  # that a SQLite file's disk has to have left: less is taken by its write-ahead log at any time
-ROOM_ROWS = 200  # that do not fit into what a few pages may have left
-STEPS = 1_000_000  # of SQLite between two looks at the clock: some hundredths of a second
-SILENT_SECONDS = 20  # after which a server on the network that does not answer is taken for gone
+LEAST_BYTES = 1 << 20  # a SQLite file's disk with fewer free bytes counts as full
+ROOM_ROWS = 200  # that `check_room` writes: more than fit into a few pages that are not full yet
+STEPS = 1_000_000  # of SQLite's virtual machine between two looks at the clock: some hundredths of a second
+SILENT_SECONDS = 20  # a server on the network that does not answer for so long counts as gone
 
 TAKE_TURNS = text(
     f"SELECT set_config('lock_timeout', '{BUSY_SECONDS}s', true), "
@@ -61,19 +62,19 @@ TAKE_TURNS = text(
 LIMIT_STATEMENTS = text("SELECT set_config('statement_timeout', :limit, true)")
 
 
-class _Impatient(psycopg.Connection[Any]):
-    """A connection that is given up when the server has said nothing for `silent_seconds`.
+class _Impatient(psycopg.Connection[Any]):  # Any: the rows of any statement
+    """A connection that fails if the server sends nothing for `silent_seconds`.
 
-    A server that is frozen still acknowledges what it is sent, so that no time-out of a socket notices.
+    The kernel of a frozen server still acknowledges packets, so that no time-out of a socket notices.
     """
 
     silent_seconds = math.inf
 
-    def wait(self, gen: Any, *arguments: Any, **options: Any) -> Any:
+    def wait(self, gen: Any, *arguments: Any, **options: Any) -> Any:  # Any: the types are psycopg's own
         return super().wait(self._bounded(gen), *arguments, **options)
 
     def _bounded(self, gen: Any) -> Any:
-        """The same generator, which psycopg also resumes, with 0, several times a second while nothing comes."""
+        """The same generator with a deadline. psycopg resumes it with 0 several times a second while nothing comes."""
         deadline = time.monotonic() + self.silent_seconds
         try:
             wanted = next(gen)
@@ -90,8 +91,7 @@ class _Impatient(psycopg.Connection[Any]):
 class Database:
     """A store's database by SQLAlchemy URL. Opening it never writes; `sqlite://` is the small real one in memory.
 
-    With `statement_seconds`, statements that take longer are given up, with `DatabaseAway`; those of PostgreSQL also
-    where it says nothing.
+    With `statement_seconds`, statements that take longer end with `DatabaseAway`, even if PostgreSQL sends nothing.
     """
 
     def __init__(self, url: str, *, statement_seconds: float | None = None) -> None:
@@ -99,8 +99,8 @@ class Database:
         self._statement_seconds = statement_seconds
         self.is_sqlite = url.startswith("sqlite")
         parsed, declared = postgresql_url(url)
-        named = parsed.database if self.is_sqlite else None
-        self.path = Path(unquote(named)) if named else None
+        file = parsed.database if self.is_sqlite else None
+        self.path = Path(unquote(file)) if file else None
         """The file of a SQLite database; None in memory, and for PostgreSQL."""
         self._pooling = Pooling(declared)
         self.engine = (
@@ -108,7 +108,7 @@ class Database:
             if self.is_sqlite
             else _postgresql_engine(parsed, statement_seconds, self._pooling)
         )
-        self._full = False  # so the last writer here found it
+        self._full = False  # whether the last write of this object found the disk full
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -122,23 +122,23 @@ class Database:
 
     def is_pooled(self) -> bool:
         """Whether PostgreSQL is behind a pooler: then no notices arrive. Raises `DatabaseAway`, `UnfitDatabase`."""
-        if not self.is_sqlite and self._pooling.found is None:
+        if not self.is_sqlite and self._pooling.is_present is None:
             with self.read():
                 pass
-        return bool(self._pooling.found)
+        return bool(self._pooling.is_present)
 
     def server_version(self, connection: Connection) -> str:
-        """As the database says it: `PostgreSQL 18.1 on ...`, or the number of SQLite's."""
+        """As the database reports it: `PostgreSQL 18.1 on ...`, or the bare number of SQLite's version."""
         return str(connection.scalar(text(f"SELECT {'sqlite_version()' if self.is_sqlite else 'version()'}")))
 
     @contextmanager
     def write(self, *, in_turn: bool = True) -> Iterator[Connection]:
-        """The one writing transaction at a time: committed as a whole at the end, or not at all.
+        """A writing transaction, one at a time: committed as a whole at the end, or not at all.
 
-        On PostgreSQL one that is not `in_turn` waits for no other; it may change only what nobody else does.
+        On PostgreSQL, one that is not `in_turn` waits for no other; it may change only rows that nobody else changes.
 
-        Raises `DatabaseAway` where the database cannot be reached, `DatabaseFull` where it has no room left; then
-        nothing was written, unless the connection broke during the commit itself.
+        Raises `DatabaseAway` if the database cannot be reached, `DatabaseFull` if its disk is full. Then nothing was
+        written, unless the connection broke during the commit itself.
         """
         try:
             with _translated(), self.engine.connect().execution_options(uncanny_write=True) as connection:
@@ -154,28 +154,28 @@ class Database:
         self._full = False
 
     def check_room(self, *, doubt: bool = False) -> None:
-        """Raises `DatabaseFull` where its disk has no room left.
+        """Raises `DatabaseFull` if the database's disk is full.
 
-        In `doubt`, and after a write that found none, some pages of rows are written and deleted to find out: on SQLite
-        this waits for its turn to write, on PostgreSQL for nobody.
+        In `doubt`, and after a write that found the disk full, some pages of rows are written and deleted to find out:
+        on SQLite in turn with other writers, on PostgreSQL without waiting for them.
         """
         if self.path and (free := shutil.disk_usage(self.path.parent).free) < LEAST_BYTES:
             raise DatabaseFull(f"the database's disk is full ({free} bytes left at {self.path.parent}): make room")
         if doubt or self._full:
-            mine = f"room {uuid4().hex[:16]}"
+            prefix = f"room {uuid4().hex[:16]}"
             with self.write(in_turn=False) as connection:
-                rows = [{"name": f"{mine} {n:018}"} for n in range(ROOM_ROWS)]
+                rows = [{"name": f"{prefix} {n:018}"} for n in range(ROOM_ROWS)]
                 connection.execute(text("INSERT INTO counters (name, value) VALUES (:name, 0)"), rows)
-                connection.execute(text("DELETE FROM counters WHERE name LIKE :mine"), {"mine": f"{mine}%"})
+                connection.execute(text("DELETE FROM counters WHERE name LIKE :names"), {"names": f"{prefix}%"})
 
     def _limit(self, connection: Connection) -> None:
-        """For this transaction; an option of the connection would be lost, or refused, by a pooler in between."""
+        """Limit statements of this transaction only: a pooler would lose, or refuse, an option of the connection."""
         if self._statement_seconds is not None:
             limit = f"{self._statement_seconds * 1000:.0f}"
             connection.execute(LIMIT_STATEMENTS, {"limit": limit})
 
     def now(self, connection: Connection) -> float:
-        """Seconds since 1970 by the clock of the database, the only one that leases go by."""
+        """Seconds since 1970 by the clock of the database, which alone decides when leases expire."""
         clock = (
             "(julianday('now') - 2440587.5) * 86400.0" if self.is_sqlite else "extract(epoch FROM clock_timestamp())"
         )
@@ -189,10 +189,10 @@ class Database:
             return MigrationContext.configure(connection).get_current_revision()
 
     def upgrade(self, revision: str = "head") -> None:
-        """Bring the schema up to this version's, or to an earlier one. Safe to run twice, or by two at once."""
+        """Upgrade the schema to this version's, or to an earlier one. Two runs, also at once, do no harm."""
         if self.path:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with suppress(OSError):  # SQLite says what is wrong, and gives the files beside it the same mode
+            with suppress(OSError):  # SQLite will say what is wrong; it gives the files beside this one the same mode
                 self.path.touch(mode=0o600, exist_ok=False)
         config = _alembic()
         with self.write() as connection:
@@ -200,7 +200,7 @@ class Database:
             command.upgrade(config, revision)
 
     def check_schema(self) -> None:
-        """Raises `SchemaOutdated` where the schema is not this version's, with a sentence that says what to run."""
+        """Raises `SchemaOutdated` if the schema is not this version's, with a sentence that says what to run."""
         have, want = self.revision(), ScriptDirectory.from_config(_alembic()).get_current_head()
         if have != want:
             raise SchemaOutdated(
@@ -237,7 +237,7 @@ def _postgresql_engine(url: URL, statement_seconds: float | None, pooling: Pooli
     )
     ping = engine.dialect.do_ping
 
-    def ping_in_time(dbapi_connection: Any) -> bool:
+    def ping_in_time(dbapi_connection: Any) -> bool:  # Any: SQLAlchemy does not know that it is an `_Impatient`
         usual = dbapi_connection.silent_seconds
         dbapi_connection.silent_seconds = PING_SECONDS
         try:
@@ -245,10 +245,10 @@ def _postgresql_engine(url: URL, statement_seconds: float | None, pooling: Pooli
         finally:
             dbapi_connection.silent_seconds = usual
 
-    pooling.install(engine)  # first: it looks before there is a connection, and says how one is made
+    pooling.install(engine)  # before `_connect` below, which connects with the options that this sets
 
     @event.listens_for(engine, "do_connect")
-    def _connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+    def _connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:  # Any: events have no types
         connection = _Impatient.connect(*arguments, **options)
         if statement_seconds is not None:
             connection.silent_seconds = max(statement_seconds, BUSY_SECONDS) + GRACE_SECONDS
@@ -260,7 +260,7 @@ def _postgresql_engine(url: URL, statement_seconds: float | None, pooling: Pooli
 
 def _sqlite_engine(url: str, path: Path | None, statement_seconds: float | None) -> Engine:
     engine = create_engine(
-        make_url(url).set(database=str(path) if path else None),  # as it is: a URL object is not parsed again
+        make_url(url).set(database=str(path) if path else None),  # the path as it is: a URL object is not parsed again
         json_serializer=stored_json,
         json_deserializer=from_json,
         connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
@@ -288,7 +288,7 @@ def _sqlite_engine(url: str, path: Path | None, statement_seconds: float | None)
 
 
 def _limit_sqlite(engine: Engine, seconds: float) -> None:
-    """Interrupt statements that take longer; the rows of one are counted in, as they are found when they are taken."""
+    """Interrupt statements that take longer. Fetching rows counts too: SQLite finds each row when it is fetched."""
     deadline = "uncanny_deadline"
 
     @event.listens_for(engine, "connect")
@@ -299,12 +299,12 @@ def _limit_sqlite(engine: Engine, seconds: float) -> None:
         connection.set_progress_handler(is_late, STEPS)
 
     @event.listens_for(engine, "before_cursor_execute")
-    def _begin(connection: Connection, *_: Any) -> None:
+    def _begin(connection: Connection, *_: object) -> None:
         connection.info[deadline] = time.monotonic() + seconds
 
 
 def _use_wal(cursor: DBAPICursor) -> None:
-    """Where two make the file at once, SQLite does not wait for the other one by itself."""
+    """If two processes make the file at once, SQLite does not wait for the other one by itself."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -329,13 +329,13 @@ def _translated() -> Iterator[None]:
         if not isinstance(error, (OperationalError, InternalError)):
             raise
         if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR or not _is_away(error.orig):
-            raise  # a mistake in a statement, such as a table that is not there
+            raise  # a mistake in a statement, such as a missing table
         raise _away(error) from error
     except InterfaceError as error:
         if not _is_away(error.orig):
             raise
         raise _away(error) from error
-    except (psycopg.Error, sqlite3.Error) as error:  # of a COPY, or of a new connection: between us and the driver
+    except (psycopg.Error, sqlite3.Error) as error:  # the driver's own, such as of a COPY
         if _is_damaged(error):
             raise _damaged(error) from error
         if not isinstance(error, (psycopg.OperationalError, sqlite3.OperationalError)) or not _is_away(error):
@@ -352,29 +352,29 @@ def _is_damaged(error: BaseException | None) -> bool:
 
 def _damaged(error: Exception) -> DatabaseDamaged:
     return DatabaseDamaged(
-        f"the database is damaged ({_said(error)}): stop the service, keep a copy of the database, and restore a "
+        f"the database is damaged ({_first_line(error)}): stop the service, keep a copy of the database, and restore a "
         "backup into a new one (`uncanny db restore FILE`)"
     )
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
 
 
 def _is_away(error: BaseException | None) -> bool:
-    """Whether it may pass by itself. An error without a code is of the connection, or of SQLite."""
+    """Whether the error may pass by itself. Those without a code are of the connection, or of SQLite."""
     state = getattr(error, "sqlstate", None)
     return state is None or state.startswith(AWAY)
 
 
 def _away(error: Exception) -> DatabaseAway:
     origin = getattr(error, "orig", None) or error
-    said = _said(error)
+    message = _first_line(error)
     if getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or getattr(origin, "sqlstate", None) == FULL:
-        return DatabaseFull(f"the database's disk is full ({said}): make room; nothing was written")
-    if "statement timeout" in said or getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
+        return DatabaseFull(f"the database's disk is full ({message}): make room; nothing was written")
+    if "statement timeout" in message or getattr(origin, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
         return DatabaseAway(
-            f"this takes the database too long ({said}): narrow the filter, ask for fewer rows or fields, or ask when "
-            "the database has less to do"
+            f"this takes the database too long ({message}): narrow the filter, ask for fewer rows or fields, or ask "
+            "when the database has less to do"
         )
-    return DatabaseAway(f"the database does not answer ({said}): it will be tried again")
+    return DatabaseAway(f"the database does not answer ({message}): it will be tried again")

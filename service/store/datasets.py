@@ -1,4 +1,4 @@
-"""The rows of a lab's own data sets, and how many images and classes data sets have: known ones by the catalogue."""
+"""The rows of a lab's own data sets, and how many classes and test images each data set has."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,23 +29,25 @@ def some_names(connection: Connection) -> list[str]:
     return [OWN_DATASET + name for name in connection.scalars(select(datasets.c.name).limit(20))]
 
 
-def register(connection: Connection, values: Mapping[str, Any]) -> None:
+def register(connection: Connection, values: Mapping[str, Any]) -> None:  # Any: each has the type of its column
     connection.execute(insert(datasets).values(values))
 
 
 def classes(connection: Connection, names: Iterable[str]) -> dict[str, int]:
-    """How many classes each of these data sets has, as far as they are there."""
-    known = {name: dataset.classes for name, dataset in catalog.DATASETS.items()}
-    return _sizes(connection, names, known, datasets.c.classes)
+    """How many classes these data sets have, and all of the catalogue; unknown names are left out."""
+    catalogued = {name: dataset.classes for name, dataset in catalog.DATASETS.items()}
+    return _sizes(connection, names, catalogued, datasets.c.classes)
 
 
 def test_samples(connection: Connection, names: Iterable[str]) -> dict[str, int]:
-    """How many test images each of these data sets has, as far as they are there."""
-    known = {name: dataset.test for name, dataset in catalog.DATASETS.items()}
-    return _sizes(connection, names, known, datasets.c.test_count)
+    """How many test images these data sets have, and all of the catalogue; unknown names are left out."""
+    catalogued = {name: dataset.test for name, dataset in catalog.DATASETS.items()}
+    return _sizes(connection, names, catalogued, datasets.c.test_count)
 
 
-def _sizes(connection: Connection, names: Iterable[str], known: dict[str, int], own: Column[int]) -> dict[str, int]:
-    of_lab = [name.removeprefix(OWN_DATASET) for name in names if name not in known]
+def _sizes(
+    connection: Connection, names: Iterable[str], catalogued: dict[str, int], own: Column[int]
+) -> dict[str, int]:
+    of_lab = [name.removeprefix(OWN_DATASET) for name in names if name not in catalogued]
     query = select(datasets.c.name, own).where(datasets.c.name.in_(listed(of_lab)))
-    return known | ({OWN_DATASET + name: size for name, size in connection.execute(query)} if of_lab else {})
+    return catalogued | ({OWN_DATASET + name: size for name, size in connection.execute(query)} if of_lab else {})

@@ -21,12 +21,13 @@ Test = Callable[[Column], Column]
 
 @dataclass(frozen=True)
 class Field:
-    """A scalar SQL expression of each row, null where the row has no such value.
+    """A scalar SQL expression of each row, null if the row has no such value.
 
-    `of_cell` is the same of the row's cell, where it is the same for all of its seeds; `any_of`, of a list, whether
-    any element passes a test; `task`, of a number, the id of the task that computed it, where that is not the attack,
-    and `measure` the id of that task where it is a measure that the job asked for beyond the closed forms. `meaning`,
-    of texts, is what a value stands for where only some can be.
+    `of_cell` is the same expression of the row's cell, if all seeds of a cell have the same value.
+    `any_of`, of a list, is whether any element passes a test.
+    `task`, of a number, is the id of the task that computed it, if that is not the attack. `measure` is the id of that
+    task if it is a measure that the job asked for beyond the closed forms.
+    `meaning`, of texts, is what a text stands for, if the field has only certain ones.
     """
 
     kind: Kind
@@ -45,7 +46,7 @@ class Fields:
     known: Mapping[str, Field]
     families: Mapping[str, Callable[[str], Field | None]] = field(default_factory=dict)
     number: Callable[[str], Field] | None = None
-    family_names: Sequence[str] = ()  # what an error offers of the families
+    family_names: Sequence[str] = ()  # names within the families that an error suggests
 
     def find(self, connection: Connection, name: str, parameter: str, position: int | None = None) -> Field:
         """The field of this name. Raises `InvalidQuery` for an unknown name, with the nearest known ones."""
@@ -70,6 +71,6 @@ def unknown(
 
 
 def stored_numbers(connection: Connection) -> list[str]:
-    """The names of all numbers that attacks and measures have left, beside those with a column of their own."""
+    """The names of all numbers that attacks and measures have stored, without those that have their own column."""
     query = select(number_names.c.name).distinct().order_by(number_names.c.name)
     return [name for name in connection.scalars(query) if name not in METRICS]

@@ -1,4 +1,4 @@
-"""What jobs can be asked about."""
+"""The fields by which jobs can be filtered and sorted."""
 
 from service.model.jobs import JobState
 from service.model.verdict import REASONS, VERDICTS
@@ -19,7 +19,7 @@ from service.store.spec_fields import (
 )
 from service.store.tables import jobs
 
-# Ids may be given by their beginning, a sweep also by its name.
+# A value may be the beginning of an id, and for a sweep also its name.
 LABELS, CHECK_OUTCOMES = text_family(jobs.c.labels), check_family(jobs.c.verdict_checks)
 JOB_ID = meanings.id_of("job", jobs.c.id)
 VERDICT, REASON = one_of(VERDICTS), one_of(REASONS)

@@ -1,4 +1,4 @@
-"""Pages by where the one before ended, never by counting: rows that come or go meanwhile shift nothing."""
+"""Pages by the last row of the page before, never by a count: rows that come or go in between shift nothing."""
 
 import base64
 import hashlib
@@ -16,6 +16,7 @@ from service.model.names import ID, UNSTORABLE
 from service.store.fields import Column, Field, Kind
 from service.store.typed import bytewise, unsorted
 
+# Any in rows and queries: SQLAlchemy cannot type a row of expressions.
 Position = tuple[list[object], int]  # the values that the last row is sorted by, and its sequence number
 T = TypeVar("T")
 NO_CURSOR = "this is not a cursor: take `next_cursor` of the page before"
@@ -36,7 +37,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Among:
-    """The rows whose `column` is one of `ids`, which are of the primary key `group`: few groups, each in an index."""
+    """The rows whose `column` is one of `ids`, of the primary key `group`: few groups, each in order in an index."""
 
     column: Column
     group: SchemaColumn[int]
@@ -45,7 +46,7 @@ class Among:
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """The rows of a page in their order; `end` is the position of the last one where more rows follow."""
+    """The rows of a page in their order; `end` is the position of the last one if more rows follow."""
 
     rows: list[T]
     end: Position | None
@@ -64,7 +65,7 @@ class Order:
     ) -> Page[Row[Any]]:
         """Up to `limit` rows of `query` behind `after`; their columns are those of `query`, then those of the order.
 
-        `among` says which groups of rows have them, where the order of each group is that of an index.
+        `among`: read only these groups of rows, each by an index that has it in this order.
         """
         rows = self._rows(connection, query, after, limit + 1, among)
         return Page(rows[:limit], self._position(rows[limit - 1]) if len(rows) > limit else None)
@@ -73,8 +74,8 @@ class Order:
         self, connection: Connection, query: Select[Any], after: Position | None, limit: int, among: Among | None
     ) -> list[Row[Any]]:
         """Up to `limit` rows, with the values that they are sorted by as `sort_sequence, sort_0, ...`."""
-        named = [term.column.label(f"sort_{i}") for i, term in enumerate(self.terms)]
-        query = query.add_columns(self.sequence.label("sort_sequence"), *named)
+        keys = [term.column.label(f"sort_{i}") for i, term in enumerate(self.terms)]
+        query = query.add_columns(self.sequence.label("sort_sequence"), *keys)
         if len(self.terms) == 1:
             return self._page_by_index(connection, query, after, limit, among)
         if after is not None:
@@ -94,24 +95,24 @@ class Order:
     def _page_by_index(
         self, connection: Connection, query: Select[Any], after: Position | None, limit: int, among: Among | None
     ) -> list[Row[Any]]:
-        """First the rows with a value, then those without: an index has either in order, but not nulls last."""
+        """First the rows with a value, then those without: an index has each in order, but not nulls last."""
         [term] = self.terms
         rows: list[Row[Any]] = []
         if after is None or after[0][0] is not None:
-            known = query.where(term.column.is_not(None))
+            valued = query.where(term.column.is_not(None))
             if after is not None:
-                known = known.where(self._behind_in_index(term, after))
+                valued = valued.where(self._behind_in_index(term, after))
             if term.descending == self.descending:
-                rows = self._first(connection, known, (term.column, self.sequence), limit, among)
+                rows = self._first(connection, valued, (term.column, self.sequence), limit, among)
             else:
-                known = known if among is None else known.where(among.column.in_(among.ids))
-                rows = list(connection.execute(known.order_by(_directed(term), self._tie).limit(limit)))
+                valued = valued if among is None else valued.where(among.column.in_(among.ids))
+                rows = list(connection.execute(valued.order_by(_directed(term), self._tie).limit(limit)))
             after = None
         if len(rows) < limit:
-            unknown = query.where(term.column.is_(None))
+            null = query.where(term.column.is_(None))
             if after is not None:
-                unknown = unknown.where(self._later(after[1]))
-            rows += self._first(connection, unknown, (self.sequence,), limit - len(rows), among)
+                null = null.where(self._later(after[1]))
+            rows += self._first(connection, null, (self.sequence,), limit - len(rows), among)
         return rows
 
     def _first(
@@ -125,14 +126,14 @@ class Order:
         if end is not None:
             here, there = tuple_(*key), tuple_(*end)
             query = query.where(here >= there if self.descending else here <= there)
-        if connection.dialect.name == "postgresql":  # which may prefer to read all rows of the groups otherwise
+        if connection.dialect.name == "postgresql":  # which may read all rows of the groups otherwise
             of_group = query.where(among.column == among.group).order_by(*directed).limit(limit).lateral("of_group")
             query = (
                 select(of_group).select_from(among.group.table.join(of_group, true())).where(among.group.in_(among.ids))
             )
             key = tuple(of_group.c[name] for name in ("sort_0", "sort_sequence")[-len(key) :])
         else:
-            # So few rows are left that they are sorted: no index on the key alone is to be read up to the first.
+            # Few rows are left, which SQLite should sort: it could read much of an index on the key to find the first.
             query, key = query.where(among.column.in_(among.ids)), tuple(map(unsorted, key))
         ordered = query.order_by(*(column.desc() if self.descending else column.asc() for column in key))
         return list(connection.execute(ordered.limit(limit)))
@@ -140,16 +141,16 @@ class Order:
     def _end(
         self, connection: Connection, query: Select[Any], key: tuple[Column, ...], limit: int, among: Among
     ) -> tuple[object, ...] | None:
-        """A key with at least `limit` rows up to it, from where each group's n-th row is; None where there are few."""
+        """A key with at least `limit` rows up to it, from the n-th row of each group; None if they have too few."""
         directed = [column.desc() if self.descending else column.asc() for column in key]
         for n in dict.fromkeys((-(-limit // len(among.ids)), limit)):
             of_group = query.with_only_columns(self.sequence).where(among.column == among.group)
             nth = of_group.order_by(*directed).offset(n - 1).limit(1).correlate(among.group.table).scalar_subquery()
             there = select(nth).where(among.group.in_(among.ids))
             ends = select(*key).where(self.sequence.in_(there)).order_by(*directed)
-            found = connection.execute(ends.offset(-(-limit // n) - 1).limit(1)).one_or_none()
-            if found is not None:
-                return tuple(found)
+            row = connection.execute(ends.offset(-(-limit // n) - 1).limit(1)).one_or_none()
+            if row is not None:
+                return tuple(row)
         return None
 
     def _behind_in_index(self, term: Term, after: Position) -> Column:
@@ -162,7 +163,7 @@ class Order:
         return self.sequence < sequence if self.descending else self.sequence > sequence
 
     def _behind(self, values: Sequence[object], sequence: int) -> Column:
-        """Behind in the first term in which they differ, or equal in all and later."""
+        """The rows that are behind in the first term in which they differ, or equal in all terms and later."""
         either: list[Column] = []
         equal: list[Column] = []
         for term, value in zip(self.terms, values, strict=True):
@@ -183,12 +184,12 @@ def _beyond(term: Term, value: object) -> Column:
 
 
 def encode_cursor(question: object, position: Position) -> str:
-    """Where a page ended, bound to the question that it answers."""
+    """The position where a page ended, bound to the question that the page answers."""
     return _sealed(_fingerprint(question), list(position))
 
 
 def decode_cursor(question: object, cursor: str, order: Order) -> Position:
-    """Raises `InvalidQuery` where it is none of ours, a damaged one, or one of another question."""
+    """Raises `InvalidQuery` if the cursor is not ours, is damaged, or belongs to another question."""
     values, sequence = _opened(question, cursor, 2)
     kinds = [term.field.kind for term in order.terms]
     fits = isinstance(values, list) and len(values) == len(kinds) and _is_whole(sequence)
@@ -198,7 +199,7 @@ def decode_cursor(question: object, cursor: str, order: Order) -> Position:
 
 
 def encode_id(question: object, ident: str) -> str:
-    """The same of a list in the order of its ids."""
+    """The same for a list in the order of its ids."""
     return _sealed(_fingerprint(question), [ident])
 
 
@@ -216,8 +217,8 @@ def _sealed(fingerprint: object, position: list[object]) -> str:
     return base64.urlsafe_b64encode(checksum + packed).decode().rstrip("=")
 
 
-def _opened(question: object, cursor: str, parts: int) -> list[Any]:
-    """The parts of a cursor's position. It is one only as this version writes it, so any damage shows."""
+def _opened(question: object, cursor: str, parts: int) -> list[Any]:  # Any: JSON of the user's, to be checked
+    """The parts of a cursor's position. Only the very text that `_sealed` writes is accepted, so any damage shows."""
     try:
         packed = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))[CHECKSUM_BYTES:]
         position: list[Any]

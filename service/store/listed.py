@@ -1,4 +1,4 @@
-"""Long lists in SQL: however many values or rows, one statement. And JSON that the database makes itself."""
+"""Long lists in SQL: one statement for any number of values or rows. And JSON that the database makes itself."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -34,6 +34,7 @@ class _Elements(FunctionElement[str]):
     inherit_cache = True
 
 
+# Any below: a column of any type.
 class json_of(GenericFunction[Any]):  # noqa: N801 - SQLAlchemy's functions are named like SQL's
     """A JSON object from `name, value, name, value ...`."""
 
@@ -42,13 +43,13 @@ class json_of(GenericFunction[Any]):  # noqa: N801 - SQLAlchemy's functions are 
 
 
 def listed(values: Iterable[str]) -> Select[str]:
-    """`column.in_(listed(values))`."""
+    """Texts as one parameter: `column.in_(listed(values))`."""
     array = bindparam(None, json.dumps(list(values)), Text)
     return select(literal_column("value", Text)).select_from(_Elements(array))
 
 
 def numbered(values: Iterable[int]) -> Select[int]:
-    """The same of whole numbers."""
+    """The same for whole numbers."""
     array = elements(bindparam(None, json.dumps([str(value) for value in values]), Text))
     return select(cast(array.c.value, Integer))
 
@@ -59,7 +60,7 @@ def elements(array: ColumnElement[Any]) -> TableValuedAlias:
 
 
 def insert_rows(connection: Connection, table: Table, rows: Sequence[Values]) -> None:
-    """Insert thousands of rows that all have the same columns, as fast as the driver can. JSON may be text already."""
+    """Insert thousands of rows with the same columns, as fast as the driver can. Values of JSON may be text already."""
     if not rows:
         return
     quote = connection.dialect.identifier_preparer.quote
@@ -73,19 +74,19 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[Values]) ->
         for row in rows
     )
     if connection.dialect.name == "sqlite":
-        places = ", ".join("?" * len(is_json))
-        connection.exec_driver_sql(f"INSERT INTO {into} VALUES ({places})", [tuple(row) for row in values])
+        placeholders = ", ".join("?" * len(is_json))
+        connection.exec_driver_sql(f"INSERT INTO {into} VALUES ({placeholders})", [tuple(row) for row in values])
         return
-    cursor: Any = connection.connection.cursor()
+    cursor: Any = connection.connection.cursor()  # Any: only psycopg's cursors have `copy`
     with cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
         for row in values:
             copy.write_row(row)
 
 
 def stored_json(value: object) -> str:
-    """JSON with its texts as they are: SQLite finds no key that is written in escapes.
+    """JSON with its texts unescaped: SQLite does not find a key that is written in escapes.
 
-    Half of a surrogate pair, which no UTF-8 has, stays an escape.
+    Half of a surrogate pair, which UTF-8 cannot encode, stays an escape.
     """
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 

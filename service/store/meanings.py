@@ -1,6 +1,6 @@
-"""Values of closed lists, names of rows, ids and digests: what a text stands for in a comparison, if it can be one.
+"""What a text in a comparison stands for: a value of a closed list, the name of a row, an id or a digest.
 
-A value that no row can have would give an answer that looks right: no rows, or with `not` all of them.
+A text that no row can have is refused. Its answer would look right: no rows, or with `not` all of them.
 """
 
 import re
@@ -24,7 +24,7 @@ from service.store.typed import contains
 
 @dataclass(frozen=True)
 class Meaning:
-    """Of a field with texts of certain kinds only. Both take its name and a text, and raise `ValueError`.
+    """For a field that has only certain texts. Both functions take its name and a text, and raise `ValueError`.
 
     `whole`: the stored values that the text stands for. `check_part`: that a value of the field can contain the text.
     """
@@ -33,21 +33,21 @@ class Meaning:
     check_part: Callable[[Connection, str, str], None]
 
 
-PREFIX = re.compile("[0-9a-f-]{8,36}")  # of a sweep's id
+PREFIX = re.compile("[0-9a-f-]{8,36}")  # the beginning of a sweep's id
 AN_ID = "01a22e44-9123-71d6-aad1-a6e470f2988b"  # as an example
 NORMS = closed_lists()["attack.norm"]
-LOOKED_AT = 1000  # names that an unknown one is compared with, the newest
-MANY = 5  # ids that a prefix of several names
+LOOKED_AT = 1000  # an unknown name is compared with so many names, the newest
+MANY = 5  # the most ids that the error for an ambiguous prefix names
 
 
 def one_of(texts: Iterable[str]) -> Meaning:
-    """The meaning of texts that stand for themselves, where only these are known."""
-    known = tuple(texts)
-    return among(lambda _: known)
+    """The meaning of texts that stand for themselves, if they are one of these."""
+    options = tuple(texts)
+    return among(lambda _: options)
 
 
 def among(known: Callable[[Connection], Collection[str]]) -> Meaning:
-    """The same, where the store says which are known."""
+    """The same, with the known texts read from the store."""
 
     def itself(connection: Connection, name: str, text: str) -> Collection[str]:
         texts = tuple(known(connection))
@@ -57,14 +57,14 @@ def among(known: Callable[[Connection], Collection[str]]) -> Meaning:
 
     def check_part(connection: Connection, name: str, text: str) -> None:
         texts = tuple(known(connection))
-        if not any(text in one for one in texts):
+        if not any(text in option for option in texts):
             raise ValueError(f"no {name} contains {shorten(text)}{or_rather(text[:100], texts)}")
 
     return Meaning(itself, check_part)
 
 
 def _datasets(connection: Connection) -> Collection[str]:
-    """The known data sets, and the registered ones as `npz:NAME`."""
+    """The data sets of the catalogue, and the registered ones as `npz:NAME`."""
     registered = connection.scalars(select(datasets.c.name).order_by(datasets.c.name))
     return (*catalog.DATASETS, *(OWN_DATASET + name for name in registered))
 
@@ -76,32 +76,32 @@ def _balls(connection: Connection) -> list[str]:
 
 
 def _ball(connection: Connection, name: str, text: str) -> Collection[str]:
-    """A norm and an eps, however the eps is spelled. Where there is none at all, any is none that could be meant."""
+    """A norm and an eps, however the eps is spelled. It must be that of a result, unless no result has one."""
     norm, _, eps = text.partition(" ")
-    there = _balls(connection)
-    known = f" (known are: {', '.join(there) or 'none'})"
+    balls = _balls(connection)
+    hint = f" (known are: {', '.join(balls) or 'none'})"
     try:
         ball = ball_of(norm, number(eps)) if norm in NORMS and number(eps) > 0 else None
     except ValueError:
         ball = None
     if ball is None:
-        raise ValueError(f"{shorten(text)} is no {name} such as 'linf 8/255' or 'l2 0.5'{known}")
-    if there and ball not in there:
-        raise ValueError(f"no result has the {name} {shorten(ball)}{known}")
+        raise ValueError(f"{shorten(text)} is no {name} such as 'linf 8/255' or 'l2 0.5'{hint}")
+    if balls and ball not in balls:
+        raise ValueError(f"no result has the {name} {shorten(ball)}{hint}")
     return (ball,)
 
 
 def _part_of_a_ball(connection: Connection, name: str, text: str) -> None:
-    if there := _balls(connection):
-        among(lambda _: there).check_part(connection, name, text)
+    if balls := _balls(connection):
+        among(lambda _: balls).check_part(connection, name, text)
 
 
 def _people(*columns: Column[str]) -> Meaning:
-    """Who is named in one of these columns, or has submitted a job or a sweep, or is registered."""
-    named = (users.c.name, jobs.c.user, sweeps.c.user, *columns)
+    """Users that one of these columns names, that have submitted a job or a sweep, or that are registered."""
+    name_columns = (users.c.name, jobs.c.user, sweeps.c.user, *columns)
 
     def there_is(connection: Connection, test: Callable[[Column[str]], ColumnElement[bool]]) -> bool:
-        queries = (select(column).where(test(column)).limit(1) for column in named)
+        queries = (select(column).where(test(column)).limit(1) for column in name_columns)
         return any(connection.execute(query).first() for query in queries)
 
     def rather(connection: Connection, text: str) -> str:
@@ -142,7 +142,7 @@ def _sweep(connection: Connection, name: str, text: str) -> Collection[str]:
 
 
 def _beginning_of(noun: str, shape: re.Pattern[str], what: str, *columns: Column[str]) -> Meaning:
-    """Texts of this shape, or the only one in these columns that begins so, by 8 characters or more."""
+    """Texts of this shape, or the only one in these columns that begins with 8 or more given characters."""
 
     def whole(connection: Connection, name: str, text: str) -> Collection[str]:
         if shape.fullmatch(small := dashed(canonical(text))):
@@ -162,25 +162,25 @@ def _beginning_of(noun: str, shape: re.Pattern[str], what: str, *columns: Column
 
 
 def id_of(noun: str, *columns: Column[str]) -> Meaning:
-    """An id, or its beginning where no other in these columns has it."""
+    """An id, or its beginning if no other id in these columns has it."""
     return _beginning_of(noun, ID, f"an id such as {AN_ID}", *columns)
 
 
 def digest_of_task(*columns: Column[str]) -> Meaning:
-    """The digest of a task, or its beginning where no other in these columns has it."""
+    """The digest of a task, or its beginning if no other digest in these columns has it."""
     return _beginning_of("task", DIGEST, A_DIGEST, *columns)
 
 
 def _checkpoint(connection: Connection, name: str, text: str) -> Collection[str]:
     """The name of a registered checkpoint, or the SHA-256 of weights."""
     query = select(checkpoints.c.name).order_by(checkpoints.c.name)
-    return (
-        (text,) if DIGEST.fullmatch(text) else among(lambda one: list(one.scalars(query))).whole(connection, name, text)
-    )
+    if DIGEST.fullmatch(text):
+        return (text,)
+    return among(lambda _: list(connection.scalars(query))).whole(connection, name, text)
 
 
 def _shaped(shape: re.Pattern[str], what: str) -> Meaning:
-    """Texts that stand for themselves in small letters, where all have this shape, of hexadecimal digits and `-`."""
+    """Texts of this shape, of hexadecimal digits and `-`: each stands for itself in small letters."""
 
     def itself(_: Connection, name: str, text: str) -> Collection[str]:
         if not shape.fullmatch(small := dashed(canonical(text))):
@@ -199,7 +199,7 @@ def _part_of_shape(what: str) -> Callable[[Connection, str, str], None]:
 
 
 def checked(connection: Connection, meaning: Meaning, parameter: str, text: str) -> Collection[str]:
-    """What the value of a query parameter stands for. Raises `InvalidQuery`."""
+    """The stored values that the value of a query parameter stands for. Raises `InvalidQuery`."""
     try:
         return meaning.whole(connection, parameter, storable(text))
     except ValueError as error:
@@ -207,15 +207,15 @@ def checked(connection: Connection, meaning: Meaning, parameter: str, text: str)
 
 
 def storable(text: str) -> str:
-    """The same text. Raises `ValueError` for one that no database keeps."""
+    """The same text. Raises `ValueError` if it has a character that no database keeps."""
     if bad := UNSTORABLE.search(text):
         raise ValueError(f"a text has the control character {bad[0]!r}")
     return text
 
 
 def _rather(text: str, names: Iterable[str]) -> str:
-    found = near(text[:100], dict.fromkeys(names))
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    similar = near(text[:100], dict.fromkeys(names))
+    return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
 A_DIGEST = "a SHA-256 of 64 hexadecimal digits (`~` takes a part of one)"

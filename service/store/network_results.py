@@ -1,4 +1,4 @@
-"""Results by the network that they are of: the SHA-256 of the weights that their attack used."""
+"""Results by network. A network is known by the SHA-256 of the weights that the attack of a result used."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -13,6 +13,7 @@ from service.store.result_tables import cells, results
 from service.store.tables import jobs, outcome_bits
 
 AT_ONCE = 200  # networks whose bits are in memory together
+# Any in rows and queries: SQLAlchemy cannot type a row of expressions.
 
 
 def means(connection: Connection, networks: Collection[str | None], cell_ids: Collection[int]) -> list[Mean]:
@@ -21,13 +22,13 @@ def means(connection: Connection, networks: Collection[str | None], cell_ids: Co
     Repeats count once.
     """
     families = select(cells.c.family).where(cells.c.id.in_(numbered(cell_ids)))
-    place = (results.c.weights_sha256, results.c.cell_id, cells.c.family)
+    group = (results.c.weights_sha256, results.c.cell_id, cells.c.family)
     query = (
-        select(*place, func.avg(results.c.robust_accuracy), func.count(), func.min(results.c.job_id))
+        select(*group, func.avg(results.c.robust_accuracy), func.count(), func.min(results.c.job_id))
         .join(cells, cells.c.id == results.c.cell_id)
         .where(results.c.weights_sha256.in_(listed(sorted(filter(None, networks)))), cells.c.family.in_(families))
         .where(results.c.retracted_at.is_(None), ~results.c.repeated)
-        .group_by(*place)
+        .group_by(*group)
         .order_by(func.min(results.c.sequence))
     )
     return [Mean(*row) for row in connection.execute(query)]
@@ -35,29 +36,29 @@ def means(connection: Connection, networks: Collection[str | None], cell_ids: Co
 
 def by_network(connection: Connection, where: Sequence[Column]) -> list[NetworkCell]:
     """The results that `where` chooses, by network and cell."""
-    place = (results.c.weights_sha256, results.c.cell_id)
-    computed = (
+    group = (results.c.weights_sha256, results.c.cell_id)
+    computations = (
         select(
-            *place,
+            *group,
             func.count().label("results"),
             func.max(results.c.robust_accuracy).label("robust_accuracy"),
             func.max(results.c.clean_accuracy).label("clean_accuracy"),
             *(func.count(func.nullif(results.c[flag], False)).label(flag) for flag in FLAGS),
         )
         .where(*where, results.c.weights_sha256.is_not(None), results.c.robust_accuracy.is_not(None))
-        .group_by(*place, results.c.attack_task_id)
+        .group_by(*group, results.c.attack_task_id)
         .subquery()
     )
-    of = computed.c
+    computed = computations.c
     query: Select[Any] = select(
-        of.weights_sha256,
-        of.cell_id,
-        func.sum(of.results).label("results"),
-        func.avg(of.robust_accuracy).label("robust_accuracy"),
-        func.avg(of.clean_accuracy).label("clean_accuracy"),
-        *(func.sum(of[flag]).label(flag) for flag in FLAGS),
+        computed.weights_sha256,
+        computed.cell_id,
+        func.sum(computed.results).label("results"),
+        func.avg(computed.robust_accuracy).label("robust_accuracy"),
+        func.avg(computed.clean_accuracy).label("clean_accuracy"),
+        *(func.sum(computed[flag]).label(flag) for flag in FLAGS),
     )
-    rows = connection.execute(query.group_by(of.weights_sha256, of.cell_id))
+    rows = connection.execute(query.group_by(computed.weights_sha256, computed.cell_id))
     return [_network_cell(row) for row in rows]
 
 
@@ -67,7 +68,7 @@ def _network_cell(row: Row[Any]) -> NetworkCell:
 
 
 def attacks_in_a_ball(connection: Connection, networks: Collection[str]) -> Iterator[list[AttackBits]]:
-    """Every standing attack in a ball on these networks, each computation once, some networks at a time."""
+    """All unretracted attacks in a ball on these networks, each computation once, some networks at a time."""
     ordered = sorted(networks)
     of_result = [results.c[name] for name in ("job_id", "weights_sha256", "cell_id", "robust_accuracy", *FLAGS)]
     for start in range(0, len(ordered), AT_ONCE):

@@ -10,6 +10,7 @@ from service.model.results import TrainedNetwork
 from service.store.listed import listed
 from service.store.tables import job_tasks, tasks, trainings
 
+# Any in queries: SQLAlchemy cannot type a row of expressions.
 RECIPE: ColumnElement[str] = tasks.c.spec["recipe", "name"].as_string()
 FIELDS: Mapping[str, ColumnElement[str] | Column[str]] = {
     "weights_sha256": trainings.c.checkpoint_digest,
@@ -17,11 +18,11 @@ FIELDS: Mapping[str, ColumnElement[str] | Column[str]] = {
     "dataset": tasks.c.spec["dataset", "name"].as_string(),
     "recipe": RECIPE,
 }
-"""What networks can be asked for by."""
+"""The fields by which networks can be filtered."""
 
 
 def page(connection: Connection, filters: Mapping[str, str], after: str | None, limit: int) -> list[TrainedNetwork]:
-    """The newest first; `after` is the task's id where the page before ended (UUIDv7: in the order of their making)."""
+    """The newest first; `after` is the last task's id of the page before. UUIDv7 ids are in the order of creation."""
     query = _made_here().where(*(FIELDS[name] == value for name, value in filters.items()))
     if after is not None:
         query = query.where(trainings.c.task_id < after)
@@ -35,7 +36,7 @@ def by_weights(connection: Connection, sha256: str) -> list[TrainedNetwork]:
 
 
 def job_counts(connection: Connection, task_ids: Sequence[str]) -> dict[str, int]:
-    """How many jobs rest on each of these trainings."""
+    """How many jobs need each of these trainings."""
     query = select(job_tasks.c.task_id, func.count()).where(job_tasks.c.task_id.in_(listed(task_ids)))
     return {task_id: count for task_id, count in connection.execute(query.group_by(job_tasks.c.task_id))}
 
@@ -45,7 +46,7 @@ def _networks(connection: Connection, query: Select[Any]) -> list[TrainedNetwork
 
 
 def _made_here() -> Select[Any]:
-    """Trainings whose weights are there, as `TrainedNetwork` has them; imported weights were made elsewhere."""
+    """Finished trainings as `TrainedNetwork` has them. Imports are left out: their weights were made elsewhere."""
     query = select(
         trainings.c.task_id,
         tasks.c.digest,

@@ -1,4 +1,4 @@
-"""Two numbers of each result beside each other, with what each rests on: the points of a correlation."""
+"""Two numbers of each result, with the tasks and measures that computed them: the points of a correlation."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from service.store.tables import tasks
 def points(
     connection: Connection, nodes: Sequence[Node], measure: Field, target: Field, keys: Sequence[Field], limit: int
 ) -> list[Point]:
-    """The results that have both numbers, in the order of their submission, at most `limit`."""
+    """The results that have both numbers, in the order of submission, at most `limit`."""
     numbers = (measure, target)
     wanted = [
         results.c.cell_id,
@@ -29,8 +29,8 @@ def points(
         *(_measure_of(number) for number in numbers),
     ]
     labelled = [column.label(f"column_{i}") for i, column in enumerate((*wanted, *(key.column for key in keys)))]
-    known = [number.column.is_not(None) for number in numbers]
-    query = select(*labelled).where(*selected(connection, nodes), *known).order_by(results.c.sequence).limit(limit)
+    has_both = [number.column.is_not(None) for number in numbers]
+    query = select(*labelled).where(*selected(connection, nodes), *has_both).order_by(results.c.sequence).limit(limit)
     return [Point._make((*row[: len(wanted)], row[len(wanted) :])) for row in connection.execute(query)]
 
 
@@ -42,5 +42,5 @@ def _measure_of(number: Field) -> Column:
     """The spec and the version of the further measure that computed a number, as JSON; null where none did."""
     if number.measure is None:
         return null()
-    found = select(json_object(measure=tasks.c.spec["measure"], version=tasks.c.version))
-    return found.where(tasks.c.id == number.measure).correlate(results).scalar_subquery()
+    query = select(json_object(measure=tasks.c.spec["measure"], version=tasks.c.version))
+    return query.where(tasks.c.id == number.measure).correlate(results).scalar_subquery()

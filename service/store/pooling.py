@@ -1,6 +1,6 @@
-"""What stands behind a PostgreSQL URL: a pooler that changes backends between transactions, and which encoding.
+"""What a PostgreSQL URL leads to: a pooler that changes backends between transactions, if any, and which encoding.
 
-Through such a pooler a prepared statement is another one, or none, on the next backend, and `LISTEN` is forgotten.
+Behind such a pooler, the next backend does not have a prepared statement, or has another one, and `LISTEN` is lost.
 """
 
 import re
@@ -13,33 +13,33 @@ from sqlalchemy.exc import ArgumentError
 
 from service.errors import UnfitDatabase
 
-POOLED = "pgbouncer"  # `?pgbouncer=true` in a URL: there is one, as other clients spell it too
-NEVER = re.compile(
-    r"invalid (\w+ value: |port number: |integer value )\""
-)  # libpq's words for an option; it has no code
-Connect = Callable[[], "psycopg.Connection[Any]"]
+POOLED = "pgbouncer"  # `?pgbouncer=true` in a URL declares a pooler, as for other clients
+# The messages of libpq for an invalid option: they come without a code.
+INVALID_OPTION = re.compile(r"invalid (\w+ value: |port number: |integer value )\"")
+Connect = Callable[[], "psycopg.Connection[Any]"]  # Any, here and below: the rows of any statement
 
 
 class Pooling:
-    """Whether there is a pooler, which is looked at before an engine's first connection; None until then.
+    """Whether there is a pooler. `is_present` is None until an engine makes its first connection.
 
-    Where there is one, the engine prepares no statements.
+    If there is one, the engine prepares no statements.
     """
 
     def __init__(self, declared: bool) -> None:
         self.declared = declared
-        self.found: bool | None = None
+        self.is_present: bool | None = None
 
     def install(self, engine: Engine) -> None:
         @event.listens_for(engine, "do_connect")
         def _connect(_dialect: Any, _record: Any, arguments: Any, options: dict[str, Any]) -> None:
-            if self.found is None:
-                self.found = self._look(lambda: psycopg.connect(*arguments, **options, autocommit=True))
-            if self.found:
+            # Any: events have no types.
+            if self.is_present is None:
+                self.is_present = self._detect(lambda: psycopg.connect(*arguments, **options, autocommit=True))
+            if self.is_present:
                 options["prepare_threshold"] = None
 
-    def _look(self, connect: Connect) -> bool:
-        """Raises `UnfitDatabase` for an encoding that cannot keep every text, and for options that nobody knows."""
+    def _detect(self, connect: Connect) -> bool:
+        """Raises `UnfitDatabase` for an encoding that cannot keep every text, and for invalid options."""
         try:
             with connect() as first:
                 encoding = _shown(first, "SHOW server_encoding")
@@ -53,16 +53,16 @@ class Pooling:
                 with connect() as second:
                     return changes_backends(first, second)
         except (psycopg.ProgrammingError, psycopg.OperationalError) as error:
-            if isinstance(error, psycopg.OperationalError) and not NEVER.search(str(error)):
+            if isinstance(error, psycopg.OperationalError) and not INVALID_OPTION.search(str(error)):
                 raise
             raise UnfitDatabase(f"the database URL cannot be used: {str(error).strip()}") from None
 
 
 def changes_backends(first: "psycopg.Connection[Any]", second: "psycopg.Connection[Any]") -> bool:
-    """Whether two connections, in autocommit, are not each one backend for as long as they live.
+    """Whether two connections, in autocommit, do not each keep one backend for as long as they live.
 
-    A pooler names itself as the process to cancel, or the backend that it had at first; whichever it gives back first
-    or last it gives to the next one: so the two begin in both orders after they have ended in both.
+    As the process to cancel, a pooler names itself, or the backend that it gave at first. It may give the next
+    transaction the backend that was freed first, or the one freed last: so transactions begin and end in both orders.
     """
     pair = (first, second)
     own = tuple(connection.info.backend_pid for connection in pair)
@@ -80,7 +80,7 @@ def changes_backends(first: "psycopg.Connection[Any]", second: "psycopg.Connecti
 
 
 def postgresql_url(url: str) -> tuple[URL, bool]:
-    """The URL without what only we understand, and whether it says that there is a pooler. Raises `UnfitDatabase`."""
+    """The URL without our own option, and whether that declares a pooler. Raises `UnfitDatabase`."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -95,7 +95,7 @@ def _backend(connection: "psycopg.Connection[Any]") -> int:
     return int(_shown(connection, "SELECT pg_backend_pid()"))
 
 
-def _shown(connection: "psycopg.Connection[Any]", statement: str) -> Any:
+def _shown(connection: "psycopg.Connection[Any]", statement: str) -> Any:  # Any: whatever the statement shows
     row = connection.execute(statement).fetchone()
     assert row is not None
     return row[0]

@@ -35,14 +35,14 @@ def job(connection: Connection, job_id: str) -> Job | None:
 
 
 def live_jobs_needing(connection: Connection, task_ids: Collection[str]) -> list[Job]:
-    """In the order in which they were submitted."""
+    """The live jobs that need one of these tasks, in the order of submission."""
     needing = select(job_tasks.c.job_id).where(job_tasks.c.task_id.in_(listed(task_ids)))
     live = jobs.c.id.in_(needing) & jobs.c.state.in_(LIVE_JOB)
     return every(connection, Job, select(jobs).where(live).order_by(jobs.c.sequence))
 
 
 def jobs_in(connection: Connection, job_ids: Collection[str], states: Collection[str]) -> list[Job]:
-    """Those of these jobs that are in one of these states, in the order in which they were submitted."""
+    """Those of these jobs that are in one of these states, in the order of submission."""
     query = select(jobs).where(jobs.c.id.in_(listed(job_ids)), jobs.c.state.in_(states))
     return every(connection, Job, query.order_by(jobs.c.sequence))
 
@@ -52,7 +52,7 @@ def job_state(connection: Connection, job_id: str) -> str | None:
 
 
 def job_ids_of_sweep(connection: Connection, sweep_id: str) -> list[str]:
-    """In the order in which they were submitted."""
+    """In the order of submission."""
     return list(connection.scalars(select(jobs.c.id).where(jobs.c.sweep_id == sweep_id).order_by(jobs.c.sequence)))
 
 
@@ -71,10 +71,10 @@ def tasks_of_job(connection: Connection, job_id: str) -> list[Task]:
 
 
 def roles(job: Job | Result, task: Task) -> list[str]:
-    """Which parts this task plays in the job: at s = 1 the attack is its own baseline; a transfer has a source."""
+    """The parts that this task plays in the job. At scale 1 the attack plays two: it is its own baseline."""
     kind = TASK_KINDS[task.kind]
-    named = [role for role, column in kind.roles.items() if getattr(job, column.name) == task.id]
-    return named or [kind.unnamed]
+    parts = [role for role, column in kind.roles.items() if getattr(job, column.name) == task.id]
+    return parts or [kind.unnamed]
 
 
 def progress_of_jobs(connection: Connection, job_ids: Sequence[str]) -> dict[str, float]:
@@ -89,7 +89,7 @@ def progress_of_jobs(connection: Connection, job_ids: Sequence[str]) -> dict[str
 
 
 def sweeps_page(connection: Connection, user: str | None, after: str | None, limit: int) -> list[Sweep]:
-    """The newest first; `after` is the id where the page before ended (UUIDv7: in the order of their making)."""
+    """The newest first; `after` is the last id of the page before. UUIDv7 ids are in the order of creation."""
     query = select(sweeps).order_by(sweeps.c.id.desc()).limit(limit)
     if user is not None:
         query = query.where(sweeps.c.user == user)
@@ -127,7 +127,7 @@ def task_counts(connection: Connection, sweep_ids: Sequence[str]) -> list[TaskCo
 
 
 def seconds_by_kind(connection: Connection, sweep_ids: Sequence[str]) -> dict[str, dict[str, float]]:
-    """What one task of a kind took on average in each sweep, by the workers' own clocks."""
+    """The mean seconds of a succeeded task of each kind in each sweep, by the workers' own clocks."""
     took = cast(attempts.c.provenance["wall_seconds"].as_float(), Float)
     query = (
         select(jobs.c.sweep_id, tasks.c.kind, func.avg(took))
@@ -137,20 +137,20 @@ def seconds_by_kind(connection: Connection, sweep_ids: Sequence[str]) -> dict[st
         .where(jobs.c.sweep_id.in_(sweep_ids), tasks.c.state == TaskState.SUCCEEDED)
         .group_by(jobs.c.sweep_id, tasks.c.kind)
     )
-    found: dict[str, dict[str, float]] = {sweep_id: {} for sweep_id in sweep_ids}
+    means: dict[str, dict[str, float]] = {sweep_id: {} for sweep_id in sweep_ids}
     for sweep_id, kind, seconds in connection.execute(query):
         if seconds is not None:
-            found[sweep_id][kind] = float(seconds)
-    return found
+            means[sweep_id][kind] = float(seconds)
+    return means
 
 
 def task(connection: Connection, id_or_digest: str) -> Task | None:
-    """By a digest the one that new jobs join, else the last generation of the retracted ones."""
+    """By a digest: the task that new jobs join, else the newest of those that had the digest before."""
     if len(id_or_digest) != 64:
         return one(connection, Task, select(tasks).where(tasks.c.id == id_or_digest))
-    named = or_(tasks.c.digest == id_or_digest, tasks.c.former_digest == id_or_digest)
+    has_digest = or_(tasks.c.digest == id_or_digest, tasks.c.former_digest == id_or_digest)
     newest = (tasks.c.former_digest.is_not(None), tasks.c.generation.desc())
-    return one(connection, Task, select(tasks).where(named).order_by(*newest).limit(1))
+    return one(connection, Task, select(tasks).where(has_digest).order_by(*newest).limit(1))
 
 
 def attempts_of(connection: Connection, task_id: str) -> list[Attempt]:
@@ -167,7 +167,7 @@ def jobs_of_task(connection: Connection, task_id: str, limit: int) -> list[str]:
 def running_tasks(
     connection: Connection, *, sweep_id: str | None = None, job_id: str | None = None
 ) -> list[RunningTask]:
-    """What runs now, with its progress: of everything, or of one sweep or job."""
+    """The running tasks with their progress: all of them, or those of one sweep or job."""
     query = select(
         tasks.c.id,
         DIGEST.label("digest"),
@@ -186,7 +186,7 @@ def running_tasks(
 
 
 def waiting_since(connection: Connection, before: float) -> tuple[int, float | None]:
-    """How many tasks may run and have waited since before then, and since when the first of them has."""
+    """How many tasks may run and have waited since before `before`, and since when the first of them has waited."""
     waits = (tasks.c.state == TaskState.QUEUED) & ~tasks.c.paused & (tasks.c.not_before <= before)
     query = select(func.count(), func.min(tasks.c.waiting_since)).where(waits, tasks.c.waiting_since < before)
     count, first = connection.execute(query).one()

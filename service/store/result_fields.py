@@ -1,4 +1,4 @@
-"""What results can be asked about. `exporting` and `aggregates` have the same names for their columns."""
+"""The fields by which results can be filtered and sorted. Exports and aggregates name their columns alike."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -114,8 +114,8 @@ PROVENANCE_MEANINGS: dict[str, Meaning] = {
 
 
 def _of_cell(kind: Kind, expression: Column, meaning: Meaning | None = None) -> Field:
-    here = select(expression).where(cells.c.id == results.c.cell_id).correlate(results).scalar_subquery()
-    return Field(kind, here, expression, meaning=meaning)
+    column = select(expression).where(cells.c.id == results.c.cell_id).correlate(results).scalar_subquery()
+    return Field(kind, column, expression, meaning=meaning)
 
 
 def _cell_field(name: str, kind: Kind) -> Field:
@@ -147,7 +147,7 @@ def _provenance(key: str) -> Field | None:
 
 
 def _number(name: str) -> Field:
-    """Of the attack, else of a measure that the job asked for, else of the closed forms."""
+    """The number of this name: of the attack, else of a further measure, else of the closed forms."""
     attack = json_number(attack_results.c.numbers, literal(name))
     measure = json_number(measurements.c.numbers, literal(name))
     further = (
@@ -162,9 +162,9 @@ def _number(name: str) -> Field:
     of_attack = select(attack).where(attack_results.c.task_id == results.c.attack_task_id)
     closed_forms = results.c.measure_task_id
     of_closed_forms = select(measure).where(measurements.c.task_id == closed_forms, ~left_out(closed_forms))
-    whose = further.with_only_columns(tasks.c.id)
+    measuring = further.with_only_columns(tasks.c.id)
     from_attack, from_further, from_closed_forms, measured_by = (
-        query.correlate(results).scalar_subquery() for query in (of_attack, further, of_closed_forms, whose)
+        query.correlate(results).scalar_subquery() for query in (of_attack, further, of_closed_forms, measuring)
     )
     task = case(
         (from_attack.is_not(None), results.c.attack_task_id),
@@ -175,7 +175,7 @@ def _number(name: str) -> Field:
 
 
 def _of_measure(name: str) -> Field | None:
-    """`TYPE.PARAMETER` of a further measure, or its `version`; of two, those of the one whose numbers are shown."""
+    """`TYPE.PARAMETER` of a further measure, or its `version`; of two measures, the one whose numbers are shown."""
     kind, _, parameter = name.partition(".")
     parameter_kind = MEASURE_KINDS.get(kind, {}).get(parameter)
     if parameter_kind is None:
@@ -205,8 +205,6 @@ def _measure_kinds() -> dict[str, dict[str, Kind]]:
 
 
 MEASURE_KINDS = _measure_kinds()
-
-
 VERSIONS = {f"versions.{kind}": _cell_field(f"versions.{kind}", "integer") for kind in TASK_KINDS}
 SPEC: dict[str, Field] = {
     name: Field(kind, results.c[name], meaning=SPEC_MEANINGS.get(name))

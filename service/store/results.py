@@ -38,11 +38,10 @@ from service.store.tables import (
 from service.store.task_kinds import TASK_KINDS
 
 RETRACTION = ("retracted_at", "retracted_by", "retraction_reason", "retracted_with")
-MOST_HIDDEN = 1000
-
-
+MOST_HIDDEN = 1000  # the most hidden results that are counted
 MADE = ("job_id", "flags", "metrics")  # fields of `Result` that are no columns of the query
 AS_STORED = tuple(field.name for field in fields(Result) if field.name not in MADE)
+# Any in rows and queries: SQLAlchemy cannot type a row of expressions.
 
 
 class Columns(NamedTuple):
@@ -78,7 +77,7 @@ def _whole() -> Select[Any]:
 def keys(
     connection: Connection, nodes: Sequence[Node], order: Order, after: Position | None, limit: int, *, retracted: bool
 ) -> Page[ResultKey]:
-    """A page of results, in order; retracted ones only if `retracted`."""
+    """A page of results, in order. Retracted ones are among them only if `retracted`."""
     where, among = _where(connection, nodes, order, retracted)
     page = order.page(connection, select(results.c.job_id, results.c.cell_id).where(*where), after, limit, among)
     return Page([ResultKey(row.job_id, row.cell_id) for row in page.rows], page.end)
@@ -96,8 +95,8 @@ def columns(
 ) -> Columns:
     """The columns `wanted` of a page of results."""
     where, among = _where(connection, nodes, order, retracted)
-    named = [column.label(f"column_{i}") for i, column in enumerate(wanted)]
-    query = select(results.c.cell_id, *named).where(*where)
+    labelled = [column.label(f"column_{i}") for i, column in enumerate(wanted)]
+    query = select(results.c.cell_id, *labelled).where(*where)
     page = order.page(connection, query, after, limit, among)
     cell_ids, *values = zip(*page.rows, strict=True) if page.rows else ([] for _ in range(1 + len(wanted)))
     return Columns(cell_ids, values[: len(wanted)], page.end)
@@ -112,7 +111,7 @@ def selected(
 
 
 def hidden(connection: Connection, nodes: Sequence[Node]) -> int:
-    """How many results the filters choose that are hidden because they are retracted, counted up to `MOST_HIDDEN`."""
+    """How many results that the filters choose are hidden because they are retracted, counted up to `MOST_HIDDEN`."""
     which = (results.c.retracted_at.is_not(None), condition(connection, nodes, RESULTS))
     few = select(results.c.job_id).where(*which).limit(MOST_HIDDEN).subquery()
     return int(connection.execute(select(func.count()).select_from(few)).scalar_one())
@@ -121,7 +120,7 @@ def hidden(connection: Connection, nodes: Sequence[Node]) -> int:
 def _where(
     connection: Connection, nodes: Sequence[Node], order: Order, retracted: bool
 ) -> tuple[list[Column], Among | None]:
-    """The conditions that choose results, those that name few cells apart where each cell has an index in `order`."""
+    """The conditions that choose results; apart, the cells they allow, if few and each has an index in `order`."""
     indexed = _is_indexed(order)
     of_cells = by_cell(connection, nodes, RESULTS) if indexed and not retracted else None
     if of_cells is None:
@@ -162,14 +161,14 @@ def cell_specs(connection: Connection, ids: Iterable[int]) -> dict[int, CellSpec
     return {cell_id: {**LATER, **spec} for cell_id, spec in connection.execute(query)} if wanted else {}
 
 
-def further_measures(connection: Connection, of: Sequence[Result]) -> dict[str, list[FurtherMeasure]]:
-    """The measures of these results beyond the closed forms, by the id of the job.
+def further_measures(connection: Connection, chosen: Sequence[Result]) -> dict[str, list[FurtherMeasure]]:
+    """The measures of the chosen results beyond the closed forms, by the id of the job.
 
-    One that failed or was retracted has no numbers, and neither has one that used other weights than the attack.
+    A measure has no numbers if it failed, was retracted, or used other weights than the attack.
     """
     measures: dict[str, list[FurtherMeasure]] = defaultdict(list)
-    by_job = {result.job_id: result for result in of}
-    asked = [result.job_id for result in of if result.spec["measures"]]
+    by_job = {result.job_id: result for result in chosen}
+    measured = [result.job_id for result in chosen if result.spec["measures"]]
     retraction = (tasks.c.retracted_at, tasks.c.retraction_reason)
     of_task = (tasks.c.id, tasks.c.spec, tasks.c.state, tasks.c.reason, *retraction, measurements.c.numbers)
     used = WEIGHTS_USED.label("used")
@@ -178,10 +177,10 @@ def further_measures(connection: Connection, of: Sequence[Result]) -> dict[str, 
         .join(tasks, tasks.c.id == job_tasks.c.task_id)
         .outerjoin(measurements, measurements.c.task_id == tasks.c.id)
         .outerjoin(attempts, CURRENT)
-        .where(job_tasks.c.job_id.in_(listed(asked)), tasks.c.kind == "measure")
+        .where(job_tasks.c.job_id.in_(listed(measured)), tasks.c.kind == "measure")
         .order_by(DIGEST)
     )
-    for row in connection.execute(query) if asked else ():
+    for row in connection.execute(query) if measured else ():
         result = by_job[row.job_id]
         if row.id != result.measure_task_id:
             measures[row.job_id].append(_further(row, result))
@@ -213,13 +212,13 @@ def curves_of(connection: Connection, task_id: str) -> JsonObject:
 
 
 def bit_names(connection: Connection, task_id: str) -> dict[str, int]:
-    """The outcome bits that are stored, and of how many examples."""
+    """The names of the stored outcome bits, and of how many examples each are."""
     query = select(outcome_bits.c.name, outcome_bits.c.n).where(outcome_bits.c.task_id == task_id)
     return {name: n for name, n in connection.execute(query.order_by(outcome_bits.c.name))}
 
 
 def artifacts_of(connection: Connection, task_id: str) -> dict[str, dict[str, str | int]]:
-    """The bytes that a task left, by what they are: `arrays`, `checkpoint`, ..."""
+    """The artifacts of a task by kind: `arrays`, `checkpoint`, ..."""
     query = select(artifacts).where(artifacts.c.task_id == task_id).order_by(artifacts.c.kind, artifacts.c.created_at)
     return {row.kind: {"digest": row.digest, "size_bytes": row.size_bytes} for row in connection.execute(query)}
 

@@ -1,4 +1,4 @@
-"""Fields that jobs and results have alike: those of specs, labels, checks of a verdict, measures."""
+"""Fields that jobs and results share: those of specs, labels, checks of a verdict, measures."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from service.store.typed import json_text
 
 KINDS: dict[str, Kind] = {"number": "number", "integer": "integer", "boolean": "boolean", "string": "text"}
 UNQUOTABLE = re.compile(r'[\x00-\x1f\x7f"\\]')
-DIGITS = 18  # of an integer that every database holds
+DIGITS = 18  # the most digits of an integer that every database can hold
 
 
 def kinds_of(types: Mapping[str, str]) -> dict[str, Kind]:
@@ -43,12 +43,12 @@ COLUMNS = {"attack.type": "attack", "attack.norm": "norm", "attack.eps": "eps", 
 
 
 def json_value(column: Column, path: tuple[str, ...], kind: Kind) -> Column:
-    """The scalar at this path of a JSON column, as a value of this kind; null where there is none."""
+    """The scalar at this path of a JSON column, as a value of this kind; null if there is none."""
     value: Any = column[path]  # Any: the JSON operators have no common type
     match kind:
         case "number":
             typed: Column = value.as_float()
-        case "integer":  # one that is too long would make a cast, and so every question of this field, fail
+        case "integer":  # the cast of a longer integer would fail, and with it every query of this field
             text = value.as_string()
             typed = case((func.length(text) <= DIGITS, cast(text, BigInteger)))
         case "boolean":
@@ -85,7 +85,7 @@ def list_field(array: Column, meaning: Meaning | None = None) -> Field:
 
 
 def text_family(column: Column) -> Callable[[str], Field | None]:
-    """The texts of a JSON object by their keys. Labels cannot have `UNQUOTABLE` keys, and no JSON path names those.
+    """The texts of a JSON object by their keys. Labels cannot have `UNQUOTABLE` keys, as no JSON path can name them.
 
     Versions before 0008 stored non-ASCII keys as `\\u` escapes, which SQLite's JSON paths do not decode.
     """
@@ -114,4 +114,4 @@ def text_field(column: Column, meaning: Meaning) -> Field:
     return Field("text", column, meaning=meaning)
 
 
-CHECK_NAMES = [f"verdict_checks.{name}" for name in CHECKS]  # what an error offers
+CHECK_NAMES = [f"verdict_checks.{name}" for name in CHECKS]  # names that an error suggests

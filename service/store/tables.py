@@ -1,4 +1,4 @@
-"""The schema: one table a noun, typed columns for what is known, JSON for the rest.
+"""The schema: one table per noun, typed columns for what queries need, JSON for the rest.
 
 Ids are UUIDv7 as text; times are seconds since 1970 (UTC) by the database's clock.
 """
@@ -57,7 +57,7 @@ datasets = Table(
     Column("created_at", Float(53), nullable=False),
 )
 
-# Weights made elsewhere: what was uploaded and how it is read, and the weights as they are used.
+# Weights made elsewhere: the uploaded file, how it is read, and the weights that are used.
 checkpoints = Table(
     "checkpoints",
     metadata,
@@ -93,7 +93,7 @@ sweeps = Table(
     Column("priority", Integer, nullable=False),
     Column("labels", Json, nullable=False),
     Column("paused", Boolean, nullable=False),
-    Column("pause_reason", Text),  # where the service itself has paused it
+    Column("pause_reason", Text),  # if the service itself has paused it
     Column("created_at", Float(53), nullable=False),
 )
 
@@ -110,19 +110,20 @@ tasks = Table(
     Column("generation", Integer, nullable=False),
     Column("state", String(20), nullable=False),
     Column("reason", Text),
-    # What it is computed on: the training it belongs to, so that bundles share a checkpoint.
+    # The training that the task belongs to: a bundle has tasks of one training, which share its checkpoint.
     Column("train_digest", String(64), nullable=False),
-    # Its rank: that of the best-ranked live, unpaused job which needs it; that job's user is its sponsor.
+    # The rank of the highest-ranked live, unpaused job that needs the task; the owner of that job is the sponsor.
     Column("priority", Integer, nullable=False),
     Column("sponsor", String(200), nullable=False),
     Column("sequence", BigInteger, nullable=False),
-    Column("boosted", Boolean, nullable=False, server_default=text("false")),  # one of them is, by an admin
-    Column("needed_by", Integer, nullable=False),  # so many live, unpaused jobs when it was last ranked
-    Column("shared", Boolean, nullable=False, server_default=text("false")),  # these are of several users
+    Column("boosted", Boolean, nullable=False, server_default=text("false")),  # such a job is boosted, by an admin
+    Column("needed_by", Integer, nullable=False),  # the number of such jobs when the task was last ranked
+    Column("shared", Boolean, nullable=False, server_default=text("false")),  # such jobs have several owners
     Column("waiting_since", Float(53), nullable=False),
-    Column("due", Float(53), nullable=False),  # its place among its sponsor's: `scheduling.due`
-    Column("paused", Boolean, nullable=False),  # all live jobs that need it are
-    # Three counters (service/README.md): the fence, application errors, workers that it took down.
+    Column("due", Float(53), nullable=False),  # the order of the tasks of one sponsor: `scheduling.due`
+    Column("paused", Boolean, nullable=False),  # all live jobs that need it are paused
+    # Three counters (service/README.md): grants, whose number fences off reports of earlier attempts; application
+    # errors; workers that the task took down.
     Column("attempt", Integer, nullable=False),
     Column("errors", Integer, nullable=False),
     Column("suspect_losses", Integer, nullable=False),
@@ -138,13 +139,13 @@ tasks = Table(
     Column("created_at", Float(53), nullable=False),
     Column("started_at", Float(53)),
     Column("finished_at", Float(53)),
-    # Found to be wrong later, by the retraction of `retracted_with`: itself, or the training that it was computed on.
+    # Found to be wrong later. `retracted_with` is the task that was retracted: itself, or the training it is based on.
     Column("retracted_at", Float(53)),
     Column("retracted_by", String(200)),
     Column("retraction_reason", Text),
     Column("retracted_with", String(36)),
-    # Its digest until it was retracted or its weights were replaced: `digest` is another since, so that the next job
-    # that needs it makes a new task.
+    # The digest until the task was retracted or its weights were replaced. `digest` has been another one since, so that
+    # the next job with this digest makes a new task.
     Column("former_digest", String(64)),
     Index("ix_tasks_former", "former_digest", postgresql_where=FORMER, sqlite_where=FORMER),
     Index("ix_tasks_retracted", "retracted_with", postgresql_where=FORMER, sqlite_where=FORMER),
@@ -172,8 +173,8 @@ tasks = Table(
     Index("ix_tasks_train", "train_digest", "state"),
 )
 
-# These two are written only with the rows that they name, tens of thousands at once, and have no foreign keys for it:
-# PostgreSQL would look each one up again, which takes as long as all the rest.
+# `task_edges` and `job_tasks` are written only with the rows that they name, tens of thousands at once. They have no
+# foreign keys: PostgreSQL would look each row up again, which takes as long as all the rest.
 task_edges = Table(
     "task_edges",
     metadata,
@@ -194,9 +195,9 @@ attempts = Table(
     Column("end", String(40)),  # succeeded, failed, or the reason of a loss
     Column("message", Text),
     Column("traceback", Text),
-    Column("missing_digest", String(64)),  # of the weights that it has not found
+    Column("missing_digest", String(64)),  # of the weights that the attempt did not find
     Column("provenance", Json),
-    # Its place: which bundle it is in, the devices that bundle takes, and until when its sponsor was charged for it.
+    # The bundle that the attempt is in, the device share of that bundle, and until when the sponsor was charged.
     Column("bundle", String(200)),
     Column("device_share", Float(53)),
     Column("charged_until", Float(53)),
@@ -227,13 +228,13 @@ jobs = Table(
     Column("reason", Text),
     Column("created_at", Float(53), nullable=False),
     Column("finished_at", Float(53)),
-    # The parts that tasks play in it; `job_tasks` has them too.
+    # The tasks by the parts that they play in the job; `job_tasks` has these tasks too.
     _id("train_task_id", nullable=False),
     _id("measure_task_id", nullable=False),
     _id("attack_task_id", nullable=False),
     _id("baseline_task_id", nullable=False),
     _id("control_task_id"),
-    # The verdict: a pure function of stored bits, computed when the last task lands, and again where its rule changes.
+    # The verdict: a pure function of stored bits, computed when the last task lands, and again when its rule changes.
     Column("masked_fraction", Float(53)),
     Column("masked_n", Integer),
     Column("masked_fraction_of_correct", Float(53)),
@@ -264,7 +265,7 @@ job_tasks = Table(
 )
 
 
-def _numbers(kind: str) -> tuple[Column[Any], ...]:
+def _numbers(kind: str) -> tuple[Column[Any], ...]:  # Any: floats and JSON
     """Numbers belong to the task and are stored once: all of them as JSON, the headline ones also as columns."""
     return *(Column(name, Float(53)) for name in stored(kind)), Column("numbers", Json, nullable=False)
 
@@ -330,7 +331,7 @@ artifacts = Table(
     Index("ix_artifacts_task", "task_id"),
 )
 
-# By what the artifact root is known: one row, from its first use on.
+# The mark that tells the artifact root from any other folder: one row, from its first use on.
 artifact_roots = Table(
     "artifact_roots",
     metadata,
@@ -367,7 +368,7 @@ idempotency_keys = Table(
     Column("created_at", Float(53), nullable=False),
 )
 
-# One row a role (`dispatcher`): who leads, until when, and how long the executor says it has room for.
+# One row per role (`dispatcher`): who leads, until when, and the status of the cluster that the leader last reported.
 leases = Table(
     "leases",
     metadata,
@@ -378,7 +379,7 @@ leases = Table(
     Column("status", Json, nullable=False),
 )
 
-# Limits and weights of users by name; null is the default of the settings. Who has no row has all defaults.
+# Users by name. A null limit or weight is the default of the settings; a user without a row has all defaults.
 users = Table(
     "users",
     metadata,
@@ -391,7 +392,7 @@ users = Table(
     Column("disabled_at", Float(53)),
 )
 
-# A token's secret is not here, only its SHA-256; the prefix is what its owner knows it by.
+# A token's secret is not here, only its SHA-256; by the prefix its owner recognises it.
 tokens = Table(
     "tokens",
     metadata,
@@ -406,7 +407,7 @@ tokens = Table(
     Column("expires_at", Float(53)),
     Column("last_used_at", Float(53)),
     Column("revoked_at", Float(53)),
-    _id("parent_id"),  # the token that it was made with; null where that was the shell, or before 0015
+    _id("parent_id"),  # the token that it was made with; null if it was made in a shell, or before 0016
     Index("ix_tokens_user", "user"),
     Index("ix_tokens_parent", "parent_id"),
 )
@@ -421,7 +422,7 @@ usage = Table(
     Column("recent_seconds", Float(53), nullable=False),
 )
 
-# The one queue: a row from the first time on that it is paused.
+# The one queue: it has a row once it has been paused for the first time.
 queues = Table(
     "queues",
     metadata,
@@ -442,7 +443,7 @@ decisions = Table(
     Column("decided", Json, nullable=False),
 )
 
-# What succeeded tasks took, for estimates: device seconds per epoch or per sample, by what makes them alike.
+# The device seconds that succeeded tasks took, and their `units` (`model/estimates.py`): for estimates.
 timings = Table(
     "timings",
     metadata,
@@ -466,8 +467,8 @@ counters = Table(
     Column("value", BigInteger, nullable=False),
 )
 
-# Where a row names bytes under the artifact root.
-NAMES_BYTES: tuple[Column[Any], ...] = (
+# The columns that name bytes under the artifact root, by their SHA-256.
+NAMES_BYTES: tuple[Column[Any], ...] = (  # Any: `Table.c` has no types
     artifacts.c.digest,
     tasks.c.resume_digest,
     trainings.c.checkpoint_digest,

@@ -1,4 +1,4 @@
-"""What the store keeps of each kind of task. `service/model/task_kinds.py` has what is not SQL."""
+"""How the kinds of tasks differ in SQL. `service/model/task_kinds.py` has their other differences."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from service.store.tables import attack_results, control_results, jobs, measurem
 
 @dataclass(frozen=True)
 class TaskKind:
-    """`numbers` is the table of the numbers of such tasks. If `asked_for`, each of them is a field of results' filters.
+    """`numbers` is the table of this kind's numbers. If `asked_for`, results can be filtered by each number.
 
-    `roles` are the parts that such tasks play in a job, with the columns of `jobs` that name these tasks. `unnamed` is
-    the part of a task that no column names: the training of a transfer's source, a further measure.
+    `roles` are the parts that tasks of this kind play in a job, with the columns of `jobs` that name these tasks.
+    `unnamed` is the part of a task that no column names: the training of a transfer's source, a further measure.
     """
 
     numbers: Table

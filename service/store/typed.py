@@ -10,13 +10,15 @@ from sqlalchemy.types import Boolean
 
 
 class json_number(FunctionElement[float]):  # noqa: N801 - named like a function of SQL
-    """`json_number(column, key)`: the number at this key, null where there is none or something else."""
+    """`json_number(column, key)`: the number at this key; null if there is none, or a value of another type."""
 
     type = Float(53)
     inherit_cache = True
 
 
 class json_text(FunctionElement[str]):  # noqa: N801
+    """The text at this key."""
+
     type = Text()
     inherit_cache = True
 
@@ -29,31 +31,33 @@ class json_list(FunctionElement[str]):  # noqa: N801
 
 
 class json_flag(FunctionElement[bool]):  # noqa: N801
+    """The boolean at this key."""
+
     type = Boolean()
     inherit_cache = True
 
 
 class bytewise(FunctionElement[str]):  # noqa: N801
-    """A text whose order is that of its code points, whatever language the database speaks."""
+    """A text that is ordered by its code points, whatever the collation of the database."""
 
     type = Text()
     inherit_cache = True
 
 
-class unindexed(FunctionElement[Any]):  # noqa: N801
-    """The same value, but no reason for SQLite to take an index on it."""
+class unindexed(FunctionElement[Any]):  # noqa: N801 - Any: a column of any type
+    """Wraps a column so that SQLite does not choose an index on it."""
 
     inherit_cache = True
 
 
-class unsorted(FunctionElement[Any]):  # noqa: N801
-    """The same number, but no reason to read the rows in the order of an index on it."""
+class unsorted(FunctionElement[Any]):  # noqa: N801 - Any: integers or floats
+    """Wraps a number so that the planner does not choose an index on it for sorting."""
 
     inherit_cache = True
 
 
 class contains(FunctionElement[bool]):  # noqa: N801
-    """`contains(text, part)`, where upper and lower case differ."""
+    """`contains(text, part)`; upper and lower case differ."""
 
     type = Boolean()
     inherit_cache = True
@@ -79,6 +83,7 @@ def _list_sqlite(element: json_list, compiler: SQLCompiler, **options: object) -
     return _scalar_sqlite(element, compiler, "'array'", **options)
 
 
+# Any: the element is of each of the types above.
 def _scalar_sqlite(element: FunctionElement[Any], compiler: SQLCompiler, types: str, **options: object) -> str:
     column, key = (compiler.process(part, **options) for part in element.clauses)
     path = f"""'$."' || {key} || '"'"""
@@ -105,6 +110,7 @@ def _list_postgresql(element: json_list, compiler: SQLCompiler, **options: objec
     return _scalar_postgresql(element, compiler, "array", "TEXT", **options)
 
 
+# Any: as for `_scalar_sqlite`.
 def _scalar_postgresql(
     element: FunctionElement[Any], compiler: SQLCompiler, kind: str, sql: str, **options: object
 ) -> str:

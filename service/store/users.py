@@ -22,7 +22,7 @@ def users_by_name(connection: Connection) -> list[User]:
 
 
 def put_user(connection: Connection, now: float, name: str, changes: Values) -> User:
-    """Make or change a user; what the changes do not name stays as it is. Returns the user as they are now."""
+    """Make or change a user; columns that `changes` does not name stay as they are. Returns the user as stored."""
     if user(connection, name) is None:
         connection.execute(insert(users).values({**NEW_USER, **changes, "name": name, "created_at": now}))
     elif changes:
@@ -30,7 +30,7 @@ def put_user(connection: Connection, now: float, name: str, changes: Values) -> 
     return User(*connection.execute(select(users).where(users.c.name == name)).one())
 
 
-def insert_token(connection: Connection, now: float, **values: Any) -> Token:
+def insert_token(connection: Connection, now: float, **values: Any) -> Token:  # Any: each has the type of its column
     row = {"id": str(uuid7()), "created_at": now, **values}
     return Token(*connection.execute(insert(tokens).values(row).returning(tokens)).one())
 
@@ -44,7 +44,7 @@ def tokens_of(connection: Connection, user: str) -> list[Token]:
 
 
 def admission(connection: Connection, *, sha256: str | None = None, token_id: str | None = None) -> Admission | None:
-    """The token of that hash or id, with what matters of its user; None where there is none."""
+    """The token of that hash or id, with the role of its user and when the user was disabled; None if there is none."""
     which = tokens.c.sha256 == sha256 if token_id is None else tokens.c.id == token_id
     query = select(tokens, users.c.role, users.c.disabled_at).join(users, users.c.name == tokens.c.user)
     row = connection.execute(query.where(which)).one_or_none()
@@ -56,11 +56,11 @@ def note_use(connection: Connection, token_id: str, now: float) -> None:
 
 
 def revoke(connection: Connection, token_id: str, now: float) -> list[Token]:
-    """Revoke a token, those made with it, those made with these, and so on. Returns those that were valid."""
+    """Revoke a token, those made with it, those made with these, and so on. Returns those that were valid until now."""
     family = select(tokens.c.id).where(tokens.c.id == token_id).cte("family", recursive=True)
     family = family.union(select(tokens.c.id).join(family, tokens.c.parent_id == family.c.id))
-    made_with_it = list(connection.scalars(select(family.c.id)))
-    valid = update(tokens).where(tokens.c.id.in_(listed(made_with_it)), tokens.c.revoked_at.is_(None))
+    family_ids = list(connection.scalars(select(family.c.id)))
+    valid = update(tokens).where(tokens.c.id.in_(listed(family_ids)), tokens.c.revoked_at.is_(None))
     return every(connection, Token, valid.values(revoked_at=now).returning(tokens))
 
 

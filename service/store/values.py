@@ -1,4 +1,4 @@
-"""Rows as values: a query of all columns of a table, in their order, gives the record that has these fields."""
+"""Rows as values: a query of all columns of a table, in their order, gives records with these fields."""
 
 from collections.abc import Callable
 from itertools import starmap
@@ -12,8 +12,8 @@ Values = dict[str, Any]  # by column. Any: each value has the type of its column
 
 
 def one(connection: Connection, record: Callable[..., T], query: Executable) -> T | None:
-    """The only row of `query`; None where there is none."""
-    row: Any = connection.execute(query).one_or_none()
+    """The only row of `query`; None if there is none."""
+    row: Any = connection.execute(query).one_or_none()  # Any: `record` takes whatever columns there are
     return None if row is None else record(*row)
 
 

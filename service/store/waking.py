@@ -1,7 +1,7 @@
-"""Waiting until somebody writes to the database, so that what is new is seen in milliseconds and not at the next look.
+"""Waiting until somebody writes to the database, so that new rows are seen in milliseconds and not at the next poll.
 
-PostgreSQL tells those who listen, unless a pooler is between. SQLite counts the commits of others, which is a look
-into shared memory.
+PostgreSQL notifies those who listen, unless a pooler is in between. SQLite counts the commits of other connections;
+reading the count is a look into shared memory.
 """
 
 import sqlite3
@@ -15,14 +15,14 @@ from service.errors import DatabaseAway
 from service.store.database import CONNECT_SECONDS, WRITTEN, Database
 
 LISTEN = SQL("LISTEN {}").format(Identifier(WRITTEN))
-POLL_INTERVAL_SECONDS = 0.005  # between two looks at SQLite's count of commits
+POLL_INTERVAL_SECONDS = 0.005  # between two reads of SQLite's count of commits
 
 
 class Waking(Protocol):
-    """For one thread. A wait may end early for no reason, and sees nothing while the database is away."""
+    """For one thread. A wait may end early for no reason, and notices no write while the database is away."""
 
     def wait(self, timeout_seconds: float) -> None:
-        """Until another connection has committed something since the last wait began, at most for so long."""
+        """Wait until another connection has committed since the last wait ended, at most for so long."""
 
     def close(self) -> None: ...
 
@@ -35,7 +35,7 @@ def waking(database: Database) -> Waking:
 
 
 class _Sleeping:
-    """A database in memory has nobody else who writes."""
+    """For a database in memory, to which nobody else writes."""
 
     def wait(self, timeout_seconds: float) -> None:
         time.sleep(timeout_seconds)
@@ -61,7 +61,7 @@ class _Counting:
             if self._connection is None:
                 self._connection = sqlite3.connect(self._path, isolation_level=None)
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
-        except sqlite3.Error:  # it is away, which is told by whoever needs it for more than a hint
+        except sqlite3.Error:  # it is away: callers that need the database will say so
             return self._seen
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class _Counting:
 
 
 class _Listening:
-    """Behind a pooler, which loses notices, this only sleeps."""
+    """Listens to PostgreSQL. Behind a pooler, which loses notices, this only sleeps."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -86,7 +86,7 @@ class _Listening:
                 self._connection.execute(LISTEN)
             for _ in self._connection.notifies(timeout=timeout_seconds, stop_after=1):
                 pass
-        except (psycopg.Error, DatabaseAway):  # it is away, too
+        except (psycopg.Error, DatabaseAway):  # it is away, as above
             self.close()
             time.sleep(timeout_seconds)
         return None

@@ -13,7 +13,7 @@ AGEING_SECONDS = 3600  # as `scheduling` had it then
 
 def upgrade() -> None:
     op.drop_index("ix_tasks_claim", table_name="tasks")
-    # SQLite cannot alter a column afterwards, so those of old rows get a default in the statement that adds them.
+    # SQLite cannot alter a column later, so the statement that adds it gives it a default, for the rows that exist.
     for column in (
         sa.Column("needed_by", sa.Integer(), nullable=False, server_default="1"),
         sa.Column("waiting_since", sa.Float(precision=53), nullable=False, server_default="0"),

@@ -123,7 +123,7 @@ def upgrade() -> None:
 
 
 def _fill(cells: sa.Table, results: sa.Table) -> None:
-    """The results that there are, in the order of their jobs."""
+    """File the results of all jobs that have succeeded, in the order of the jobs."""
     connection, ids, attacks, after = op.get_bind(), {}, set(), -1
     typed = sa.text(FINISHED).columns(spec=sa.JSON)
     while rows := connection.execute(typed, {"after": after}).mappings().all():
@@ -150,7 +150,7 @@ def _cell(spec: dict[str, Any], versions: dict[str, int | None]) -> dict[str, An
 
 def _columns(digest: str, spec: dict[str, Any]) -> dict[str, Any]:
     attack, recipe = spec["attack"], spec["recipe"]
-    ball = attack.get("attack", attack)  # of a transfer, that of the attack that makes its examples
+    ball = attack.get("attack", attack)  # a transfer has the ball of the attack that makes its examples
     same = {name: spec[name] for name in ("architecture", "dataset", "scale", "samples")}
     return {
         **same,

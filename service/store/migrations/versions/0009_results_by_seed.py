@@ -1,4 +1,4 @@
-"""What a result has of its job's spec alone, where it need not be looked for in the job"""
+"""Attack seed, replicate and `arrays` of each result as columns, so that no query reads its job for them"""
 
 import sqlalchemy as sa
 from alembic import op

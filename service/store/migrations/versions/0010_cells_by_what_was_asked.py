@@ -1,4 +1,4 @@
-"""What a filter asks of cells, from an index: their specs are most of the table"""
+"""An index with all that filters ask of cells, so that no filter reads the specs: they are most of the table"""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""The queue by kind: tasks of one kind that nothing has room for hide none of another"""
+"""The queue by kind: tasks of a kind without a free slot hide no tasks of other kinds"""
 
 import sqlalchemy as sa
 from alembic import op

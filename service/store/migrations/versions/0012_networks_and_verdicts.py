@@ -35,7 +35,7 @@ def upgrade() -> None:
 
 
 def _fill_weights() -> None:
-    """The weights that the attack really used; where it does not say, those that its training left."""
+    """The weights that the attack really used, or, if it did not note them, those that its training left."""
     if op.get_bind().dialect.name == "sqlite":
         used = "json_extract(attempts.provenance, '$.weights_sha256')"
     else:

@@ -70,7 +70,7 @@ def _family(spec: dict[str, Any]) -> str:
 
 
 def _flag() -> None:
-    """Mark the results where more of one strength left more than max(.02, 3/n) of the examples more robust."""
+    """Mark both results of a pair if more of one strength left over max(.02, 3/n) more of the examples robust."""
     cells = sa.table("cells", sa.column("id", sa.Integer), sa.column("spec", sa.JSON), sa.column("family", sa.String))
     connection = op.get_bind()
     several = sa.select(cells.c.family).group_by(cells.c.family).having(sa.func.count() > 1)
@@ -86,7 +86,7 @@ def _flag() -> None:
 
 def _strength(attack: dict[str, Any]) -> dict[str, Any]:
     found = {name: attack[name] for name in STRENGTH if name in attack}
-    inner = _strength(attack["attack"]) if "attack" in attack else {}  # of a transfer
+    inner = _strength(attack["attack"]) if "attack" in attack else {}  # a transfer has an attack inside
     return found | {f"attack.{name}": value for name, value in inner.items()}
 
 
