@@ -8,12 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import psycopg
-from sqlalchemy import URL, Engine, event, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import Engine, event
 
 from service.errors import UnfitDatabase
 
-POOLED = "pgbouncer"  # `?pgbouncer=true` in a URL declares a pooler, as for other clients
 # The messages of libpq for an invalid option: they come without a code.
 INVALID_OPTION = re.compile(r"invalid (\w+ value: |port number: |integer value )\"")
 Connect = Callable[[], "psycopg.Connection[Any]"]  # Any, here and below: the rows of any statement
@@ -77,18 +75,6 @@ def changes_backends(first: "psycopg.Connection[Any]", second: "psycopg.Connecti
         if seen != own:
             return True
     return False
-
-
-def postgresql_url(url: str) -> tuple[URL, bool]:
-    """The URL without our own option, and whether that declares a pooler. Raises `UnfitDatabase`."""
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        raise UnfitDatabase(
-            "the database URL cannot be read: write postgresql://USER@HOST:PORT/NAME or sqlite:////PATH"
-        ) from None
-    declared = str(parsed.query.get(POOLED, "")).lower() in ("1", "true", "yes")
-    return parsed.difference_update_query([POOLED]), declared
 
 
 def _backend(connection: "psycopg.Connection[Any]") -> int:

@@ -8,13 +8,8 @@ import sqlite3
 import time
 from typing import Protocol
 
-import psycopg
-from psycopg.sql import SQL, Identifier
+from service.store.database import Database
 
-from service.errors import DatabaseAway
-from service.store.database import CONNECT_SECONDS, WRITTEN, Database
-
-LISTEN = SQL("LISTEN {}").format(Identifier(WRITTEN))
 POLL_INTERVAL_SECONDS = 0.005  # between two reads of SQLite's count of commits
 
 
@@ -29,7 +24,9 @@ class Waking(Protocol):
 
 def waking(database: Database) -> Waking:
     if not database.is_sqlite:
-        return _Listening(database)
+        from service.store.postgresql import Listening  # imports psycopg
+
+        return Listening(database)
     path = database.engine.url.database
     return _Counting(path) if path else _Sleeping()
 
@@ -67,31 +64,3 @@ class _Counting:
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-
-
-class _Listening:
-    """Listens to PostgreSQL. Behind a pooler, which loses notices, this only sleeps."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._url = database.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
-        self._connection: psycopg.Connection | None = None
-
-    def wait(self, timeout_seconds: float) -> None:
-        try:
-            if self._database.is_pooled():
-                return time.sleep(timeout_seconds)
-            if self._connection is None:
-                self._connection = psycopg.connect(self._url, autocommit=True, connect_timeout=CONNECT_SECONDS)
-                self._connection.execute(LISTEN)
-            for _ in self._connection.notifies(timeout=timeout_seconds, stop_after=1):
-                pass
-        except (psycopg.Error, DatabaseAway):  # it is away, as above
-            self.close()
-            time.sleep(timeout_seconds)
-        return None
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None

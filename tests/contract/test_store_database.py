@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import (
     Connection,
     Integer,
@@ -33,7 +35,7 @@ from service.lab.artifacts import Artifacts
 from service.model.events import EventKind
 from service.queue.verbs import Idempotency
 from service.specs import JobSpec
-from service.store import Database, history
+from service.store import Database, history, schema, sqlite
 from service.store import database as database_module
 from service.store.history import Event
 from service.store.result_tables import results
@@ -124,7 +126,7 @@ class TestTransactions:
     def test_a_writer_that_waits_too_long_for_its_turn_is_told(
         self, database_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(database_module, "BUSY_SECONDS", 0.2)
+        monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.2)
         short = text(str(database_module.TAKE_TURNS).replace("'30s'", "'200ms'"))
         monkeypatch.setattr(database_module, "TAKE_TURNS", short)
         database = Database(database_url)
@@ -235,6 +237,11 @@ class TestSchema:
         empty.upgrade()
         assert empty.revision() == first
         empty.check_schema()
+
+    def test_the_newest_revision_is_the_head_of_the_migrations(self, empty: Database) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(schema.MIGRATIONS))
+        assert ScriptDirectory.from_config(config).get_heads() == [schema.newest()]
 
     def test_several_may_upgrade_at_once(self, empty: Database) -> None:
         failed: list[BaseException] = []

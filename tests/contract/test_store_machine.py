@@ -40,8 +40,9 @@ from service.model.retrying import Patience
 from service.queue.plans import plans_of
 from service.queue.verbs import Idempotency, Service
 from service.specs import JobSpec, Sweep
-from service.store import Database, claiming, joining, recording, settling, tables
+from service.store import Database, claiming, joining, recording, settling, sqlite, tables
 from service.store import database as database_module
+from service.store.patience import BUSY_SECONDS
 from service.store.task_kinds import TASK_KINDS
 from service.store.typed import json_number
 
@@ -396,7 +397,7 @@ class Machine(RuleBasedStateMachine):
 
     def try_to_write_too(self) -> None:
         """In the middle of a writing transaction another process wants to write: it has to wait for its turn."""
-        turns = str(database_module.TAKE_TURNS).replace(f"'{database_module.BUSY_SECONDS}s'", "'10ms'")
+        turns = str(database_module.TAKE_TURNS).replace(f"'{BUSY_SECONDS}s'", "'10ms'")
         with pytest.MonkeyPatch.context() as impatient:
             impatient.setattr(database_module, "TAKE_TURNS", text(turns))
             try:
@@ -529,7 +530,7 @@ EASY = settings(deadline=None, stateful_step_count=25, suppress_health_check=lis
 
 def run(url: str, artifacts: Artifacts, how: settings) -> None:
     with pytest.MonkeyPatch.context() as impatient:
-        impatient.setattr(database_module, "BUSY_SECONDS", 0)
+        impatient.setattr(sqlite, "BUSY_SECONDS", 0)
         intruder = Database(url)
     with closing(Store(url)) as store, closing(intruder):
         lab = Lab(store, artifacts)
@@ -560,7 +561,7 @@ MUTANTS: dict[str, tuple[Callable[..., Any], str, str]] = {
         "move_tasks({TaskState.QUEUED}, TaskState.RUNNING).where(tasks.c.id.in_(listed(task_ids)), ~tasks.c.paused)",
         "update(tasks).values(state=TaskState.RUNNING).where(tasks.c.id.in_(listed(task_ids)))",
     ),
-    "writers do not take turns": (database_module._sqlite_engine, '"BEGIN IMMEDIATE" if immediate else ', ""),
+    "writers do not take turns": (sqlite.engine_for, '"BEGIN IMMEDIATE" if immediate else ', ""),
     "leases by age": (claiming.reap, "tasks.c.lease_expires_at <", "tasks.c.started_at + 20 <"),
     "leases by the local clock": (
         claiming.reap,

@@ -22,7 +22,7 @@ from api.http.errors import RETRY_AFTER_SECONDS
 from api.serve.supervisor import LONGEST_PAUSE_SECONDS
 from service.errors import UncannyError
 from service.lab import checkpoints
-from service.store.database import BUSY_SECONDS
+from service.store.patience import BUSY_SECONDS
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 CLASSES = (client.Client, client.Job, client.Sweep, questions.Questions, questions.Rows, questions.Aggregate)

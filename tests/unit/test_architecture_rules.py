@@ -21,7 +21,7 @@ def test_contracts_hold() -> None:
     [
         ("service.queue.dispatcher", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
         ("service.queue.verbs", {"torch", "ray", "fastapi", "scipy", "sklearn"}),
-        ("api.http.app", {"torch", "ray"}),
+        ("api.serve.server", {"torch", "ray", "alembic", "psycopg", "typer", "rich", "pyarrow"}),
         ("api.client", {"torch", "ray", "fastapi", "scipy", "sklearn", "polars", "pandas", "pyarrow"}),
         ("workers.science.training", {"ray", "sqlalchemy", "fastapi", "pydantic", "service", "api"}),
     ],
