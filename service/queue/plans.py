@@ -79,19 +79,21 @@ def _with_existing_arrays(connection: Connection, plans: Sequence[JobPlan]) -> l
     attacks = {task.digest: task for plan in plans for task in (plan.attack, plan.baseline)}
     existing = existing_tasks(connection, attacks)
     lacking = [task for digest, task in attacks.items() if standing(digest, existing) == "to_compute"]
-    twins = {task.digest: with_arrays(task) for task in lacking}
-    existing = existing_tasks(connection, [twin.digest for twin in twins.values()])
+    counterparts = {task.digest: with_arrays(task) for task in lacking}
+    existing = existing_tasks(connection, [counterpart.digest for counterpart in counterparts.values()])
     computed = {digest for digest in existing if standing(digest, existing) != "to_compute"} | attacks.keys()
-    twins = {digest: twin for digest, twin in twins.items() if twin.digest in computed - {digest}}
-    if not twins:
+    counterparts = {
+        digest: counterpart for digest, counterpart in counterparts.items() if counterpart.digest in computed - {digest}
+    }
+    if not counterparts:
         return list(plans)
-    for digest in retracted_digests(connection, twins):
-        del twins[digest]
+    for digest in retracted_digests(connection, counterparts):
+        del counterparts[digest]
     return [
         replace(
             plan,
-            attack=twins.get(plan.attack.digest, plan.attack),
-            baseline=twins.get(plan.baseline.digest, plan.baseline),
+            attack=counterparts.get(plan.attack.digest, plan.attack),
+            baseline=counterparts.get(plan.baseline.digest, plan.baseline),
         )
         for plan in plans
     ]

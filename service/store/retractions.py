@@ -50,7 +50,7 @@ def attacks_of(connection: Connection, where: Sequence[Column]) -> list[str]:
 
 
 def with_equal_numbers(connection: Connection, task_ids: Sequence[str]) -> list[str]:
-    """These tasks and the twins of attacks: a twin differs only in whether it keeps `arrays`."""
+    """These tasks and the counterparts of attacks: a counterpart differs only in whether it keeps `arrays`."""
     attacks = (tasks.c.id.in_(listed(task_ids)), tasks.c.kind == "attack")
     specs = {task_id: spec for task_id, spec in connection.execute(select(tasks.c.id, tasks.c.spec).where(*attacks))}
     if not specs:
@@ -71,8 +71,8 @@ def _numbers_of(spec: JsonObject) -> str:
 def retraction_of(connection: Connection, attack_ids: Iterable[str]) -> dict[str, Values]:
     """When, by whom and why the numbers of these attack tasks were retracted by themselves, and not with a task.
 
-    A retracted result shows the numbers of the task, or of its twin: the same attack with or without `arrays`. A twin
-    of another generation does not count, because it was computed again after the retraction.
+    A retracted result shows the numbers of the task, or of its counterpart: the same attack with or without `arrays`.
+    A counterpart of another generation does not count, because it was computed again after the retraction.
     """
     specs = (tasks.c.id, tasks.c.spec, tasks.c.former_digest.is_not(None).label("given_up"))
     parents = select(task_edges.c.parent_id).where(task_edges.c.child_id.in_(listed(attack_ids)))
@@ -83,16 +83,16 @@ def retraction_of(connection: Connection, attack_ids: Iterable[str]) -> dict[str
     for row in connection.execute(hidden.where(*alone).order_by(results.c.sequence)):
         mark = {name: getattr(row, name) for name in RETRACTION}
         marks.setdefault(row.id, mark)
-        marks.setdefault(_twin_key(row), mark)
+        marks.setdefault(_counterpart_key(row), mark)
     if not marks:
         return {}
     rows = connection.execute(select(*specs).where(tasks.c.id.in_(listed(attack_ids)))).all()
-    mark_of = {row.id: marks.get(row.id, marks.get(_twin_key(row))) for row in rows}
+    mark_of = {row.id: marks.get(row.id, marks.get(_counterpart_key(row))) for row in rows}
     return {task_id: mark for task_id, mark in mark_of.items() if mark is not None}
 
 
-def _twin_key(row: Row[Any]) -> tuple[str, bool]:
-    """Equal for an attack and its twin of the same generation."""
+def _counterpart_key(row: Row[Any]) -> tuple[str, bool]:
+    """Equal for an attack and its counterpart of the same generation."""
     return _numbers_of(row.spec | {"arrays": None}), row.given_up
 
 
