@@ -1,4 +1,4 @@
-"""What the leading dispatcher takes on next: tasks are chosen, granted, and made into bundles for the executor."""
+"""Claims: the leading dispatcher chooses tasks, has them granted, and makes them into bundles for the executor."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ from service.queue import decisions, replanning, sponsoring
 from service.settings import Settings
 from service.store import Connection, Database, claiming, deciding, quotas
 
-SPONSOR_CHECK_SECONDS = 5.0  # between two looks for shared tasks that wait for the turn of the wrong user
+SPONSOR_CHECK_SECONDS = 5.0  # between two searches for shared tasks whose sponsor is not the user whose turn is first
 QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
 
 Key = tuple[str, int]
@@ -35,7 +35,7 @@ class Choice:
 
 @dataclass
 class Claims:
-    """Claims of the dispatcher `name`, which go where `environment` lets them."""
+    """Claims of the dispatcher `name`, for nodes that `environment` allows."""
 
     database: Database
     executor: Executor
@@ -43,22 +43,22 @@ class Claims:
     name: str
     environment: Environment
     clock: Callable[[], float]
-    _handed_over: set[str] = field(default_factory=set)  # the bundles that ran after the last claim
+    _handed_over: set[str] = field(default_factory=set)  # ids of the bundles that ran after the last claim
     _passed_on_at: float = -math.inf
     _had_gpus: bool = False
 
     def capacity(self) -> Capacity:
-        """That of the executor, which forgets what the cluster had before."""
-        found = self.executor.capacity()
-        self._had_gpus |= found.gpus > 0
-        return replace(found, had_gpus=self._had_gpus)
+        """The executor's capacity, with `had_gpus`, which the executor does not remember."""
+        current = self.executor.capacity()
+        self._had_gpus |= current.gpus > 0
+        return replace(current, had_gpus=self._had_gpus)
 
     def take_over(self, status: JsonObject) -> None:
-        """Go on with what an earlier dispatcher knew of the cluster, as its status says; a local Ray never changes."""
+        """Take `had_gpus` from the status of an earlier dispatcher. The GPUs of a local Ray never change."""
         self._had_gpus |= bool(self.settings.ray_address and status.get("capacity", {}).get("had_gpus"))
 
     def claim(self, epoch: int | None, running: Running) -> list[Bundle] | None:
-        """The bundles to hand over next to those that run; None where the leadership of that epoch is over."""
+        """The bundles to hand over, in addition to the `running` ones; None if the leadership of `epoch` is over."""
         capacity = self.capacity()
         ids = {bundle.id for bundle in running.values()}
         ended, self._handed_over = len(self._handed_over - ids), ids
@@ -77,30 +77,31 @@ class Claims:
             trainings = {task.train_digest for task in queue} if self.environment.aside else set()
             datasets = claiming.datasets_of(connection, trainings) if trainings else {}
         for way in placing.ways(self.environment, capacity, queue, datasets):
-            cluster = self._room(capacity, way, running, ended)
+            cluster = self._cluster(capacity, way, running, ended)
             chosen = scheduling.choose(way.queue, accounts, cluster, now) if way.queue else []
-            if chosen and way.trial is not None:  # with the one task that is next, and none that could go with it
+            if chosen and way.trial is not None:  # a trial takes the next task alone, without others in its bundle
                 way = replace(way, queue=[task for task in way.queue if task.task_id == chosen[0].task_ids[0]])
                 chosen = scheduling.choose(way.queue, accounts, cluster, now)
             if chosen:
                 bundles = self._grant(Choice(way, accounts, cluster, now, chosen), capacity, epoch)
                 self._handed_over |= {bundle.id for bundle in bundles or ()}
-                return bundles  # the next claim sees the queue without these, and the other ways
+                return bundles  # the next claim sees the queue without these tasks, and tries the other ways
         return []
 
     def misplaced(self, running: Running) -> list[Key]:
-        """What is to be given back: a bundle that waits in the executor would go to a node that was set aside since, or
-        never to one that is back.
+        """The attempts to give back: their bundles wait in the executor and avoid other nodes than those set aside now.
+
+        Such a bundle would go to a node that was set aside since, or never to one that has returned.
         """
         capacity = self.capacity()
         self.environment.heed(capacity)
         if not capacity.ready:
             return []
-        nodes, aside, at = environment.names_of(capacity), self.environment.aside, self._nodes(running)
+        nodes, aside, node_of = environment.names_of(capacity), self.environment.aside, self._nodes(running)
         return [
             key
             for key, bundle in running.items()
-            if bundle.id not in at
+            if bundle.id not in node_of
             and not self.environment.is_tried(bundle.id)
             and bundle.avoid & {*nodes} != environment.avoided(aside, nodes, bundle.dataset)
         ]
@@ -109,17 +110,21 @@ class Claims:
         return claiming.still_leads(connection, self.name, epoch)
 
     def _nodes(self, running: Running) -> dict[str, str]:
-        """Where those bundles run that were taken up, by id."""
+        """The node of each bundle that a worker has taken up, by the bundle's id."""
         nodes = ((bundle.id, self.environment.node_of(key)) for key, bundle in running.items())
         return {bundle_id: node for bundle_id, node in nodes if node is not None}
 
     def _needs(self, running: Running) -> Iterable[Needs]:
         return {bundle.id: bundle.needs for bundle in running.values()}.values()
 
-    def _room(self, capacity: Capacity, way: placing.Way, running: Running, ended: int) -> Cluster:
-        """What is free on the nodes of that way; bundles that were not taken up yet count as if they went there."""
-        at = self._nodes(running)
-        there = {key: bundle for key, bundle in running.items() if bundle.id not in at or at[bundle.id] in way.nodes}
+    def _cluster(self, capacity: Capacity, way: placing.Way, running: Running, ended: int) -> Cluster:
+        """The cluster of that way's nodes only. Bundles that no worker has taken up count as if they went there."""
+        node_of = self._nodes(running)
+        there = {
+            key: bundle
+            for key, bundle in running.items()
+            if bundle.id not in node_of or node_of[bundle.id] in way.nodes
+        }
         cluster = resources.cluster(self.settings, capacity, self._needs(there), ended, way.nodes)
         if way.trial is None:
             return cluster
@@ -127,7 +132,7 @@ class Claims:
 
     def _grant(self, choice: Choice, capacity: Capacity, epoch: int | None) -> list[Bundle] | None:
         chosen = choice.chosen
-        names = [f"{self.name}-{epoch}-{next(_numbers)}" for _ in chosen]  # no other bundle ever has it
+        names = [f"{self.name}-{epoch}-{next(_numbers)}" for _ in chosen]  # unique for ever
         placements = {
             task_id: claiming.Placement(decision.sponsor, name, decision.share)
             for decision, name in zip(chosen, names, strict=True)
@@ -144,11 +149,11 @@ class Claims:
             for name, decision in zip(names, chosen, strict=True):
                 grants = tuple(granted[task_id] for task_id in decision.task_ids if task_id in granted)
                 if grants:
-                    made = claiming.checkpoint_of(connection, train_digest[grants[0].task_id])
-                    named = {grant.spec["source"] for grant in grants if grant.spec.get("source")}
-                    sources = {source: claiming.checkpoint_of(connection, source) for source in named}
+                    checkpoint = claiming.checkpoint_of(connection, train_digest[grants[0].task_id])
+                    source_digests = {grant.spec["source"] for grant in grants if grant.spec.get("source")}
+                    sources = {source: claiming.checkpoint_of(connection, source) for source in source_digests}
                     needs = resources.of_bundle(self.settings, grants, capacity, decision.whole)
-                    bundles.append(Bundle(name, grants, *made, sources, needs))
+                    bundles.append(Bundle(name, grants, *checkpoint, sources, needs))
         return [self._placed(bundle, choice.way, capacity) for bundle in bundles]
 
     def _granted(
@@ -166,7 +171,7 @@ class Claims:
         return granted
 
     def _placed(self, bundle: Bundle, way: placing.Way, capacity: Capacity) -> Bundle:
-        """The bundle with the nodes that it is to avoid: all but one, where that one is tried with it."""
+        """The bundle with the nodes that it is to avoid: those set aside, or all but one if it tries that one."""
         nodes = environment.names_of(capacity)
         if way.trial is None:
             return replace(bundle, avoid=environment.avoided(self.environment.aside, nodes, bundle.dataset))

@@ -1,4 +1,4 @@
-"""The decision log: what the scheduler saw at each claim, packed, and that the same comes out of it again."""
+"""The decision log: what the scheduler saw at each claim, packed, and a replay that must decide the same."""
 
 import json
 import zlib
@@ -10,42 +10,47 @@ from service.model.scheduling import RULE, Account, Cluster, Decision, Waiting, 
 from service.store import Database, deciding
 
 Seen = tuple[list[Waiting], dict[str, Account], Cluster, float]
-"""What `scheduling.choose` is a function of."""
+"""The arguments of `scheduling.choose`."""
 
 
 def packed(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: Cluster, now: float) -> bytes:
     """The arguments of `scheduling.choose` as bytes, exactly: JSON repeats a float64 to the last bit."""
-    known = {name: _values(account) for name, account in accounts.items()}
-    seen = [[_values(task) for task in queue], known, _values(cluster), now, RULE]
+    packed_accounts = {name: _values(account) for name, account in accounts.items()}
+    seen = [[_values(task) for task in queue], packed_accounts, _values(cluster), now, RULE]
     return zlib.compress(json.dumps(seen, separators=(",", ":")).encode(), level=1)
 
 
-def _values(of: Waiting | Account | Cluster) -> list[Any]:
-    """Its fields in order; unlike `astuple`, nothing is copied: this is done hundreds of times a claim."""
-    return [*vars(of).values()]
+def _values(value: Waiting | Account | Cluster) -> list[Any]:  # Any: fields of several types
+    """The fields in order. `astuple` would copy them too, which is slow for the hundreds of values of a claim."""
+    return [*vars(value).values()]
 
 
 def unpacked(seen: bytes) -> Seen | None:
-    """The same again; None where another rule than this version's decided."""
-    queue, known, cluster, now, *rule = json.loads(zlib.decompress(seen))
+    """The arguments that `packed` made these bytes of; None if another rule than this version's decided."""
+    queue, packed_accounts, cluster, now, *rule = json.loads(zlib.decompress(seen))
     if rule != [RULE]:
         return None
-    accounts = {name: Account(*values) for name, values in known.items()}
+    accounts = {name: Account(*values) for name, values in packed_accounts.items()}
     return [Waiting(*values) for values in queue], accounts, Cluster(*cluster), now
 
 
 def told(decisions: Sequence[Decision]) -> list[JsonObject]:
     """Decisions as they are stored."""
     return [
-        {"task_ids": list(one.task_ids), "sponsor": one.sponsor, "share": one.share, "reason": one.reason}
-        for one in decisions
+        {
+            "task_ids": list(decision.task_ids),
+            "sponsor": decision.sponsor,
+            "share": decision.share,
+            "reason": decision.reason,
+        }
+        for decision in decisions
     ]
 
 
 def replay(database: Database) -> tuple[int, list[int]]:
-    """Decide everything in the log again: `(how many claims it has, the ids of those that come out otherwise)`.
+    """Decide all claims in the log again: `(their count, the ids of those that are decided differently)`.
 
-    Claims that another version decided by its own rule are left out.
+    Claims that another version decided by its own rule are not counted.
     """
     with database.read() as connection:
         rows = [(row, unpacked(row.seen)) for row in deciding.recorded(connection)]

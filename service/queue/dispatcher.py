@@ -45,10 +45,10 @@ Key = tuple[str, int]
 
 @dataclass
 class Dispatcher:
-    """Moves tasks from the store to an executor and their outcomes back. `name` is what leases are held under.
+    """Moves tasks from the store to an executor, and their outcomes back. It holds its leases under `name`.
 
-    A dispatcher that is started under the name of one that has died, as the supervisor does, takes over at once;
-    any other waits for the lease to expire.
+    A dispatcher that is started under the name of a dead one takes over at once: the supervisor starts it so. Any other
+    waits for the lease to expire.
     """
 
     database: Database
@@ -57,19 +57,20 @@ class Dispatcher:
     settings: Settings
     name: str
     clock: Callable[[], float] = time.monotonic
-    _epoch: int | None = None  # of its leadership; None while it stands by
+    _epoch: int | None = None  # the epoch of its leadership; None while it stands by
     _outbox: Outbox = field(init=False)
     _waking: Waking = field(init=False)
-    _running: dict[Key, Bundle] = field(default_factory=dict)  # what the executor owes an answer for
-    _stopping: dict[Key, tuple[Reason, str] | None] = field(default_factory=dict)  # what was stopped -> how it is told
+    _running: dict[Key, Bundle] = field(default_factory=dict)  # attempts without an outcome yet
+    # Attempts that were stopped, and the reason to report; None if the executor's is right: the attempt was cancelled.
+    _stopping: dict[Key, tuple[Reason, str] | None] = field(default_factory=dict)
     _liveness: Liveness = field(init=False)
     _environment: Environment = field(init=False)
     _claims: Claims = field(init=False)
-    _failing: dict[str, int] = field(default_factory=dict)  # by sweep, the quick failures in a row
+    _failing: dict[str, int] = field(default_factory=dict)  # quick failures in a row, by sweep
     _renewed_at: float = -math.inf
     _seen_at: float = -math.inf  # when the database last answered about leadership
     _looked_at: float = -math.inf
-    _lead_from: float = -math.inf  # by the database's clock, as the next one
+    _lead_from: float = -math.inf  # in the database's time, like `_reap_from`
     _reap_from: float = 0.0
 
     def __post_init__(self) -> None:
@@ -84,9 +85,9 @@ class Dispatcher:
         return self._epoch is not None
 
     def run(self, stop: threading.Event) -> None:
-        """Work until `stop` is set, then let what runs finish for a while, give back the rest at no cost, and resign.
+        """Work until `stop` is set, then let attempts finish for a while, give back the rest at no cost, and resign.
 
-        Raises `Conflict` where another dispatcher has been started under the same name.
+        Raises `Conflict` if another dispatcher has been started under the same name.
         """
         while not stop.is_set():
             busy = self._try(self.tick)
@@ -142,27 +143,27 @@ class Dispatcher:
             self._outbox.take_over()
         with self.database.write() as connection:
             if not self.leading and self.clock() - wall > lease / 2:
-                self._seen_at = wall  # it waited so long for its turn that the leader may wait for its own
+                self._seen_at = wall  # this write had to wait, so the leader's renewal may be waiting too
                 return
             now = self.database.now(connection)
-            before = claiming.leader(connection)
-            if not self.leading and before is not None:
-                self._environment.take_over(environment.reported(before.status), now)
-                self._claims.take_over(before.status)
+            last_leader = claiming.leader(connection)
+            if not self.leading and last_leader is not None:
+                self._environment.take_over(environment.reported(last_leader.status), now)
+                self._claims.take_over(last_leader.status)
             status = {"capacity": vars(self._claims.capacity()), "bundles": self._bundles}
             status["set_aside"] = self._environment.as_status(now)
             epoch = claiming.lead(connection, now, self.name, self._epoch, lease, status)
             if epoch is not None:
-                happened = [Event(NEWS[verb], data=one.as_data()) for verb, one in news]
-                history.append(connection, now, self.name, happened)
+                events = [Event(NEWS[verb], data=aside.as_data()) for verb, aside in news]
+                history.append(connection, now, self.name, events)
                 if wall - self._seen_at > lease / 2:
                     self._reap_from = now + lease  # the database may have been away: others could not renew either
                 claiming.renew(connection, now, self.name, lease)
                 unwritten = self._outbox.keys
-                if now >= self._reap_from and not unwritten:  # first what was finished, then what is lost
+                if now >= self._reap_from and not unwritten:  # finished attempts first, then lost ones
                     claiming.reap(connection, now, self.name)
                 held = claiming.held_by(connection, self.name)
-                # Of an earlier run, or granted when the connection broke as that was committed: nothing of it runs.
+                # Leases of an earlier run, or of a grant whose commit broke the connection: nothing of it runs.
                 unknown = held.keys() - self._running.keys() - unwritten
                 taken = claiming.take_back(connection, now, self.name, [task_id for task_id, _ in unknown])
         del self._environment.news[: len(news)]
@@ -177,9 +178,9 @@ class Dispatcher:
             self._step_down()
 
     def _another_leads(self) -> bool:
-        """Look before writing: those who stand by are not to queue up for the one writing transaction.
+        """Read before writing, so that dispatchers that stand by do not queue up for the one writing transaction.
 
-        Where the database has been away, whoever led gets a lease of time to come back: it could not renew either.
+        If the database has been away, the last leader gets one lease of time to come back: it could not renew either.
         """
         with self.database.read() as connection:
             leader, now = claiming.leader(connection), self.database.now(connection)
@@ -209,14 +210,14 @@ class Dispatcher:
             self._looked_at = wall
 
     def _cancel_unwanted(self, held: dict[Key, bool]) -> None:
-        """Stop what runs here and is, by the store, not ours any more or not wanted; once is enough."""
+        """Stop running attempts that the store has given to others or that no live job needs, each only once."""
         for key in self._running:
             if held.get(key, True) and key not in self._stopping:
                 self._stopping[key] = None
                 self.executor.cancel(*key)
 
     def _give_up(self, key: Key, reason: Reason, why: str) -> None:
-        """Stop what runs for a reason of our own, which is told instead of a cancellation."""
+        """Stop a running attempt for a reason of our own, which is reported instead of a cancellation."""
         if key in self._running and key not in self._stopping:
             self._stopping[key] = (reason, why)
             self.executor.cancel(*key)
@@ -235,9 +236,9 @@ class Dispatcher:
                 self._environment.hear(message, self._running[key], environment.names_of(self.executor.capacity()))
             if isinstance(message, (Succeeded, Failed, Lost)):
                 self._running.pop(key, None)
-                told = self._stopping.pop(key, None)
-                if told is not None and isinstance(message, Lost):
-                    message = Lost(*key, *told)
+                stopped_for = self._stopping.pop(key, None)
+                if stopped_for is not None and isinstance(message, Lost):
+                    message = Lost(*key, *stopped_for)
             arrived.append(message)
         self._outbox.add(arrived)
 
@@ -280,7 +281,7 @@ class Dispatcher:
         return len({bundle.id for bundle in self._running.values()})
 
     def _wind_down(self) -> None:
-        """Let what runs finish for a while, a training until its next epoch state; what waits is given back at once."""
+        """Let attempts finish for a while, a training until its next epoch state; give waiting ones back at once."""
         deadline = time.monotonic() + self.settings.stop_seconds
         why = "its dispatcher was told to stop"
         self._liveness.mark()
@@ -301,7 +302,7 @@ class Dispatcher:
         try:
             self._write()
             with self.database.write() as connection:
-                if self._still_leads(connection):  # else all of that is its successor's
+                if self._still_leads(connection):  # else its successor has the leases
                     now = self.database.now(connection)
                     claiming.take_back(connection, now, self.name)
                     claiming.resign(connection, now, self.name)

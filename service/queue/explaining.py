@@ -1,4 +1,4 @@
-"""Why a job is not running, and what is before it: the scheduler's own function asked about the queue as it is."""
+"""Why a job is not running, and which tasks come before its own: the scheduler's own function ranks the queue."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from service.model.times import iso
 from service.settings import Settings
 from service.store import Connection, Database, changing, claiming, quotas, reading
 
-WINDOW = 512  # tasks of the queue that are ranked to tell what comes before
+WINDOW = 512  # tasks of the queue that are ranked to count those that come before a task
 NO_SHARE = Account()
 
 
 def explain(database: Database, settings: Settings, job_id: str) -> JsonObject:
     """A sentence on the job, and one on each of its tasks that has not succeeded. Raises `NotFound`."""
-    full = _without_room(database)
+    full = _database_full(database)
     with database.read() as connection:
         job = reading.job(connection, job_id)
         if job is None:
@@ -37,7 +37,7 @@ def explain(database: Database, settings: Settings, job_id: str) -> JsonObject:
 
 
 def queue_status(database: Database, settings: Settings) -> JsonObject:
-    """Whether the queue is paused, and the shares of who waits, runs or has used something lately."""
+    """Whether the queue is paused, and the use of each user who waits, runs something or has used something lately."""
     with database.read() as connection:
         row, now = changing.queue(connection), database.now(connection)
         waiting = claiming.waiting_sponsors(connection)
@@ -50,25 +50,24 @@ def queue_status(database: Database, settings: Settings) -> JsonObject:
         "users": [
             {
                 "user": name,
-                "weight": of.weight,
-                "device_seconds": round(of.device_seconds, 1),
-                "gpus_in_use": of.devices,
-                "max_gpus": of.max_gpus,
+                "weight": account.weight,
+                "device_seconds": round(account.device_seconds, 1),
+                "gpus_in_use": account.devices,
+                "max_gpus": account.max_gpus,
                 "waiting": name in waiting,
             }
-            for name, of in accounts.items()
+            for name, account in accounts.items()
         ],
     }
 
 
 @dataclass(frozen=True)
 class _Look:
-    """The queue as it is: what keeps everything waiting (None: nothing), who has what, what comes before a task.
+    """The queue and the cluster at one moment.
 
-    `kept` is what keeps the job's data set from every node (None: nothing).
-
-    `too_large` says of the kinds of task that no node of the cluster has room for what one takes; `in_use` of its
-    `places` (GPUs, or CPUs where it has none) are taken.
+    `stop`: why nothing at all is claimed (None: something is). `kept`: why no node takes the job's data set (None: one
+    does). `too_large`: the resources of each kind of task that no node is large enough for. `before`: how many tasks
+    come before each of the `seen` tasks. `in_use` of the `slots` (GPUs, or CPUs if there are none) are taken.
     """
 
     now: float
@@ -78,21 +77,21 @@ class _Look:
     accounts: Mapping[str, Account]
     before: Mapping[str, int]
     seen: int
-    places: float = 0.0
+    slots: float = 0.0
     in_use: float = 0.0
     kept: SetAside | None = None
-    no_gpu: str = ""  # why tasks that take a GPU wait for one, where the cluster has none any more
+    no_gpu: str = ""  # why a task that takes a GPU waits for one, if the cluster has lost all of its GPUs
 
 
-def _without_room(database: Database) -> str | None:
-    """That the database has no room left, in words: then no dispatcher can lead, and nothing goes on."""
+def _database_full(database: Database) -> str | None:
+    """A sentence if the database cannot grow any more: then no dispatcher can lead, and nothing is claimed."""
     with database.read() as connection:
         leads = claiming.leads_now(connection, database.now(connection))
     try:
         database.check_room(doubt=not leads)
     except DatabaseFull as error:
         return str(error)
-    except DatabaseAway:  # somebody writes for long
+    except DatabaseAway:  # a long write of somebody else: no sign of a full disk
         return None
     return None
 
@@ -102,8 +101,8 @@ def _look(
 ) -> _Look:
     queued = [task for task in tasks if task.state == TaskState.QUEUED and not task.paused]
     leader, row = claiming.leader(connection), changing.queue(connection)
-    said = leader.status.get("capacity") if leader else None
-    capacity = Capacity(**said) if said else Capacity(False, 0.0, 0.0)
+    reported_capacity = leader.status.get("capacity") if leader else None
+    capacity = Capacity(**reported_capacity) if reported_capacity else Capacity(False, 0.0, 0.0)
     stop = None
     if full is not None:
         stop = full
@@ -116,7 +115,7 @@ def _look(
     too_large = resources.too_large(settings, capacity) if capacity.ready else {}
     no_gpu = _no_gpu(capacity, reported(leader.status), now) if leader else ""
     shares = resources.cluster(settings, capacity, ()).share_by_kind
-    cluster = Cluster(WINDOW, shares)  # in turn, whether there is room or not
+    cluster = Cluster(WINDOW, shares)  # with a slot for every task, so that all are ranked
     kept = hindrance(reported(leader.status), names_of(capacity), dataset) if leader and stop is None else None
     if not queued:
         return _Look(now, stop, cluster, too_large, {}, {}, 0, kept=kept, no_gpu=no_gpu)
@@ -128,14 +127,14 @@ def _look(
     for decision in scheduling.choose(window, unlimited, replace(cluster, free_slots=len(window)), now):
         before |= dict.fromkeys(decision.task_ids, len(before))
     in_use = sum(quotas.devices_in_use(connection).values())
-    places = claiming.places(connection)
-    return _Look(now, stop, cluster, too_large, accounts, before, len(window), places, in_use, kept, no_gpu)
+    slots = claiming.places(connection)
+    return _Look(now, stop, cluster, too_large, accounts, before, len(window), slots, in_use, kept, no_gpu)
 
 
 def _no_gpu(capacity: Capacity, aside: Sequence[SetAside], now: float) -> str:
     if capacity.gpus > 0 or not capacity.had_gpus:
         return ""
-    devices = [one.sentence(now) for one in aside if one.owner == "device"]
+    devices = [set_aside.sentence(now) for set_aside in aside if set_aside.owner == "device"]
     why = devices[0] if devices else "no node that has one is there"
     return f", but the cluster has no GPU now, and it waits for one: {why} (UNCANNY_GPUS_PER_TASK=0 uses CPUs)"
 
@@ -148,21 +147,21 @@ def _task_line(connection: Connection, look: _Look, task: Task, tasks: Sequence[
         case TaskState.RUNNING:
             sentence = f"it runs on {task.worker}, {100 * task.progress:.0f} % done"
         case TaskState.BLOCKED:
-            waits = [one for one in tasks if one.kind == "train" and one.state != TaskState.SUCCEEDED]
+            trainings = [other for other in tasks if other.kind == "train" and other.state != TaskState.SUCCEEDED]
             sentence = "it waits for " + " and ".join(
-                f"training {one.own_digest[:10]}, which is {one.state}" for one in waits
+                f"training {training.own_digest[:10]}, which is {training.state}" for training in trainings
             )
         case TaskState.QUEUED:
             sentence, before = _queued(look, task)
         case TaskState.HELD | TaskState.FAILED | TaskState.CANCELLED:
-            ends = [one.end or "running" for one in reading.attempts_of(connection, task.id)]
+            ends = [attempt.end or "running" for attempt in reading.attempts_of(connection, task.id)]
             history = f" (attempts: {', '.join(ends[-10:])})" if ends else ""
             sentence = f"it is {task.state}: {task.reason}{history}"
     return {"id": task.id, "kind": task.kind, "state": task.state, "sentence": sentence, "tasks_before": before}
 
 
 def _queued(look: _Look, task: Task) -> tuple[str, int | None]:
-    """Why a queued task is not claimed, and how many would be before it, if that is why."""
+    """Why a queued task is not claimed. If the reason is its turn, also how many tasks come before it."""
     if task.paused:
         return "all jobs that need it are paused", None
     if look.stop is not None:
@@ -194,12 +193,12 @@ def _nowhere(look: _Look, task: Task) -> str:
 
 
 def _full(look: _Look) -> str:
-    full = look.places and look.in_use >= look.places
-    return f"; all {look.places:g} places of the cluster are taken" if full else ""
+    full = look.slots and look.in_use >= look.slots
+    return f"; all {look.slots:g} places of the cluster are taken" if full else ""
 
 
 def _sentence(job: Job, tasks: Sequence[Task], lines: Sequence[JsonObject], paused: bool) -> str:
-    """The one thing about a job that says most."""
+    """The most informative sentence on a job."""
     if job.state not in LIVE_JOB:
         return f"it has ended: {job.state}" + (f" ({job.reason})" if job.reason else "")
     done = f"{len(tasks) - len(lines)} of its {len(tasks)} tasks are done"

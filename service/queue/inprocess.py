@@ -11,9 +11,9 @@ from service.interrupt import interrupt
 from service.model.executor import Bundle, Capacity, Message
 from service.model.ledger import Ledger
 
-POLL_INTERVAL_SECONDS = 0.1  # between two looks of a waiting poll for threads that do not stop
+POLL_INTERVAL_SECONDS = 0.1  # between two checks, while a poll waits, for threads that do not stop
 OVERRUN_SECONDS = 0.2  # how long a poll may exceed its timeout while bundles send messages without a pause
-AGAIN_SECONDS = 0.5  # an interrupt that lands in a destructor or a callback of the collector is lost: it is sent again
+AGAIN_SECONDS = 0.5  # until an interrupt is sent again: Python drops one that lands in a destructor or a gc callback
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class _Ended:
 class _Running:
     ledger: Ledger
     thread: threading.Thread
-    begun: threading.Event  # from when on an interrupt is caught
-    stop: threading.Event  # heard at its next message, also where interrupts are lost
+    begun: threading.Event  # set once the thread catches interrupts
+    stop: threading.Event  # the thread sees it at its next message, even if interrupts are lost
     again_at: float = math.inf
     give_up_at: float = math.inf
 
@@ -34,9 +34,9 @@ class _Running:
 class InProcessExecutor:
     """Runs bundles by `execute(bundle)`, as many at once as it has CPUs, each in a thread of its own.
 
-    A thread cannot be killed: one that does not stop within the grace period after a cancel is left to itself, with
-    the place that it has, and what it still says is dropped. Where `execute` raises, its task is `Lost(worker_died)`.
-    Its methods are for one thread, the dispatcher's.
+    A thread cannot be killed: one that does not stop within the grace period after a cancel runs on in its slot, and
+    its later messages are dropped. If `execute` raises, its task is `Lost(worker_died)`.
+    Only one thread may call the methods: the dispatcher's.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class InProcessExecutor:
         self._execute = execute
         self._cpus = cpus
         self._grace_seconds = grace_seconds
-        self._places = max(1, int(cpus))
+        self._slots = max(1, int(cpus))
         self._arrived: queue.SimpleQueue[tuple[str, Message | _Ended]] = queue.SimpleQueue()
         self._bundles: dict[str, _Running] = {}
-        self._in_place: set[str] = set()  # the bundles whose threads have started and not ended
+        self._in_slots: set[str] = set()  # ids of the bundles whose threads have started and not ended
         self._lost: list[Message] = []
         self._closed = False
 
@@ -64,13 +64,13 @@ class InProcessExecutor:
         begun, stop = threading.Event(), threading.Event()
         thread = threading.Thread(target=self._run, args=(bundle, begun, stop), name=f"bundle {bundle.id}", daemon=True)
         self._bundles[bundle.id] = _Running(Ledger(bundle), thread, begun, stop)
-        self._start_those_that_fit()
+        self._start_in_free_slots()
 
     def poll(self, timeout_seconds: float) -> list[Message]:
         deadline = time.monotonic() + timeout_seconds
         messages: list[Message] = []
         while True:
-            self._press_those_that_do_not_stop()
+            self._press_unstopped()
             messages += self._lost
             self._lost = []
             now = time.monotonic()
@@ -82,10 +82,10 @@ class InProcessExecutor:
                     return messages
                 continue
             if isinstance(item, _Ended):
-                self._in_place.discard(bundle_id)
+                self._in_slots.discard(bundle_id)
             if bundle_id in self._bundles:
                 messages += self._take(bundle_id, item)
-            self._start_those_that_fit()
+            self._start_in_free_slots()
             if time.monotonic() >= deadline + OVERRUN_SECONDS:
                 return messages
 
@@ -106,7 +106,7 @@ class InProcessExecutor:
         self._lost += arrived
 
     def _run(self, bundle: Bundle, begun: threading.Event, stop: threading.Event) -> None:
-        """The thread of one bundle. Whatever ends it, the last thing that it says is that it has ended, and why."""
+        """The thread of one bundle. However the bundle ends, `_Ended` with the reason is its last message."""
         why = "the bundle ended without an answer"
         try:
             begun.set()
@@ -126,16 +126,17 @@ class InProcessExecutor:
         if isinstance(item, _Ended):
             del self._bundles[bundle_id]
             return [*running.ledger.end("worker_died", item.why)]
-        known = running.ledger.accept(item)
+        accepted = running.ledger.accept(item)
         if running.ledger.unwanted:
             self._stop(bundle_id)
-        return [item] if known else []
+        return [item] if accepted else []
 
-    def _start_those_that_fit(self) -> None:
-        """No thread waits for its place: one that is interrupted while it waits may take another's turn with it."""
+    def _start_in_free_slots(self) -> None:
+        """Start as many threads as there are slots. No thread waits for a slot on a lock: an interrupt there could
+        take the lock of another thread with it."""
         for bundle_id, running in self._bundles.items():
-            if len(self._in_place) < self._places and running.thread.ident is None:
-                self._in_place.add(bundle_id)
+            if len(self._in_slots) < self._slots and running.thread.ident is None:
+                self._in_slots.add(bundle_id)
                 running.thread.start()
 
     def _stop(self, bundle_id: str) -> None:
@@ -150,7 +151,7 @@ class InProcessExecutor:
             running.give_up_at = time.monotonic() + self._grace_seconds
             self._press(running)
 
-    def _press_those_that_do_not_stop(self) -> None:
+    def _press_unstopped(self) -> None:
         now = time.monotonic()
         for bundle_id, running in list(self._bundles.items()):
             if now >= running.give_up_at:

@@ -20,7 +20,7 @@ Key = tuple[str, int]
 
 @dataclass
 class Outbox:
-    """Messages of the dispatcher `actor`, each written once; none is dropped before that has committed."""
+    """Messages of the dispatcher `actor`. Each is written once, and kept until its transaction has committed."""
 
     database: Database
     artifacts: Artifacts
@@ -40,28 +40,28 @@ class Outbox:
         self.messages = _newest_progress([*self.messages, *messages])
 
     def take_over(self) -> None:
-        """Add the messages that earlier processes could not write. Those of superseded attempts will change nothing."""
+        """Add the messages that earlier processes could not write. Messages of superseded attempts change nothing."""
         earlier = [message for message in self._spool.take() if message not in self.messages]
         self.messages = [*earlier, *self.messages]
 
     def keep(self) -> None:
-        """The database is away: write the messages to disk that must not be lost with this process."""
+        """While the database is away: write the messages to disk that must not be lost with this process."""
         self._spool.keep(self.messages)
 
     def drop(self) -> None:
-        """Another dispatcher leads: it has given these attempts to other workers, or will do so."""
+        """Forget all messages: another dispatcher leads, and gives these attempts to other workers."""
         self.messages.clear()
 
     def write(self, epoch: int | None) -> bool:
-        """Write all in one transaction. False, with nothing written, where the leadership of that `epoch` is over.
+        """Write all in one transaction. False, with nothing written, if the leadership of that `epoch` is over.
 
-        Raises `DatabaseAway`; then all of it is still here.
+        Raises `DatabaseAway`; then all messages are still here.
         """
         try:
             leads = self._record(self.messages, epoch)
         except DatabaseAway:
             raise
-        except Exception:  # one message that cannot be stored must not keep the others from it
+        except Exception:  # one message that cannot be stored must not block the others
             log.exception("messages could not be stored together; trying one by one")
             leads = all(self._record_alone(message, epoch) for message in self.messages)
         self.messages.clear()
@@ -92,19 +92,19 @@ class Outbox:
             log.exception("%s of task %s could not be stored", type(message).__name__, message.task_id)
             if not isinstance(message, (Succeeded, Failed, Lost)):
                 return True
-            said = str(getattr(error, "orig", None) or error).replace("\0", "")
-            why = f"its {type(message).__name__.lower()} could not be stored: {type(error).__name__}: {said}"
+            sentence = str(getattr(error, "orig", None) or error).replace("\0", "")
+            why = f"its {type(message).__name__.lower()} could not be stored: {type(error).__name__}: {sentence}"
             return self._record([Failed(message.task_id, message.attempt, "configuration", why)], epoch)
 
     def _delete(self, digest: str) -> None:
         try:
             self.artifacts.delete(digest)
-        except Exception as error:  # noqa: BLE001 - whatever the file system says; bytes that stay are only untidy
+        except Exception as error:  # noqa: BLE001 - any error of the file system: bytes that stay are only untidy
             log.warning("artifact %s could not be deleted: %s", digest, error)
 
 
 def _newest_progress(messages: list[Message]) -> list[Message]:
-    """The messages without the progress reports that a later one of the same attempt outdates."""
+    """The messages without progress reports that a later report of the same attempt outdates."""
     latest = {(m.task_id, m.attempt): i for i, m in enumerate(messages) if isinstance(m, Progress) and m.resume is None}
     return [
         message

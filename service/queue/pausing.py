@@ -8,7 +8,7 @@ from service.store import Connection, Database, changing
 MOST_IN_A_ROW = 8  # attempts of a sweep's tasks
 
 Ended = tuple[str, str | None]
-"""`(task id, how it failed at once)`; None where it has succeeded."""
+"""`(task id, how it failed at once)`, or `(task id, None)` if it succeeded."""
 
 
 def pause_failing(

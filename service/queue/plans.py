@@ -1,4 +1,4 @@
-"""The plans of cells: the tasks that they need on the data sets and weights of one store, and which of these exist."""
+"""The plans of cells: the tasks that they need, on the data sets and weights of one store, and which of these exist."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,10 @@ def plans_of(
     cells: Sequence[JobSpec],
     located: Callable[[JobSpec, InvalidSpec], InvalidSpec] | None = None,
 ) -> list[JobPlan]:
-    """The plans of these jobs. Raises `InvalidSpec`; `located` adds to such an error where in the request the job is.
+    """The plans of these jobs. Raises `InvalidSpec`; `located` adds the job's position in the request to the error.
 
-    Jobs that turn out to be equal have one plan: one may leave out the `samples` that the other states, or name by its
-    weights the training that the other spells out. An attack that exists with its arrays is not computed again without.
+    Equal jobs have one plan, even if one leaves out the `samples` that the other states, or names a training by its
+    weights that the other spells out. An attack that exists with its arrays is not computed again without arrays.
     """
     own: dict[str, RegisteredDataset] = {}
     weights = _Weights(connection, own)
@@ -38,7 +38,7 @@ def plans_of(
             if job.dataset.startswith(OWN_DATASET) and job.dataset not in own:
                 own[job.dataset] = _own_dataset(connection, job.dataset)
             dataset = own.get(job.dataset)
-            whole, imported = weights.of(_sampled(job, dataset))
+            whole, imported = weights.resolve(_sampled(job, dataset))
             if whole not in plans:
                 plans[whole] = plan_job(whole, _reference(job.dataset, dataset), imported)
         except InvalidSpec as error:
@@ -53,7 +53,7 @@ def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
 def counted(
     jobs: int, needed: Mapping[str, PlannedTask], existing: ExistingTasks, *, repetitions: int = 0
 ) -> JsonObject:
-    """Cells, dropped repetitions, distinct tasks by kind, and how many are known, under way, to be computed."""
+    """The counts of cells, of dropped repetitions, and of distinct tasks by kind: all, known, under way, to compute."""
     kinds: dict[str, Counter[str]] = {name: Counter() for name in ("tasks", "known", "under_way", "to_compute")}
     for digest, task in needed.items():
         kinds["tasks"][task.spec.kind] += 1
@@ -71,11 +71,10 @@ def standing(digest: str, existing: ExistingTasks) -> str:
 
 
 def _with_existing_arrays(connection: Connection, plans: Sequence[JobPlan]) -> list[JobPlan]:
-    """The plans with the attacks that keep arrays in place of those that do not, where the former need no computing.
+    """The plans, with each attack replaced by the same attack with arrays if only that one exists or is planned.
 
-    An attack and the same one with arrays have the same numbers, so one that exists with arrays, or that another of
-    these plans needs with arrays, is not computed again without. An attack that was retracted is: the one with arrays
-    is as wrong.
+    Both have the same numbers, so an attack that exists with arrays, or that another of these plans needs with arrays,
+    is not computed again without arrays. A retracted attack is computed again: the one with arrays is just as wrong.
     """
     attacks = {task.digest: task for plan in plans for task in (plan.attack, plan.baseline)}
     existing = existing_tasks(connection, attacks)
@@ -103,25 +102,27 @@ class _Weights:
 
     def __init__(self, connection: Connection, own: Mapping[str, RegisteredDataset]) -> None:
         self._connection, self._own = connection, own
-        self._known: dict[tuple[str, str, str, int], Trained | Imported] = {}
+        self._looked_up: dict[tuple[str, str, str, int], Trained | Imported] = {}
 
-    def of(self, job: JobSpec) -> tuple[JobSpec, dict[str, Imported]]:
-        """The job with the trainings that it names by their weights spelled out, and the weights that it imports.
+    def resolve(self, job: JobSpec) -> tuple[JobSpec, dict[str, Imported]]:
+        """The job, with each training that it names by its weights spelled out, and the weights that it imports.
 
-        Those are of its own network, and of the one that a transfer's images come from.
+        A job can name weights for its own network and for the network that a transfer's images come from.
         """
         imported: dict[str, Imported] = {}
         attack, recipe = job.attack, job.recipe
         source = attack.source if isinstance(attack, Transfer) else None
         if isinstance(recipe, Imported):
-            job = job.model_copy(update=self._named(job, recipe, job.architecture, job.replicate, "recipe", imported))
+            job = job.model_copy(
+                update=self._training(job, recipe, job.architecture, job.replicate, "recipe", imported)
+            )
         if source is not None and isinstance(made_by := source.recipe or recipe, Imported):
-            named = self._named(job, made_by, source.architecture, source.replicate, "attack", imported)
-            source = source.model_copy(update={"recipe": made_by, **named})
+            training = self._training(job, made_by, source.architecture, source.replicate, "attack", imported)
+            source = source.model_copy(update={"recipe": made_by, **training})
             job = job.model_copy(update={"attack": attack.model_copy(update={"source": source})})
         return job, imported
 
-    def _named(
+    def _training(
         self,
         job: JobSpec,
         recipe: Imported,
@@ -130,18 +131,20 @@ class _Weights:
         field: str,
         imported: dict[str, Imported],
     ) -> JsonObject:
-        """What a job, or a source, is to have in place of a recipe that names a training by its weights."""
+        """The fields that replace a recipe which names a training by its weights; weights of no training are added to
+        `imported` instead.
+        """
         if recipe.checkpoint is None or recipe != Imported(checkpoint=recipe.checkpoint):
             sentence = "name a registered checkpoint, or weights by their SHA-256, and nothing else of it"
             raise InvalidSpec([(f"/{field}", sentence)])
         key = (recipe.checkpoint, architecture, job.dataset, replicate)
-        if key not in self._known:
+        if key not in self._looked_up:
             dataset = _reference(job.dataset, self._own.get(job.dataset))
             try:
-                self._known[key] = named(self._connection, recipe.checkpoint, job, architecture, dataset, replicate)
+                self._looked_up[key] = named(self._connection, recipe.checkpoint, job, architecture, dataset, replicate)
             except ValueError as error:
                 raise InvalidSpec([(f"/{field}", str(error))]) from None
-        weights = self._known[key]
+        weights = self._looked_up[key]
         if isinstance(weights, Trained):
             return vars(weights)
         imported[recipe.checkpoint] = weights
@@ -149,22 +152,25 @@ class _Weights:
 
 
 def _own_dataset(connection: Connection, name: str) -> RegisteredDataset:
-    """What is stored of a lab's data set; its files are not read when jobs are submitted."""
+    """The registration of a lab's data set. Its files are not read when jobs are submitted."""
     dataset = datasets.named(connection, name)
     if dataset is None:
-        known = ", ".join(datasets.some_names(connection)) or "none"
-        sentence = f"{name} is not registered (registered: {known}): `uncanny data add NAME DIR`"
+        registered = ", ".join(datasets.some_names(connection)) or "none"
+        sentence = f"{name} is not registered (registered: {registered}): `uncanny data add NAME DIR`"
         raise InvalidSpec([("/dataset", sentence)])
     return dataset
 
 
 def _sampled(job: JobSpec, dataset: RegisteredDataset | None) -> JobSpec:
-    """The job with as many samples as its own data set has, where it says nothing of them; for images that it suits."""
+    """The job with at most as many samples as its lab's data set has, unless it states their number itself.
+
+    Raises `InvalidSpec` if it states too many, or does not suit these images.
+    """
     if dataset is None:
         return job
     images = Images(dataset.shape, dataset.classes, dataset.train_count)
-    if found := misfits(job.architecture, job.recipe, job.attack, images):
-        raise InvalidSpec([(pointer_to(*path), sentence) for path, sentence in found])
+    if errors := misfits(job.architecture, job.recipe, job.attack, images):
+        raise InvalidSpec([(pointer_to(*path), sentence) for path, sentence in errors])
     if job.samples <= dataset.test_count:
         return job
     if "samples" in job.model_fields_set:

@@ -12,12 +12,12 @@ from service.specs.plan import JobPlan, PlannedTask
 from service.store import Connection, changing, claiming, quotas, timings
 from service.store.joining import ExistingTasks, existing_tasks
 
-MANY = 10_000  # as far as tasks before it are counted
+MANY = 10_000  # the user's waiting tasks are counted up to this number
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Planned tasks that are alike, and what tasks like them took."""
+    """Planned tasks that are alike, and the time that tasks like them took."""
 
     like: Workload
     units: tuple[float, ...]
@@ -30,7 +30,7 @@ class _Group:
 def preview(
     connection: Connection, name: str, plans: Sequence[JobPlan], user: str, default: Limits, *, repetitions: int = 0
 ) -> JsonObject:
-    """What these jobs would mean for `user`, in the store and the queue as they are."""
+    """Counts, estimate, queue and quota if `user` submitted these jobs now."""
     needed = distinct_tasks(plans)
     existing = existing_tasks(connection, needed)
     groups = _groups(connection, needed, existing)
@@ -48,22 +48,22 @@ def preview(
 def _groups(
     connection: Connection, needed: Mapping[str, PlannedTask], existing: ExistingTasks
 ) -> dict[str, list[_Group]]:
-    """Those that are under way and those to compute, each in groups that are alike."""
+    """The tasks that are `under_way` and those `to_compute`, each in groups of tasks that are alike."""
     sizes: dict[str, dict[Workload, list[float]]] = {"under_way": defaultdict(list), "to_compute": defaultdict(list)}
     specs = {digest: task.stored_spec for digest, task in needed.items() if task.spec.kind == "train"}
     for digest, task in needed.items():
-        if (place := standing(digest, existing)) != "known":
+        if (stand := standing(digest, existing)) != "known":
             spec = task.stored_spec
-            sizes[place][workload(spec, specs[task.train_digest])].append(units(spec))
-    found = {like: estimate(timings.newest(connection, like)) for place in sizes.values() for like in place}
+            sizes[stand][workload(spec, specs[task.train_digest])].append(units(spec))
+    estimates = {like: estimate(timings.newest(connection, like)) for groups in sizes.values() for like in groups}
     return {
-        place: [_Group(like, tuple(those), found[like]) for like, those in groups.items()]
-        for place, groups in sizes.items()
+        stand: [_Group(like, tuple(units_of_group), estimates[like]) for like, units_of_group in groups.items()]
+        for stand, groups in sizes.items()
     }
 
 
 def _estimate(groups: Sequence[_Group]) -> JsonObject:
-    """Device seconds of what is to be computed; null with a reason while there is no history for some of it."""
+    """Device seconds of the tasks to compute; null, with a reason, while there is no history for some of them."""
     unknown = [group for group in groups if group.estimate is None]
     history = [
         {
@@ -102,33 +102,33 @@ def _eta(
     limits: Limits,
     default: Limits,
 ) -> JsonObject:
-    """Seconds until all is done, at the user's fair share of the places among those who wait now.
+    """Seconds until all jobs are done, if the user gets a fair share of the slots among the users who wait now.
 
-    What the user has queued already comes first and is taken to be like this; no less than a training and the longest
-    of what follows it.
+    The user's queued tasks come first, and are taken to be as long as these on average. The time is never less than
+    that of the longest training and the longest other task after it.
     """
     both = [*groups["under_way"], *groups["to_compute"]]
-    places = claiming.places(connection)
+    slots = claiming.places(connection)
     if not both:
         return {"eta_seconds": 0.0, "eta_reason": "everything is known"}
-    if places <= 0:
+    if slots <= 0:
         return {"eta_seconds": None, "eta_reason": "no dispatcher has said yet what the cluster has"}
     if any(group.estimate is None for group in both):
         return {"eta_seconds": None, "eta_reason": "there is no history for some of it"}
     waiting = set(claiming.waiting_sponsors(connection)) | {user}
-    weights = {name: of.weight for name, of in quotas.limits(connection, waiting, default).items()}
-    mine = places * weights[user] / sum(weights.values())
-    mine = max(min(mine, limits.max_gpus or mine), 1e-9)
+    weights = {name: each.weight for name, each in quotas.limits(connection, waiting, default).items()}
+    fair = slots * weights[user] / sum(weights.values())
+    fair = max(min(fair, limits.max_gpus or fair), 1e-9)
     work = sum(group.seconds("p50") or 0.0 for group in both)
-    each = work / sum(len(group.units) for group in both)
+    mean = work / sum(len(group.units) for group in both)
     longest: dict[bool, float] = {True: 0.0, False: 0.0}
     for group in both:
-        one = max(group.units) * (group.estimate.p50 if group.estimate else 0.0)
-        longest[group.like.kind == "train"] = max(longest[group.like.kind == "train"], one)
-    eta = max((work + queue["own_tasks_before"] * each) / mine, sum(longest.values()))
+        seconds = max(group.units) * (group.estimate.p50 if group.estimate else 0.0)
+        longest[group.like.kind == "train"] = max(longest[group.like.kind == "train"], seconds)
+    eta = max((work + queue["own_tasks_before"] * mean) / fair, sum(longest.values()))
     paused = "; the queue is paused" if queue["paused"] else ""
-    share = f"at {mine:.3g} of {places:.3g} places, {len(waiting) - 1} other users waiting{paused}"
-    return {"eta_seconds": round(eta, 1), "eta_reason": share}
+    reason = f"at {fair:.3g} of {slots:.3g} places, {len(waiting) - 1} other users waiting{paused}"
+    return {"eta_seconds": round(eta, 1), "eta_reason": reason}
 
 
 def _queue(connection: Connection, user: str) -> JsonObject:

@@ -1,4 +1,4 @@
-"""Jobs that need tasks of an older version, or retracted ones: they are planned again, and need those of today."""
+"""Jobs that need retracted tasks, or tasks of an older version, are planned again: then they need tasks of today."""
 
 import logging
 from collections.abc import Collection, Iterable, Sequence
@@ -23,14 +23,14 @@ class _Refused(Exception):
 
 
 def outdated(grants: Iterable[Grant]) -> list[str]:
-    """The ids of those tasks whose version is older than what this code computes."""
+    """The ids of the tasks whose version is older than the one that this code computes."""
     return [grant.task_id for grant in grants if grant.spec["version"] < version_of_spec(grant.spec)]
 
 
 def replan(connection: Connection, now: float, actor: str, task_ids: Collection[str]) -> int:
-    """Plan the live jobs that need these tasks again; returns how many those are.
+    """Plan the live jobs again that need these tasks; returns how many were planned.
 
-    One whose spec this version refuses is cancelled, and its reason says why.
+    A job whose spec this version refuses is cancelled, and its reason says why.
     """
     plans: list[tuple[Job, JobPlan]] = []
     for job in reading.live_jobs_needing(connection, task_ids):
@@ -47,9 +47,9 @@ def replan(connection: Connection, now: float, actor: str, task_ids: Collection[
 def before_retry(
     connection: Connection, now: float, actor: str, job_ids: Sequence[str], states: Collection[str] = RETRIABLE
 ) -> None:
-    """Plan jobs that ended in one of these states and need retracted tasks again: a retry uses none of those.
+    """Plan the jobs again that ended in one of these states and need retracted tasks: a retry uses no such task.
 
-    Raises `Conflict` where this version refuses a spec.
+    Raises `Conflict` if this version refuses a spec.
     """
     ended = reading.jobs_in(connection, retractions.outlived(connection, job_ids), states)
     try:

@@ -1,8 +1,8 @@
-"""Results and tasks that were found to be wrong: hidden from then on with a reason, never deleted, computed again.
+"""Retractions: wrong results and tasks are hidden with a reason, never deleted, and computed again.
 
-A result is retracted with all that show the same numbers: those of one attack task, and of the one that differs from it
-only in whether it keeps `arrays`. A task is retracted with everything that rests on it, and
-jobs that need it from then on, or wait for it, get a new generation of it.
+A result is retracted with all results that show the same numbers: those of its attack task, and of the attack task that
+differs only in whether it keeps `arrays`. A task is retracted with everything that rests on it. Jobs that wait for it
+or need it later get a new generation of it.
 """
 
 import json
@@ -29,16 +29,16 @@ from service.store import results as store
 from service.store.fields import Column
 from service.store.history import Event
 
-MAX_AGAIN = 10_000  # jobs that one request may submit anew
+MAX_AGAIN = 10_000  # jobs that one request may submit again
 RETRACT, RESTORE = "retract", "restore"
 
 
 def retract(service: Service, job_id: str, reason: str, *, user: str, rerun: bool = False, admin: bool) -> JsonObject:
-    """Retract a result, and with it all that show the same numbers.
+    """Retract a result, and with it all results that show the same numbers.
 
-    What was compared with that attack at s = 1 is judged again without it.
-    With `rerun` the same job is submitted as another replicate. Raises `NotFound`, `Conflict` where it is retracted,
-    `NotAllowed` where others' results show these numbers and the user is no admin, `QuotaExceeded`: nothing is done.
+    Results whose verdicts compared them with that attack at s = 1 are judged again without it. With `rerun` the same
+    job is submitted as another replicate. Raises, with nothing done: `NotFound`; `Conflict` if it is retracted already;
+    `NotAllowed` if the user is no admin and others' results show these numbers; `QuotaExceeded`.
     """
     with service.database.write() as connection:
         row = result_of(connection, job_id)
@@ -49,7 +49,7 @@ def retract(service: Service, job_id: str, reason: str, *, user: str, rerun: boo
         retracted = retractions.retract(connection, now, user, reason, attacks)
         if not admin:
             _check_own(connection, [*retracted, *retractions.waiting_for(connection, attacks)], user)
-            # A later result of these numbers is hidden as it is filed, which only an admin may decide for others.
+            # Else a later result with these numbers is hidden as it is filed; only an admin may decide that for others.
             retractions.give_digests_up(connection, attacks)
         flagging.renew(connection, retracted)
         _tell(connection, now, user, EventKind.RESULT_RETRACTED, retracted, {"reason": reason})
@@ -64,8 +64,8 @@ def retract_all(
     """Retract every result that the filters choose, such as all of `versions.attack = 1`.
 
     With the type of a further `measure` the results stay, without that measure's numbers: its tasks are retracted.
-    Raises `InvalidQuery`, also without any filter, and for more jobs than can be submitted anew `InvalidSpec`, or
-    `QuotaExceeded` where they are more than the user may have: then nothing is retracted.
+    Raises, with nothing retracted: `InvalidQuery`, also without any filter; `InvalidSpec` if more jobs would be
+    submitted again than one request may; `QuotaExceeded` if they are more than the user may have.
     """
     with service.database.write() as connection:
         where = _chosen(connection, nodes, RETRACT)
@@ -86,14 +86,14 @@ def retract_all(
 def retract_task(
     service: Service, id_or_digest: str, reason: str, *, user: str, rerun: bool = False, admin: bool
 ) -> JsonObject:
-    """Retract a task with all that rests on it: tasks on its checkpoint, results that need one of them.
+    """Retract a task with all that rests on it: tasks on its checkpoint, and results that need one of these tasks.
 
-    Those that imported its weights by their digest are among them. Where these are registered under a name, that stays
-    usable, and `still_registered` names it. A result that needs a further measure stays, without its numbers. Live jobs
-    are planned again and get a new generation, as every job does from then on; with `rerun` those of the hidden results
-    are submitted again, but for those that name the weights.
-    Raises `NotFound`, `Conflict` where it is retracted, `InvalidSpec` and `QuotaExceeded` as `retract_all`, and
-    `NotAllowed` for who is no admin where others' jobs rest on it, or none of the user's: nothing is done.
+    Jobs that imported its weights by their digest are among them. If the weights are registered under a name, the name
+    stays usable, and `still_registered` has it. A result for which it is only a further measure stays, without those
+    numbers. Live jobs are planned again and get a new generation, like every later job. With `rerun`, the jobs of the
+    results that were hidden or lost numbers are submitted again, except for those that name the weights.
+    Raises, with nothing done: `NotFound`; `Conflict` if it is retracted already; `InvalidSpec` and `QuotaExceeded` as
+    `retract_all`; `NotAllowed` if the user is no admin and others' jobs rest on it, or none of their own does.
     """
     with service.database.write() as connection:
         task = _task(connection, id_or_digest)
@@ -106,9 +106,10 @@ def retract_task(
 
 
 def restore(service: Service, job_id: str, *, user: str, admin: bool) -> JsonObject:
-    """Take back the retraction that hides a result, of all results that it hides.
+    """Take back the retraction that hides a result, for all results that it hides.
 
-    Raises `NotFound`, `Conflict`, and `NotAllowed` where it or some of the results are others' and no admin asks.
+    Raises `NotFound`, `Conflict` if it is not retracted, and `NotAllowed` if the user is no admin and somebody else
+    retracted it or owns some of the results.
     """
     with service.database.write() as connection:
         row = result_of(connection, job_id)
@@ -127,10 +128,10 @@ def restore(service: Service, job_id: str, *, user: str, admin: bool) -> JsonObj
 
 
 def restore_task(service: Service, id_or_digest: str, *, user: str, admin: bool) -> JsonObject:
-    """Take the retraction of a task back, and of all that was retracted with it.
+    """Take back the retraction of a task, and of all that was retracted with it.
 
     New jobs join it again, unless there is a newer generation already (`superseded`): then only its numbers are shown.
-    Raises `NotFound`, `Conflict` where it is not retracted, or was with its training, and `NotAllowed`.
+    Raises `NotFound`, `Conflict` if it is not retracted or was retracted with its training, and `NotAllowed`.
     """
     with service.database.write() as connection:
         task = _task(connection, id_or_digest)
@@ -146,7 +147,7 @@ def restore_task(service: Service, id_or_digest: str, *, user: str, admin: bool)
 
 
 def restore_all(service: Service, nodes: Sequence[Node], *, user: str, measure: str | None = None) -> JsonObject:
-    """Take back every retraction that hides a result which the filters choose, or its numbers of a further `measure`.
+    """Take back every retraction that hides a result that the filters choose, or its numbers of a further `measure`.
 
     Raises `InvalidQuery`, also without any filter.
     """
@@ -187,7 +188,7 @@ def _retract_tasks(
 def _restore(
     service: Service, connection: Connection, user: str, attack_ids: Sequence[str], roots: Sequence[str]
 ) -> JsonObject:
-    """Of results that were retracted by themselves, by their attacks, and of `roots` with all that rests on them."""
+    """Restore results that were retracted by themselves, by their attacks, and `roots` with all that rests on them."""
     now = service.database.now(connection)
     attack_ids = retractions.with_equal_numbers(connection, attack_ids)
     roots = retractions.with_equal_numbers(connection, roots)
@@ -208,7 +209,7 @@ def _restore(
 
 
 def _judge_without(connection: Connection, now: float, user: str, attack_ids: Sequence[str]) -> None:
-    """Judge again what was compared with these attacks at s = 1: a retracted one is no evidence, a restored one is."""
+    """Judge the results again that were compared with these attacks at s = 1: only unretracted ones are evidence."""
     if before := retractions.judged_by(connection, attack_ids):
         judge_results(connection, now, user, before)
 
@@ -239,9 +240,9 @@ def _specs(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]:
 
 
 def _replicates(connection: Connection, job_ids: Sequence[str]) -> list[JobSpec]:
-    """The specs of these results, each once, as a replicate that nobody has a result of yet.
+    """The specs of these results, each once, as a replicate that has no result yet.
 
-    A replicate's training, measures and attacks are all independent of those before.
+    A replicate's training, measures and attacks are all independent of those of earlier replicates.
     """
     rows = {_apart_from_replicate(row.spec): row for row in retractions.specs_of(connection, job_ids)}
     again = [
@@ -256,8 +257,8 @@ def _accepted(specs: Sequence[JsonObject]) -> list[JobSpec]:
     try:
         return [JobSpec.model_validate(spec) for spec in specs]
     except ValidationError as error:
-        said = "; ".join(f"{pointer}: {sentence}" for pointer, sentence in problems(error))
-        raise InvalidSpec([("/rerun", f"a job of these is not accepted any more: {said}")]) from None
+        sentences = "; ".join(f"{pointer}: {sentence}" for pointer, sentence in problems(error))
+        raise InvalidSpec([("/rerun", f"a job of these is not accepted any more: {sentences}")]) from None
 
 
 def _apart_from_replicate(spec: JsonObject) -> str:
@@ -265,9 +266,9 @@ def _apart_from_replicate(spec: JsonObject) -> str:
 
 
 def _submit(service: Service, connection: Connection, now: float, jobs: Sequence[JobSpec], user: str) -> list[str]:
-    """In the transaction that retracts: where the jobs do not fit into the quota, nothing is retracted.
+    """Submit jobs in the transaction that retracts: if they do not fit into the quota, nothing is retracted.
 
-    Raises `InvalidSpec` for too many.
+    Raises `InvalidSpec` for too many jobs, and `QuotaExceeded`.
     """
     if len(jobs) > MAX_AGAIN:
         raise InvalidSpec([("/rerun", f"these are {len(jobs):,} jobs; at most {MAX_AGAIN:,} are submitted again")])
@@ -276,13 +277,13 @@ def _submit(service: Service, connection: Connection, now: float, jobs: Sequence
 
 
 def _check_own(connection: Connection, job_ids: Sequence[str], user: str) -> None:
-    """Raises `NotAllowed` where some of these results are not the user's."""
+    """Raises `NotAllowed` if some of these results are not the user's."""
     if others := retractions.others_of(connection, job_ids, user):
         raise NotAllowed(f"results of {', '.join(others)} show the same numbers: ask an admin to do this")
 
 
 def _check_users(connection: Connection, task_ids: Sequence[str], user: str) -> None:
-    """Raises `NotAllowed` where others' jobs need what rests on these tasks, or none of the user's does."""
+    """Raises `NotAllowed` if others' jobs need a task that rests on these, or if none of the user's jobs does."""
     users = retractions.users_of(connection, retractions.resting_on(connection, task_ids))
     if others := [name for name in users if name != user]:
         raise NotAllowed(f"jobs of {', '.join(others)} rest on it: ask an admin to do this")

@@ -23,23 +23,23 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._mine = folder / f"{uuid.uuid4().hex}{SUFFIX}"
+        self._own_file = folder / f"{uuid.uuid4().hex}{SUFFIX}"
         self._kept: list[Message] = []
         self._taken: list[Path] = []
 
     def keep(self, messages: Sequence[Message]) -> None:
-        """Write the messages that would be missed to disk. An error is logged, not raised."""
+        """Write to disk the messages that must not be lost. An error is logged, not raised."""
         worth = [message for message in messages if _worth_keeping(message)]
         if worth == self._kept or not worth:
             return
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            part = self._mine.with_suffix(".part")
+            part = self._own_file.with_suffix(".part")
             with os.fdopen(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
                 pickle.dump(worth, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, self._mine)
+            os.replace(part, self._own_file)
             folder = os.open(self._folder, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -53,15 +53,15 @@ class Spool:
         self._kept = worth
 
     def take(self) -> list[Message]:
-        """What earlier processes have left; it stays on disk until `forget`."""
+        """The messages that earlier processes have left. They stay on disk until `forget`."""
         messages: list[Message] = []
-        self._taken = [path for path in sorted(self._folder.glob(f"*{SUFFIX}")) if path != self._mine]
+        self._taken = [path for path in sorted(self._folder.glob(f"*{SUFFIX}")) if path != self._own_file]
         for path in self._taken:
             try:
                 left: list[Message] = pickle.loads(path.read_bytes())
-            except FileNotFoundError:  # whoever it was of has written it meanwhile
+            except FileNotFoundError:  # its process has written it to the database meanwhile
                 continue
-            except Exception:  # another version's, or damaged: its tasks are computed again
+            except Exception:  # of another version, or damaged: its tasks are computed again
                 log.exception("%s cannot be read and is left aside", path)
                 with suppress(OSError):
                     path.replace(path.with_suffix(".unreadable"))
@@ -71,10 +71,10 @@ class Spool:
         return messages
 
     def forget(self) -> None:
-        """All of it is in the database now."""
+        """Delete all messages from disk: they are in the database now."""
         if not self._kept and not self._taken:
             return
-        for path in (self._mine, *self._taken):
+        for path in (self._own_file, *self._taken):
             path.unlink(missing_ok=True)
         self._kept, self._taken = [], []
 

@@ -1,8 +1,7 @@
-"""The verbs: what a user can ask the service to do. Each is one transaction, and true only once it is committed."""
+"""The verbs: what a user can ask the service to do. Each writes in one transaction, and counts once that committed."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from service.errors import Changed, Conflict, InvalidSpec, NotFound, QuotaExceeded
 from service.lab.artifacts import Artifacts
@@ -20,6 +19,7 @@ from service.queue.preview import preview
 from service.results.views import version
 from service.specs import JobSpec, Sweep, digest
 from service.specs.plan import JobPlan
+from service.specs.sweep import Grid
 from service.store import (
     Connection,
     artifact_index,
@@ -41,7 +41,7 @@ from service.store.replies import Reply
 
 @dataclass(frozen=True)
 class Idempotency:
-    """A client's key for one request, and the SHA-256 of the body it came with."""
+    """A client's key for one request, and the SHA-256 of the request's body."""
 
     key: str
     body_sha256: str
@@ -72,7 +72,7 @@ class Service:
         labels: dict[str, str] | None = None,
         idempotency: Idempotency | None = None,
     ) -> Reply:
-        """Accept one job: its tasks are joined or made, and the answer is true once this returns."""
+        """Accept one job: it joins existing tasks and makes the others. The job is stored once this returns."""
 
         def write(connection: Connection, now: float) -> Reply:
             plans = plans_of(connection, [job])
@@ -101,7 +101,7 @@ class Service:
     def submit_sweep(self, sweep: Sweep, *, user: str, idempotency: Idempotency | None = None) -> Reply:
         """Accept all cells of a sweep at once, or none of them."""
         cells = sweep.cells(self.max_sweep_jobs)
-        with self.database.read() as connection:  # outside of the one writing transaction: this takes its time
+        with self.database.read() as connection:  # not in the one writing transaction: planning is slow
             plans = plans_of(connection, cells, sweep.located)
         needed = distinct_tasks(plans)
 
@@ -120,22 +120,20 @@ class Service:
 
         return self._once(user, idempotency, write)
 
-    def dry_run(self, asked: JobSpec | Sweep, *, user: str) -> JsonObject:
+    def dry_run(self, submission: JobSpec | Sweep, *, user: str) -> JsonObject:
         """What a job or a sweep would mean: tasks, device seconds, time, quota. Nothing is written."""
         with self.database.read() as connection:
-            if isinstance(asked, JobSpec):
-                return preview(connection, "", plans_of(connection, [asked]), user, self.limits)
-            plans = plans_of(connection, asked.cells(self.max_sweep_jobs), asked.located)
-            repetitions = asked.written() - len(plans)
-            return preview(connection, asked.name, plans, user, self.limits, repetitions=repetitions)
+            if isinstance(submission, JobSpec):
+                return preview(connection, "", plans_of(connection, [submission]), user, self.limits)
+            plans = plans_of(connection, submission.cells(self.max_sweep_jobs), submission.located)
+            repetitions = submission.written() - len(plans)
+            return preview(connection, submission.name, plans, user, self.limits, repetitions=repetitions)
 
-    def extend(
-        self, sweep_id: str, grid: dict[str, list[Any]], *, user: str, idempotency: Idempotency | None = None
-    ) -> Reply:
-        """Add values to axes of a sweep's grid and accept the cells that are new by it, as jobs of `user`.
+    def extend(self, sweep_id: str, grid: Grid, *, user: str, idempotency: Idempotency | None = None) -> Reply:
+        """Add values to axes of a sweep's grid, and accept the new cells as jobs of `user`.
 
-        They have the sweep's priority and labels, and are paused if it is. Raises `NotFound`, `InvalidSpec` for what
-        is no axis, `Conflict` where somebody else extends it at the same time.
+        The jobs have the sweep's priority and labels, and are paused if the sweep is. Raises `NotFound`, `InvalidSpec`
+        for a name that is no axis, `Conflict` if somebody else extends the sweep at the same time.
         """
         with self.database.read() as connection:
             stored = _sweep(connection, sweep_id)
@@ -143,7 +141,8 @@ class Service:
             sweep = before.extended(grid)
             have = reading.spec_digests_of_sweep(connection, sweep_id)
             try:
-                old = set(before.cells(self.max_sweep_jobs))  # whose digests may be of an earlier canonical form
+                # Cells are compared, not only digests: stored digests may be of an earlier canonical form.
+                old = set(before.cells(self.max_sweep_jobs))
                 new = [job for job in sweep.cells(self.max_sweep_jobs) if job not in old]
                 planned = plans_of(connection, new, sweep.located)
             except InvalidSpec as error:
@@ -159,8 +158,8 @@ class Service:
             existing = joining.existing_tasks(connection, needed)
             if plans:
                 sweeps.extend_sweep(connection, sweep_id, sweep.model_dump(mode="json"))
-                happened = Event(EventKind.SWEEP_EXTENDED, sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
-                history.append(connection, now, user, [happened])
+                event = Event(EventKind.SWEEP_EXTENDED, sweep_id=sweep_id, data={"grid": grid, "jobs": len(plans)})
+                history.append(connection, now, user, [event])
                 origin = Origin(user, current.priority, current.labels, sweep_id, paused=current.paused)
                 jobs.insert_jobs(connection, now, plans, existing, origin)
             body = {"id": sweep_id, "name": current.name, **counted(len(plans), needed, existing)}
@@ -169,18 +168,18 @@ class Service:
         return self._once(user, idempotency, write)
 
     def cancel_job(self, job_id: str, *, user: str) -> None:
-        """Detach a live job from its tasks. Raises `NotFound`, `Conflict` where it has ended already."""
+        """Detach a live job from its tasks. Raises `NotFound`, `Conflict` if it has ended already."""
         self._change([job_id], user, "cancelled", jobs.cancel_jobs, "cancelled by " + user)
 
     def retry_job(self, job_id: str, *, user: str) -> None:
         """Reopen a failed, held or cancelled job.
 
-        Raises `NotFound`, `Conflict` where it has not ended so, `QuotaExceeded` where its owner has too many.
+        Raises `NotFound`, `Conflict` if it is in another state, `QuotaExceeded` if its owner has too many jobs.
         """
         self._change([job_id], user, "retried", self._retry)
 
     def cancel_sweep(self, sweep_id: str, *, user: str) -> int:
-        """Cancel the live jobs of a sweep; returns how many those were."""
+        """Cancel the live jobs of a sweep; returns how many were cancelled."""
         with self.database.write() as connection:
             ids = _jobs_of(connection, sweep_id)
             now = self.database.now(connection)
@@ -189,10 +188,10 @@ class Service:
     def retry_failed(
         self, sweep_id: str, *, user: str, states: Collection[str] = (JobState.FAILED,)
     ) -> tuple[int, dict[str, int]]:
-        """Reopen the jobs of a sweep that failed, or that are in these `states`, of those of `RETRIABLE`.
+        """Reopen the jobs of a sweep that are in one of these `states`, which are among `RETRIABLE`.
 
-        Returns how many it reopened, and how many there were in each state from which a job can be. Raises `NotFound`,
-        `QuotaExceeded` where an owner of them would have too many; then none is reopened.
+        Returns how many it reopened, and how many were in each state of `RETRIABLE`. Raises `NotFound`, and
+        `QuotaExceeded` if an owner of them would have too many jobs; then none is reopened.
         """
         with self.database.write() as connection:
             ids = _jobs_of(connection, sweep_id)
@@ -202,9 +201,9 @@ class Service:
             return len(retried), {state: counts[state] for state in RETRIABLE}
 
     def pause_sweep(self, sweep_id: str, *, user: str) -> None:
-        """Claim nothing more for this sweep; what others need too goes on for them, and what runs is finished.
+        """Claim no more tasks for this sweep. Running tasks finish, and tasks that other jobs need go on.
 
-        Paused twice is paused once. Raises `NotFound`, `Conflict` where all of its jobs have ended.
+        A paused sweep stays as it is. Raises `NotFound`, `Conflict` if all of its jobs have ended.
         """
         with self.database.write() as connection:
             _sweep(connection, sweep_id)
@@ -219,7 +218,7 @@ class Service:
             changing.pause_sweep(connection, self.database.now(connection), user, sweep_id, paused=False)
 
     def pause_queue(self, *, user: str) -> None:
-        """Claim nothing more for anybody; what runs is finished, and jobs are accepted as always."""
+        """Claim no more tasks for anybody. Running tasks finish, and jobs are still accepted."""
         with self.database.write() as connection:
             changing.pause_queue(connection, self.database.now(connection), user, paused=True)
 
@@ -238,8 +237,8 @@ class Service:
     ) -> None:
         """Change the priority or the labels of a job. Its tasks are ranked again; running tasks keep running.
 
-        `seen`: versions (`views.version`) of which one must still be the job's, or it is `Changed`. Raises `NotFound`,
-        `Conflict` for the priority of a job that has ended.
+        Raises `NotFound`, `Changed` if `seen` is given and has not the job's version (`views.version`), `Conflict` for
+        the priority of a job that has ended.
         """
         with self.database.write() as connection:
             job = reading.job(connection, job_id)
@@ -260,16 +259,16 @@ class Service:
         priority: int | None = None,
         labels: dict[str, str] | None = None,
     ) -> None:
-        """The same for a sweep: its live jobs get the priority, all of its jobs the labels."""
+        """Like `change_job`, for a sweep: its live jobs get the priority, all of its jobs the labels."""
         with self.database.write() as connection:
             _check_seen(_sweep(connection, sweep_id), seen, f"sweep {sweep_id}")
             now = self.database.now(connection)
             changing.change_sweep(connection, now, user, sweep_id, priority=priority, labels=labels)
 
     def boost_job(self, job_id: str, *, user: str, boosted: bool = True) -> None:
-        """Let a live job go before all other users' work, whatever they have used, or in turn again.
+        """Let a live job go before all other users' work, whatever its owner has used; not `boosted`, in turn again.
 
-        That is an admin's to ask. Raises `NotFound`, `Conflict` where it has ended.
+        The caller checks that an admin asks. Raises `NotFound`, `Conflict` if the job has ended.
         """
         with self.database.write() as connection:
             state = reading.job_state(connection, job_id)
@@ -281,18 +280,18 @@ class Service:
             changing.boost_job(connection, now, user, job_id, boosted=boosted)
 
     def boost_sweep(self, sweep_id: str, *, user: str, boosted: bool = True) -> int:
-        """The same for the live jobs of a sweep, not for those by which it is extended later; returns how many."""
+        """Like `boost_job`, for the live jobs of a sweep, not for jobs of later extensions; returns how many."""
         with self.database.write() as connection:
             _sweep(connection, sweep_id)
             now = self.database.now(connection)
             return changing.boost_sweep(connection, now, user, sweep_id, boosted=boosted)
 
     def register_dataset(self, name: str, train_sha256: str, test_sha256: str, *, user: str) -> JsonObject:
-        """Register a lab's own images, whose two files are artifacts already, as `npz:NAME`.
+        """Register a lab's own images as `npz:NAME`. Their two files must be artifacts already.
 
-        The same name with the same files again changes nothing; with other files it is a `Conflict`.
-        The answer says how many test images are training images too. Raises `InvalidSpec` for files that are not what
-        docs/own-data-and-weights.md asks for, `ArtifactMissing`.
+        Registering the same name again changes nothing with the same files, and is a `Conflict` with others. The answer
+        says how many test images are training images too. Raises `InvalidSpec` for files that are not as
+        docs/own-data-and-weights.md asks, `ArtifactMissing`.
         """
         with self.artifacts.local(train_sha256) as train, self.artifacts.local(test_sha256) as test:
             dataset, in_both = inspect(name, train, test, train_sha256, test_sha256)
@@ -332,7 +331,7 @@ class Service:
         return jobs.retry_jobs(connection, now, user, ids, states)
 
     def _once(self, user: str, idempotency: Idempotency | None, write: Callable[[Connection, float], Reply]) -> Reply:
-        """Do it once per idempotency key: the reply is stored in the same transaction as what it speaks of."""
+        """Call `write` once per idempotency key: its reply is stored in the same transaction as its changes."""
         with self.database.write() as connection:
             now = self.database.now(connection)
             if idempotency is not None:
@@ -345,7 +344,7 @@ class Service:
             return reply
 
     def _check_quota(self, connection: Connection, user: str, more: int) -> None:
-        """Raises `QuotaExceeded` where so many jobs more are more than the user may have waiting or running."""
+        """Raises `QuotaExceeded` if, with `more` jobs, the user had more waiting or running than they may have."""
         most = quotas.limits(connection, [user], self.limits)[user].max_queued_jobs
         if most is not None and more and (have := quotas.unfinished_jobs(connection, user)) + more > most:
             raise QuotaExceeded(

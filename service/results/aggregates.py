@@ -1,7 +1,8 @@
 """Statistics over groups of results: n is the number of trained networks, however many results each of them has.
 
-A group may differ in seeds only: where anything else does (another eps, other samples, recipe, task version ...), an
-interval over it would mean nothing, and it is refused with the fields that differ, unless mixing is asked for.
+The results of a group may differ in seeds only. If they differ in anything else (eps, samples, recipe, task version
+...), an interval over them would mean nothing: the group is refused with the fields that differ, unless mixing is
+allowed.
 """
 
 import json
@@ -42,7 +43,7 @@ SUMS = 5  # values that `CellSums` has for each metric
 SPREADS = ("std", "ci95")
 VERDICT_VERSION = "verdict_version"
 OF_VERDICT = ("masked_fraction", "masked_fraction_of_correct", "masked_n", "reverse_fraction")
-"""Numbers that the rule of verdicts counts; so do the fields of the verdict itself."""
+"""Numbers that the rule of verdicts counts. They depend on its version, as the fields of the verdict do."""
 Key = tuple[Any, ...]  # Any: the values of the fields that are grouped by
 
 
@@ -99,7 +100,7 @@ def aggregate(
     allow_mixed: bool = False,
     retracted: bool = False,
 ) -> JsonObject:
-    """Statistics of `metrics` in groups of equal `by`, in their order, over networks or over attack seeds of one.
+    """Statistics of `metrics` in groups of equal `by`, in order, over networks or over one network's attack seeds.
 
     Raises `InvalidQuery`, also for mixed groups.
     """
@@ -111,13 +112,13 @@ def aggregate(
         mixed = question.mixed(groups)
         if mixed and not allow_mixed:
             raise InvalidQuery("by", _refusal(mixed))
-        if len(groups) > MAX_BEST and any(what in BEST for of in metrics.values() for what in of):
+        if len(groups) > MAX_BEST and any(not set(BEST).isdisjoint(statistics) for statistics in metrics.values()):
             raise InvalidQuery("metrics", f"best and worst are for {MAX_BEST:,} groups at most, not {len(groups):,}")
         question.take_values(groups)
         items = [question.item(key, group) for key, group in sorted(groups.items(), key=lambda entry: _rank(entry[0]))]
         hidden = 0 if retracted else store.hidden(connection, nodes)
-    statistics = {name: list(of) for name, of in metrics.items()}
-    answer = {"by": list(by), "metrics": statistics, "spread_of": UNITS[unit], "items": items, "mixed": mixed}
+    listed = {name: list(statistics) for name, statistics in metrics.items()}
+    answer = {"by": list(by), "metrics": listed, "spread_of": UNITS[unit], "items": items, "mixed": mixed}
     return {**answer, "retracted": hidden}
 
 
@@ -167,8 +168,8 @@ class Grouping:
                 raise InvalidQuery("by", f"that makes more than {MAX_GROUPS:,} groups: filter, or group by less")
 
     def _key(self, cell_id: int, own: Sequence[object]) -> Key:
-        shared, mine = iter(self.of_cell[cell_id]), iter(own)
-        return tuple(next(mine) if key.of_cell is None else next(shared) for key in self.keys)
+        shared, own_values = iter(self.of_cell[cell_id]), iter(own)
+        return tuple(next(own_values) if key.of_cell is None else next(shared) for key in self.keys)
 
     def mixed(self, groups: Mapping[Key, Group]) -> dict[str, list[object]]:
         """The fields, other than seeds and those grouped by, that differ within a group, with up to five values."""
@@ -190,8 +191,8 @@ class Grouping:
         return {name: list(differing[name])[:5] for name in sorted(differing)}
 
     def _measured(self) -> dict[str, list[object]]:
-        """What differs within a group in how its numbers were made, with its values: the parameters and versions of
-        further measures, and the version of the verdict that counted what is masked, or chose the results."""
+        """The ways of measuring that differ within a group, with their values: parameters and versions of further
+        measures, and the version of the verdict that counted masked examples or chose the results."""
         differing: dict[str, dict[object, None]] = {}
         for name, metric in self.metrics.items():
             specs_of: dict[Key, list[JsonObject]] = defaultdict(list)
@@ -212,7 +213,7 @@ class Grouping:
         return {name: list(values) for name, values in differing.items()}
 
     def take_values(self, groups: Mapping[Key, Group]) -> None:
-        """Read the value of each network where sums are not enough: they count one twice, tell no quantile, or cancel.
+        """Read the value of each network if sums are not enough: they count one twice, tell no quantile, or cancel.
 
         Raises `InvalidQuery` if attack seeds are to be counted and a group has several networks.
         """
@@ -222,22 +223,24 @@ class Grouping:
         if wanted:
             of_cells = set().union(*(group.cells for group in groups.values() if id(group) in wanted))
             few = 2 * len(of_cells) < len(self.of_cell)
-            self._read(
-                groups, of_cells if few else None, {name: of for name, of in self.metrics.items() if needing[name]}
-            )
-        if any("ci95" in of for name, of in self.statistics.items() if name in FRACTIONS):
+            metrics = {name: metric for name, metric in self.metrics.items() if needing[name]}
+            self._read(groups, of_cells if few else None, metrics)
+        if any("ci95" in statistics for name, statistics in self.statistics.items() if name in FRACTIONS):
             self._images.look_up(set().union(*(group.cells for group in groups.values())))
 
     def _needing(self, name: str, groups: Mapping[Key, Group]) -> set[int]:
         statistics = self.statistics[name]
-        ranked = any(what == "median" or QUANTILE.fullmatch(what) for what in statistics)
-        spread = any(what in SPREADS for what in statistics)
-        of_all = ((group, group.metrics[name]) for group in groups.values())
-        return {id(group) for group, of in of_all if ranked or of.leaves_range or (spread and of.cancels)}
+        ranked = any(statistic == "median" or QUANTILE.fullmatch(statistic) for statistic in statistics)
+        spread = any(statistic in SPREADS for statistic in statistics)
+        pairs = ((group, group.metrics[name]) for group in groups.values())
+        return {id(group) for group, moments in pairs if ranked or moments.leaves_range or (spread and moments.cancels)}
 
     def _read(self, groups: Mapping[Key, Group], of_cells: set[int] | None, metrics: Mapping[str, Field]) -> None:
         """Take the values of the networks in these cells, or in all, for the groups that lie in them."""
-        columns = [(results.c.attack_task_id if of.task is None else of.task, of.column) for of in metrics.values()]
+        columns = [
+            (results.c.attack_task_id if metric.task is None else metric.task, metric.column)
+            for metric in metrics.values()
+        ]
         observed: Observations[int] = Observations(len(columns))
         number_of: dict[tuple[object, ...], int] = {}  # a group's number is hashed in a fraction of the time of its key
         numbers: dict[Key, int] = {}
@@ -265,67 +268,67 @@ class Grouping:
             for name, field, value in zip(self.by, self.keys, key, strict=True)
         }
         statistics = {
-            name: {what: value for statistic in of for what, value in self._statistic(key, group, name, statistic)}
-            for name, of in self.statistics.items()
+            name: dict(pair for statistic in chosen for pair in self._statistic(key, group, name, statistic))
+            for name, chosen in self.statistics.items()
         }
         return {**grouped_by, "results": group.rows, "networks": group.networks, **statistics}
 
     def _statistic(self, key: Key, group: Group, name: str, statistic: str) -> Iterator[tuple[str, float | str | None]]:
-        of = group.metrics[name]
+        moments = group.metrics[name]
         match statistic:
             case "mean":
-                yield statistic, of.mean
+                yield statistic, moments.mean
             case "std":
-                yield statistic, of.std
+                yield statistic, moments.std
             case "count":
-                yield statistic, of.n
+                yield statistic, moments.n
             case "min":
-                yield statistic, of.least
+                yield statistic, moments.least
             case "max":
-                yield statistic, of.most
+                yield statistic, moments.most
             case "ci95":
                 yield from zip(("ci95_low", "ci95_high", "ci95_of"), self._interval(key, group, name), strict=True)
             case "best" | "worst":
-                value = of.high if statistic == "best" else of.low
+                value = moments.high if statistic == "best" else moments.low
                 yield statistic, value
                 yield f"{statistic}_job_id", self._holder(key, group, name, value)
             case _:
-                yield statistic, of.quantile(0.5 if statistic == "median" else int(statistic[1:]) / 100)
+                yield statistic, moments.quantile(0.5 if statistic == "median" else int(statistic[1:]) / 100)
 
     def _interval(self, key: Key, group: Group, name: str) -> tuple[float | None, float | None, str | None]:
-        """The 95 % interval of a metric's mean, and what it is of: the units, or the images that it is a fraction of.
+        """The 95 % interval of a metric's mean, and its sample: the units, or the images that it is a fraction of.
 
-        Networks without spread, or a single one, give no interval: of a fraction, the distinct images give one.
+        Equal networks, or a single one, give no interval. If the metric is a fraction, the distinct images give one.
         """
-        of, within = group.metrics[name], range_of(name)
-        if self.unit == "network" and within is not None and of.least == of.most:
+        moments, within = group.metrics[name], range_of(name)
+        if self.unit == "network" and within is not None and moments.least == moments.most:
             images = (
                 self._images.count(name, self.metrics[name].column, key, group.cells) if name in FRACTIONS else None
             )
-            low, high = accuracy_interval(of.mean, images)
+            low, high = accuracy_interval(moments.mean, images)
             return low, high, None if low is None else "images"
-        low, high = interval(of.n, of.mean, of.std, within=within)
+        low, high = interval(moments.n, moments.mean, moments.std, within=within)
         return low, high, None if low is None else UNITS[self.unit]
 
     def _holder(self, key: Key, group: Group, name: str, value: float | None) -> str | None:
         if value is None:
             return None
-        of_group: list[Column] = [results.c.cell_id.in_(sorted(group.cells))]
-        of_group += [
+        in_group: list[Column] = [results.c.cell_id.in_(sorted(group.cells))]
+        in_group += [
             field.column.is_not_distinct_from(part)
             for field, part in zip(self.keys, key, strict=True)
             if field.of_cell is None
         ]
-        return aggregating.first(self.connection, [*self.where, *of_group], self.metrics[name].column == value)
+        return aggregating.first(self.connection, [*self.where, *in_group], self.metrics[name].column == value)
 
 
 def is_judged(names: Iterable[str]) -> bool:
-    """Whether one of these fields is what the rule of verdicts says of a result."""
+    """Whether one of these fields depends on the rule of verdicts."""
     return any(name in OF_VERDICT or (name.startswith("verdict") and name != VERDICT_VERSION) for name in names)
 
 
 def _without_common(specs: Mapping[int, CellSpec]) -> dict[int, CellSpec]:
-    """The specs without the fields in which all are equal: no two of these need to be compared in them."""
+    """The specs without the fields in which all are equal, which need no comparison."""
     if not specs:
         return {}
     first, *others = specs.values()
@@ -347,7 +350,7 @@ def _distinct(specs: Iterable[JsonMapping]) -> dict[str, list[object]]:
         for name, value in spec.items():
             counts[name] += 1
             seen[name].setdefault(repr(value), value)
-    return {name: [*of.values(), *([None] if counts[name] < count else [])] for name, of in seen.items()}
+    return {name: [*values.values(), *([None] if counts[name] < count else [])] for name, values in seen.items()}
 
 
 def keys_of(connection: Connection, by: Sequence[str]) -> dict[str, Field]:

@@ -24,10 +24,10 @@ RETRACTED = "retracted"
 
 
 def compare(database: Database, job_ids: Sequence[str]) -> JsonObject:
-    """The fields that differ, a paired test for every two, and the union of attacks where they are on one network.
+    """The fields that differ, a paired test for every two, and the union of the attacks if they are on one network.
 
-    Examples are paired by position: the first so many of one fixed permutation, or of the file, as many as all have.
-    Raises `InvalidQuery` for other than 2 to 20 ids, for different data sets and for samples in different orders,
+    Examples are paired by position, in one fixed permutation or in the order of the file, as many as all results have.
+    Raises `InvalidQuery` for other than 2 to 20 ids, for different data sets and for samples in different orders, and
     `NotFound`.
     """
     ids = list(dict.fromkeys(job_ids))
@@ -81,7 +81,7 @@ def differing(specs: Sequence[JsonMapping]) -> dict[str, list[object]]:
     """The fields that are not equal everywhere, with the value of each."""
     names = dict.fromkeys(name for spec in specs for name in spec)
     values = {name: [spec.get(name) for spec in specs] for name in names}
-    return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
 
 
 def paired(a: BitArray, b: BitArray) -> dict[str, float]:
@@ -89,7 +89,7 @@ def paired(a: BitArray, b: BitArray) -> dict[str, float]:
 
     The interval is a percentile bootstrap over examples: those resampled are a multinomial of the three differences.
     """
-    from scipy.special import bdtr  # a tenth of a second that other questions need not wait for
+    from scipy.special import bdtr  # the import takes a tenth of a second
 
     n, only_a, only_b = a.size, int((a & ~b).sum()), int((~a & b).sum())
     discordant = only_a + only_b
@@ -129,12 +129,13 @@ def _union(
         for result, cell in zip(results, cells, strict=True)
     }
     left_out = {job_id: reason for job_id, reason in reasons.items() if reason is not None}
-    kept = {result.job_id: of for result, of in zip(results, bits, strict=True) if result.job_id not in left_out}
+    pairs = zip(results, bits, strict=True)
+    kept = {result.job_id: robust for result, robust in pairs if result.job_id not in left_out}
     if not kept:
         return None, f"none of these proves anything: {', '.join(dict.fromkeys(left_out.values()))}"
     alone = {
-        job_id: int((~of & np.logical_and.reduce([bits for other, bits in kept.items() if other != job_id])).sum())
-        for job_id, of in kept.items()
+        job_id: int((~robust & np.logical_and.reduce([bits for other, bits in kept.items() if other != job_id])).sum())
+        for job_id, robust in kept.items()
     }
     worst = float(np.logical_and.reduce(list(kept.values())).mean())
     return {"robust_accuracy": worst, "broken_only_by": alone, "left_out": left_out}, None

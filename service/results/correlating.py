@@ -26,8 +26,8 @@ from service.store.points import points
 from service.store.result_fields import RESULTS
 
 MAX_POINTS = 200_000
-MAX_PAIRS = 10_000_000  # of networks that are compared, each 2,000 times: seconds
-LEAST_PAIRS = 10_000  # what a small group costs, in time of pairs
+MAX_PAIRS = 10_000_000  # of networks in one answer: each pair is compared 2,000 times, which takes seconds
+LEAST_PAIRS = 10_000  # a small group takes as long as this many pairs
 CONFOUNDED = "confounded by design: points of one network at several scales share the true robust accuracy"
 TWO_SCALINGS = "results whose bias was scaled and results whose bias was left are other networks: filter scale_bias"
 SAME = ("dataset", "attack", "samples", "order")
@@ -44,12 +44,12 @@ def correlations(
     trusted: bool = True,
 ) -> list[JsonObject]:
     """Kendall's tau-b of `measure` with `target`, for each data set, attack, samples, their order, versions of the
-    tasks and `by`; where a number is one of a further measure, for each of its parameters and versions too, and for
-    each version of the verdict if it chose the results or counted a number.
+    tasks and `by`; also for each set of parameters and version of a further measure if a number is one of its numbers,
+    and for each version of the verdict if it chose the results or counted a number.
 
-    One point per trained network at s = 1, the mean of its repeats, and only those that today's rule trusts unless told
-    otherwise; only of attacks in a ball. The same over all scales stands apart, as what it is; none where the bias was
-    scaled with some of them only. Raises `InvalidQuery`.
+    Each trained network gives one point at s = 1, the mean of its repeats, from attacks in a ball only. If `trusted`,
+    only results that today's rule trusts count. The tau over all scales is a separate number, marked as confounded; it
+    is null if the bias was scaled in some of the results only. Raises `InvalidQuery`.
     """
     believed = [Comparison(name, "=", (Value(value),)) for name, value in TRUSTED] if trusted else []
     conditions = [*nodes, *of_adversaries(), *believed]
@@ -73,7 +73,7 @@ def correlations(
 
 
 def _same(point: Point, cell: CellSpec, judged: bool) -> JsonObject:
-    """What points must have in common to be ranked together."""
+    """The values that points must have in common to be ranked together."""
     return {
         **{name: cell[name] for name in SAME},
         "threat_model": threat_model(cell["attack"]).ball,
@@ -102,7 +102,7 @@ def _group(
     observed.add(keys_of_points, of_points, [point.attack_seed for point in of_group], *zip(*columns, strict=True))
     measured, targets = (observed.values(i, "network") for i in range(2))
     every = sorted(measured)  # equal points in an equal order are resampled alike
-    x, y = (np.array([of[point][0] for point in every], np.float64) for of in (measured, targets))
+    x, y = (np.array([values_of[point][0] for point in every], np.float64) for values_of in (measured, targets))
     at_one = np.array([scale == 1 for scale, *_ in every], bool)
     networks = [network for scale, network, _ in every if scale == 1]
     correlation = correlate(x[at_one], y[at_one], [architecture[network] for network in networks], networks)

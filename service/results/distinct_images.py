@@ -1,4 +1,4 @@
-"""How many distinct images an accuracy of a group of results rests on: an image in three networks counts once."""
+"""How many distinct images a group's accuracy rests on: an image that three networks saw counts once."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -15,7 +15,7 @@ Counts = dict[tuple[Key, str], int | None]
 
 
 class DistinctImages:
-    """Of results that `where` chooses, in groups whose key is `key_of` a cell and of the values of `own` columns."""
+    """Counts for the results that `where` chooses, in groups. `key_of(cell_id, values of own)` is a group's key."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class DistinctImages:
     def count(self, fraction: str, column: Column, key: Key, cell_ids: Collection[int]) -> int | None:
         """The least number of distinct images behind this fraction of a group; None if a result does not tell.
 
-        Of one data set all samples are the first so many. Of the images that the networks get right, those of the best
-        network are counted: the others' may be among them.
+        Samples of one data set are always its first images, so the largest sample counts. Of the images that the
+        networks get right, those of the best network count: those of the others may be among them.
         """
         most: dict[str, int] = defaultdict(int)
         for dataset, samples in (self._samples[cell_id] for cell_id in cell_ids):

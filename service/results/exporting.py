@@ -1,7 +1,7 @@
 """Results as tables: CSV, NDJSON and Parquet of everything that matches, batch by batch in constant memory.
 
-The columns are known before the first row is read: those that were asked for, else `COLUMNS`; `*` stands for these,
-`FURTHER` and every stored number. What all seeds of a cell have in common is read once and not per row.
+The columns are known before the first row is read: the requested ones, else `COLUMNS`; `*` stands for these, `FURTHER`
+and every stored number. Values that all results of a cell share are read once and not per row.
 """
 
 import csv
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 10_000
-MAX_CELLS = 20_000  # that are remembered between batches, half a kilobyte each
-ROWS_OF_JSON = 500  # in a batch, where whole rows are read
-GROUP_ROWS = 100_000  # of a row group of Parquet
-GROUP_VALUES = 8_000_000  # of it: fewer rows where they are wide
+MAX_CELLS = 20_000  # cells that are remembered between batches, half a kilobyte each
+ROWS_OF_JSON = 500  # rows of a batch if whole rows are read
+GROUP_ROWS = 100_000  # rows of a row group of Parquet
+GROUP_VALUES = 8_000_000  # values of a row group: wide tables have fewer rows in it
 FLAGS = "flags"
-RARE = "attack.source.recipe."  # of transfers from a network that was trained otherwise
+RARE = "attack.source.recipe."  # only transfers from a network with another recipe have these columns
 COUNTED_BY: dict[Count, str] = {"samples": "samples", "test_samples": "dataset"}
-"""The column that tells of how many images a fraction is."""
+"""The column that tells how many images a fraction is of."""
 IN_COLUMNS = tuple(
     field for field, (fraction, _) in INTERVALS.items() if fraction in HEADLINE and FRACTIONS[fraction] in COUNTED_BY
 )
@@ -62,8 +62,7 @@ FURTHER = (
     *(field for field in INTERVALS if field not in IN_COLUMNS),
 )
 MADE_HERE = frozenset({FLAGS, *IN_COLUMNS})  # columns that are no fields
-WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # of which a table has room for the name
-
+WHOLE = {"attack": "attack.type", "recipe": "recipe.name"}  # objects of which a table shows only the name
 
 Values = list[Any]  # Any: the values of one column, of its kind
 Batch = list[Values]
@@ -96,12 +95,12 @@ def table(database: Database, question: Question) -> Table:
     return Table(names, tuple(map(_kind, names)), lambda: _batches(database, question, order, names, fetch))
 
 
-def csv_lines(of: Table) -> Iterator[str]:
+def csv_lines(content: Table) -> Iterator[str]:
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(of.names)
-    for batch in of.batches():
-        pairs = zip(batch, of.kinds, strict=True)
+    writer.writerow(content.names)
+    for batch in content.batches():
+        pairs = zip(batch, content.kinds, strict=True)
         shown = [list(map(iso, column)) if kind == "time" else column for column, kind in pairs]
         writer.writerows(zip(*shown, strict=True))
         yield buffer.getvalue()
@@ -114,9 +113,9 @@ def json_lines(rows: Iterator[JsonObject]) -> Iterator[str]:
     return (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
 
 
-def parquet_bytes(of: Table) -> Iterator[bytes]:
+def parquet_bytes(content: Table) -> Iterator[bytes]:
     """A Parquet file in pieces, a row group at a time."""
-    import pyarrow as pa  # forty megabytes that an API without exports does not need
+    import pyarrow as pa  # here, because it takes forty megabytes that an API without exports does not need
     import pyarrow.parquet as pq
 
     types = {
@@ -127,12 +126,12 @@ def parquet_bytes(of: Table) -> Iterator[bytes]:
         "boolean": pa.bool_(),
         "time": pa.timestamp("ms", tz="UTC"),
     }
-    schema = pa.schema([(name, types[kind]) for name, kind in zip(of.names, of.kinds, strict=True)])
-    group_rows = max(1, min(GROUP_ROWS, GROUP_VALUES // len(of.names)))
+    schema = pa.schema([(name, types[kind]) for name, kind in zip(content.names, content.kinds, strict=True)])
+    group_rows = max(1, min(GROUP_ROWS, GROUP_VALUES // len(content.names)))
     sink = _Pieces()
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         waiting: list[pa.RecordBatch] = []
-        for batch in of.batches():
+        for batch in content.batches():
             arrays = [_array(column, field.type) for column, field in zip(batch, schema, strict=True)]
             waiting.append(pa.record_batch(arrays, schema=schema))
             if sum(len(part) for part in waiting) >= group_rows:
@@ -154,7 +153,7 @@ def _array(values: Values, kind: "pa.DataType") -> "pa.Array":
 
 
 class _Pieces(io.RawIOBase):
-    """What a writer writes, to be taken away meanwhile."""
+    """A sink whose bytes can be taken while the writer still writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +163,7 @@ class _Pieces(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: Any) -> int:  # Any: bytes in whichever buffer
+    def write(self, data: Any) -> int:  # Any: the writer passes several kinds of buffer
         piece = bytes(data)
         self._pieces.append(piece)
         self._position += len(piece)
@@ -187,7 +186,7 @@ def _names(connection: Connection, fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def _kind(name: str) -> Kind:
-    """The kind of a column. Without a field: whole objects and unknown keys are text, the rest stored numbers."""
+    """The kind of a column. A column that is no field is text (whole objects, unknown keys) or a stored number."""
     if name in RESULTS.known:
         return RESULTS.known[name].kind
     return "text" if name.partition(".")[0] in FAMILIES else "number"
@@ -206,9 +205,9 @@ def _batches(
 
 
 class _Columns:
-    """Columns straight from the index table; those of the cell from a lookup by its id, once for many rows.
+    """Reads columns from the index table. The columns of a cell are looked up by its id, once for many rows.
 
-    The intervals of fractions are computed from these.
+    The intervals of fractions are computed from these columns.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -236,7 +235,7 @@ class _Columns:
         if self._shared:
             shared = zip(*map(self._cells.__getitem__, page.cell_ids), strict=True)
             columns |= dict(zip(self._shared, map(list, shared), strict=True))
-        columns[FLAGS] = [";".join(flags.names_of(*of)) for of in zip(*raised, strict=True)]
+        columns[FLAGS] = [";".join(flags.names_of(*row)) for row in zip(*raised, strict=True)]
         for name in self._intervals:
             columns[name] = _bounds(connection, name, columns)
         return [columns[name] for name in names], cursor
@@ -265,14 +264,14 @@ def _bounds(connection: Connection, name: str, columns: Mapping[str, Values]) ->
 def _whole_rows(
     connection: Connection, question: Question, order: Order, names: Sequence[str]
 ) -> tuple[Batch, str | None]:
-    """The same from whole rows, for stored numbers, labels and provenance."""
+    """Columns from whole rows: slower, but these have stored numbers, labels and provenance too."""
     page = keys_of(connection, question, order)
-    made: Batch = [[] for _ in names]
+    columns: Batch = [[] for _ in names]
     for row in rows_of(connection, [key.job_id for key in page.rows], (ALL_FIELDS,)):
         values = {**dict(flat(row)), **other_names(row)}
-        for name, column in zip(names, made, strict=True):
+        for name, column in zip(names, columns, strict=True):
             column.append(_value(row, values, name))
-    return made, question.next_cursor(order, page.end)
+    return columns, question.next_cursor(order, page.end)
 
 
 def _value(row: JsonObject, values: JsonObject, name: str) -> object:

@@ -44,7 +44,7 @@ class Insights(Results):
         return {**views.job_view(job, progress), "tasks": views.roles_of(job, tasks)}
 
     def sweeps(self, *, user: str | None, cursor: str | None, limit: int) -> JsonObject:
-        """A page of sweeps, the newest first. Raises `InvalidQuery` for an unknown user and what is no cursor."""
+        """A page of sweeps, the newest first. Raises `InvalidQuery` for an unknown user and for a bad cursor."""
         question = ["sweeps", user]
         after = None if cursor is None else decode_id(question, cursor)
         with self.database.read() as connection:
@@ -64,8 +64,8 @@ class Insights(Results):
         ids = [sweep.id for sweep in sweeps]
         jobs, counts = reading.job_counts(connection, ids), reading.task_counts(connection, ids)
         seconds, slots = reading.seconds_by_kind(connection, ids), claiming.places(connection)
-        mine = {sweep_id: [count for count in counts if count.sweep_id == sweep_id] for sweep_id in ids}
-        return [views.sweep_view(of, jobs[of.id], mine[of.id], seconds[of.id], slots) for of in sweeps]
+        tasks = {sweep_id: [count for count in counts if count.sweep_id == sweep_id] for sweep_id in ids}
+        return [views.sweep_view(sweep, jobs[sweep.id], tasks[sweep.id], seconds[sweep.id], slots) for sweep in sweeps]
 
     def task(self, id_or_digest: str) -> JsonObject:
         with self.database.read() as connection:
@@ -75,7 +75,7 @@ class Insights(Results):
         return views.task_view(task, TASK.validate_python(task.spec), attempts, jobs)
 
     def identify(self, kind: identifying.Kind, given: str, *, user: str | None = None) -> str:
-        """The id of which `given` is all, or a prefix that no other has; raises `AmbiguousId`."""
+        """The id that is `given`, or the only one that begins with it; raises `AmbiguousId`."""
         given = identifying.canonical(given)
         if not identifying.is_prefix(given):
             return given
@@ -115,9 +115,9 @@ class Insights(Results):
             return history.last_id(connection)
 
     def first_event(self, after: int, *, sweep_id: str | None = None, job_id: str | None = None) -> int:
-        """The id of the first event later than `after` that is kept, of all or, perhaps, of this sweep or job.
+        """The id of the first kept event later than `after`, of everything or of this sweep or job.
 
-        It is `after + 1` where no event between the two was dropped that may have been one of those.
+        It is `after + 1` if no event in between that may have been one of these was dropped.
         """
         with self.database.read() as connection:
             return self._first_event(connection, after, sweep_id, job_id)
@@ -126,39 +126,37 @@ class Insights(Results):
         first = history.first(connection)
         if first is None or first.id <= after + 1:
             return after + 1
-        of = (reading.sweep(connection, sweep_id) if sweep_id else None) or (
+        subject = (reading.sweep(connection, sweep_id) if sweep_id else None) or (
             reading.job(connection, job_id) if job_id else None
         )
-        return after + 1 if of is not None and of.created_at >= first.at else int(first.id)
+        return after + 1 if subject is not None and subject.created_at >= first.at else int(first.id)
 
     def events(
         self, after: int, *, sweep_id: str | None = None, job_id: str | None = None
     ) -> tuple[int, list[JsonObject], list[JsonObject]]:
-        """`(first_event, events later than that id, the progress of what runs)`, of everything or of a sweep or job."""
+        """`(first_event, events later than that id, progress of running tasks)` of everything, a sweep or a job."""
         with self.database.read() as connection:
             first = self._first_event(connection, after, sweep_id, job_id)
-            happened = history.after(connection, after, sweep_id=sweep_id, job_id=job_id)
+            events = history.after(connection, after, sweep_id=sweep_id, job_id=job_id)
             running = reading.running_tasks(connection, sweep_id=sweep_id, job_id=job_id)
-        return first, [views.event_view(event) for event in happened], [views.running_view(task) for task in running]
+        return first, [views.event_view(event) for event in events], [views.running_view(task) for task in running]
 
     def news(
         self, after: int, *, sweep_ids: Collection[str], job_ids: Collection[str], known: Mapping[str, set[str]]
     ) -> tuple[list[JsonObject], list[JsonObject], dict[str, set[str]]]:
-        """Events and progress of everything, for many readers, with those of their sweeps and jobs that need each task.
+        """`(events, progress, needed_by)` of everything, for many readers: the sweeps and jobs, of these, by task.
 
-        `known` is the last part of an earlier answer, which is valid as long as no event is about a job.
+        `known` is `needed_by` of an earlier answer. It is used if no event is about a job.
         """
         with self.database.read() as connection:
-            happened = history.after(connection, after)
+            events = history.after(connection, after)
             running = reading.running_tasks(connection)
-            needed_by = {} if any(event["job_id"] for event in happened) else dict(known)
-            tasks = {event["task_id"] for event in happened if event["task_id"]} | {task.id for task in running}
+            needed_by = {} if any(event["job_id"] for event in events) else dict(known)
+            tasks = {event["task_id"] for event in events if event["task_id"]} | {task.id for task in running}
             needed_by |= history.needing(connection, tasks - needed_by.keys(), sweep_ids, job_ids)
-        happened, progress = (
-            [views.event_view(event) for event in happened],
-            [views.running_view(task) for task in running],
-        )
-        return happened, progress, {task_id: needed_by[task_id] for task_id in tasks}
+        event_views = [views.event_view(event) for event in events]
+        progress = [views.running_view(task) for task in running]
+        return event_views, progress, {task_id: needed_by[task_id] for task_id in tasks}
 
 
 def _existing(value: T | None, otherwise: str) -> T:

@@ -1,4 +1,4 @@
-"""Judges results again, by another rule or other evidence; an event names each verdict that changes."""
+"""Judges results again, by another rule or on other evidence; an event names each verdict that changes."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,7 @@
 """Leaderboards: one board per threat model, data set and samples, a row per architecture and recipe.
 
-A row counts networks (distinct weights), each by its worst case over every stored attack of the threat model. Attack
-seeds, replicates and further scales of a network make it no second one.
+A row counts networks (distinct weights), each by its worst case over every stored attack of the threat model. Further
+attack seeds, replicates and scales of a network do not count as further networks.
 """
 
 import json
@@ -47,7 +47,7 @@ class Network:
 
     @property
     def robust_accuracy(self) -> float:
-        """Under the strongest single one of the attacks."""
+        """The accuracy under the strongest single attack."""
         return min(map(fmean, self.by_attack.values()))
 
 
@@ -64,9 +64,9 @@ def leaderboard(
 ) -> list[JsonObject]:
     """The boards of the networks that `nodes` choose by their results, best worst case first.
 
-    `attack`, a preset, `scale` and `trusted` choose results too. Whatever chose a network, its worst case is over all
-    stored attacks of the threat model. Only adversaries in a ball rank, and only attacks of this version. Raises
-    `InvalidQuery`.
+    `attack`, a preset, `scale` and `trusted` choose results too. They choose networks only: a network's worst case is
+    always over all stored attacks of the threat model. Only adversaries in a ball rank, and only attacks of this
+    version. Raises `InvalidQuery`.
     """
     if attack is not None and attack not in PRESETS:
         raise InvalidQuery("attack", f"unknown attack {shorten(attack)}{or_rather(attack[:100], tuple(PRESETS))}")
@@ -78,7 +78,7 @@ def leaderboard(
         specs = store.cell_specs(connection, {row.cell_id for row in rows})
         rows = [row for row in rows if _ranks(specs[row.cell_id], attack)]
         boards = _boards(rows, specs)
-        every = [network for board in boards.values() for of in board.values() for network in of.values()]
+        every = [network for board in boards.values() for row in board.values() for network in row.values()]
         worst = dict(worst_cases(connection, {network.scope for network in every}))
     for network in every:
         network.worst = worst.get(network.scope)
@@ -116,11 +116,13 @@ def _boards(rows: Sequence[NetworkCell], specs: Mapping[int, CellSpec]) -> dict[
 
 
 def _board(board: JsonObject, rows: Mapping[str, Networks]) -> JsonObject:
-    made = [made for same, of in rows.items() if (made := _row(json.loads(same), list(of.values()))) is not None]
-    best_first = sorted(made, key=_best_first)
-    attacks = {name for row in rows.values() for network in row.values() for name in network.by_attack}
+    ranked = [
+        row for same, networks in rows.items() if (row := _row(json.loads(same), list(networks.values()))) is not None
+    ]
+    best_first = sorted(ranked, key=_best_first)
+    attacks = {name for networks in rows.values() for network in networks.values() for name in network.by_attack}
     spec = json.loads(attacks.pop()) if len(attacks) == 1 else None
-    versions = [of["version"] for row in made for of in row["attacks"]]
+    versions = [attack["version"] for row in ranked for attack in row["attacks"]]
     order = board.pop("order")
     return {
         **board,
@@ -133,15 +135,15 @@ def _board(board: JsonObject, rows: Mapping[str, Networks]) -> JsonObject:
 
 
 def _best_first(row: JsonObject) -> tuple[float, str, str, float, int]:
-    """Order by the worst case, and equal ones by name, so that a board is always the same."""
+    """Order by the worst case, and equal rows by name, so that a board always has the same order."""
     recipe = json.dumps(row["recipe"], sort_keys=True)
     worst_case, version = row["robust_accuracy_worst_case"], row["train_version"] or 0
     return -worst_case, row["architecture"], recipe, row["scale"], version
 
 
-def _row(same: JsonObject, of: Sequence[Network]) -> JsonObject | None:
-    """A row of networks that were trained alike; None if nothing proves anything about any of them."""
-    attacked = [(network, network.worst) for network in of if network.worst is not None]
+def _row(same: JsonObject, networks: Sequence[Network]) -> JsonObject | None:
+    """A row of networks that were trained alike; None if no result proves anything about any of them."""
+    attacked = [(network, network.worst) for network in networks if network.worst is not None]
     if not attacked:
         return None
     accuracies = [worst.robust_accuracy for _, worst in attacked]
@@ -171,8 +173,8 @@ def _row(same: JsonObject, of: Sequence[Network]) -> JsonObject | None:
 def _attacks(worst: Sequence[WorstCase]) -> list[JsonObject]:
     """The attacks that these worst cases are over, with how many of the networks each of them met."""
     counted: dict[str, JsonObject] = {}
-    for of in worst:
-        for name, attack in of.attacks.items():
+    for worst_case in worst:
+        for name, attack in worst_case.attacks.items():
             same = {"attack": attack.spec, "preset": preset_of(attack.spec), "version": attack.version}
             entry = counted.setdefault(name, {**same, "networks": 0, "results": 0})
             entry["networks"] += 1

@@ -1,4 +1,4 @@
-"""Networks by the SHA-256 of their weights: a list of the trained ones, and what a job means that names them."""
+"""Networks by the SHA-256 of their weights: a list of the trained ones, and the meaning of weights that a job names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ MOST = 5  # trainings that a message lists
 
 @dataclass(frozen=True)
 class Trained:
-    """The training of a job that names the weights instead of the recipe."""
+    """The training that made weights which a job names instead of the recipe."""
 
     recipe: AnyRecipe
     seed: int
@@ -42,7 +42,7 @@ class Trained:
 def trained(database: Database, filters: Mapping[str, str], cursor: str | None, limit: int) -> JsonObject:
     """A page of the networks that trainings made, the newest first; `filters` by the names of `store.FIELDS`.
 
-    Raises `InvalidQuery` for what is no cursor and no SHA-256, and for an unknown architecture, data set or recipe.
+    Raises `InvalidQuery` for a bad cursor or SHA-256, and for an unknown architecture, data set or recipe.
     """
     question = ["networks", sorted(filters.items())]
     after = None if cursor is None else decode_id(question, cursor)
@@ -62,10 +62,10 @@ def trained(database: Database, filters: Mapping[str, str], cursor: str | None, 
 def named(
     connection: Connection, name: str, job: JobSpec, architecture: str, dataset: DatasetRef, replicate: int
 ) -> Trained | Imported:
-    """What the checkpoint `name` means for a network of that job: a training that made these weights, else the weights.
+    """The checkpoint `name` as a job's network: a training that made these weights, else the weights themselves.
 
-    `name` is that of a registered checkpoint, or the SHA-256 of weights. Weights whose training a new job would not
-    join (another replicate is asked for, or today's code plans another task) are imported as they are.
+    `name` is the name of a registered checkpoint, or the SHA-256 of weights. Weights whose training a new job would not
+    join (it has another replicate, or today's code plans another task) are imported as they are.
     Raises `ValueError` if there are none, if they are of another network or of several, and if every training
     that made them is retracted.
     """
@@ -77,10 +77,10 @@ def named(
             raise ValueError(_retracted(fitting[0]))
         return _training_of(standing, job, architecture, dataset, replicate)
     if made and not is_registered(connection, name):
-        of = " and ".join(
+        others = " and ".join(
             dict.fromkeys(f"a {network.spec['architecture']} on {network.spec['dataset']['name']}" for network in made)
         )
-        raise ValueError(f"the weights {name} are of {of}, not of a {architecture} on {dataset.name}")
+        raise ValueError(f"the weights {name} are of {others}, not of a {architecture} on {dataset.name}")
     return weights_of(connection, name, architecture, dataset.name)
 
 
@@ -101,7 +101,7 @@ def _training_of(
     for network in candidates:
         try:
             recipe = RECIPE.validate_python(network.spec["recipe"])
-        except ValidationError:  # of a version that could ask for what today's cannot
+        except ValidationError:  # an earlier version accepted this recipe, and this one refuses it
             return weights
         seed, replicate = network.spec["seed"], network.spec["replicate"]
         if training(architecture, dataset, recipe, seed, replicate).digest == network.digest:
@@ -110,7 +110,7 @@ def _training_of(
 
 
 def _several(networks: Sequence[TrainedNetwork]) -> str:
-    """Equal bits from several trainings, such as of two recipes that are one with these parameters."""
+    """The error for equal weights of several trainings, such as of two recipes that are equal for these parameters."""
     each = [
         f"{network.spec['recipe']['name']} with seed {network.spec['seed']} (task {network.task_digest[:12]})"
         for network in networks

@@ -1,4 +1,4 @@
-"""A question about jobs or results: which rows, in which order, from where on."""
+"""A question about jobs or results: which rows, in which order, from which row on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class Question:
         return nodes_of(self.filter, self.filters)
 
     def order(self, connection: Connection, fields: Fields, sequence: Column) -> Order:
-        """Raises `InvalidQuery` for a field that there is not, or that has no order, and for too many."""
+        """Raises `InvalidQuery` for an unknown field, a field that has no order, and too many fields."""
         directions: dict[str, bool] = {}
         for name in query.names_of(self.sort):
             directions.setdefault(name.removeprefix("-"), name.startswith("-"))
@@ -58,7 +58,7 @@ class Question:
         return None if self.cursor is None else decode_cursor(self._identity(order), self.cursor, order)
 
     def _identity(self, order: Order) -> list[object]:
-        """What a cursor is valid for: this question about the table of `order`."""
+        """The question, with the table of `order`: a cursor is valid for these only."""
         simple = sorted((name, sorted(values)) for name, values in self.filters.items())
         return [str(order.sequence), self.sort, simple, self.filter, self.retracted]
 

@@ -39,7 +39,7 @@ class Results:
         self.database = database
 
     def results(self, question: Question) -> JsonObject:
-        """A page of results; the first one says how many are hidden because they are retracted.
+        """A page of results; the first page says how many results are hidden because they are retracted.
 
         Raises `InvalidQuery`.
         """
@@ -56,7 +56,7 @@ class Results:
             return store.hidden(connection, nodes)
 
     def all_results(self, question: Question) -> Iterator[JsonObject]:
-        """Every row, page by page, so that neither memory nor a transaction grows with them.
+        """Every row, page by page, so that neither memory nor a transaction grows with their number.
 
         Raises `InvalidQuery` at once, before the first row is taken.
         """
@@ -82,7 +82,7 @@ class Results:
         return rows, question.next_cursor(order, page.end)
 
     def result(self, job_id: str) -> JsonObject:
-        """One result whole: all numbers by the part that their task plays, with provenance and names of curves.
+        """One whole result: all numbers by the role of their task, with provenance and names of curves.
 
         Its `flags` are findings from other results; its `worst_case` is over all attacks in its threat model.
         """
@@ -113,13 +113,13 @@ class Results:
             raise unknown("parts", wrong[0], list(ROLES))
         with self.database.read() as connection:
             return [
-                {**_named(result), "curves": _curves(connection, result, parts)}
+                {**_summary(result), "curves": _curves(connection, result, parts)}
                 for result in (result_of(connection, job_id) for job_id in dict.fromkeys(job_ids))
             ]
 
 
-def _named(result: Result) -> JsonObject:
-    """What tells the curves of several results apart."""
+def _summary(result: Result) -> JsonObject:
+    """The fields by which a reader tells the curves of several results apart."""
     return {
         "job_id": result.job_id,
         "architecture": result.architecture,
@@ -141,7 +141,7 @@ def keys_of(connection: Connection, question: Question, order: Order) -> Page[Re
 
 
 def rows_of(connection: Connection, job_ids: Sequence[str], fields: Sequence[str]) -> list[JsonObject]:
-    """These results as rows, cut to the fields that were asked for."""
+    """These results as rows, cut to `fields` if there are any."""
     results = store.of_jobs(connection, job_ids)
     further = store.further_measures(connection, results)
     specs = store.cell_specs(connection, {result.cell_id for result in results})
@@ -192,10 +192,10 @@ def result_of(connection: Connection, job_id: str) -> Result:
 
 
 def _parts(connection: Connection, result: Result) -> JsonObject:
-    """What each task of a result stored, by the task's role; a second task of a role has its digest in the name."""
+    """The stored values of each task of a result, by its role; the name of a role's second task has its digest too."""
     parts: JsonObject = {}
     for task in reading.tasks_of_job(connection, result.job_id):
-        made_by = [a for a in reading.attempts_of(connection, task.id) if a.number == task.attempt]
+        attempts = [each for each in reading.attempts_of(connection, task.id) if each.number == task.attempt]
         part = {
             "task_id": task.id,
             "digest": task.own_digest,
@@ -207,7 +207,7 @@ def _parts(connection: Connection, result: Result) -> JsonObject:
             "curves": store.curve_names(connection, task.id),
             "bits": store.bit_names(connection, task.id),
             "artifacts": store.artifacts_of(connection, task.id),
-            "provenance": made_by[0].provenance if made_by else None,
+            "provenance": attempts[0].provenance if attempts else None,
         }
         for role in reading.roles(result, task):
             name = task.spec["measure"]["type"] if role == "measure" else role

@@ -48,7 +48,7 @@ def job_view(job: Job, progress: float) -> JsonObject:
 
 
 def version(ident: str, priority: int, labels: Mapping[str, str]) -> str:
-    """The version of a job or sweep, for conditional changes: a digest of all that can be changed."""
+    """The version of a job or sweep, for conditional changes: a digest of its id and of all fields that can change."""
     return hashlib.sha256(json.dumps([ident, priority, sorted(labels.items())]).encode()).hexdigest()[:32]
 
 
@@ -70,7 +70,7 @@ def task_line(task: records.Task, roles: list[str]) -> JsonObject:
 
 
 def task_view(task: records.Task, spec: Task, attempts: Sequence[Attempt], jobs: list[str]) -> JsonObject:
-    """A task whole: its spec and the canonical form that its digest is the SHA-256 of, and every attempt."""
+    """A whole task: its spec, the canonical form whose SHA-256 is its digest, and every attempt."""
     return {
         **{key: value for key, value in task_line(task, []).items() if key != "roles"},
         "spec": task.spec,
@@ -104,9 +104,9 @@ def _attempt_view(attempt: Attempt) -> JsonObject:
     }
 
 
-def set_aside(one: SetAside) -> JsonObject:
-    """A part of the environment that gets no work, and from when on it is tried again."""
-    return {**one.as_data(), "since": iso(one.since), "retry_at": iso(one.retry_at)}
+def set_aside(fault: SetAside) -> JsonObject:
+    """A part of the environment that gets no work, and the time from which it is tried again."""
+    return {**fault.as_data(), "since": iso(fault.since), "retry_at": iso(fault.retry_at)}
 
 
 def sweep_view(
@@ -142,7 +142,7 @@ def sweep_state(jobs: Mapping[str, int], paused: bool) -> str:
 
 
 def eta_seconds(counts: Sequence[TaskCount], seconds: Mapping[str, float], slots: float) -> float | None:
-    """Seconds for the tasks that are left, at what their kinds took so far, over all slots; None while unknown."""
+    """Seconds until the remaining tasks are done on all slots, if each takes as long as its kind did; None: unknown."""
     if not seconds or slots <= 0:
         return None
     usual = max(seconds.values())  # for kinds of which none has finished yet
@@ -157,7 +157,7 @@ def eta_seconds(counts: Sequence[TaskCount], seconds: Mapping[str, float], slots
 def result_row(
     result: Result, further: Sequence[FurtherMeasure], cell: CellSpec, *, test_samples: int | None, whole: bool
 ) -> JsonObject:
-    """One result: what was asked for, the headline numbers, the verdict, each measure's summary, times, provenance.
+    """One result: its spec, the headline numbers, the verdict, each measure's summary, times, provenance.
 
     `test_samples` is how many test images the data set has. Only a `whole` row has the details of the numbers.
     """
@@ -213,12 +213,12 @@ class Retractable(Protocol):
     def retraction_reason(self) -> str | None: ...
 
 
-def retracted(of: Retractable) -> dict[str, str | None]:
-    """When, by whom and why a result was retracted; nulls for one that stands."""
+def retracted(value: Retractable) -> dict[str, str | None]:
+    """When, by whom and why a result or task was retracted; nulls if it stands."""
     return {
-        "retracted_at": iso(of.retracted_at),
-        "retracted_by": of.retracted_by,
-        "retraction_reason": of.retraction_reason,
+        "retracted_at": iso(value.retracted_at),
+        "retracted_by": value.retracted_by,
+        "retraction_reason": value.retraction_reason,
     }
 
 

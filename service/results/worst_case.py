@@ -1,4 +1,4 @@
-"""The worst case of a network in a threat model: images that all stored attacks of it left right.
+"""The worst case of a network in a threat model: the images that it still gets right under all of its stored attacks.
 
 Definition: science/README.md, "Controls".
 """
@@ -23,7 +23,7 @@ from service.store import results as store
 from service.store.database import Database
 
 NO_EVIDENCE = ("outside_ball", "non_finite", "eps_zero", "train_mode", "random_forward")
-"""Reasons of verdicts after which a broken image proves nothing: the network may be right everywhere in the ball. A
+"""Reasons of verdicts with which a broken image proves nothing: the network may be right everywhere in the ball. A
 blind or weak attack is no such reason: it breaks too few images, and other attacks make up for that."""
 SUPERSEDED = "superseded"
 MAX_SCOPES = 10_000  # in one answer
@@ -31,8 +31,8 @@ MAX_SCOPES = 10_000  # in one answer
 
 @dataclass(frozen=True)
 class Scope:
-    """A network, a ball and images, over which a worst case is taken. `scale` is 1 if the bias is scaled too: then the
-    predictions are equal at every s, and an image that is broken at one s is broken at all."""
+    """A network, a ball and images over which a worst case is taken. `scale` is 1 if the bias is scaled too: then the
+    predictions are equal at every s, and an image that is broken at one s is broken at all of them."""
 
     network: str
     threat_model: str
@@ -70,7 +70,8 @@ class Attack:
 
 @dataclass
 class WorstCase:
-    """Of `n` images. `left_out` counts the results that prove nothing, by the reason; `flags` are those of the rest."""
+    """A worst case over `n` images. `left_out` counts the results that prove nothing, by reason; `flags` are those of
+    the other results."""
 
     n: int
     attacks: dict[str, Attack] = field(default_factory=dict)
@@ -127,7 +128,7 @@ def why_left_out(verdict_reasons: Iterable[str] | None, cell: CellSpec) -> str |
 
 
 def worst_cases(connection: Connection, scopes: Collection[Scope]) -> Iterator[tuple[Scope, WorstCase]]:
-    """The worst case of each of these, some networks at a time; none where no attack of this version says anything."""
+    """The worst case of each scope, some networks at a time. A scope without evidence from this version has none."""
     wanted = set(scopes)
     specs: dict[int, CellSpec] = {}
     for attacks in network_results.attacks_in_a_ball(connection, {scope.network for scope in wanted}):
@@ -143,8 +144,8 @@ def worst_cases(connection: Connection, scopes: Collection[Scope]) -> Iterator[t
 def of_networks(database: Database, nodes: Sequence[Node]) -> list[JsonObject]:
     """The worst case of each network that `nodes` choose by their results, in each threat model of those results.
 
-    Whatever chose a network, its worst case is over all stored attacks of the threat model. Raises `InvalidQuery`, also
-    for more than `MAX_SCOPES`.
+    `nodes` choose networks only: a worst case is always over all stored attacks of the threat model. Raises
+    `InvalidQuery`, also for more than `MAX_SCOPES`.
     """
     scopes: dict[Scope, CellSpec] = {}
     with database.read() as connection:

@@ -42,7 +42,7 @@ class Estimated(BaseModel):
 
 class QueueAhead(BaseModel):
     paused: bool
-    own_tasks_before: int = Field(description="Tasks that wait at your expense, counted up to 1,000.")
+    own_tasks_before: int = Field(description="Waiting tasks that you sponsor, counted up to 10,000.")
     other_users_waiting: int
 
 
