@@ -18,7 +18,7 @@ CLOCK_TOLERANCE_SECONDS = 5.0  # setting the clock moves the time at which a pro
 
 
 class Note(TypedDict):
-    """Where the service of a home answers, and which process that is."""
+    """The address of a home's service, and its process."""
 
     url: str
     pid: int
@@ -51,7 +51,7 @@ def lock(settings: Settings) -> IO[str]:
 
 
 def announce(settings: Settings, url: str) -> None:
-    """Write the note: where this home's service answers."""
+    """Write the note with the address of this home's service."""
     path = _path(settings)
     me = psutil.Process()
     note: Note = {"url": url, "pid": me.pid, "process_began_at": me.create_time()}

@@ -85,8 +85,8 @@ def _service(settings: Settings, running: str | None) -> Iterator[str]:
     listen(settings.host, settings.port).close()  # so that a port in use is an error here, and not in a log
     private.folder(private.folder(settings.home) / settings.logs.name)
     command = [sys.executable, "-m", "api.cli", "serve", "--home", str(settings.home), "--port", str(settings.port)]
-    known = settings.database_url or (settings.home / "uncanny.db").exists()
-    command += ["--when-needed"] if known else []  # with stored numbers Ray may not be needed
+    has_store = settings.database_url or (settings.home / "uncanny.db").exists()
+    command += ["--when-needed"] if has_store else []  # with stored numbers Ray may not be needed
     with private.opened(settings.logs / "serve.log", "ab") as log:
         server = subprocess.Popen(
             command,
@@ -155,16 +155,16 @@ def _in_percent(value: float | None) -> str:
 
 
 def _say_what_was_computed(accepted: Json, seconds: float, own_service: bool) -> None:
-    known = sum(accepted["known"].values())
+    reused = sum(accepted["known"].values())
     new = dict(accepted["to_compute"])
     trainings, others = new.pop("train", 0), sum(new.values())
     took = f"{accepted['jobs']} jobs in {seconds:.1f} s{', the start of the service included' if own_service else ''}"
     if trainings or others or accepted["under_way"]:
-        sentence = f"{took}: {trainings} trainings and {others} other tasks computed, {known} known before."
+        sentence = f"{took}: {trainings} trainings and {others} other tasks computed, {reused} known before."
     else:
         trainings = accepted["known"]["train"]
         without = " without starting Ray" if own_service else ""
-        others = known - trainings
+        others = reused - trainings
         sentence = f"{took}, from the store{without}: all {trainings} trainings and {others} other tasks were known."
     say(sentence)
     say("Scaling changes no prediction, so the true robust accuracy is the same at every scale:")

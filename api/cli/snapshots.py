@@ -43,7 +43,7 @@ def freeze(
     filter: str | None = None,
     *,
     include_retracted: bool = False,
-    **filters: Any,  # as `Client.export` takes them
+    **filters: Any,  # Any: as `Client.export` takes them
 ) -> Json:
     """Freeze the results that match in a new folder, which is there whole or not at all.
 

@@ -43,7 +43,7 @@ class _Json(SafeConstructor):
 
 
 class _Yaml(YAML):
-    """YAML 1.2, whatever version the document declares: `no` is a text."""
+    """YAML 1.2, even if the document declares another version: `no` is a text."""
 
     @property
     def version(self) -> tuple[int, int]:
@@ -99,7 +99,7 @@ def _inside(node: Node) -> Iterable[Node]:
     return ()
 
 
-for tag in ("timestamp", "value", "merge"):  # a date, `=`, and `<<` where it is no key
+for tag in ("timestamp", "value", "merge"):  # a date, `=`, and `<<` if it is no key
     _Json.add_constructor(f"tag:yaml.org,2002:{tag}", _Json.as_text)
 _Json.add_constructor("tag:yaml.org,2002:int", _Json.whole)
 _Json.add_constructor("tag:yaml.org,2002:float", _Json.decimal)

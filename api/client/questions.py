@@ -179,7 +179,7 @@ class Questions(Transport):
         filter: str | None = None,
         *,
         format: Format | None = None,
-        **more: Any,  # as `results` takes them
+        **more: Any,  # Any: as `results` takes them
     ) -> Path:
         """Write every row that matches to a file, as it comes. The format follows from the name of the file.
 

@@ -251,12 +251,12 @@ def sweep_progress(name: str) -> Iterator[OnProgress]:
 
 
 def _lines(name: str) -> OnProgress:
-    said: set[int] = set()
+    reported: set[int] = set()
 
     def update(status: Json) -> None:
         tenth = int(10 * status["progress"])
-        if tenth not in said and tenth < 10:
-            said.add(tenth)
+        if tenth not in reported and tenth < 10:
+            reported.add(tenth)
             tell(f"{name}: {10 * tenth} %" + (f", {left}" if (left := _left(status)) else ""))
 
     return update

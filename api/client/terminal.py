@@ -15,7 +15,7 @@ SPELLED = "uncanny.spelled"
 
 def plain(text: str) -> str:
     """The text with its control characters escaped, which would move the cursor or change colours and direction."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @contextmanager
@@ -54,7 +54,7 @@ class _Pipe:
             raise self._end() from None
 
     def _end(self) -> SystemExit:
-        """Discard whatever is still to be written, also by the interpreter when it exits."""
+        """Discard all output from now on, also the interpreter's when it exits."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

@@ -127,7 +127,7 @@ class Transport:
         content: Callable[[], Iterator[bytes]] | None = None,
         **more: Unpack[Sent],
     ) -> Json:
-        """One request, repeated where that is safe: always if nothing was sent or done, else if `repeatable`."""
+        """One request, repeated if that is safe: always if nothing was sent or done, else if `repeatable`."""
         repeatable = method in REPEATABLE if repeatable is None else repeatable
         patience = self._patience()
         lost = False  # a request that changes something was sent, and its answer did not come
@@ -210,7 +210,7 @@ class Patience:
     def pause(self, response: httpx.Response | None = None) -> None:
         """Wait a little longer each time.
 
-        Where the answer has a `Retry-After`, wait as long as it says, but not beyond the end of the patience.
+        If the answer has a `Retry-After`, wait as long as it says, but not beyond the end of the patience.
         """
         seconds = self._pause_seconds * random.uniform(0.5, 1.0)
         retry_after = _retry_after(response.headers.get("Retry-After", "")) if response is not None else None

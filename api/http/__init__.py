@@ -1,1 +1,1 @@
-"""The HTTP application: routes on the service's verbs and questions, and who may ask for what."""
+"""The HTTP application: routes on the service's verbs and questions, and the permission that each needs."""

@@ -1,4 +1,4 @@
-"""Users and their tokens, and who one is."""
+"""Users and their tokens, and the caller's own user."""
 
 from typing import Annotated
 

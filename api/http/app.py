@@ -62,7 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=document.operation_id,
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # such a redirect names the host, and `http` where a proxy speaks TLS
+        redirect_slashes=False,  # such a redirect names the host, and `http` even if a proxy speaks TLS
         dependencies=[Depends(only_documented_parameters), Depends(acceptable)],
     )
     _set_state(app, settings)
@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _set_state(app: FastAPI, settings: Settings) -> None:
-    """What all requests share: the verbs, the questions, the access of users, and counts of what is open."""
+    """Set the state that all requests share: the verbs, the questions, the access of users, counts of open requests."""
     database = Database(settings.database, statement_seconds=settings.statement_seconds)
     app.state.settings = settings
     app.state.service = Service(

@@ -122,7 +122,7 @@ class Connection(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _reader_timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:  # Any: what uvicorn makes a connection of
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # Any: uvicorn's own arguments, passed on
         super().__init__(*arguments, **options)
         most = self.config.h11_max_incomplete_event_size
         self.conn = Parser(h11.SERVER, DEFAULT_MAX_INCOMPLETE_EVENT_SIZE if most is None else most)

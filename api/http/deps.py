@@ -97,7 +97,7 @@ async def only_documented_parameters(request: Request) -> None:
     operation = operation_of(request)
     if operation is None:
         return
-    known = sorted(item["name"] for item in operation.get("parameters", []) if item["in"] == "query")
+    names = sorted(item["name"] for item in operation.get("parameters", []) if item["in"] == "query")
     for name in request.query_params:
-        if name not in known:
-            raise InvalidQuery(name, f"unknown parameter {name!r}{or_rather(name, known)}")
+        if name not in names:
+            raise InvalidQuery(name, f"unknown parameter {name!r}{or_rather(name, names)}")

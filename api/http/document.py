@@ -1,4 +1,4 @@
-"""The OpenAPI document: what is added to the document that the framework makes of the routes."""
+"""The OpenAPI document: additions to the document that the framework makes of the routes."""
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -126,7 +126,7 @@ def _first_sentence(text: str) -> str:
 
 
 def with_bounds(schema: JsonObject) -> JsonObject:
-    """A JSON schema with bounds by its own names: pydantic leaves `ge` and so on where a validator comes first."""
+    """A JSON schema with bounds by JSON schema's names: pydantic leaves `ge` and so on if a validator comes first."""
     return {BOUNDS.get(name, name): _bounded(value) for name, value in schema.items()}
 
 

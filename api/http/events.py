@@ -48,7 +48,7 @@ class Start:
 
     after: int
     first: int
-    of: dict[str, str | None]
+    subject: dict[str, str | None]
 
 
 def _start(
@@ -66,7 +66,7 @@ def _start(
     ] = None,
     last_event_id: Annotated[int | None, WholeFromText, Header(ge=0, le=LAST_ID)] = None,
 ) -> Start:
-    """Where the stream starts: where it broke off; else at the beginning of the sweep or job; else now.
+    """The start of the stream: where it broke off; else the beginning of the sweep or job; else now.
 
     An unknown sweep or job is refused before the stream begins. So is an id that no event has yet, because the reader
     would miss the events up to it.
@@ -82,8 +82,8 @@ def _start(
     if resumed > newest:
         name = "after" if last_event_id is None else "Last-Event-ID"
         raise InvalidQuery(name, f"there is no event {resumed} yet: the newest is {newest}")
-    of = {"sweep_id": sweep, "job_id": job}
-    return Start(resumed, insights.first_event(resumed, **of), of)
+    subject = {"sweep_id": sweep, "job_id": job}
+    return Start(resumed, insights.first_event(resumed, **subject), subject)
 
 
 @router.get(
@@ -109,10 +109,9 @@ async def follow_events(
     been dropped (`UNCANNY_EVENT_DAYS`): where some are missing that belong here, `event: gap` says so in their place,
     with the ids `from` and `to` of what is gone; also to who reads so slowly that they go meanwhile.
     """
-    of = start.of
     past = _Past(insights, users, caller, start)
     if follow:
-        reader = Reader(caller, of["sweep_id"], of["job_id"])
+        reader = Reader(caller, start.subject["sweep_id"], start.subject["job_id"])
         await feed.join(reader)
         pieces = _followed(past, reader, feed)
     else:
@@ -125,7 +124,7 @@ class _Past:
     """The past events after `last_id`, in pages. `last_id` moves on with the events that were sent."""
 
     def __init__(self, insights: Insights, users: Access, caller: Caller, start: Start) -> None:
-        self._insights, self._users, self._caller, self._of = insights, users, caller, start.of
+        self._insights, self._users, self._caller, self._subject = insights, users, caller, start.subject
         self._start = start
         self.last_id = start.after
         self.running: list[JsonObject] = []
@@ -149,15 +148,15 @@ class _Past:
             if time.monotonic() - self._renewed_at >= RENEW_SECONDS:
                 self._caller = await to_thread.run_sync(self._users.renewed, self._caller, limiter=CATCHING_UP)
                 self._renewed_at = time.monotonic()
-            ask = partial(self._insights.events, self.last_id, **self._of)
-            first, happened, self.running = await to_thread.run_sync(ask, limiter=CATCHING_UP)
+            ask = partial(self._insights.events, self.last_id, **self._subject)
+            first, events, self.running = await to_thread.run_sync(ask, limiter=CATCHING_UP)
             if gap := self._gap(first):
                 yield gap
-            if not happened:
+            if not events:
                 return
-            self.last_id = happened[-1]["id"]
+            self.last_id = events[-1]["id"]
             name = None if self._caller.may("admin") else self._caller.name
-            yield b"".join(event_piece(event) for event in happened if may_see(event, name))
+            yield b"".join(event_piece(event) for event in events if may_see(event, name))
 
 
 async def _listed(past: _Past) -> AsyncIterator[bytes]:

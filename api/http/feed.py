@@ -133,17 +133,17 @@ class Feed:
         if self._followed != (sweeps, jobs):
             self._followed, self._needed_by = (sweeps, jobs), {}
         ask = partial(self._insights.news, sweep_ids=sweeps, job_ids=jobs, known=self._needed_by)
-        happened, running, self._needed_by = await self._run(ask, self._position)
-        if happened:
-            self._position = happened[-1]["id"]
+        events, running, self._needed_by = await self._run(ask, self._position)
+        if events:
+            self._position = events[-1]["id"]
         progress = {task["task_id"]: (task["progress"], task["detail"]) for task in running}
-        changed = {task_id for task_id, of in progress.items() if self._progress.get(task_id) != of}
+        changed = {task_id for task_id, state in progress.items() if self._progress.get(task_id) != state}
         self._progress = progress
-        await self._give(happened, running, changed)
-        return len(happened) >= PAGE
+        await self._give(events, running, changed)
+        return len(events) >= PAGE
 
-    async def _give(self, happened: list[JsonObject], running: list[JsonObject], changed: set[str]) -> None:
-        events = [(event, event_piece(event)) for event in happened]
+    async def _give(self, new_events: list[JsonObject], running: list[JsonObject], changed: set[str]) -> None:
+        events = [(event, event_piece(event)) for event in new_events]
         progress = [(task, progress_piece(task)) for task in running]
         groups: dict[tuple[str | None, str | None, str | None, bool], list[Reader]] = defaultdict(list)
         for reader in self._readers:
@@ -168,8 +168,8 @@ class Feed:
             return True
         needed_by = self._needed_by.get(row["task_id"], set())
         return all(
-            of is None or row.get(name) == of or of in needed_by
-            for name, of in (("sweep_id", sweep_id), ("job_id", job_id))
+            ident is None or row.get(name) == ident or ident in needed_by
+            for name, ident in (("sweep_id", sweep_id), ("job_id", job_id))
         )
 
     async def _renew(self) -> None:

@@ -33,6 +33,6 @@ def list_networks(
 ) -> Answer:
     """The networks that trainings made, the newest first. Jobs name one as `"checkpoint": WEIGHTS_SHA256`, in place of
     recipe and seed: they join its training, and what was computed on it."""
-    given = {"architecture": architecture, "dataset": dataset, "recipe": recipe, "weights_sha256": weights_sha256}
-    filters = {name: value for name, value in given.items() if value is not None}
+    every = {"architecture": architecture, "dataset": dataset, "recipe": recipe, "weights_sha256": weights_sha256}
+    filters = {name: value for name, value in every.items() if value is not None}
     return linked(trained(service.database, filters, cursor, limit), request, response)

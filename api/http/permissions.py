@@ -67,8 +67,8 @@ class Permission:
                 if request.path_params:
                     await to_thread.run_sync(_complete_ids, request, caller, limiter=threads)
             request.state.caller = caller
-        known: Caller = request.state.caller
-        return known
+        admitted: Caller = request.state.caller
+        return admitted
 
     def _admit_token(self, request: Request, credentials: HTTPAuthorizationCredentials | None) -> Caller:
         caller = caller_of_token(request, credentials)
@@ -109,7 +109,8 @@ def declared(route: APIRoute) -> OpenToAll | Permission:
     """
     methods = route.methods or set()
     name = f"{', '.join(sorted(methods))} {route.path}"
-    permissions = [of.dependency for of in route.dependencies if isinstance(of.dependency, OpenToAll | Permission)]
+    dependencies = [each.dependency for each in route.dependencies]
+    permissions = [dependency for dependency in dependencies if isinstance(dependency, OpenToAll | Permission)]
     if len(permissions) != 1:
         raise TypeError(f"{name} declares {len(permissions)} permissions: it needs one, as in `scope('read')`")
     [permission] = permissions

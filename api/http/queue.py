@@ -1,4 +1,4 @@
-"""The queue as a whole: what is in it, pause and resume."""
+"""The queue as a whole: its counts, pause and resume."""
 
 from api.http.deps import Questions, ServerSettings, User, Verbs
 from api.http.errors import documented

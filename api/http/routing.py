@@ -17,7 +17,7 @@ from api.http.turns import Turns
 WRITERS, REGISTRATIONS, UPLOADS = "writers", "registrations", "uploads"
 QUESTIONS, DOWNLOADS = "questions", "downloads"
 Answer = Mapping[str, object]
-"""What an endpoint returns: the route's `response_model` says which fields that has, and checks them."""
+"""The answer of an endpoint: the route's `response_model` has its fields, and checks them."""
 Handler = Callable[[Request], Coroutine[None, None, Response]]
 OF_MANY = {
     "/v1/correlations",

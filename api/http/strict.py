@@ -1,4 +1,4 @@
-"""Strict reading of JSON bodies: duplicate keys, NaN and whatever else has no one meaning is refused."""
+"""Strict reading of JSON bodies: duplicate keys, NaN and all else without a single meaning are refused."""
 
 import json
 from itertools import accumulate

@@ -1,4 +1,4 @@
-"""Tasks: what jobs share."""
+"""Tasks, which jobs share."""
 
 from api.http.deps import CurrentCaller, Questions, User, Verbs
 from api.http.errors import documented

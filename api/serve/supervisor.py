@@ -278,8 +278,8 @@ def _prepared(settings: Settings) -> "Database":
 
 def dispatcher_name(settings: Settings) -> str:
     """The name of this home's dispatcher. It is the same after a restart, which so gets its leases back at once."""
-    place = hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]
-    return f"{socket.gethostname()}-{place}"
+    digest = hashlib.sha256(str(settings.home).encode()).hexdigest()[:8]
+    return f"{socket.gethostname()}-{digest}"
 
 
 def _open_log(path: Path) -> IO[bytes]:

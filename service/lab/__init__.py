@@ -1,1 +1,1 @@
-"""What a lab registers: users with their tokens, data sets, checkpoints, and the artifacts that all of it lies in."""
+"""A lab's own things: users with their tokens, data sets and checkpoints, and the artifacts that hold their bytes."""

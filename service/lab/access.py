@@ -78,7 +78,8 @@ class Access:
         `NotFound` for an unknown user with `disabled`, so that a typing error makes no user, and `Conflict` if no admin
         would be left.
         """
-        disabled, changes = changes.get("disabled"), {name: of for name, of in changes.items() if name != "disabled"}
+        disabled = changes.get("disabled")
+        changes = {field: value for field, value in changes.items() if field != "disabled"}
         with self.database.write() as connection:
             now = self.database.now(connection)
             existing = users.user(connection, name)
@@ -86,16 +87,16 @@ class Access:
                 _there(existing, name)
             if disabled or changes.get("role", "admin") != "admin":
                 _check_admins(connection, name)
-            happened = []
+            events = []
             if existing is None or changes:
                 kind = EventKind.USER_CREATED if existing is None else EventKind.USER_CHANGED
-                happened.append(Event(kind, data={"name": name, **changes}))
+                events.append(Event(kind, data={"name": name, **changes}))
             if existing is not None and disabled is not None and disabled != (existing.disabled_at is not None):
                 kind = EventKind.USER_DISABLED if disabled else EventKind.USER_ENABLED
-                happened.append(Event(kind, data={"name": name}))
+                events.append(Event(kind, data={"name": name}))
                 changes["disabled_at"] = now if disabled else None
             user = users.put_user(connection, now, name, changes)
-            history.append(connection, now, actor, happened)
+            history.append(connection, now, actor, events)
             return _user_view(user)
 
     def users(self) -> list[JsonObject]:
@@ -151,10 +152,10 @@ class Access:
             return [_token_view(token) for token in users.tokens_of(connection, user)]
 
     def revoke_token(self, token_id: str, *, by: Caller) -> JsonObject:
-        """Refuse this token from now on, and all tokens that were made with it, directly or not: whoever had the token
+        """Refuse this token from now on, and all tokens that were made with it, directly or not: a thief of the token
         may have made them.
 
-        `revoked_children` counts those. Raises `NotFound`, and `Conflict` if the token was revoked before.
+        `revoked_children` counts the latter. Raises `NotFound`, and `Conflict` if the token was revoked before.
         """
         with self.database.write() as connection:
             now = self.database.now(connection)
@@ -230,7 +231,7 @@ def _hash(secret: str) -> str:
 
 
 def _revocation(token: Token, with_token: str) -> JsonObject:
-    """What the event says of a token that was revoked by itself or with another one."""
+    """The data of the event for a token that was revoked by itself or with another one."""
     data = {"id": token.id, "user": token.user, "name": token.name}
     return data if token.id == with_token else {**data, "with": with_token}
 

@@ -17,35 +17,35 @@ FRESH_SECONDS = 2.0  # how long a mark is used before it is read again: an opera
 class RootMark:
     """The mark of the artifact root of a database, read when it is needed.
 
-    A call raises `DatabaseAway`, and `ArtifactRootUnusable` if the database has no mark yet and cannot take that of the
-    folder.
+    A call raises `DatabaseAway`, and `ArtifactRootUnusable` if the database has no mark yet and cannot take the
+    folder's.
     """
 
     def __init__(self, database: Database, root: str) -> None:
         self._database, self._artifacts = database, Artifacts(root)
-        self._mark, self._asked_at = "", -math.inf
+        self._mark, self._read_at = "", -math.inf
 
     def __call__(self) -> str:
         """The mark; empty for an object store, which is the same from everywhere."""
-        if self._artifacts.is_folder and time.monotonic() - self._asked_at > FRESH_SECONDS:
+        if self._artifacts.is_folder and time.monotonic() - self._read_at > FRESH_SECONDS:
             try:
                 self._mark = self._mark_of_database()
             except DatabaseAway:
                 if not self._mark:
                     raise
-            self._asked_at = time.monotonic()
+            self._read_at = time.monotonic()
         return self._mark
 
     def _mark_of_database(self) -> str:
         """The mark in the database. At the first use it is that of the folder, which gets one if it has none."""
-        if known := _known_mark(self._database, self._artifacts):
-            return known
+        if kept := _known_mark(self._database, self._artifacts):
+            return kept
         mark = self._artifacts.mark()
         with self._database.write() as connection:
-            known = roots.mark(connection)
-            if known is None:
+            kept = roots.mark(connection)
+            if kept is None:
                 roots.keep(connection, self._database.now(connection), mark)
-        return known or mark
+        return kept or mark
 
 
 def of_database(database: Database, root: str) -> Artifacts:
@@ -98,8 +98,8 @@ def adopt(database: Database, root: str) -> Adopted:
     if artifacts.is_folder:
         with database.write() as connection:
             roots.keep(connection, database.now(connection), mark)
-    named = named_digests(database)
-    return Adopted(root, mark, len(named), missing(named, artifacts))
+    digests = named_digests(database)
+    return Adopted(root, mark, len(digests), missing(digests, artifacts))
 
 
 def named_digests(database: Database) -> list[str]:
@@ -108,6 +108,6 @@ def named_digests(database: Database) -> list[str]:
         return artifact_index.named_digests(connection)
 
 
-def missing(named: list[str], artifacts: Artifacts) -> tuple[str, ...]:
-    """Those of these digests that have no bytes under the root."""
-    return tuple(digest for digest in named if not artifacts.exists(digest))
+def missing(digests: list[str], artifacts: Artifacts) -> tuple[str, ...]:
+    """The digests that have no bytes under the root."""
+    return tuple(digest for digest in digests if not artifacts.exists(digest))

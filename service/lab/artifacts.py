@@ -47,7 +47,7 @@ class Artifacts:
     """The artifact root. Opening it never writes; a digest either names all of its bytes or nothing.
 
     With a `mark`, or a function that returns it, a folder is used only while it has that mark. A folder without it is
-    another one, such as the mount point of an unmounted disk: nobody would find what is written there.
+    another one, such as the mount point of an unmounted disk: nobody would find the bytes that are written there.
     """
 
     def __init__(self, root: str, mark: str | Callable[[], str] = "") -> None:
@@ -83,7 +83,7 @@ class Artifacts:
     def receiving(self, digest: str) -> Iterator[BinaryIO]:
         """A file to write these bytes to, piece by piece; at the end of the context they are published.
 
-        Raises `InvalidSpec` for other bytes, and what `write` raises; then nothing is left there.
+        Raises `InvalidSpec` for other bytes, and the errors of `write`; then nothing is left there.
         """
         with self._new_file() as path:
             with self._filling(path), path.open("wb") as file:
@@ -156,8 +156,8 @@ class Artifacts:
     def local(self, digest: str) -> Iterator[Path]:
         """A local file with these bytes, for as long as the context lasts.
 
-        Raises `ArtifactMissing` if they are not there, or not those that the digest promises, and
-        `ArtifactRootUnusable` where they cannot be read.
+        Raises `ArtifactMissing` if they are not there or do not have this digest, and `ArtifactRootUnusable` if they
+        cannot be read.
         """
         source = self._path(digest)
         self.require_mark()
@@ -242,7 +242,7 @@ class Artifacts:
     def open(self, digest: str) -> Iterator[BinaryIO]:
         """The bytes as a file that can be read within the context.
 
-        Raises `ArtifactMissing`, and `ArtifactRootUnusable` where they cannot be read, also later on.
+        Raises `ArtifactMissing`, and `ArtifactRootUnusable` if they cannot be read, also later on.
         """
         source = self._path(digest)
         with self._present(digest), self._fs.open(source, "rb") as file:
@@ -256,7 +256,7 @@ class Artifacts:
 
     @contextmanager
     def _present(self, digest: str) -> Iterator[None]:
-        """Read in this context what must be there."""
+        """A context for reading bytes that must be there: translates errors."""
         self.require_mark()
         try:
             with self._reading():
@@ -341,7 +341,7 @@ class Artifacts:
         return False
 
     def leftovers(self, older_than: float) -> list[Path]:
-        """What interrupted writes have left in a folder and nobody has changed since that time."""
+        """Files and folders that interrupted writes have left and nobody has changed since that time."""
         if not self._local or not os.path.isdir(self._base):
             return []
         base = Path(self._base)
@@ -362,9 +362,7 @@ class Artifacts:
             raise InvalidSpec([("", f"these bytes have the SHA-256 {digest}, not {promised}")])
         target = self._path(digest)
         if self._local:
-            mode = stat.S_IMODE(
-                os.stat(self._base).st_mode
-            )  # what may be done with the root, may be with what is in it
+            mode = stat.S_IMODE(os.stat(self._base).st_mode)  # folders in the root have the permissions of the root
             with suppress(FileExistsError):
                 os.mkdir(os.path.dirname(target))
                 os.chmod(os.path.dirname(target), mode)

@@ -35,7 +35,7 @@ class NotChecked(UncannyError):
 
 @dataclass(frozen=True)
 class Upload:
-    """What is registered: an uploaded safetensors file for `architecture` on images and classes of `dataset`.
+    """An upload to register: a safetensors file for `architecture` on images and classes of `dataset`.
 
     `keys` maps prefixes of the file's tensor names to the network's; `mean` and `std` are one number a channel.
     `expected_clean_accuracy`, on all test images, is checked before anything else is computed with the weights.
@@ -65,7 +65,7 @@ class Upload:
 
 
 class TensorsDiffer(InvalidSpec):
-    """The tensors of a file are not those of the network; `tensors` has them by what is wrong with them."""
+    """The tensors of a file are not those of the network; `tensors` has the wrong ones by kind of fault."""
 
     def __init__(self, sentence: str, tensors: JsonMapping) -> None:
         self.tensors = tensors
@@ -73,7 +73,7 @@ class TensorsDiffer(InvalidSpec):
 
 
 def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: str) -> JsonObject:
-    """Check the weights against the network, in a process of its own that has PyTorch, and store what it saves.
+    """Check the weights against the network, in a process of its own that has PyTorch, and store the file it saves.
 
     The same upload again changes nothing. Raises `InvalidSpec` for weights that do not fit, `Conflict` for a name that
     other weights have, `ArtifactMissing`, `NotChecked`.
@@ -88,7 +88,7 @@ def register(database: Database, artifacts: Artifacts, upload: Upload, *, user: 
     ref, made = _fit(artifacts, {**requested, "shape": shape, "classes": classes})
     with database.write() as connection:
         now = database.now(connection)
-        if (existing := checkpoints.named(connection, upload.name)) is not None:  # by another request, meanwhile
+        if (existing := checkpoints.named(connection, upload.name)) is not None:  # another request was faster
             return _the_same(existing, requested)
         size = dict(zip(("channels", "height", "width"), shape, strict=True))
         weights = {"weights_sha256": ref.digest, "size_bytes": ref.size_bytes, **made}
@@ -147,15 +147,15 @@ def registered(database: Database) -> list[JsonObject]:
 
 def is_registered(connection: Connection, name: str) -> bool:
     """Whether there is a checkpoint of that name, or whose weights have that SHA-256."""
-    return bool(_named(connection, name))
+    return bool(_candidates(connection, name))
 
 
 def weights_of(connection: Connection, name: str, architecture: str, dataset: str) -> Imported:
-    """The weights of a registered checkpoint, named by its name or their SHA-256, and what is expected of them.
+    """The weights of a registered checkpoint, by its name or their SHA-256, with the accuracy expected of them.
 
     Raises `ValueError` if they are not of such a network, or are registered with several expectations.
     """
-    candidates = _named(connection, name)
+    candidates = _candidates(connection, name)
     if not candidates:
         raise ValueError(_not_there(connection, name))
     refusals = [_of_another(connection, checkpoint, architecture, dataset) for checkpoint in candidates]
@@ -198,7 +198,7 @@ def view(checkpoint: RegisteredCheckpoint) -> JsonObject:
 
 
 def _fit(artifacts: Artifacts, request: JsonObject) -> tuple[ArtifactRef, JsonObject]:
-    """The weights as the network saves them, published, and what was found out about them."""
+    """The published weights, as the network saves them, and the other columns that the check gives."""
     made: JsonObject = {}
 
     def fill(out: Path) -> None:
@@ -251,7 +251,7 @@ def _shape(connection: Connection, dataset: str) -> tuple[tuple[int, int, int], 
     return own.shape, own.classes
 
 
-def _named(connection: Connection, name: str) -> list[RegisteredCheckpoint]:
+def _candidates(connection: Connection, name: str) -> list[RegisteredCheckpoint]:
     """The checkpoint of that name, else those whose weights have that SHA-256."""
     checkpoint = checkpoints.named(connection, name)
     return checkpoints.of_weights(connection, name) if checkpoint is None else [checkpoint]

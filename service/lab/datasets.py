@@ -19,7 +19,7 @@ from service.model.names import REGISTERED, REGISTERED_RULE
 from service.model.records import Registration
 
 MAX_BYTES = 2**35  # of an array, unfolded: workers hold it in memory
-MAX_WHOLE_BYTES = 2**28  # of one that is not read piece by piece: labels, and images in Fortran's order
+MAX_WHOLE_BYTES = 2**28  # of an array that is not read piece by piece: labels, and images in Fortran's order
 MAX_IMAGES = 5_000_000  # of a file
 MAX_IMAGE_BYTES = 2**24  # as uint8
 LARGE_BYTES = 2**28  # of a file, unfolded: a larger one has at most MAX_RATIO times its packed size
@@ -28,7 +28,7 @@ MAX_DIRECTORY_BYTES = 2**18  # of an archive: zipfile reads its list of members 
 MAX_HEADER_BYTES = 10_000  # of an array
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy's: zipfile unfolds others without a bound
 CHUNK_BYTES = 2**24  # read at once
-CHUNK_ENTRIES = 2**18  # at most: of images of few bytes the sums and digests take more than the images
+CHUNK_ENTRIES = 2**18  # at most: for tiny images, the sums and digests take more memory than the images
 COLOURS = (1, 3)
 
 
@@ -52,7 +52,7 @@ class _Array:
         return self.dtype.itemsize * math.prod(self.shape[1:])
 
     def whole(self) -> np.ndarray:
-        """Raises whatever a damaged archive raises."""
+        """The whole array. Raises any error that a damaged archive raises."""
         with _archive(self.path) as archive, archive.open(self.member) as file:
             array: np.ndarray = npy.read_array(file, allow_pickle=False)
         return array
@@ -117,15 +117,15 @@ def _digests(images: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _among(sorted_digests: np.ndarray, digests: np.ndarray) -> int:
     """How many of `digests` are among `sorted_digests`."""
-    places = np.minimum(np.searchsorted(sorted_digests, digests), len(sorted_digests) - 1)
-    return int(np.count_nonzero(sorted_digests[places] == digests))
+    positions = np.minimum(np.searchsorted(sorted_digests, digests), len(sorted_digests) - 1)
+    return int(np.count_nonzero(sorted_digests[positions] == digests))
 
 
 def inspect(name: str, train: Path, test: Path, train_sha256: str, test_sha256: str) -> tuple[Registration, int]:
     """Check both files: `x` uint8 `[n, height, width(, channels)]`, `y` int64 `[n]`, labels 0 .. k-1, no pickles.
 
-    Says too how many test images are training images as well. No array of images is in memory as a whole.
-    Raises `InvalidSpec` with a sentence for whatever is wrong.
+    Returns the registration, and how many test images are training images too. No array of images is in memory as a
+    whole. Raises `InvalidSpec` with a sentence on the first fault.
     """
     if not REGISTERED.fullmatch(name):
         raise _refusal("/name", f"{name!r} cannot be a name: {REGISTERED_RULE}")
@@ -169,47 +169,47 @@ def _classes(y: np.ndarray) -> int:
 
 def _split(path: Path, pointer: str) -> _Split:
     """The images and labels of a file. The headers are checked before anything that they describe is read."""
-    what = pointer.removeprefix("/") + ".npz"
+    npz = pointer.removeprefix("/") + ".npz"
     try:
         arrays = _arrays(path)
     except Exception as error:  # noqa: BLE001 - a damaged archive can raise almost anything
         raise _unreadable(pointer, error) from None
     if len(arrays) < 2:
-        raise _refusal(pointer, f"{what} needs the arrays `x` and `y`; it has {list(arrays) or 'neither'}")
+        raise _refusal(pointer, f"{npz} needs the arrays `x` and `y`; it has {list(arrays) or 'neither'}")
     x, y = arrays["x"], arrays["y"]
     for name, array in arrays.items():
         if (size := array.size_bytes) > MAX_BYTES:
-            sentence = f"`{name}` of {what} has {size / 2**30:,.0f} GiB unfolded, at most {MAX_BYTES >> 30} are taken"
+            sentence = f"`{name}` of {npz} has {size / 2**30:,.0f} GiB unfolded, at most {MAX_BYTES >> 30} are taken"
             raise _refusal(pointer, sentence)
         if size > MAX_WHOLE_BYTES and (array.fortran or name == "y"):
-            sentence = f"`{name}` of {what} has {size / 2**30:,.1f} GiB unfolded and has to be read as a whole"
+            sentence = f"`{name}` of {npz} has {size / 2**30:,.1f} GiB unfolded and has to be read as a whole"
             raise _refusal(pointer, sentence + (": save np.ascontiguousarray(x)" if array.fortran else ""))
-    _refuse_a_bomb(path, pointer, what, x.size_bytes + y.size_bytes)
+    _refuse_a_bomb(path, pointer, npz, x.size_bytes + y.size_bytes)
     if x.dtype != np.uint8 or not _is_of_images(x.shape):
-        sentence = f"`x` of {what} must be uint8 [n, height, width, 1 or 3], it is {x.dtype} {list(x.shape)}"
+        sentence = f"`x` of {npz} must be uint8 [n, height, width, 1 or 3], it is {x.dtype} {list(x.shape)}"
         raise _refusal(pointer, sentence + _advice(x, pointer))
     if x.shape[0] > MAX_IMAGES:
-        raise _refusal(pointer, f"{what} has {x.shape[0]:,} images, at most {MAX_IMAGES:,} are taken")
+        raise _refusal(pointer, f"{npz} has {x.shape[0]:,} images, at most {MAX_IMAGES:,} are taken")
     if x.entry_bytes > MAX_IMAGE_BYTES:
-        sentence = f"an image of {what} has {x.entry_bytes / 2**20:,.1f} MiB, at most {MAX_IMAGE_BYTES >> 20} are taken"
+        sentence = f"an image of {npz} has {x.entry_bytes / 2**20:,.1f} MiB, at most {MAX_IMAGE_BYTES >> 20} are taken"
         raise _refusal(pointer, sentence)
     if y.dtype != np.int64 or y.shape != x.shape[:1]:
-        sentence = f"`y` of {what} must be int64 [{x.shape[0]}], it is {y.dtype} {list(y.shape)}"
+        sentence = f"`y` of {npz} must be int64 [{x.shape[0]}], it is {y.dtype} {list(y.shape)}"
         raise _refusal(pointer, sentence)
     try:
         labels = y.whole()
     except Exception as error:  # noqa: BLE001
         raise _unreadable(pointer, error) from None
     if math.prod(x.shape) == 0 or int(labels.min()) < 0:
-        raise _refusal(pointer, f"{what} must have images, and no negative label")
+        raise _refusal(pointer, f"{npz} must have images, and no negative label")
     return _Split(pointer, x, labels)
 
 
-def _refuse_a_bomb(path: Path, pointer: str, what: str, unfolded: int) -> None:
+def _refuse_a_bomb(path: Path, pointer: str, npz: str, unfolded: int) -> None:
     """Refuse a large array that is packed too well: a few bytes would take much of the service's time and memory."""
     if unfolded > LARGE_BYTES and unfolded > MAX_RATIO * (packed := path.stat().st_size):
         sentence = (
-            f"{what} has {packed / 2**20:,.1f} MiB and {unfolded / 2**20:,.0f} unfolded, {unfolded / packed:,.0f} "
+            f"{npz} has {packed / 2**20:,.1f} MiB and {unfolded / 2**20:,.0f} unfolded, {unfolded / packed:,.0f} "
         )
         raise _refusal(
             pointer, f"{sentence}times as much: at most {MAX_RATIO} times are taken, so save it with np.savez"
@@ -221,7 +221,7 @@ def _is_of_images(shape: tuple[int, ...]) -> bool:
 
 
 def _advice(x: _Array, pointer: str) -> str:
-    """What the images look like, and how to turn them into what they must be."""
+    """The end of a message: how the images differ from the required form, and how to convert them."""
     advice = ""
     if not _is_of_images(x.shape) and len(x.shape) == 4 and x.shape[1] in COLOURS:
         advice += "; that looks like channels first: transpose to NHWC, x.transpose(0, 2, 3, 1)"
@@ -240,12 +240,12 @@ def _advice(x: _Array, pointer: str) -> str:
 
 
 def _arrays(path: Path) -> dict[str, _Array]:
-    """`x` and `y`, as far as they are there, by their headers."""
+    """The headers of `x` and `y`, if they are there."""
     arrays = {}
     with _archive(path) as archive:
         names = archive.namelist()
         for name in ("x", "y"):
-            if name in names:  # numpy reads it rather than the other, and it is not looked at here
+            if name in names:  # numpy would read this member, which is not checked here, and not `NAME.npy`
                 raise ValueError(f"it has a member `{name}` besides `{name}.npy`")
             if (member := f"{name}.npy") not in names:
                 continue
@@ -288,15 +288,15 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic
     if read is None:
         raise ValueError(f"its format {version} is unknown")
     prefix = file.read(2 if version == (1, 0) else 4)
-    if (size := int.from_bytes(prefix, "little")) > MAX_HEADER_BYTES:  # numpy reads it first and asks then
+    if (size := int.from_bytes(prefix, "little")) > MAX_HEADER_BYTES:  # numpy reads a header before it checks its size
         raise ValueError(f"the header of an array has {size:,} bytes")
     shape, fortran, dtype = read(io.BytesIO(prefix + file.read(size)))
     return shape, fortran, dtype
 
 
 def _unreadable(pointer: str, error: Exception) -> InvalidSpec:
-    what = pointer.removeprefix("/") + ".npz"
-    return _refusal(pointer, f"{what} is not a readable npz file without pickled objects: {error}")
+    npz = pointer.removeprefix("/") + ".npz"
+    return _refusal(pointer, f"{npz} is not a readable npz file without pickled objects: {error}")
 
 
 def _refusal(pointer: str, sentence: str) -> InvalidSpec:

@@ -19,8 +19,8 @@ MINIMUM = 10
 @dataclass(frozen=True)
 class Correlation:
     """`pooled` tau-b over all points and `within`, the mean of the taus of the architectures that have one (two points
-    that differ in both values), with 95 % percentile intervals over resampled checkpoints. Null where undefined, all of
-    them below ten points.
+    that differ in both values), with 95 % percentile intervals over resampled checkpoints. Null if undefined; all are
+    null below ten points.
     """
 
     n: int
@@ -64,7 +64,8 @@ def correlate(
     drawn = random.randint(0, n, (resamples, n)) + n * np.arange(resamples)[:, None]
     picks = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
     pooled = _taus(x, y, picks)
-    each = np.stack([_taus(x[of], y[of], picks[:, of]) for of in (groups == group for group in np.unique(groups))])
+    masks = [groups == group for group in np.unique(groups)]
+    each = np.stack([_taus(x[mask], y[mask], picks[:, mask]) for mask in masks])
     defined = ~np.isnan(each).all(0)
     within = np.nanmean(each[:, defined], 0)
     return Correlation(n, kinds, tau(x, y), *_interval(pooled), _mean_within(x, y, groups), *_interval(within))
@@ -90,9 +91,9 @@ def _mean_within(x: Floats, y: Floats, groups: NDArray[np.str_]) -> float | None
 
 
 def _taus(x: Floats, y: Floats, counts: NDArray[np.int64]) -> Floats:
-    """Tau-b `[r]` of `x [n]` with `y [n]` where point i is there `counts[r, i]` times; NaN if it is undefined.
+    """Tau-b `[r]` of `x [n]` with `y [n]` if point i is there `counts[r, i]` times; NaN if it is undefined.
 
-    In whole numbers below 2^24, which float32 has all of: 2,000 resamples are three products of matrices.
+    All numbers are whole and below 2^24, so float32 is exact: 2,000 resamples are three products of matrices.
     """
     a, b = (np.unique(values, return_inverse=True)[1].astype(np.float32) for values in (x, y))
     a, b = np.sign(a[:, None] - a), np.sign(b[:, None] - b)

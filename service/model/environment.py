@@ -22,7 +22,7 @@ SHARED = {"artifact_root", "data_folder"}  # owners that nodes may have in commo
 Key = tuple[str, int]
 """`(task id, attempt)`"""
 AsideKey = tuple[Owner, str, str, str]
-"""What is set aside: `(owner, name, node, dataset)`, as in `Fault`."""
+"""The part that is set aside: `(owner, name, node, dataset)`, as in `Fault`."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class SetAside:
 
     def sentence(self, now: float) -> str:
         tried = "is being tried again" if now >= self.retry_at else f"is tried again in {self.retry_at - now:.0f} s"
-        of = f" for {self.dataset}" if self.dataset else ""
-        return f"{self.owner.replace('_', ' ')} {self.name} is set aside{of} and {tried}: {self.reason}"
+        scope = f" for {self.dataset}" if self.dataset else ""
+        return f"{self.owner.replace('_', ' ')} {self.name} is set aside{scope} and {tried}: {self.reason}"
 
 
 def concerning(aside: Iterable[SetAside], node: str, dataset: str) -> list[SetAside]:
-    """What keeps tasks on that data set from that node."""
+    """The faults that keep tasks on that data set from that node."""
     return [fault for fault in aside if fault.concerns(node, dataset)]
 
 
@@ -90,12 +90,12 @@ def hindrance(aside: Collection[SetAside], names: Sequence[str], dataset: str) -
 
 
 def reported(status: JsonMapping) -> list[SetAside]:
-    """What the leading dispatcher has set aside, from its status; times are by the database's clock."""
+    """The faults that the leading dispatcher's status has; their times are by the database's clock."""
     return [SetAside(**fields) for fields in status.get("set_aside", ())]
 
 
 class Environment:
-    """Learns from the executor's messages what to set aside; times are by the clock of this process.
+    """Learns from the executor's messages which parts to set aside; times are by the clock of this process.
 
     `news` has the changes that are not reported yet, as `(event, owner)`. `ended` has, in order, the tasks that
     succeeded, as `(task id, None)`, and those that ended right after their start, as `(task id, message)`.
@@ -104,23 +104,23 @@ class Environment:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._aside: dict[AsideKey, SetAside] = {}
-        self._changed_at: dict[AsideKey, float] = {}  # when it last failed: older attempts say nothing about it
+        self._changed_at: dict[AsideKey, float] = {}  # its last failure: older attempts prove nothing
         self._trials: dict[str, frozenset[AsideKey]] = {}  # by bundle
-        self._taken_up: dict[Key, tuple[str, float]] = {}  # where, and when
+        self._taken_up: dict[Key, tuple[str, float]] = {}  # `(node, time)`
         self._devices: dict[Key, str] = {}  # on which device, as a fault names it
         self._hosts: dict[str, str] = {}  # by node
-        self._quick: dict[str, dict[str, str]] = {}  # by node, the tasks it lost in a row, each with how
+        self._quick: dict[str, dict[str, str]] = {}  # by node: the tasks that it lost in a row, with the message
         self._unfit: dict[str, SetAside] = {}  # by node
         self.news: list[tuple[str, SetAside]] = []
         self.ended: list[tuple[str, str | None]] = []
 
     @property
     def aside(self) -> list[SetAside]:
-        """What is set aside, but for unfit nodes, to which the executor gives no work anyway."""
+        """The faults that are set aside, without unfit nodes: the executor gives these no work anyway."""
         return list(self._aside.values())
 
     def heed(self, capacity: Capacity) -> None:
-        """Forget nodes that are gone, and take note of those that the executor itself gives no work."""
+        """Forget nodes that are gone, and note the unfit ones, to which the executor itself gives no work."""
         if not capacity.ready:
             return
         for key, fault in list(self._aside.items()):
@@ -186,13 +186,13 @@ class Environment:
         self._trials[bundle_id] = frozenset(fault.key for fault in concerning(self.aside, node, dataset))
 
     def as_status(self, now: float) -> list[JsonObject]:
-        """What is set aside, as JSON; times are by the clock that shows `now`."""
+        """The faults that are set aside, as JSON; times are by the clock that shows `now`."""
         ahead = now - self._clock()
         every = [*self._aside.values(), *self._unfit.values()]
         return [asdict(replace(fault, since=fault.since + ahead, retry_at=fault.retry_at + ahead)) for fault in every]
 
     def take_over(self, earlier: Iterable[SetAside], now: float) -> None:
-        """Take over what an earlier dispatcher has set aside; its times are by the clock that shows `now`."""
+        """Take over the faults that an earlier dispatcher set aside; their times are by the clock that shows `now`."""
         ahead = self._clock() - now
         for fault in earlier:
             moved = replace(fault, since=fault.since + ahead, retry_at=fault.retry_at + ahead)
@@ -218,7 +218,7 @@ class Environment:
                 self._aside[other.key] = replace(other, retry_at=wait_until)
 
     def _proved(self, node: str, started_at: float, dataset: str, *, wrote: bool) -> None:
-        """An attempt that started at `started_at` works on the node: what failed there before that is used again."""
+        """An attempt that started at `started_at` works on the node: parts that failed before that are used again."""
         self._quick.pop(node, None)
         for entry in concerning(self.aside, node, dataset):
             if started_at >= self._changed_at[entry.key] and (wrote or not entry.writing):

@@ -46,7 +46,7 @@ def workload(spec: JsonMapping, train_spec: JsonMapping) -> Workload:
 
 
 def units(spec: JsonMapping) -> float:
-    """The size of a task: a training's epochs, otherwise images, times the attack's steps where it has some."""
+    """The size of a task: a training's epochs, otherwise images, times the attack's steps if it has any."""
     if spec["kind"] == "train":
         return float(max(1, spec["recipe"].get("epochs") or 1))
     steps = spec.get("attack", spec).get("steps") or 1

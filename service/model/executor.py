@@ -1,4 +1,4 @@
-"""The seam between the queue and whatever runs tasks: bundles go in, messages come out.
+"""The seam between the queue and the executor that runs tasks: bundles go in, messages come out.
 
 All of these are plain frozen values that pickle, so they travel to a Ray worker and back as they are.
 Every message names the task and the attempt it speaks for; the store drops those of a superseded attempt.
@@ -45,7 +45,7 @@ class Fault:
     """A part of the environment that failed: `name` is its host, device or path, `node` the executor's name of the node
     where it failed (empty if unknown).
 
-    With a `dataset`, only tasks on that one are affected; with `writing`, reading may still work.
+    With a `dataset`, only tasks on that data set are affected; with `writing`, reading may still work.
     """
 
     owner: Owner
@@ -82,7 +82,7 @@ class Grant:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a bundle takes: CPUs, GPUs (a share of one, or whole ones), memory, and what its node must have besides.
+    """The resources of a bundle: CPUs, GPUs (a share of one, or whole ones), memory, and further ones of its node.
 
     `accelerator` is a type of GPU and `custom` are resources, both as Ray names them.
     """
@@ -98,9 +98,9 @@ class Needs:
 class Bundle:
     """Grants that share a checkpoint, run one after the other on one worker.
 
-    `train_spec` and `checkpoint` are those of the network that they measure or attack (a training has only itself);
-    `sources` those of other networks that a transfer's examples are made on, by the training's digest. It is not to run
-    on the nodes of `avoid`.
+    `train_spec` and `checkpoint` belong to the network that they measure or attack (a training has no checkpoint yet).
+    `sources` has both for each other network that a transfer's examples are made on, by the training's digest. The
+    bundle must not run on the nodes of `avoid`.
     """
 
     id: str
@@ -113,13 +113,13 @@ class Bundle:
 
     @property
     def dataset(self) -> str:
-        """The name of the data set that its network is of."""
+        """The name of the data set that its network is trained on."""
         return str(self.train_spec.get("dataset", {}).get("name", ""))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished task leaves behind: numbers, curves, outcome bits, artifacts, and how it was made."""
+    """The stored outcome of a finished task: numbers, curves, bits, artifacts, and how they were made."""
 
     numbers: Numbers = field(default_factory=dict)
     curves: JsonObject = field(default_factory=dict)
@@ -132,8 +132,8 @@ class Outcome:
 class Started:
     """The worker took the task up. `worker` names it: host, pid, device; `node` is the executor's name of its node.
 
-    A worker that is not `ready` still prepares itself, and has not begun with the task. `pid` is that of its process,
-    0 where it has none of its own.
+    A worker that is not `ready` still prepares itself, and has not begun with the task. `pid` is its process id, 0 if
+    it has no process of its own.
     """
 
     task_id: str
@@ -220,7 +220,7 @@ class Executor(Protocol):
     """
 
     def capacity(self) -> Capacity:
-        """What there is to run on; `ready` is false while the cluster comes up."""
+        """The resources to run on; `ready` is false while the cluster comes up."""
         ...
 
     def submit(self, bundle: Bundle) -> None:

@@ -51,29 +51,29 @@ def flags_of_cells(means: Sequence[Mean], specs: Specs) -> dict[NetworkInCell, l
     }
 
 
-def not_monotone(mine: Mean, others: Sequence[Mean], specs: Specs) -> list[Flag]:
-    """A flag for each of `others` that contradicts `mine`: the stronger of the two attacks left more examples robust.
+def not_monotone(mean: Mean, others: Sequence[Mean], specs: Specs) -> list[Flag]:
+    """A flag for each of `others` that contradicts `mean`: the stronger of the two attacks left more examples robust.
 
     The two differ in one of eps, steps and restarts alone. Differences up to max(0.02, 3/n) are ignored. `specs` has
-    the specs of the cells of `mine` and `others`.
+    the specs of the cells of `mean` and `others`.
     """
-    flags, own = [], specs[mine.cell_id]
+    flags, own = [], specs[mean.cell_id]
     least = max(0.02, 3 / own["samples"]) + 1e-9
     for other in others:
-        if mine.robust_accuracy is None or other.robust_accuracy is None:
+        if mean.robust_accuracy is None or other.robust_accuracy is None:
             continue
-        rise = other.robust_accuracy - mine.robust_accuracy
+        rise = other.robust_accuracy - mean.robust_accuracy
         if abs(rise) <= least:
             continue
-        theirs = specs[other.cell_id]
-        field = _only_strength(own, theirs)
-        if field is not None and (rise > 0) == (own[field] < theirs[field]):
+        other_spec = specs[other.cell_id]
+        field = _only_strength(own, other_spec)
+        if field is not None and (rise > 0) == (own[field] < other_spec[field]):
             flags.append(
                 {
                     "flag": NOT_MONOTONE,
                     "field": field,
                     "job_id": other.job_id,
-                    "value": theirs[field],
+                    "value": other_spec[field],
                     "robust_accuracy": other.robust_accuracy,
                     "results": other.results,
                 }
@@ -83,7 +83,7 @@ def not_monotone(mine: Mean, others: Sequence[Mean], specs: Specs) -> list[Flag]
 
 def names_of(*raised: bool) -> list[str]:
     """The names of the flags that are raised; `raised` has a value for each of `FLAGS`."""
-    return [name for name, of in zip(FLAGS, raised, strict=True) if of]
+    return [name for name, is_raised in zip(FLAGS, raised, strict=True) if is_raised]
 
 
 def compared(spec: JsonMapping) -> JsonObject:
@@ -100,7 +100,7 @@ def apart_from_strength(spec: JsonMapping) -> JsonObject:
     return {**compared(spec), "attack": attack}
 
 
-def _only_strength(mine: JsonMapping, theirs: JsonMapping) -> str | None:
+def _only_strength(a: JsonMapping, b: JsonMapping) -> str | None:
     """The one field in which two attacks differ, if it is a field of `STRENGTH`; otherwise None."""
-    apart = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
+    apart = [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]
     return apart[0] if len(apart) == 1 and apart[0].rpartition(".")[2] in STRENGTH else None

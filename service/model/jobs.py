@@ -3,7 +3,7 @@
 Who moves a task into each state:
 
     blocked    submission: a parent (its checkpoint's training) has not succeeded yet, or is to run again
-    queued     submission, where nothing is waited for; the last parent's success; a lost or backed-off attempt
+    queued     submission, if it waits for no parent; the last parent's success; a lost or backed-off attempt
     running    the dispatcher's claim, which counts `attempt` up: that number fences every later write
     succeeded  the outcome of the current attempt was recorded
     failed     a configuration error, or `max_errors` application errors
@@ -89,7 +89,7 @@ def check_transitions(table: Mapping[State, frozenset[State]], before: Iterable[
 
 
 def first_state(parents: Iterable[TaskState]) -> TaskState:
-    """The state in which a task begins, or begins again, by those of its parents: it waits until all have succeeded."""
+    """The state in which a task begins, or begins again: it waits until all `parents` have succeeded."""
     waits = any(state is not TaskState.SUCCEEDED for state in parents)
     return TaskState.BLOCKED if waits else TaskState.QUEUED
 
@@ -103,7 +103,7 @@ def reopened_by_retry(states: Iterable[JobState]) -> frozenset[TaskState]:
 
 
 def job_state(tasks: list[TaskState]) -> JobState:
-    """The state of a job that was not cancelled, from those of the tasks it needs.
+    """The state of a job that was not cancelled, from the states of the tasks that it needs.
 
     A further measure that failed does not fail the job: the store counts it as succeeded (`settling`).
     """

@@ -4,6 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 JsonObject = dict[str, Any]
-"""An object of a stored document, a request or an answer. Any: its values are those of whichever version wrote it."""
+"""An object of a stored document, a request or an answer. Any: the version that wrote it decides on its values."""
 JsonMapping = Mapping[str, Any]
 """The same, if it is only read."""

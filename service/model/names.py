@@ -1,4 +1,4 @@
-"""What names that a lab gives, ids, digests and texts look like."""
+"""The patterns of a lab's own names, of ids, of digests and of texts."""
 
 import re
 

@@ -39,9 +39,10 @@ FRACTIONS: dict[str, Count] = {
     "flip_rate": "n_clean_correct",
     "test_accuracy": "test_samples",
 }
-"""Numbers of a result that are fractions of images, and so have an interval from these, with the number of them.
+"""Numbers of a result that are fractions of images, and so have an interval, with the images that they are of.
 
-All `samples` of a job, those that the network gets right without an attack, or all test images of the data set.
+These are all `samples` of a job, the ones that the network gets right without an attack, or all test images of the data
+set.
 """
 BOUNDS = ("ci95_low", "ci95_high")
 INTERVALS = {f"{name}_{bound}": (name, i) for name in FRACTIONS for i, bound in enumerate(BOUNDS)}
@@ -55,9 +56,9 @@ SMALL, LARGE = 1e-140, 1e140
 
 @dataclass
 class Moments:
-    """One metric in one group: sums over its results, and the `values` of its networks where those were read.
+    """One metric in one group: sums over its results, and the `values` of its networks if they were read.
 
-    The sums leave out values above `LARGE`, and the squares those below `SMALL` too (sizes).
+    The sums leave out values of a size above `LARGE`, and the squares also values of a size below `SMALL`.
     """
 
     n: int = 0
@@ -75,7 +76,7 @@ class Moments:
         self.high = high if self.high is None else max(self.high, high)
 
     def take(self, values: Floats) -> None:
-        """The values of the networks, which count from now on; `low` and `high` stay those of single results."""
+        """Count these values of the networks from now on; `low` and `high` are still of single results."""
         self.values, self.n = values, len(values)
 
     @property
@@ -113,7 +114,7 @@ class Moments:
 
     @property
     def std(self) -> float | None:
-        """Of a sample; null for fewer than two values, and where it is more than a float64 can be."""
+        """Of a sample; null for fewer than two values, or if it is more than a float64 can be."""
         if self.n < 2:
             return None
         if self.least == self.most:
@@ -131,8 +132,8 @@ class Moments:
 def averaged(groups: Codes, networks: Codes, seeds: Codes, tasks: Codes, values: Floats) -> tuple[Codes, Floats]:
     """The group `[m]` and the value `[m]` of each network of each group, in the order of group and value.
 
-    Of what results have, all `[n]`: a task's value counts once, tasks of one attack seed are averaged, then the attack
-    seeds of one network. The order of the results changes no bit.
+    The arguments `[n]` have an entry for each result. A task's value counts once; tasks of one attack seed are
+    averaged, then the attack seeds of one network. The order of the results changes no bit.
 
     >>> one = np.zeros(5, np.int64)
     >>> averaged(one, np.array([1, 1, 1, 1, 2]), np.array([0, 0, 0, 9, 0]), np.arange(5), np.array([1., 1, 1, 3, 5]))[1]
@@ -206,9 +207,9 @@ class Observations(Generic[Key]):
     ) -> None:  # Any: ids of tasks and values by turns
         """Of each result the key of its group, its network and its attack seed, and by metric the id of the task that
         computed it and the value, which may be null."""
-        coded = [self._keys.of(keys), self._names.of(networks), np.array(seeds, np.int64)]
+        coded = [self._keys.codes(keys), self._names.codes(networks), np.array(seeds, np.int64)]
         for tasks, values in zip(metrics[::2], metrics[1::2], strict=True):
-            coded += [self._names.of(tasks), np.array(values, np.float64)]
+            coded += [self._names.codes(tasks), np.array(values, np.float64)]
         for column, part in zip(self._columns, coded, strict=True):
             column.append(part)
 
@@ -253,7 +254,7 @@ class _Numbers(dict[Key, int]):
         self[value] = len(self)
         return self[value]
 
-    def of(self, values: Sequence[Key]) -> Codes:
+    def codes(self, values: Sequence[Key]) -> Codes:
         return np.fromiter(map(self.__getitem__, values), np.int64, len(values))
 
 
@@ -269,15 +270,15 @@ def range_of(name: str) -> tuple[float, float] | None:
 
 
 def interval(n: int, mean: float | None, std: float | None, *, within: tuple[float, float] | None = None) -> Interval:
-    """The 95 % confidence interval of a mean by Student's t; null for fewer than two values, and where a bound is more
-    than a float64 can be.
+    """The 95 % confidence interval of a mean by Student's t; null for fewer than two values, or if a bound is more than
+    a float64 can be.
 
-    It is cut at the least and the most that such a number can be (`within`), beyond which no mean of them is: that
-    takes nothing from its coverage.
+    It is cut at the least and the most that such a number can be (`within`). No mean lies outside, so the coverage
+    stays the same.
     """
     if n < 2 or mean is None or std is None:
         return None, None
-    from scipy.special import stdtrit  # a tenth of a second that other questions need not wait for
+    from scipy.special import stdtrit  # the import takes a tenth of a second
 
     half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
     low, high = mean - half, mean + half

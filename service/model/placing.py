@@ -28,14 +28,14 @@ def ways(
     aside = environment.aside
     if not aside:
         return [Way(queue, frozenset(names))]
-    of = {task.task_id: datasets.get(task.train_digest, "") for task in queue}
-    wanted = set(of.values())
+    dataset_of = {task.task_id: datasets.get(task.train_digest, "") for task in queue}
+    wanted = set(dataset_of.values())
     may_try = {(name, dataset): environment.may_try(name, dataset) for name in names for dataset in wanted}
     trials = [
         Way(able, frozenset({name}), trial=name)
         for name in names
-        if (able := [task for task in queue if may_try[name, of[task.task_id]]])
+        if (able := [task for task in queue if may_try[name, dataset_of[task.task_id]]])
     ]
     somewhere = {dataset: avoided(aside, names, dataset) != frozenset(names) for dataset in wanted}
-    rest = [task for task in queue if somewhere[of[task.task_id]]]
+    rest = [task for task in queue if somewhere[dataset_of[task.task_id]]]
     return [*trials, Way(rest, frozenset(names) - avoided(aside, names, ""))]

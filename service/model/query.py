@@ -2,8 +2,8 @@
 
     architecture = resnet18 and attack.eps <= 8/255 and not (verdict in (suspect, invalid) or robust_loss is null)
 
-A part of a field's name may stand in quotes, as in `labels."my key"`. A value is a bare word or stands in quotes; what
-it means is up to its field: a text, a number or a fraction, true or false, a time in ISO 8601. `~` asks whether a text
+A part of a field's name may stand in quotes, as in `labels."my key"`. A value is a bare word or stands in quotes; its
+field decides on its meaning: a text, a number or a fraction, true or false, a time in ISO 8601. `~` asks whether a text
 contains the value; upper and lower case differ.
 
 A date alone is that day in UTC, and a time the millisecond that is shown: `= 2026-01-31` is within the day, `<=` up to

@@ -120,7 +120,7 @@ class Task:
 
     @property
     def own_digest(self) -> str:
-        """The digest of what the task computes, also where a newer generation is the one that new jobs join."""
+        """The digest of the task's spec, even if new jobs join a newer generation of it."""
         return self.former_digest or self.digest
 
     def __str__(self) -> str:
@@ -198,7 +198,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What registering a data set finds out: the digests of its two files, the shape of an image, and the counts."""
+    """The facts that registering a data set checks: the digests of its two files, the shape of an image, the counts."""
 
     name: str
     train_sha256: str

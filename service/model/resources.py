@@ -1,4 +1,4 @@
-"""What bundles take and what the cluster has: how many more of them may be handed over."""
+"""The resources of bundles and of the cluster, and how many more bundles fit."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -14,11 +14,11 @@ Amounts = dict[str, float]
 
 
 def needs_of(settings: Settings, kind: Kind, capacity: Capacity) -> Needs:
-    """What a bundle of this kind takes.
+    """The needs of a bundle of this kind.
 
     GPUs that the settings name for the kind are requested even if the cluster has none yet, so that an autoscaler sees
-    it. `gpus_per_task` counts only if the cluster has GPUs or had some: a node that restarts is waited for. If the
-    cluster has fewer CPUs than a task asks for, the task takes those that there are.
+    the request. `gpus_per_task` counts only if the cluster has GPUs or had some: a node that restarts is waited for. If
+    the cluster has fewer CPUs than a task asks for, the task takes all of them.
     """
     own = settings.resources.get(kind)
     cpus = min(settings.cpus_per_task, capacity.cpus) if capacity.cpus else settings.cpus_per_task
@@ -26,12 +26,12 @@ def needs_of(settings: Settings, kind: Kind, capacity: Capacity) -> Needs:
     if own is None:
         return needs
     needs = replace(needs, memory_bytes=own.memory_bytes, accelerator=own.accelerator, custom=own.custom)
-    given = {name: getattr(own, name) for name in ("cpus", "gpus") if getattr(own, name) is not None}
-    return replace(needs, **given)
+    overrides = {name: getattr(own, name) for name in ("cpus", "gpus") if getattr(own, name) is not None}
+    return replace(needs, **overrides)
 
 
 def of_bundle(settings: Settings, grants: Iterable[Grant], capacity: Capacity, whole: bool) -> Needs:
-    """What a bundle of these grants takes: enough for each of them. `whole`: it shares none of its GPUs."""
+    """The needs of a bundle of these grants: enough for each of them. `whole`: it shares none of its GPUs."""
     every = [needs_of(settings, kind, capacity) for kind in {grant.spec["kind"] for grant in grants}]
     gpus = max(needs.gpus for needs in every)
     return Needs(
@@ -93,7 +93,7 @@ def amounts(needs: Needs) -> Amounts:
 
 
 def _part(capacity: Capacity, names: Collection[str]) -> Capacity:
-    """What these of its nodes have."""
+    """The capacity of these nodes only."""
     if not capacity.names:
         return capacity
     nodes = tuple(node for name, node in zip(capacity.names, capacity.nodes, strict=True) if name in names)
@@ -127,6 +127,6 @@ def _of_type(accelerator: str) -> str:
     return f"GPU accelerator_type:{accelerator}"
 
 
-def _fitting(room: Amounts, needs: Mapping[str, float]) -> int:
-    """How many of these fit into the room."""
-    return max(0, min(int(room.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items())) if needs else 0
+def _fitting(free: Amounts, needs: Mapping[str, float]) -> int:
+    """How many bundles with these needs fit into the free resources."""
+    return max(0, min(int(free.get(name, 0.0) / amount + 1e-9) for name, amount in needs.items())) if needs else 0

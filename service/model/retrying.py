@@ -1,12 +1,11 @@
-"""What follows for a task when an attempt ends without success: it is tried again, fails, is cancelled, or is held."""
+"""When an attempt ends without success, its task is tried again, fails, is cancelled, or is held."""
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from service.model.executor import Failed
 from service.model.jobs import TaskState
+from service.model.json import JsonMapping
 
 COSTLY = frozenset({"worker_died", "out_of_memory", "stalled"})  # losses that may be the task's own doing
 PATIENT = frozenset({"out_of_shared_memory"})  # losses that would come again at once
@@ -67,8 +66,8 @@ def after_loss(
 ) -> Ending:
     """A lost attempt is tried again; a task that loses its worker too often is held for a person to look at.
 
-    `in_a_row` counts the patient losses just before this one. A `dispensable` task fails instead of being held: a
-    further measure, without whose numbers its jobs have their results.
+    `in_a_row` counts the patient losses just before this one. A `dispensable` task fails instead of being held: it is a
+    further measure, and its jobs have their results without its numbers.
     """
     if end in PATIENT:
         return Ending(TaskState.QUEUED, message, end, counts, patience.wait_seconds(1 + in_a_row))
@@ -86,12 +85,12 @@ def after_loss(
 
 
 def unless_unwanted(ending: Ending) -> Ending:
-    """The same of a task that no live job needs any more: it is cancelled, unless it has failed by itself."""
+    """The ending of a task that no live job needs any more: it is cancelled, unless it has failed by itself."""
     if ending.state is TaskState.FAILED:
         return ending
     return replace(ending, state=TaskState.CANCELLED, reason=UNWANTED)
 
 
-def is_further_measure(kind: str, spec: Mapping[str, Any]) -> bool:
+def is_further_measure(kind: str, spec: JsonMapping) -> bool:
     """Whether a task of this kind and spec measures more than the closed forms that every result has."""
     return kind == "measure" and spec["measure"]["type"] != "closed_forms"

@@ -1,7 +1,7 @@
 """Which tasks go next: a pure function of the queue, users' usage and limits, the free resources, and the clock.
 
-Between users: what an admin has boosted goes first, then the user who has used least for their weight, whatever the
-priorities are: each task that runs brings the other users nearer to their turn, so nobody waits for ever.
+Between users: boosted tasks go first, then the user who has used least for their weight, regardless of priorities: each
+task that runs brings the other users nearer to their turn, so nobody waits for ever.
 Among the tasks of one user: the boosted ones, then priority, to which each `AGEING_SECONDS` of a task's own wait add a
 point, then trainings (those that most jobs need first), then the order of submission. So only finitely many of a
 user's own tasks can ever come before one of theirs that waits.
@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_BUNDLE = 16  # tasks; more would keep a worker from others for too long
-RULE = 2  # version of these rules: only its own decisions are made again from the log
+RULE = 2  # version of these rules: the log replays only decisions of the same version
 AGEING_SECONDS = 3600.0  # of waiting count as much as one point of priority
-BOOST_SECONDS = 1e10  # by which a boosted task is due before all others: longer than any clock has run
-HEAD_START_SECONDS = 1.0  # by which a training is due before what was submitted with it
+BOOST_SECONDS = 1e10  # a boosted task is due by so much earlier: longer than any clock has run
+HEAD_START_SECONDS = 1.0  # a training is due by so much earlier than tasks that were submitted with it
 TURN_SECONDS = 60.0  # assumed usage of each device of a running bundle, until it is known
 ROUNDING = 1e-9  # ten tenths of a GPU are one
 
@@ -58,8 +58,9 @@ class Account:
 class Cluster:
     """How many more bundles fit, and the devices (a share of a GPU, or one slot) that a bundle of each kind takes.
 
-    `room` is what is free of each resource, `needs_by_kind` what a bundle of each kind takes of it. `lookahead` bundles
-    may wait for room: they reserve it, so that small ones behind a large one do not keep it waiting for ever.
+    `room` has the free amount of each resource, `needs_by_kind` the amounts that a bundle of each kind takes.
+    `lookahead` bundles may wait for resources: they reserve them, so that small bundles behind a large one do not keep
+    the large one waiting for ever.
     """
 
     free_slots: int
@@ -74,7 +75,9 @@ class Cluster:
 
     def needs(self, kind: str, whole: bool = False) -> Mapping[str, float]:
         needs = self.needs_by_kind.get(kind, {})
-        return {name: max(1.0, of) if is_gpu(name) else of for name, of in needs.items()} if whole else needs
+        if not whole:
+            return needs
+        return {name: max(1.0, amount) if is_gpu(name) else amount for name, amount in needs.items()}
 
 
 @dataclass(frozen=True)
@@ -104,28 +107,28 @@ def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: C
     decisions: list[Decision] = []
     room, lookahead = dict(cluster.room), cluster.lookahead
     while len(decisions) < cluster.free_slots:
-        able = _those_with_room(left, cluster, room, lookahead)
-        able = {name: mine for name, mine in able.items() if _fits(mine[0], accounts, devices, cluster)}
+        able = _able(left, cluster, room, lookahead)
+        able = {name: tasks for name, tasks in able.items() if _fits(tasks[0], accounts, devices, cluster)}
         if not able:
             break
-        ranks = {name: _rank(mine[0], _account(accounts, name), devices[name]) for name, mine in able.items()}
+        ranks = {name: _rank(tasks[0], _account(accounts, name), devices[name]) for name, tasks in able.items()}
         sponsor = min(able, key=lambda name: ranks[name])
-        mine, head = left[sponsor], able[sponsor][0]
+        own, head = left[sponsor], able[sponsor][0]
         needs = cluster.needs(head.kind, head.whole)
         lookahead -= not has_room(room, needs)
         room |= {name: room.get(name, 0.0) - amount for name, amount in needs.items()}
         size = 1
         if head.kind != "train":
-            mates = [task for task in mine if _may_share(task, head) and cluster.needs(task.kind) == needs]
+            mates = [task for task in own if _may_share(task, head) and cluster.needs(task.kind) == needs]
             slots = min(cluster.free_slots - len(decisions), checkpoints.total())
             size = min(MAX_BUNDLE, -(-len(mates) // max(1, slots // len(checkpoints))))
         taken = [head] if size == 1 else mates[:size]
         chosen = {task.task_id for task in taken}
-        left[sponsor] = [task for task in mine if task.task_id not in chosen]
+        left[sponsor] = [task for task in own if task.task_id not in chosen]
         if not left[sponsor]:
             del left[sponsor]
         checkpoints[head.train_digest] -= len(taken)
-        checkpoints += Counter()  # without those of which nothing is left
+        checkpoints += Counter()  # drops checkpoints without tasks
         reason = _reason(head, _account(accounts, sponsor), devices[sponsor], now)
         share = cluster.share(head.kind, head.whole)
         devices[sponsor] += share
@@ -134,7 +137,7 @@ def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: C
 
 
 def due(waiting_since: float, priority: int, kind: str, *, boosted: bool = False) -> float:
-    """A number that orders one user's tasks at any time: what waits longer or has a higher priority has a lower one."""
+    """A number that orders one user's tasks at any time: a longer wait or a higher priority makes it lower."""
     ahead = (HEAD_START_SECONDS if kind == "train" else 0.0) + (BOOST_SECONDS if boosted else 0.0)
     return waiting_since - priority * AGEING_SECONDS - ahead
 
@@ -142,13 +145,16 @@ def due(waiting_since: float, priority: int, kind: str, *, boosted: bool = False
 def turns(accounts: Mapping[str, Account], cluster: Cluster) -> dict[str, int]:
     """Users' ranks in the queue, the lowest first: those at their limit last, the others by usage for their weight."""
     least = min(cluster.share_by_kind.values(), default=1.0)
-    loads = {name: (at_limit(of, of.devices, least), _load(of, of.devices)) for name, of in accounts.items()}
+    loads = {
+        name: (at_limit(account, account.devices, least), _load(account, account.devices))
+        for name, account in accounts.items()
+    }
     line = sorted(set(loads.values()))
     return {name: line.index(load) for name, load in loads.items()}
 
 
 def decayed(device_seconds: float, age_seconds: float, half_life_seconds: float) -> float:
-    """What usage of so long ago counts now."""
+    """The device seconds that usage of so long ago counts for now."""
     return device_seconds * float(0.5 ** (max(0.0, age_seconds) / half_life_seconds))
 
 
@@ -158,7 +164,7 @@ def at_limit(account: Account, devices: float, share: float) -> bool:
 
 
 def has_room(room: Mapping[str, float], needs: Mapping[str, float]) -> bool:
-    """Whether everything that is needed is free."""
+    """Whether all needed resources are free."""
     return all(room.get(name, 0.0) >= amount - ROUNDING * max(1.0, amount) for name, amount in needs.items())
 
 
@@ -167,10 +173,10 @@ def is_gpu(name: str) -> bool:
     return name == "GPU" or name.startswith("GPU accelerator_type:")
 
 
-def _those_with_room(
+def _able(
     left: Mapping[str, list[Waiting]], cluster: Cluster, room: Mapping[str, float], lookahead: int
 ) -> Mapping[str, list[Waiting]]:
-    """Each user's tasks without those that neither fit now nor may wait for room any more."""
+    """Each user's tasks that fit into the free resources, or may wait for them."""
     if lookahead > 0:
         return left
     full = {
@@ -179,8 +185,8 @@ def _those_with_room(
         for whole in (False, True)
         if not has_room(room, cluster.needs(kind, whole))
     }
-    able = {name: [task for task in mine if (task.kind, task.whole) not in full] for name, mine in left.items()}
-    return {name: mine for name, mine in able.items() if mine}
+    able = {name: [task for task in tasks if (task.kind, task.whole) not in full] for name, tasks in left.items()}
+    return {name: tasks for name, tasks in able.items() if tasks}
 
 
 def _account(accounts: Mapping[str, Account], sponsor: str) -> Account:
@@ -215,7 +221,8 @@ def _aged(task: Waiting, now: float) -> int:
 
 
 def _may_share(task: Waiting, head: Waiting) -> bool:
-    same = all(getattr(task, of) == getattr(head, of) for of in ("train_digest", "priority", "whole", "boosted"))
+    names = ("train_digest", "priority", "whole", "boosted")
+    same = all(getattr(task, name) == getattr(head, name) for name in names)
     return same and task.kind != "train"
 
 

@@ -1,7 +1,8 @@
-"""What differs between the kinds of tasks and is not SQL. `service/store/task_kinds.py` has what is."""
+"""The differences between the kinds of tasks that are not SQL. `service/store/task_kinds.py` has those in SQL."""
 
 from collections.abc import Mapping
-from typing import Any
+
+from service.model.json import JsonMapping
 
 METHODS: Mapping[str, tuple[str, str] | None] = {
     "train": ("recipe", "name"),
@@ -12,7 +13,7 @@ METHODS: Mapping[str, tuple[str, str] | None] = {
 """Where a spec names the method of its task: the recipe, the measure or the attack. All controls are one panel."""
 
 
-def method_of(spec: Mapping[str, Any]) -> str:
+def method_of(spec: JsonMapping) -> str:
     """The method that a stored spec names, which its version and its estimate depend on; empty for a control.
 
     >>> method_of({"kind": "train", "recipe": {"name": "standard", "epochs": 100}})

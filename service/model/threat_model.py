@@ -1,4 +1,4 @@
-"""What an attack may do to an image, and what it knows of the network: numbers compare within one threat model only."""
+"""Threat models: an attack's ball and its knowledge of the network. Numbers compare within one threat model only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ def iso(seconds: float | None) -> str | None:
 
 
 def seconds_of(text: str) -> float:
-    """A time in ISO 8601 as seconds since 1970; UTC where no zone is given. Raises `ValueError`, `OverflowError`."""
+    """A time in ISO 8601 as seconds since 1970; UTC if it has no zone. Raises `ValueError`, `OverflowError`."""
     moment = datetime.fromisoformat(text)
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
@@ -37,7 +37,7 @@ def seconds_of(text: str) -> float:
 def span(text: str) -> tuple[float, float]:
     """The stored seconds that a text in ISO 8601 stands for, `from <= seconds < to`: a day, or a millisecond.
 
-    Raises `ValueError`, `OverflowError` for what is no time.
+    Raises `ValueError`, `OverflowError` if the text is no time.
     """
     first = milliseconds(seconds_of(text))
     return _least(first), _least(first + (DAY_MILLISECONDS if _is_a_day(text) else 1))

@@ -1,4 +1,4 @@
-"""What statistics count: trained networks, or the attack seeds of one of them. A module that clients import cheaply."""
+"""The units that statistics count: trained networks, or attack seeds of one network. Cheap to import, for clients."""
 
 from typing import Literal
 

@@ -52,7 +52,7 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class AttackBits:
-    """What one attack did to each of the n examples: bool arrays `[n]` in sample order.
+    """The outcome of one attack for each of the n examples: bool arrays `[n]` in sample order.
 
     `zero_gradient` is None if the attack takes no gradient, `non_finite` None if all was finite (no NaN or infinite
     logit or gradient), `outside` how many examples left the ball or [0,1].
@@ -78,7 +78,7 @@ class Controls:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that a verdict rests on: an attack of type `attack` at `scale` on a network, and what is right by `chance`.
+    """All evidence of a verdict: an attack of type `attack` at `scale` on a network, its controls, and `chance`.
 
     `chance` is the fraction of the most frequent label among the images attacked (`chance_of`).
     `at_one` is the same attack at s = 1; None if that was on other weights. `controls` is None if the panel does
@@ -99,9 +99,9 @@ class Evidence:
 class Verdict:
     """One of `VERDICTS`, the reasons for it, each check's outcome and its counts, and the masked fractions.
 
-    `counts` has `[found, of how many]` for each check that counts images. `masked_fraction` is of the `masked_n` images
-    that the margin twin ran on, of all where there is none, and null for attacks without a gradient. Without the same
-    attack at s = 1 there is neither it nor `reverse_fraction`.
+    `counts` has `[count, of how many]` for each check that counts images. `masked_fraction` is of `masked_n` images:
+    those that the margin twin ran on, or all if there is no twin. It is null for attacks without a gradient. Without
+    the same attack at s = 1, both it and `reverse_fraction` are null.
     """
 
     verdict: str
@@ -152,7 +152,7 @@ def judge(evidence: Evidence) -> Verdict:
         clean if worst is Level.PASSED else worst.name.lower(),
         tuple(reasons),
         {check: findings[check].level.name.lower() if check in findings else "not_checked" for check in CHECKS},
-        {check: [found.count, found.of] for check, found in findings.items() if found.count is not None},
+        {check: [finding.count, finding.of] for check, finding in findings.items() if finding.count is not None},
         None if masked is None else masked / masked_n,
         masked / masked_correct if masked is not None and masked_correct else None,
         None if masked is None else masked_n,
@@ -184,7 +184,7 @@ def wilson(count: float, n: int, z: float = 1.959963984540054) -> tuple[float, f
 
 
 def _masked(evidence: Evidence) -> tuple[int | None, int, int]:
-    """Masked examples, the clean-correct ones among those looked at, and how many were looked at.
+    """The masked examples, the clean-correct examples, and all examples among which these two were counted.
 
     Masked: clean-correct and robust at s, and broken at s = 1 by this attack or by its margin twin. Both are counted
     over the images that the twin ran on.
@@ -237,7 +237,7 @@ def _panel(evidence: Evidence, controls: Controls) -> Findings:
         reason = "weak_loss" if closed else f"weaker_than:{name}"
         findings[f"weaker_than:{name}"] = Finding(level, reason, weaker, m)
     if evidence.attack not in WITHOUT_GRADIENT:
-        # The panel ran at s = 1, and so this attack is taken at s = 1 too: what the scale masks is no lack of steps.
+        # The panel ran at s = 1, so this attack is taken at s = 1 too: examples that the scale masks lack no steps.
         at_one = ours if evidence.at_one is None else ours & evidence.at_one.robust[:m]
         newly = int((at_one & ~controls.robust["more_steps"]).sum())
         level = Level.SUSPECT if newly > max(0.02 * m, 3) else Level.PASSED
@@ -254,5 +254,5 @@ def _above(value: float, suspect: float, invalid: float) -> Level:
     return Level((value > suspect) + (value > invalid))
 
 
-def _any(reason: str, count: float | None, of: int) -> Finding:
-    return Finding(Level.INVALID if count else Level.PASSED, reason, int(count or 0), of)
+def _any(reason: str, count: float | None, images: int) -> Finding:
+    return Finding(Level.INVALID if count else Level.PASSED, reason, int(count or 0), images)

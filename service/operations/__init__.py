@@ -1,1 +1,1 @@
-"""What keeps a store in order: upgrades, backups, housekeeping, and a doctor that looks at all of it."""
+"""Keeping a store in order: upgrades, backups, housekeeping, and a doctor that checks the whole installation."""

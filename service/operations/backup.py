@@ -1,12 +1,12 @@
 """Backup and restore: every row of the database, the index of artifacts among them, in one file.
 
 The file is gzipped JSON, a value a line: a header with the schema; for each table its name, its columns and then its
-rows; at the end how many those are, and the SHA-256 of all lines before. It is the same whichever kind of database it
-comes from, so it also moves a store from SQLite to PostgreSQL. It is read in one transaction that sees one state, so
-the service may run meanwhile, and written back in one transaction, so a restore is whole or changes nothing.
+rows; at the end the number of rows of each table, and the SHA-256 of all lines before. The file is the same for each
+kind of database, so it also moves a store from SQLite to PostgreSQL. A backup reads in one transaction that sees one
+state, so the service may run meanwhile. A restore writes in one transaction, so it is whole or changes nothing.
 
-The bytes of artifacts are not in it. A copy of the artifact root that is made after the backup has all artifacts that
-the index names, unless `uncanny gc` ran in between. A restore lists those that are missing.
+The bytes of artifacts are not in the file. A copy of the artifact root that is made after the backup has all artifacts
+that the index names, unless `uncanny gc` ran in between. A restore lists those that are missing.
 """
 
 import base64
@@ -37,7 +37,7 @@ LEVEL = 5  # of compression: half the time of the best, and nearly as small
 
 @dataclass(frozen=True)
 class Report:
-    """What is in the backup, rows by table; after a restore, which digests have no bytes under the artifact root.
+    """The contents of a backup: rows by table; after a restore, the digests without bytes under the artifact root.
 
     `is_root`: after a restore, whether the artifact root is the one that the backup knows.
     """
@@ -76,7 +76,7 @@ def backup(database: Database, path: Path) -> Report:
 
 
 def restore(database: Database, artifacts: Artifacts, path: Path, *, replace: bool = False) -> Report:
-    """Put what is in the backup into a database that is empty, or `replace` what it has. Stop the service first.
+    """Put the rows of the backup into an empty database, or `replace` the rows of one. Stop the service first.
 
     Raises `BackupFailed` if the file is not a whole backup of this version's schema, `Conflict` if the database
     is not empty or a dispatcher is at work on it; then nothing has changed.
@@ -113,7 +113,7 @@ def _is_of(database: Database, artifacts: Artifacts) -> bool:
 
 
 def _write(path: Path, lines: Iterator[Line]) -> dict[str, int]:
-    """Write these values and the end; returns how many rows each table has. Only its own user can read the file."""
+    """Write these values and the last line; returns the rows of each table. Only its own user can read the file."""
     counts, seen, table = Counter[str](), hashlib.sha256(), ""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
         with gzip.GzipFile("", "wb", LEVEL, file) as packed:

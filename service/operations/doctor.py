@@ -1,9 +1,8 @@
 """Checks of the whole installation, one a line, each with advice. A child process examines the cluster.
 
 `look_at_cluster` runs `python -m workers.doctor`, which may import Ray and torch. Its report is JSON:
-`{"error"}` or `{"token", "seconds", "code_digest", "versions", "nodes": [...]}`, with for each node that runs tasks
-`{"name", "cpus", "gpus"}` by Ray's own account, and `{"error"}` or `skew_seconds` and what `workers.doctor.examine`
-found there.
+`{"error"}` or `{"token", "seconds", "code_digest", "versions", "nodes": [...]}`. Each node that runs tasks has
+`{"name", "cpus", "gpus"}` from Ray, and `{"error"}` or `skew_seconds` and the fields of `workers.doctor.examine`.
 """
 
 import json
@@ -75,7 +74,7 @@ def examine(settings: Settings, look: Callable[[Settings], Report] | None = None
             yield _artifact_root(artifacts, lambda: artifact_root.check(database, settings.artifacts))
         else:
             yield _artifact_root(artifacts, lambda: None)
-        yield from _room(settings)
+        yield from _disks(settings)
         yield from cluster_checks(settings, (look or look_at_cluster)(settings))
     finally:
         database.close()
@@ -134,7 +133,7 @@ def _writable(database: Database) -> Check:
     started = time.monotonic()
     try:
         database.check_room(doubt=True)
-    except Exception as error:  # noqa: BLE001 - whatever keeps it from writing is what is to be said
+    except Exception as error:  # noqa: BLE001 - any error that keeps it from writing is reported
         summary = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         return Check(
             "writing", "fail", summary, "give its user the right to write, make room, or end a writer that hangs"
@@ -151,9 +150,9 @@ def _timed(database: Database, connection: Connection) -> float:
 def _clock(database: Database) -> Check:
     with database.read() as connection:
         before = time.time()
-        theirs = database.now(connection)
+        database_now = database.now(connection)
         after = time.time()
-    skew = max(0.0, abs(theirs - (before + after) / 2) - (after - before) / 2)
+    skew = max(0.0, abs(database_now - (before + after) / 2) - (after - before) / 2)
     return _skewed("clock", "this machine", "the database", skew)
 
 
@@ -191,7 +190,7 @@ def _dispatcher(database: Database) -> Iterator[Check]:
 
 
 def _registered(database: Database, artifacts: Artifacts) -> Iterator[Check]:
-    """The lab's own data sets: their bytes are where they were uploaded to, and still the same."""
+    """A check of each of the lab's own data sets: its bytes are still there, and unchanged."""
     with database.read() as connection:
         rows = datasets.registered(connection)
     for row in rows:
@@ -226,14 +225,14 @@ def _artifact_root(artifacts: Artifacts, check: Callable[[], None]) -> Check:
     return Check("artifacts", "ok", f"{artifacts.root}: written, read, renamed and deleted in {milliseconds:.1f} ms")
 
 
-def _room(settings: Settings) -> Iterator[Check]:
+def _disks(settings: Settings) -> Iterator[Check]:
     folders = {"home": settings.home, "data": settings.data}
     if "://" not in settings.artifacts:
         folders["artifacts"] = Path(settings.artifacts)
     by_disk: dict[int, tuple[list[str], Path]] = {}
     for name, path in folders.items():
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        by_disk.setdefault(there.stat().st_dev, ([], there))[0].append(name)
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        by_disk.setdefault(existing.stat().st_dev, ([], existing))[0].append(name)
     for names, path in by_disk.values():
         yield room_check(f"room for {', '.join(names)}", shutil.disk_usage(path).free)
 
@@ -330,7 +329,7 @@ def _devices(settings: Settings, name: str, node: Report) -> Iterator[Check]:
 
     If torch can use no GPU, the GPUs that it has no kernels for fail: another driver alone would not help them.
     """
-    shared = 0 < settings.gpus_per_task < 1 or any(0 < (of.gpus or 0) < 1 for of in settings.resources.values())
+    shared = 0 < settings.gpus_per_task < 1 or any(0 < (each.gpus or 0) < 1 for each in settings.resources.values())
     modes = {gpu["uuid"]: gpu["compute_mode"] for gpu in node["listed"]}
     for index, device in enumerate(node["devices"]):
         label, mode = f"{name} gpu {index}", modes.get(device["uuid"], "Default")

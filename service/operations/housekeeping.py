@@ -1,6 +1,6 @@
 """Collects garbage: bytes that nothing refers to, useless epoch states, old events, leftovers of killed processes.
 
-Whatever the quota is, these stay: checkpoints, uploads and data sets, the epoch state of any task that is not over,
+At any quota, these stay: checkpoints, uploads and data sets, the epoch state of any task that is not over,
 and every number, bit and curve (those are rows, not artifacts). These go, in this order:
 
 1. artifacts without a row that names them, once they are older than `age_seconds`: a worker publishes bytes first, and
@@ -67,7 +67,7 @@ class Tally:
 
 @dataclass
 class Report:
-    """What was deleted, or would be. `kept` is left under the root; no rule deletes the `over_quota_bytes`."""
+    """What was deleted, or would be. `kept` stays under the root; no rule deletes the `over_quota_bytes`."""
 
     dry_run: bool
     unreferenced: Tally = field(default_factory=Tally)
@@ -85,7 +85,7 @@ class Report:
 def collect(
     database: Database, artifacts: Artifacts, policy: Policy, *, home: Path | None = None, dry_run: bool = False
 ) -> Report:
-    """Delete what the policy allows. Raises `DatabaseAway` and errors of the file system; it can be run again then.
+    """Delete all that the policy allows. Raises `DatabaseAway` and errors of the file system; it can be run again then.
 
     If the folder is not the artifact root, it raises `ArtifactRootUnusable` and deletes nothing.
     """
@@ -93,7 +93,7 @@ def collect(
     report = Report(dry_run)
     with database.read() as connection:
         now = database.now(connection)
-    # Listed first, so that nothing that is recorded from here on counts as old.
+    # Listed first, so that no artifact that is recorded from now on counts as old.
     stored = {artifact.digest: artifact for artifact in artifacts.stored()}
     gone: set[str] = set()
 
@@ -126,12 +126,12 @@ def collect(
 
 
 def _unnamed(database: Database, digests: Sequence[str]) -> Iterator[str]:
-    """Those of these digests that no row names, each batch looked up right before it is used."""
+    """The digests that no row names. Each batch is looked up right before it is used."""
     for first in range(0, len(digests), BATCH):
         batch = digests[first : first + BATCH]
         with database.read() as connection:
-            named = artifact_index.named_among(connection, batch)
-        yield from (digest for digest in batch if digest not in named)
+            referenced = artifact_index.named_among(connection, batch)
+        yield from (digest for digest in batch if digest not in referenced)
 
 
 def _total(stored: dict[str, Stored], gone: set[str]) -> int:

@@ -1,1 +1,1 @@
-"""The verbs and the loop: submit, retract, plan, claim, hand over, record what comes back, explain what waits."""
+"""The verbs and the loop: submit, retract, plan, claim, hand over, record outcomes, explain why a job waits."""

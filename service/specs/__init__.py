@@ -1,4 +1,4 @@
-"""What can be asked for, and what it makes the workers compute. Frozen values; no I/O."""
+"""The jobs and sweeps that users can ask for, and the tasks that these need. Frozen values; no I/O."""
 
 from service.specs.canonical import canonical, digest, fields
 from service.specs.job import JobSpec

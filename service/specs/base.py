@@ -39,7 +39,7 @@ def number(text: str) -> float:
     """The number in a text, in specs, filters and options: as JSON writes one (.5 too), or one whole number
     over another.
 
-    Raises `ValueError` for anything else, for what is too large, and for what is so small that float64 makes it 0.
+    Raises `ValueError` for anything else, for a number that is too large, and for one that float64 rounds to 0.
     """
     decimal = NUMBER.fullmatch(text)
     match = decimal or FRACTION.fullmatch(text)
@@ -76,14 +76,14 @@ def underflows(text: str) -> bool:
 
 
 def truth(text: str) -> bool:
-    """What `true` and `false` say, in filters and options; in JSON these are values of their own."""
+    """The value of `true` or `false` in filters and options; in JSON these are values of their own."""
     if text.lower() not in ("true", "false"):
         raise ValueError(f"{shorten(text)} is neither true nor false")
     return text.lower() == "true"
 
 
 ACROSS = "cross_field"
-"""The type of the error where each field is right, and together they are not."""
+"""The type of an error of several fields together, each of which is right alone."""
 
 
 def across(sentence: str) -> PydanticCustomError:
@@ -154,7 +154,8 @@ Whole = Annotated[int, Strict(), BeforeValidator(_whole, json_schema_input_type=
 Truth = Annotated[bool, Strict()]  # neither 1 nor "yes"
 
 Order = Literal["permutation", "file"]
-"""What `samples` are the first of: one fixed permutation, or the file, as RobustBench and AutoAttack take them."""
+"""The order whose first images are the `samples`: one fixed permutation, or the file's, as RobustBench and AutoAttack
+take them."""
 Priority = Annotated[
     Whole,
     Field(

@@ -1,8 +1,8 @@
 """From a spec to its digest, in steps that can be looked at (docs/architecture.md, "The nouns").
 
 1. `fields(spec)`    every field, presets expanded, except those equal to the default frozen for that `version`
-2. `canonical(spec)` those as JSON: keys sorted, numbers as the shortest float64, no spaces
-3. `digest(spec)`    SHA-256 of that, in hex
+2. `canonical(spec)` these fields as JSON: keys sorted, numbers as the shortest float64, no spaces
+3. `digest(spec)`    SHA-256 of the canonical JSON, in hex
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What can be named in a job: architectures and data sets, as far as the service needs to know them without torch.
+"""The architectures and data sets that jobs can name, as far as the service needs to know them without torch.
 
 `workers/science` has the same facts beside the networks and files: `tests/contract/test_catalog.py` compares them.
 """

@@ -1,4 +1,4 @@
-"""What a job may ask of images of one shape with so many classes: known before anything is computed."""
+"""Whether a job suits images of one shape with so many classes, checked before anything is computed."""
 
 import math
 from collections.abc import Iterator
@@ -81,9 +81,9 @@ def _of_training(path: tuple[str, ...], recipe: AnyRecipe | None, images: Images
 
 
 def _of_attack(path: tuple[str, ...], attack: AnyAttack, images: Images) -> Iterator[Problem]:
-    least, what, where = _classes(attack)
+    least, part, where = _classes(attack)
     if images.classes < least:
-        yield (*path, *where), f"{what} needs at least {least} classes, the data set has {images.classes}"
+        yield (*path, *where), f"{part} needs at least {least} classes, the data set has {images.classes}"
     if isinstance(attack, Apgd) and attack.targeted:
         others, default = images.classes - 1, type(attack).model_fields["targets"].default
         if attack.targets > others and attack.targets != default:  # the default is "9, or all that there are"
@@ -101,7 +101,7 @@ def _of_attack(path: tuple[str, ...], attack: AnyAttack, images: Images) -> Iter
 
 
 def _classes(attack: AnyAttack) -> tuple[int, str, tuple[str, ...]]:
-    """How many classes an attack needs, which part of it needs them, and where in the attack that is said."""
+    """How many classes an attack needs, which part of it needs them, and the path of the field that says so."""
     if isinstance(attack, AutoAttack):
         return 4, "autoattack", ("type",)
     if isinstance(attack, (Pgd, Fgsm, Apgd)) and attack.loss == "dlr":

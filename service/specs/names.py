@@ -1,4 +1,4 @@
-"""Fields that name something known: an unknown name is refused with the list of those that there are."""
+"""Fields that name something known: an unknown name is refused with the list of known names."""
 
 from collections.abc import Collection
 from typing import Annotated
@@ -10,10 +10,10 @@ from service.specs.base import shorten
 from service.specs.recipes import KNOWN, PRESETS, AnyRecipe
 
 
-def check_known(what: str, name: object, names: Collection[str], *hints: str) -> None:
-    """Raises `ValueError` with all `names` where `name` is none of them."""
+def check_known(noun: str, name: object, names: Collection[str], *hints: str) -> None:
+    """Raises `ValueError` with all `names` if `name` is none of them."""
     if name not in list(names):
-        raise ValueError(f"unknown {what} {shorten(name)}; known are: {', '.join([*sorted(names), *hints])}")
+        raise ValueError(f"unknown {noun} {shorten(name)}; known are: {', '.join([*sorted(names), *hints])}")
 
 
 def _architecture(value: object) -> object:

@@ -56,8 +56,8 @@ def no_such_field(path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str
 
 
 def _scalars(schema: JsonMapping, models: JsonMapping, prefix: str = "") -> Iterator[tuple[str, JsonMapping]]:
-    for name, of in schema.get("properties", {}).items():
-        for choice in _choices(of):
+    for name, value in schema.get("properties", {}).items():
+        for choice in _choices(value):
             if "$ref" in choice:
                 yield from _scalars(models[choice["$ref"].rpartition("/")[2]], models, f"{prefix}{name}.")
             elif choice.get("type") in SCALARS:

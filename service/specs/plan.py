@@ -26,7 +26,7 @@ class PlannedTask:
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The digests of the trainings that must succeed before this one can start."""
+        """The digests of the trainings that must succeed before this task can start."""
         if self.spec.kind == "train":
             return ()
         source = getattr(self.spec, "source", None)
@@ -39,16 +39,16 @@ class PlannedTask:
 
     @cached_property
     def spec_json(self) -> str:
-        """The same as text."""
+        """The stored spec as text."""
         return self.spec.model_dump_json()
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The tasks of one job by the part they play in it.
+    """The tasks of one job by their role.
 
-    For the verdict: `baseline`, the same attack at s = 1, and `control`, the panel; None where there is no ball.
-    `source` is the training of the network that a transfer's examples come from, where it is another one.
+    For the verdict: `baseline`, the same attack at s = 1, and `control`, the panel; None if there is no ball.
+    `source` is the training of the network that a transfer's examples come from; None if it is no other network.
     """
 
     job: JobSpec
@@ -62,21 +62,21 @@ class JobPlan:
 
     @property
     def tasks(self) -> dict[str, PlannedTask]:
-        """All of them, each once, parents before children, by digest."""
+        """All tasks, each once, parents before children, by digest."""
         parts = (self.train, self.source, self.attack, self.baseline, self.control, self.closed_forms, *self.measures)
         return {task.digest: task for task in parts if task is not None}
 
 
 def plan_job(job: JobSpec, dataset: DatasetRef, weights: Mapping[str, Imported] | None = None) -> JobPlan:
-    """Everything that `job` needs computed; `dataset` is the row that its data set's name stands for.
+    """All tasks that `job` needs; `dataset` is the row that its data set's name stands for.
 
-    `weights` says for the checkpoints that it names which weights these are, and what is expected of them.
+    `weights` has, for each checkpoint that the job names, its weights and the accuracy expected of them.
     """
     train = _network(job.architecture, dataset, job.augmented(job.recipe), job.seed, job.replicate, weights or {})
     attack, source = job.attack, None
-    if isinstance(attack, Transfer) and (of := attack.source) is not None:
-        recipe = job.augmented(of.recipe or job.recipe)
-        source = _network(of.architecture, dataset, recipe, of.seed, of.replicate, weights or {})
+    if isinstance(attack, Transfer) and (origin := attack.source) is not None:
+        recipe = job.augmented(origin.recipe or job.recipe)
+        source = _network(origin.architecture, dataset, recipe, origin.seed, origin.replicate, weights or {})
         attack = attack.model_copy(update={"source": None})
     where, chosen = (job.attack_seed, job.samples, job.order), (job.samples, job.order)
     made_on = source.digest if source is not None and source.digest != train.digest else None
@@ -172,7 +172,7 @@ def _attack(
 
 
 def with_arrays(attack: PlannedTask) -> PlannedTask:
-    """The same attack, whose numbers are the same, with the trajectory of every example kept."""
+    """The same attack, with the same numbers, which keeps the trajectory of every example."""
     spec = attack.spec.model_copy(update={"arrays": True})
     return PlannedTask(digest(spec), attack.train_digest, spec)
 
@@ -204,7 +204,7 @@ def _control(checkpoint: str, attack: AnyAttack, samples: int, order: Order) -> 
 
 
 def _twin(attack: AnyAttack, step_size: float, steps: int) -> Pgd | Apgd | None:
-    """The attack with the margin loss, where that is not what the panel runs anyway: PGD from the image."""
+    """The attack with the margin loss; None if that is PGD from the image, which the panel runs anyway."""
     if not isinstance(attack, Pgd | Apgd):
         return None
     twin = attack.model_copy(update={"loss": "margin", **Numerics().model_dump()})

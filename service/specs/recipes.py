@@ -157,7 +157,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "sam": Sam,
     "relative_flatness": RelativeFlatness,
 }
-"""Those that train."""
+"""The recipes that train."""
 
 OF_LITERATURE: JsonObject = {"weight_decay": 5e-4, "keep": "best", "held_out": 1000}
 

@@ -1,6 +1,6 @@
-"""What a value of an axis means, however it is spelled: `"8/255"` is 0.03137..., a preset is its parameters.
+"""The meaning of an axis's value, however it is spelled: `"8/255"` is 0.03137..., a preset is its parameters.
 
-Two values mean the same if a job would be the same with either. `true` is not 1, though Python takes them for equal.
+Two values mean the same if a job would be the same with either. `true` is not 1, though they are equal in Python.
 """
 
 from collections.abc import Hashable, Mapping
@@ -26,7 +26,7 @@ WHOLE: Mapping[str, TypeAdapter[Any]] = {  # Any: each has a type of its own
 
 
 def meaning(axis: str, value: object) -> Hashable:
-    """Something that is equal for values of `axis`, a JobSpec field or a dotted one, that mean the same."""
+    """A key that is equal for values of `axis` (a JobSpec field or a dotted one) with the same meaning."""
     if axis in WHOLE:
         try:
             parsed = WHOLE[axis].validate_python(value)

@@ -48,7 +48,7 @@ class Sweep(Spec):
         Raises `InvalidSpec` with a pointer to the offending field or axis, also for more than `most` as written.
         """
         self._check_size(most)
-        # Pairs that look the same are parsed once; those that are the same, such as 1 and "1.0", become one job.
+        # Cells that look the same are parsed once; cells that mean the same, such as 1 and "1.0", become one job.
         parsed: dict[str, JobSpec] = {}
         for cell in self._written():
             key = repr(cell.values)
@@ -85,8 +85,8 @@ class Sweep(Spec):
                 entry, slash, rest = pointer.removeprefix(start := pointer_to("grid", axis) + "/").partition("/")
                 if pointer.startswith(start) and entry.isdecimal():
                     value = meaning(axis, self.grid[axis][int(entry)])
-                    given = [i for i, other in enumerate(grid[axis]) if meaning(axis, other) == value]
-                    return f"{start}{given[0]}{slash}{rest}" if given else pointer
+                    indices = [i for i, other in enumerate(grid[axis]) if meaning(axis, other) == value]
+                    return f"{start}{indices[0]}{slash}{rest}" if indices else pointer
             return pointer
 
         return InvalidSpec([(moved(pointer), sentence) for pointer, sentence in error.errors])
@@ -144,7 +144,7 @@ class Sweep(Spec):
             excluded = self._excluded()
             for entries in itertools.product(*map(enumerate, self.grid.values())):
                 indices = tuple(index for index, _ in entries)
-                if not any(all(indices[axis] in those for axis, those in pattern.items()) for pattern in excluded):
+                if not any(all(indices[axis] in values for axis, values in pattern.items()) for pattern in excluded):
                     cell = {axis: value for axis, (_, value) in zip(self.grid, entries, strict=True)}
                     yield _Written(cell, indices)
         for i, cell in enumerate(self.include):
@@ -153,7 +153,7 @@ class Sweep(Spec):
 
 @dataclass(frozen=True)
 class _Written:
-    """One cell: its fields, and where its values stand on the axes of `grid`, or itself in `include`."""
+    """One cell: its fields, and the positions of its values on the axes of `grid`, or its own in `include`."""
 
     values: Cell
     indices: tuple[int, ...] = ()
@@ -164,9 +164,9 @@ class _Written:
         return ["grid", name] if self.include is None else ["include", str(self.include), name]
 
     def pointer(self, path: Sequence[str], *, of_name: bool = False) -> str:
-        """Where the user wrote the field at `path`: on an axis, perhaps a dotted one, or else in `base`.
+        """The pointer to where the user wrote the field at `path`: on an axis, perhaps a dotted one, or else in `base`.
 
-        With `of_name`, the name of an axis instead of its entry, if the name alone is `path`.
+        With `of_name`, it points to an axis instead of its entry if the axis's name alone is `path`.
         """
         for end in range(len(path), 0, -1):
             field = ".".join(path[:end])
@@ -184,9 +184,8 @@ class _Written:
 
 def _parse(base: Cell, cell: _Written) -> JobSpec:
     merged = dict(base)
-    for key, value in sorted(
-        cell.values.items(), key=_depth
-    ):  # outer fields first, or they would replace what was set inside them
+    # Outer fields first, or they would replace the fields that were set inside them.
+    for key, value in sorted(cell.values.items(), key=_depth):
         outer, *inner = path = key.split(".")
         if not all(path):
             raise InvalidSpec([(pointer_to(*cell.axis(key)), f"{shorten(key)} names no field")])
@@ -215,7 +214,7 @@ def _within(container: object, path: list[str], value: object, key: str, cell: _
 
 
 def problems(error: ValidationError, cell: _Written | None = None) -> list[tuple[str, str]]:
-    """`(JSON pointer, sentence)` of each thing that pydantic found, pointing at the axis or at `base` of a cell."""
+    """`(JSON pointer, sentence)` of each of pydantic's errors, pointing at the axis or at `base` of a cell."""
     out = []
     for item in error.errors(include_url=False, include_context=False):
         path, unknown = as_written(item["loc"]), item["type"] == "extra_forbidden"
@@ -226,7 +225,7 @@ def problems(error: ValidationError, cell: _Written | None = None) -> list[tuple
 
 
 def sentence_of(item: JsonMapping, path: Sequence[str], names: Sequence[str] = JOB_FIELDS) -> str:
-    """What pydantic found in the field at `path` of a body whose fields are `names`, with the value that it had."""
+    """Pydantic's error in the field at `path` of a body whose fields are `names`, with the value that it had."""
     if item["type"] == "extra_forbidden":
         return no_such_field(path, names)
     sentence = str(item["msg"]).removeprefix("Value error, ")

@@ -1,6 +1,6 @@
-"""What is computed: the tasks that jobs share. Their digest is their identity (docs/architecture.md, "The nouns").
+"""The tasks that workers compute and jobs share. Their digest is their identity (docs/architecture.md, "The nouns").
 
-A change of a default or of what a number means bumps the `version` of that kind and type (`versions.py`).
+A change of a default or of a number's meaning bumps the `version` of that kind and type (`versions.py`).
 """
 
 from typing import Annotated, Literal

@@ -1,7 +1,8 @@
-"""The version of each kind and type of task: bumped by hand where a default changes or a number gets another meaning.
+"""The version of each kind and type of task: bumped by hand if a default changes or a number gets another meaning.
 
-A bump changes the digest of that type of task alone, so nothing else is computed again. What a version changed stands
-beside it. A queued task of an older version is planned again (`service/queue/replanning.py`), a succeeded one stays.
+A bump changes the digest of that type of task alone, so nothing else is computed again. A comment beside the version
+says what changed. A queued task of an older version is planned again (`service/queue/replanning.py`), a succeeded one
+stays.
 """
 
 from collections.abc import Mapping

@@ -32,9 +32,9 @@ def set_user(
     as_json: AsJson = False,
 ) -> None:
     """Make a user, or change role and quotas of one; one who is disabled stays so."""
-    given = {"role": role, "weight": weight, "max_queued_jobs": max_queued_jobs, "max_gpus": max_gpus}
+    options = {"role": role, "weight": weight, "max_queued_jobs": max_queued_jobs, "max_gpus": max_gpus}
     with client_of(home, url) as client:
-        row = client.put_user(name, **{field: value for field, value in given.items() if value is not None})
+        row = client.put_user(name, **{field: value for field, value in options.items() if value is not None})
     _show([row], USER_COLUMNS, as_json, one=True)
 
 

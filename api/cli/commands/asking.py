@@ -94,7 +94,7 @@ def leaderboard(
     for board in boards:
         attacked = f", with {board['preset'] or board['attack']['type']}" if board["attack"] else ""
         title = f"{board['dataset']}, {board['threat_model']}{attacked}, {board['samples']} samples"
-        show(table_of(_places(board["rows"]), board["rows"], title))
+        show(table_of(_board_columns(board["rows"]), board["rows"], title))
         say("")
     if not boards:
         _tell_nothing(trusted)
@@ -243,12 +243,14 @@ def _differing(recipes: list[Json]) -> list[str]:
         name
         for name in names
         if any(
-            one["name"] == other["name"] and one.get(name) != other.get(name) for one in recipes for other in recipes
+            recipe["name"] == other["name"] and recipe.get(name) != other.get(name)
+            for recipe in recipes
+            for other in recipes
         )
     ]
 
 
-def _places(rows: list[Json]) -> Columns:
+def _board_columns(rows: list[Json]) -> Columns:
     """The columns of a leaderboard. Recipes are shown with the parameters in which those of one name differ."""
     differing = _differing([dict(flat(row["recipe"])) for row in rows])
     return {

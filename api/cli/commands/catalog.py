@@ -1,4 +1,4 @@
-"""`catalog`: what a job can name, and the dictionary of every number that a result can have."""
+"""`catalog`: the names that a job can use, and the dictionary of every number that a result can have."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -17,18 +17,20 @@ Word = Annotated[str, typer.Argument(metavar="[WORD]", help="Only entries with t
 def catalog(word: Word = "", home: Home = None, url: Url = None, as_json: AsJson = False) -> None:
     """What a job can name, and every number that a result can have: its formula, unit, range, and when it is null."""
     with client_of(home, url) as client:
-        found = client.catalog()
+        content = client.catalog()
     if as_json:
-        return print_json(found)
-    named = [[kind, name, entry["summary"]] for kind in NAMED for name, entry in found[kind].items() if word in name]
-    named += [["datasets", entry["name"], ""] for entry in found["registered_datasets"] if word in entry["name"]]
-    named += [[kind, name, ""] for kind in PRESETS for name in found[kind] if word in name]
-    numbers = [number for number in found.get("numbers", ()) if _has(number, word)]
-    if named:
-        show(table(["kind", "name", "summary"], [[kind.replace("_", " "), *rest] for kind, *rest in named]))
+        return print_json(content)
+    entries = [
+        [kind, name, entry["summary"]] for kind in NAMED for name, entry in content[kind].items() if word in name
+    ]
+    entries += [["datasets", entry["name"], ""] for entry in content["registered_datasets"] if word in entry["name"]]
+    entries += [[kind, name, ""] for kind in PRESETS for name in content[kind] if word in name]
+    numbers = [number for number in content.get("numbers", ()) if _has(number, word)]
+    if entries:
+        show(table(["kind", "name", "summary"], [[kind.replace("_", " "), *rest] for kind, *rest in entries]))
     if numbers:
         show(table(["number", "unit", "null if", "formula"], _rows(numbers)))
-    if not named and not numbers:
+    if not entries and not numbers:
         tell(f"Nothing in the catalogue has {word!r} in its name.")
     return None
 

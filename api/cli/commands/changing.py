@@ -1,6 +1,6 @@
 """Change submitted jobs and sweeps: `cancel`, `retry`, `pause`, `resume`, `extend`, `priority`, `boost`.
 
-`explain` and `queue` say what waits, and why.
+`explain` and `queue` show which jobs wait, and why.
 """
 
 from typing import Annotated

@@ -82,8 +82,8 @@ def list_all(
     """List the registered checkpoints, or the trained networks; jobs name either as `checkpoint`."""
     if recipe is not None and not trained:
         raise BadUsage("--recipe is for --trained: registered weights have none")
-    given = {"architecture": architecture, "dataset": dataset, "recipe": recipe}
-    filters = {name: value for name, value in given.items() if value is not None}
+    options = {"architecture": architecture, "dataset": dataset, "recipe": recipe}
+    filters = {name: value for name, value in options.items() if value is not None}
     with client_of(home, url) as client:
         rows = list(client.networks(**filters)) if trained else client.checkpoints()
     if not trained:

@@ -35,9 +35,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Results as Markdown: a table per attack, and what the verdicts found; with a sweep's ID alone, of that sweep."""
-    given = [f"sweep={filters[0]}"] if filters and len(filters) == 1 and "=" not in filters[0] else filters
+    spelled_out = [f"sweep={filters[0]}"] if filters and len(filters) == 1 and "=" not in filters[0] else filters
     with client_of(home, url) as client:
-        made = report_of(client, filter or None, **filters_of(given))
+        made = report_of(client, filter or None, **filters_of(spelled_out))
     if output is not None:
         with whole(output) as partial:
             partial.write_text(made.as_markdown(), encoding="utf-8")
@@ -62,11 +62,11 @@ def export(
 ) -> None:
     """Write every result that matches to FILE as it streams, or freeze them all with --snapshot DIR."""
     if snapshot is not None:
-        given = [*([file] if file else []), *(filters or [])]
+        every = [*([file] if file else []), *(filters or [])]
         if fields:
             raise BadUsage("a snapshot has all fields: leave --fields out")
         with client_of(home, url) as client:
-            made = snapshots.freeze(client, snapshot, filter, include_retracted=include_retracted, **filters_of(given))
+            made = snapshots.freeze(client, snapshot, filter, include_retracted=include_retracted, **filters_of(every))
         text = f"Froze {made['results']} results in {snapshot}, checksum {made['sha256']}."
         return print_json({"path": str(snapshot), **made}) if as_json else say(text)
     if not file.endswith(ENDINGS):

@@ -1,4 +1,4 @@
-"""`doctor` and `gc`: check the installation, and delete what is not needed."""
+"""`doctor` and `gc`: check the installation, and delete bytes that nothing needs."""
 
 from typing import Annotated
 

@@ -17,7 +17,7 @@ from service.specs.base import whole
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str | int], int]:
-    """The parser of an option that is a whole number in this range: digits, and a leading `-` where `least` has one.
+    """The parser of an option that is a whole number in this range: digits, and a leading `-` if `least` has one.
 
     It refuses `1_0`, `+5` and ` 5`, which Python's `int` would accept.
     """
@@ -84,10 +84,10 @@ def program() -> str:
     return settings_of().program
 
 
-def filters_of(given: list[str] | None) -> dict[str, Any]:  # Any: so that they pass beside named parameters
+def filters_of(words: list[str] | None) -> dict[str, Any]:  # Any: so that they pass beside named parameters
     """`["scale=5", "scale=10"]` as `{"scale": ["5", "10"]}`."""
     filters: dict[str, list[str]] = {}
-    for item in given or []:
+    for item in words or []:
         name, equals, value = item.partition("=")
         if not name or not equals:
             raise BadUsage(f"{item!r} is not of the form FIELD=VALUE")

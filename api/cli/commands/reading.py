@@ -55,8 +55,8 @@ def jobs(
 ) -> None:
     """List jobs; with a job's ID alone, show that one with its tasks."""
     with client_of(home, url) as client:
-        if one := _ident(filters):
-            return _show_job(client, client.job(one), as_json)
+        if job_id := _ident(filters):
+            return _show_job(client, client.job(job_id), as_json)
         matching = client.jobs(filter, sort=sort, limit=_page(limit), **filters_of(filters))
         rows = _first(matching, limit, "--limit shows more")
         return print_json(rows) if as_json else _show(jobs_table, client, rows, "jobs")
@@ -83,8 +83,8 @@ def results(
 ) -> None:
     """Show results of succeeded jobs, as `uncanny results sweep=ID scale=5`; with a job's ID alone, that one whole."""
     with client_of(home, url) as client:
-        if one := _ident(filters):
-            result = client.result(one)
+        if job_id := _ident(filters):
+            result = client.result(job_id)
             return print_json(result) if as_json else _show_result(client, result)
         matching = client.results(
             filter,

@@ -83,7 +83,7 @@ def watch(
 
 
 def read_spec(file: Path) -> Json:
-    """The mapping in a file, or in stdin for `-`, in UTF-8 whatever the locale. Raises `BadUsage` for anything else."""
+    """The mapping in a file, or in stdin for `-`, in UTF-8 in every locale. Raises `BadUsage` for anything else."""
     try:
         content = sys.stdin.buffer.read() if file == STDIN else file.read_bytes()
         spec = written.read(content.decode("utf-8-sig"))
@@ -200,6 +200,6 @@ def _show_event(event: Event, as_json: bool) -> None:
         numbers = {name: value for name, value in data["detail"].items() if isinstance(value, (int, float))}
         detail = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         return say(f"{'':12} {data['kind']} {data['digest'][:10]} {100 * data['progress']:3.0f} % {detail}")
-    what = data["job_id"] or data["task_id"] or data["sweep_id"] or ""
+    subject = data["job_id"] or data["task_id"] or data["sweep_id"] or ""
     more = ", ".join(f"{name} {value}" for name, value in data["data"].items() if isinstance(value, (str, int, float)))
-    return say(f"{data['at'][11:23]} {event.kind:18} {what} {more}")
+    return say(f"{data['at'][11:23]} {event.kind:18} {subject} {more}")

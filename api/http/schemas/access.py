@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.http.auth import NAME
 from service.model.access import Role, Scope
 
-MOST = 2**31 - 1  # what the column holds
+MOST = 2**31 - 1  # the largest number of the column
 EXAMPLE = "ada"
 
 

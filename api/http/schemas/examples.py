@@ -1,4 +1,4 @@
-"""What the OpenAPI document shows as examples: requests that work, and answers as they come."""
+"""The examples of the OpenAPI document: requests that work, and answers as they come."""
 
 from service.model.json import JsonObject
 

@@ -24,8 +24,8 @@ class JobSubmission(JobSpec):
 
     @property
     def job(self) -> JobSpec:
-        given = self.model_fields_set & JobSpec.model_fields.keys()
-        return JobSpec.model_construct(given, **{name: getattr(self, name) for name in JobSpec.model_fields})
+        fields_set = self.model_fields_set & JobSpec.model_fields.keys()
+        return JobSpec.model_construct(fields_set, **{name: getattr(self, name) for name in JobSpec.model_fields})
 
 
 class Accepted(BaseModel):

@@ -1,4 +1,4 @@
-"""What a job or a sweep would mean, before it is submitted."""
+"""Dry runs: the tasks, time and quota of a job or a sweep before it is submitted."""
 
 from pydantic import BaseModel, Field
 

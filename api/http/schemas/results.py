@@ -1,4 +1,4 @@
-"""Results, what was found out about them later, and their curves."""
+"""Results, findings about them from later results, and their curves."""
 
 from typing import Literal
 

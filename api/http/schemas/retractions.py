@@ -1,4 +1,4 @@
-"""Retractions: what to hide or to show again, and what was."""
+"""Retractions: requests to hide results or to show them again, and the answers."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Sweeps: one that was accepted, its progress, and what can be changed of it."""
+"""Sweeps: the answer to a submission, the progress, and the fields that can be changed."""
 
 from typing import Annotated
 
