@@ -80,7 +80,7 @@ class Lab:
             for one in granted.values():
                 named = {"weights_sha256": one.spec.get("checkpoint"), "source_weights_sha256": one.spec.get("source")}
                 for digest in set(filter(None, named.values())) - made.keys():
-                    checkpoint = claiming.checkpoint_of(connection, digest)[1]
+                    checkpoint = claiming.checkpoints_of(connection, [digest])[digest][1]
                     assert checkpoint is not None, "it was granted before its network was trained"
                     made[digest] = checkpoint.digest
                 used = {name: made[digest] for name, digest in named.items() if digest}

@@ -7,12 +7,13 @@ point, then trainings (those that most jobs need first), then the order of submi
 user's own tasks can ever come before one of theirs that waits.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 MAX_BUNDLE = 16  # tasks; more would keep a worker from others for too long
-RULE = 2  # version of these rules: the log replays only decisions of the same version
+RULE = 3  # version of these rules: the log replays only decisions of the same version
 AGEING_SECONDS = 3600.0  # of waiting count as much as one point of priority
 BOOST_SECONDS = 1e10  # a boosted task is due by so much earlier: longer than any clock has run
 HEAD_START_SECONDS = 1.0  # a training is due by so much earlier than tasks that were submitted with it
@@ -99,34 +100,29 @@ def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: C
 
     Tasks on one checkpoint are spread over the free slots, so that a short queue uses the whole cluster.
     """
-    left: dict[str, list[Waiting]] = {}
-    for task in sorted(queue, key=lambda task: _own_order(task, now)):
-        left.setdefault(task.sponsor, []).append(task)
+    lines = _lines(queue, now)
     checkpoints = Counter(task.train_digest for task in queue)
-    devices = {sponsor: _account(accounts, sponsor).devices for sponsor in left}
+    devices = {sponsor: _account(accounts, sponsor).devices for sponsor in lines}
     decisions: list[Decision] = []
     room, lookahead = dict(cluster.room), cluster.lookahead
     while len(decisions) < cluster.free_slots:
-        able = _able(left, cluster, room, lookahead)
-        able = {name: tasks for name, tasks in able.items() if _fits(tasks[0], accounts, devices, cluster)}
-        if not able:
+        full = _full(cluster, room) if lookahead <= 0 else frozenset()
+        heads = {name: head for name, line in lines.items() if (head := line.head(full)) is not None}
+        heads = {name: head for name, head in heads.items() if _fits(head, accounts, devices, cluster)}
+        if not heads:
             break
-        ranks = {name: _rank(tasks[0], _account(accounts, name), devices[name]) for name, tasks in able.items()}
-        sponsor = min(able, key=lambda name: ranks[name])
-        own, head = left[sponsor], able[sponsor][0]
+        sponsor = min(heads, key=lambda name: _rank(heads[name], _account(accounts, name), devices[name]))
+        head = heads[sponsor]
         needs = cluster.needs(head.kind, head.whole)
         lookahead -= not has_room(room, needs)
         room |= {name: room.get(name, 0.0) - amount for name, amount in needs.items()}
-        size = 1
+        taken = [head]
         if head.kind != "train":
-            mates = [task for task in own if _may_share(task, head) and cluster.needs(task.kind) == needs]
+            mates = [task for task in lines[sponsor].mates(head) if cluster.needs(task.kind, task.whole) == needs]
             slots = min(cluster.free_slots - len(decisions), checkpoints.total())
             size = min(MAX_BUNDLE, -(-len(mates) // max(1, slots // len(checkpoints))))
-        taken = [head] if size == 1 else mates[:size]
-        chosen = {task.task_id for task in taken}
-        left[sponsor] = [task for task in own if task.task_id not in chosen]
-        if not left[sponsor]:
-            del left[sponsor]
+            taken = mates[:size] if size > 1 else taken
+        lines[sponsor].take(taken)
         checkpoints[head.train_digest] -= len(taken)
         checkpoints += Counter()  # drops checkpoints without tasks
         reason = _reason(head, _account(accounts, sponsor), devices[sponsor], now)
@@ -134,6 +130,26 @@ def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: C
         devices[sponsor] += share
         decisions.append(Decision(tuple(task.task_id for task in taken), sponsor, share, reason, head.whole))
     return decisions
+
+
+def short_of_mates(queue: Sequence[Waiting], now: float, count: int) -> list[Waiting]:
+    """The first tasks of a queue, about `count`, that work on checkpoints of which it has less than a bundle.
+
+    Each is the best of its user on its checkpoint. There may be more such tasks further down the queue.
+    """
+    lines: dict[str, dict[tuple[object, ...], Waiting]] = {}
+    mates: Counter[tuple[object, ...]] = Counter()
+    for task in sorted(queue, key=lambda task: _own_order(task, now)):
+        if task.kind != "train":
+            lines.setdefault(task.sponsor, {}).setdefault(_bundle_of(task), task)
+            mates[task.sponsor, *_bundle_of(task)] += 1
+    each = max(1, count // max(1, len(lines)))
+    return [
+        task
+        for sponsor, first in lines.items()
+        for bundle, task in islice(first.items(), each)
+        if mates[sponsor, *bundle] < MAX_BUNDLE
+    ]
 
 
 def due(waiting_since: float, priority: int, kind: str, *, boosted: bool = False) -> float:
@@ -173,20 +189,51 @@ def is_gpu(name: str) -> bool:
     return name == "GPU" or name.startswith("GPU accelerator_type:")
 
 
-def _able(
-    left: Mapping[str, list[Waiting]], cluster: Cluster, room: Mapping[str, float], lookahead: int
-) -> Mapping[str, list[Waiting]]:
-    """Each user's tasks that fit into the free resources, or may wait for them."""
-    if lookahead > 0:
-        return left
-    full = {
+class _Line:
+    """The waiting tasks of one user, best first."""
+
+    def __init__(self, tasks: Sequence[Waiting]) -> None:
+        self._places = {task.task_id: place for place, task in enumerate(tasks)}
+        self._by_size: dict[tuple[str, bool], deque[Waiting]] = {}
+        self._by_bundle: dict[tuple[object, ...], list[Waiting]] = {}
+        self._taken: set[str] = set()
+        for task in tasks:
+            self._by_size.setdefault((task.kind, task.whole), deque()).append(task)
+            if task.kind != "train":
+                self._by_bundle.setdefault(_bundle_of(task), []).append(task)
+
+    def head(self, full: Collection[tuple[str, bool]]) -> Waiting | None:
+        """The best task that is left; None if all that are left are of a kind, whole or not, that is in `full`."""
+        for tasks in self._by_size.values():
+            while tasks and tasks[0].task_id in self._taken:
+                tasks.popleft()
+        heads = [tasks[0] for size, tasks in self._by_size.items() if tasks and size not in full]
+        return min(heads, key=lambda task: self._places[task.task_id], default=None)
+
+    def mates(self, head: Waiting) -> list[Waiting]:
+        """The tasks that are left and may share a bundle with `head`, and `head` itself."""
+        return [task for task in self._by_bundle[_bundle_of(head)] if task.task_id not in self._taken]
+
+    def take(self, tasks: Iterable[Waiting]) -> None:
+        self._taken |= {task.task_id for task in tasks}
+
+
+def _lines(queue: Sequence[Waiting], now: float) -> dict[str, _Line]:
+    """By sponsor, in the order of their best tasks."""
+    tasks: dict[str, list[Waiting]] = {}
+    for task in sorted(queue, key=lambda task: _own_order(task, now)):
+        tasks.setdefault(task.sponsor, []).append(task)
+    return {sponsor: _Line(own) for sponsor, own in tasks.items()}
+
+
+def _full(cluster: Cluster, room: Mapping[str, float]) -> frozenset[tuple[str, bool]]:
+    """The kinds of task, whole or not, that no free resources fit. Without lookahead they may not wait for any."""
+    return frozenset(
         (kind, whole)
         for kind in cluster.needs_by_kind
         for whole in (False, True)
         if not has_room(room, cluster.needs(kind, whole))
-    }
-    able = {name: [task for task in tasks if (task.kind, task.whole) not in full] for name, tasks in left.items()}
-    return {name: tasks for name, tasks in able.items() if tasks}
+    )
 
 
 def _account(accounts: Mapping[str, Account], sponsor: str) -> Account:
@@ -220,10 +267,9 @@ def _aged(task: Waiting, now: float) -> int:
     return task.priority + int(max(0.0, now - task.waiting_since) // AGEING_SECONDS)
 
 
-def _may_share(task: Waiting, head: Waiting) -> bool:
-    names = ("train_digest", "priority", "whole", "boosted")
-    same = all(getattr(task, name) == getattr(head, name) for name in names)
-    return same and task.kind != "train"
+def _bundle_of(task: Waiting) -> tuple[object, ...]:
+    """Equal for tasks that may share a bundle. A training runs alone."""
+    return (task.train_digest, task.priority, task.whole, task.boosted)
 
 
 def _reason(head: Waiting, account: Account, devices: float, now: float) -> str:

@@ -9,13 +9,14 @@ from service.model import environment, placing, resources, scheduling
 from service.model.environment import Environment
 from service.model.executor import Bundle, Capacity, Executor, Grant, Needs
 from service.model.json import JsonObject
-from service.model.scheduling import Account, Cluster, Decision
+from service.model.scheduling import Account, Cluster, Decision, Waiting
 from service.queue import decisions, replanning, sponsoring
-from service.settings import Settings
+from service.settings import KINDS, Settings
 from service.store import Connection, Database, claiming, deciding, quotas
 
 SPONSOR_CHECK_SECONDS = 5.0  # between two searches for shared tasks whose sponsor is not the user whose turn is first
 QUEUE_WINDOW = 1024  # how far down the ranked queue one decision looks
+MAX_FILLED = 64  # bundles that one decision fills from further down the queue
 
 Key = tuple[str, int]
 """`(task id, attempt)`"""
@@ -71,7 +72,7 @@ class Claims:
         half_life, limits = self.settings.usage_half_life_seconds, self.settings.limits
         with self.database.read() as connection:
             now = self.database.now(connection)
-            queue = [] if claiming.is_paused(connection) else claiming.waiting(connection, now, QUEUE_WINDOW)
+            queue = [] if claiming.is_paused(connection) else _queue(connection, now, cluster.free_slots)
             sponsors = {task.sponsor for task in queue}
             accounts = quotas.accounts(connection, now, sponsors, half_life, limits) if queue else {}
             trainings = {task.train_digest for task in queue} if self.environment.aside else set()
@@ -146,14 +147,16 @@ class Claims:
                 return []
             granted = self._granted(connection, choice, placements)
             train_digest = {task.task_id: task.train_digest for task in choice.way.queue}
+            sources = {grant.spec["source"] for grant in granted.values() if grant.spec.get("source")}
+            checkpoints = claiming.checkpoints_of(connection, {train_digest[task_id] for task_id in granted} | sources)
             for name, decision in zip(names, chosen, strict=True):
                 grants = tuple(granted[task_id] for task_id in decision.task_ids if task_id in granted)
                 if grants:
-                    checkpoint = claiming.checkpoint_of(connection, train_digest[grants[0].task_id])
-                    source_digests = {grant.spec["source"] for grant in grants if grant.spec.get("source")}
-                    sources = {source: claiming.checkpoint_of(connection, source) for source in source_digests}
+                    checkpoint = checkpoints[train_digest[grants[0].task_id]]
+                    of_sources = {grant.spec["source"] for grant in grants if grant.spec.get("source")}
                     needs = resources.of_bundle(self.settings, grants, capacity, decision.whole)
-                    bundles.append(Bundle(name, grants, *checkpoint, sources, needs))
+                    other = {source: checkpoints[source] for source in of_sources}
+                    bundles.append(Bundle(name, grants, *checkpoint, other, needs))
         return [self._placed(bundle, choice.way, capacity) for bundle in bundles]
 
     def _granted(
@@ -177,6 +180,20 @@ class Claims:
             return replace(bundle, avoid=environment.avoided(self.environment.aside, nodes, bundle.dataset))
         self.environment.tries(bundle.id, way.trial, bundle.dataset)
         return replace(bundle, avoid=frozenset(nodes) - {way.trial})
+
+
+def _queue(connection: Connection, now: float, bundles: int) -> list[Waiting]:
+    """The first tasks of each user's queue, and for the first `bundles` of them others that fill these bundles.
+
+    A sweep over seeds has the tasks on one checkpoint far apart in the queue. Together in a bundle, they load it once.
+    """
+    queue = claiming.waiting(connection, now, QUEUE_WINDOW)
+    if len(queue) < QUEUE_WINDOW // len(KINDS):
+        return queue  # these are all
+    by_id = {task.task_id: task for task in queue}
+    for task in scheduling.short_of_mates(queue, now, min(bundles, MAX_FILLED)):
+        by_id |= {mate.task_id: mate for mate in claiming.mates_of(connection, now, task)}
+    return list(by_id.values())
 
 
 _numbers = count(1)

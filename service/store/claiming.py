@@ -34,7 +34,7 @@ from service.model.scheduling import MAX_BUNDLE, Waiting
 from service.settings import KINDS
 from service.store import history, quotas
 from service.store.history import Event
-from service.store.listed import listed
+from service.store.listed import insert_rows, listed
 from service.store.settling import UNPAUSED, rerank, settle, start_jobs
 from service.store.states import CLAIMABLE, RUNNING, SHARED, move_tasks
 from service.store.tables import attempts, job_tasks, jobs, leases, queues, sweeps, tasks, trainings
@@ -106,23 +106,20 @@ class Placement:
     share: float
 
 
-def _best_of_each_kind() -> CompoundSelect[Any]:
-    columns = (
-        tasks.c.id,
-        tasks.c.kind,
-        tasks.c.train_digest,
-        tasks.c.sponsor,
-        tasks.c.priority,
-        tasks.c.sequence,
-        tasks.c.waiting_since,
-        tasks.c.needed_by,
-    )
+def _waiting() -> Select[Any]:  # Any: a row of expressions
+    """The tasks of one user that may be claimed now, with the columns of `Waiting`."""
     ran_out = (attempts.c.task_id == tasks.c.id) & (attempts.c.end == "out_of_shared_memory")
     whole = and_(tasks.c.attempt > 0, exists().where(ran_out)).label("whole")
+    names = ("id", "kind", "train_digest", "sponsor", "priority", "sequence", "waiting_since", "needed_by")
+    columns = (*(tasks.c[name] for name in names), whole, tasks.c.boosted)
     due_now = (CLAIMABLE, tasks.c.sponsor == bindparam("sponsor"), tasks.c.not_before <= bindparam("now"))
+    return select(*columns).where(*due_now)
+
+
+def _best_of_each_kind() -> CompoundSelect[Any]:
     best = (
-        select(*columns, whole, tasks.c.boosted)
-        .where(*due_now, tasks.c.kind == literal(kind))
+        _waiting()
+        .where(tasks.c.kind == literal(kind))
         .order_by(tasks.c.due, tasks.c.sequence)
         .limit(bindparam("each", type_=Integer))
         .subquery(f"best_{kind}")
@@ -132,6 +129,12 @@ def _best_of_each_kind() -> CompoundSelect[Any]:
 
 
 BEST_OF_EACH_KIND = _best_of_each_kind()
+ON_CHECKPOINT = (
+    _waiting()
+    .where(tasks.c.train_digest == bindparam("train_digest"), tasks.c.priority == bindparam("priority"))
+    .where(tasks.c.kind != "train")
+    .limit(MAX_BUNDLE)
+)
 
 
 def waiting(connection: Connection, now: float, limit: int) -> list[Waiting]:
@@ -147,6 +150,12 @@ def waiting(connection: Connection, now: float, limit: int) -> list[Waiting]:
         rows = connection.execute(BEST_OF_EACH_KIND, {"sponsor": sponsor, "now": now, "each": each}).all()
         first += [Waiting(*row) for row in rows]
     return first
+
+
+def mates_of(connection: Connection, now: float, task: Waiting) -> list[Waiting]:
+    """As many tasks as a bundle has, of this task's user and priority, that wait for the same checkpoint."""
+    values = {"sponsor": task.sponsor, "now": now, "train_digest": task.train_digest, "priority": task.priority}
+    return [Waiting(*row) for row in connection.execute(ON_CHECKPOINT, values)]
 
 
 def _each_sponsor() -> Select[str]:
@@ -240,7 +249,7 @@ def grant(
         by_task[row.id] = Grant(row.id, row.attempt, row.digest, row.spec, resume)
     if by_task:
         grants = [by_task[task_id] for task_id in task_ids if task_id in by_task]
-        connection.execute(insert(attempts), [_attempt(granted, now, holder, placements) for granted in grants])
+        insert_rows(connection, attempts, [_attempt(granted, now, holder, placements) for granted in grants])
         events = [Event(EventKind.TASK_RUNNING, task_id=granted.task_id, attempt=granted.attempt) for granted in grants]
         history.append(connection, now, holder, events)
         start_jobs(connection, now, holder, list(by_task))
@@ -259,17 +268,22 @@ def _attempt(granted: Grant, now: float, holder: str, placements: Mapping[str, P
     }
 
 
-def checkpoint_of(connection: Connection, train_digest: str) -> tuple[JsonObject, ArtifactRef | None]:
-    """The spec of a training and, once it has succeeded, its checkpoint."""
+def checkpoints_of(
+    connection: Connection, train_digests: Collection[str]
+) -> dict[str, tuple[JsonObject, ArtifactRef | None]]:
+    """The specs of these trainings, by their digests, and the checkpoints of those that have succeeded."""
     query = (
-        select(tasks.c.spec, trainings.c.checkpoint_digest, trainings.c.checkpoint_bytes)
+        select(tasks.c.digest, tasks.c.spec, trainings.c.checkpoint_digest, trainings.c.checkpoint_bytes)
         .outerjoin(trainings, trainings.c.task_id == tasks.c.id)
-        .where(tasks.c.digest == train_digest)
+        .where(tasks.c.digest.in_(listed(train_digests)))
     )
-    row = connection.execute(query).one()
-    if row.checkpoint_digest is None:
-        return row.spec, None
-    return row.spec, ArtifactRef(row.checkpoint_digest, row.checkpoint_bytes, "checkpoint")
+    return {
+        row.digest: (
+            row.spec,
+            ArtifactRef(row.checkpoint_digest, row.checkpoint_bytes, "checkpoint") if row.checkpoint_digest else None,
+        )
+        for row in connection.execute(query)
+    }
 
 
 def datasets_of(connection: Connection, train_digests: Collection[str]) -> dict[str, str]:

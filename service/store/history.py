@@ -10,6 +10,7 @@ from service.model.events import EventKind
 from service.model.json import JsonObject
 from service.model.records import FirstEvent
 from service.store import counters
+from service.store.listed import insert_rows
 from service.store.tables import Json, events, job_tasks, jobs, tasks
 from service.store.values import Values, one
 
@@ -35,8 +36,9 @@ def append(connection: Connection, now: float, actor: str, happened: list[Event]
     if not happened:
         return
     first = counters.take(connection, "events", len(happened))
-    rows = [{**vars(event), "id": first + i, "at": now, "actor": actor} for i, event in enumerate(happened)]
-    connection.execute(insert(events), rows)
+    own = {"at": now, "actor": actor}
+    rows = [{**vars(event), "kind": str(event.kind), "id": first + i, **own} for i, event in enumerate(happened)]
+    insert_rows(connection, events, rows)
 
 
 def append_for_jobs(

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, NamedTuple  # Any for rows: SQLAlchemy cannot type a row of expressions
 
 from sqlalchemy import Connection, Row, Table, bindparam, exists, select, update
@@ -14,10 +14,15 @@ from service.store.listed import listed
 from service.store.retractions import retraction_of
 from service.store.states import CURRENT, SOURCE_USED, WEIGHTS_USED
 from service.store.tables import attack_results, attempts, control_results, jobs, outcome_bits, tasks
-from service.store.values import Values
 
 AT_ONCE = 200  # jobs whose bits are in memory together
 COLUMNS = {name: f"verdict_{name}" for name in ("reasons", "checks", "counts", "version")}
+NAMES = [field.name for field in fields(Verdict)]
+WRITE_VERDICT = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("judged"))
+    .values({COLUMNS.get(name, name): bindparam(f"new_{name}") for name in NAMES})
+)
 
 
 class Judged(NamedTuple):
@@ -50,10 +55,8 @@ def write_verdicts(connection: Connection, judged: Sequence[Judged]) -> None:
     """Store these verdicts with their jobs."""
     if not judged:
         return
-    columns: Values = {COLUMNS.get(field.name, field.name): bindparam(f"new_{field.name}") for field in fields(Verdict)}
-    statement = update(jobs).where(jobs.c.id == bindparam("new_id")).values(columns)
-    rows = [{"id": job.job_id, **asdict(job.verdict)} for job in judged]
-    connection.execute(statement, [{f"new_{name}": value for name, value in row.items()} for row in rows])
+    rows = [{"judged": job.job_id, **{f"new_{name}": getattr(job.verdict, name) for name in NAMES}} for job in judged]
+    connection.execute(WRITE_VERDICT, rows)
 
 
 def outdated(connection: Connection, after: int, limit: int) -> list[Outdated]:

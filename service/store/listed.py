@@ -26,6 +26,8 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from service.store.tables import Json
 from service.store.values import Values
 
+ENCODER = json.JSONEncoder(ensure_ascii=False)
+
 
 class _Elements(FunctionElement[str]):
     """The elements of a JSON array, a row each, in a column `value`."""
@@ -68,7 +70,7 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[Values]) ->
     is_json = [isinstance(table.c[column].type, JSON) for column in rows[0]]
     values = (
         [
-            stored_json(value) if encode and not isinstance(value, str) else value
+            stored_json(value) if encode and value is not None and not isinstance(value, str) else value
             for value, encode in zip(row.values(), is_json, strict=True)
         ]
         for row in rows
@@ -88,7 +90,7 @@ def stored_json(value: object) -> str:
 
     Half of a surrogate pair, which UTF-8 cannot encode, stays an escape.
     """
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return ENCODER.encode(value).encode("utf-8", "backslashreplace").decode()
 
 
 def json_object(**columns: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -3,13 +3,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, takewhile
 from typing import Any, NamedTuple, assert_never
 
-from sqlalchemy import ColumnElement, Connection, String, and_, bindparam, cast, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, String, and_, bindparam, cast, delete, select, update
 
 from service.model.events import EventKind
-from service.model.executor import Failed, Lost, Message, Outcome, Progress, Started, Succeeded
+from service.model.executor import ArtifactRef, Failed, Lost, Message, Outcome, Progress, Started, Succeeded
 from service.model.jobs import TaskState
 from service.model.retrying import (
     MAX_PATIENT_LOSSES,
@@ -24,7 +25,7 @@ from service.model.retrying import (
 )
 from service.store import filing, history
 from service.store.history import Event
-from service.store.listed import listed
+from service.store.listed import insert_rows, listed
 from service.store.settling import settle
 from service.store.states import move_tasks
 from service.store.tables import artifacts, attempts, curves, outcome_bits, tasks
@@ -121,9 +122,11 @@ def _write_successes(connection: Connection, now: float, actor: str, reports: Ma
     provenance = [{"task": row.id, "attempt": row.attempt, "made": finite(outcomes[row.id].provenance)} for row in done]
     made = {"ended_at": now, "end": "succeeded", "provenance": bindparam("made")}
     connection.execute(update(attempts).where(THIS_ATTEMPT).values(made), provenance)
+    again = [row.id for row in done if row.generation > 1]
+    _forget_outcomes(connection, again)
     for kind in {row.kind for row in done}:
         _store_outcomes(connection, now, kind, {row.id: outcomes[row.id] for row in done if row.kind == kind})
-    if again := [row.id for row in done if row.generation > 1]:
+    if again:
         filing.refresh(connection, again)
     events = [Event(EventKind.TASK_SUCCEEDED, task_id=row.id, attempt=row.attempt) for row in done]
     history.append(connection, now, actor, events)
@@ -160,7 +163,7 @@ def _progress(connection: Connection, now: float, message: Progress) -> list[str
     if not _current(connection, message, values | resume):
         return []  # the bytes are left to the garbage collection: the current attempt may have written the same ones
     superseded = _forget_epoch_states(connection, [message.task_id], keep=message.resume.digest)
-    _artifact(connection, now, message.task_id, message.resume.digest, "epoch_state", message.resume.size_bytes)
+    _store_artifacts(connection, now, [(message.task_id, replace(message.resume, kind="epoch_state"))])
     data = {"detail": detail}
     event = Event(EventKind.TASK_CHECKPOINTED, task_id=message.task_id, attempt=message.attempt, data=data)
     history.append(connection, now, "worker", [event])
@@ -171,15 +174,12 @@ def _store_outcomes(connection: Connection, now: float, kind: str, outcomes: Map
     """Store outcomes: all numbers in the column `numbers` of the kind's table, some in columns of their own too."""
     table = TASK_KINDS[kind].numbers
     own_columns = [column.name for column in table.columns if column.name not in ("task_id", "numbers")]
-    rows, bits, points = [], [], []
-    # The outcome of a reopened task replaces the outcome of its earlier generation.
-    for old in (table, outcome_bits, curves):
-        connection.execute(delete(old).where(old.c.task_id.in_(listed(outcomes))))
+    rows, bits, points, made = [], [], [], []
     for task_id, outcome in outcomes.items():
         numbers = finite(outcome.numbers)
         row = {"task_id": task_id, "numbers": numbers, **{name: numbers.get(name) for name in own_columns}}
         for ref in outcome.artifacts:
-            _artifact(connection, now, task_id, ref.digest, ref.kind, ref.size_bytes)
+            made.append((task_id, ref))
             if ref.kind == "checkpoint":
                 row |= {"checkpoint_digest": ref.digest, "checkpoint_bytes": ref.size_bytes}
         rows.append(row)
@@ -188,8 +188,8 @@ def _store_outcomes(connection: Connection, now: float, kind: str, outcomes: Map
             {"task_id": task_id, "name": name, "points": finite(curve)} for name, curve in outcome.curves.items()
         ]
     for into, new_rows in ((table, rows), (outcome_bits, bits), (curves, points)):
-        if new_rows:
-            connection.execute(insert(into), new_rows)
+        insert_rows(connection, into, new_rows)
+    _store_artifacts(connection, now, made)
     if TASK_KINDS[kind].asked_for:
         filing.note_names(connection, kind, [row["numbers"] for row in rows])
 
@@ -258,11 +258,25 @@ def note_stalled(connection: Connection, now: float, actor: str, still_seconds: 
             )
 
 
-def _artifact(connection: Connection, now: float, task_id: str, digest: str, kind: str, size_bytes: int) -> None:
-    same = (artifacts.c.digest == digest) & (artifacts.c.task_id == task_id)
+def _forget_outcomes(connection: Connection, task_ids: Sequence[str]) -> None:
+    """Delete what earlier generations of these tasks left, which new outcomes replace."""
+    if task_ids:
+        for table in (*(kind.numbers for kind in TASK_KINDS.values()), outcome_bits, curves):
+            connection.execute(delete(table).where(table.c.task_id.in_(listed(task_ids))))
+
+
+def _store_artifacts(connection: Connection, now: float, made: Sequence[tuple[str, ArtifactRef]]) -> None:
+    """Store which task made which bytes. Where a row says so already, its kind is replaced."""
+    if not made:
+        return
+    rows = {(task_id, ref.digest): {"task_id": task_id, "created_at": now, **vars(ref)} for task_id, ref in made}
+    pairs = listed(f"{task_id}:{digest}" for task_id, digest in rows)
+    same = and_(
+        artifacts.c.task_id.in_(listed(task_id for task_id, _ in rows)),
+        (artifacts.c.task_id + ":" + artifacts.c.digest).in_(pairs),
+    )
     connection.execute(delete(artifacts).where(same))
-    row = {"digest": digest, "task_id": task_id, "kind": kind, "size_bytes": size_bytes, "created_at": now}
-    connection.execute(insert(artifacts).values(**row))
+    insert_rows(connection, artifacts, list(rows.values()))
 
 
 def _forget_epoch_states(connection: Connection, task_ids: Sequence[str], *, keep: str | None) -> list[str]:

@@ -165,12 +165,12 @@ class TestSuccess:
         lab.submit()
         [train] = lab.grant()
         with lab.database.read() as connection:
-            assert claiming.checkpoint_of(connection, train.digest) == (train.spec, None)
+            assert claiming.checkpoints_of(connection, [train.digest])[train.digest] == (train.spec, None)
         lab.succeed(train)
         assert lab.task_states() == {"succeeded": 1, "queued": 3}
         [checkpoint] = lab.outcome(train).artifacts
         with lab.database.read() as connection:
-            assert claiming.checkpoint_of(connection, train.digest) == (train.spec, checkpoint)
+            assert claiming.checkpoints_of(connection, [train.digest])[train.digest] == (train.spec, checkpoint)
         [row] = lab.rows(artifacts)
         assert (row.digest, row.task_id, row.kind) == (checkpoint.digest, train.task_id, "checkpoint")
 

@@ -20,6 +20,7 @@ from service.model.scheduling import (
     choose,
     decayed,
     due,
+    short_of_mates,
 )
 from service.queue.decisions import packed, told, unpacked
 
@@ -160,6 +161,41 @@ class TestLimits:
         queue = [waiting(f"ann{i}", on=f"a{i}", at=i) for i in range(30)]
         decisions = choose(queue, {"ann": Account(max_gpus=2)}, Cluster(30, {"attack": 0.1}), NOW)
         assert len(decisions) == 20
+
+
+class TestWholeGpus:
+    """A task that ran out of the memory of a GPU that it shared has the next GPU to itself."""
+
+    SHARED = Cluster(4, {"attack": 0.5}, {"CPU": 8.0, "GPU": 2.0}, {"attack": {"CPU": 1.0, "GPU": 0.5}}, lookahead=0)
+
+    def test_it_runs_and_takes_no_slot_in_vain(self) -> None:
+        queue = [replace(waiting("large"), whole=True), waiting("small", on="b", at=1)]
+        decisions = choose(queue, {}, self.SHARED, NOW)
+        assert [(decision.task_ids, decision.share, decision.whole) for decision in decisions] == [
+            (("large",), 1.0, True),
+            (("small",), 0.5, False),
+        ]
+
+    def test_such_tasks_on_one_checkpoint_share_a_bundle_with_each_other_alone(self) -> None:
+        queue = [replace(waiting(f"large{i}", at=i), whole=True) for i in range(3)]
+        queue += [waiting("small", at=9)]
+        sizes = [decision.task_ids for decision in choose(queue, {}, replace(self.SHARED, free_slots=1), NOW)]
+        assert sizes == [("large0", "large1", "large2")]
+
+
+class TestShortOfMates:
+    def test_the_first_checkpoints_of_each_user_that_have_less_than_a_bundle(self) -> None:
+        queue = [
+            waiting(f"{user}{net}", on=net, user=user, at=i) for i, net in enumerate("abc") for user in ("ann", "bob")
+        ]
+        queue += [waiting(f"more{i}", on="a", at=10 + i) for i in range(MAX_BUNDLE)]
+        queue += [waiting("training", "train", on="d")]
+        names = [task.task_id for task in short_of_mates(queue, NOW, 4)]
+        assert sorted(names) == ["annb", "boba", "bobb"], "ann has a bundle on a"
+
+    def test_priorities_do_not_mix(self) -> None:
+        queue = [waiting("low", at=0), *(waiting(f"high{i}", priority=1, at=1 + i) for i in range(MAX_BUNDLE))]
+        assert [task.task_id for task in short_of_mates(queue, NOW, 9)] == ["low"]
 
 
 tasks = st.builds(
