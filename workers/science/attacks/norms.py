@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.science.attacks.base import per_example
+from workers.science.attacks.base import AttackInput, per_example
 from workers.science.seeding import moved, normal_per_example, uniform_per_example
 
 
@@ -78,6 +78,12 @@ class L2:
         """The Euclidean norm `[n]`."""
         norm: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
         return norm
+
+
+def random_point(ball: Norm, eps: float, inputs: AttackInput, restart: int) -> Tensor:
+    """A random point `[n, C, H, W]` of the ball around each image, clipped to [0, 1]."""
+    x = inputs.x.detach()
+    return (x + ball.random_start(x, eps, seed=inputs.seed, index=inputs.index, restart=restart)).clamp(0, 1)
 
 
 RADIUS = "radius"

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from workers.science.attacks.base import (
     AttackInput,
     AttackOutput,
-    Found,
+    Outcomes,
     index_of,
-    look,
     misclassified,
     per_example,
     refuse_observer,
@@ -45,11 +44,9 @@ def square(
     if propose is None:
         raise ValueError(f"unknown norm {norm!r}; there are linf, l2")
     x, y = inputs.x.detach(), inputs.y
-    clean_logits = look(model, x)[1]
-    found = Found(x, misclassified(clean_logits, y))
-    found.met(clean_logits)
-    found.forward_calls += len(x)
-    alive = found.robust()
+    outcomes = Outcomes(x, takes_gradients=False)
+    outcomes.classify(model, y)
+    alive = outcomes.robust()
     x_0, y_0 = x[alive], y[alive]
     channels, height, width = x.shape[1:]
 
@@ -64,10 +61,8 @@ def square(
             if (query - 1) % CHUNK == 0:
                 drawn = _uniform(inputs, alive, (CHUNK, 5 + channels), f"square {query}")
             x_new = propose(x_0, x_best, eps, _share(p_init, query - 1, queries), drawn[:, (query - 1) % CHUNK])
-        logits = look(model, x_new)[1]
-        found.met(logits, alive)
-        found.forward_calls += len(alive)
-        wrong = found.see(alive, x_new, misclassified(logits, y_0), judged=True)
+        logits = outcomes.look(model, x_new, alive)
+        wrong = outcomes.see(alive, x_new, misclassified(logits, y_0), judged=True)
         value = margin(logits, y_0)
         better = value > best
         best, x_best = torch.where(better, value, best), torch.where(per_example(better, x_new), x_new, x_best)
@@ -75,8 +70,8 @@ def square(
             keep = ~wrong
             alive, x_0, y_0, x_best, best, drawn = (v[keep] for v in (alive, x_0, y_0, x_best, best, drawn))
         inputs.report(query + 1, queries)
-    found.keep(alive, x_best)
-    return found.output(norm, eps)
+    outcomes.keep(alive, x_best)
+    return outcomes.output(norm, eps)
 
 
 def _uniform(inputs: AttackInput, alive: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
