@@ -213,7 +213,7 @@ def test_other_numerics_learn_as_well(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_step_of_a_training_waits_for_the_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first third of the forward passes to the last."""
-    monkeypatch.setattr("workers.science.training.STEP_REPORT_SECONDS", math.inf)
+    monkeypatch.setattr("workers.science.training_reports.STEP_REPORT_SECONDS", math.inf)
     how: dict[str, Any] = {"recipe": recipe, "recipe_params": few_steps(recipe), "epochs": 1, "train_samples": 512}
     how |= {"batch_size": 64, "augmentation": Augmentation(1, flip=True, rotation_degrees=10)}
     passes = 0

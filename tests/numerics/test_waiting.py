@@ -14,7 +14,7 @@ import torch
 from pretend_gpu import DEVICE, PretendGpu
 from torch import Tensor, nn
 
-from workers.science import training
+from workers.science import training, training_reports
 from workers.science.architectures import build
 from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.attacks.losses import LOSSES
@@ -84,10 +84,10 @@ def test_attacks_that_leave_broken_images_look_at_each_step_and_copy_nothing(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_step_of_a_training_waits(gpu: PretendGpu, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "STEP_REPORT_SECONDS", math.inf)
+    monkeypatch.setattr(training_reports, "STEP_REPORT_SECONDS", math.inf)
     waits: list[list[int]] = []
 
-    class Watch(training._Watch):
+    class Watch(training_reports.EpochWatch):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             waits.append([gpu.waits.total()])
@@ -96,7 +96,7 @@ def test_no_step_of_a_training_waits(gpu: PretendGpu, recipe: str, monkeypatch: 
             super().after_step(loss, logits, y)
             waits[-1].append(gpu.waits.total())
 
-    monkeypatch.setattr(training, "_Watch", Watch)
+    monkeypatch.setattr(training, "EpochWatch", Watch)
     data = digits.read()
     small = replace(data, test_x=data.test_x[:20], test_y=data.test_y[:20])
     model = build("simple_cnn", data.shape, 10, 0)
