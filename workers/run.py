@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -66,12 +66,7 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
         report(Progress(grant.task_id, grant.attempt, done / total, {"step": done, "steps": total}))
 
     meter = provenance.Meter(context.device, context.device_share)
-    task = TASK.validate_python(grant.spec)
-    if task.version != (known := version_of_spec(grant.spec)):
-        raise ScienceError(
-            f"this task is of version {task.version}, and this worker computes version {known}: install one version "
-            "of Uncanny everywhere, then retry the job"
-        )
+    task = _task_of(grant)
     training = TrainTask.model_validate(bundle.train_spec)
     with deterministic(context.device):
         subject = tasks.Subject(training, bundle.checkpoint, context)
@@ -87,8 +82,29 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
             case _:
                 assert_never(task)
         determinism = flags()
+    made_from = _inputs_of(task, grant, bundle, subject, outcome)
+    made_by = provenance.environment(context.device)
+    # A training sets flags of its own; how many images at a time is noted where that depends on the device.
+    conditions = {"batch_images": None, **determinism, **outcome.provenance}
+    return replace(outcome, provenance=merged(made_by, made_from, conditions, meter.read()))
+
+
+def _task_of(grant: Grant) -> Task:
+    """The task of the grant's spec. Raises `ScienceError` for a version that this worker does not compute."""
+    task = TASK.validate_python(grant.spec)
+    if task.version != (computed := version_of_spec(grant.spec)):
+        raise ScienceError(
+            f"this task is of version {task.version}, and this worker computes version {computed}: install one version "
+            "of Uncanny everywhere, then retry the job"
+        )
+    return task
+
+
+def _inputs_of(task: Task, grant: Grant, bundle: Bundle, subject: tasks.Subject, outcome: Outcome) -> dict[str, Any]:
+    """For the provenance: the task, its seeds, and the data and weights that its numbers were made from."""
     weights = next((ref for ref in outcome.artifacts if ref.kind == "checkpoint"), bundle.checkpoint)
-    made_from = {
+    training = subject.training
+    return {
         "task_kind": task.kind,
         "task_version": task.version,
         "task_digest": grant.digest,
@@ -100,10 +116,6 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
         "dataset_sha256": subject.data_sha256,
         "dataset_files_sha256": [training.dataset.train_sha256, training.dataset.test_sha256],
     }
-    made_by = provenance.environment(context.device)
-    # A training sets flags of its own; how many images at a time is noted where that depends on the device.
-    conditions = {"batch_images": None, **determinism, **outcome.provenance}
-    return replace(outcome, provenance=merged(made_by, made_from, conditions, meter.read()))
 
 
 def _source(task: AttackTask, bundle: Bundle, context: Context) -> tasks.Subject | None:

@@ -40,7 +40,7 @@ from workers.science.datasets import (
     training_indices,
 )
 from workers.science.errors import DataFolderUnusable, DatasetCorrupt, DatasetMissing, ScienceError, WrongState
-from workers.science.evaluation import PROBES, evaluate_attack, evaluate_clean
+from workers.science.evaluation import PROBES, AttackReport, evaluate_attack, evaluate_clean
 from workers.science.heads import linear_head, scale_head
 from workers.science.imported import as_saved, is_at_chance, require_accuracy
 from workers.science.sharpness import MEASURES, MeasureInput, MeasureReport
@@ -273,11 +273,41 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
     network = subject.network()
     model = scale_head(network, task.scale, scale_bias=task.scale_bias)
     head = linear_head(model)
-    index, x, y = subject.samples(task.samples, task.order)
     recorder = Recorder(head.weight, head.bias) if _can_be_followed(task.attack) else None
+    report = _attacked(task, model, subject, source, recorder, on_progress)
+    chosen = (task.samples, task.order)
+    at_start = _measure("closed_forms", model, subject, task.scale, chosen, {}, None, train=False).numbers
+    parts = [report.numbers, {name: value for name, value in at_start.items() if name not in COUNTED}]
+    curves: dict[str, Any] = {}
+    arrays: tuple[ArtifactRef, ...] = ()
+    trajectory = None if recorder is None else recorder.trajectory(report.bits["non_finite"])
+    if trajectory is not None:
+        along, curves["trajectory"] = analyse(trajectory, getattr(task.attack, "norm", "l2"))
+        parts.append(along)
+        if task.arrays:
+            arrays = (subject.context.artifacts.write("arrays", partial(save_file, trajectory.tensors())),)
+    if trajectory is not None and trajectory.starts_at_image:
+        parts.append(bound_numbers(trajectory, head.weight, head.bias))
+    elif report.returned is not None:
+        parts.append(returned_bound_numbers(report.returned, head.weight, head.bias))
+    done_with = conditions(network, getattr(_gradients_of(task.attack), "precision", "float32"))
+    done_with["batch_images"] = subject.context.batch_images
+    return Outcome(merged(*parts), curves, _packed(report.bits), arrays, done_with)
+
+
+def _attacked(
+    task: AttackTask,
+    model: nn.Module,
+    subject: Subject,
+    source: Subject | None,
+    recorder: Recorder | None,
+    on_progress: OnProgress,
+) -> AttackReport:
+    """The attack alone, on `model`, the network of `subject` with its head scaled."""
+    index, x, y = subject.samples(task.samples, task.order)
     params, numerics = _attack_arguments(task, (source or subject).network(), subject)
     try:
-        found = evaluate_attack(
+        return evaluate_attack(
             model,
             x,
             y,
@@ -294,24 +324,6 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
         )
     except ValueError as error:  # parameters that make no sense together
         raise ScienceError(str(error)) from error
-    chosen = (task.samples, task.order)
-    at_start = _measure("closed_forms", model, subject, task.scale, chosen, {}, None, train=False).numbers
-    parts = [found.numbers, {name: value for name, value in at_start.items() if name not in COUNTED}]
-    curves: dict[str, Any] = {}
-    arrays: tuple[ArtifactRef, ...] = ()
-    trajectory = None if recorder is None else recorder.trajectory(found.bits["non_finite"])
-    if trajectory is not None:
-        along, curves["trajectory"] = analyse(trajectory, getattr(task.attack, "norm", "l2"))
-        parts.append(along)
-        if task.arrays:
-            arrays = (subject.context.artifacts.write("arrays", partial(save_file, trajectory.tensors())),)
-    if trajectory is not None and trajectory.starts_at_image:
-        parts.append(bound_numbers(trajectory, head.weight, head.bias))
-    elif found.returned is not None:
-        parts.append(returned_bound_numbers(found.returned, head.weight, head.bias))
-    done_with = conditions(network, getattr(_gradients_of(task.attack), "precision", "float32"))
-    done_with["batch_images"] = subject.context.batch_images
-    return Outcome(merged(*parts), curves, _packed(found.bits), arrays, done_with)
 
 
 def run_control(task: ControlTask, subject: Subject, on_progress: OnProgress) -> Outcome:
