@@ -24,7 +24,7 @@ from workers.science.attacks import AttackInput, prepare
 from workers.science.attacks.norms import NORMS
 from workers.science.attacks.pgd import pgd
 from workers.science.augmentation import Augmentation, augment
-from workers.science.closed_forms import LOG_MEASURES, closed_forms
+from workers.science.closed_forms import LOG_MEASURES, ClosedForms
 from workers.science.controls import Geometry, run_controls
 from workers.science.datasets import DATASETS, ImageData, to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
@@ -350,7 +350,8 @@ def test_closed_forms_are_those_of_the_cpu() -> None:
             phi = features_and_logits(model, to_unit(digits().test_x))[0]
         assert head.bias is not None
         there, here = (
-            closed_forms(*(of.detach().to(device) for of in (phi, head.weight, head.bias))) for device in (DEVICE, CPU)
+            ClosedForms.of(*(of.detach().to(device) for of in (phi, head.weight, head.bias)))
+            for device in (DEVICE, CPU)
         )
         for name in (*LOG_MEASURES, "log_softmax_trace", "log_rest", "log_feature_norm"):
             torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name), rtol=1e-9, atol=1e-9)

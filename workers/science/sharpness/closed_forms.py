@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.science.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
+from workers.science.closed_forms import LOG_MEASURES, ClosedForms, log_dataset_top_eigenvalue
 from workers.science.curvature import batches
 from workers.science.errors import NoLinearHead, NonFinite
 from workers.science.heads import features_and_logits, linear_head
@@ -15,7 +15,7 @@ from workers.science.summaries import Numbers, finite, merged, quantile, summary
 
 
 @torch.no_grad()
-def penultimate(
+def closed_forms(
     model: nn.Module,
     inputs: MeasureInput,
     *,
@@ -77,7 +77,7 @@ def _split(model: nn.Module, inputs: MeasureInput, x: Tensor, y: Tensor, done: i
 def _numbers(split: _Split, head: nn.Linear, seed: int) -> Numbers:
     """The numbers of a split without its prefix."""
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    forms = closed_forms(split.phi, weight, bias)
+    forms = ClosedForms.of(split.phi, weight, bias)
     quantities = {name: getattr(forms, name) for name in (*LOG_MEASURES, "log_softmax_trace", "log_rest")}
     columns = [*quantities.values(), forms.log_feature_norm.exp(), forms.cross_entropy(split.y)]
     *logs, norms, loss = torch.stack(columns).cpu()  # a GPU is waited for once

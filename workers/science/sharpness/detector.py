@@ -6,13 +6,13 @@ from torch import nn
 from workers.science.attacks.base import AttackInput, FeatureLoss
 from workers.science.attacks.pgd import pgd
 from workers.science.curvature import batches
-from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
+from workers.science.detector import LAMBDAS, clean_mean, cross_validation, detector_numbers, flipped_pairs, hiding_loss
 from workers.science.heads import linear_head
 from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.trajectory import Recorder, Trajectory
 
 
-def detection(
+def detector(
     model: nn.Module,
     inputs: MeasureInput,
     *,
@@ -46,5 +46,5 @@ def detection(
     if (aim := clean_mean(plain)) is not None:
         for number, strength in enumerate(LAMBDAS, start=1):
             adaptive[strength] = attacked(number, hiding_loss(head.weight, head.bias, aim, strength))
-    by_fold = detector(*flipped_pairs(plain))[1]
+    by_fold = cross_validation(*flipped_pairs(plain))[1]
     return MeasureReport(detector_numbers(plain, adaptive), {name: [*values] for name, values in by_fold.items()})
