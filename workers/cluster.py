@@ -90,19 +90,19 @@ def _check(name: str) -> Exception | None:
     there = NodeAffinitySchedulingStrategy(name, soft=False)
     probe = ray.remote(num_cpus=0, max_retries=0)(identity).options(scheduling_strategy=there).remote()
     try:
-        theirs = ray.get(probe, timeout=PROBE_SECONDS)
+        remote = ray.get(probe, timeout=PROBE_SECONDS)
     except GetTimeoutError:
         ray.cancel(probe, force=True)
         advice = "mend it, or take it out of the cluster"
         return NoWorker(f"node {name} starts no worker within {PROBE_SECONDS:g} s: {advice}")
     except RayError as error:
         return NoWorker(f"node {name} cannot say what code it has ({str(error).strip().splitlines()[-1]}): mend it")
-    ours = identity()
-    if theirs["code"] != ours["code"]:
+    local = identity()
+    if remote["code"] != local["code"]:
         return OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
-    if other := [library for library in ours if theirs[library] != ours[library]]:
-        has, wanted = (", ".join(f"{library} {of[library]}" for library in other) for of in (theirs, ours))
-        log.warning("numbers of node %s may differ in their last digits: it has %s, not %s", name, has, wanted)
+    if other := [library for library in local if remote[library] != local[library]]:
+        has, expected = (", ".join(f"{library} {of[library]}" for library in other) for of in (remote, local))
+        log.warning("numbers of node %s may differ in their last digits: it has %s, not %s", name, has, expected)
     return None
 
 

@@ -28,12 +28,12 @@ class Cache:
     def get(self, key: Hashable, load: Callable[[], tuple[T, int]]) -> T:
         """The value of that key; `load` gives it and its size in bytes where it is not there."""
         entries = self._entries.copy()
-        found: tuple[T, int] = entries.pop(key) if key in entries else load()
-        entries[key] = found
+        entry: tuple[T, int] = entries.pop(key) if key in entries else load()
+        entries[key] = entry
         while len(entries) > 1 and sum(size for _, size in entries.values()) > self.capacity_bytes:
             entries.popitem(last=False)
         self._entries = entries
-        return found[0]
+        return entry[0]
 
     def clear(self) -> None:
         self._entries = OrderedDict()

@@ -75,12 +75,12 @@ def probe(device: torch.device) -> None:
     """
     try:
         with deterministic(device):
-            found = _small_step(device)
+            computed = _small_step(device)
         expected = _small_step(torch.device("cpu"))
     except (RuntimeError, MemoryError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise DeviceUnfit(f"{_named(device)} cannot run a small convolution: {_first_line(error)}") from error
-    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-        raise DeviceUnfit(f"{_named(device)} computes a small convolution wrongly: set it aside and have it tested")
+        raise DeviceUnfit(f"{_name(device)} cannot run a small convolution: {_first_line(error)}") from error
+    if not torch.allclose(computed, expected, rtol=1e-3, atol=1e-3):
+        raise DeviceUnfit(f"{_name(device)} computes a small convolution wrongly: set it aside and have it tested")
 
 
 def computes(device: torch.device) -> bool:
@@ -156,8 +156,8 @@ def lacks_for_compile(device_type: str) -> list[str]:
 
 def _has_program(variable: str, *usual: str) -> bool:
     """Whether there is the one that the environment names, or one of the usual ones where it names none."""
-    named = os.environ.get(variable)
-    return any(shutil.which(name) for name in (usual if named is None else named.split()[:1]))
+    command = os.environ.get(variable)
+    return any(shutil.which(name) for name in (usual if command is None else command.split()[:1]))
 
 
 def _scheme() -> str:
@@ -230,7 +230,7 @@ def _small_step(device: torch.device) -> torch.Tensor:
     return torch.cat([out.detach().flatten(), slope.flatten()]).cpu()
 
 
-def _named(device: torch.device) -> str:
+def _name(device: torch.device) -> str:
     return "the CPU" if device.type == "cpu" else str(device)
 
 

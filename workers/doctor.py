@@ -115,20 +115,20 @@ def known_to_the_driver() -> list[dict[str, str]]:
     """
     ask = ["nvidia-smi", "--query-gpu=uuid,name,compute_cap,driver_version,compute_mode", "--format=csv,noheader"]
     try:
-        said = subprocess.run(ask, capture_output=True, encoding="utf-8", timeout=SMI_SECONDS, check=True).stdout
+        output = subprocess.run(ask, capture_output=True, encoding="utf-8", timeout=SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return listed_in(said)
+    return listed_in(output)
 
 
-def listed_in(said: str) -> list[dict[str, str]]:
+def listed_in(output: str) -> list[dict[str, str]]:
     """Read the lines that `nvidia-smi` prints.
 
     >>> listed_in("GPU-1b2c, Tesla P100-PCIE-16GB, 6.0, 535.104.05, Exclusive_Process\\n")[0]["compute_mode"]
     'Exclusive_Process'
     """
     names = ("uuid", "name", "capability", "driver", "compute_mode")
-    lines = [[part.strip() for part in line.removeprefix("GPU-").split(",")] for line in said.splitlines()]
+    lines = [[part.strip() for part in line.removeprefix("GPU-").split(",")] for line in output.splitlines()]
     whole = [line for line in lines if len(line) == len(names) and re.fullmatch(r"\d+\.\d+", line[2])]
     return [dict(zip(names, line, strict=True)) for line in whole]
 
@@ -182,13 +182,13 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
             report = {"name": node["NodeManagerHostname"], "cpus": resources["CPU"], "gpus": resources.get("GPU", 0.0)}
             try:
                 once = ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its contexts on the GPUs go with it
-                asked = once(examine).options(scheduling_strategy=there)
-                found = asked.remote(settings.artifacts, mark, str(settings.data), marker)
-                report.update(**ray.get(found, timeout=NODE_SECONDS))
+                examination = once(examine).options(scheduling_strategy=there)
+                answer = examination.remote(settings.artifacts, mark, str(settings.data), marker)
+                report.update(**ray.get(answer, timeout=NODE_SECONDS))
                 before = time.time()
-                theirs = ray.get(ask(clock).options(scheduling_strategy=there).remote(), timeout=NODE_SECONDS)
+                node_time = ray.get(ask(clock).options(scheduling_strategy=there).remote(), timeout=NODE_SECONDS)
                 after = time.time()
-                report["skew_seconds"] = max(before - theirs, theirs - after, 0.0)
+                report["skew_seconds"] = max(before - node_time, node_time - after, 0.0)
             except Exception as error:  # noqa: BLE001 - of one node; the others are still looked at
                 report["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
             reports.append(report)

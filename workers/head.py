@@ -168,14 +168,14 @@ class _Core:
 
     def __init__(self, head_pid: int) -> None:
         self._head_pid = head_pid
-        self._found: dict[str, psutil.Process] = {}
+        self._processes: dict[str, psutil.Process] = {}
 
     def lives(self) -> bool:
-        if len(self._found) < len(CORE):
+        if len(self._processes) < len(CORE):
             with suppress(psutil.NoSuchProcess):
                 children = psutil.Process(self._head_pid).children()
-                self._found |= {name: child for child in children if (name := _name(child)) in CORE}
-        return all(p.is_running() and _name(p) == name for name, p in self._found.items())
+                self._processes |= {name: child for child in children if (name := _name(child)) in CORE}
+        return all(p.is_running() and _name(p) == name for name, p in self._processes.items())
 
 
 def _name(process: psutil.Process) -> str:

@@ -94,7 +94,9 @@ class RayExecutor:
         """What the cluster has, without the devices that are kept busy because they cannot run tasks."""
         if self._closed:
             return NOT_READY
-        return without(self._capacity, [(one.node, one.needs) for one in self._bundles.values() if one.holds])
+        return without(
+            self._capacity, [(running.node, running.needs) for running in self._bundles.values() if running.holds]
+        )
 
     def submit(self, bundle: Bundle) -> None:
         ledger = Ledger(bundle)
@@ -208,8 +210,8 @@ class RayExecutor:
             if reason == "node_died":
                 reason = self._loss_of(running.node)
             return self._end(bundle_id, reason, why)
-        known = [message for message in batch if running.ledger.accept(message)]
-        for message in known:
+        accepted = [message for message in batch if running.ledger.accept(message)]
+        for message in accepted:
             if isinstance(message, Started):
                 running.node, running.pid = message.node, message.pid
                 running.host = "" if message.ready else message.worker.split()[0]
@@ -217,7 +219,7 @@ class RayExecutor:
                 running.node, running.host, running.holds = message.fault.node, "", True
         if running.ledger.unwanted:
             self._stop(running)
-        return known
+        return accepted
 
     def _end(self, bundle_id: str, reason: Reason, message: str, fault: Fault | None = None) -> list[Message]:
         running = self._bundles.pop(bundle_id)
@@ -266,14 +268,14 @@ class RayExecutor:
         """The thread that owns Ray."""
         # A local Ray head may just be starting, so it is asked again sooner.
         pause_seconds = RETRY_SECONDS if self._settings.ray_address else POLL_INTERVAL_SECONDS
-        said = ""
+        logged = ""
         while not self._closing.is_set():
             try:
                 connect(self._settings)
                 break
             except Exception as error:  # noqa: BLE001 - whatever keeps Ray away, it may come back, and is said once
-                if said != (said := f"Ray is not up yet: {type(error).__name__}: {error}"):
-                    log.warning("%s", said)
+                if logged != (logged := f"Ray is not up yet: {type(error).__name__}: {error}"):
+                    log.warning("%s", logged)
                 ray.shutdown()
                 self._closing.wait(pause_seconds)
         trouble = ""
@@ -293,13 +295,13 @@ class RayExecutor:
 
         Raises what is wrong with a node where none is fit for work.
         """
-        found = nodes()
-        self._preempted |= found.preempted
-        self._dead = found.dead
-        unfit = self._checks.unfit(found.resources) if self._settings.ray_address else {}
-        if unfit and len(unfit) == len(found.resources):
+        cluster = nodes()
+        self._preempted |= cluster.preempted
+        self._dead = cluster.dead
+        unfit = self._checks.unfit(cluster.resources) if self._settings.ray_address else {}
+        if unfit and len(unfit) == len(cluster.resources):
             raise next(iter(unfit.values()))
-        fit = {name: of for name, of in found.resources.items() if name not in unfit}
+        fit = {name: of for name, of in cluster.resources.items() if name not in unfit}
         cpus, gpus = (sum(node.get(kind, 0.0) for node in fit.values()) for kind in ("CPU", "GPU"))
         reasons = {name: str(why) for name, why in unfit.items()}
         return Capacity(True, cpus, gpus, nodes=tuple(fit.values()), names=tuple(fit), unfit=reasons)

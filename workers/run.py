@@ -298,7 +298,7 @@ def _of_what_is_temporary(error: OSError) -> bool:
         folder = Path(tempfile.gettempdir())
     except OSError:
         return True
-    paths = (Path(os.fsdecode(one)) for one in (error.filename, error.filename2) if isinstance(one, str | bytes))
+    paths = (Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes))
     return any(path.is_relative_to(folder) for path in paths)
 
 

@@ -253,10 +253,10 @@ def _imported(task: TrainTask, recipe: Imported, data: ImageData, context: Conte
 def run_measure(task: MeasureTask, subject: Subject, on_progress: OnProgress) -> Outcome:
     model = scale_head(subject.network(), task.scale, scale_bias=task.scale_bias)
     params = {name: getattr(task.measure, name) for name in type(task.measure).model_fields if name != "type"}
-    found = _measure(task.measure.type, model, subject, task.scale, (task.samples, task.order), params, on_progress)
+    report = _measure(task.measure.type, model, subject, task.scale, (task.samples, task.order), params, on_progress)
     made = conditions(subject.network())
     made |= {"batch_images": subject.context.batch_images} if task.measure.type == "closed_forms" else {}
-    return Outcome(found.numbers, {"measure": found.curves} if found.curves else {}, provenance=made)
+    return Outcome(report.numbers, {"measure": report.curves} if report.curves else {}, provenance=made)
 
 
 def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_progress: OnProgress) -> Outcome:
@@ -331,8 +331,8 @@ def run_control(task: ControlTask, subject: Subject, on_progress: OnProgress) ->
     geometry = Geometry(task.norm, task.eps, task.step_size, task.steps)
     device = subject.context.device
     twin = Twin(task.twin.type, attack_parameters(task.twin)) if task.twin is not None else None
-    found = run_controls(subject.network(), x, y, index, geometry, twin=twin, device=device, on_progress=on_progress)
-    return Outcome(found.numbers, bits=_packed(found.bits), provenance=conditions(subject.network()))
+    report = run_controls(subject.network(), x, y, index, geometry, twin=twin, device=device, on_progress=on_progress)
+    return Outcome(report.numbers, bits=_packed(report.bits), provenance=conditions(subject.network()))
 
 
 def build(architecture: str, data: ImageData, seed: int) -> nn.Module:

@@ -114,7 +114,7 @@ def unprepared(bundle: Bundle, device: str, node: str, error: Exception) -> list
     why = f"{fault.name} cannot run tasks: {type(error).__name__}: {error}"
     first, *others = bundle.grants
     lost = Lost(first.task_id, first.attempt, "environment", why, fault)
-    return [lost, *(Lost(one.task_id, one.attempt, "given_back", f"not started: {why}") for one in others)]
+    return [lost, *(Lost(grant.task_id, grant.attempt, "given_back", f"not started: {why}") for grant in others)]
 
 
 def end_frozen(pid: int) -> bool:

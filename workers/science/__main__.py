@@ -115,15 +115,15 @@ def _measure(options: argparse.Namespace) -> Report:
     params |= dict(options.option)
     of_input = {name: params.pop(name) for name in ("seed", "batch_size") if name in params}
     with deterministic(options.device):
-        found = MEASURES[options.measure](model, MeasureInput(*train_split, *test_split, **of_input), **params)
-    return {"numbers": found.numbers, "curves": found.curves}
+        measured = MEASURES[options.measure](model, MeasureInput(*train_split, *test_split, **of_input), **params)
+    return {"numbers": measured.numbers, "curves": measured.curves}
 
 
 def _attack(options: argparse.Namespace) -> Report:
     data, model = _scaled(options)
     name = "pgd" if options.attack in PRESETS else options.attack
-    said = {key: getattr(options, key) for key in ("norm", "eps", "step_size", "steps")}
-    params = PRESETS.get(options.attack, {}) | {key: value for key, value in said.items() if value is not None}
+    given = {key: getattr(options, key) for key in ("norm", "eps", "step_size", "steps")}
+    params = PRESETS.get(options.attack, {}) | {key: value for key, value in given.items() if value is not None}
     params |= dict(options.option)
     norm = params.get("norm", "l2" if name == "cw" else "linf")
     for distance in ("eps", "step_size"):
@@ -133,7 +133,7 @@ def _attack(options: argparse.Namespace) -> Report:
     head = linear_head(model)
     recorder = Recorder(head.weight, head.bias) if options.trajectory and name in WITH_TRAJECTORY else None
     with deterministic(options.device):
-        found = evaluate_attack(
+        attacked = evaluate_attack(
             model,
             data.test_x[index],
             data.test_y[index],
@@ -145,10 +145,10 @@ def _attack(options: argparse.Namespace) -> Report:
             device=options.device,
             observer_factory=recorder,
         )
-    report: Report = {"attack": name, "parameters": params, "scale": options.scale, "numbers": found.numbers}
+    report: Report = {"attack": name, "parameters": params, "scale": options.scale, "numbers": attacked.numbers}
     if recorder is not None:
-        along, report["curves"] = analyse(recorder.trajectory(found.bits["non_finite"]), norm)
-        report["numbers"] = merged(found.numbers, along)
+        along, report["curves"] = analyse(recorder.trajectory(attacked.bits["non_finite"]), norm)
+        report["numbers"] = merged(attacked.numbers, along)
     return report
 
 
@@ -168,8 +168,8 @@ def _scaled(options: argparse.Namespace) -> tuple[ImageData, nn.Module]:
     return data, scale_head(model, options.scale, scale_bias=not options.keep_bias)
 
 
-def _samples(n_total: int, asked: int | None) -> Tensor:
-    return torch.from_numpy(sample_indices(n_total, min(DEFAULT_SAMPLES, n_total) if asked is None else asked))
+def _samples(n_total: int, samples: int | None) -> Tensor:
+    return torch.from_numpy(sample_indices(n_total, min(DEFAULT_SAMPLES, n_total) if samples is None else samples))
 
 
 class _Parser(argparse.ArgumentParser):

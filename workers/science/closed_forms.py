@@ -254,8 +254,8 @@ def log_dataset_top_eigenvalue(
 
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(head.weight.shape, generator=generator, dtype=torch.float64).to(head.weight.device)
-    found = lanczos(product, start, iterations=iterations, tolerance=tolerance)
-    return (math.log(found.value) + largest if found.value > 0 else -math.inf), found
+    top = lanczos(product, start, iterations=iterations, tolerance=tolerance)
+    return (math.log(top.value) + largest if top.value > 0 else -math.inf), top
 
 
 def _of_chunk(phi: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

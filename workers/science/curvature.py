@@ -36,8 +36,8 @@ def lanczos(matvec: MatVec, start: Tensor, *, iterations: int, tolerance: float)
     Raises `NonFinite` for a product that is NaN or infinite.
 
     >>> A = torch.diag(torch.tensor([3.0, -5.0, 1.0], dtype=torch.float64))
-    >>> found = lanczos(lambda v: A @ v, torch.ones(3, dtype=torch.float64), iterations=10, tolerance=1e-12)
-    >>> round(found.value, 9), found.converged
+    >>> top = lanczos(lambda v: A @ v, torch.ones(3, dtype=torch.float64), iterations=10, tolerance=1e-12)
+    >>> round(top.value, 9), top.converged
     (3.0, True)
     """
     if not float(start.norm()) > 0:

@@ -137,12 +137,12 @@ def detector_numbers(plain: Trajectory, adaptive: Mapping[float, Trajectory]) ->
     parts, measured = [cross_validation(*flipped_pairs(plain))[0]], []
     for strength, trajectory in adaptive.items():
         flip_rate = share(trajectory.predicted[-1] != trajectory.y, trajectory.clean_correct)
-        one = merged(cross_validation(*flipped_pairs(trajectory))[0], {"detector_flip_rate": flip_rate})
-        parts.append(_renamed(one, f"detector_adaptive_lambda{str(strength).rstrip('0').replace('.', '')}"))
-        if one["detector_accuracy"] is not None:
-            measured.append(merged(one, {"detector_strength": strength}))
+        numbers = merged(cross_validation(*flipped_pairs(trajectory))[0], {"detector_flip_rate": flip_rate})
+        parts.append(_renamed(numbers, f"detector_adaptive_lambda{str(strength).rstrip('0').replace('.', '')}"))
+        if numbers["detector_accuracy"] is not None:
+            measured.append(merged(numbers, {"detector_strength": strength}))
     if measured:
-        worst = min(measured, key=lambda one: one["detector_accuracy"] or 0.0)
+        worst = min(measured, key=lambda numbers: numbers["detector_accuracy"] or 0.0)
         parts.append(_renamed(worst, "detector_adaptive"))
     return merged(*parts)
 

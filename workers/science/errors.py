@@ -64,12 +64,12 @@ class WrongTensors(WrongShape):
             (self.unknown, "unknown to the network", self.unknown),
             (self.misshapen, "of another shape", shapes),
         )
-        said = [
+        counts = [
             f"{len(of)} {'is' if len(of) == 1 else 'are'} {how} ({listed(names)})" for of, how, names in parts if of
         ]
         there = f"; all tensors of the network are there under {_options(self.copies)}" if self.copies else ""
         return (
-            f"the weights are of another network: of their tensors, {', '.join(said)}{there}; check architecture, "
+            f"the weights are of another network: of their tensors, {', '.join(counts)}{there}; check architecture, "
             "image shape and number of classes"
         )
 

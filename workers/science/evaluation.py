@@ -68,12 +68,12 @@ def evaluate_clean(
         raise ValueError("nothing to evaluate: no examples")
     looks = [_look(model, unit_interval(x[part], device), y[part].to(device)) for part in _batches(len(y), batch_size)]
     correct, odds, finite = (
-        torch.cat([getattr(one, name) for one in looks]) for name in ("correct", "log_odds", "finite")
+        torch.cat([getattr(batch, name) for batch in looks]) for name in ("correct", "log_odds", "finite")
     )
     losses = softplus(odds)
     if not bool(finite.any()):
         raise NonFinite.of("a logit", ~finite)
-    hits = [one.top5 for one in looks if one.top5 is not None]
+    hits = [batch.top5 for batch in looks if batch.top5 is not None]
     top5 = float(torch.cat(hits).double().mean()) if hits else None
     return CleanReport(float(correct.double().mean()), float(losses[finite].mean()), top5, correct, losses, ~finite)
 

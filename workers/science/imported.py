@@ -95,8 +95,8 @@ def fit(
     precisions: set[str] = set()
     with _opened(path) as file:
         # Before a tensor is read: a file of another network may be larger than the memory.
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        matching = match(found, {name: tuple(value.shape) for name, value in own.items()}, keys or {})
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        matching = match(shapes, {name: tuple(value.shape) for name, value in own.items()}, keys or {})
         for name, renamed in matching.names.items():
             value = file.get_tensor(name)
             if value.is_floating_point():

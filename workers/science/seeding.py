@@ -132,17 +132,17 @@ def deterministic(device: torch.device | str = "cpu", *, tf32: bool = False) -> 
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, and reads it once
     precision = "tf32" if tf32 else "ieee"
-    mine = _Flags(True, False, False, True, False, precision, precision)
+    chosen = _Flags(True, False, False, True, False, precision, precision)
     with _inside_lock:
         if not _inside:
             _inside.append(_flags())  # as they were outside
-        _inside.append(mine)
-        _set_flags(mine)
+        _inside.append(chosen)
+        _set_flags(chosen)
     try:
         yield
     finally:
         with _inside_lock:
-            _inside.pop(next(i for i, flags in enumerate(_inside) if flags is mine))
+            _inside.pop(next(i for i, flags in enumerate(_inside) if flags is chosen))
             _set_flags(_inside[-1])
             if len(_inside) == 1:
                 _inside.clear()

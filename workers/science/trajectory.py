@@ -121,8 +121,8 @@ class Recorder:
         if len(lengths) != 1 or 0 in lengths:
             raise WrongShape(f"no trajectory: the batches have {sorted(lengths) or 'no'} iterates")
         columns = [torch.cat([batch.column(i) for batch in self._batches], 1).cpu() for i in range(len(_Batch.COLUMNS))]
-        named = dict(zip(_Batch.COLUMNS, columns, strict=True))
-        kept = (torch.isfinite(named["loss"]) & torch.isfinite(named["feature_moved"])).all(0)
+        by_name = dict(zip(_Batch.COLUMNS, columns, strict=True))
+        kept = (torch.isfinite(by_name["loss"]) & torch.isfinite(by_name["feature_moved"])).all(0)
         kept = kept if non_finite is None else kept & ~non_finite.cpu()
         if not bool(kept.any()):
             raise NonFinite.of("a feature or a logit along the attack's path", ~kept)
@@ -132,7 +132,7 @@ class Recorder:
             phi_0=torch.cat([batch.phi_0 for batch in self._batches]).cpu()[kept],
             log_weight_norm=self.head.log_norm,
             classes=len(self.head.weight),
-            **{name: column[:, kept] for name, column in named.items()},
+            **{name: column[:, kept] for name, column in by_name.items()},
         )
 
 

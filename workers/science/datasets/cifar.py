@@ -95,9 +95,9 @@ def _entries(base: Path, md5: Checksums) -> dict[str, dict[str, Any]]:
 def _unpickle(path: Path, md5: str) -> dict[str, Any]:
     """The bytes that were checked are the bytes that are unpickled."""
     content = path.read_bytes()
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise DatasetCorrupt(f"{path} has MD5 {found}, the original has {md5}: delete it and put the original there")
+    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if actual != md5:
+        raise DatasetCorrupt(f"{path} has MD5 {actual}, the original has {md5}: delete it and put the original there")
     entry = _Unpickler(io.BytesIO(content), encoding="latin1").load()
     if not isinstance(entry, dict):
         raise DatasetCorrupt(f"{path} is not a CIFAR batch: put the original there")

@@ -36,10 +36,10 @@ def read(_folder: Path | None = None) -> ImageData:
 
 def _scans() -> np.ndarray:
     """Pixels and digit of each scan, `[1797, 65]`: what `load_digits` reads, without the seconds of its import."""
-    found = find_spec("sklearn")
-    if found is None or found.origin is None:
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
         raise ModuleNotFoundError("the digits come with scikit-learn: pip install scikit-learn")
-    return np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
 
 
 def _shares(counts: np.ndarray) -> list[int]:

@@ -19,16 +19,16 @@ def verified(path: Path, md5: str, urls: Sequence[str] = (), *, into: Path | Non
     A download takes the place of `path`, or goes to the folder `into`, where given: what is returned is where it is.
     Raises `DatasetMissing` and `DatasetCorrupt`, which name the file.
     """
-    found = checksum(path, "md5") if path.is_file() else None
-    if found == md5:
+    actual = checksum(path, "md5") if path.is_file() else None
+    if actual == md5:
         return path
     target = path if into is None else into / path.name
     reasons = _download(target, md5, urls)
     if reasons is None:
         return target
-    if found is not None:
+    if actual is not None:
         raise DatasetCorrupt(
-            f"{path} has MD5 {found}, the original has {md5}: delete the file and put the original there"
+            f"{path} has MD5 {actual}, the original has {md5}: delete the file and put the original there"
         )
     raise DatasetMissing(
         f"{path.name} is not in {path.parent} and could not be downloaded ({reasons}): put the file there"

@@ -100,9 +100,9 @@ def training_indices(
     (True, 3)
     """
     order = sample_indices(n_total, n_total)
-    wanted = n_total - held_out if train_samples is None else train_samples
-    if wanted < 1 or wanted + held_out > n_total:
+    count = n_total - held_out if train_samples is None else train_samples
+    if count < 1 or count + held_out > n_total:
         raise WrongShape(
-            f"{max(wanted, 0)} images to train on and {held_out} held out were asked for of {n_total} training images"
+            f"{max(count, 0)} images to train on and {held_out} held out were asked for of {n_total} training images"
         )
-    return order[:wanted], order[n_total - held_out :]
+    return order[:count], order[n_total - held_out :]
