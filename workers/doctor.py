@@ -98,7 +98,7 @@ def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[s
         "versions": versions(),
         "devices": devices,
         "torch_trouble": trouble,
-        "listed": [{**gpu, "fits": has_kernels(gpu["capability"], built_for)} for gpu in known_to_the_driver()],
+        "listed": [{**gpu, "fits": has_kernels(gpu["capability"], built_for)} for gpu in driver_gpus()],
         "built_for": built_for,
         "cuda": torch.version.cuda,
         "lacks_for_compile": lacks_for_compile("cuda" if devices else "cpu"),
@@ -109,7 +109,7 @@ def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[s
     }
 
 
-def known_to_the_driver() -> list[dict[str, str]]:
+def driver_gpus() -> list[dict[str, str]]:
     """The GPUs that `nvidia-smi` lists, also those that torch cannot use: `uuid`, `name`, `capability`, `driver` and
     `compute_mode`, which says who may use it (`Default` is several processes at once). Empty where there is none.
     """

@@ -126,7 +126,7 @@ class RayExecutor:
         deadline = time.monotonic() + timeout_seconds
         messages: list[Message] = []
         while True:
-            self._look_after_those_in_trouble()
+            self._handle_troubled_bundles()
             messages += self._lost
             self._lost = []
             wait = 0.0 if messages else min(max(0.0, deadline - time.monotonic()), POLL_INTERVAL_SECONDS)
@@ -234,7 +234,7 @@ class RayExecutor:
             running.act_at = time.monotonic() + self._grace_seconds
             ray.cancel(running.generator, force=False)
 
-    def _look_after_those_in_trouble(self) -> None:
+    def _handle_troubled_bundles(self) -> None:
         """Press those that do not stop, stop those whose node is dead, tell crashed workers from dying nodes."""
         now = time.monotonic()
         for bundle_id, running in list(self._bundles.items()):

@@ -271,7 +271,7 @@ def _try(
     except (ScienceError, ArtifactMissing) as error:
         return Failed(task, attempt, "configuration", str(error)), False
     except Exception as error:  # noqa: BLE001 - whatever else goes wrong in a task is that task's, and is told
-        if isinstance(error, OSError) and (error.errno in DISK_ERRORS or _of_what_is_temporary(error)):
+        if isinstance(error, OSError) and (error.errno in DISK_ERRORS or _of_temporary_folder(error)):
             return _of_the_environment(grant, bundle, context, error), False
         if devices.ran_out_of_memory(error):
             reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
@@ -287,7 +287,7 @@ def _try(
     return Lost(task, attempt, "worker_died", f"{context.device} gave up: {answer.message}"), True
 
 
-def _of_what_is_temporary(error: OSError) -> bool:
+def _of_temporary_folder(error: OSError) -> bool:
     """Whether no temporary folder can be used, or something in it is away or closed to this process.
 
     If `tempfile` finds no folder that takes a file, it raises ENOENT without a path each time it is asked for one.
