@@ -36,7 +36,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class Anchor:
-    """What the bounds need of the clean images: all `[n]` float64, `largest_distance = D` a number.
+    """Of the clean images, all that the bounds need: `[n]` float64 each, `largest_distance = D` a number.
 
     `sharpness` and `flatness` are relative sharpness and relative flatness divided by `||phi||^2`, which phi = 0 has
     too; not logarithms. `slope = ||W^T (p - e_y)||`.

@@ -33,7 +33,7 @@ LOG_MEASURES = (
 
 
 class Head:
-    """A linear head `z = W phi + b` in float64, with what the closed forms need of it computed once.
+    """A linear head `z = W phi + b` in float64, with all that the closed forms need of it, computed once.
 
     `weight [k, m]`, `bias [k]` or None, scale already applied. Raises `WrongShape` for fewer than two classes and
     `NonFinite` for weights that are NaN or infinite. `log_norm` is `log ||W||_F`, `log_norm_centred` the same after
@@ -225,7 +225,7 @@ def log_dataset_top_eigenvalue(
 
     Lanczos on the power-iteration map `V -> mean_n S(p_n) V phi_n phi_n^T` (same limit, fewer products). Samples are
     weighted relative to the one with the largest `(1 - p_top) ||phi||^2`, so it does not underflow at a large scale.
-    -inf where every phi is zero. The second value is Lanczos's own account, relative to that sample.
+    -inf if every phi is zero. The second value is the result of Lanczos, relative to that sample.
     The error of the value is of order `residual^2`: the default tolerance gives about 1e-10.
     """
     head = Head(weight, bias)

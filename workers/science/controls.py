@@ -50,7 +50,7 @@ class ControlReport:
 
     robust_fgsm, robust_noise (uniform, all draws), robust_margin (PGD on the margin), robust_square, robust_pgd
     (cross-entropy, the geometry's steps), robust_more_steps (those of it that survive four times as many), and
-    robust_twin, where a twin was asked for.
+    robust_twin, if there is a twin.
     """
 
     numbers: Numbers
@@ -71,12 +71,16 @@ def run_controls(
 ) -> ControlReport:
     """Challenge `model` (at s = 1, on `device`, left as it is) on `x [n, C, H, W]`, `y [n]`; `index [n]` as in attacks.
 
-    numbers: `train_mode_modules` (modules that are not in eval mode), `random_forward_changed` (examples whose logits
-    differ between two forwards), `batch_dependent_changed` (of the first 16 of each batch: whose logits do not, but
-    are others without the rest of the batch), `eps_zero_changed` (whose outcome at eps = 0 is not the clean one),
-    `n_non_finite` (examples with NaN or infinite clean logits: neither clean-correct nor robust, and none of the
-    checks' concern). `twin` is the attack with the margin loss, where that is not PGD from the image in this geometry.
-    Raises what the attacks raise, and `NonFinite` where no example is finite.
+    The numbers count:
+    train_mode_modules       modules that are not in eval mode
+    random_forward_changed   examples whose logits differ between two forward passes
+    batch_dependent_changed  of the first 16 of each batch, examples with steady logits that are others without the rest
+    eps_zero_changed         examples whose outcome at eps = 0 is not the clean one
+    n_non_finite             examples with NaN or infinite clean logits: they are neither clean-correct nor robust, and
+                             no check counts them
+
+    `twin` is the attack with the margin loss, if that is not PGD from the image in this geometry.
+    Raises the errors of the attacks, and `NonFinite` if no example is finite.
     """
     train_mode_modules = sum(module.training for module in model.modules())
     model = _InCompany(model)

@@ -100,9 +100,9 @@ def flipped_pairs(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
 
 
 def clean_mean(trajectory: Trajectory) -> float | None:
-    """Mean log relative sharpness of the clean-correct images, what the adaptive attack aims at.
+    """Mean log relative sharpness of the clean-correct images: the aim of the adaptive attack.
 
-    Over those that have one: phi = 0 and a zero head have no sharpness to hide. Null where no image has.
+    Images without a sharpness (phi = 0 or a zero head) are left out. Null if no image has one.
     """
     values = trajectory.log_relative_sharpness[0, trajectory.clean_correct]
     return mean(values[torch.isfinite(values)])

@@ -45,7 +45,7 @@ class CleanReport:
 @dataclass(frozen=True)
 class AttackReport:
     """`numbers` by name; `bits` [n] bool by name: clean_correct, robust, robust_any_iterate, zero_gradient (where the
-    attack takes gradients), non_finite. All on the CPU. `returned` is None where the network has no linear head.
+    attack takes gradients), non_finite. All on the CPU. `returned` is None if the network has no linear head.
 
     A non-finite example is neither clean-correct nor robust, `n_non_finite` counts them, and losses, top-5 hits and
     sizes are over the others; accuracies are over all `n`, and so is `majority_share`, the share of the most frequent
@@ -62,7 +62,7 @@ def evaluate_clean(
 ) -> CleanReport:
     """`x [n, C, H, W]` uint8 or float32 in [0, 1], `y [n]`; the model is in eval mode and on `device`.
 
-    Raises `NonFinite` where no example has finite logits, `ValueError` for no examples.
+    Raises `NonFinite` if no example has finite logits, `ValueError` for no examples.
     """
     if not len(y):
         raise ValueError("nothing to evaluate: no examples")
@@ -102,7 +102,7 @@ def evaluate_attack(
     `model` is the network with its head already scaled, in eval mode and on `device`; `scale` tells the attack s.
     The last four options speed up the attack's gradients (`prepare`); its examples are judged by `model` itself.
     `on_progress(done, total)` counts steps over all batches. Raises `ValueError` for parameters that make no sense
-    (an observer needs float32 features), `NonFinite` where every example meets NaN or infinities.
+    (an observer needs float32 features), `NonFinite` if every example meets NaN or infinities.
     """
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; there are {', '.join(ATTACKS)}")
@@ -157,7 +157,7 @@ def unit_interval(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class _Look:
-    """What one forward pass says of each example, on the CPU: `correct`, `top5` (None for up to five classes) and
+    """The outcome of one forward pass for each example, on the CPU: `correct`, `top5` (None for up to five classes) and
     `finite` [n] bool, `log_odds` [n] float64 against the label; on the device, features `phi` [n, m] (None without a
     linear head). An example that is not finite is neither correct nor among the five.
     """

@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Matching:
-    """`names` maps the file's names to the network's; `stripped_prefix` is what they all had in front of these."""
+    """`names` maps the file's names to the network's; `stripped_prefix` was in front of all of them."""
 
     names: dict[str, str]
     stripped_prefix: str | None
@@ -60,7 +60,7 @@ def _require_all(
 
 
 def _chosen(copies: list[str], keys: Mapping[str, str]) -> str:
-    """The prefix of the copy that the key map names. Raises `WrongTensors` where it names none of them, or several."""
+    """The prefix of the copy that the key map names. Raises `WrongTensors` if it names none, or several."""
     chosen = [copy for copy in copies if keys.get(copy) == ""]
     if len(chosen) != 1:
         raise WrongTensors([], [], [], copies)

@@ -35,7 +35,7 @@ Schedule = Literal["cosine", "constant"]
 Keep = Literal["last", "best"]
 
 State = dict[str, Any]
-"""All that a training needs to go on: weights, optimiser, generator, epoch, reports. Dicts, numbers and tensors."""
+"""All that a training needs to resume: weights, optimiser, generator, epoch, reports. Dicts, numbers and tensors."""
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
 ) -> TrainReport:
     """Train `model` in place by SGD; it ends in eval mode, on `device`, with the weights of the epoch that is kept.
 
-    recipe, recipe_params  a name of `RECIPES` and its parameters where they are not the defaults
+    recipe, recipe_params  a name of `RECIPES` and its parameters that are not the defaults
     schedule       cosine: `lr (1 + cos(pi e / epochs)) / 2` in epoch e = 0, 1, ...; constant
     augmentation   None: what suits the data set (`default_augmentation`)
     train_samples  train on the first so many of the fixed permutation; None: on all that are not held out
@@ -289,22 +289,19 @@ class _Training:
             settings = self.settings.stored()
             changed = [name for name in settings if state["settings"].get(name) != settings[name]]
             if changed:
-                raise WrongState(f"the saved state is of another training ({', '.join(changed)} differ): start anew")
+                raise WrongState(
+                    f"the saved state is of another training ({', '.join(changed)} differ): train without it"
+                )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             if self.best is not None:
                 self.best.restore(state["best"])
             self.reports = [EpochReport(**report) for report in state["reports"]]
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-        ) as error:  # whatever torch makes of it
+        # Torch raises each of these.
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise WrongState(f"the saved state does not fit this training ({why}): start anew") from error
+            raise WrongState(f"the saved state does not fit this training ({why}): train without it") from error
 
 
 def _looked_at(best: BestEpoch, model: nn.Module, report: EpochReport) -> EpochReport:

@@ -29,7 +29,7 @@ class StepReport:
 class EpochReport:
     """An epoch that is done: means over its (augmented, or attacked) training images, and its learning rate.
 
-    `held_out_robust_accuracy` where the best epoch is kept; `seconds` are with the time that this took.
+    `held_out_robust_accuracy` if the best epoch is kept; `seconds` include the time of measuring it.
     """
 
     epoch: int

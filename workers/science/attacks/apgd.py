@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, and a step size that halves where the loss stops rising."""
+"""Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, and a step size that halves if the loss stops rising."""
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class _Memory:
         self.less = max(int(0.03 * steps), 1)
 
     def after(self, t: int, x_t: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Note the loss at `x_t`; where to go on from, and the gradient there."""
+        """Note the loss at `x_t`. Gives the point that the next step starts from, and the gradient there."""
         better = step.loss > self.best_loss
         self.best_loss = torch.where(better, step.loss, self.best_loss)
         self.x_best = torch.where(per_example(better, x_t), x_t, self.x_best)

@@ -1,4 +1,4 @@
-"""The seam that every attack fills: what it is given, what it hands back, and the gradient that they all take."""
+"""The seam that every attack fills: its input, its output, and the gradient that all attacks take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -55,16 +55,16 @@ class AttackInput:
 
 @dataclass(frozen=True)
 class AttackOutput:
-    """What an attack found. `broken` is set exactly where the model misclassifies `x` or `x_adv`, or is `non_finite`.
+    """The result of an attack. `broken` is true exactly if the model misclassifies `x` or `x_adv`, or for `non_finite`.
 
     x_adv               [n, C, H, W] the judged example: that of the first restart that broke it, else of restart 0
     broken              [n] bool: misclassified on the judged iterate of some restart, or without any attack
     broken_any_iterate  [n] bool: misclassified at any point that the attack evaluated; contains `broken`
-    zero_gradient       [n] bool: the input gradient at step 0 is exactly 0; None where the attack takes no gradient
+    zero_gradient       [n] bool: the input gradient at step 0 is exactly 0; None if the attack takes no gradient
     non_finite          [n] bool: the attack met a logit, a loss or a gradient that is NaN or infinite; x_adv is x there
     gradient_calls      forward and backward passes, counted per example
     forward_calls       forward passes without a backward pass, counted per example
-    norm, eps           the ball that `x_adv` promises to lie in; eps is None where there is none
+    norm, eps           the ball that contains `x_adv`; eps is None if there is none
     """
 
     x_adv: Tensor
@@ -135,7 +135,7 @@ def take_gradient(
 
 @torch.no_grad()
 def look(model: nn.Module, x_t: Tensor, *, with_features: bool = False) -> tuple[Tensor | None, Tensor]:
-    """`phi [n, m]`, if wanted, and `logits [n, k]` of one forward pass."""
+    """`phi [n, m]` (None without `with_features`) and `logits [n, k]` of one forward pass."""
     return features_and_logits(model, x_t) if with_features else (None, model(x_t))
 
 
@@ -168,7 +168,7 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
 def index_of(alive: Tensor, index: Tensor) -> Tensor:
     """The entries of `index [n]` for the examples `alive`, positions in rising order.
 
-    Where all are alive that is `index` itself, and a GPU is not waited for.
+    If all are alive that is `index` itself, and a GPU is not waited for.
     """
     return index if len(alive) == len(index) else index[alive.to(index.device)]
 
@@ -256,7 +256,7 @@ class Outcomes:
         return wrong
 
     def keep(self, alive: Tensor, x_t: Tensor) -> None:
-        """`x_t` is what there is to show for those that are not broken."""
+        """`x_t` is the `x_adv` of those that are not broken."""
         self.x_adv[alive] = torch.where(per_example(self.broken[alive], x_t), self.x_adv[alive], x_t)
 
     def robust(self) -> Tensor:
@@ -264,7 +264,7 @@ class Outcomes:
         return (~self.broken & ~self.clean_wrong & ~self.non_finite).nonzero().squeeze(1)
 
     def output(self, norm: str, eps: float | None) -> AttackOutput:
-        """What an attack in the ball `eps` of `norm` hands back; a non-finite example comes back as it was."""
+        """The result of an attack in the ball `eps` of `norm`. A non-finite example is returned as it was."""
         self.note_finite(self.x_adv)
         lost = self.non_finite
         return AttackOutput(

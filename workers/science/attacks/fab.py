@@ -1,6 +1,6 @@
 """FAB, targeted (Croce & Hein 2020b): the nearest point of the linearised boundary, again and again.
 
-The third member of AutoAttack. It minimises the perturbation; it breaks an example where that fits into the ball.
+The third member of AutoAttack. It minimises the perturbation, and breaks an example if that fits into the ball.
 """
 
 import torch
@@ -75,10 +75,10 @@ def fab(
 
 
 def to_hyperplane(x: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor:
-    """The smallest `d [n, C, H, W]` with `<normal, x + d> = offset` and `x + d` in [0, 1]; where there is none, the
+    """The smallest `d [n, C, H, W]` with `<normal, x + d> = offset` and `x + d` in [0, 1]; if there is none, the
     corner of the box that comes nearest to the plane.
 
-    `d = sign * min(t * speed, room)`, per pixel, with speed 1 for linf and |normal| for l2. What t gives is concave
+    `d = sign * min(t * speed, room)`, per pixel, with speed 1 for linf and |normal| for l2. `|<normal, d>|` is concave
     and piecewise linear in t, so Newton's method from t = 0 rises to the root and stops there.
     """
     weight = normal.flatten(1).abs()

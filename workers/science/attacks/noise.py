@@ -1,5 +1,6 @@
-"""Random noise: the control path of README.md, "Attacks". What noise breaks was never robust; what it does to a
-trajectory's sharpness is not the attack's doing.
+"""Random noise: the control path of README.md, "Attacks".
+
+An example that noise breaks was never robust. A change of sharpness along a path of noise is no effect of an attack.
 """
 
 import numpy as np

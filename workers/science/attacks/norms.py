@@ -69,7 +69,7 @@ class L2:
         return unit / norm.clamp_min(1.0)
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
-        """Scaled back to the sphere of radius eps where it lies outside."""
+        """Scaled back to the sphere of radius eps if it lies outside."""
         # squares of float32 underflow only below 1e-19, where a step moves no pixel
         norm: Tensor = torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.ndim)), keepdim=True)
         return delta * (eps / norm.clamp_min(1e-30)).clamp_max(1.0)
@@ -92,7 +92,7 @@ NORMS: dict[str, Norm] = {"linf": Linf(), "l2": L2()}
 
 
 def geometry(name: str) -> Norm:
-    """The norm of that name. Raises `ValueError` for one that is not there."""
+    """The norm of that name. Raises `ValueError` for an unknown one."""
     if name not in NORMS:
         raise ValueError(f"unknown norm {name!r}; there are {', '.join(NORMS)}")
     return NORMS[name]

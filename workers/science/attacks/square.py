@@ -31,7 +31,7 @@ def square(
     queries: int = 5000,
     p_init: float = 0.8,
 ) -> AttackOutput:
-    """At most `queries` forward passes per example, each a proposal that is kept where the margin loss rises.
+    """At most `queries` forward passes per example, each a proposal that is kept if the margin loss rises.
 
     `p_init` is the share of the image that the first squares cover; it halves at the published share of the queries.
     Examples leave when broken. Positions and signs are drawn per example, where the published code shares positions
@@ -102,7 +102,7 @@ def _stripes(x: Tensor, eps: float, u: Tensor) -> Tensor:
 
 
 def _corners(x: Tensor, side: int, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns `[n, side]` of a square in each image, at the place that `u [n, 2]` in [0, 1) says."""
+    """Rows and columns `[n, side]` of a square in each image, at the place given by `u [n, 2]` in [0, 1)."""
     along = torch.arange(side, device=x.device)
     room = moved(torch.tensor([size - side + 1 for size in x.shape[-2:]]), x.device)
     corner = (u * room).long().minimum(room - 1)
@@ -125,7 +125,7 @@ def _propose_linf(x: Tensor, x_best: Tensor, eps: float, share: float, u: Tensor
 
 
 def _propose_l2(x: Tensor, x_best: Tensor, eps: float, share: float, u: Tensor) -> Tensor:
-    """Take what is in a second square, and give it to the first, with a bump of a new sign added."""
+    """Move the content of a second square to the first, and add a bump of a new sign."""
     side = _side(share, x, 3)
     side -= 1 - side % 2
     rows, columns = _corners(x, side, u[:, :2])

@@ -18,7 +18,7 @@ def read(_folder: Path | None = None) -> ImageData:
     rounded by largest remainder, lower digit first.
     """
     table = _scans()
-    # The one channel comes last in memory: which kernels convolve it, and so the last digits of numbers, hang on that.
+    # The one channel comes last in memory. That decides which kernels convolve it, and so the last digits of numbers.
     x = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[:, None]
     y = table[:, -1].astype(np.int64)
     order = np.random.RandomState(PERMUTATION_SEED).permutation(len(y))

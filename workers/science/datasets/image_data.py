@@ -57,7 +57,7 @@ class ImageData:
         return replace(self, **moved)
 
     def sha256(self) -> str:
-        """SHA-256 over the bytes of `train_x, train_y, test_x, test_y`: what was really read, for the provenance."""
+        """SHA-256 over the bytes of `train_x, train_y, test_x, test_y`, as they were read: for the provenance."""
         digest = hashlib.sha256()
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(str(tuple(tensor.shape)).encode())
@@ -74,7 +74,7 @@ def sample_indices(n_total: int, n: int, order: Order = "permutation") -> NDArra
     """The first `n` of the one fixed permutation of `n_total` examples (README.md, "Notation"), so n < n' nest; or, by
     `order` "file", the first `n` of the data set as it is stored, as RobustBench and AutoAttack take them.
 
-    Raises `WrongShape` where more are asked for than there are.
+    Raises `WrongShape` for more than there are.
 
     >>> sample_indices(10, 4).tolist() == sample_indices(10, 10).tolist()[:4]
     True
@@ -93,7 +93,7 @@ def training_indices(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The images that are trained on, and the `held_out` ones, which are the end of the fixed permutation.
 
-    `train_samples` are its first so many; None: all that are not held out. Raises `WrongShape` where they overlap.
+    `train_samples` are its first so many; None: all that are not held out. Raises `WrongShape` if they overlap.
 
     >>> trained_on, held_out = training_indices(10, held_out=3)
     >>> sorted([*trained_on.tolist(), *held_out.tolist()]) == list(range(10)), len(held_out)

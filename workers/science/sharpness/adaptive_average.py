@@ -24,7 +24,7 @@ def adaptive_average(
     images: int = 1024,
 ) -> MeasureReport:
     """`adaptive_average` and `adaptive_average_normalised`, the same draws for both, each with a `_standard_error`
-    over draws (null for one), on unaugmented training images; `log_adaptive_average`, null where the loss does not
+    over draws (null for one), on unaugmented training images; `log_adaptive_average`, null if the loss does not
     rise.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))

@@ -24,9 +24,9 @@ def closed_forms(
     """`{train_}{quantity}_{statistic}{_clean_correct}`: no prefix is the test split, no suffix all samples.
 
     Quantities: the six `LOG_MEASURES`, `log_softmax_trace`, `log_rest` (log(1 - confidence)) and `loss`; also
-    `log_dataset_top_eigenvalue` (of the mean Hessian; null where it is exactly 0) with its `_iterations` and
+    `log_dataset_top_eigenvalue` (of the mean Hessian; null if it is exactly 0) with its `_iterations` and
     `_converged`, `feature_norm_min`, `feature_norm_q01`, `n`. Samples with NaN or infinite features or logits are left
-    out and counted in `{train_}n_non_finite`; raises `NonFinite` where all are.
+    out and counted in `{train_}n_non_finite`; raises `NonFinite` if all are.
     `weight_norm` is ||W||_F of the head as it is, `weight_norm_unscaled` that divided by `scale`, the s which the
     model's head already carries; `log_weight_norm` is the logarithm of the first.
     """

@@ -23,8 +23,8 @@ def detector(
 ) -> MeasureReport:
     """Numbers as `detector.detector_numbers`: the stump against PGD-linf on the first test `images`, and against each
     of three attacks that climb `l - lambda (log kappa - mean clean log kappa)^2` instead, and the worst of them.
-    Curves: by fold, for the plain attack. The paper's are at s = 1. Null where fewer than five images flip. No
-    adaptive attack, and none of its numbers, where no clean-correct image has a log kappa to hide.
+    Curves: by fold, for the plain attack. The paper's are at s = 1. Null if fewer than five images flip. No
+    adaptive attack, and none of its numbers, if no clean-correct image has a log kappa to hide.
     """
     x, y = inputs.test(images)
     head = linear_head(model)

@@ -29,8 +29,8 @@ def pac_bayes_flatness(
 ) -> MeasureReport:
     """`pac_bayes_flatness`, `pac_bayes_sigma`, and `pac_bayes_accuracy_drop`, the drop at that sigma.
 
-    sigma is sought between 2^-10 and 2^10; null where the accuracy never falls by `drop` there (an accuracy below
-    `drop`, say), or has fallen already at the smallest.
+    sigma is sought between 2^-10 and 2^10; null if the accuracy never falls by `drop` there (an accuracy below `drop`,
+    say), or has already fallen so far at the smallest.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x = torch.rand(64, 1, 1, 1); y = net(x).argmax(1)

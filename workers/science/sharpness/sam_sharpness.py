@@ -28,7 +28,7 @@ def sam_sharpness(
 ) -> MeasureReport:
     """`sam_sharpness` on unaugmented training images; `rho` in units of the l2 norm of all weights, `m` images each.
 
-    `log_sam_sharpness` is its logarithm: null where the loss does not rise, a number where the rise is below 1e-308.
+    `log_sam_sharpness` is its logarithm: null if the loss does not rise, a number if the rise is below 1e-308.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)

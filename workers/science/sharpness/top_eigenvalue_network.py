@@ -28,7 +28,7 @@ def top_eigenvalue_network(
     images: int = 1024,
 ) -> MeasureReport:
     """`top_eigenvalue_network` (largest, not largest in size), its `_residual`, `_iterations` and `_converged`:
-    whether the residual fell to `tolerance` times the value. `log_top_eigenvalue_network` is null where the value is
+    whether the residual fell to `tolerance` times the value. `log_top_eigenvalue_network` is null if the value is
     not positive.
 
     >>> import torch
