@@ -83,7 +83,7 @@ def run_controls(
     Raises the errors of the attacks, and `NonFinite` if no example is finite.
     """
     train_mode_modules = sum(module.training for module in model.modules())
-    model = _InCompany(model)
+    model = _AtLeastTwo(model)
     parts = [slice(start, start + batch_size) for start in range(0, len(y), batch_size)]
     panel = _panel(geometry, twin)
     stages = len(panel) + 2
@@ -166,7 +166,7 @@ def _forward_bits(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     }
 
 
-class _InCompany(nn.Module):
+class _AtLeastTwo(nn.Module):
     """An image that is alone goes through the network twice: a batch norm in train mode refuses one vector."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -240,7 +240,7 @@ class _Training:
             watch.after_step(loss.detach(), logits.detach(), y)
         report = watch.after_epoch(lr)
         _require_finite_weights(self.model, report)
-        self.reports.append(report if self.best is None else _looked_at(self.best, self.model, report))
+        self.reports.append(report if self.best is None else _with_robust_accuracy(self.best, self.model, report))
 
     def _backward(self, x: Tensor, y: Tensor, noise: BatchNoise) -> tuple[Tensor, Tensor]:
         """Loss and logits of a batch; its gradient is left in the parameters."""
@@ -304,7 +304,7 @@ class _Training:
             raise WrongState(f"the saved state does not fit this training ({why}): train without it") from error
 
 
-def _looked_at(best: BestEpoch, model: nn.Module, report: EpochReport) -> EpochReport:
+def _with_robust_accuracy(best: BestEpoch, model: nn.Module, report: EpochReport) -> EpochReport:
     started = time.perf_counter()
     accuracy = best.look(model, report.epoch)
     seconds = report.seconds + time.perf_counter() - started

@@ -78,7 +78,7 @@ class EpochWatch:
         self.losses: list[Tensor] = []
         self.hits: list[Tensor] = []
         self.sizes: list[int] = []
-        self.started = self.looked = time.perf_counter()
+        self.started = self.reported_at = time.perf_counter()
 
     def after_step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
         """Note the loss and the hits of a step, and report it if the last report is long ago. Raises `Diverged`."""
@@ -86,9 +86,9 @@ class EpochWatch:
         self.hits.append((logits.argmax(1) == y).sum())
         self.sizes.append(len(y))
         now = time.perf_counter()
-        if now - self.looked >= STEP_REPORT_SECONDS:
+        if now - self.reported_at >= STEP_REPORT_SECONDS:
             self.require_finite()
-            self.looked = now
+            self.reported_at = now
             if self.on_step is not None:
                 rate = sum(self.sizes) / (now - self.started)
                 step = len(self.losses)
