@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Core:
-    """The two core processes of a head. `ray start` goes on if one of them ends by SIGTERM.
+    """The two core processes of a head. `ray start` keeps running if one of them ends by SIGTERM.
 
     Only its own children count: a process that a raylet forks has the raylet's name until it becomes a worker.
     """

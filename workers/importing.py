@@ -2,7 +2,7 @@
 
 `python -m workers.importing < request.json`. The request has `architecture`, `shape` (C, H, W), `classes`, `weights`
 (a path), `keys`, `mean`, `std` and `out` (a path); the answer has `parameters`, `stripped_prefix` and `converted_from`,
-or it is `{"error": sentence}`, with the `tensors` that do not fit where these are the reason.
+or it is `{"error": sentence}`. If tensors that do not fit are the reason, `tensors` lists them.
 """
 
 import json

@@ -418,7 +418,7 @@ def _measure(
     *,
     train: bool = True,
 ) -> MeasureReport:
-    """A measure on the first `chosen` images of each split, or on as many as it asks for itself (`images`).
+    """A measure on the first `chosen` images of each split, or on its own number of them (`images`).
 
     Of the training split, only on those that the network was trained on: the first of the same order.
     """

@@ -23,7 +23,7 @@ Draw = Callable[..., Tensor]
 def ahead_of(batches: Sequence[list[int]], *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
     """Inside, `drawn` looks ahead. Call the function that this gives with the number of each batch, before its draws.
 
-    The thread ends with the block, also with one that an exception ends.
+    The thread ends with the block, also if an exception ends it.
     """
     if not enabled or len(batches) < 2:
         yield lambda _number: None

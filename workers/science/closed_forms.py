@@ -51,7 +51,7 @@ class Head:
         off_diagonal = ~torch.eye(len(weight), dtype=torch.bool, device=weight.device)
         equal_rows = ((self.squared_distances == 0) & off_diagonal).any()
         finite = torch.isfinite(self.weight).all() & torch.isfinite(self.bias).all()
-        # Read at once: a GPU is waited for once.
+        # One read of all four, so that a GPU is waited for once.
         self.log_norm, self.log_norm_centred, equal, usable = torch.stack([*norms, equal_rows, finite]).tolist()
         self.has_equal_rows = bool(equal)
         if not usable:

@@ -44,7 +44,7 @@ class CleanReport:
 
 @dataclass(frozen=True)
 class AttackReport:
-    """`numbers` by name; `bits` [n] bool by name: clean_correct, robust, robust_any_iterate, zero_gradient (where the
+    """`numbers` by name; `bits` [n] bool by name: clean_correct, robust, robust_any_iterate, zero_gradient (if the
     attack takes gradients), non_finite. All on the CPU. `returned` is None if the network has no linear head.
 
     A non-finite example is neither clean-correct nor robust, `n_non_finite` counts them, and losses, top-5 hits and

@@ -233,7 +233,7 @@ def valleys(trajectory: Trajectory) -> Numbers:
 
 
 def valley_bits(log_v: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`t_peak`, `valley` and `valley_loose` `[n]` of `log_v` and `loss` `[T + 1, n]`, whoever the examples are.
+    """`t_peak`, `valley` and `valley_loose` `[n]` of `log_v` and `loss` `[T + 1, n]`, of any examples.
 
     >>> log_v = torch.log(torch.tensor([[1.0], [100.0], [2.0]]))
     >>> [t.item() for t in valley_bits(log_v, torch.tensor([[0.1], [0.7], [3.0]]))]

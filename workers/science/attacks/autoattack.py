@@ -1,8 +1,8 @@
 """AutoAttack (Croce & Hein 2020), the standard ensemble: each member attacks what the others before it left robust.
 
 A re-implementation of `fra31/auto-attack` 0.1 (commit a392200), `version="standard"`, not the original code: the same
-members, budgets and order. It differs in the random numbers, which each example has of its own, and as `apgd`, `fab`
-and `square` say.
+members, budgets and order. It differs in the random numbers, which each example has of its own, and in the points that
+`apgd`, `fab` and `square` name.
 It is compared with the authors' code image by image (`tests/numerics/test_autoattack_original.py`).
 """
 

@@ -187,10 +187,10 @@ class Outcomes:
     """
 
     def __init__(self, x: Tensor, *, takes_gradients: bool = True) -> None:
-        nobody = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.x, self.x_adv, self.clean_wrong = x, x.clone(), nobody
-        self.broken, self.broken_any = nobody.clone(), nobody.clone()
-        self.zero_gradient = nobody.clone() if takes_gradients else None
+        no_example = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.x, self.x_adv, self.clean_wrong = x, x.clone(), no_example
+        self.broken, self.broken_any = no_example.clone(), no_example.clone()
+        self.zero_gradient = no_example.clone() if takes_gradients else None
         self.gradient_calls = self.forward_calls = 0
         self._largest = x.new_zeros(len(x))
 

@@ -44,7 +44,7 @@ def one_step(
     model: nn.Module, inputs: MeasureInput, T: Parameters, *, rho: float, m: int, images: int
 ) -> tuple[float, float | None]:
     """Mean loss increase of the step `rho T^2 g / ||T g||`, the best one of `||delta / T|| <= rho` to first order, and
-    its logarithm (null where it is not positive).
+    its logarithm (null if it is not positive).
 
     On the first training `images`, `m` in each batch. `T` by parameter, as large as it; a batch whose gradient is
     exactly zero does not move. Exact at any confidence: the step is normalised before it is scaled, and the two losses
