@@ -1,6 +1,6 @@
 """The Ray cluster that this process belongs to: connecting to it, and what its nodes are.
 
-Ray reads its environment when it is imported: whoever imports this has set `workers.head.driver_environment` before.
+Importing this module imports Ray, which reads its environment then: call `workers.head.use_driver_environment` before.
 """
 
 import logging
@@ -23,24 +23,24 @@ from workers.revision import identity
 log = logging.getLogger("uncanny.pool")
 
 KNOCK_SECONDS = 5.0
-RETRY_SECONDS = 5.0  # what is not there, or not fit, is looked at again after this
+RETRY_SECONDS = 5.0  # until an absent cluster or an unfit node is tried again
 PROBE_SECONDS = 60.0
 PREEMPTED = 3  # NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
 
 
 class OtherCode(RuntimeError):
-    """A worker's sources are not the dispatcher's, so what it would compute is not what was asked for."""
+    """A node has other sources than the dispatcher, so it could compute other numbers."""
 
 
 class NoWorker(RuntimeError):
-    """A node is there and starts no worker."""
+    """A node is alive and starts no worker."""
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """The nodes of the cluster by their ids: resources of those that take work, which are dead, which are taken away.
+    """The nodes of the cluster by their ids: the resources of those that take work, and which are dead or preempted.
 
-    One that is drained takes no work any more; it is dead later, when whoever drains it takes the machine.
+    A drained node takes no work any more, and counts as preempted. It is dead when its machine is taken away.
     """
 
     resources: dict[str, dict[str, float]]
@@ -58,19 +58,19 @@ def nodes() -> Nodes:
 
 
 class NodeChecks:
-    """Which nodes are fit: each is asked once for the code that it has, one that was not fit again after a while."""
+    """Which nodes are fit for work. A node is asked once for its code; an unfit node is asked again after a while."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._fit: set[str] = set()
-        self._unfit: dict[str, tuple[Exception, int, float]] = {}  # why, how often in a row, when to ask again
+        self._unfit: dict[str, tuple[Exception, int, float]] = {}  # reason, failures in a row, when to ask again
 
     def forget(self) -> None:
-        """Ask all nodes again: one of them has failed in a way that its first answer did not show."""
+        """Ask all nodes again: one of them has failed though its first answer was right."""
         self._fit = set()
 
     def unfit(self, names: Iterable[str]) -> dict[str, Exception]:
-        """Those of the nodes that are to get no work, with the reason."""
+        """Those of the nodes that get no work, each with the reason."""
         for name in names:
             _, times, again_at = self._unfit.get(name, (None, 0, 0.0))
             if name in self._fit or self._clock() < again_at:
@@ -86,28 +86,28 @@ class NodeChecks:
 
 
 def _check(name: str) -> Exception | None:
-    """What keeps the node from running tasks as this dispatcher means them; None where nothing does."""
+    """Why the node cannot compute what this dispatcher would compute; None if it can."""
     there = NodeAffinitySchedulingStrategy(name, soft=False)
     probe = ray.remote(num_cpus=0, max_retries=0)(identity).options(scheduling_strategy=there).remote()
     try:
-        theirs = ray.get(probe, timeout=PROBE_SECONDS)
+        remote = ray.get(probe, timeout=PROBE_SECONDS)
     except GetTimeoutError:
         ray.cancel(probe, force=True)
         advice = "mend it, or take it out of the cluster"
         return NoWorker(f"node {name} starts no worker within {PROBE_SECONDS:g} s: {advice}")
     except RayError as error:
         return NoWorker(f"node {name} cannot say what code it has ({str(error).strip().splitlines()[-1]}): mend it")
-    ours = identity()
-    if theirs["code"] != ours["code"]:
+    local = identity()
+    if remote["code"] != local["code"]:
         return OtherCode(f"node {name} has other code than this dispatcher: install one version on both")
-    if other := [library for library in ours if theirs[library] != ours[library]]:
-        has, wanted = (", ".join(f"{library} {of[library]}" for library in other) for of in (theirs, ours))
-        log.warning("numbers of node %s may differ in their last digits: it has %s, not %s", name, has, wanted)
+    if other := [library for library in local if remote[library] != local[library]]:
+        has, expected = (", ".join(f"{library} {of[library]}" for library in other) for of in (remote, local))
+        log.warning("numbers of node %s may differ in their last digits: it has %s, not %s", name, has, expected)
     return None
 
 
 def _amounts(resources: dict[str, float]) -> dict[str, float]:
-    """What a node has, without what Ray counts for its own use."""
+    """The resources of a node, without those that Ray counts for its own use."""
     own = ("node:", "object_store_memory")
     return {name: amount for name, amount in resources.items() if not name.startswith(own)}
 
@@ -115,12 +115,12 @@ def _amounts(resources: dict[str, float]) -> dict[str, float]:
 def connect(settings: Settings) -> None:
     """Make this process a driver of the cluster at RAY_ADDRESS, or of the local head at `settings.ray_port`.
 
-    Raises `ConnectionError` where nothing listens there: Ray would wait for over 100 s, and not say so.
+    Raises `ConnectionError` if nothing listens there. Ray would wait for over 100 s without a message.
     """
     started = time.monotonic()
     address = settings.ray_address or f"127.0.0.1:{settings.ray_port}"
     knock(address)
-    # Elsewhere what workers need is in the runtime environment; a local head has it, and its workers are started ahead.
+    # A local head has these variables, so it can start workers before the first task. Other clusters get them here.
     environment = {"env_vars": WORKER_ENVIRONMENT} if settings.ray_address else None
     ray.init(
         address=address,
@@ -133,7 +133,7 @@ def connect(settings: Settings) -> None:
 
 
 def knock(address: str) -> None:
-    """Raises `ConnectionError` where the address is one of host and port, and nothing listens there."""
+    """Raises `ConnectionError` if the address is a host and a port, and nothing listens there."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "/" in host:
         return

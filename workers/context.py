@@ -1,4 +1,4 @@
-"""What a worker keeps at hand while it lives: where bytes are, which device it has, and what it has loaded already."""
+"""What a worker keeps while it lives: the artifact root, its device, and the networks and data that it has loaded."""
 
 import math
 from collections import OrderedDict
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 class Cache:
-    """Loaded things by key, the least recently used dropped first beyond `capacity_bytes`.
+    """Loaded values by key. Beyond `capacity_bytes`, the least recently used value is dropped first.
 
-    What holds them is replaced, never changed, so an interrupt that lands anywhere leaves either the old or the new.
+    The dictionary is copied on write, so an interrupt leaves the old one or the new one, never half of each.
     """
 
     def __init__(self, capacity_bytes: float = math.inf) -> None:
@@ -26,14 +26,14 @@ class Cache:
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: Hashable, load: Callable[[], tuple[T, int]]) -> T:
-        """The value of that key; `load` gives it and its size in bytes where it is not there."""
+        """The value of the key. If it is not in the cache, `load` gives the value and its size in bytes."""
         entries = self._entries.copy()
-        found: tuple[T, int] = entries.pop(key) if key in entries else load()
-        entries[key] = found
+        entry: tuple[T, int] = entries.pop(key) if key in entries else load()
+        entries[key] = entry
         while len(entries) > 1 and sum(size for _, size in entries.values()) > self.capacity_bytes:
             entries.popitem(last=False)
         self._entries = entries
-        return found[0]
+        return entry[0]
 
     def clear(self) -> None:
         self._entries = OrderedDict()
@@ -50,7 +50,7 @@ class Cache:
 class Context:
     """Where a task runs. `device_share` is the part of the GPU, or the number of CPUs, that it may take.
 
-    `node` is what the executor calls the machine. `batch_images` are taken at a time by attacks and closed forms.
+    `node` is the executor's name of the machine. Attacks and closed forms take `batch_images` images at a time.
     """
 
     artifacts: Artifacts

@@ -16,8 +16,8 @@ from torch import nn
 from service.errors import UncannyError
 from workers.science.seeding import deterministic
 
-# As the libraries under torch say it; each stands in a message of its C++ sources. cuDNN finds no engine, and cuBLAS
-# makes no handle, where their workspace does not fit into what is left of the memory.
+# Words for exhausted memory of the libraries under torch, from the messages in their C++ sources. cuDNN finds no
+# engine, and cuBLAS makes no handle, if their workspace does not fit into the free memory.
 OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -35,20 +35,20 @@ OF_MEMORY = (
     "cusolver_status_not_initialized",
     "cufft_alloc_failed",
     "cusparse_status_insufficient_resources",
-    "nvml_success ==",  # asked for the message of an error of memory, where the driver's library does not answer
+    "nvml_success ==",  # while torch words its own message, if the driver's library does not answer
 )
 
 CONTEXT_BYTES = 600 << 20  # of a GPU's memory, for the context and the libraries of one process
-CACHE_SHARE = 0.25  # of a GPU's memory that a worker may use, for networks and data that it keeps at hand
+CACHE_SHARE = 0.25  # of a GPU's memory that a worker may use, for the networks and data that it keeps between tasks
 BATCH_IMAGES = 256
-IMAGES_GIB = 16  # of a GPU's memory that a process has for each `BATCH_IMAGES` that it takes at a time
+IMAGES_GIB = 16  # of a GPU's memory, for each `BATCH_IMAGES` that a process takes at a time
 MOST_BATCHES = 4
 PROBE_SIZE = 16
 PYTHON_HEADERS = "Python.h (python3-dev)"
 
 
 class DeviceUnfit(UncannyError):
-    """A device does not compute what every task needs."""
+    """A device cannot compute what every task needs."""
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -70,21 +70,21 @@ def ran_out_of_memory(error: BaseException) -> bool:
 def probe(device: torch.device) -> None:
     """Compute a small product, a convolution and their gradients as tasks do, and compare them with the CPU's.
 
-    Raises `DeviceUnfit` where the device cannot: it has another architecture than torch was built for, its driver is
-    too old, it has fallen off the bus, or an earlier error has left it broken in this process.
+    Raises `DeviceUnfit` if that fails: torch was not built for the device's architecture, its driver is too old, it has
+    fallen off the bus, or an earlier error has left it broken in this process.
     """
     try:
         with deterministic(device):
-            found = _small_step(device)
+            computed = _small_step(device)
         expected = _small_step(torch.device("cpu"))
-    except (RuntimeError, MemoryError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise DeviceUnfit(f"{_named(device)} cannot run a small convolution: {_first_line(error)}") from error
-    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-        raise DeviceUnfit(f"{_named(device)} computes a small convolution wrongly: set it aside and have it tested")
+    except (RuntimeError, MemoryError, AssertionError) as error:  # the latter if torch was built without CUDA
+        raise DeviceUnfit(f"{_name(device)} cannot run a small convolution: {_first_line(error)}") from error
+    if not torch.allclose(computed, expected, rtol=1e-3, atol=1e-3):
+        raise DeviceUnfit(f"{_name(device)} computes a small convolution wrongly: set it aside and have it tested")
 
 
 def computes(device: torch.device) -> bool:
-    """Whether the device still computes in this process, after an error that may have broken it. A full one does."""
+    """Whether the device still computes in this process, after an error that may have broken it. A full one counts."""
     try:
         probe(device)
     except DeviceUnfit as unfit:
@@ -113,10 +113,10 @@ def has_kernels(capability: str, built_for: Iterable[str]) -> bool:
 
 
 def all_described() -> tuple[list[dict[str, Any]], str]:
-    """Every GPU that torch can use; and why it can use none of those that are there, as where their driver is too old:
-    empty where it can.
+    """Every GPU that torch can use, and an empty string. If torch can use no GPU of this machine, such as with an old
+    driver, the second value is the reason.
     """
-    count = torch.cuda.device_count()  # which the driver's own library says, however old it is
+    count = torch.cuda.device_count()  # by the driver's own library, so an old driver counts them too
     try:
         return [described(torch.device("cuda", index)) for index in range(count)], ""
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
@@ -124,8 +124,8 @@ def all_described() -> tuple[list[dict[str, Any]], str]:
 
 
 def described(device: torch.device) -> dict[str, Any]:
-    """What a GPU is and how it is: `name`, `uuid`, `capability`, whether torch `fits` it, `total_bytes`, `free_bytes`,
-    and what is wrong with it in `trouble`, which is empty where it computes or only has no memory left.
+    """A GPU and its state: `name`, `uuid`, `capability`, whether torch `fits` it, `total_bytes`, `free_bytes`, and what
+    is wrong with it in `trouble`, which is empty if it computes or is merely full.
     """
     of = torch.cuda.get_device_properties(device)
     capability = f"{of.major}.{of.minor}"
@@ -136,14 +136,14 @@ def described(device: torch.device) -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info(device)
         probe(device)
     except (RuntimeError, DeviceUnfit) as error:
-        # Of one that is full, `free_bytes` says it all; where there is room, the same words mean that it does not fit.
+        # A full GPU shows in `free_bytes`. If there is room, words for exhausted memory mean that torch does not fit.
         full = free < CONTEXT_BYTES and ran_out_of_memory(error.__cause__ or error)
         trouble = "" if full else str(error)
     return {**about, "total_bytes": total, "free_bytes": free, "trouble": trouble}
 
 
 def lacks_for_compile(device_type: str) -> list[str]:
-    """What `torch.compile` needs of this machine and does not find, as torch's and Triton's sources look for it.
+    """What `torch.compile` needs and this machine lacks, looked for as torch's and Triton's sources do.
 
     Torch compiles C++. On a GPU Triton compiles a module of Python in C, which calls the driver.
     """
@@ -155,21 +155,21 @@ def lacks_for_compile(device_type: str) -> list[str]:
 
 
 def _has_program(variable: str, *usual: str) -> bool:
-    """Whether there is the one that the environment names, or one of the usual ones where it names none."""
-    named = os.environ.get(variable)
-    return any(shutil.which(name) for name in (usual if named is None else named.split()[:1]))
+    """Whether the program that the environment variable names exists; without a name, one of the usual programs."""
+    command = os.environ.get(variable)
+    return any(shutil.which(name) for name in (usual if command is None else command.split()[:1]))
 
 
 def _scheme() -> str:
-    """Of Python's folders. Debian's own has no headers, so Triton takes the one beneath."""
+    """The scheme of Python's folders. Debian's own scheme has no headers, so Triton takes the one beneath it."""
     scheme = sysconfig.get_default_scheme()
     return "posix_prefix" if scheme == "posix_local" else scheme
 
 
 def bound_memory(device: torch.device, share: float) -> None:
-    """Keep this process to its share of a GPU, with room in it for its context, which torch does not count.
+    """Keep this process to its share of a GPU's memory. The share includes its context, which torch does not count.
 
-    A tenant that takes more than its share runs out of memory, and not its neighbours.
+    A process that takes more than its share runs out of memory; its neighbours do not.
     """
     torch.cuda.set_per_process_memory_fraction(memory_fraction(share, _total_bytes(device)), device)
 
@@ -194,8 +194,8 @@ def cache_bytes(device: torch.device, share: float, most_bytes: int) -> int:
 
 
 def batch_images(device: torch.device, share: float) -> int:
-    """How many images an attack takes at a time: by what a process may allocate there, never by what is free just now,
-    so that a task has the same batches whenever it runs.
+    """How many images an attack takes at a time. It depends on the memory that the process may allocate, never on the
+    memory that is free now, so a task has the same batches whenever it runs.
     """
     if device.type != "cuda":
         return BATCH_IMAGES
@@ -205,10 +205,10 @@ def batch_images(device: torch.device, share: float) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Give memory of a GPU back that no tensor uses any more, so that other processes can have it."""
+    """Give back the memory of a GPU that no tensor uses, so that other processes can have it."""
     if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        # On a broken context every call raises. Its memory comes back when the process ends, and an error from here
-        # would take the place of the exit of a worker, or count against the GPU that it moves to.
+        # Every call on a broken context raises. Its memory is freed when the process ends. An error raised here would
+        # hide the exit of a worker, or be blamed on the next GPU of the process.
         with suppress(RuntimeError), torch.cuda.device(device):
             torch.cuda.empty_cache()
 
@@ -230,7 +230,7 @@ def _small_step(device: torch.device) -> torch.Tensor:
     return torch.cat([out.detach().flatten(), slope.flatten()]).cpu()
 
 
-def _named(device: torch.device) -> str:
+def _name(device: torch.device) -> str:
     return "the CPU" if device.type == "cpu" else str(device)
 
 

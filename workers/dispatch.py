@@ -30,14 +30,14 @@ from workers.head import end_family, running, use_driver_environment
 log = logging.getLogger("uncanny.dispatch")
 RECONNECT_SECONDS = 1.0
 POLL_INTERVAL_SECONDS = 0.1
-SIGNAL_WINDOW_SECONDS = 2.0  # signals within it count as one: a service manager's and the supervisor's
+SIGNAL_WINDOW_SECONDS = 2.0  # signals within it count as one: a service manager and the supervisor both send one
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Dispatch until SIGTERM or SIGINT.
 
-    Returns 0; 1 where its own Ray ended, or where it cannot work with the settings, the database or the artifact root,
-    which it says in one line; 3 for a database of another schema.
+    Returns 0; 1 if its own Ray has ended, or if the settings, the database or the artifact root are unusable, which one
+    line of the log says; 3 for a database of another schema.
     """
     parser = argparse.ArgumentParser(prog="python -m workers.dispatch", description=__doc__)
     parser.add_argument(
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log-format", choices=["plain", "json"], default="plain")
     options = parser.parse_args(arguments)
     configure(options.log_format)
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of what we mean to do
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns of settings that are meant
 
     stop = SignalSafeEvent()
     _stop_on_signals(stop)
@@ -81,18 +81,18 @@ def _beside_ray(settings: Settings, database: Database, artifacts: Artifacts, na
         return _dispatch(settings, database, artifacts, name, stop)
     adopt_orphans()
     try:
-        with running() as head:  # on its own, without a cluster: one for as long as it runs
+        with running() as head:  # no cluster is configured: a head for as long as this process runs
             use_driver_environment(head.home, local=True)
             threading.Thread(target=_stop_without, args=(head.guard, stop), daemon=True).start()
             here = settings.model_copy(update={"ray_port": head.port})
             code = _dispatch(here, database, artifacts, name, stop)
             if head.guard.poll() is None:
                 return code
-            end_family()  # before its folder goes
+            end_family()  # before the folder of the head is deleted
             log.error("the local Ray has ended: %s", head.last_words())
             return code or 1
     finally:
-        end_family()  # what a guard has left that was killed
+        end_family()  # a guard that was killed leaves processes of Ray
 
 
 def _stop_without(guard: "subprocess.Popen[bytes]", stop: threading.Event) -> None:
@@ -101,13 +101,13 @@ def _stop_without(guard: "subprocess.Popen[bytes]", stop: threading.Event) -> No
 
 
 def _dispatch(settings: Settings, database: Database, artifacts: Artifacts, name: str, stop: threading.Event) -> int:
-    from workers.pool import RayExecutor  # which imports Ray, and that reads the environment
+    from workers.pool import RayExecutor  # here: it imports Ray, which reads its environment then
 
     executor = RayExecutor(settings, root_mark=RootMark(database, settings.artifacts))
     try:
         while not executor.capacity().ready and not stop.is_set():
             stop.wait(POLL_INTERVAL_SECONDS)
-        _stop_on_signals(stop)  # again: Ray has put a handler of its own before ours
+        _stop_on_signals(stop)  # again: Ray has replaced the handlers
         log.info("dispatcher %s starts", name)
         dispatcher = Dispatcher(database, artifacts, executor, settings, name)
         keeping = (database, artifacts, settings, lambda: dispatcher.leading, stop)
@@ -120,7 +120,7 @@ def _dispatch(settings: Settings, database: Database, artifacts: Artifacts, name
 
 
 def _stop_on_signals(stop: threading.Event) -> None:
-    """The first signal lets what runs be given back, a second one, later, ends the process at once."""
+    """The first signal stops the dispatcher, which gives running tasks back. A later second one ends it at once."""
     first = math.inf
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -135,7 +135,7 @@ def _stop_on_signals(stop: threading.Event) -> None:
 
 
 def _ready(database: Database, stop: threading.Event) -> bool:
-    """Wait for a database that is away; false where the process is told to stop before it is there."""
+    """Wait until the database answers; false if the process is to stop before that."""
     while not stop.is_set():
         try:
             database.check_schema()

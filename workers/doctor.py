@@ -20,7 +20,7 @@ from service.store import Database, roots
 from workers.head import running, use_driver_environment
 from workers.revision import code_digest, installed
 
-# Ray is imported when its environment is prepared; torch where it is needed.
+# Ray is imported after its environment is prepared, and torch only by functions that need it.
 
 START_SECONDS = 60.0
 NODE_SECONDS = 120.0
@@ -32,10 +32,10 @@ DISTRIBUTIONS = ("uncanny-bench", "ray", "torch", "torchvision", "timm")
 def main() -> int:
     settings = Settings()
     answer = os.dup(1)
-    os.dup2(2, 1)  # whatever others print is not the answer
+    os.dup2(2, 1)  # standard output is for the answer alone: what libraries print goes to standard error
     try:
         report = look(settings)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+    except Exception as error:  # noqa: BLE001 - any failure is the answer
         report = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
     with os.fdopen(answer, "w", encoding="utf-8") as out:
         out.write(json.dumps(report) + "\n")
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def look(settings: Settings) -> dict[str, Any]:
-    """Join the cluster, or start a local Ray that goes away again, and examine each node that runs tasks."""
+    """Join the cluster, or start a local Ray for this examination, and examine each node that runs tasks."""
     if not settings.ray_address:
         with running(cpus=1) as head:
             use_driver_environment(head.home, local=True)
@@ -81,9 +81,9 @@ def _examine(settings: Settings, patience_seconds: float) -> dict[str, Any]:
 
 
 def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[str, Any]:
-    """What a node says of itself; `marker` is the digest of an artifact that was just written elsewhere.
+    """The report of a node on itself. `marker` is the digest of an artifact that another machine has just written.
 
-    `mark` is what the artifact root is known by, empty where nobody knows it yet.
+    `mark` is the mark of the artifact root; empty if the database has none yet.
     """
     import torch
 
@@ -98,7 +98,7 @@ def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[s
         "versions": versions(),
         "devices": devices,
         "torch_trouble": trouble,
-        "listed": [{**gpu, "fits": has_kernels(gpu["capability"], built_for)} for gpu in known_to_the_driver()],
+        "listed": [{**gpu, "fits": has_kernels(gpu["capability"], built_for)} for gpu in driver_gpus()],
         "built_for": built_for,
         "cuda": torch.version.cuda,
         "lacks_for_compile": lacks_for_compile("cuda" if devices else "cpu"),
@@ -109,26 +109,26 @@ def examine(artifact_root: str, mark: str, data_dir: str, marker: str) -> dict[s
     }
 
 
-def known_to_the_driver() -> list[dict[str, str]]:
+def driver_gpus() -> list[dict[str, str]]:
     """The GPUs that `nvidia-smi` lists, also those that torch cannot use: `uuid`, `name`, `capability`, `driver` and
-    `compute_mode`, which says who may use it (`Default` is several processes at once). Empty where there is none.
+    `compute_mode`, which says who may use it (`Default`: several processes at once). Empty if there is none.
     """
     ask = ["nvidia-smi", "--query-gpu=uuid,name,compute_cap,driver_version,compute_mode", "--format=csv,noheader"]
     try:
-        said = subprocess.run(ask, capture_output=True, encoding="utf-8", timeout=SMI_SECONDS, check=True).stdout
+        output = subprocess.run(ask, capture_output=True, encoding="utf-8", timeout=SMI_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return listed_in(said)
+    return listed_in(output)
 
 
-def listed_in(said: str) -> list[dict[str, str]]:
+def listed_in(output: str) -> list[dict[str, str]]:
     """Read the lines that `nvidia-smi` prints.
 
     >>> listed_in("GPU-1b2c, Tesla P100-PCIE-16GB, 6.0, 535.104.05, Exclusive_Process\\n")[0]["compute_mode"]
     'Exclusive_Process'
     """
     names = ("uuid", "name", "capability", "driver", "compute_mode")
-    lines = [[part.strip() for part in line.removeprefix("GPU-").split(",")] for line in said.splitlines()]
+    lines = [[part.strip() for part in line.removeprefix("GPU-").split(",")] for line in output.splitlines()]
     whole = [line for line in lines if len(line) == len(names) and re.fullmatch(r"\d+\.\d+", line[2])]
     return [dict(zip(names, line, strict=True)) for line in whole]
 
@@ -168,7 +168,7 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
 
     mark, marker = _mark(settings), ""
     artifacts = Artifacts(settings.artifacts, mark)
-    with suppress(ArtifactRootUnusable):  # which is said without the cluster too; each node still says what it sees
+    with suppress(ArtifactRootUnusable):  # reported without the cluster too; each node still reports what it sees
         marker = artifacts.write_chunks("doctor", [secrets.token_bytes(64)]).digest
     reports = []
     try:
@@ -181,15 +181,16 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
             ask = ray.remote(num_cpus=0, max_retries=0)
             report = {"name": node["NodeManagerHostname"], "cpus": resources["CPU"], "gpus": resources.get("GPU", 0.0)}
             try:
-                once = ray.remote(num_cpus=0, max_retries=0, max_calls=1)  # its contexts on the GPUs go with it
-                asked = once(examine).options(scheduling_strategy=there)
-                found = asked.remote(settings.artifacts, mark, str(settings.data), marker)
-                report.update(**ray.get(found, timeout=NODE_SECONDS))
+                # One call: then its process ends, and its contexts on the GPUs with it.
+                once = ray.remote(num_cpus=0, max_retries=0, max_calls=1)
+                examination = once(examine).options(scheduling_strategy=there)
+                answer = examination.remote(settings.artifacts, mark, str(settings.data), marker)
+                report.update(**ray.get(answer, timeout=NODE_SECONDS))
                 before = time.time()
-                theirs = ray.get(ask(clock).options(scheduling_strategy=there).remote(), timeout=NODE_SECONDS)
+                node_time = ray.get(ask(clock).options(scheduling_strategy=there).remote(), timeout=NODE_SECONDS)
                 after = time.time()
-                report["skew_seconds"] = max(before - theirs, theirs - after, 0.0)
-            except Exception as error:  # noqa: BLE001 - of one node; the others are still looked at
+                report["skew_seconds"] = max(before - node_time, node_time - after, 0.0)
+            except Exception as error:  # noqa: BLE001 - of one node; the others are still examined
                 report["error"] = f"{type(error).__name__}: {error}".partition("\n")[0]
             reports.append(report)
     finally:
@@ -199,27 +200,27 @@ def _examine_nodes(settings: Settings) -> list[dict[str, Any]]:
 
 
 def _mark(settings: Settings) -> str:
-    """What the database knows the artifact root by; empty where it does not say."""
+    """The mark by which the database knows the artifact root; empty if there is none."""
     database = Database(settings.database)
     try:
         database.check_schema()
         with database.read() as connection:
             return roots.mark(connection) or ""
-    except UncannyError:  # which is said without the cluster too
+    except UncannyError:  # reported without the cluster too
         return ""
     finally:
         database.close()
 
 
 def _trouble(artifacts: Artifacts, marker: str) -> str:
-    """What keeps this node from sharing the artifact root; empty where nothing does."""
+    """What keeps this node from sharing the artifact root; empty if nothing does."""
     try:
         artifacts.require_mark()
         with artifacts.local(marker):
             pass
         own = artifacts.write_chunks("doctor", [secrets.token_bytes(64)]).digest
         artifacts.delete(own)
-    except Exception as error:  # noqa: BLE001 - a file system or an object store may say anything
+    except Exception as error:  # noqa: BLE001 - a file system or an object store may raise anything
         return f"{type(error).__name__}: {error}"
     return ""
 

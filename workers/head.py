@@ -1,8 +1,8 @@
 """The local Ray head: `ray start --head --block`, and the guard that `python -m workers.head` puts around it.
 
-Ray's processes outlive whoever started them: a killed parent leaves all of them, and with death signals two agents
-still stay for a minute. The guard adopts what they leave, dies with its parent, and ends when nothing of Ray is left.
-It imports no Ray; what it sets here was measured with Ray 2.60, and a test checks each of it.
+Ray's processes outlive their parent: if it is killed, all of them stay, and even with death signals two agents stay for
+a minute. The guard adopts the orphans, dies with its own parent, and ends when no process of Ray is left.
+This module does not import Ray. Its settings were measured with Ray 2.60, and a test checks each of them.
 """
 
 import argparse
@@ -25,14 +25,14 @@ import psutil
 from service import private
 from service.processes import SignalSafeEvent, adopt_orphans, die_with_parent, free_port
 
-SESSION_ROOM_BYTES = 43  # of the 107 of a Unix socket's path, what Ray leaves for its folder
+SESSION_ROOM_BYTES = 43  # for the folder: a Unix socket's path has 107 bytes, and Ray needs the others
 OBJECT_STORE_BYTES = 256 << 20  # outcomes are small; weights travel as artifacts
 LOG = "head.log"  # in the home, of a head that is not the supervisor's
 CORE = ("gcs_server", "raylet")
 POLL_INTERVAL_SECONDS = 0.2
-STOP_SECONDS = 2.0  # what Ray gets to end by itself: .2 to .4 s are enough
+STOP_SECONDS = 2.0  # for Ray to end by itself: it needs .2 to .4 s
 ORPHAN_SECONDS = 2.0
-GUARD_SECONDS = 10.0  # what the guard gets to end its head
+GUARD_SECONDS = 10.0  # for the guard to end its head
 # Warm processes are reused for other GPUs, so the variable must not change under a live CUDA context.
 WORKER_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 ANYWHERE = {
@@ -43,9 +43,10 @@ ANYWHERE = {
 
 
 def driver_environment(home: Path, *, local: bool) -> dict[str, str]:
-    """What the environment of a driver has to be before Ray is imported: its own, with what Ray reads set.
+    """The environment that a driver needs before it imports Ray: that of this process, with Ray's variables set.
 
-    Of a local head (`local`) that is all that Ray would inherit; elsewhere the token and the address are the user's.
+    For a local head (`local`), no `RAY_` variable of this process is kept. For another cluster, the token and the
+    address are the user's.
     """
     if not local:
         return {**os.environ, **ANYWHERE}
@@ -54,23 +55,23 @@ def driver_environment(home: Path, *, local: bool) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(_token(home)),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: listen on loopback only
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a driver without its head ends after so long, not after 60 s
-        "RAY_task_events_report_interval_ms": "0",  # nobody reads them, and the head would keep those of 100,000 tasks
+        "RAY_task_events_report_interval_ms": "0",  # unused: the head would keep the events of 100,000 tasks
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    for name in ("no_proxy", "NO_PROXY"):  # gRPC would ask a proxy for what is on this machine
+    for name in ("no_proxy", "NO_PROXY"):  # gRPC would reach this machine through a proxy
         ours[name] = ",".join(filter(None, [kept.get(name), "127.0.0.1", "localhost"]))
     return {**kept, **ANYWHERE, **ours}
 
 
 def use_driver_environment(home: Path, *, local: bool) -> None:
-    """Make it this process's, before Ray is imported, which reads it then."""
+    """Make `driver_environment` that of this process. To be called before Ray is imported, which reads it then."""
     environment = driver_environment(home, local=local)
     os.environ.clear()
     os.environ.update(environment)
 
 
 def guard_command(home: Path, port: int, cpus: int | None = None) -> list[str]:
-    """The command line of a guard with a head of so many CPUs (all if None) on this port of loopback."""
+    """The command line of a guard, whose head has `cpus` CPUs (None: all) and listens on this port of loopback."""
     given = ["--home", str(home), "--port", str(port), *(["--cpus", str(cpus)] if cpus is not None else [])]
     return [sys.executable, "-m", "workers.head", *given]
 
@@ -93,7 +94,8 @@ class Head:
 def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[Head]:
     """A head for as long as the context lasts. It may still be starting.
 
-    To be entered in a thread that outlives it. The home is a temporary folder where none is given.
+    Enter it in a thread that outlives it: when that thread ends, the guard gets its death signal. Without `home`, the
+    home is a temporary folder.
     """
     with ExitStack() as stack:
         if home is None:
@@ -102,7 +104,7 @@ def running(cpus: int | None = None, *, home: Path | None = None) -> Iterator[He
             )
             home = Path(stack.enter_context(temporary))
         port = free_port()
-        driver_environment(home, local=True)  # the token is there before whoever wants to connect
+        driver_environment(home, local=True)  # writes the token, before any driver reads it
         with private.opened(home / LOG, "wb") as log:
             guard = subprocess.Popen(
                 guard_command(home, port, cpus),
@@ -161,25 +163,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Core:
-    """The two processes that a head is made of. One that ends by SIGTERM is no reason for `ray start` to end.
+    """The two core processes of a head. `ray start` keeps running if one of them ends by SIGTERM.
 
-    They are its own children: what a raylet forks has the raylet's name for as long as it has not become a worker.
+    Only its own children count: a process that a raylet forks has the raylet's name until it becomes a worker.
     """
 
     def __init__(self, head_pid: int) -> None:
         self._head_pid = head_pid
-        self._found: dict[str, psutil.Process] = {}
+        self._processes: dict[str, psutil.Process] = {}
 
     def lives(self) -> bool:
-        if len(self._found) < len(CORE):
+        if len(self._processes) < len(CORE):
             with suppress(psutil.NoSuchProcess):
                 children = psutil.Process(self._head_pid).children()
-                self._found |= {name: child for child in children if (name := _name(child)) in CORE}
-        return all(p.is_running() and _name(p) == name for name, p in self._found.items())
+                self._processes |= {name: child for child in children if (name := _name(child)) in CORE}
+        return all(p.is_running() and _name(p) == name for name, p in self._processes.items())
 
 
 def _name(process: psutil.Process) -> str:
-    """Its name, or nothing where it has ended."""
+    """The name of the process; empty if it has ended."""
     with suppress(psutil.NoSuchProcess):
         return process.name() if process.status() != psutil.STATUS_ZOMBIE else ""
     return ""
@@ -204,7 +206,7 @@ def _ray_start(sessions: Path, port: int, cpus: int | None) -> list[str]:
 
 
 def _end(head: "subprocess.Popen[bytes]") -> None:
-    """End the head and whatever it leaves: what one of its processes had started is ours when that one is dead."""
+    """End the head and all that it leaves: the orphans of its processes become children of this process."""
     head.terminate()
     with suppress(subprocess.TimeoutExpired):
         head.wait(STOP_SECONDS)
@@ -212,7 +214,7 @@ def _end(head: "subprocess.Popen[bytes]") -> None:
 
 
 def end_family() -> None:
-    """Kill every child of this process, and theirs, until none is left: some are adopted only when others die."""
+    """Kill all descendants of this process until none is left: some are adopted only when their parents die."""
     me, deadline = psutil.Process(), time.monotonic() + ORPHAN_SECONDS
     while (left := me.children(recursive=True)) and time.monotonic() < deadline:
         for process in left:
@@ -222,7 +224,7 @@ def end_family() -> None:
 
 
 def _token(home: Path) -> Path:
-    """The file with the token of local heads, which only its owner can read; made where it is not there."""
+    """The file with the token of local heads, which only its owner can read; made if it does not exist."""
     path = home / "ray_token"
     private.folder(home)
     if path.exists():
@@ -230,17 +232,17 @@ def _token(home: Path) -> Path:
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     with os.fdopen(os.open(fresh, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
         file.write(secrets.token_hex(32))
-    with suppress(FileExistsError):  # head and dispatcher start at once: one token, and never half of one
+    with suppress(FileExistsError):  # head and dispatcher start together: both read the same whole token
         os.link(fresh, path)
     fresh.unlink()
     return path
 
 
 def _sessions(home: Path) -> Path:
-    """An empty folder for Ray's sockets and logs: under home, or a short one of our own where Ray cannot work there.
+    """An empty folder for Ray's sockets and logs: under home, or a short temporary one if Ray cannot work under home.
 
-    Ray opens it to every account of the machine (mode 0777, whatever the umask), so that others could swap sockets
-    whose messages are unpickled. It is in a folder that is this account's alone, and that Ray leaves as it is.
+    Ray opens it to every account of the machine (mode 0777, whatever the umask). Others could swap its sockets, whose
+    messages are unpickled. So it lies in a folder that only this account can enter, and whose mode Ray does not change.
     """
     path = home.absolute() / private.SESSIONS
     plain = str(path).isascii() and all(letter.isalnum() or letter in "/._-" for letter in str(path))
@@ -259,7 +261,7 @@ def _sessions(home: Path) -> Path:
 
 
 def _short_temporary_folder() -> Path:
-    """Where temporary folders are, or /tmp where that leaves no room for Ray's sockets."""
+    """The folder of temporary files, or /tmp if its path leaves no room for Ray's sockets."""
     folder = Path(tempfile.gettempdir())
     return folder if len(os.fsencode(folder)) <= SESSION_ROOM_BYTES - len("/u-ray-0123456789ab/s") else Path("/tmp")
 

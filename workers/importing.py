@@ -2,7 +2,7 @@
 
 `python -m workers.importing < request.json`. The request has `architecture`, `shape` (C, H, W), `classes`, `weights`
 (a path), `keys`, `mean`, `std` and `out` (a path); the answer has `parameters`, `stripped_prefix` and `converted_from`,
-or it is `{"error": sentence}`, with the `tensors` that do not fit where these are the reason.
+or it is `{"error": sentence}`. If tensors that do not fit are the reason, `tensors` lists them.
 """
 
 import json
@@ -34,7 +34,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         linear_head(fitted.model)
         save_weights(Path(request["out"]), fitted.model)
     except WrongTensors as error:
-        return {"error": str(error), "tensors": _named(error)}
+        return {"error": str(error), "tensors": _misfits(error)}
     except ScienceError as error:
         return {"error": str(error)}
     return {
@@ -44,7 +44,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named(error: WrongTensors) -> dict[str, Any]:
+def _misfits(error: WrongTensors) -> dict[str, Any]:
     lists = {"missing": error.missing, "unknown": error.unknown, "copies": error.copies}
     misshapen = [vars(tensor) for tensor in error.misshapen]
     return {name: list(of)[:MOST] for name, of in {**lists, "misshapen": misshapen}.items()}

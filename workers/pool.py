@@ -35,35 +35,35 @@ Body = Callable[[Bundle, WorkerSettings], Iterator[list[Message]]]
 POLL_INTERVAL_SECONDS = 0.1  # how often a waiting poll checks for bundles that do not stop
 POLL_OVERTIME_SECONDS = 0.2  # how long a poll reads on after its timeout, if bundles never pause
 CLUSTER_INTERVAL_SECONDS = 1.0  # between two requests for the size of the cluster
-SETTLE_SECONDS = 4.0  # in which the cluster finds out that a node is gone which took its workers down
+SETTLE_SECONDS = 4.0  # until the cluster knows that a node is gone whose workers have died
 
 
 @dataclass
 class _Running:
     ledger: Ledger
     generator: Any
-    act_at: float | None = None  # when a bundle that is being stopped is killed, and then given up
+    act_at: float | None = None  # when a bundle that does not stop is killed, and later given up
     killed: bool = False
-    ended: bool = False  # its process was told to be ended from outside
-    node: str = ""  # where it runs, once it says so
+    ended: bool = False  # a task on its node was sent to end its process
+    node: str = ""  # where it runs, known from its first message on
     pid: int = 0  # of its worker there
-    host: str = ""  # whose worker prepares itself; empty once it is ready
-    crash: str = ""  # its worker is gone; `act_at` says when it is told whether the node is gone too
+    host: str = ""  # of its worker, while that prepares itself; empty once it is ready
+    crash: str = ""  # its worker died; at `act_at` it is decided whether its node died too
     needs: Needs = field(default_factory=Needs)
-    holds: bool = False  # all is answered, and its worker keeps a device busy that cannot run tasks
+    holds: bool = False  # its grants are answered, and its worker keeps an unfit device busy
 
     @property
     def waitable(self) -> Any:
-        """What to wait for. Of a cancelled task, Ray calls the generator ready at once, and reading it blocks."""
+        """What `ray.wait` waits for. Ray calls the generator of a cancelled task ready, but reading it blocks."""
         return self.generator.completed() if self.ledger.stopping else self.generator
 
 
 class RayExecutor:
     """Runs each bundle as one Ray task, whose generator streams its messages. Ray itself never retries.
 
-    Ray is connected to in a thread; until then `capacity().ready` is false. Its other methods are for one thread, the
-    dispatcher's. `body` is what runs on the worker. `root_mark` says what workers know the artifact root by, and raises
-    what keeps it from saying so; empty is whatever has its name.
+    A thread connects to Ray; until then `capacity().ready` is false. The methods are for one thread, the dispatcher's.
+    `body` runs on the worker. `root_mark` gives the mark by which workers know the artifact root, or raises. With an
+    empty mark, workers take any root of that name.
     """
 
     def __init__(
@@ -91,10 +91,12 @@ class RayExecutor:
         self._thread.start()
 
     def capacity(self) -> Capacity:
-        """What the cluster has, without the devices that are kept busy because they cannot run tasks."""
+        """What the cluster has, without the unfit devices that workers keep busy."""
         if self._closed:
             return NOT_READY
-        return without(self._capacity, [(one.node, one.needs) for one in self._bundles.values() if one.holds])
+        return without(
+            self._capacity, [(running.node, running.needs) for running in self._bundles.values() if running.holds]
+        )
 
     def submit(self, bundle: Bundle) -> None:
         ledger = Ledger(bundle)
@@ -107,7 +109,7 @@ class RayExecutor:
             worker_settings = replace(self._worker_settings, root_mark=self._root_mark())
             task = self._task.options(name=f"bundle {bundle.id}", **_options(bundle.needs, avoid))
             generator = task.remote(bundle, worker_settings)
-        except (ValueError, TypeError) as error:  # it does not take these needs, and will not the next time
+        except (ValueError, TypeError) as error:  # Ray refuses these needs, and would refuse them again
             why = f"Ray does not take what this asks for (UNCANNY_RESOURCES): {error}"
             self._lost += [Failed(grant.task_id, grant.attempt, "configuration", why) for grant in bundle.grants]
             return
@@ -124,13 +126,13 @@ class RayExecutor:
         deadline = time.monotonic() + timeout_seconds
         messages: list[Message] = []
         while True:
-            self._look_after_those_in_trouble()
+            self._handle_troubled_bundles()
             messages += self._lost
             self._lost = []
             wait = 0.0 if messages else min(max(0.0, deadline - time.monotonic()), POLL_INTERVAL_SECONDS)
             ready = self._ready(wait)
             for bundle_id in ready:
-                over = self._bundles[bundle_id].ledger.stopping  # what was waited for then is its end
+                over = self._bundles[bundle_id].ledger.stopping  # then its end was waited for
                 messages += self._read(bundle_id)
                 while over and bundle_id in self._bundles:
                     messages += self._read(bundle_id)
@@ -160,9 +162,9 @@ class RayExecutor:
         self._thread.join(self._grace_seconds + RETRY_SECONDS)
 
     def _heard(self, bundle_id: str) -> list[Message]:
-        """What a bundle has said already: a cancellation would lose what was yielded and not read."""
+        """The messages that a bundle has sent: a cancellation would lose those that are not read."""
         messages: list[Message] = []
-        deadline = time.monotonic() + POLL_INTERVAL_SECONDS  # of one that always has something to say
+        deadline = time.monotonic() + POLL_INTERVAL_SECONDS  # for a bundle that sends without a pause
         while (running := self._bundles.get(bundle_id)) and not running.ledger.stopping and not running.crash:
             if time.monotonic() > deadline or not ray.wait([running.generator], timeout=0)[0]:
                 break
@@ -170,7 +172,7 @@ class RayExecutor:
         return messages
 
     def _ready(self, timeout_seconds: float) -> list[str]:
-        """The bundles that have something to say, waiting for a first one."""
+        """The bundles that have a message or an end to read. Waits for the first one."""
         waiting = {running.waitable: name for name, running in self._bundles.items() if not running.crash}
         if not waiting:
             time.sleep(timeout_seconds)
@@ -181,7 +183,7 @@ class RayExecutor:
         return [waiting[ready] for ready in first]
 
     def _read(self, bundle_id: str) -> list[Message]:
-        """The next messages of a bundle that has some, or its end."""
+        """The next messages of a ready bundle, or its end."""
         running = self._bundles[bundle_id]
         try:
             batch: list[Message] = ray.get(next(running.generator))
@@ -192,7 +194,7 @@ class RayExecutor:
         except RayTaskError as error:  # raised by the body itself, before or between its grants
             why = f"the worker failed: {error.cause}"
             guilty, failed = running.ledger.guilty, []
-            if guilty is not None and not running.node:  # it did not come so far as to say where it is
+            if guilty is not None and not running.node:  # it failed before its first message
                 self._checks.forget()
                 return self._end(bundle_id, "environment", why, Fault("node", "a node of the cluster", ""))
             if guilty is not None:
@@ -208,8 +210,8 @@ class RayExecutor:
             if reason == "node_died":
                 reason = self._loss_of(running.node)
             return self._end(bundle_id, reason, why)
-        known = [message for message in batch if running.ledger.accept(message)]
-        for message in known:
+        accepted = [message for message in batch if running.ledger.accept(message)]
+        for message in accepted:
             if isinstance(message, Started):
                 running.node, running.pid = message.node, message.pid
                 running.host = "" if message.ready else message.worker.split()[0]
@@ -217,7 +219,7 @@ class RayExecutor:
                 running.node, running.host, running.holds = message.fault.node, "", True
         if running.ledger.unwanted:
             self._stop(running)
-        return known
+        return accepted
 
     def _end(self, bundle_id: str, reason: Reason, message: str, fault: Fault | None = None) -> list[Message]:
         running = self._bundles.pop(bundle_id)
@@ -232,12 +234,12 @@ class RayExecutor:
             running.act_at = time.monotonic() + self._grace_seconds
             ray.cancel(running.generator, force=False)
 
-    def _look_after_those_in_trouble(self) -> None:
-        """Press those that do not stop, stop those whose node is dead, tell crashed workers from dying nodes."""
+    def _handle_troubled_bundles(self) -> None:
+        """Press bundles that do not stop, stop those whose node is dead, and tell crashed workers from dead nodes."""
         now = time.monotonic()
         for bundle_id, running in list(self._bundles.items()):
             if running.node in self._dead and not running.crash:
-                self._stop(running)  # its worker may live on without its node
+                self._stop(running)  # the worker may outlive its node
             if running.crash and running.node in self._preempted | self._dead:
                 self._lost += self._end(bundle_id, self._loss_of(running.node), running.crash)
                 continue
@@ -264,23 +266,23 @@ class RayExecutor:
 
     def _hold_ray(self) -> None:
         """The thread that owns Ray."""
-        # A local Ray head may just be starting, so it is asked again sooner.
+        # A local Ray head may be starting, so the next attempt comes sooner.
         pause_seconds = RETRY_SECONDS if self._settings.ray_address else POLL_INTERVAL_SECONDS
-        said = ""
+        logged = ""
         while not self._closing.is_set():
             try:
                 connect(self._settings)
                 break
-            except Exception as error:  # noqa: BLE001 - whatever keeps Ray away, it may come back, and is said once
-                if said != (said := f"Ray is not up yet: {type(error).__name__}: {error}"):
-                    log.warning("%s", said)
+            except Exception as error:  # noqa: BLE001 - Ray may come back, whatever the error; it is logged once
+                if logged != (logged := f"Ray is not up yet: {type(error).__name__}: {error}"):
+                    log.warning("%s", logged)
                 ray.shutdown()
                 self._closing.wait(pause_seconds)
         trouble = ""
         while not self._closing.is_set():
             try:
                 self._capacity, now = self._look(), ""
-            except Exception as error:  # noqa: BLE001 - whatever it is, it may pass, and is said once
+            except Exception as error:  # noqa: BLE001 - the error may pass, whatever it is; it is logged once
                 self._capacity, now = NOT_READY, f"{type(error).__name__}: {error}"
             if now != trouble:
                 log.log(logging.ERROR if now else logging.INFO, "%s", now or "the cluster is usable again")
@@ -289,17 +291,17 @@ class RayExecutor:
         ray.shutdown()
 
     def _look(self) -> Capacity:
-        """The size of the cluster: of those nodes that are known to have the dispatcher's code.
+        """The size of the cluster: of its fit nodes, which have the dispatcher's code.
 
-        Raises what is wrong with a node where none is fit for work.
+        If no node is fit, raises what is wrong with one of them.
         """
-        found = nodes()
-        self._preempted |= found.preempted
-        self._dead = found.dead
-        unfit = self._checks.unfit(found.resources) if self._settings.ray_address else {}
-        if unfit and len(unfit) == len(found.resources):
+        cluster = nodes()
+        self._preempted |= cluster.preempted
+        self._dead = cluster.dead
+        unfit = self._checks.unfit(cluster.resources) if self._settings.ray_address else {}
+        if unfit and len(unfit) == len(cluster.resources):
             raise next(iter(unfit.values()))
-        fit = {name: of for name, of in found.resources.items() if name not in unfit}
+        fit = {name: of for name, of in cluster.resources.items() if name not in unfit}
         cpus, gpus = (sum(node.get(kind, 0.0) for node in fit.values()) for kind in ("CPU", "GPU"))
         reasons = {name: str(why) for name, why in unfit.items()}
         return Capacity(True, cpus, gpus, nodes=tuple(fit.values()), names=tuple(fit), unfit=reasons)
@@ -319,9 +321,9 @@ def without(capacity: Capacity, held: Collection[tuple[str, Needs]]) -> Capacity
 
 
 def _end_on_its_node(node: str, pid: int) -> None:
-    """End a worker that does not even end itself: Ray asks the process, and one that is frozen does not hear it.
+    """End a worker that does not end itself: Ray asks the process to, and a frozen process does not.
 
-    It would keep its CPUs for good. A task on its node does it, and nobody waits for that task.
+    It would keep its CPUs forever. A task on its node ends it, and nothing waits for that task.
     """
     log.warning("worker process %d does not end itself: it is ended if it is frozen", pid)
     there = NodeAffinitySchedulingStrategy(node, soft=False)
@@ -329,7 +331,7 @@ def _end_on_its_node(node: str, pid: int) -> None:
 
 
 def _options(needs: Needs, avoid: Collection[str] = ()) -> dict[str, Any]:
-    """What a bundle needs, as Ray's options. What does not fit yet is what an autoscaler sees as demand."""
+    """The needs of a bundle, as Ray's options. An autoscaler sees tasks that do not fit yet as demand."""
     options: dict[str, Any] = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "resources": dict(needs.custom)}
     if needs.memory_bytes:
         options["memory"] = needs.memory_bytes

@@ -36,9 +36,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def machine(device: torch.device, device_share: float) -> dict[str, Any]:
-    """What of this process may change the last bits of a training: one entry for each machine that it ran on.
+    """What may change the last bits of a training in this process. A training has an entry for each machine of its run.
 
-    The share too: cuDNN takes another plan where its workspace does not fit into the memory that it leaves.
+    The device share is part of it: cuDNN takes another plan if its workspace does not fit into the share's memory.
     """
     return {
         "hostname": socket.gethostname(),
@@ -54,14 +54,14 @@ def machine(device: torch.device, device_share: float) -> dict[str, Any]:
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """Which GPU it is, and how large: null on a CPU."""
+    """Identity and size of the GPU; nulls on a CPU."""
     if device.type != "cuda":
         return dict.fromkeys(("gpu_uuid", "gpu_memory_bytes", "gpu_capability", "gpu_sm_count"))
     return of_properties(torch.cuda.get_device_properties(device))
 
 
 def of_properties(properties: Any) -> dict[str, Any]:
-    """`gpu`, from what CUDA says of a device; the UUID as `nvidia-smi -L` spells it."""
+    """`gpu`, from CUDA's properties of a device; the UUID as `nvidia-smi -L` spells it."""
     return {
         "gpu_uuid": f"GPU-{properties.uuid}",
         "gpu_memory_bytes": properties.total_memory,
@@ -71,10 +71,10 @@ def of_properties(properties: Any) -> dict[str, Any]:
 
 
 def conditions(model: nn.Module, precision: str = "float32") -> dict[str, Any]:
-    """How a task's numbers came out of `model`, looked at when it was done with it.
+    """The conditions of a task's numbers, read from `model` after the task.
 
-    `precision` is that of the training's steps or of the attack's gradients; what is reported is always measured in
-    float32, whatever made it.
+    `precision` is that of the training's steps or of the attack's gradients. Reported numbers are always measured in
+    float32.
     """
     return {"eval_mode": not any(module.training for module in model.modules()), "precision": precision}
 
@@ -93,7 +93,7 @@ def cudnn(device: torch.device) -> int | None:
 
 @cache
 def driver() -> str | None:
-    """The line of the NVIDIA kernel driver, where there is one."""
+    """The version line of the NVIDIA kernel driver; None without a driver."""
     path = Path("/proc/driver/nvidia/version")
     return path.read_text(encoding="utf-8").partition("\n")[0].strip() if path.is_file() else None
 
@@ -101,8 +101,8 @@ def driver() -> str | None:
 class Meter:
     """Seconds and memory from here to `read()`.
 
-    `device_seconds` is wall time times the share of the device; the peak of a GPU is this task's, that of host
-    memory is the process's since it started. `device_free_bytes` is what of a GPU's memory was free for all at first.
+    `device_seconds` is wall time times the device share. The peak of a GPU's memory is this task's; the peak of host
+    memory is the process's since it started. `device_free_bytes` is the GPU's memory that was free at the start.
     """
 
     def __init__(self, device: torch.device, device_share: float) -> None:

@@ -14,7 +14,7 @@ NUMERIC = ("torch", "torchvision", "timm", "numpy")  # libraries whose version s
 
 @cache
 def code() -> dict[str, Any]:
-    """`code_version`; `code_revision` and `code_dirty` where this is a git checkout, else null; `code_digest`."""
+    """`code_version`; `code_revision` and `code_dirty` in a git checkout, else null; `code_digest`."""
     revision = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", __file__) else None
     return {
         "code_version": installed(DISTRIBUTION),
@@ -34,9 +34,9 @@ def code_digest() -> str:
 
 
 def identity() -> dict[str, str | None]:
-    """What two machines have in common that compute the same: `code`, the digest, and the version of each library.
+    """What must be equal on two machines for equal numbers: `code`, the digest, and the version of each library.
 
-    A library's build is left out: a GPU's and a CPU's are of one version.
+    A library's build is left out: the builds for a GPU and for a CPU have one version.
     """
     versions = {name: installed(name) for name in NUMERIC}
     return {"code": code_digest(), **{name: of and of.partition("+")[0] for name, of in versions.items()}}
@@ -52,7 +52,7 @@ def installed(distribution: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of git in the source folder; None where there is no git, or it is not a checkout of ours."""
+    """The output of git in the source folder; None if git is absent or fails there."""
     try:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *arguments], capture_output=True, encoding="utf-8", timeout=10, check=True

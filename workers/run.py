@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -47,31 +47,31 @@ log = logging.getLogger("uncanny.worker")
 TASK: TypeAdapter[Task] = TypeAdapter(Task)
 PROGRESS_SECONDS = 0.5
 POLL_INTERVAL_SECONDS = 0.02  # how often an interrupt of the reading thread can be delivered
-OTHERS_BYTES = 1 << 30  # of a GPU's memory that others have before it counts as shared; a driver takes some itself
+OTHERS_BYTES = 1 << 30  # a GPU counts as shared if others hold more of its memory; a driver holds some itself
 BATCH_WINDOW_SECONDS = 0.005  # messages within it are sent as one batch
 INTERRUPT_AGAIN_SECONDS = 1.0  # an interrupt that lands in a destructor is lost
 OF_MEMORY: set[Reason] = {"out_of_memory", "out_of_shared_memory"}
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
-OF_A_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM}  # of the temporary one they are the node's fault
+OF_A_FOLDER = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EACCES,
+    errno.EPERM,
+}  # in the temporary folder they are the node's fault
 
 
 def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progress], None]) -> Outcome:
-    """Do what the grant's spec says, on the context's device, and say how it was done.
+    """Compute the task of the grant's spec on the context's device. The provenance says how it was computed.
 
-    Raises `ScienceError`, `ArtifactMissing` and pydantic's `ValidationError` for what would fail again, and whatever
-    else goes wrong as it comes.
+    Raises `ScienceError`, `ArtifactMissing` or pydantic's `ValidationError` for a task that would fail again. Other
+    exceptions pass.
     """
 
     def on_progress(done: int, total: int) -> None:
         report(Progress(grant.task_id, grant.attempt, done / total, {"step": done, "steps": total}))
 
     meter = provenance.Meter(context.device, context.device_share)
-    task = TASK.validate_python(grant.spec)
-    if task.version != (known := version_of_spec(grant.spec)):
-        raise ScienceError(
-            f"this task is of version {task.version}, and this worker computes version {known}: install one version "
-            "of Uncanny everywhere, then retry the job"
-        )
+    task = _task_of(grant)
     training = TrainTask.model_validate(bundle.train_spec)
     with deterministic(context.device):
         subject = tasks.Subject(training, bundle.checkpoint, context)
@@ -87,8 +87,30 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
             case _:
                 assert_never(task)
         determinism = flags()
+    made_from = _inputs_of(task, grant, bundle, subject, outcome)
+    made_by = provenance.environment(context.device)
+    # A training sets flags of its own, which replace these. Only tasks whose batches depend on the device have
+    # `batch_images`.
+    conditions = {"batch_images": None, **determinism, **outcome.provenance}
+    return replace(outcome, provenance=merged(made_by, made_from, conditions, meter.read()))
+
+
+def _task_of(grant: Grant) -> Task:
+    """The task of the grant's spec. Raises `ScienceError` for a version that this worker does not compute."""
+    task = TASK.validate_python(grant.spec)
+    if task.version != (computed := version_of_spec(grant.spec)):
+        raise ScienceError(
+            f"this task is of version {task.version}, and this worker computes version {computed}: install one version "
+            "of Uncanny everywhere, then retry the job"
+        )
+    return task
+
+
+def _inputs_of(task: Task, grant: Grant, bundle: Bundle, subject: tasks.Subject, outcome: Outcome) -> dict[str, Any]:
+    """For the provenance: the task, its seeds, and the data and weights that its numbers were made from."""
     weights = next((ref for ref in outcome.artifacts if ref.kind == "checkpoint"), bundle.checkpoint)
-    made_from = {
+    training = subject.training
+    return {
         "task_kind": task.kind,
         "task_version": task.version,
         "task_digest": grant.digest,
@@ -100,14 +122,10 @@ def run(grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progre
         "dataset_sha256": subject.data_sha256,
         "dataset_files_sha256": [training.dataset.train_sha256, training.dataset.test_sha256],
     }
-    made_by = provenance.environment(context.device)
-    # A training sets flags of its own; how many images at a time is noted where that depends on the device.
-    conditions = {"batch_images": None, **determinism, **outcome.provenance}
-    return replace(outcome, provenance=merged(made_by, made_from, conditions, meter.read()))
 
 
 def _source(task: AttackTask, bundle: Bundle, context: Context) -> tasks.Subject | None:
-    """The other network that a transfer's examples are made on."""
+    """The network that a transfer's examples are made on, if it is another one."""
     if task.source is None:
         return None
     spec, checkpoint = bundle.sources[task.source]
@@ -120,11 +138,11 @@ def _source_weights(task: Task, bundle: Bundle) -> str | None:
 
 
 def execute(bundle: Bundle, context: Context) -> Iterator[Message]:
-    """Run the grants in order and say how each goes, as it goes. One that fails does not stop the next.
+    """Run the grants in order, and yield the messages of each while it runs. A failed grant does not stop the next.
 
-    They run in a thread of their own while the caller's waits for messages: an exception that is raised in the
-    caller's thread (KeyboardInterrupt, by a soft cancel), or closing this generator, stops them before it goes on.
-    Raises `DeviceBroken`, with all grants answered, where this process can compute nothing any more.
+    The grants run in a thread of their own, while the caller's thread waits for messages. An exception in the caller's
+    thread (KeyboardInterrupt, by a soft cancel) first stops the grants, and so does closing this generator.
+    Raises `DeviceBroken` if this process can compute nothing any more; all grants are answered then.
     """
     return itertools.chain.from_iterable(batches(bundle, context))
 
@@ -148,12 +166,12 @@ def batches(bundle: Bundle, context: Context) -> Iterator[list[Message]]:
                     raise DeviceBroken("the GPU gave up in this process; it needs a new one")
                 return
     finally:
-        stopped.set()  # seen by a thread that has not begun yet, which may not even be alive
+        stopped.set()  # for a thread that has not begun yet: no interrupt reaches it
         _end(producer, begun)
 
 
 def _end(producer: threading.Thread, begun: threading.Event) -> None:
-    """Wait for the thread to end, also if this one is interrupted meanwhile: nobody else would stop it."""
+    """Wait for the thread to end, even if this thread is interrupted: nothing else would stop the other."""
     while producer.is_alive():
         try:
             if begun.is_set():
@@ -193,7 +211,7 @@ def _produce(
 ) -> None:
     worker = f"{socket.gethostname()} pid {os.getpid()} {context.device}"
     device_broken = False
-    unfit = ""  # why the rest of the bundle is not begun here
+    unfit = ""  # why this worker starts no further grant of the bundle
     try:
         begun.set()  # from here on an interrupt is caught
         for grant in bundle.grants:
@@ -233,9 +251,9 @@ def _answer(
 
     answer, broken = _try(grant, bundle, context, report)
     if isinstance(answer, Lost) and answer.reason in OF_MEMORY and not broken:
-        # Once more in place: it may have been what this process keeps at hand, or what a neighbour held for a moment.
+        # Run again in place: the cache of this process, or a neighbour for a moment, may have held the memory.
         _empty(context)
-        log.warning("%s is tried once more, with an empty cache and fewer images at a time: %s", grant, answer.message)
+        log.warning("%s is run again, with an empty cache and fewer images at a time: %s", grant, answer.message)
         fewer = replace(context, batch_images=max(1, context.batch_images // 2))
         answer, broken = _try(replace(grant, resume=resume), bundle, fewer, report)
         _empty(context)
@@ -245,7 +263,7 @@ def _answer(
 def _try(
     grant: Grant, bundle: Bundle, context: Context, report: Callable[[Progress], None]
 ) -> tuple[Succeeded | Failed | Lost, bool]:
-    """How one run of it ended, and whether the device is broken. On return the task's tensors are not held any more."""
+    """How one run of the grant ended, and whether the device is broken. On return nothing holds the task's tensors."""
     task, attempt = grant.task_id, grant.attempt
     try:
         return Succeeded(task, attempt, run(grant, bundle, context, report)), False
@@ -258,25 +276,25 @@ def _try(
         return Failed(task, attempt, "missing_checkpoint", str(error), missing=error.digest), False
     except (ScienceError, ArtifactMissing) as error:
         return Failed(task, attempt, "configuration", str(error)), False
-    except Exception as error:  # noqa: BLE001 - whatever else goes wrong in a task is that task's, and is told
-        if isinstance(error, OSError) and (error.errno in DISK_ERRORS or _of_what_is_temporary(error)):
+    except Exception as error:  # noqa: BLE001 - any other error in a task is that task's failure
+        if isinstance(error, OSError) and (error.errno in DISK_ERRORS or _of_temporary_folder(error)):
             return _of_the_environment(grant, bundle, context, error), False
         if devices.ran_out_of_memory(error):
             reason: Reason = "out_of_shared_memory" if _shared(context) else "out_of_memory"
             answer: Failed | Lost = Lost(task, attempt, reason, f"{context.device} ran out of memory: {error}")
         else:
             answer = Failed(task, attempt, "error", f"{type(error).__name__}: {error}", traceback.format_exc())
-    # Out here the exception, whose frames hold the task's tensors, is gone. After words for memory the device is probed
-    # too: after an error that broke it, cuBLAS makes no handle either.
+    # Here the exception is gone, whose frames hold the task's tensors. The device is probed even if the message is
+    # about memory: on a broken device cuBLAS makes no handle either.
     if devices.computes(context.device):
         return answer, False
-    # The device may have broken by itself, or by an access of the task's own: as where a worker dies, nobody can tell.
+    # The device may have broken by itself, or by an access of the task. As when a worker dies, that cannot be told.
     log.warning("%s does not compute any more after %s: %s", context.device, grant, answer)
     return Lost(task, attempt, "worker_died", f"{context.device} gave up: {answer.message}"), True
 
 
-def _of_what_is_temporary(error: OSError) -> bool:
-    """Whether no temporary folder can be used, or something in it is away or closed to this process.
+def _of_temporary_folder(error: OSError) -> bool:
+    """Whether there is no usable temporary folder, or a path in it is missing or closed to this process.
 
     If `tempfile` finds no folder that takes a file, it raises ENOENT without a path each time it is asked for one.
     """
@@ -286,12 +304,12 @@ def _of_what_is_temporary(error: OSError) -> bool:
         folder = Path(tempfile.gettempdir())
     except OSError:
         return True
-    paths = (Path(os.fsdecode(one)) for one in (error.filename, error.filename2) if isinstance(one, str | bytes))
+    paths = (Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes))
     return any(path.is_relative_to(folder) for path in paths)
 
 
 def _empty(context: Context) -> None:
-    """Give back all memory that this process keeps at hand."""
+    """Give back all memory that this process keeps between tasks."""
     context.cache.clear()
     gc.collect()
     devices.release(context.device)
@@ -320,6 +338,6 @@ def _shared(context: Context) -> bool:
         return True
     try:
         free, total = torch.cuda.mem_get_info(context.device)
-    except RuntimeError:  # it is broken, which is found out next
+    except RuntimeError:  # a broken device, which the probe finds next
         return False
     return total - free - torch.cuda.memory_reserved(context.device) > OTHERS_BYTES

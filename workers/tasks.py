@@ -40,7 +40,7 @@ from workers.science.datasets import (
     training_indices,
 )
 from workers.science.errors import DataFolderUnusable, DatasetCorrupt, DatasetMissing, ScienceError, WrongState
-from workers.science.evaluation import PROBES, evaluate_attack, evaluate_clean
+from workers.science.evaluation import PROBES, AttackReport, evaluate_attack, evaluate_clean
 from workers.science.heads import linear_head, scale_head
 from workers.science.imported import as_saved, is_at_chance, require_accuracy
 from workers.science.sharpness import MEASURES, MeasureInput, MeasureReport
@@ -54,11 +54,11 @@ OnProgress = Callable[[int, int], None]
 MEASURE_BATCH = 256
 EPOCH_STATES_SHARE = 0.02
 NUMERICS = ("precision", "channels_last", "fold_batch_norm", "compile")
-COUNTED = frozenset({"n", "n_clean_correct", "n_non_finite"})  # by the attack, of the same images
+COUNTED = frozenset({"n", "n_clean_correct", "n_non_finite"})  # the attack counts the same images
 
 
 class CheckpointMissing(ArtifactMissing):
-    """The weights that a training left are not under the artifact root any more, or damaged: it must run again."""
+    """The checkpoint of a training is missing from the artifact root, or damaged: the training must run again."""
 
     def __init__(self, digest: str, why: ArtifactMissing) -> None:
         super().__init__(f"{why}; retry the job, and its training runs again")
@@ -66,7 +66,7 @@ class CheckpointMissing(ArtifactMissing):
 
 
 class Subject:
-    """The data set of a training and, once asked for, the network that it left; both from the cache where they are."""
+    """The data set of a training and, on request, its trained network; both from the cache if they are in it."""
 
     def __init__(self, training: TrainTask, checkpoint: ArtifactRef | None, context: Context) -> None:
         self.training, self.checkpoint, self.context = training, checkpoint, context
@@ -74,7 +74,7 @@ class Subject:
         self.data, self.data_sha256 = context.cache.get(key, self._read)
 
     def network(self) -> nn.Module:
-        """In eval mode, on the device, unscaled; shared, so it must not be changed."""
+        """The trained network in eval mode, on the device, unscaled. It is shared, so it must not be changed."""
         if self.checkpoint is None:
             raise ArtifactMissing("the training of this network has left no checkpoint: submit its job again")
         key = (self.context.device, self.checkpoint.digest, self.training.architecture, self.training.dataset)
@@ -105,7 +105,7 @@ class Subject:
 
 
 def run_training(task: TrainTask, grant: Grant, data: ImageData, context: Context, report: Report) -> Outcome:
-    """Train, saving epoch states on the way; a lost or foreign epoch state costs time, not the training."""
+    """Train, and save epoch states on the way. Without a fitting epoch state the training runs from its start."""
     if isinstance(task.recipe, Imported):
         return _imported(task, task.recipe, data, context)
     if task.recipe.compile:
@@ -200,7 +200,7 @@ class EpochStates:
         self._spent = 0.0
 
     def save(self, state: Callable[[], State]) -> ArtifactRef | None:
-        """Save it, if it is time."""
+        """Save the state, if it is time."""
         now, every = self._clock(), self.context.epoch_state_seconds
         too_dear = self._spent > EPOCH_STATES_SHARE * (now - self._started)
         if every > 0 and (too_dear or now - self._saved < every):
@@ -213,7 +213,7 @@ class EpochStates:
 
 
 def _machines_of(state: State, here: dict[str, Any]) -> list[dict[str, Any]]:
-    """The machines that the training has run on so far, and this one, which goes on; one that goes on is named once."""
+    """The machines that the training has run on, this one last. A machine that resumes its own training stands once."""
     before = list(state.get("machines", ()))
     if before and {**before[-1], "after_epoch": 0} == here:
         return before
@@ -229,7 +229,7 @@ def _require_compiler(device: torch.device) -> None:
 
 
 def _imported(task: TrainTask, recipe: Imported, data: ImageData, context: Context) -> Outcome:
-    """Nothing is trained: the registered weights are looked at on the test images, and are the checkpoint."""
+    """Nothing is trained: the registered weights are the checkpoint. They are evaluated on the test images."""
     started = time.monotonic()
     model = build(task.architecture, data, task.seed)
     with stored(context, recipe.weights_sha256 or "") as path:
@@ -253,31 +253,61 @@ def _imported(task: TrainTask, recipe: Imported, data: ImageData, context: Conte
 def run_measure(task: MeasureTask, subject: Subject, on_progress: OnProgress) -> Outcome:
     model = scale_head(subject.network(), task.scale, scale_bias=task.scale_bias)
     params = {name: getattr(task.measure, name) for name in type(task.measure).model_fields if name != "type"}
-    found = _measure(task.measure.type, model, subject, task.scale, (task.samples, task.order), params, on_progress)
+    report = _measure(task.measure.type, model, subject, task.scale, (task.samples, task.order), params, on_progress)
     made = conditions(subject.network())
     made |= {"batch_images": subject.context.batch_images} if task.measure.type == "closed_forms" else {}
-    return Outcome(found.numbers, {"measure": found.curves} if found.curves else {}, provenance=made)
+    return Outcome(report.numbers, {"measure": report.curves} if report.curves else {}, provenance=made)
 
 
 def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_progress: OnProgress) -> Outcome:
-    """The attack, its trajectory where it can be followed, the bounds, and the closed forms at x_0.
+    """The attack, its trajectory if there is one, the bounds, and the closed forms at x_0.
 
-    The bounds are about the path where one was followed that starts at the image, else about the way from the image
-    to the returned example: `bound_...` are on every result.
-    Images with NaN or infinities are counted (`n_non_finite`), and are in none of these numbers but the accuracies.
-    There is no trajectory for attacks without iterates, for `judge: any_step`, which leaves out what is broken, and for
-    gradients in bf16, whose features are not the float32 ones, or of a compiled network, which does not give them.
+    The bounds are about the path, if its trajectory starts at the image; else about the way from the image to the
+    returned example. So every result has `bound_...` numbers.
+    Images with NaN or infinities are counted (`n_non_finite`). Of these numbers only the accuracies include them.
+    There is no trajectory for attacks without iterates, for `judge: any_step`, which leaves out broken examples, for
+    gradients in bf16, whose features are not the float32 ones, and for a compiled network, which gives no features.
     """
     if getattr(_gradients_of(task.attack), "compile", False):
         _require_compiler(subject.context.device)
     network = subject.network()
     model = scale_head(network, task.scale, scale_bias=task.scale_bias)
     head = linear_head(model)
-    index, x, y = subject.samples(task.samples, task.order)
     recorder = Recorder(head.weight, head.bias) if _can_be_followed(task.attack) else None
+    report = _attacked(task, model, subject, source, recorder, on_progress)
+    chosen = (task.samples, task.order)
+    at_start = _measure("closed_forms", model, subject, task.scale, chosen, {}, None, train=False).numbers
+    parts = [report.numbers, {name: value for name, value in at_start.items() if name not in COUNTED}]
+    curves: dict[str, Any] = {}
+    arrays: tuple[ArtifactRef, ...] = ()
+    trajectory = None if recorder is None else recorder.trajectory(report.bits["non_finite"])
+    if trajectory is not None:
+        along, curves["trajectory"] = analyse(trajectory, getattr(task.attack, "norm", "l2"))
+        parts.append(along)
+        if task.arrays:
+            arrays = (subject.context.artifacts.write("arrays", partial(save_file, trajectory.tensors())),)
+    if trajectory is not None and trajectory.starts_at_image:
+        parts.append(bound_numbers(trajectory, head.weight, head.bias))
+    elif report.returned is not None:
+        parts.append(returned_bound_numbers(report.returned, head.weight, head.bias))
+    done_with = conditions(network, getattr(_gradients_of(task.attack), "precision", "float32"))
+    done_with["batch_images"] = subject.context.batch_images
+    return Outcome(merged(*parts), curves, _packed(report.bits), arrays, done_with)
+
+
+def _attacked(
+    task: AttackTask,
+    model: nn.Module,
+    subject: Subject,
+    source: Subject | None,
+    recorder: Recorder | None,
+    on_progress: OnProgress,
+) -> AttackReport:
+    """The attack alone, on `model`, the network of `subject` with its head scaled."""
+    index, x, y = subject.samples(task.samples, task.order)
     params, numerics = _attack_arguments(task, (source or subject).network(), subject)
     try:
-        found = evaluate_attack(
+        return evaluate_attack(
             model,
             x,
             y,
@@ -294,24 +324,6 @@ def run_attack(task: AttackTask, subject: Subject, source: Subject | None, on_pr
         )
     except ValueError as error:  # parameters that make no sense together
         raise ScienceError(str(error)) from error
-    chosen = (task.samples, task.order)
-    at_start = _measure("closed_forms", model, subject, task.scale, chosen, {}, None, train=False).numbers
-    parts = [found.numbers, {name: value for name, value in at_start.items() if name not in COUNTED}]
-    curves: dict[str, Any] = {}
-    arrays: tuple[ArtifactRef, ...] = ()
-    trajectory = None if recorder is None else recorder.trajectory(found.bits["non_finite"])
-    if trajectory is not None:
-        along, curves["trajectory"] = analyse(trajectory, getattr(task.attack, "norm", "l2"))
-        parts.append(along)
-        if task.arrays:
-            arrays = (subject.context.artifacts.write("arrays", partial(save_file, trajectory.tensors())),)
-    if trajectory is not None and trajectory.starts_at_image:
-        parts.append(bound_numbers(trajectory, head.weight, head.bias))
-    elif found.returned is not None:
-        parts.append(returned_bound_numbers(found.returned, head.weight, head.bias))
-    done_with = conditions(network, getattr(_gradients_of(task.attack), "precision", "float32"))
-    done_with["batch_images"] = subject.context.batch_images
-    return Outcome(merged(*parts), curves, _packed(found.bits), arrays, done_with)
 
 
 def run_control(task: ControlTask, subject: Subject, on_progress: OnProgress) -> Outcome:
@@ -319,8 +331,8 @@ def run_control(task: ControlTask, subject: Subject, on_progress: OnProgress) ->
     geometry = Geometry(task.norm, task.eps, task.step_size, task.steps)
     device = subject.context.device
     twin = Twin(task.twin.type, attack_parameters(task.twin)) if task.twin is not None else None
-    found = run_controls(subject.network(), x, y, index, geometry, twin=twin, device=device, on_progress=on_progress)
-    return Outcome(found.numbers, bits=_packed(found.bits), provenance=conditions(subject.network()))
+    report = run_controls(subject.network(), x, y, index, geometry, twin=twin, device=device, on_progress=on_progress)
+    return Outcome(report.numbers, bits=_packed(report.bits), provenance=conditions(subject.network()))
 
 
 def build(architecture: str, data: ImageData, seed: int) -> nn.Module:
@@ -332,7 +344,7 @@ def build(architecture: str, data: ImageData, seed: int) -> nn.Module:
 def read_dataset(dataset: DatasetRef, context: Context) -> ImageData:
     """By name from the data folder; a lab's own (`npz:NAME`) from the artifacts that its digests name.
 
-    Raises `DataFolderUnusable` where another machine, or this one later, may have the files.
+    Raises `DataFolderUnusable` if the files are not here: another machine may have them, or this one later.
     """
     if not dataset.name.startswith(OWN_DATASET):
         if dataset.name not in DATASETS:
@@ -352,9 +364,9 @@ def read_dataset(dataset: DatasetRef, context: Context) -> ImageData:
 
 @contextmanager
 def stored(context: Context, digest: str) -> Iterator[Path]:
-    """A local file with bytes that some task, or a user, has left under the artifact root.
+    """A local file with the bytes of an artifact.
 
-    Raises `ArtifactMissing` where they alone are missing or damaged, `ArtifactRootUnusable` where the root is.
+    Raises `ArtifactMissing` if this artifact is missing or damaged, `ArtifactRootUnusable` if the whole root is.
     """
     with ExitStack() as stack:
         try:
@@ -406,7 +418,7 @@ def _measure(
     *,
     train: bool = True,
 ) -> MeasureReport:
-    """A measure on the first `chosen` images of each split, or on as many as it asks for itself (`images`).
+    """A measure on the first `chosen` images of each split, or on its own number of them (`images`).
 
     Of the training split, only on those that the network was trained on: the first of the same order.
     """
@@ -421,7 +433,7 @@ def _measure(
             (data.test_x, data.test_y, torch.from_numpy(tested_on)),
         )
     )
-    batch_size = MEASURE_BATCH  # others differentiate twice, which takes more memory
+    batch_size = MEASURE_BATCH  # other measures differentiate twice, which takes more memory
     if name == "closed_forms":
         params, batch_size = {**params, "scale": scale}, subject.context.batch_images
     inputs = MeasureInput(*train_split, *test_split, batch_size=batch_size, on_progress=on_progress)
@@ -432,7 +444,7 @@ def _measure(
 
 
 def _trained_on(subject: Subject, order: Order) -> NDArray[np.int64]:
-    """Where in the training split the images lie that the network was trained on, in this order."""
+    """Positions in the training split of the images that the network was trained on, in this order."""
     recipe, n = subject.training.recipe, len(subject.data.train_y)
     index = training_indices(n, getattr(recipe, "train_samples", None), getattr(recipe, "held_out", 0))[0]
     return np.sort(index) if order == "file" else index

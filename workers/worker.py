@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from workers.context import Cache, Context
 
-DELIVERY_SECONDS = 1.0  # before a process ends: Ray drops what a generator said last if its process ends at once
+DELIVERY_SECONDS = 1.0  # before a process ends: if it ended at once, Ray would drop the last messages of its generator
 POLL_INTERVAL_SECONDS = 0.05  # how often an interrupt can be delivered
 
-# Torch, and what needs it, is imported in the functions: the dispatcher imports this module too. So is Ray, which must
-# not be imported before `workers.pool` has prepared its environment.
+# Functions import torch and the modules that need it: the dispatcher imports this module too, and needs no torch. They
+# also import Ray, whose environment must be prepared before.
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class WorkerSettings:
     artifact_root: str
     data_dir: Path
     epoch_state_seconds: float
-    root_mark: str = ""  # by which the artifact root is known to be the dispatcher's
+    root_mark: str = ""  # by which a worker checks that the artifact root is the dispatcher's
     cache_bytes: int = 4 << 30
     idle_seconds: float = 300.0
     gpu_idle_seconds: float = 10.0  # on a GPU, which Ray may have given to another process
 
 
 def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Message]]:
-    """Stream the messages of a bundle, those that come close together in one list.
+    """Stream the messages of a bundle. Messages that come close together are one list.
 
-    A new process says at once where it is: what it does next, to import torch and to wake the GPU, may take it down or
-    never end. Where the GPU gave up in this process, all grants are answered and the process ends: the next bundle gets
-    a new one. So it does where it cannot prepare itself: that is the node's or the device's fault, and no task's.
+    A new process first reports where it is: importing torch and waking the GPU come next, and may kill it or never end.
+    If the GPU breaks in this process, all grants are answered and the process ends; the next bundle gets a new one.
+    The process also ends if it cannot prepare itself: that is the fault of the node or the device, and of no task.
     """
     import ray
 
@@ -61,11 +61,11 @@ def run_bundle(bundle: Bundle, settings: WorkerSettings) -> Iterator[list[Messag
         import_undisturbed("workers.run")
         device = device_of(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
         context = _prepared(bundle, settings, device, node)
-    except Exception as error:  # noqa: BLE001 - whatever it is, no task has begun yet
+    except Exception as error:  # noqa: BLE001 - whatever the error, no task has begun yet
         yield unprepared(bundle, device, node, error)
-        # With the lease of a device: Ray gives one that is free to the next bundle.
+        # The process keeps its device so long: Ray would give a free one to the next bundle.
         time.sleep(DEVICE_WAIT_SECONDS if device.startswith("cuda") else DELIVERY_SECONDS)
-        raise SystemExit(1) from None  # what is half imported stays so in this process
+        raise SystemExit(1) from None  # a half imported module stays so in this process
     from workers.devices import release
     from workers.run import DeviceBroken, batches
 
@@ -108,19 +108,19 @@ def _prepared(bundle: Bundle, settings: WorkerSettings, device_name: str, node: 
 
 
 def unprepared(bundle: Bundle, device: str, node: str, error: Exception) -> list[Message]:
-    """The answers for a bundle whose worker could not get ready; `device` is "node" where it came to no device."""
+    """The answers for a bundle whose worker could not get ready; `device` is "node" if it had none yet."""
     host = socket.gethostname()
     fault = Fault("device", f"{device} of {host}", node) if device.startswith("cuda") else Fault("node", host, node)
     why = f"{fault.name} cannot run tasks: {type(error).__name__}: {error}"
     first, *others = bundle.grants
     lost = Lost(first.task_id, first.attempt, "environment", why, fault)
-    return [lost, *(Lost(one.task_id, one.attempt, "given_back", f"not started: {why}") for one in others)]
+    return [lost, *(Lost(grant.task_id, grant.attempt, "given_back", f"not started: {why}") for grant in others)]
 
 
 def end_frozen(pid: int) -> bool:
-    """Kill the process if it is a worker of this one's node, and stopped; whether it was.
+    """Kill the process if it is a stopped worker of this node; whether it was.
 
-    One that is not stopped ends itself when Ray tells it to, or has begun with something else meanwhile.
+    A worker that is not stopped ends itself when Ray tells it to, or runs another bundle by now.
     """
     try:
         process = psutil.Process(pid)
@@ -134,17 +134,17 @@ def end_frozen(pid: int) -> bool:
 
 
 def import_undisturbed(name: str) -> None:
-    """Import it in a thread of its own, which a soft cancel does not reach: torch cannot be imported a second time.
+    """Import the module in a thread of its own, which no soft cancel reaches: torch cannot be imported a second time.
 
-    Raises KeyboardInterrupt at once, and the import goes on; whoever needs it next waits for it. What the import itself
-    raises is raised here.
+    Raises KeyboardInterrupt at once while the import continues; the next import of the module waits for it. An error of
+    the import is raised as RuntimeError.
     """
     errors: list[BaseException] = []
 
     def load() -> None:
         try:
             importlib.import_module(name)
-        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
+        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=load, name=f"import {name}", daemon=True)
@@ -156,9 +156,9 @@ def import_undisturbed(name: str) -> None:
 
 
 def device_of(gpu_ids: list[int] | list[str], visible: str | None) -> str:
-    """The torch device of the GPU that Ray assigned, where Ray leaves CUDA_VISIBLE_DEVICES as it was.
+    """The torch device of the GPU that Ray assigned. Ray leaves CUDA_VISIBLE_DEVICES as it was.
 
-    Torch counts the visible devices, Ray names them as the variable does, or counts all of them where it is unset.
+    Torch counts the visible devices, Ray names them as the variable does, or counts all of them if it is unset.
 
     >>> device_of([], None), device_of([3], None), device_of(["3"], "2,3"), device_of(["GPU-b"], "GPU-a,GPU-b")
     ('cpu', 'cuda:3', 'cuda:1', 'cuda:1')
@@ -170,7 +170,7 @@ def device_of(gpu_ids: list[int] | list[str], visible: str | None) -> str:
 
 
 class _Warm:
-    """What this process keeps between bundles, on one device; dropped when no bundle has come for a while."""
+    """What this process keeps between bundles, on one device; dropped after a while without a bundle."""
 
     cache: "Cache | None" = None
     device: "torch.device | None" = None
@@ -178,7 +178,7 @@ class _Warm:
 
     @classmethod
     def take(cls, device: "torch.device", capacity_bytes: int) -> "Cache":
-        """The cache of that device. Raises `DeviceUnfit` where the process comes to a GPU that does not compute."""
+        """The cache of that device. Raises `DeviceUnfit` if the process is new on a GPU that does not compute."""
         from workers.context import Cache
         from workers.devices import probe
 

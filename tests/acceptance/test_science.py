@@ -13,12 +13,12 @@ from torch import Tensor
 from typed import number
 
 from workers.science.bounds import Anchor, bound_numbers, radius
-from workers.science.closed_forms import closed_forms
+from workers.science.closed_forms import ClosedForms
 from workers.science.datasets import to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
 from workers.science.heads import features_and_logits, linear_head, scale_head
 from workers.science.sharpness import MeasureInput
-from workers.science.sharpness.detector import detection
+from workers.science.sharpness.detector import detector
 from workers.science.trajectory import Recorder, Trajectory, analyse
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a fixture trains a network
@@ -63,7 +63,7 @@ def features(net: Any) -> tuple[Tensor, Tensor, Tensor]:
 def log_kappa(net: Any, scales: Iterable[float], name: str = "log_relative_sharpness") -> Tensor:
     """`[scales, n]`."""
     phi, weight, bias = features(net)
-    return torch.stack([getattr(closed_forms(phi, s * weight, s * bias), name) for s in scales])
+    return torch.stack([getattr(ClosedForms.of(phi, s * weight, s * bias), name) for s in scales])
 
 
 class TestScaling:
@@ -236,7 +236,7 @@ class TestDetector:
     def test_beats_chance_on_cifar_until_the_attack_hides(self, cifar_net: Any) -> None:
         x = to_unit(cifar_net.x)
         inputs = MeasureInput(x, cifar_net.y, x, cifar_net.y, batch_size=100)
-        found = detection(cifar_net.model, inputs, eps=0.1, step_size=2 / 255, steps=30, images=100).numbers
+        found = detector(cifar_net.model, inputs, eps=0.1, step_size=2 / 255, steps=30, images=100).numbers
         assert (found["detector_n"] or 0) > 40
         assert (found["detector_accuracy"] or 0) > 0.7
         assert (found["detector_auroc"] or 0) > 0.75

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workers.science.closed_forms import closed_forms
+from workers.science.closed_forms import ClosedForms
 
 N, M, PROBES = 10_000, 512, 100
 
@@ -46,7 +46,7 @@ def test_closed_forms(table: Any, curvlinops: ModuleType, k: int) -> None:
         return trace
 
     def ours() -> Any:
-        return closed_forms(phi, head.weight, head.bias)
+        return ClosedForms.of(phi, head.weight, head.bias)
 
     calls: dict[str, Callable[[], object]] = {
         "float32 one-liner": one_liner,
@@ -81,7 +81,7 @@ def test_memory_is_bounded_by_the_chunk(table: Any) -> None:
     """Ten times the samples: the same memory but for the results themselves."""
     head = nn.Linear(64, 100)
     few, many = torch.randn(20_000, 64), torch.randn(200_000, 64)
-    calls = {len(phi): partial(closed_forms, phi, head.weight, head.bias) for phi in (few, many)}
+    calls = {len(phi): partial(ClosedForms.of, phi, head.weight, head.bias) for phi in (few, many)}
     peaks = {n: peak_mebibytes(call) for n, call in calls.items()}
     result = {n: n * (100 + 9) * 8 / 2**20 for n in peaks}
     table.compare(

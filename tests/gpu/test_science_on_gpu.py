@@ -24,7 +24,7 @@ from workers.science.attacks import AttackInput, prepare
 from workers.science.attacks.norms import NORMS
 from workers.science.attacks.pgd import pgd
 from workers.science.augmentation import Augmentation, augment
-from workers.science.closed_forms import LOG_MEASURES, closed_forms
+from workers.science.closed_forms import LOG_MEASURES, ClosedForms
 from workers.science.controls import Geometry, run_controls
 from workers.science.datasets import DATASETS, ImageData, to_unit
 from workers.science.evaluation import AttackReport, evaluate_attack
@@ -213,7 +213,7 @@ def test_other_numerics_learn_as_well(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_step_of_a_training_waits_for_the_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first third of the forward passes to the last."""
-    monkeypatch.setattr("workers.science.training.STEP_REPORT_SECONDS", math.inf)
+    monkeypatch.setattr("workers.science.training_reports.STEP_REPORT_SECONDS", math.inf)
     how: dict[str, Any] = {"recipe": recipe, "recipe_params": few_steps(recipe), "epochs": 1, "train_samples": 512}
     how |= {"batch_size": 64, "augmentation": Augmentation(1, flip=True, rotation_degrees=10)}
     passes = 0
@@ -350,7 +350,8 @@ def test_closed_forms_are_those_of_the_cpu() -> None:
             phi = features_and_logits(model, to_unit(digits().test_x))[0]
         assert head.bias is not None
         there, here = (
-            closed_forms(*(of.detach().to(device) for of in (phi, head.weight, head.bias))) for device in (DEVICE, CPU)
+            ClosedForms.of(*(of.detach().to(device) for of in (phi, head.weight, head.bias)))
+            for device in (DEVICE, CPU)
         )
         for name in (*LOG_MEASURES, "log_softmax_trace", "log_rest", "log_feature_norm"):
             torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name), rtol=1e-9, atol=1e-9)

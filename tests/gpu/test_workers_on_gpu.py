@@ -42,7 +42,7 @@ from service.specs import DatasetRef, JobSpec
 from service.specs.plan import JobPlan, plan_job
 from workers import devices, run, tasks
 from workers.context import Context
-from workers.doctor import known_to_the_driver
+from workers.doctor import driver_gpus
 from workers.science.seeding import deterministic
 from workers.worker import WorkerSettings, _Warm, run_bundle
 
@@ -128,7 +128,7 @@ def test_a_number_says_on_which_gpu_it_was_made_and_how_much_of_it_it_had(contex
     if ON_CPU:
         assert {noted[name] for name in names} == {None}
         return
-    driver = {f"GPU-{gpu['uuid']}": gpu for gpu in known_to_the_driver()}[noted["gpu_uuid"]]
+    driver = {f"GPU-{gpu['uuid']}": gpu for gpu in driver_gpus()}[noted["gpu_uuid"]]
     assert driver["capability"] == noted["gpu_capability"]
     assert driver["driver"] in noted["driver"]
     assert noted["gpu_memory_bytes"] == torch.cuda.get_device_properties(DEVICE).total_memory

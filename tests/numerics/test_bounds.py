@@ -27,7 +27,7 @@ from workers.science.bounds import (
     returned_bound_numbers,
     violations,
 )
-from workers.science.closed_forms import closed_forms
+from workers.science.closed_forms import ClosedForms
 from workers.science.cross_entropy import log_odds, loss_increase
 from workers.science.evaluation import evaluate_attack
 from workers.science.heads import features_and_logits, linear_head
@@ -54,7 +54,7 @@ def trial(seed: int, n: int = 1000) -> tuple[Anchor, Tensor, Tensor, Tensor]:
     step = direction / direction.norm(dim=1, keepdim=True) * length[:, None]
     step[10:30] = 0
     moved_phi = phi + step
-    before, after = (log_odds(closed_forms(p, weight, bias).logits, y) for p in (phi, moved_phi))
+    before, after = (log_odds(ClosedForms.of(p, weight, bias).logits, y) for p in (phi, moved_phi))
     return Anchor.of(phi, y, weight, bias), (moved_phi - phi).norm(dim=1), length / 3, loss_increase(before, after)
 
 
@@ -83,7 +83,7 @@ def test_the_certificate_is_attained_with_two_classes() -> None:
     y, moved = torch.tensor([0]), torch.tensor([0.7], dtype=torch.float64)
     direction = (weight[1] - weight[0]) / (weight[1] - weight[0]).norm()
     at = Anchor.of(phi, y, weight, bias)
-    before, after = (closed_forms(p, weight, bias).cross_entropy(y) for p in (phi, phi + 0.7 * direction))
+    before, after = (ClosedForms.of(p, weight, bias).cross_entropy(y) for p in (phi, phi + 0.7 * direction))
     assert float(certificate(at, moved)) == pytest.approx(float(after - before), rel=1e-12)
     assert bool(corrected_taylor(at, moved) > after - before)
 
@@ -229,8 +229,8 @@ def test_what_an_attack_returned_by_a_second_computation() -> None:
         "phi": clean,
         "feature_moved": (after.double() - clean.double()).norm(dim=1),
         "l2": (x_adv.double() - x.double()).flatten(1).norm(dim=1),
-        "clean_log_odds": log_odds(closed_forms(clean, head.weight, head.bias).logits, y),
-        "log_odds": log_odds(closed_forms(after, head.weight, head.bias).logits, y),
+        "clean_log_odds": log_odds(ClosedForms.of(clean, head.weight, head.bias).logits, y),
+        "log_odds": log_odds(ClosedForms.of(after, head.weight, head.bias).logits, y),
     }
     for name, values in want.items():
         torch.testing.assert_close(getattr(found, name), values, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import hessian
 from torch.nn import functional
 
-from workers.science.closed_forms import LOG_MEASURES, closed_forms, log_dataset_top_eigenvalue
+from workers.science.closed_forms import LOG_MEASURES, ClosedForms, log_dataset_top_eigenvalue
 from workers.science.errors import NonFinite, WrongShape
 
 # torch.func.hessian imports a module of torch that still uses the deprecated torch.jit.script
@@ -39,7 +39,7 @@ def dense_hessian(phi: Tensor, weight: Tensor, bias: Tensor, y: int) -> Tensor:
 @pytest.mark.parametrize("label", [0, 1])
 def test_equal_to_the_autograd_hessian(k: int, label: int) -> None:
     phi, weight, bias = example(k=k)
-    forms = closed_forms(phi, weight, bias)
+    forms = ClosedForms.of(phi, weight, bias)
     W = weight.double()
     norm, centred = W.norm(), (W - W.mean(0)).norm()
     for i in range(len(phi)):
@@ -70,7 +70,7 @@ def test_dataset_top_eigenvalue_equal_to_the_dense_one(n: int, k: int, m: int) -
 def test_dataset_top_eigenvalue_at_a_scale_where_it_underflows() -> None:
     phi, weight, bias = example(1)
     for s in (1.0, 1000.0):
-        forms = closed_forms(phi, s * weight, s * bias)
+        forms = ClosedForms.of(phi, s * weight, s * bias)
         value, _ = log_dataset_top_eigenvalue(phi, s * weight, s * bias)
         assert value == pytest.approx(float(forms.log_top_eigenvalue[0]), rel=1e-12)
     assert value < -745
@@ -80,7 +80,7 @@ def test_dataset_top_eigenvalue_where_the_only_unsure_sample_has_no_features() -
     """Its weight relative to the others would be beyond float64, times zero."""
     phi, weight, bias = example(1)
     with_zero, no_bias = torch.cat([torch.zeros_like(phi), phi]), torch.zeros_like(bias)
-    forms = closed_forms(with_zero, 5000 * weight, no_bias)
+    forms = ClosedForms.of(with_zero, 5000 * weight, no_bias)
     assert float(forms.log_rest[0] - forms.log_rest[1]) > 710
     value, _ = log_dataset_top_eigenvalue(with_zero, 5000 * weight, no_bias)
     assert value == pytest.approx(float(forms.log_top_eigenvalue[1]) - math.log(2), rel=1e-12)
@@ -89,7 +89,7 @@ def test_dataset_top_eigenvalue_where_the_only_unsure_sample_has_no_features() -
 @pytest.mark.parametrize("scale", [0.3, 30.0, 1000.0])
 def test_equal_to_sixty_digits(scale: float) -> None:
     phi, weight, bias = example(n=4, k=5, scale=scale)
-    forms = closed_forms(phi, weight, bias)
+    forms = ClosedForms.of(phi, weight, bias)
     with mpmath.workdps(1000):
         W = mpmath.matrix(weight.double().tolist())
         for i in range(len(phi)):
@@ -120,7 +120,7 @@ def test_equal_to_sixty_digits(scale: float) -> None:
 
 def test_log_domain_equal_to_naive_float64_where_that_is_accurate() -> None:
     phi, weight, bias = example(n=500, k=10, m=32, scale=0.05)
-    forms = closed_forms(phi, weight, bias)
+    forms = ClosedForms.of(phi, weight, bias)
     p = forms.logits.softmax(1)
     assert float(p.max()) < 0.9
     naive = phi.double().square().sum(1) * (p * (1 - p)).sum(1)
@@ -136,7 +136,7 @@ def test_log_domain_equal_to_naive_float64_where_that_is_accurate() -> None:
 
 def test_finite_at_a_thousand_and_falling_like_the_margin() -> None:
     phi, weight, bias = example(n=200, k=10, m=64)
-    one, thousand = closed_forms(phi, weight, bias), closed_forms(phi, 1000 * weight, 1000 * bias)
+    one, thousand = ClosedForms.of(phi, weight, bias), ClosedForms.of(phi, 1000 * weight, 1000 * bias)
     top = one.logits.topk(2).values
     for name in LOG_MEASURES:
         assert bool(torch.isfinite(getattr(thousand, name)).all()), name
@@ -154,7 +154,7 @@ scales = st.sampled_from([0.01, 0.3, 1.0, 5.0, 50.0, 1000.0])
 def test_inequalities(seed: int, k: int, m: int, scale: float) -> None:
     """relative_flatness <= ||W||_2^2 hessian_trace <= relative_sharpness; trace / (k - 1) <= lambda_max <= trace."""
     phi, weight, bias = example(5, k, m, seed, scale)
-    forms = closed_forms(phi, weight, bias)
+    forms = ClosedForms.of(phi, weight, bias)
     spectral = 2 * torch.linalg.matrix_norm(weight.double(), ord=2).log()
     assert bool((forms.log_relative_flatness <= spectral + forms.log_hessian_trace + 1e-9).all())
     assert bool((spectral + forms.log_hessian_trace <= forms.log_relative_sharpness + 1e-9).all())
@@ -167,7 +167,7 @@ def test_inequalities(seed: int, k: int, m: int, scale: float) -> None:
 @given(seed=st.integers(0, 10_000), c=st.sampled_from([0.25, 2.0, 8.0]), scale=scales)
 def test_invariant_when_weight_and_features_trade_size(seed: int, c: float, scale: float) -> None:
     phi, weight, bias = example(5, 4, 6, seed, scale)
-    one, other = closed_forms(phi, weight, bias), closed_forms(phi / c, weight * c, bias)  # c is a power of two: exact
+    one, other = ClosedForms.of(phi, weight, bias), ClosedForms.of(phi / c, weight * c, bias)  # c a power of two: exact
     for name in ("log_relative_sharpness", "log_relative_flatness", "log_gauge_fixed_relative_sharpness"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-12, atol=1e-11)
     moved = {"log_hessian_trace": -2, "log_top_eigenvalue": -2, "log_relative_sharpness_unsquared": -1}
@@ -181,7 +181,7 @@ def test_invariant_when_weight_and_features_trade_size(seed: int, c: float, scal
 def test_invariant_when_every_row_moves_alike(seed: int) -> None:
     phi, weight, bias = (v.double() for v in example(5, 4, 6, seed))
     shift = torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    one, other = closed_forms(phi, weight, bias), closed_forms(phi, weight + shift, bias)
+    one, other = ClosedForms.of(phi, weight, bias), ClosedForms.of(phi, weight + shift, bias)
     for name in ("log_relative_flatness", "log_gauge_fixed_relative_sharpness", "log_hessian_trace"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-9, atol=1e-10)
     assert float((one.log_relative_sharpness - other.log_relative_sharpness).abs().max()) > 1e-3
@@ -189,35 +189,35 @@ def test_invariant_when_every_row_moves_alike(seed: int) -> None:
 
 def test_zero_features_are_an_exact_zero_and_nan_is_refused() -> None:
     _, weight, bias = example()
-    forms = closed_forms(torch.zeros(2, 5), weight, bias)
+    forms = ClosedForms.of(torch.zeros(2, 5), weight, bias)
     assert all(bool(torch.isneginf(getattr(forms, name)).all()) for name in LOG_MEASURES)
     assert log_dataset_top_eigenvalue(torch.zeros(2, 5), weight, bias)[0] == -math.inf
     with pytest.raises(NonFinite):
-        closed_forms(torch.full((1, 5), math.nan), weight, bias)
+        ClosedForms.of(torch.full((1, 5), math.nan), weight, bias)
     with pytest.raises(NonFinite):
-        closed_forms(torch.ones(1, 5), weight * math.inf, bias)
+        ClosedForms.of(torch.ones(1, 5), weight * math.inf, bias)
     with pytest.raises(WrongShape):
-        closed_forms(torch.ones(1, 4), weight, bias)
+        ClosedForms.of(torch.ones(1, 4), weight, bias)
     with pytest.raises(WrongShape):
-        closed_forms(torch.ones(1, 5), weight[:1], bias[:1])
+        ClosedForms.of(torch.ones(1, 5), weight[:1], bias[:1])
 
 
 def test_ties_and_equal_rows() -> None:
     """Equal probabilities, and a flatness that lives on classes that the nearest ones hide by hundreds of nats."""
-    uniform = closed_forms(torch.ones(1, 3), torch.zeros(4, 3), None)
+    uniform = ClosedForms.of(torch.ones(1, 3), torch.zeros(4, 3), None)
     assert float(uniform.log_top_eigenvalue.exp()) == pytest.approx(3 / 4)
     assert float(uniform.log_relative_flatness) == -math.inf
     weight = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-    hidden = closed_forms(torch.tensor([[500.0, 0.0]]), weight, None)
+    hidden = ClosedForms.of(torch.tensor([[500.0, 0.0]]), weight, None)
     want = 2 * math.log(500) + math.log(2 * 0.5 * 0.5 * 4) - 1000
     assert float(hidden.log_relative_flatness) == pytest.approx(want, rel=1e-12)
 
 
 def test_the_chunk_changes_nothing() -> None:
     phi, weight, bias = example(n=50)
-    whole, parts = closed_forms(phi, weight, bias), closed_forms(phi, weight, bias, chunk=7)
+    whole, parts = ClosedForms.of(phi, weight, bias), ClosedForms.of(phi, weight, bias, chunk=7)
     for name in LOG_MEASURES:
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-13, atol=1e-13)
-    empty = closed_forms(phi[:0], weight, bias)
+    empty = ClosedForms.of(phi[:0], weight, bias)
     assert empty.log_top_eigenvalue.shape == (0,)
     assert len(whole.select(torch.arange(50) < 3).logits) == 3

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from workers.science.attacks import AttackInput
 from workers.science.attacks.pgd import pgd
-from workers.science.closed_forms import closed_forms
+from workers.science.closed_forms import ClosedForms
 from workers.science.detector import (
     LAMBDAS,
     auroc,
     clean_mean,
-    detector,
+    cross_validation,
     detector_numbers,
     flipped_pairs,
     hiding_loss,
@@ -25,7 +25,7 @@ from workers.science.detector import (
 )
 from workers.science.heads import linear_head
 from workers.science.sharpness import MeasureInput
-from workers.science.sharpness.detector import detection
+from workers.science.sharpness.detector import detector
 from workers.science.trajectory import Recorder, Trajectory
 
 numbers = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
@@ -53,20 +53,20 @@ def test_separable_reversed_and_indistinguishable() -> None:
     g = torch.Generator().manual_seed(0)
     low, high = torch.rand(100, generator=g), torch.rand(100, generator=g) + 2
     for clean, attacked, direction in ((low, high, 1), (high, low, -1)):
-        found, curves = detector(clean, attacked)
+        found, curves = cross_validation(clean, attacked)
         assert (found["detector_accuracy"], found["detector_auroc"], found["detector_n"]) == (1.0, 1.0, 100)
         assert curves["detector_direction"] == [direction] * 5
-    found, _ = detector(torch.rand(2000, generator=g), torch.rand(2000, generator=g))
+    found, _ = cross_validation(torch.rand(2000, generator=g), torch.rand(2000, generator=g))
     assert found["detector_accuracy"] == pytest.approx(0.5, abs=0.05)
     assert found["detector_auroc"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_too_few_and_exact_zeros() -> None:
-    assert detector(torch.ones(4), torch.ones(4))[0]["detector_accuracy"] is None
-    found, _ = detector(torch.full((10,), -torch.inf), torch.zeros(10))
+    assert cross_validation(torch.ones(4), torch.ones(4))[0]["detector_accuracy"] is None
+    found, _ = cross_validation(torch.full((10,), -torch.inf), torch.zeros(10))
     assert found["detector_accuracy"] == 1.0
     with pytest.raises(ValueError):
-        detector(torch.ones(4), torch.ones(5))
+        cross_validation(torch.ones(4), torch.ones(5))
 
 
 @cache
@@ -103,12 +103,12 @@ def test_each_strength_has_its_own_numbers_and_the_worst_is_that_of_the_lowest_a
 ) -> None:
     """The lowest accuracy comes first, in the middle and last, and is that of the attack that flips the fewest."""
     paths = dict(zip(LAMBDAS, (attacked(*how) for how in order), strict=True))
-    alone = {strength: detector(*flipped_pairs(path))[0] for strength, path in paths.items()}
+    alone = {strength: cross_validation(*flipped_pairs(path))[0] for strength, path in paths.items()}
     for name in ("detector_accuracy", "detector_n"):
         assert len({one[name] for one in alone.values()}) == 3, "or this test says nothing"
     plain = attacked(eps=0.5, step_size=0.1, steps=10)
     found = detector_numbers(plain, paths)
-    assert {name: found[name] for name in alone[0.01]} == detector(*flipped_pairs(plain))[0]
+    assert {name: found[name] for name in alone[0.01]} == cross_validation(*flipped_pairs(plain))[0]
 
     names = dict(zip(LAMBDAS, ("lambda001", "lambda01", "lambda1"), strict=True))
     for strength, one in alone.items():
@@ -161,7 +161,7 @@ def test_images_without_features_are_attacked_like_the_others() -> None:
     model, x = Dark().eval(), torch.rand(30, 1, 2, 2)
     x[:10] = 0
     y = model(x).argmax(1)
-    report = detection(model, MeasureInput(x, y, x, y, batch_size=8), eps=0.3, step_size=0.1, steps=4)
+    report = detector(model, MeasureInput(x, y, x, y, batch_size=8), eps=0.3, step_size=0.1, steps=4)
     numbers = report.numbers
     assert numbers["detector_accuracy"] is not None
     for name in ("lambda001", "lambda01", "lambda1"):
@@ -176,7 +176,7 @@ def test_nothing_to_hide(part: str) -> None:
     with torch.no_grad():
         (model.head if part == "head" else model.first).weight.zero_()
     y = model(x).argmax(1)
-    numbers = detection(model, MeasureInput(x, y, x, y, batch_size=8), steps=2).numbers
+    numbers = detector(model, MeasureInput(x, y, x, y, batch_size=8), steps=2).numbers
     assert numbers["detector_n"] == 0
     assert not any(name.startswith("detector_adaptive") for name in numbers)
 
@@ -187,7 +187,7 @@ def test_the_hiding_loss_and_its_gradient(scale: float) -> None:
     weight, bias, y = torch.randn(4, 6) * scale, torch.randn(4) * scale, torch.tensor([0, 1, 2])
     phi = torch.rand(3, 6, dtype=torch.float64, requires_grad=True)
     loss = hiding_loss(weight, bias, -2.0, 0.1)
-    forms = closed_forms(phi, weight, bias)
+    forms = ClosedForms.of(phi, weight, bias)
     want = forms.cross_entropy(y) - 0.1 * (forms.log_relative_sharpness + 2.0).square()
     torch.testing.assert_close(loss(phi, y), want)
     (gradient,) = torch.autograd.grad(loss(phi, y).sum(), phi)

@@ -13,7 +13,7 @@ from torch.func import functional_call, hessian
 from torch.nn import functional
 from typed import linear
 
-from workers.science.closed_forms import closed_forms
+from workers.science.closed_forms import ClosedForms
 from workers.science.curvature import lanczos
 from workers.science.errors import NonFinite
 from workers.science.heads import linear_head, scale_head
@@ -108,7 +108,7 @@ def test_hutchinson_finds_the_trace_and_the_shares(net: nn.Sequential, data: tup
     slack = report.numbers["hessian_trace_penultimate_standard_error"]
     assert slack is not None
     assert penultimate == pytest.approx(float(H.diagonal()[head].sum()), abs=4 * slack)
-    forms = closed_forms(net[:3](data[0]).detach(), linear_head(net).weight, linear_head(net).bias)
+    forms = ClosedForms.of(net[:3](data[0]).detach(), linear_head(net).weight, linear_head(net).bias)
     assert penultimate == pytest.approx(float(forms.log_hessian_trace.exp().mean()), abs=4 * slack)
     assert report.curves["layer"] == ["1", "3"]
     assert sum(s for s in report.curves["layer_share"] if isinstance(s, float)) == pytest.approx(1)
@@ -244,7 +244,7 @@ def test_closed_forms_of_both_splits_and_populations(net: nn.Sequential, data: t
     inputs = MeasureInput(x[:5], y[:5], x, y, batch_size=4)
     numbers = MEASURES["closed_forms"](scale_head(net, 5.0), inputs, scale=5.0).numbers
     head = linear_head(net)
-    forms = closed_forms(net[:3](x).detach(), head.weight * 5, head.bias * 5)
+    forms = ClosedForms.of(net[:3](x).detach(), head.weight * 5, head.bias * 5)
     correct = net(x).argmax(1) == y
     assert numbers["n"] == 12
     assert numbers["train_n"] == 5

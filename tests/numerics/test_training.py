@@ -203,7 +203,7 @@ def test_divergence_in_the_last_step_is_seen_in_the_logits(digits: ImageData) ->
 
 
 def test_step_reports(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.science.training.STEP_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("workers.science.training_reports.STEP_REPORT_SECONDS", 0.0)
     seen: list[StepReport] = []
     train(build("mlp", digits.shape, 10, 0), digits, epochs=2, on_step=seen.append)
     assert [(r.epoch, r.step, r.steps) for r in seen] == [(e, s, 11) for e in (1, 2) for s in range(1, 12)]
@@ -211,7 +211,7 @@ def test_step_reports(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_on_step_raises_ends_the_training(digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.science.training.STEP_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("workers.science.training_reports.STEP_REPORT_SECONDS", 0.0)
 
     def stop(_report: StepReport) -> None:
         raise Killed

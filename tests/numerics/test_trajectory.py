@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workers.science.attacks import AttackInput
 from workers.science.attacks.pgd import pgd
-from workers.science.closed_forms import closed_forms
+from workers.science.closed_forms import ClosedForms
 from workers.science.cross_entropy import log_odds
 from workers.science.errors import NonFinite, WrongShape
 from workers.science.heads import features_and_logits, linear_head
@@ -193,7 +193,7 @@ def test_the_recorder_sees_what_the_closed_forms_see() -> None:
     for t, x_t in enumerate(iterates):
         with torch.no_grad():
             phi, logits = features_and_logits(model, x_t)
-        forms = closed_forms(phi, head.weight, head.bias)
+        forms = ClosedForms.of(phi, head.weight, head.bias)
         for name in ("log_hessian_trace", "log_relative_sharpness", "log_relative_flatness", "log_feature_norm"):
             torch.testing.assert_close(getattr(path, name)[t], getattr(forms, name), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(path.loss[t], forms.cross_entropy(y), rtol=1e-4, atol=1e-6)

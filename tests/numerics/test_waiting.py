@@ -14,18 +14,18 @@ import torch
 from pretend_gpu import DEVICE, PretendGpu
 from torch import Tensor, nn
 
-from workers.science import training
+from workers.science import training, training_reports
 from workers.science.architectures import build
 from workers.science.attacks import ATTACKS, AttackInput
 from workers.science.attacks.losses import LOSSES
 from workers.science.attacks.norms import NORMS
 from workers.science.augmentation import Augmentation
-from workers.science.closed_forms import closed_forms
+from workers.science.closed_forms import ClosedForms
 from workers.science.datasets import digits
 from workers.science.heads import linear_head
 from workers.science.recipes import RECIPES
 from workers.science.sharpness import MeasureInput
-from workers.science.sharpness.closed_forms import penultimate
+from workers.science.sharpness.closed_forms import closed_forms
 
 SEE = 2
 """Looks with which an attack notes what one restart has broken, after its last step."""
@@ -84,10 +84,10 @@ def test_attacks_that_leave_broken_images_look_at_each_step_and_copy_nothing(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_step_of_a_training_waits(gpu: PretendGpu, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "STEP_REPORT_SECONDS", math.inf)
+    monkeypatch.setattr(training_reports, "STEP_REPORT_SECONDS", math.inf)
     waits: list[list[int]] = []
 
-    class Watch(training._Watch):
+    class Watch(training_reports.EpochWatch):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             waits.append([gpu.waits.total()])
@@ -96,7 +96,7 @@ def test_no_step_of_a_training_waits(gpu: PretendGpu, recipe: str, monkeypatch: 
             super().after_step(loss, logits, y)
             waits[-1].append(gpu.waits.total())
 
-    monkeypatch.setattr(training, "_Watch", Watch)
+    monkeypatch.setattr(training, "EpochWatch", Watch)
     data = digits.read()
     small = replace(data, test_x=data.test_x[:20], test_y=data.test_y[:20])
     model = build("simple_cnn", data.shape, 10, 0)
@@ -117,15 +117,15 @@ def test_no_step_of_a_training_waits(gpu: PretendGpu, recipe: str, monkeypatch: 
 
 
 def sharpness(gpu: PretendGpu, net: Any, images: int) -> tuple[int, int]:
-    """How often `closed_forms` and `penultimate` wait, without Lanczos's one look per product."""
+    """How often `ClosedForms.of` and the measure `closed_forms` wait, without Lanczos's one look per product."""
     model: nn.Module = copy.deepcopy(net.model).to(DEVICE)
     head = linear_head(model)
     x, y, phi = (of[:images].to(DEVICE) for of in (net.x, net.y, torch.rand(images, head.in_features)))
     gpu.waits.clear()
-    closed_forms(phi, head.weight, head.bias, chunk=16)
+    ClosedForms.of(phi, head.weight, head.bias, chunk=16)
     of_closed_forms = gpu.waits.total()
     gpu.waits.clear()
-    numbers = penultimate(model, MeasureInput(x, y, x, y, batch_size=16)).numbers
+    numbers = closed_forms(model, MeasureInput(x, y, x, y, batch_size=16)).numbers
     products = sum(int(of or 0) for name, of in numbers.items() if "_iterations" in name)
     assert products > 0
     return of_closed_forms, gpu.waits.total() - products

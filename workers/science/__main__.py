@@ -115,15 +115,15 @@ def _measure(options: argparse.Namespace) -> Report:
     params |= dict(options.option)
     of_input = {name: params.pop(name) for name in ("seed", "batch_size") if name in params}
     with deterministic(options.device):
-        found = MEASURES[options.measure](model, MeasureInput(*train_split, *test_split, **of_input), **params)
-    return {"numbers": found.numbers, "curves": found.curves}
+        measured = MEASURES[options.measure](model, MeasureInput(*train_split, *test_split, **of_input), **params)
+    return {"numbers": measured.numbers, "curves": measured.curves}
 
 
 def _attack(options: argparse.Namespace) -> Report:
     data, model = _scaled(options)
     name = "pgd" if options.attack in PRESETS else options.attack
-    said = {key: getattr(options, key) for key in ("norm", "eps", "step_size", "steps")}
-    params = PRESETS.get(options.attack, {}) | {key: value for key, value in said.items() if value is not None}
+    given = {key: getattr(options, key) for key in ("norm", "eps", "step_size", "steps")}
+    params = PRESETS.get(options.attack, {}) | {key: value for key, value in given.items() if value is not None}
     params |= dict(options.option)
     norm = params.get("norm", "l2" if name == "cw" else "linf")
     for distance in ("eps", "step_size"):
@@ -133,7 +133,7 @@ def _attack(options: argparse.Namespace) -> Report:
     head = linear_head(model)
     recorder = Recorder(head.weight, head.bias) if options.trajectory and name in WITH_TRAJECTORY else None
     with deterministic(options.device):
-        found = evaluate_attack(
+        attacked = evaluate_attack(
             model,
             data.test_x[index],
             data.test_y[index],
@@ -145,10 +145,10 @@ def _attack(options: argparse.Namespace) -> Report:
             device=options.device,
             observer_factory=recorder,
         )
-    report: Report = {"attack": name, "parameters": params, "scale": options.scale, "numbers": found.numbers}
+    report: Report = {"attack": name, "parameters": params, "scale": options.scale, "numbers": attacked.numbers}
     if recorder is not None:
-        along, report["curves"] = analyse(recorder.trajectory(found.bits["non_finite"]), norm)
-        report["numbers"] = merged(found.numbers, along)
+        along, report["curves"] = analyse(recorder.trajectory(attacked.bits["non_finite"]), norm)
+        report["numbers"] = merged(attacked.numbers, along)
     return report
 
 
@@ -168,8 +168,8 @@ def _scaled(options: argparse.Namespace) -> tuple[ImageData, nn.Module]:
     return data, scale_head(model, options.scale, scale_bias=not options.keep_bias)
 
 
-def _samples(n_total: int, asked: int | None) -> Tensor:
-    return torch.from_numpy(sample_indices(n_total, min(DEFAULT_SAMPLES, n_total) if asked is None else asked))
+def _samples(n_total: int, samples: int | None) -> Tensor:
+    return torch.from_numpy(sample_indices(n_total, min(DEFAULT_SAMPLES, n_total) if samples is None else samples))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -183,7 +183,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="workers.science", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="list | train | measure | attack")
     commands.add_parser("list", help="what can be named").set_defaults(run=_list)
+    common, trained = _common_options(), _options_of_trained()
+    _add_training_options(commands.add_parser("train", parents=[common], help="train a network and write its weights"))
 
+    measuring = commands.add_parser("measure", parents=[common, trained], help="measure sharpness")
+    measuring.set_defaults(run=_measure)
+    measuring.add_argument("--measure", choices=MEASURES, default="closed_forms")
+
+    _add_attack_options(commands.add_parser("attack", parents=[common, trained], help="attack"))
+    return parser
+
+
+def _common_options() -> _Parser:
+    """What every command takes that computes something."""
     common = _Parser(add_help=False)
     common.add_argument("--architecture", required=True, choices=ARCHITECTURES, metavar="NAME")
     common.add_argument("--dataset", required=True, help="a name, or npz:FOLDER with train.npz and test.npz")
@@ -193,8 +205,20 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "-o", "--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help=help_of_option
     )
+    return common
 
-    training = commands.add_parser("train", parents=[common], help="train a network and write its weights")
+
+def _options_of_trained() -> _Parser:
+    """What `measure` and `attack` take: the trained network and the test images."""
+    trained = _Parser(add_help=False)
+    trained.add_argument("--weights", type=Path, required=True, help="safetensors file that `train` wrote")
+    trained.add_argument("--scale", type=_number, default=1.0, help="the head becomes s W, s b")
+    trained.add_argument("--keep-bias", action="store_true", help="scale W alone")
+    trained.add_argument("--samples", type=int, help="the first so many of the fixed permutation; 1,000 when left out")
+    return trained
+
+
+def _add_training_options(training: argparse.ArgumentParser) -> None:
     training.set_defaults(run=_train)
     training.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     training.add_argument("--recipe", choices=RECIPES, default="standard")
@@ -207,17 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--momentum", type=_number, default=0.9)
     training.add_argument("--weight-decay", type=_number, default=1e-4)
 
-    trained = _Parser(add_help=False)
-    trained.add_argument("--weights", type=Path, required=True, help="safetensors file that `train` wrote")
-    trained.add_argument("--scale", type=_number, default=1.0, help="the head becomes s W, s b")
-    trained.add_argument("--keep-bias", action="store_true", help="scale W alone")
-    trained.add_argument("--samples", type=int, help="the first so many of the fixed permutation; 1,000 when left out")
 
-    measuring = commands.add_parser("measure", parents=[common, trained], help="measure sharpness")
-    measuring.set_defaults(run=_measure)
-    measuring.add_argument("--measure", choices=MEASURES, default="closed_forms")
-
-    attacking = commands.add_parser("attack", parents=[common, trained], help="attack")
+def _add_attack_options(attacking: argparse.ArgumentParser) -> None:
     attacking.set_defaults(run=_attack)
     attacking.add_argument("--attack", choices=[*PRESETS, *ATTACKS], default="pgd_linf", metavar="NAME")
     attacking.add_argument("--norm", choices=["linf", "l2"])
@@ -226,7 +241,6 @@ def _parser() -> argparse.ArgumentParser:
     attacking.add_argument("--steps", type=int)
     attacking.add_argument("--attack-seed", type=int, default=0)
     attacking.add_argument("--trajectory", action="store_true", help="also what happens along the way, and its curves")
-    return parser
 
 
 def _number(text: str) -> float:

@@ -1,7 +1,7 @@
 """Random numbers of the next batch, drawn by a thread while a GPU works on this one.
 
-The next batch draws what this one draws, for other examples: so nobody has to say what an attack will need. A draw is a
-pure function of its arguments, and whoever draws it gets the same numbers; a wrong guess costs time alone.
+The thread guesses that the next batch makes the draws of this one for its own examples, so an attack declares none of
+them. A draw is a pure function of its arguments, with the same numbers in any thread; a wrong guess only costs time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,9 @@ Draw = Callable[..., Tensor]
 
 @contextmanager
 def ahead_of(batches: Sequence[list[int]], *, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """Inside, `drawn` looks ahead. Call what this gives with the number of each batch of indices before its draws.
+    """Inside, `drawn` looks ahead. Call the function that this gives with the number of each batch, before its draws.
 
-    No thread is left behind, whatever ends the block.
+    The thread ends with the block, also if an exception ends it.
     """
     if not enabled or len(batches) < 2:
         yield lambda _number: None
@@ -39,7 +39,7 @@ def ahead_of(batches: Sequence[list[int]], *, enabled: bool = True) -> Iterator[
 
 
 def drawn(draw: Draw, index: list[int], *rest: Any) -> Tensor:
-    """`draw(index, *rest)`, from the thread where it has been drawn already."""
+    """`draw(index, *rest)`, from the thread if that has drawn it already."""
     ahead = _current.get()
     return draw(index, *rest) if ahead is None else ahead.take(draw, index, rest)
 
@@ -51,7 +51,7 @@ class _Ahead:
         self.slots: dict[tuple[Any, ...], Future[Tensor]] = {}
 
     def begin(self, number: int) -> None:
-        """What the batches before have not used, nobody will."""
+        """Start batch `number`: draws for earlier batches that were not used are dropped."""
         self.number = number
         self.planned = {key: None for key in self.planned if key[0] >= number}
         for key in [key for key in self.slots if key[0] < number]:
@@ -68,7 +68,7 @@ class _Ahead:
         row = {example: row for row, example in enumerate(self.batches[self.number])}
         if made is None or made.cancel() or not row.keys() >= set(index):
             return draw(index, *rest)
-        return made.result()[[row[example] for example in index]]  # some may have left the batch
+        return made.result()[[row[example] for example in index]]  # some examples may have left the batch
 
     def _fill(self) -> None:
         while self.planned and len(self.slots) < SLOTS:

@@ -1,6 +1,6 @@
 """Augmentation on the device: random crop, flip and rotation of a whole batch of bytes (README.md, "Training").
 
-What is drawn is drawn on the CPU, so that equal seeds give equal crops on every device.
+Random numbers are drawn on the CPU, so that equal seeds give equal crops on every device.
 """
 
 import math

@@ -33,7 +33,7 @@ class BestEpoch:
         self._weights: dict[str, Tensor] = {}
 
     def look(self, model: nn.Module, epoch: int) -> float:
-        """The robust accuracy of `model` after `epoch`, whose weights are kept where it is the highest so far."""
+        """The robust accuracy of `model` after `epoch`. If it is the highest so far, the weights are kept."""
         accuracy = self.robust_accuracy(model)
         if accuracy > self.accuracy:
             self.epoch, self.accuracy = epoch, accuracy
@@ -63,9 +63,9 @@ class BestEpoch:
         model.load_state_dict(self._weights)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` goes on from; later epochs replace these tensors and change none."""
+        """The argument of `restore`. Later epochs replace these tensors and change none."""
         return {"epoch": self.epoch, "accuracy": self.accuracy, "weights": self._weights}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Raises `LookupError` or `TypeError` for what is no such state."""
+        """Raises `LookupError` or `TypeError` for anything else than such a state."""
         self.epoch, self.accuracy, self._weights = state["epoch"], state["accuracy"], dict(state["weights"])

@@ -36,7 +36,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class Anchor:
-    """What the bounds need of the clean images: all `[n]` float64, `largest_distance = D` a number.
+    """Of the clean images, all that the bounds need: `[n]` float64 each, `largest_distance = D` a number.
 
     `sharpness` and `flatness` are relative sharpness and relative flatness divided by `||phi||^2`, which phi = 0 has
     too; not logarithms. `slope = ||W^T (p - e_y)||`.
@@ -92,7 +92,7 @@ class Returned:
 def relayed(at: Anchor, sharpness: Tensor, moved: Tensor, distance: Tensor) -> Tensor:
     """The bound as relayed from the paper, for `moved = L d` and `distance = d`, both `[..., n]`.
 
-    `sharpness [n]` is `at.sharpness` or `at.flatness`. 0 where phi did not move, inf where it left 0.
+    `sharpness [n]` is `at.sharpness` or `at.flatness`. 0 if phi did not move, inf if it left 0.
     """
     lipschitz = torch.where(distance > 0, moved / distance, 0.0)
     ratio = torch.where(moved > 0, moved / at.norm * lipschitz, 0.0)
@@ -119,7 +119,7 @@ def certificate(at: Anchor, moved: Tensor) -> Tensor:
 def radius(at: Anchor, e: float, lipschitz: float | Tensor) -> Tensor:
     """`[n]`: no image within this distance loses more than `e`, if `lipschitz` is an upper bound (else an estimate).
 
-    In the norm of the Lipschitz constant, usually l2 over C x H x W. inf where nothing can raise the loss.
+    In the norm of the Lipschitz constant, usually l2 over C x H x W. inf if nothing can raise the loss.
 
     >>> at = Anchor.of(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), torch.eye(2), torch.zeros(2))
     >>> round(float(certificate(at, radius(at, 0.1, 2.0) * 2.0)), 9)
@@ -245,7 +245,7 @@ def lipschitz_upper(model: nn.Module) -> float | None:
     """Upper bound of the Lipschitz constant of phi from image to features, l2 to l2, float64; loose.
 
     The product of the layers' spectral norms along the network's graph; branches that are added add, concatenated ones
-    add in squares. Null where the network has a part that is not in `LIPSCHITZ`, such as attention, or no fixed graph.
+    add in squares. Null if the network has a part that is not in `LIPSCHITZ`, such as attention, or no fixed graph.
     A convolution counts as one on the infinite plane, which bounds every zero padding and stride.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 3))

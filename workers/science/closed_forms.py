@@ -33,7 +33,7 @@ LOG_MEASURES = (
 
 
 class Head:
-    """A linear head `z = W phi + b` in float64, with what the closed forms need of it computed once.
+    """A linear head `z = W phi + b` in float64, with all that the closed forms need of it, computed once.
 
     `weight [k, m]`, `bias [k]` or None, scale already applied. Raises `WrongShape` for fewer than two classes and
     `NonFinite` for weights that are NaN or infinite. `log_norm` is `log ||W||_F`, `log_norm_centred` the same after
@@ -51,7 +51,7 @@ class Head:
         off_diagonal = ~torch.eye(len(weight), dtype=torch.bool, device=weight.device)
         equal_rows = ((self.squared_distances == 0) & off_diagonal).any()
         finite = torch.isfinite(self.weight).all() & torch.isfinite(self.bias).all()
-        # Read at once: a GPU is waited for once.
+        # One read of all four, so that a GPU is waited for once.
         self.log_norm, self.log_norm_centred, equal, usable = torch.stack([*norms, equal_rows, finite]).tolist()
         self.has_equal_rows = bool(equal)
         if not usable:
@@ -157,6 +157,45 @@ class ClosedForms:
     logits: Tensor
     log_weight_norm: float
 
+    @classmethod
+    def of(cls, phi: Tensor, weight: Tensor, bias: Tensor | None, *, chunk: int = 2048) -> "ClosedForms":
+        """All closed forms, from features `phi [n, m]` and a head `W [k, m]`, `b [k]`, scale applied.
+
+        Memory beyond the result: `chunk * (m + 8 k)` float64. Raises `WrongShape`, or `NonFinite` for NaN or infinite
+        features. Source: see the module.
+
+        >>> phi = torch.tensor([[3.0, 4.0]])
+        >>> W = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> forms = ClosedForms.of(phi, W, torch.tensor([-3.0, 0.0]))  # logits 0 0, so p = 1/2 1/2 and Tr S = 1/2
+        >>> round(float(forms.log_hessian_trace.exp()), 9), round(float(forms.log_relative_flatness.exp()), 9)
+        (12.5, 6.25)
+        """
+        head = Head(weight, bias)
+        if phi.ndim != 2 or phi.shape[1] != head.weight.shape[1]:
+            raise WrongShape(f"features {tuple(phi.shape)} do not fit a head {tuple(weight.shape)}")
+        logits, columns = head.weight.new_empty(len(phi), len(head.weight)), head.weight.new_empty(5, len(phi))
+        for start in range(0, len(phi), chunk):
+            part = slice(start, start + chunk)
+            *rows, logits[part] = _of_chunk(phi[part].detach(), head)
+            columns[:, part] = torch.stack(rows)
+        trace_softmax, spread, eigenvalue, norm, rest = columns
+        if not torch.isfinite(logits).all():
+            raise NonFinite("features or logits are NaN or infinite")
+        trace = trace_softmax + 2 * norm
+        return cls(
+            log_hessian_trace=trace,
+            log_relative_sharpness=trace + 2 * head.log_norm,
+            log_relative_sharpness_unsquared=trace + head.log_norm,
+            log_relative_flatness=spread + 2 * norm,
+            log_gauge_fixed_relative_sharpness=trace + 2 * head.log_norm_centred,
+            log_top_eigenvalue=eigenvalue + 2 * norm,
+            log_softmax_trace=trace_softmax,
+            log_feature_norm=norm,
+            log_rest=rest,
+            logits=logits,
+            log_weight_norm=head.log_norm,
+        )
+
     @property
     def confidence(self) -> Tensor:
         """`p_top [n]`; rounds to 1 where `log_rest` is still exact."""
@@ -170,45 +209,6 @@ class ClosedForms:
         """The samples where `mask [n]` is true."""
         names = [f.name for f in fields(self) if f.name != "log_weight_norm"]
         return replace(self, **{name: getattr(self, name)[mask] for name in names})
-
-
-def closed_forms(phi: Tensor, weight: Tensor, bias: Tensor | None, *, chunk: int = 2048) -> ClosedForms:
-    """All closed forms, from features `phi [n, m]` and a head `W [k, m]`, `b [k]`, scale applied.
-
-    Memory beyond the result: `chunk * (m + 8 k)` float64. Raises `WrongShape`, or `NonFinite` for NaN or infinite
-    features. Source: see the module.
-
-    >>> phi = torch.tensor([[3.0, 4.0]])
-    >>> W = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    >>> forms = closed_forms(phi, W, torch.tensor([-3.0, 0.0]))  # logits 0 0, so p = 1/2 1/2 and Tr S = 1/2
-    >>> round(float(forms.log_hessian_trace.exp()), 9), round(float(forms.log_relative_flatness.exp()), 9)
-    (12.5, 6.25)
-    """
-    head = Head(weight, bias)
-    if phi.ndim != 2 or phi.shape[1] != head.weight.shape[1]:
-        raise WrongShape(f"features {tuple(phi.shape)} do not fit a head {tuple(weight.shape)}")
-    logits, columns = head.weight.new_empty(len(phi), len(head.weight)), head.weight.new_empty(5, len(phi))
-    for start in range(0, len(phi), chunk):
-        part = slice(start, start + chunk)
-        *rows, logits[part] = _of_chunk(phi[part].detach(), head)
-        columns[:, part] = torch.stack(rows)
-    trace_softmax, spread, eigenvalue, norm, rest = columns
-    if not torch.isfinite(logits).all():
-        raise NonFinite("features or logits are NaN or infinite")
-    trace = trace_softmax + 2 * norm
-    return ClosedForms(
-        log_hessian_trace=trace,
-        log_relative_sharpness=trace + 2 * head.log_norm,
-        log_relative_sharpness_unsquared=trace + head.log_norm,
-        log_relative_flatness=spread + 2 * norm,
-        log_gauge_fixed_relative_sharpness=trace + 2 * head.log_norm_centred,
-        log_top_eigenvalue=eigenvalue + 2 * norm,
-        log_softmax_trace=trace_softmax,
-        log_feature_norm=norm,
-        log_rest=rest,
-        logits=logits,
-        log_weight_norm=head.log_norm,
-    )
 
 
 def log_dataset_top_eigenvalue(
@@ -225,7 +225,7 @@ def log_dataset_top_eigenvalue(
 
     Lanczos on the power-iteration map `V -> mean_n S(p_n) V phi_n phi_n^T` (same limit, fewer products). Samples are
     weighted relative to the one with the largest `(1 - p_top) ||phi||^2`, so it does not underflow at a large scale.
-    -inf where every phi is zero. The second value is Lanczos's own account, relative to that sample.
+    -inf if every phi is zero. The second value is the result of Lanczos, relative to that sample.
     The error of the value is of order `residual^2`: the default tolerance gives about 1e-10.
     """
     head = Head(weight, bias)
@@ -254,8 +254,8 @@ def log_dataset_top_eigenvalue(
 
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(head.weight.shape, generator=generator, dtype=torch.float64).to(head.weight.device)
-    found = lanczos(product, start, iterations=iterations, tolerance=tolerance)
-    return (math.log(found.value) + largest if found.value > 0 else -math.inf), found
+    top = lanczos(product, start, iterations=iterations, tolerance=tolerance)
+    return (math.log(top.value) + largest if top.value > 0 else -math.inf), top
 
 
 def _of_chunk(phi: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

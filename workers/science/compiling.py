@@ -11,7 +11,7 @@ SIZES = 3  # of batches: torch compiles a network eight times at most, for each 
 def compiled(model: nn.Module, *, cuda_graphs: bool = False) -> nn.Module:
     """`model` compiled for each shape by itself; with `cuda_graphs`, a GPU runs the kernels of a pass as one graph.
 
-    It forgets what this process has compiled before: torch compiles a class eight times, and silently leaves the ninth
+    Earlier compilations of this process are dropped: torch compiles a class eight times, and silently leaves the ninth
     network uncompiled.
     """
     torch.compiler.reset()

@@ -50,7 +50,7 @@ class ControlReport:
 
     robust_fgsm, robust_noise (uniform, all draws), robust_margin (PGD on the margin), robust_square, robust_pgd
     (cross-entropy, the geometry's steps), robust_more_steps (those of it that survive four times as many), and
-    robust_twin, where a twin was asked for.
+    robust_twin, if there is a twin.
     """
 
     numbers: Numbers
@@ -71,71 +71,102 @@ def run_controls(
 ) -> ControlReport:
     """Challenge `model` (at s = 1, on `device`, left as it is) on `x [n, C, H, W]`, `y [n]`; `index [n]` as in attacks.
 
-    numbers: `train_mode_modules` (modules that are not in eval mode), `random_forward_changed` (examples whose logits
-    differ between two forwards), `batch_dependent_changed` (of the first 16 of each batch: whose logits do not, but
-    are others without the rest of the batch), `eps_zero_changed` (whose outcome at eps = 0 is not the clean one),
-    `n_non_finite` (examples with NaN or infinite clean logits: neither clean-correct nor robust, and none of the
-    checks' concern). `twin` is the attack with the margin loss, where that is not PGD from the image in this geometry.
-    Raises what the attacks raise, and `NonFinite` where no example is finite.
+    The numbers count:
+    train_mode_modules       modules that are not in eval mode
+    random_forward_changed   examples whose logits differ between two forward passes
+    batch_dependent_changed  of the first 16 of each batch, examples with steady logits that are others without the rest
+    eps_zero_changed         examples whose outcome at eps = 0 is not the clean one
+    n_non_finite             examples with NaN or infinite clean logits: they are neither clean-correct nor robust, and
+                             no check counts them
+
+    `twin` is the attack with the margin loss, if that is not PGD from the image in this geometry.
+    Raises the errors of the attacks, and `NonFinite` if no example is finite.
     """
     train_mode_modules = sum(module.training for module in model.modules())
-    model = _InCompany(model)
+    model = _AtLeastTwo(model)
     parts = [slice(start, start + batch_size) for start in range(0, len(y), batch_size)]
-    ball = {"norm": geometry.norm, "eps": geometry.eps}
-    walk = {**ball, "step_size": geometry.step_size}
-    panel: list[tuple[str, str, dict[str, object]]] = [
-        ("robust_fgsm", "fgsm", {**ball}),
-        ("robust_noise", "noise", {**ball, "kind": "uniform", "points": 2, "draws": NOISE_DRAWS}),
-        ("robust_margin", "pgd", {**walk, "steps": geometry.steps, "loss": "margin"}),
-        ("robust_square", "square", {**ball, "queries": SQUARE_QUERIES}),
-        ("robust_pgd", "pgd", {**walk, "steps": geometry.steps}),
-        ("eps_zero", "pgd", {**walk, "eps": 0.0, "steps": 1}),
-        *([] if twin is None else [("robust_twin", twin.attack, {**twin.params})]),
-    ]
+    panel = _panel(geometry, twin)
     stages = len(panel) + 2
-    bits: dict[str, list[Tensor]] = {}
-    random_forward = batch_dependent = 0
+    batches: dict[str, list[Tensor]] = {}
     for number, part in enumerate(parts):
-        x_0, y_0 = unit_interval(x[part], device), y[part].to(device)
-        inputs = AttackInput(x_0, y_0, index[part])
-        first, again = look(model, x_0)[1], look(model, x_0)[1]
-        finite = torch.isfinite(first).all(1) | torch.isfinite(again).all(1)
-        steady = (first == again).all(1)
-        random_forward += int((finite & ~steady).sum())
-        batch_dependent += int((_depends_on_batch(model, x_0[:ALONE], first) & steady[:ALONE]).sum())
-        clean_correct = ~misclassified(first, y_0) & torch.isfinite(first).all(1)
-        found = {"clean_correct": clean_correct, "finite": finite}
-        for stage, (name, attack, params) in enumerate(panel):
-            output = ATTACKS[attack](model, inputs, **params)
-            found[name] = ~output.broken & clean_correct
+        inputs = AttackInput(unit_interval(x[part], device), y[part].to(device), index[part])
+        bits = _forward_bits(model, inputs.x, inputs.y)
+        for stage, challenge in enumerate(panel):
+            output = ATTACKS[challenge.attack](model, inputs, **challenge.params)
+            bits[challenge.bit] = ~output.broken & bits["clean_correct"]
             _report(on_progress, number * stages + stage + 1, len(parts) * stages)
-        found["robust_more_steps"] = found["robust_pgd"].clone()
-        left = found["robust_pgd"].nonzero().squeeze(1)
-        if len(left):
-            longer = {**walk, "steps": MORE_STEPS * geometry.steps}
-            output = ATTACKS["pgd"](model, inputs.at(left), **longer)
-            found["robust_more_steps"][left] = ~output.broken
+        bits["robust_more_steps"] = _robust_with_more_steps(model, inputs, bits["robust_pgd"], geometry)
         _report(on_progress, (number + 1) * stages, len(parts) * stages)
-        for name, values in found.items():
-            bits.setdefault(name, []).append(values.cpu())
-    joined = {name: torch.cat(values) for name, values in bits.items()}
-    eps_zero, finite = joined.pop("eps_zero"), joined.pop("finite")
-    if not bool(finite.any()):
-        raise NonFinite.of("a logit", ~finite)
+        for name, values in bits.items():
+            batches.setdefault(name, []).append(values.cpu())
+    joined = {name: torch.cat(values) for name, values in batches.items()}
+    checks = {name: joined.pop(name) for name in ("finite", "random_forward", "batch_dependent", "eps_zero")}
+    if not bool(checks["finite"].any()):
+        raise NonFinite.of("a logit", ~checks["finite"])
     return ControlReport(
         {
             "n": len(y),
-            "n_non_finite": int((~finite).sum()),
+            "n_non_finite": int((~checks["finite"]).sum()),
             "train_mode_modules": train_mode_modules,
-            "random_forward_changed": random_forward,
-            "batch_dependent_changed": batch_dependent,
-            "eps_zero_changed": int((eps_zero != joined["clean_correct"]).sum()),
+            "random_forward_changed": int(checks["random_forward"].sum()),
+            "batch_dependent_changed": int(checks["batch_dependent"].sum()),
+            "eps_zero_changed": int((checks["eps_zero"] != joined["clean_correct"]).sum()),
         },
         joined,
     )
 
 
-class _InCompany(nn.Module):
+@dataclass(frozen=True)
+class _Challenge:
+    """An attack of the panel: the images that are right and that it does not break have the bit `bit`."""
+
+    bit: str
+    attack: str
+    params: Mapping[str, object]
+
+
+def _panel(geometry: Geometry, twin: Twin | None) -> list[_Challenge]:
+    """The attacks on every image, in the order of their bits."""
+    ball: dict[str, object] = {"norm": geometry.norm, "eps": geometry.eps}
+    walk = {**ball, "step_size": geometry.step_size, "steps": geometry.steps}
+    return [
+        _Challenge("robust_fgsm", "fgsm", ball),
+        _Challenge("robust_noise", "noise", {**ball, "kind": "uniform", "points": 2, "draws": NOISE_DRAWS}),
+        _Challenge("robust_margin", "pgd", {**walk, "loss": "margin"}),
+        _Challenge("robust_square", "square", {**ball, "queries": SQUARE_QUERIES}),
+        _Challenge("robust_pgd", "pgd", walk),
+        _Challenge("eps_zero", "pgd", {**walk, "eps": 0.0, "steps": 1}),
+        *([] if twin is None else [_Challenge("robust_twin", twin.attack, twin.params)]),
+    ]
+
+
+def _robust_with_more_steps(model: nn.Module, inputs: AttackInput, robust: Tensor, geometry: Geometry) -> Tensor:
+    """`[n]` bool: those of the `robust [n]` under PGD that withstand `MORE_STEPS` times as many steps too."""
+    withstand = robust.clone()
+    left = robust.nonzero().squeeze(1)
+    if len(left):
+        ball = {"norm": geometry.norm, "eps": geometry.eps, "step_size": geometry.step_size}
+        output = ATTACKS["pgd"](model, inputs.at(left), **ball, steps=MORE_STEPS * geometry.steps)
+        withstand[left] = ~output.broken
+    return withstand
+
+
+def _forward_bits(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """What two forward passes say of each image, bool: `clean_correct`, `finite` and `random_forward` `[n]`, and
+    `batch_dependent` of the first `ALONE` images.
+    """
+    first, again = look(model, x)[1], look(model, x)[1]
+    finite = torch.isfinite(first).all(1) | torch.isfinite(again).all(1)
+    steady = (first == again).all(1)
+    return {
+        "clean_correct": ~misclassified(first, y) & torch.isfinite(first).all(1),
+        "finite": finite,
+        "random_forward": finite & ~steady,
+        "batch_dependent": _depends_on_batch(model, x[:ALONE], first) & steady[:ALONE],
+    }
+
+
+class _AtLeastTwo(nn.Module):
     """An image that is alone goes through the network twice: a batch norm in train mode refuses one vector."""
 
     def __init__(self, model: nn.Module) -> None:

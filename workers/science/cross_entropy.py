@@ -77,7 +77,7 @@ def loss_increase(before: Tensor, after: Tensor) -> Tensor:
 def mean_increase(before: Tensor, after: Tensor) -> tuple[float, float | None]:
     """Mean of `loss_increase`, and its logarithm: null for a mean that is not positive.
 
-    The mean is 0.0 where it is below what float64 holds (1e-308); the logarithm is still there.
+    The mean is 0.0 if it is below what float64 holds (1e-308); the logarithm is a number also then.
     """
     sign, log_size = log_increase(before, after)
     largest = float(log_size.max())

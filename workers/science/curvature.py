@@ -19,7 +19,10 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TopEigenvalue:
-    """`residual = ||A v - value v||` with `||v|| = 1`: some eigenvalue lies within it; `converged` is as asked for."""
+    """`residual = ||A v - value v||` with `||v|| = 1`: some eigenvalue lies within it of `value`.
+
+    `converged`: the residual is within the tolerance.
+    """
 
     value: float
     residual: float
@@ -36,8 +39,8 @@ def lanczos(matvec: MatVec, start: Tensor, *, iterations: int, tolerance: float)
     Raises `NonFinite` for a product that is NaN or infinite.
 
     >>> A = torch.diag(torch.tensor([3.0, -5.0, 1.0], dtype=torch.float64))
-    >>> found = lanczos(lambda v: A @ v, torch.ones(3, dtype=torch.float64), iterations=10, tolerance=1e-12)
-    >>> round(found.value, 9), found.converged
+    >>> top = lanczos(lambda v: A @ v, torch.ones(3, dtype=torch.float64), iterations=10, tolerance=1e-12)
+    >>> round(top.value, 9), top.converged
     (3.0, True)
     """
     if not float(start.norm()) > 0:
@@ -138,7 +141,7 @@ def loss_direction(
     """Gradient of the mean loss with respect to every parameter, times an unknown positive number.
 
     The gradient is `sum_i (1 - p_y)_i grad g_i`. Images are weighted relative to the least confident one, so the sum
-    does not underflow in float32 where every image is confident. All zeros only where every `grad g_i` is.
+    does not underflow in float32 if every image is confident. All zeros only if every `grad g_i` is.
     Raises `NonFinite`.
     """
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
@@ -175,9 +178,9 @@ def leaves_of(model: nn.Module) -> Parameters:
 
 @torch.no_grad()
 def log_hessian_unit(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
-    """What `differentiable_gradient` divides by, as a logarithm: the largest weight that an image has in the Hessian.
+    """The divisor of `differentiable_gradient`, as a logarithm: the largest weight that an image has in the Hessian.
 
-    `max log(1 - p_top)` where all images are right, or the logits are linear in the parameters; else 0, the weight of
+    `max log(1 - p_top)` if all images are right, or the logits are linear in the parameters; else 0, the weight of
     `Hessian (z_t - z_y)` of a wrong image.
     """
     unit, parameters = -math.inf, leaves_of(model)

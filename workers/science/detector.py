@@ -23,7 +23,7 @@ FAINT = 1e-30
 """The hiding loss counts a smaller `||phi||` as this: its logarithm has no slope at 0, and none in float32 near it."""
 
 
-def detector(clean: Tensor, attacked: Tensor) -> tuple[Numbers, dict[str, list[float | int | None]]]:
+def cross_validation(clean: Tensor, attacked: Tensor) -> tuple[Numbers, dict[str, list[float | int | None]]]:
     """Five-fold accuracy and AUROC of the stump on `clean [n]` and `attacked [n]` log relative sharpness.
 
     Entry i of both is the same image, and both are in the same fold (`RandomState(0)`); -inf is allowed. Numbers:
@@ -31,7 +31,7 @@ def detector(clean: Tensor, attacked: Tensor) -> tuple[Numbers, dict[str, list[f
     Curves: `detector_accuracy`, `detector_auroc`, `detector_threshold`, `detector_direction` (1: attacked lies above)
     by fold.
 
-    >>> numbers, _ = detector(torch.arange(10.0), torch.arange(10.0) + 100)
+    >>> numbers, _ = cross_validation(torch.arange(10.0), torch.arange(10.0) + 100)
     >>> numbers["detector_accuracy"], numbers["detector_auroc"]
     (1.0, 1.0)
     """
@@ -100,9 +100,9 @@ def flipped_pairs(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
 
 
 def clean_mean(trajectory: Trajectory) -> float | None:
-    """Mean log relative sharpness of the clean-correct images, what the adaptive attack aims at.
+    """Mean log relative sharpness of the clean-correct images: the aim of the adaptive attack.
 
-    Over those that have one: phi = 0 and a zero head have no sharpness to hide. Null where no image has.
+    Images without a sharpness (phi = 0 or a zero head) are left out. Null if no image has one.
     """
     values = trajectory.log_relative_sharpness[0, trajectory.clean_correct]
     return mean(values[torch.isfinite(values)])
@@ -134,15 +134,15 @@ def detector_numbers(plain: Trajectory, adaptive: Mapping[float, Trajectory]) ->
     clean-correct images that it flips; `detector_adaptive_...` again for the one with the lowest accuracy, the first of
     equals, with its `_strength`.
     """
-    parts, measured = [detector(*flipped_pairs(plain))[0]], []
+    parts, measured = [cross_validation(*flipped_pairs(plain))[0]], []
     for strength, trajectory in adaptive.items():
         flip_rate = share(trajectory.predicted[-1] != trajectory.y, trajectory.clean_correct)
-        one = merged(detector(*flipped_pairs(trajectory))[0], {"detector_flip_rate": flip_rate})
-        parts.append(_renamed(one, f"detector_adaptive_lambda{str(strength).rstrip('0').replace('.', '')}"))
-        if one["detector_accuracy"] is not None:
-            measured.append(merged(one, {"detector_strength": strength}))
+        numbers = merged(cross_validation(*flipped_pairs(trajectory))[0], {"detector_flip_rate": flip_rate})
+        parts.append(_renamed(numbers, f"detector_adaptive_lambda{str(strength).rstrip('0').replace('.', '')}"))
+        if numbers["detector_accuracy"] is not None:
+            measured.append(merged(numbers, {"detector_strength": strength}))
     if measured:
-        worst = min(measured, key=lambda one: one["detector_accuracy"] or 0.0)
+        worst = min(measured, key=lambda numbers: numbers["detector_accuracy"] or 0.0)
         parts.append(_renamed(worst, "detector_adaptive"))
     return merged(*parts)
 

@@ -11,7 +11,7 @@ LISTED = 2000  # characters of names in a sentence
 
 
 class ScienceError(Exception):
-    """A computation cannot give a number. Running the same thing again would not help."""
+    """A computation cannot give a number. The same computation would fail again."""
 
 
 class DatasetMissing(ScienceError):
@@ -19,12 +19,12 @@ class DatasetMissing(ScienceError):
 
 
 class DatasetCorrupt(ScienceError):
-    """The files of a data set are not the ones that were promised (checksum, shape, dtype)."""
+    """The files of a data set are not the right ones (checksum, shape, dtype)."""
 
 
 class DataFolderUnusable(ScienceError):
     """The data folder of this machine does not have the right files of a data set: it is absent, read-only or full, it
-    lacks them, or has others. Elsewhere, or later, it may have them.
+    lacks them, or has others. Another machine may have them, or this one later.
     """
 
 
@@ -64,12 +64,12 @@ class WrongTensors(WrongShape):
             (self.unknown, "unknown to the network", self.unknown),
             (self.misshapen, "of another shape", shapes),
         )
-        said = [
+        counts = [
             f"{len(of)} {'is' if len(of) == 1 else 'are'} {how} ({listed(names)})" for of, how, names in parts if of
         ]
         there = f"; all tensors of the network are there under {_options(self.copies)}" if self.copies else ""
         return (
-            f"the weights are of another network: of their tensors, {', '.join(said)}{there}; check architecture, "
+            f"the weights are of another network: of their tensors, {', '.join(counts)}{there}; check architecture, "
             "image shape and number of classes"
         )
 
@@ -100,7 +100,7 @@ class WrongState(ScienceError):
 
 
 class NonFinite(ScienceError):
-    """Weights, logits or a loss are NaN or infinite. `examples` are the positions of the images, where they are known.
+    """Weights, logits or a loss are NaN or infinite. `examples` are the positions of the images, if it is about images.
 
     >>> str(NonFinite("the head's weights are NaN or infinite"))
     "the head's weights are NaN or infinite"
@@ -123,7 +123,7 @@ class NegativeVariance(ScienceError):
 
 
 class WrongAccuracy(ScienceError):
-    """Imported weights are not as accurate on clean images as was said when they were registered."""
+    """Imported weights are not as accurate on clean images as their registration states."""
 
 
 class Diverged(NonFinite):

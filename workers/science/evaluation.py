@@ -44,8 +44,8 @@ class CleanReport:
 
 @dataclass(frozen=True)
 class AttackReport:
-    """`numbers` by name; `bits` [n] bool by name: clean_correct, robust, robust_any_iterate, zero_gradient (where the
-    attack takes gradients), non_finite. All on the CPU. `returned` is None where the network has no linear head.
+    """`numbers` by name; `bits` [n] bool by name: clean_correct, robust, robust_any_iterate, zero_gradient (if the
+    attack takes gradients), non_finite. All on the CPU. `returned` is None if the network has no linear head.
 
     A non-finite example is neither clean-correct nor robust, `n_non_finite` counts them, and losses, top-5 hits and
     sizes are over the others; accuracies are over all `n`, and so is `majority_share`, the share of the most frequent
@@ -62,18 +62,18 @@ def evaluate_clean(
 ) -> CleanReport:
     """`x [n, C, H, W]` uint8 or float32 in [0, 1], `y [n]`; the model is in eval mode and on `device`.
 
-    Raises `NonFinite` where no example has finite logits, `ValueError` for no examples.
+    Raises `NonFinite` if no example has finite logits, `ValueError` for no examples.
     """
     if not len(y):
         raise ValueError("nothing to evaluate: no examples")
     looks = [_look(model, unit_interval(x[part], device), y[part].to(device)) for part in _batches(len(y), batch_size)]
     correct, odds, finite = (
-        torch.cat([getattr(one, name) for one in looks]) for name in ("correct", "log_odds", "finite")
+        torch.cat([getattr(batch, name) for batch in looks]) for name in ("correct", "log_odds", "finite")
     )
     losses = softplus(odds)
     if not bool(finite.any()):
         raise NonFinite.of("a logit", ~finite)
-    hits = [one.top5 for one in looks if one.top5 is not None]
+    hits = [batch.top5 for batch in looks if batch.top5 is not None]
     top5 = float(torch.cat(hits).double().mean()) if hits else None
     return CleanReport(float(correct.double().mean()), float(losses[finite].mean()), top5, correct, losses, ~finite)
 
@@ -102,7 +102,7 @@ def evaluate_attack(
     `model` is the network with its head already scaled, in eval mode and on `device`; `scale` tells the attack s.
     The last four options speed up the attack's gradients (`prepare`); its examples are judged by `model` itself.
     `on_progress(done, total)` counts steps over all batches. Raises `ValueError` for parameters that make no sense
-    (an observer needs float32 features), `NonFinite` where every example meets NaN or infinities.
+    (an observer needs float32 features), `NonFinite` if every example meets NaN or infinities.
     """
     if attack not in ATTACKS:
         raise ValueError(f"unknown attack {attack!r}; there are {', '.join(ATTACKS)}")
@@ -157,7 +157,7 @@ def unit_interval(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class _Look:
-    """What one forward pass says of each example, on the CPU: `correct`, `top5` (None for up to five classes) and
+    """The outcome of one forward pass for each example, on the CPU: `correct`, `top5` (None for up to five classes) and
     `finite` [n] bool, `log_odds` [n] float64 against the label; on the device, features `phi` [n, m] (None without a
     linear head). An example that is not finite is neither correct nor among the five.
     """

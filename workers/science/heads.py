@@ -11,7 +11,7 @@ from workers.science.errors import NoLinearHead
 def linear_head(model: nn.Module) -> nn.Linear:
     """The last `nn.Linear` of the network, whose input is phi and whose weight is the paper's penultimate layer.
 
-    Raises `NoLinearHead` where there is none. Whether anything follows it is checked by `features_and_logits`.
+    Raises `NoLinearHead` if there is none. `features_and_logits` checks that nothing follows it.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
@@ -22,7 +22,7 @@ def linear_head(model: nn.Module) -> nn.Linear:
 def features_and_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """One forward pass: `phi [n, m]`, the input of the head, and the logits `z [n, k]`.
 
-    Raises `NoLinearHead` where the network's output is not the head's output, as with a ReLU on the logits.
+    Raises `NoLinearHead` if the network's output is not the head's output, as with a ReLU on the logits.
     """
     seen: list[tuple[Tensor, Tensor]] = []
     handle = linear_head(model).register_forward_hook(lambda _layer, args, output: seen.append((args[0], output)))
@@ -36,7 +36,7 @@ def features_and_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_head(model: nn.Module, scale: float, *, scale_bias: bool = True) -> nn.Module:
-    """A copy of the network with `W <- s W` and, by default, `b <- s b`; the original is left alone."""
+    """A copy of the network with `W <- s W` and, by default, `b <- s b`; the original stays as it is."""
     scaled = copy.deepcopy(model)
     head = linear_head(scaled)
     with torch.no_grad():

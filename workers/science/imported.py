@@ -47,7 +47,7 @@ class _Normalise(nn.Module):
 
 
 def as_saved(model: nn.Module, path: Path) -> nn.Module:
-    """The network as the weights of that file need it: with a layer that normalises, where they have one."""
+    """The network for the weights of that file: with a layer that normalises, if they have one."""
     try:
         with safe_open(path, framework="pt") as file:
             if MEAN not in file.keys():  # noqa: SIM118 - it is no dict
@@ -60,9 +60,9 @@ def as_saved(model: nn.Module, path: Path) -> nn.Module:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A network with weights made elsewhere, in eval mode, and what was done to them.
+    """A network with weights made elsewhere, in eval mode, and the changes to them.
 
-    `stripped_prefix` is what all names of the file had in front; `converted_from` are precisions that became float32.
+    `stripped_prefix` was in front of all names of the file; `converted_from` are precisions that became float32.
     """
 
     model: nn.Module
@@ -95,8 +95,8 @@ def fit(
     precisions: set[str] = set()
     with _opened(path) as file:
         # Before a tensor is read: a file of another network may be larger than the memory.
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        matching = match(found, {name: tuple(value.shape) for name, value in own.items()}, keys or {})
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        matching = match(shapes, {name: tuple(value.shape) for name, value in own.items()}, keys or {})
         for name, renamed in matching.names.items():
             value = file.get_tensor(name)
             if value.is_floating_point():
@@ -113,7 +113,7 @@ def fit(
 
 
 def require_accuracy(measured: float, images: int, expected: float | None, tolerance: float | None) -> None:
-    """Raises `WrongAccuracy` where the clean accuracy is further than `tolerance` from the expected one, if any."""
+    """Raises `WrongAccuracy` if the clean accuracy is further than `tolerance` from the expected one, if any."""
     if expected is None or abs(measured - expected) <= (tolerance or 0.0) + 1e-9:
         return
     raise WrongAccuracy(
@@ -138,7 +138,7 @@ def is_at_chance(correct: Tensor, y: Tensor) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The file, of which only the names and shapes are read as yet. Raises `WrongShape` where it is none."""
+    """The file; only names and shapes are read so far. Raises `WrongShape` if it is not safetensors."""
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:

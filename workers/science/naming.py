@@ -13,36 +13,36 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Matching:
-    """`names` maps the file's names to the network's; `stripped_prefix` is what they all had in front of these."""
+    """`names` maps the file's names to the network's; `stripped_prefix` was in front of all of them."""
 
     names: dict[str, str]
     stripped_prefix: str | None
 
 
-def match(found: Mapping[str, Shape], own: Mapping[str, Shape], keys: Mapping[str, str]) -> Matching:
-    """The tensors of a file (`found`, shapes by name) as those of a network (`own`).
+def match(in_file: Mapping[str, Shape], own: Mapping[str, Shape], keys: Mapping[str, str]) -> Matching:
+    """The tensors of a file (`in_file`, shapes by name) as those of a network (`own`).
 
     `keys` maps prefixes of the file's names to the network's (the longest that fits). Then `PREFIXES` that all names
     begin with are left out. In a file with several copies of the network, a key `{PREFIX: ""}` chooses one.
     Raises `WrongTensors` with all that is missing, unknown or has another shape, and with the prefixes of copies.
     """
     needed = {name for name in own if not name.endswith(COUNTERS)}
-    copies = _copies(found.keys(), needed)
+    copies = _copies(in_file.keys(), needed)
     if len(copies) > 1:
         chosen = _chosen(copies, keys)
         left_out = {copy + name for copy in copies if copy != chosen for name in own}
-        found = {name: shape for name, shape in found.items() if name not in left_out}
-    renamed = {name: _renamed(name, keys) for name in found if name not in COUNTERS}
+        in_file = {name: shape for name, shape in in_file.items() if name not in left_out}
+    renamed = {name: _renamed(name, keys) for name in in_file if name not in COUNTERS}
     prefix = _common_prefix(renamed.values(), needed)
     renamed = {name: new.removeprefix(prefix) for name, new in renamed.items()}
     if twice := sorted(name for name, count in Counter(renamed.values()).items() if count > 1):
         raise WrongShape(f"two tensors of the file become {listed(twice)}: check the key map")
-    _require_all(found, renamed, own, needed, [copy for copy in copies if copy and copy not in keys])
+    _require_all(in_file, renamed, own, needed, [copy for copy in copies if copy and copy not in keys])
     return Matching(renamed, prefix or None)
 
 
 def _require_all(
-    found: Mapping[str, Shape],
+    in_file: Mapping[str, Shape],
     renamed: Mapping[str, str],
     own: Mapping[str, Shape],
     needed: set[str],
@@ -51,16 +51,16 @@ def _require_all(
     missing = sorted(needed.difference(renamed.values()))
     unknown = sorted(name for name, new in renamed.items() if new not in own)
     misshapen = [
-        Misshapen(new, str(found[name]), str(own[new]))
+        Misshapen(new, str(in_file[name]), str(own[new]))
         for name, new in sorted(renamed.items())
-        if new in own and found[name] != own[new]
+        if new in own and in_file[name] != own[new]
     ]
     if missing or unknown or misshapen:
         raise WrongTensors(missing, unknown, misshapen, elsewhere if missing else [])
 
 
 def _chosen(copies: list[str], keys: Mapping[str, str]) -> str:
-    """The prefix of the copy that the key map names. Raises `WrongTensors` where it names none of them, or several."""
+    """The prefix of the copy that the key map names. Raises `WrongTensors` if it names none, or several."""
     chosen = [copy for copy in copies if keys.get(copy) == ""]
     if len(chosen) != 1:
         raise WrongTensors([], [], [], copies)
@@ -82,7 +82,7 @@ def _common_prefix(names: Collection[str], needed: set[str]) -> str:
     """The `PREFIXES`, one after the other, that all names begin with, unless the network's own names do."""
     prefix = ""
     while not needed <= {name.removeprefix(prefix) for name in names}:
-        more = next((one for one in PREFIXES if all(name.startswith(prefix + one) for name in names)), None)
+        more = next((p for p in PREFIXES if all(name.startswith(prefix + p) for name in names)), None)
         if more is None or not names:
             break
         prefix += more

@@ -108,9 +108,9 @@ def moved(numbers: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def seeded_initialisation(seed: int) -> Iterator[None]:
-    """Inside, `torch.nn.init` on the CPU draws from `seed`; the process's own random state is put back afterwards.
+    """Inside, `torch.nn.init` on the CPU draws from `seed`; the process's own random state is restored afterwards.
 
-    The random state is the process's: one thread at a time is inside.
+    The random state is the process's, so one thread at a time is inside.
     """
     with _initialisation_lock, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
@@ -119,37 +119,36 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: torch.device | str = "cpu", *, tf32: bool = False) -> Iterator[None]:
-    """Inside, equal inputs give bit-equal outputs on one device, and float32 means float32 (TF32 only if asked for).
+    """Inside, equal inputs give bit-equal outputs on one device, and float32 means float32 (TF32 only with `tf32`).
 
-    On a GPU, bit-equal holds for one model of GPU that nothing else uses: cuDNN silently takes another plan where the
-    memory for its workspace is not there, so on a share of a GPU two runs may differ by rounding.
+    On a GPU, bit-equal holds for one model of GPU that nothing else uses: cuDNN silently takes another plan if there is
+    no memory for its workspace, so on a share of a GPU two runs may differ by rounding.
     Uninitialised memory is not filled with NaN, as torch would by default: no number is made of it, and filling it
     takes time.
-    An operation that has no deterministic form raises RuntimeError. The flags are the process's: they are put back
-    when the last that is inside leaves, and two threads must not want different ones. On CUDA, enter before the first
-    matrix product.
+    An operation that has no deterministic form raises RuntimeError. The flags are the process's: they are restored when
+    the last block ends, and two threads must not need different ones. On CUDA, enter before the first matrix product.
     """
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, and reads it once
     precision = "tf32" if tf32 else "ieee"
-    mine = _Flags(True, False, False, True, False, precision, precision)
+    chosen = _Flags(True, False, False, True, False, precision, precision)
     with _inside_lock:
         if not _inside:
             _inside.append(_flags())  # as they were outside
-        _inside.append(mine)
-        _set_flags(mine)
+        _inside.append(chosen)
+        _set_flags(chosen)
     try:
         yield
     finally:
         with _inside_lock:
-            _inside.pop(next(i for i, flags in enumerate(_inside) if flags is mine))
+            _inside.pop(next(i for i, flags in enumerate(_inside) if flags is chosen))
             _set_flags(_inside[-1])
             if len(_inside) == 1:
                 _inside.clear()
 
 
 def flags() -> dict[str, bool | str]:
-    """The flags that change numbers, by name, as they are now: for the provenance, inside what made the number."""
+    """The flags that change numbers, by name, as they are now: for the provenance, called where the number is made."""
     now = _flags()
     return {
         "deterministic_algorithms": now.algorithms,

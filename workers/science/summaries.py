@@ -10,7 +10,7 @@ from torch import Tensor
 # `service/specs/numbers/base.py` has the names that follow from it: `tests/contract/test_numbers.py` compares them.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 Numbers = dict[str, float | int | None]
-"""Numbers by name, null where there is none."""
+"""Numbers by name; null is an undefined number."""
 V = TypeVar("V")
 
 
@@ -45,7 +45,7 @@ def log_mean(log_values: Tensor) -> float | None:
 
 
 def mean(values: Tensor) -> float | None:
-    """The mean of `values [n]` in float64; null for no values, and where it is not finite."""
+    """The mean of `values [n]` in float64; null for no values, and if it is not finite."""
     return finite(float(values.double().mean())) if values.numel() else None
 
 
@@ -69,7 +69,7 @@ def majority_share(y: Tensor) -> float:
 
 
 def finite(value: float) -> float | None:
-    """The number, or null where JSON has none: NaN and infinities never leave the science."""
+    """The number, or null if JSON has none: NaN and infinities never leave the science."""
     return value if math.isfinite(value) else None
 
 

@@ -27,70 +27,15 @@ from workers.science.recipes import RECIPES
 from workers.science.recipes.common import BatchNoise
 from workers.science.seeding import deterministic, flags, moved
 from workers.science.seeding import generator as seeded_generator
+from workers.science.training_reports import EpochReport, EpochWatch, StepReport, TrainReport
 from workers.science.weights import load_state, load_weights, save_state, save_weights, weights_to_bytes
 
 Precision = Literal["float32", "tf32", "bf16"]
 Schedule = Literal["cosine", "constant"]
 Keep = Literal["last", "best"]
-STEP_REPORT_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Progress within an epoch: `step` of `steps` is done, its batch had this loss. Epochs and steps count from 1."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """An epoch that is done: means over its (augmented, or attacked) training images, and its learning rate.
-
-    `held_out_robust_accuracy` where the best epoch is kept; `seconds` are with the time that this took.
-    """
-
-    epoch: int
-    epochs: int
-    lr: float
-    loss: float
-    accuracy: float
-    images_per_second: float
-    seconds: float
-    held_out_robust_accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """A training that is done. Test numbers are of all test images, in eval mode, as `evaluate_clean` gives them.
-
-    `train_samples` images went into each epoch, `dropped_samples` more would have made a last batch of one image.
-    `kept_epoch` is the one whose weights the network has. `seconds` are those of all epochs, those before a resume
-    included. `flags` are those of the steps (`seeding.flags`): test numbers are measured without TF32.
-    """
-
-    epochs: tuple[EpochReport, ...]
-    train_samples: int
-    dropped_samples: int
-    kept_epoch: int
-    clean_accuracy: float
-    clean_loss: float
-    top5_accuracy: float | None
-    seconds: float
-    flags: Mapping[str, bool | str]
-
-    @property
-    def kept(self) -> EpochReport:
-        """The epoch whose weights the network has now."""
-        return self.epochs[self.kept_epoch - 1]
-
 
 State = dict[str, Any]
-"""All that a training needs to go on: weights, optimiser, generator, epoch, reports. Dicts, numbers and tensors."""
+"""All that a training needs to resume: weights, optimiser, generator, epoch, reports. Dicts, numbers and tensors."""
 
 
 def train(
@@ -121,7 +66,7 @@ def train(
 ) -> TrainReport:
     """Train `model` in place by SGD; it ends in eval mode, on `device`, with the weights of the epoch that is kept.
 
-    recipe, recipe_params  a name of `RECIPES` and its parameters where they are not the defaults
+    recipe, recipe_params  a name of `RECIPES` and its parameters that are not the defaults
     schedule       cosine: `lr (1 + cos(pi e / epochs)) / 2` in epoch e = 0, 1, ...; constant
     augmentation   None: what suits the data set (`default_augmentation`)
     train_samples  train on the first so many of the fixed permutation; None: on all that are not held out
@@ -140,101 +85,226 @@ def train(
     image, `ValueError` for a best epoch of no held-out images or of a recipe without an attack, `KeyError` and
     `TypeError` for unknown recipes and parameters.
     """
-    how = RECIPES[recipe]
-    unknown = set(recipe_params or {}) - set(how.params)
-    if unknown:
-        raise TypeError(f"recipe {recipe} has no parameter {', '.join(sorted(unknown))}")
-    params = {**how.params, **(recipe_params or {})}
-    augmentation = default_augmentation(data.name) if augmentation is None else augmentation
+    chosen, apart = (torch.from_numpy(of) for of in training_indices(len(data.train_y), train_samples, held_out))
+    settings = _Settings(
+        data=data.name,
+        train_samples=len(chosen),
+        recipe=recipe,
+        recipe_params=_with_defaults(recipe, recipe_params or {}),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        augmentation=default_augmentation(data.name) if augmentation is None else augmentation,
+        seed=seed,
+        precision=precision,
+        keep=keep,
+        held_out=held_out,
+    )
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     # A smaller last batch is compiled by itself, so a resumed training is equal.
     forward = compiled(model, cuda_graphs=cuda_graphs) if compile else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-    generator = seeded_generator(seed, stream="training")
-    chosen, apart = (torch.from_numpy(of) for of in training_indices(len(data.train_y), train_samples, held_out))
-    train_x, train_y = data.train_x[chosen].to(device), data.train_y[chosen].to(device)
-    if (keep == "best") != bool(held_out) or (held_out and not how.attacks):
-        raise ValueError("the best epoch is kept by images that are held out, of a recipe that attacks")
-    best = None
-    if held_out:
-        x, y = data.train_x[apart].to(device), data.train_y[apart].to(device)
-        best = BestEpoch(x, y, apart, seed=seed, attack=params)
-
-    if min(len(chosen), batch_size) < 2:
-        raise ScienceError("a batch needs at least 2 images: raise batch_size or train_samples")
-    dropped = int(len(chosen) % batch_size == 1)
-
-    settings: dict[str, Any] = {
-        "data": data.name,
-        "train_samples": len(chosen),
-        "recipe": recipe,
-        "recipe_params": params,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "schedule": schedule,
-        "augmentation": asdict(augmentation),
-        "seed": seed,
-        "precision": precision,
-        # Where they are new: a state from before they were there is still one of any other training.
-        **({"keep": keep, "held_out": held_out} if best else {}),
-        **({"noise": "philox"} if how.attacks else {}),
-    }
-    reports: list[EpochReport] = []
+    images = _Images(data.train_x[chosen].to(device), data.train_y[chosen].to(device), chosen, layout)
+    training = _Training(settings, model, forward, images, _best_epoch(settings, data, apart, device))
     if resume is not None:
-        reports = _restore(resume, settings, model, optimizer, generator, best)
+        training.restore(resume)
 
     with deterministic(device, tf32=precision == "tf32"):
         flags_of_steps = flags()
-        for epoch in range(len(reports), epochs):
-            epoch_lr = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2 if schedule == "cosine" else lr
-            for group in optimizer.param_groups:
-                group["lr"] = epoch_lr
-            forward.train()
-            order = torch.randperm(len(train_y), generator=generator)
-            batches = [batch for batch in torch.split(order, batch_size) if len(batch) > 1]
-            watch = _Watch(epoch + 1, epochs, len(batches), on_step, reports[-1].loss if reports else math.nan)
-            for batch in batches:
-                here = moved(batch, device)
-                x = to_unit(augment(train_x[here], augmentation, generator)).contiguous(memory_format=layout)
-                y, noise = train_y[here], BatchNoise(seed, epoch, chosen[batch])
-
-                def loss_of_batch(x: Tensor = x, y: Tensor = y, noise: BatchNoise = noise) -> tuple[Tensor, Tensor]:
-                    with _autocast(device, precision):
-                        return how.loss(forward, x, y, noise, **params)
-
-                optimizer.zero_grad()
-                loss, logits = how.backward(model, loss_of_batch, **params)
-                optimizer.step()
-                watch.after_step(loss.detach(), logits.detach(), y)
-            reports.append(watch.after_epoch(epoch_lr))
-            _require_finite_weights(model, reports[-1])
-            if best is not None:
-                reports[-1] = _looked_at(best, model, reports[-1])
+        for epoch in range(len(training.reports), epochs):
+            training.run_epoch(epoch, on_step)
             if on_epoch is not None:
-                on_epoch(reports[-1], lambda: _state(settings, model, optimizer, generator, reports, best))
-    if best is not None:
-        best.put_back(model)
-    kept_epoch = epochs if best is None else best.epoch
-    clean = _on_test_images(model, data, device, reports[kept_epoch - 1])
-    return TrainReport(
-        epochs=tuple(reports),
-        train_samples=len(chosen) - dropped,
-        dropped_samples=dropped,
-        kept_epoch=kept_epoch,
-        clean_accuracy=clean.accuracy,
-        clean_loss=clean.loss,
-        top5_accuracy=clean.top5_accuracy,
-        seconds=sum(report.seconds for report in reports),
-        flags=flags_of_steps,
-    )
+                on_epoch(training.reports[-1], training.state)
+    return training.report(data, flags_of_steps)
 
 
-def _looked_at(best: BestEpoch, model: nn.Module, report: EpochReport) -> EpochReport:
+@dataclass(frozen=True)
+class _Settings:
+    """What makes a training the one that it is: a state of other settings does not fit it. Parameters as `train`'s.
+
+    `train_samples` images are trained on; `recipe_params` are all parameters of the recipe.
+    """
+
+    data: str
+    train_samples: int
+    recipe: str
+    recipe_params: Mapping[str, float]
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: Schedule
+    augmentation: Augmentation
+    seed: int
+    precision: Precision
+    keep: Keep
+    held_out: int
+
+    def __post_init__(self) -> None:
+        if (self.keep == "best") != bool(self.held_out) or (self.held_out and not RECIPES[self.recipe].attacks):
+            raise ValueError("the best epoch is kept by images that are held out, of a recipe that attacks")
+        if min(self.train_samples, self.batch_size) < 2:
+            raise ScienceError("a batch needs at least 2 images: raise batch_size or train_samples")
+
+    def lr_of(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2 if self.schedule == "cosine" else self.lr
+
+    def stored(self) -> dict[str, Any]:
+        """As a state holds them, by name."""
+        stored = asdict(self)
+        # Older states lack these names. They still fit trainings that do not use what the names stand for.
+        if not self.held_out:
+            del stored["keep"], stored["held_out"]
+        if RECIPES[self.recipe].attacks:
+            stored["noise"] = "philox"
+        return stored
+
+
+def _with_defaults(recipe: str, params: Mapping[str, float]) -> dict[str, float]:
+    """All parameters of the recipe. Raises `TypeError` for names that it does not have."""
+    defaults = RECIPES[recipe].params
+    if unknown := params.keys() - defaults.keys():
+        raise TypeError(f"recipe {recipe} has no parameter {', '.join(sorted(unknown))}")
+    return {**defaults, **params}
+
+
+def _best_epoch(settings: _Settings, data: ImageData, held_out: Tensor, device: torch.device) -> BestEpoch | None:
+    """By the training images at `held_out [n]`, if there are any."""
+    if not len(held_out):
+        return None
+    x, y = data.train_x[held_out].to(device), data.train_y[held_out].to(device)
+    return BestEpoch(x, y, held_out, seed=settings.seed, attack=settings.recipe_params)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images that are trained on: `x [n, C, H, W]` uint8 and `y [n]` on the device.
+
+    `index [n]`, on the CPU, are their positions in the data set; `layout` is how a batch lies in memory.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    layout: torch.memory_format
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+        """A new order of all images: which of them, 0 to n - 1, each batch has. No batch has one image."""
+        order = torch.randperm(len(self.y), generator=generator)
+        return [batch for batch in torch.split(order, batch_size) if len(batch) > 1]
+
+    def augmented(self, batch: Tensor, how: Augmentation, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`x` float32 in [0, 1] and `y` of a batch."""
+        here = moved(batch, self.x.device)
+        x = to_unit(augment(self.x[here], how, generator)).contiguous(memory_format=self.layout)
+        return x, self.y[here]
+
+
+class _Training:
+    """A training that runs: all that its steps change, and the reports of the epochs that are done.
+
+    `forward` is `model`, or its compiled form. `best` is None if the last epoch is kept.
+    """
+
+    def __init__(
+        self, settings: _Settings, model: nn.Module, forward: nn.Module, images: _Images, best: BestEpoch | None
+    ) -> None:
+        self.settings, self.model, self.forward, self.images, self.best = settings, model, forward, images, best
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        self.generator = seeded_generator(settings.seed, stream="training")
+        self.reports: list[EpochReport] = []
+
+    def run_epoch(self, epoch: int, on_step: Callable[[StepReport], None] | None) -> None:
+        """The epoch after those of `reports`, counted from 0. Raises `Diverged`."""
+        settings, lr = self.settings, self.settings.lr_of(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.forward.train()
+        batches = self.images.batches(settings.batch_size, self.generator)
+        last_finite = self.reports[-1].loss if self.reports else math.nan
+        watch = EpochWatch(epoch + 1, settings.epochs, len(batches), on_step, last_finite)
+        for batch in batches:
+            x, y = self.images.augmented(batch, settings.augmentation, self.generator)
+            noise = BatchNoise(settings.seed, epoch, self.images.index[batch])
+            self.optimizer.zero_grad()
+            loss, logits = self._backward(x, y, noise)
+            self.optimizer.step()
+            watch.after_step(loss.detach(), logits.detach(), y)
+        report = watch.after_epoch(lr)
+        _require_finite_weights(self.model, report)
+        self.reports.append(report if self.best is None else _with_robust_accuracy(self.best, self.model, report))
+
+    def _backward(self, x: Tensor, y: Tensor, noise: BatchNoise) -> tuple[Tensor, Tensor]:
+        """Loss and logits of a batch; its gradient is left in the parameters."""
+        recipe, params = RECIPES[self.settings.recipe], self.settings.recipe_params
+
+        def loss_of_batch() -> tuple[Tensor, Tensor]:
+            with _autocast(x.device, self.settings.precision):
+                return recipe.loss(self.forward, x, y, noise, **params)
+
+        return recipe.backward(self.model, loss_of_batch, **params)
+
+    def report(self, data: ImageData, flags_of_steps: Mapping[str, bool | str]) -> TrainReport:
+        """The report after the last epoch. The network gets the weights of the epoch that is kept."""
+        if self.best is not None:
+            self.best.put_back(self.model)
+        kept_epoch = len(self.reports) if self.best is None else self.best.epoch
+        clean = _on_test_images(self.model, data, self.images.x.device, self.reports[kept_epoch - 1])
+        dropped = int(self.settings.train_samples % self.settings.batch_size == 1)
+        return TrainReport(
+            epochs=tuple(self.reports),
+            train_samples=self.settings.train_samples - dropped,
+            dropped_samples=dropped,
+            kept_epoch=kept_epoch,
+            clean_accuracy=clean.accuracy,
+            clean_loss=clean.loss,
+            top5_accuracy=clean.top5_accuracy,
+            seconds=sum(report.seconds for report in self.reports),
+            flags=flags_of_steps,
+        )
+
+    def state(self) -> State:
+        """A copy on the CPU, which later steps do not touch."""
+        live = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        if self.best is not None:
+            live["best"] = self.best.state()
+        reports = [asdict(report) for report in self.reports]
+        return {"settings": self.settings.stored(), "reports": reports, **_copy(live)}
+
+    def restore(self, state: State) -> None:
+        """Take over what another process had reached. Raises `WrongState`."""
+        try:
+            settings = self.settings.stored()
+            changed = [name for name in settings if state["settings"].get(name) != settings[name]]
+            if changed:
+                raise WrongState(
+                    f"the saved state is of another training ({', '.join(changed)} differ): train without it"
+                )
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            if self.best is not None:
+                self.best.restore(state["best"])
+            self.reports = [EpochReport(**report) for report in state["reports"]]
+        # Torch raises each of these.
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise WrongState(f"the saved state does not fit this training ({why}): train without it") from error
+
+
+def _with_robust_accuracy(best: BestEpoch, model: nn.Module, report: EpochReport) -> EpochReport:
     started = time.perf_counter()
     accuracy = best.look(model, report.epoch)
     seconds = report.seconds + time.perf_counter() - started
@@ -259,50 +329,6 @@ def _on_test_images(model: nn.Module, data: ImageData, device: torch.device, las
     return clean
 
 
-class _Watch:
-    """Losses and hits of one epoch. They stay on the device, so that a GPU is not made to wait at every step."""
-
-    def __init__(
-        self, epoch: int, epochs: int, steps: int, on_step: Callable[[StepReport], None] | None, last_finite: float
-    ) -> None:
-        self.epoch, self.epochs, self.steps, self.on_step = epoch, epochs, steps, on_step
-        self.last_finite = last_finite
-        self.losses: list[Tensor] = []
-        self.hits: list[Tensor] = []
-        self.sizes: list[int] = []
-        self.started = self.looked = time.perf_counter()
-
-    def after_step(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
-        self.losses.append(loss)
-        self.hits.append((logits.argmax(1) == y).sum())
-        self.sizes.append(len(y))
-        now = time.perf_counter()
-        if now - self.looked >= STEP_REPORT_SECONDS:
-            self.require_finite()
-            self.looked = now
-            if self.on_step is not None:
-                rate = sum(self.sizes) / (now - self.started)
-                step = len(self.losses)
-                self.on_step(StepReport(self.epoch, self.epochs, step, self.steps, float(loss), rate))
-
-    def after_epoch(self, lr: float) -> EpochReport:
-        self.require_finite()
-        images = sum(self.sizes)
-        loss = sum(x * n for x, n in zip(torch.stack(self.losses).tolist(), self.sizes, strict=True)) / images
-        accuracy = int(torch.stack(self.hits).sum()) / images
-        seconds = time.perf_counter() - self.started
-        return EpochReport(self.epoch, self.epochs, lr, loss, accuracy, images / seconds, seconds)
-
-    def require_finite(self) -> None:
-        for step, loss in enumerate(torch.stack(self.losses).tolist(), start=1):
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"the loss became {loss} in epoch {self.epoch} of {self.epochs}, step {step} of {self.steps}; the "
-                    f"last finite loss was {self.last_finite:.6g}: choose a smaller learning rate"
-                )
-            self.last_finite = loss
-
-
 def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
@@ -316,22 +342,6 @@ def _require_finite_weights(model: nn.Module, report: EpochReport) -> None:
         )
 
 
-def _state(
-    settings: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    reports: list[EpochReport],
-    best: BestEpoch | None,
-) -> State:
-    """A copy on the CPU, which later steps do not touch."""
-    live = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-    if best is not None:
-        live["best"] = best.state()
-    state: State = {"settings": settings, "reports": [asdict(report) for report in reports], **_copy(live)}
-    return state
-
-
 def _copy(value: Any) -> Any:
     match value:
         case Tensor():
@@ -342,30 +352,6 @@ def _copy(value: Any) -> Any:
             return [_copy(entry) for entry in value]
         case _:
             return value
-
-
-def _restore(
-    state: State,
-    settings: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    best: BestEpoch | None,
-) -> list[EpochReport]:
-    """The reports of the epochs before. Raises `WrongState`."""
-    try:
-        changed = [name for name in settings if state["settings"].get(name) != settings[name]]
-        if changed:
-            raise WrongState(f"the saved state is of another training ({', '.join(changed)} differ): start anew")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        if best is not None:
-            best.restore(state["best"])
-        return [EpochReport(**report) for report in state["reports"]]
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:  # whatever torch makes of it
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise WrongState(f"the saved state does not fit this training ({why}): start anew") from error
 
 
 __all__ = [

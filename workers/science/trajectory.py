@@ -20,7 +20,7 @@ Curves = dict[str, list[float | int | None]]
 THRESHOLDS = ("e001", "e01", "log2", "logk")
 VALLEY_RATIO = 10.0
 ROUNDING = 1e-5
-"""Of a pixel: what Carlini and Wagner's way through tanh and back does to one is 1e-6."""
+"""Of a pixel: Carlini and Wagner's way through tanh and back changes one by 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Recorder:
     """Watches an attack on a network with head `weight [k, m]`, `bias [k]`, scale applied.
 
     `recorder(x, y, index)` is the observer of one batch (an attack's `ObserverFactory`), `recorder.trajectory()` all
-    batches so far, in order. Watching waits for no device: NaN is found, and left out, at the end by `trajectory`.
+    batches so far, in order. Watching waits for no device: only `trajectory` looks for NaN, and leaves it out.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -115,14 +115,14 @@ class Recorder:
     def trajectory(self, non_finite: Tensor | None = None) -> Trajectory:
         """Of all examples but those with NaN or infinite features or logits, and those that `non_finite [n]` names.
 
-        Raises `WrongShape` where nothing or unequal numbers of steps were seen, `NonFinite` where no example is left.
+        Raises `WrongShape` for no steps or unequal numbers of them, `NonFinite` if no example is left.
         """
         lengths = {len(batch.rows) for batch in self._batches}
         if len(lengths) != 1 or 0 in lengths:
             raise WrongShape(f"no trajectory: the batches have {sorted(lengths) or 'no'} iterates")
         columns = [torch.cat([batch.column(i) for batch in self._batches], 1).cpu() for i in range(len(_Batch.COLUMNS))]
-        named = dict(zip(_Batch.COLUMNS, columns, strict=True))
-        kept = (torch.isfinite(named["loss"]) & torch.isfinite(named["feature_moved"])).all(0)
+        by_name = dict(zip(_Batch.COLUMNS, columns, strict=True))
+        kept = (torch.isfinite(by_name["loss"]) & torch.isfinite(by_name["feature_moved"])).all(0)
         kept = kept if non_finite is None else kept & ~non_finite.cpu()
         if not bool(kept.any()):
             raise NonFinite.of("a feature or a logit along the attack's path", ~kept)
@@ -132,7 +132,7 @@ class Recorder:
             phi_0=torch.cat([batch.phi_0 for batch in self._batches]).cpu()[kept],
             log_weight_norm=self.head.log_norm,
             classes=len(self.head.weight),
-            **{name: column[:, kept] for name, column in named.items()},
+            **{name: column[:, kept] for name, column in by_name.items()},
         )
 
 
@@ -233,7 +233,7 @@ def valleys(trajectory: Trajectory) -> Numbers:
 
 
 def valley_bits(log_v: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`t_peak`, `valley` and `valley_loose` `[n]` of `log_v` and `loss` `[T + 1, n]`, whoever the examples are.
+    """`t_peak`, `valley` and `valley_loose` `[n]` of `log_v` and `loss` `[T + 1, n]`, of any examples.
 
     >>> log_v = torch.log(torch.tensor([[1.0], [100.0], [2.0]]))
     >>> [t.item() for t in valley_bits(log_v, torch.tensor([[0.1], [0.7], [3.0]]))]
@@ -279,7 +279,7 @@ def basin_widths(trajectory: Trajectory, norm: Literal["linf", "l2"]) -> Numbers
 
 
 def reached(loss: Tensor, e: float) -> Tensor:
-    """`[n]` int64: the first t with `loss_t - loss_0 > e`, for `loss [T + 1, n]`; -1 where there is none.
+    """`[n]` int64: the first t with `loss_t - loss_0 > e`, for `loss [T + 1, n]`; -1 if there is none.
 
     >>> reached(torch.tensor([[0.0, 0.0], [0.5, 0.1], [0.2, 0.2]]), 0.2)
     tensor([ 1, -1])
@@ -289,7 +289,7 @@ def reached(loss: Tensor, e: float) -> Tensor:
 
 
 def take_off(loss: Tensor) -> Tensor:
-    """`[n]` int64: t + 1 of the first largest `loss_{t+2} - 2 loss_{t+1} + loss_t`, -1 where that is not positive.
+    """`[n]` int64: t + 1 of the first largest `loss_{t+2} - 2 loss_{t+1} + loss_t`, -1 if that is not positive.
 
     >>> take_off(torch.tensor([[0.0, 0.0], [0.0, 2.0], [1.0, 3.0], [9.0, 3.5]]))
     tensor([ 2, -1])
@@ -375,7 +375,7 @@ def _loss_increase(trajectory: Trajectory) -> Numbers:
 
 
 def _first_true(mask: Tensor) -> Tensor:
-    """`[n]` int64: the first true row of `mask [r, n]`, 0 where there is none."""
+    """`[n]` int64: the first true row of `mask [r, n]`, 0 if there is none."""
     return torch.from_numpy(mask.numpy().argmax(0))
 
 

@@ -1,4 +1,4 @@
-"""Weights as safetensors, training states as plain tensors: nothing that is read here is unpickled into objects."""
+"""Weights as safetensors, training states as plain tensors: reading them unpickles no objects."""
 
 import os
 import zipfile
@@ -29,7 +29,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 def load_weights(model: nn.Module, source: Path | bytes) -> None:
     """Put the weights of a safetensors file (or its bytes) into the network, wherever that is.
 
-    Raises `WrongShape` where names, shapes or dtypes are not the network's, `NonFinite` for NaN and infinities; the
+    Raises `WrongShape` if names, shapes or dtypes are not the network's, `NonFinite` for NaN and infinities; the
     network is then unchanged.
     """
     content = source if isinstance(source, bytes) else source.read_bytes()
@@ -42,7 +42,7 @@ def load_weights(model: nn.Module, source: Path | bytes) -> None:
 
 
 def check_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Raises `WrongShape` where names, shapes or dtypes are not the network's, `NonFinite` for NaN and infinities."""
+    """Raises `WrongShape` if names, shapes or dtypes are not the network's, `NonFinite` for NaN and infinities."""
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     misshapen = [
@@ -78,15 +78,15 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote, on the CPU. Raises `WrongShape` where the file is not a training state."""
+    """The state that `save_state` wrote, on the CPU. Raises `WrongShape` if the file is not a training state."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, zipfile.BadZipFile) as error:
         raise WrongShape(
-            f"{path.name} is not a training state ({error}): delete it, the training starts anew"
+            f"{path.name} is not a training state ({error}): delete it, and the training runs from its start"
         ) from error
     if not isinstance(state, dict):
-        raise WrongShape(f"{path.name} is not a training state: delete it, the training starts anew")
+        raise WrongShape(f"{path.name} is not a training state: delete it, and the training runs from its start")
     return state
 
 

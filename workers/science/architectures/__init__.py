@@ -64,7 +64,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 def build(name: str, shape: Shape, classes: int, seed: int) -> nn.Module:
     """The network `name` for images of `shape` (C, H, W) and `classes` classes, initialised from `seed` on the CPU.
 
-    Equal arguments give equal weights, and the process's random state is left alone. Eval mode is the caller's to set.
+    Equal arguments give equal weights, and the process's random state stays as it is. The caller sets eval mode.
     Raises `KeyError` for an unknown name and `WrongShape` for images or classes that the network cannot take.
     """
     architecture = ARCHITECTURES[name]

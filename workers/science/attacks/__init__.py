@@ -26,6 +26,6 @@ ATTACKS: dict[str, Callable[..., AttackOutput]] = {
 }
 
 WITH_TRAJECTORY = frozenset({"pgd", "fgsm", "apgd", "cw", "noise"})
-"""The attacks that an observer can follow; the others raise `ValueError` for one."""
+"""The attacks that an observer can follow; the others raise `ValueError` if there is one."""
 
 __all__ = ["ATTACKS", "WITH_TRAJECTORY", "Attack", "AttackInput", "AttackOutput", "Observer", "OnProgress", "prepare"]

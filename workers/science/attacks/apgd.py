@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, and a step size that halves where the loss stops rising."""
+"""Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, and a step size that halves if the loss stops rising."""
 
 import torch
 from torch import Tensor, nn
@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from workers.science.attacks.base import (
     AttackInput,
     AttackOutput,
-    Found,
+    Outcomes,
     Step,
     highest_wrong_classes,
     index_of,
-    look,
     misclassified,
     per_example,
+    show,
     take_gradient,
 )
 from workers.science.attacks.losses import objective
@@ -43,17 +43,14 @@ def apgd(
     if steps < 1 or restarts < 1 or eps < 0 or not 0 < rho <= 1 or targets < 1:
         raise ValueError("apgd needs steps >= 1, restarts >= 1, eps >= 0, 0 < rho <= 1 and targets >= 1")
     ball, x, y = geometry(norm), inputs.x.detach(), inputs.y
-    clean_logits = look(model, x)[1]
-    found = Found(x, misclassified(clean_logits, y))
-    found.met(clean_logits)
-    found.forward_calls += len(x)
-    classes = highest_wrong_classes(clean_logits, y, targets if targeted else 1)
+    outcomes = Outcomes(x)
+    classes = highest_wrong_classes(outcomes.classify(model, y), y, targets if targeted else 1)
     runs = restarts * classes.shape[1]
 
     for run in range(runs):
-        watcher = inputs.observer if run == 0 else None
-        leave = watcher is None
-        alive = found.robust() if run > 0 else torch.arange(len(x), device=x.device)
+        observer = inputs.observer if run == 0 else None
+        leave = observer is None
+        alive = outcomes.robust() if run > 0 else torch.arange(len(x), device=x.device)
         x_0, y_0, target = x[alive], y[alive], classes[alive, run % classes.shape[1]]
         noise = ball.random_start(x_0, 1.0, seed=inputs.seed, index=index_of(alive, inputs.index), restart=run)
         x_t = (x_0 + noise * per_example(eps / ball.size(noise).clamp_min(1e-12), noise)).clamp(0, 1)
@@ -62,15 +59,12 @@ def apgd(
             if not len(alive):
                 break
             climb = objective(loss, y_0, inputs.scale, target if targeted else None)
-            step = take_gradient(model, x_t, climb, with_features=watcher is not None)
-            found.count(alive, step)
-            if watcher is not None and step.phi is not None:
-                watcher(t, x_t, step.phi, step.logits)
-            if run == 0 and t == 0:
-                found.zero_gradient = step.zero_gradient
-            wrong = found.see(alive, x_t, misclassified(step.logits, y_0), judged=True)
+            step = take_gradient(model, x_t, climb, with_features=observer is not None)
+            outcomes.count(alive, step)
+            show(observer, t, x_t, step.phi, step.logits)
+            wrong = outcomes.see(alive, x_t, misclassified(step.logits, y_0), judged=True)
             if run == 0 and t == steps:
-                found.keep(alive, x_t)
+                outcomes.keep(alive, x_t)
             x_t, gradient = memory.after(t, x_t, step)
             if leave and bool(wrong.any()):
                 keep = ~wrong
@@ -85,7 +79,7 @@ def apgd(
                 ahead = x_t + a * (ahead - x_t) + (1 - a) * (x_t - x_before)
                 x_before, x_t = x_t, (x_0 + ball.project(ahead - x_0, eps)).clamp(0, 1)
             inputs.report(run * (steps + 1) + t + 1, runs * (steps + 1))
-    return found.output(norm, eps)
+    return outcomes.output(norm, eps)
 
 
 class _Memory:
@@ -102,7 +96,7 @@ class _Memory:
         self.less = max(int(0.03 * steps), 1)
 
     def after(self, t: int, x_t: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Note the loss at `x_t`; where to go on from, and the gradient there."""
+        """Note the loss at `x_t`. Gives the point that the next step starts from, and the gradient there."""
         better = step.loss > self.best_loss
         self.best_loss = torch.where(better, step.loss, self.best_loss)
         self.x_best = torch.where(per_example(better, x_t), x_t, self.x_best)

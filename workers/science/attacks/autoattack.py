@@ -1,7 +1,8 @@
-"""AutoAttack (Croce & Hein 2020), the standard ensemble: each member gets what the ones before it left.
+"""AutoAttack (Croce & Hein 2020), the standard ensemble: each member attacks what the others before it left robust.
 
 A re-implementation of `fra31/auto-attack` 0.1 (commit a392200), `version="standard"`, not the original code: the same
-members, budgets and order, with random numbers of its own for each example, and what `apgd`, `fab` and `square` name.
+members, budgets and order. It differs in the random numbers, which each example has of its own, and in the points that
+`apgd`, `fab` and `square` name.
 It is compared with the authors' code image by image (`tests/numerics/test_autoattack_original.py`).
 """
 
@@ -14,10 +15,8 @@ from workers.science.attacks.apgd import apgd
 from workers.science.attacks.base import (
     AttackInput,
     AttackOutput,
-    Found,
     OnProgress,
-    look,
-    misclassified,
+    Outcomes,
     refuse_observer,
 )
 from workers.science.attacks.fab import fab
@@ -51,24 +50,22 @@ def autoattack(
         {"steps": steps, "targets": targets},
         {"queries": queries},
     ]
-    clean_logits = look(model, x)[1]
-    found = Found(x, misclassified(clean_logits, y))
-    found.met(clean_logits)
-    found.forward_calls += len(x)
+    outcomes = Outcomes(x, takes_gradients=False)
+    outcomes.classify(model, y)
     for stage, (member, its) in enumerate(zip(members, params, strict=True)):
-        alive = found.robust() if stage else (~found.broken).nonzero().squeeze(1)
+        alive = outcomes.robust() if stage else (~outcomes.broken).nonzero().squeeze(1)
         if len(alive):
             left = replace(inputs.at(alive), on_progress=_share_of(inputs.on_progress, stage, len(members)))
             output = member(model, left, norm=norm, eps=eps, **its)
-            found.gradient_calls += output.gradient_calls
-            found.forward_calls += output.forward_calls
-            found.lose(alive, output.non_finite)
+            outcomes.gradient_calls += output.gradient_calls
+            outcomes.forward_calls += output.forward_calls
+            outcomes.lose(alive, output.non_finite)
             if stage == 0:
-                found.zero_gradient = output.zero_gradient
-                found.keep(alive, output.x_adv)
-            found.see(alive, output.x_adv, output.broken, judged=True)
+                outcomes.zero_gradient = output.zero_gradient
+                outcomes.keep(alive, output.x_adv)
+            outcomes.see(alive, output.x_adv, output.broken, judged=True)
         inputs.report((stage + 1) * RESOLUTION, len(members) * RESOLUTION)
-    return found.output(norm, eps)
+    return outcomes.output(norm, eps)
 
 
 RESOLUTION = 1000

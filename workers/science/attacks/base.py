@@ -1,4 +1,4 @@
-"""The seam that every attack fills: what it is given, what it hands back, and the gradient that they all take."""
+"""The seam that every attack fills: its input, its output, and the gradient that all attacks take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -55,16 +55,16 @@ class AttackInput:
 
 @dataclass(frozen=True)
 class AttackOutput:
-    """What an attack found. `broken` is set exactly where the model misclassifies `x` or `x_adv`, or is `non_finite`.
+    """The result of an attack. `broken` is true exactly if the model misclassifies `x` or `x_adv`, or for `non_finite`.
 
     x_adv               [n, C, H, W] the judged example: that of the first restart that broke it, else of restart 0
     broken              [n] bool: misclassified on the judged iterate of some restart, or without any attack
     broken_any_iterate  [n] bool: misclassified at any point that the attack evaluated; contains `broken`
-    zero_gradient       [n] bool: the input gradient at step 0 is exactly 0; None where the attack takes no gradient
+    zero_gradient       [n] bool: the input gradient at step 0 is exactly 0; None if the attack takes no gradient
     non_finite          [n] bool: the attack met a logit, a loss or a gradient that is NaN or infinite; x_adv is x there
     gradient_calls      forward and backward passes, counted per example
     forward_calls       forward passes without a backward pass, counted per example
-    norm, eps           the ball that `x_adv` promises to lie in; eps is None where there is none
+    norm, eps           the ball that contains `x_adv`; eps is None if there is none
     """
 
     x_adv: Tensor
@@ -120,12 +120,13 @@ def take_gradient(
     with_features: bool = False,
     of_features: Callable[[Tensor], Tensor] | None = None,
 ) -> Step:
-    """Gradient of `sum_i loss(logits)_i` with respect to `x_t`; of `of_features(phi)` instead, where that is given.
+    """Gradient of `sum_i loss(logits)_i` with respect to `x_t`; of `of_features(phi)` instead, if that is given.
 
     No `.grad` is written anywhere.
     """
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
+        with_features = with_features or of_features is not None
         phi, logits = features_and_logits(model, x_t) if with_features else (None, model(x_t))
         values = loss(logits) if of_features is None or phi is None else of_features(phi)
         (gradient,) = torch.autograd.grad(values.sum(), x_t)
@@ -134,8 +135,14 @@ def take_gradient(
 
 @torch.no_grad()
 def look(model: nn.Module, x_t: Tensor, *, with_features: bool = False) -> tuple[Tensor | None, Tensor]:
-    """`phi [n, m]`, if wanted, and `logits [n, k]` of one forward pass."""
+    """`phi [n, m]` (None without `with_features`) and `logits [n, k]` of one forward pass."""
     return features_and_logits(model, x_t) if with_features else (None, model(x_t))
+
+
+def show(observer: Observer | None, t: int, x_t: Tensor, phi: Tensor | None, logits: Tensor) -> None:
+    """Call the observer, if there is one."""
+    if observer is not None and phi is not None:
+        observer(t, x_t, phi, logits)
 
 
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
@@ -161,7 +168,7 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
 def index_of(alive: Tensor, index: Tensor) -> Tensor:
     """The entries of `index [n]` for the examples `alive`, positions in rising order.
 
-    Where all are alive that is `index` itself, and a GPU is not waited for.
+    If all are alive that is `index` itself, and a GPU is not waited for.
     """
     return index if len(alive) == len(index) else index[alive.to(index.device)]
 
@@ -172,25 +179,54 @@ def refuse_observer(inputs: AttackInput, attack: str) -> None:
         raise ValueError(f"{attack} has no trajectory to record")
 
 
-class Found:
-    """What is known so far about each of the examples `x [n, C, H, W]`."""
+class Outcomes:
+    """What an attack has seen so far of each of the examples `x [n, C, H, W]`; `output` makes its report of it.
 
-    def __init__(self, x: Tensor, clean_wrong: Tensor | None = None) -> None:
-        nobody = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.x, self.x_adv = x, x.clone()
-        self.clean_wrong = nobody if clean_wrong is None else clean_wrong
-        self.broken, self.broken_any = nobody.clone(), nobody.clone()
-        self.zero_gradient: Tensor | None = None
+    `alive [m]` are positions among the n, in rising order: the examples that the attack still works on.
+    `zero_gradient` is False for an example until its first gradient, and None for attacks that take none.
+    """
+
+    def __init__(self, x: Tensor, *, takes_gradients: bool = True) -> None:
+        no_example = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.x, self.x_adv, self.clean_wrong = x, x.clone(), no_example
+        self.broken, self.broken_any = no_example.clone(), no_example.clone()
+        self.zero_gradient = no_example.clone() if takes_gradients else None
         self.gradient_calls = self.forward_calls = 0
         self._largest = x.new_zeros(len(x))
 
+    def classify(self, model: nn.Module, y: Tensor) -> Tensor:
+        """Logits `[n, k]` of the clean images. The misclassified ones are broken without any attack."""
+        logits = self.look(model, self.x)
+        self.clean_wrong = misclassified(logits, y)
+        return logits
+
+    def look(
+        self,
+        model: nn.Module,
+        x_t: Tensor,
+        alive: Tensor | None = None,
+        *,
+        observer: Observer | None = None,
+        t: int = 0,
+    ) -> Tensor:
+        """Logits `[m, k]` of a forward pass at `x_t`, of the examples `alive` or of all. `observer` sees it as iterate
+        `t`.
+        """
+        phi, logits = look(model, x_t, with_features=observer is not None)
+        self.note_finite(logits, alive)
+        self.forward_calls += len(x_t)
+        show(observer, t, x_t, phi, logits)
+        return logits
+
     def count(self, alive: Tensor, step: Step) -> None:
-        """A gradient was taken of the examples `alive`."""
+        """A gradient was taken of the examples `alive`. The first one decides `zero_gradient`."""
+        if self.zero_gradient is not None and self.gradient_calls == 0:
+            self.zero_gradient[alive] = step.zero_gradient
         self.gradient_calls += len(alive)
         for values in (step.gradient, step.logits, step.loss[:, None]):
-            self.met(values, alive)
+            self.note_finite(values, alive)
 
-    def met(self, values: Tensor, alive: Tensor | None = None) -> None:
+    def note_finite(self, values: Tensor, alive: Tensor | None = None) -> None:
         """Note whether `values [n, ...]`, of the examples `alive` or of all, are finite: a sign or an argmax hides NaN.
 
         The maximum keeps NaN and infinities until the end, so a GPU need not wait for a look at every step.
@@ -202,7 +238,7 @@ class Found:
             self._largest[alive] = torch.maximum(self._largest[alive], largest)
 
     def lose(self, alive: Tensor, non_finite: Tensor) -> None:
-        """Note which of the examples `alive` another attack has found to be `non_finite`."""
+        """Note which of the examples `alive` were `non_finite` in another attack."""
         self._largest[alive] = self._largest[alive].masked_fill(non_finite, torch.inf)
 
     @property
@@ -220,7 +256,7 @@ class Found:
         return wrong
 
     def keep(self, alive: Tensor, x_t: Tensor) -> None:
-        """`x_t` is what there is to show for those that are not broken."""
+        """`x_t` is the `x_adv` of those that are not broken."""
         self.x_adv[alive] = torch.where(per_example(self.broken[alive], x_t), self.x_adv[alive], x_t)
 
     def robust(self) -> Tensor:
@@ -228,8 +264,8 @@ class Found:
         return (~self.broken & ~self.clean_wrong & ~self.non_finite).nonzero().squeeze(1)
 
     def output(self, norm: str, eps: float | None) -> AttackOutput:
-        """What an attack in the ball `eps` of `norm` hands back; a non-finite example comes back as it was."""
-        self.met(self.x_adv)
+        """The result of an attack in the ball `eps` of `norm`. A non-finite example is returned as it was."""
+        self.note_finite(self.x_adv)
         lost = self.non_finite
         return AttackOutput(
             torch.where(per_example(lost, self.x), self.x, self.x_adv),

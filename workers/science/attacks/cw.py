@@ -6,10 +6,10 @@ from torch import nn
 from workers.science.attacks.base import (
     AttackInput,
     AttackOutput,
-    Found,
-    look,
+    Outcomes,
     misclassified,
     per_example,
+    show,
     take_gradient,
 )
 from workers.science.attacks.losses import margin
@@ -36,37 +36,31 @@ def cw(
     if steps < 1 or c < 0 or kappa < 0 or lr <= 0:
         raise ValueError("cw needs steps >= 1, c >= 0, kappa >= 0 and lr > 0")
     x, y, observer = inputs.x.detach(), inputs.y, inputs.observer
-    found = Found(x)
+    outcomes = Outcomes(x)
     w = torch.atanh(INSIDE * (2 * x - 1)).requires_grad_()
     adam = torch.optim.Adam([w], lr=lr)
     everyone = torch.arange(len(x), device=x.device)
     nearest = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
     last = x
-    clean_logits = look(model, x)[1]
-    found.met(clean_logits)
-    found.clean_wrong = misclassified(clean_logits, y)
-    found.forward_calls += len(x)
+    outcomes.classify(model, y)
     for t in range(steps + 1):
         with torch.enable_grad():
             candidate = (torch.tanh(w) + 1) / 2
         last = candidate.detach()
         confidence = lambda logits: -c * margin(logits, y).clamp_max(kappa)  # noqa: E731
         step = take_gradient(model, last, confidence, with_features=observer is not None)
-        found.count(everyone, step)
-        if observer is not None and step.phi is not None:
-            observer(t, last, step.phi, step.logits)
-        if t == 0:
-            found.zero_gradient = step.zero_gradient
+        outcomes.count(everyone, step)
+        show(observer, t, last, step.phi, step.logits)
         wrong = misclassified(step.logits, y)
-        found.broken_any |= wrong
-        found.broken |= wrong
+        outcomes.broken_any |= wrong
+        outcomes.broken |= wrong
         squared = (last - x).square().flatten(1).sum(1)
         nearer = wrong & (squared < nearest)
         nearest = torch.where(nearer, squared, nearest)
-        found.x_adv = torch.where(per_example(nearer, x), last, found.x_adv)
+        outcomes.x_adv = torch.where(per_example(nearer, x), last, outcomes.x_adv)
         if t < steps:
             (w.grad,) = torch.autograd.grad(candidate, w, step.gradient + 2 * (last - x))
             adam.step()
         inputs.report(t, steps)
-    found.keep(everyone, last)
-    return found.output("l2", None)
+    outcomes.keep(everyone, last)
+    return outcomes.output("l2", None)

@@ -1,6 +1,6 @@
 """FAB, targeted (Croce & Hein 2020b): the nearest point of the linearised boundary, again and again.
 
-The third member of AutoAttack. It minimises the perturbation; it breaks an example where that fits into the ball.
+The third member of AutoAttack. It minimises the perturbation, and breaks an example if that fits into the ball.
 """
 
 import torch
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from workers.science.attacks.base import (
     AttackInput,
     AttackOutput,
-    Found,
+    Outcomes,
     highest_wrong_classes,
-    look,
     misclassified,
     per_example,
     refuse_observer,
@@ -45,24 +44,18 @@ def fab(
     if steps < 1 or targets < 1 or eps < 0:
         raise ValueError("fab needs steps >= 1, targets >= 1 and eps >= 0")
     ball, x, y = geometry(norm), inputs.x.detach(), inputs.y
-    clean_logits = look(model, x)[1]
-    found = Found(x, misclassified(clean_logits, y))
-    found.met(clean_logits)
-    found.forward_calls += len(x)
-    found.zero_gradient = torch.zeros_like(found.broken)
-    classes = highest_wrong_classes(clean_logits, y, targets)
+    outcomes = Outcomes(x)
+    classes = highest_wrong_classes(outcomes.classify(model, y), y, targets)
 
     for run in range(classes.shape[1]):
-        alive = found.robust()
+        alive = outcomes.robust()
         x_0, y_0, target = x[alive], y[alive], classes[alive, run]
         x_t = x_0
         for t in range(steps):
             if not len(alive):
                 break
             step = take_gradient(model, x_t, lambda z, y=y_0, k=target: at(z, k) - at(z, y))  # type: ignore[misc]
-            found.count(alive, step)
-            if run == 0 and t == 0:
-                found.zero_gradient[alive] = step.zero_gradient
+            outcomes.count(alive, step)
             normal = step.gradient
             offset = (normal * x_t).flatten(1).sum(1) - step.loss
             from_x_t = to_hyperplane(x_t, normal, offset, norm)
@@ -71,24 +64,21 @@ def fab(
             alpha = per_example((near / (near + far)).clamp(0, alpha_max), x_t)
             x_t = ((1 - alpha) * (x_t + eta * from_x_t) + alpha * (x_0 + eta * from_x_0)).clamp(0, 1)
 
-            logits = look(model, x_t)[1]
-            found.met(logits, alive)
-            wrong = misclassified(logits, y_0)
-            found.forward_calls += len(alive)
+            wrong = misclassified(outcomes.look(model, x_t, alive), y_0)
             within = ball.size(x_t - x_0) <= eps
-            found.see(alive, x_t, wrong & within, judged=True)
+            outcomes.see(alive, x_t, wrong & within, judged=True)
             x_t = torch.where(per_example(wrong, x_t), x_0 + beta * (x_t - x_0), x_t)
             keep = ~(wrong & within)
             alive, x_0, y_0, target, x_t = (v[keep] for v in (alive, x_0, y_0, target, x_t))
             inputs.report(run * steps + t + 1, classes.shape[1] * steps)
-    return found.output(norm, eps)
+    return outcomes.output(norm, eps)
 
 
 def to_hyperplane(x: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tensor:
-    """The smallest `d [n, C, H, W]` with `<normal, x + d> = offset` and `x + d` in [0, 1]; where there is none, the
+    """The smallest `d [n, C, H, W]` with `<normal, x + d> = offset` and `x + d` in [0, 1]; if there is none, the
     corner of the box that comes nearest to the plane.
 
-    `d = sign * min(t * speed, room)`, per pixel, with speed 1 for linf and |normal| for l2. What t gives is concave
+    `d = sign * min(t * speed, room)`, per pixel, with speed 1 for linf and |normal| for l2. `|<normal, d>|` is concave
     and piecewise linear in t, so Newton's method from t = 0 rises to the root and stops there.
     """
     weight = normal.flatten(1).abs()

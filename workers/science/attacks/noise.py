@@ -1,13 +1,14 @@
-"""Random noise: the control path of README.md, "Attacks". What noise breaks was never robust; what it does to a
-trajectory's sharpness is not the attack's doing.
+"""Random noise: the control path of README.md, "Attacks".
+
+An example that noise breaks was never robust. A change of sharpness along a path of noise is no effect of an attack.
 """
 
 import numpy as np
 import torch
 from torch import nn
 
-from workers.science.attacks.base import AttackInput, AttackOutput, Found, look, misclassified
-from workers.science.attacks.norms import geometry
+from workers.science.attacks.base import AttackInput, AttackOutput, Outcomes, misclassified
+from workers.science.attacks.norms import geometry, random_point
 from workers.science.seeding import moved, normal_per_example
 
 
@@ -30,29 +31,23 @@ def noise(
     if kind not in ("gaussian", "uniform") or points < 2 or draws < 1 or eps < 0:
         raise ValueError("noise needs kind gaussian or uniform, points >= 2, draws >= 1 and eps >= 0")
     x, y = inputs.x.detach(), inputs.y
-    found, everyone = Found(x), torch.arange(len(x), device=x.device)
+    outcomes, everyone = Outcomes(x, takes_gradients=False), torch.arange(len(x), device=x.device)
     for draw in range(draws):
-        watcher = inputs.observer if draw == 0 else None
+        observer = inputs.observer if draw == 0 else None
         if kind == "gaussian":
             normal = normal_per_example(inputs.seed, inputs.index, draw, x.shape[1:], stream="noise")
             end = (0.5 + 0.25 * moved(normal, x.device).to(x)).clamp(0, 1)
         else:
-            start = geometry(norm).random_start(x, eps, seed=inputs.seed, index=inputs.index, restart=draw)
-            end = (x + start).clamp(0, 1)
+            end = random_point(geometry(norm), eps, inputs, draw)
         for t, a in enumerate(np.linspace(0, 1, points).tolist()):
             if t == 0 and draw > 0:
                 continue
             x_t = end if t == points - 1 else x + a * (end - x)
-            phi, logits = look(model, x_t, with_features=watcher is not None)
-            found.forward_calls += len(x)
-            if watcher is not None and phi is not None:
-                watcher(t, x_t, phi, logits)
-            found.met(logits)
-            wrong = misclassified(logits, y)
+            wrong = misclassified(outcomes.look(model, x_t, observer=observer, t=t), y)
             if t == 0:
-                found.clean_wrong = wrong
+                outcomes.clean_wrong = wrong
             if t == points - 1 and draw == 0:
-                found.keep(everyone, x_t)
-            found.see(everyone, x_t, wrong, judged=t == points - 1)
+                outcomes.keep(everyone, x_t)
+            outcomes.see(everyone, x_t, wrong, judged=t == points - 1)
             inputs.report(draw * (points - 1) + t, draws * (points - 1))
-    return found.output(norm if kind == "uniform" else "l2", eps if kind == "uniform" else None)
+    return outcomes.output(norm if kind == "uniform" else "l2", eps if kind == "uniform" else None)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.science.attacks.base import per_example
+from workers.science.attacks.base import AttackInput, per_example
 from workers.science.seeding import moved, normal_per_example, uniform_per_example
 
 
@@ -69,7 +69,7 @@ class L2:
         return unit / norm.clamp_min(1.0)
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
-        """Scaled back to the sphere of radius eps where it lies outside."""
+        """Scaled back to the sphere of radius eps if it lies outside."""
         # squares of float32 underflow only below 1e-19, where a step moves no pixel
         norm: Tensor = torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.ndim)), keepdim=True)
         return delta * (eps / norm.clamp_min(1e-30)).clamp_max(1.0)
@@ -80,13 +80,19 @@ class L2:
         return norm
 
 
+def random_point(ball: Norm, eps: float, inputs: AttackInput, restart: int) -> Tensor:
+    """A random point `[n, C, H, W]` of the ball around each image, clipped to [0, 1]."""
+    x = inputs.x.detach()
+    return (x + ball.random_start(x, eps, seed=inputs.seed, index=inputs.index, restart=restart)).clamp(0, 1)
+
+
 RADIUS = "radius"
 
 NORMS: dict[str, Norm] = {"linf": Linf(), "l2": L2()}
 
 
 def geometry(name: str) -> Norm:
-    """The norm of that name. Raises `ValueError` for one that is not there."""
+    """The norm of that name. Raises `ValueError` for an unknown one."""
     if name not in NORMS:
         raise ValueError(f"unknown norm {name!r}; there are {', '.join(NORMS)}")
     return NORMS[name]

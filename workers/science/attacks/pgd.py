@@ -9,15 +9,14 @@ from workers.science.attacks.base import (
     AttackInput,
     AttackOutput,
     FeatureLoss,
-    Found,
+    Outcomes,
     highest_wrong,
-    index_of,
-    look,
     misclassified,
+    show,
     take_gradient,
 )
 from workers.science.attacks.losses import objective
-from workers.science.attacks.norms import geometry
+from workers.science.attacks.norms import geometry, random_point
 
 
 def pgd(
@@ -49,42 +48,30 @@ def pgd(
         raise ValueError("pgd needs judge final or any_step, steps >= 0, restarts >= 1, eps >= 0 and step_size >= 0")
     any_step, leave = judge == "any_step", judge == "any_step" and inputs.observer is None
     ball, x, y = geometry(norm), inputs.x.detach(), inputs.y
-    everyone = torch.arange(len(x), device=x.device)
-    found = Found(x)
-    found.zero_gradient = torch.zeros_like(found.broken)
+    outcomes = Outcomes(x)
     if random_start or targeted:
-        clean_logits = look(model, x)[1]
-        found.met(clean_logits)
-        found.forward_calls += len(x)
-        found.clean_wrong = misclassified(clean_logits, y)
+        clean_logits = outcomes.classify(model, y)
     target = highest_wrong(clean_logits, y) if targeted else y
 
     for restart in range(restarts):
-        watcher = inputs.observer if restart == 0 else None
-        alive = found.robust() if leave and restart > 0 else everyone
+        observer = inputs.observer if restart == 0 else None
+        alive = outcomes.robust() if leave and restart > 0 else torch.arange(len(x), device=x.device)
         if not len(alive):
             break
         x_0, y_0, target_0 = x[alive], y[alive], target[alive]
-        x_t = x_0
-        if random_start or restart > 0:
-            noise = ball.random_start(x_0, eps, seed=inputs.seed, index=index_of(alive, inputs.index), restart=restart)
-            x_t = (x_0 + noise).clamp(0, 1)
+        x_t = random_point(ball, eps, inputs.at(alive), restart) if random_start or restart > 0 else x_0
         for t in range(steps):
             if not len(alive):
                 break
             climb = objective(loss, y_0, inputs.scale, target_0 if targeted else None)
             of_features = None if feature_loss is None else partial(feature_loss, y=y_0)
-            wanted = watcher is not None or of_features is not None
-            step = take_gradient(model, x_t, climb, with_features=wanted, of_features=of_features)
+            step = take_gradient(model, x_t, climb, with_features=observer is not None, of_features=of_features)
             gradient = step.gradient
-            found.count(alive, step)
-            if watcher is not None and step.phi is not None:
-                watcher(t, x_t, step.phi, step.logits)
-            wrong = found.see(alive, x_t, misclassified(step.logits, y_0), judged=any_step)
-            if restart == 0 and t == 0:
-                found.zero_gradient = step.zero_gradient
-                if not random_start:
-                    found.clean_wrong = wrong
+            outcomes.count(alive, step)
+            show(observer, t, x_t, step.phi, step.logits)
+            wrong = outcomes.see(alive, x_t, misclassified(step.logits, y_0), judged=any_step)
+            if restart == t == 0 and not random_start:
+                outcomes.clean_wrong = wrong
             if leave and bool(wrong.any()):
                 keep = ~wrong
                 alive, x_0, y_0, target_0, x_t, gradient = (v[keep] for v in (alive, x_0, y_0, target_0, x_t, gradient))
@@ -92,12 +79,8 @@ def pgd(
             x_t = (x_0 + ball.project(x_t - x_0, eps)).clamp(0, 1)
             inputs.report(restart * steps + t + 1, restarts * steps)
         if len(alive):
-            phi, logits = look(model, x_t, with_features=watcher is not None)
-            found.met(logits, alive)
-            found.forward_calls += len(alive)
-            if watcher is not None and phi is not None:
-                watcher(steps, x_t, phi, logits)
+            logits = outcomes.look(model, x_t, alive, observer=observer, t=steps)
             if restart == 0:
-                found.keep(alive, x_t)
-            found.see(alive, x_t, misclassified(logits, y_0), judged=True)
-    return found.output(norm, eps)
+                outcomes.keep(alive, x_t)
+            outcomes.see(alive, x_t, misclassified(logits, y_0), judged=True)
+    return outcomes.output(norm, eps)

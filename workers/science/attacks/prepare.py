@@ -1,6 +1,6 @@
 """Faster forms of a network for taking gradients: stated options, part of a digest, checked against the network.
 
-An attack may climb the prepared network; what it finds is judged by the plain one in float32.
+An attack may climb the prepared network; its examples are judged by the plain one in float32.
 """
 
 import copy
@@ -50,12 +50,12 @@ def prepare(
     batch_size: int = 256,
     probe: Tensor | None = None,
 ) -> nn.Module:
-    """A copy of `model` that computes (almost) the same logits faster; `model` itself where nothing is asked for.
+    """A copy of `model` that computes (almost) the same logits faster; `model` itself without any option.
 
     `precision` "bf16" runs all but the head under bf16 autocast; `fold_batch_norm` merges each batch norm that
     directly follows a convolution into it; `compile` compiles it for batches of up to `batch_size` images. With
     `probe [n, C, H, W]` the logits are compared, see `TOLERANCE`.
-    Raises `ScienceError` where they differ, or where the network cannot be traced to find what follows what.
+    Raises `ScienceError` if they differ, or if the network cannot be traced to find which layer follows which.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; there are {', '.join(PRECISIONS)}")
@@ -83,7 +83,7 @@ def prepare(
 
 
 def _fold_batch_norm(model: nn.Module) -> None:
-    """In place. A plain batch norm that alone reads the output of a convolution used once goes into it."""
+    """In place. A plain batch norm is merged into a convolution that is used once, if nothing else reads its output."""
     try:
         graph = fx.symbolic_trace(model).graph
     except Exception as error:  # tracing runs the network's own code, which may raise anything
@@ -108,7 +108,7 @@ def _fold_batch_norm(model: nn.Module) -> None:
 @torch.no_grad()
 def _compare(model: nn.Module, prepared: nn.Module, probe: Tensor, tolerance: float) -> None:
     plain = model(probe)
-    finite = torch.isfinite(plain).all(1)  # images that the plain network cannot read say nothing of the prepared one
+    finite = torch.isfinite(plain).all(1)  # images without finite logits compare nothing
     if not bool(finite.any()):
         raise NonFinite.of("a logit", ~finite)
     plain, fast = plain[finite], prepared(probe)[finite]

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from workers.science.attacks.base import (
     AttackInput,
     AttackOutput,
-    Found,
+    Outcomes,
     index_of,
-    look,
     misclassified,
     per_example,
     refuse_observer,
@@ -32,7 +31,7 @@ def square(
     queries: int = 5000,
     p_init: float = 0.8,
 ) -> AttackOutput:
-    """At most `queries` forward passes per example, each a proposal that is kept where the margin loss rises.
+    """At most `queries` forward passes per example, each a proposal that is kept if the margin loss rises.
 
     `p_init` is the share of the image that the first squares cover; it halves at the published share of the queries.
     Examples leave when broken. Positions and signs are drawn per example, where the published code shares positions
@@ -45,11 +44,9 @@ def square(
     if propose is None:
         raise ValueError(f"unknown norm {norm!r}; there are linf, l2")
     x, y = inputs.x.detach(), inputs.y
-    clean_logits = look(model, x)[1]
-    found = Found(x, misclassified(clean_logits, y))
-    found.met(clean_logits)
-    found.forward_calls += len(x)
-    alive = found.robust()
+    outcomes = Outcomes(x, takes_gradients=False)
+    outcomes.classify(model, y)
+    alive = outcomes.robust()
     x_0, y_0 = x[alive], y[alive]
     channels, height, width = x.shape[1:]
 
@@ -64,10 +61,8 @@ def square(
             if (query - 1) % CHUNK == 0:
                 drawn = _uniform(inputs, alive, (CHUNK, 5 + channels), f"square {query}")
             x_new = propose(x_0, x_best, eps, _share(p_init, query - 1, queries), drawn[:, (query - 1) % CHUNK])
-        logits = look(model, x_new)[1]
-        found.met(logits, alive)
-        found.forward_calls += len(alive)
-        wrong = found.see(alive, x_new, misclassified(logits, y_0), judged=True)
+        logits = outcomes.look(model, x_new, alive)
+        wrong = outcomes.see(alive, x_new, misclassified(logits, y_0), judged=True)
         value = margin(logits, y_0)
         better = value > best
         best, x_best = torch.where(better, value, best), torch.where(per_example(better, x_new), x_new, x_best)
@@ -75,8 +70,8 @@ def square(
             keep = ~wrong
             alive, x_0, y_0, x_best, best, drawn = (v[keep] for v in (alive, x_0, y_0, x_best, best, drawn))
         inputs.report(query + 1, queries)
-    found.keep(alive, x_best)
-    return found.output(norm, eps)
+    outcomes.keep(alive, x_best)
+    return outcomes.output(norm, eps)
 
 
 def _uniform(inputs: AttackInput, alive: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
@@ -107,7 +102,7 @@ def _stripes(x: Tensor, eps: float, u: Tensor) -> Tensor:
 
 
 def _corners(x: Tensor, side: int, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns `[n, side]` of a square in each image, at the place that `u [n, 2]` in [0, 1) says."""
+    """Rows and columns `[n, side]` of a square in each image, at the place given by `u [n, 2]` in [0, 1)."""
     along = torch.arange(side, device=x.device)
     room = moved(torch.tensor([size - side + 1 for size in x.shape[-2:]]), x.device)
     corner = (u * room).long().minimum(room - 1)
@@ -130,7 +125,7 @@ def _propose_linf(x: Tensor, x_best: Tensor, eps: float, share: float, u: Tensor
 
 
 def _propose_l2(x: Tensor, x_best: Tensor, eps: float, share: float, u: Tensor) -> Tensor:
-    """Take what is in a second square, and give it to the first, with a bump of a new sign added."""
+    """Move the content of a second square to the first, and add a bump of a new sign."""
     side = _side(share, x, 3)
     side -= 1 - side % 2
     rows, columns = _corners(x, side, u[:, :2])

@@ -22,7 +22,7 @@ from workers.science.datasets.npz import read_npz
 class Dataset:
     """A data set by name: `read(data_dir)` gives it, the rest is what a catalogue says before anything is read.
 
-    Reading downloads absent files, and raises `DatasetMissing` where it cannot, `DatasetCorrupt` for wrong checksums.
+    Reading downloads absent files, and raises `DatasetMissing` if it cannot, `DatasetCorrupt` for wrong checksums.
     """
 
     read: Callable[[Path], ImageData]

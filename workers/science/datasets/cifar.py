@@ -33,8 +33,8 @@ def checksums(source: "type[CIFAR10]") -> dict[str, str]:
 def read_cifar10(folder: Path, md5: Checksums | None = None) -> ImageData:
     """50,000 + 10,000 colour images of 32x32 pixels in 10 classes, from `folder/cifar-10-batches-py`.
 
-    `md5` are the sums that the files must have, the official ones where left out; with these, absent or damaged
-    files are taken from the archive beside that folder, or downloaded. Raises `DatasetMissing`, `DatasetCorrupt`.
+    `md5` are the sums that the files must have; None: the official ones, and absent or damaged files are then taken
+    from the archive beside that folder, or downloaded. Raises `DatasetMissing`, `DatasetCorrupt`.
     """
     from torchvision.datasets import CIFAR10  # here: it takes seconds to import
 
@@ -67,9 +67,9 @@ def _read(name: str, source: "type[CIFAR10]", folder: Path, md5: Checksums | Non
 
 
 def _extract(source: "type[CIFAR10]", folder: Path) -> None:
-    """The files of the archive, each put whole into its place: another worker may read them, or do the same.
+    """Extract the archive. Each file is moved whole into its place: another worker may read it, or extract too.
 
-    Nothing else stays; an archive that was there is left where it is.
+    Only these files stay, and an archive that was in the folder before.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,11 +93,11 @@ def _entries(base: Path, md5: Checksums) -> dict[str, dict[str, Any]]:
 
 
 def _unpickle(path: Path, md5: str) -> dict[str, Any]:
-    """The bytes that were checked are the bytes that are unpickled."""
+    """The batch of a file. The bytes that are unpickled are those whose sum was checked."""
     content = path.read_bytes()
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise DatasetCorrupt(f"{path} has MD5 {found}, the original has {md5}: delete it and put the original there")
+    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if actual != md5:
+        raise DatasetCorrupt(f"{path} has MD5 {actual}, the original has {md5}: delete it and put the original there")
     entry = _Unpickler(io.BytesIO(content), encoding="latin1").load()
     if not isinstance(entry, dict):
         raise DatasetCorrupt(f"{path} is not a CIFAR batch: put the original there")

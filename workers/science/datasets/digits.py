@@ -18,7 +18,7 @@ def read(_folder: Path | None = None) -> ImageData:
     rounded by largest remainder, lower digit first.
     """
     table = _scans()
-    # The one channel comes last in memory: which kernels convolve it, and so the last digits of numbers, hang on that.
+    # The one channel comes last in memory. That decides which kernels convolve it, and so the last digits of numbers.
     x = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)[:, None]
     y = table[:, -1].astype(np.int64)
     order = np.random.RandomState(PERMUTATION_SEED).permutation(len(y))
@@ -36,10 +36,10 @@ def read(_folder: Path | None = None) -> ImageData:
 
 def _scans() -> np.ndarray:
     """Pixels and digit of each scan, `[1797, 65]`: what `load_digits` reads, without the seconds of its import."""
-    found = find_spec("sklearn")
-    if found is None or found.origin is None:
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
         raise ModuleNotFoundError("the digits come with scikit-learn: pip install scikit-learn")
-    return np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
 
 
 def _shares(counts: np.ndarray) -> list[int]:

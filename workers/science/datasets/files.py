@@ -1,4 +1,4 @@
-"""The files of the public data sets: there with the right checksum, downloaded, or a sentence that says what to do."""
+"""The files of the public data sets: with the right checksum, downloaded, or an error that says what to do."""
 
 import hashlib
 import http.client
@@ -14,21 +14,21 @@ TIMEOUT_SECONDS = 10.0
 
 
 def verified(path: Path, md5: str, urls: Sequence[str] = (), *, into: Path | None = None) -> Path:
-    """`path`, once its MD5 is the one given; absent or other, it is downloaded from the first of `urls` that answers.
+    """`path`, if its MD5 is `md5`; else the file is downloaded from the first of `urls` that answers.
 
-    A download takes the place of `path`, or goes to the folder `into`, where given: what is returned is where it is.
+    A download replaces `path`, or goes to the folder `into`, if that is given. Returns the path of the right file.
     Raises `DatasetMissing` and `DatasetCorrupt`, which name the file.
     """
-    found = checksum(path, "md5") if path.is_file() else None
-    if found == md5:
+    actual = checksum(path, "md5") if path.is_file() else None
+    if actual == md5:
         return path
     target = path if into is None else into / path.name
     reasons = _download(target, md5, urls)
     if reasons is None:
         return target
-    if found is not None:
+    if actual is not None:
         raise DatasetCorrupt(
-            f"{path} has MD5 {found}, the original has {md5}: delete the file and put the original there"
+            f"{path} has MD5 {actual}, the original has {md5}: delete the file and put the original there"
         )
     raise DatasetMissing(
         f"{path.name} is not in {path.parent} and could not be downloaded ({reasons}): put the file there"
@@ -42,7 +42,7 @@ def checksum(path: Path, algorithm: str) -> str:
 
 
 def _download(path: Path, md5: str, urls: Sequence[str]) -> str | None:
-    """By a temporary name and a rename, so that a file is whole or not there. Why it failed; None where it did not."""
+    """Why the download failed; None if it did not. A temporary name and a rename leave a whole file or none."""
     tried = []
     for url in urls:
         part = path.with_name(f"{path.name}.{uuid4().hex}.part")  # other threads and machines may do the same

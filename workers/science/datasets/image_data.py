@@ -57,7 +57,7 @@ class ImageData:
         return replace(self, **moved)
 
     def sha256(self) -> str:
-        """SHA-256 over the bytes of `train_x, train_y, test_x, test_y`: what was really read, for the provenance."""
+        """SHA-256 over the bytes of `train_x, train_y, test_x, test_y`, as they were read: for the provenance."""
         digest = hashlib.sha256()
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(str(tuple(tensor.shape)).encode())
@@ -74,7 +74,7 @@ def sample_indices(n_total: int, n: int, order: Order = "permutation") -> NDArra
     """The first `n` of the one fixed permutation of `n_total` examples (README.md, "Notation"), so n < n' nest; or, by
     `order` "file", the first `n` of the data set as it is stored, as RobustBench and AutoAttack take them.
 
-    Raises `WrongShape` where more are asked for than there are.
+    Raises `WrongShape` for more than there are.
 
     >>> sample_indices(10, 4).tolist() == sample_indices(10, 10).tolist()[:4]
     True
@@ -93,16 +93,16 @@ def training_indices(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The images that are trained on, and the `held_out` ones, which are the end of the fixed permutation.
 
-    `train_samples` are its first so many; None: all that are not held out. Raises `WrongShape` where they overlap.
+    `train_samples` are its first so many; None: all that are not held out. Raises `WrongShape` if they overlap.
 
     >>> trained_on, held_out = training_indices(10, held_out=3)
     >>> sorted([*trained_on.tolist(), *held_out.tolist()]) == list(range(10)), len(held_out)
     (True, 3)
     """
     order = sample_indices(n_total, n_total)
-    wanted = n_total - held_out if train_samples is None else train_samples
-    if wanted < 1 or wanted + held_out > n_total:
+    count = n_total - held_out if train_samples is None else train_samples
+    if count < 1 or count + held_out > n_total:
         raise WrongShape(
-            f"{max(wanted, 0)} images to train on and {held_out} held out were asked for of {n_total} training images"
+            f"{max(count, 0)} images to train on and {held_out} held out were asked for of {n_total} training images"
         )
-    return order[:wanted], order[n_total - held_out :]
+    return order[:count], order[n_total - held_out :]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_mnist(folder: Path) -> ImageData:
-    """60,000 + 10,000 grey handwritten digits of 28x28 pixels, from `folder/MNIST/raw`, downloaded where absent."""
+    """60,000 + 10,000 grey handwritten digits of 28x28 pixels, from `folder/MNIST/raw`, downloaded if absent."""
     from torchvision.datasets import MNIST  # here: it takes seconds to import
 
     return _read("mnist", MNIST, folder)

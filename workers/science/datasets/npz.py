@@ -19,7 +19,7 @@ FILES = ("train.npz", "test.npz")
 
 
 def read_npz(folder: Path, sha256: Mapping[str, str] | None = None) -> ImageData:
-    """The data set in `folder`. `sha256` are the sums that `train.npz` and `test.npz` must have, where they are known.
+    """The data set in `folder`. `sha256` are the sums that `train.npz` and `test.npz` must have; None: any.
 
     Labels are 0..k-1, each with at least one training image, k >= 2; the class names are the labels.
     Raises `DatasetMissing`, and `DatasetCorrupt` for other bytes, dtypes, shapes or labels. Nothing is unpickled.
@@ -29,7 +29,7 @@ def read_npz(folder: Path, sha256: Mapping[str, str] | None = None) -> ImageData
         if not path.is_file():
             raise DatasetMissing(f"{path} is not there: put train.npz and test.npz in {folder}")
         if sha256 is not None and checksum(path, "sha256") != sha256[path.name]:
-            raise DatasetCorrupt(f"{path} is not the file that was registered: register it anew under another name")
+            raise DatasetCorrupt(f"{path} is not the file that was registered: register it again under another name")
     (train_x, train_y), (test_x, test_y) = (_read_file(path) for path in paths)
     classes = int(train_y.max()) + 1
     if classes < 2:

@@ -11,7 +11,7 @@ from workers.science.datasets.image_data import ImageData
 
 
 def read(folder: Path) -> ImageData:
-    """73,257 + 26,032 colour digits of 32x32 pixels, from `folder`, downloaded where absent. Label 10 becomes 0."""
+    """73,257 + 26,032 colour digits of 32x32 pixels, from `folder`, downloaded if absent. Label 10 becomes 0."""
     from torchvision.datasets import SVHN  # here: it takes seconds to import
 
     splits = []

@@ -26,8 +26,7 @@ class BatchNoise:
 
     `index` lies on the CPU, where the numbers are made: a GPU is not waited for.
 
-    They are no part of the stream that order, crops and flips are drawn from: with equal seeds, every recipe sees the
-    same batches.
+    Order, crops and flips are drawn from another stream: with equal seeds, every recipe sees the same batches.
     """
 
     seed: int

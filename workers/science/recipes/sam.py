@@ -18,7 +18,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor, noise: object, /, rho: float) -
 
 
 def backward(model: nn.Module, loss_of_batch: Callable[[], LossAndLogits], /, rho: float) -> LossAndLogits:
-    """The gradient at `w + rho g / |g|`, g the gradient at w, both norms over all parameters; w is put back.
+    """The gradient at `w + rho g / |g|`, g the gradient at w, both norms over all parameters; w is restored.
 
     The second pass does not update the running statistics of batch norm. Gives loss and logits at w.
     """

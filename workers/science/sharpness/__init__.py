@@ -9,8 +9,8 @@ from workers.science.sharpness.adaptive_average import adaptive_average
 from workers.science.sharpness.adaptive_worst import adaptive_worst
 from workers.science.sharpness.asam_sharpness import asam_sharpness
 from workers.science.sharpness.base import Measure, MeasureInput, MeasureReport
-from workers.science.sharpness.closed_forms import penultimate
-from workers.science.sharpness.detector import detection
+from workers.science.sharpness.closed_forms import closed_forms
+from workers.science.sharpness.detector import detector
 from workers.science.sharpness.fisher_rao import fisher_rao
 from workers.science.sharpness.hessian_trace_network import hessian_trace_network
 from workers.science.sharpness.input_curvature import input_curvature
@@ -22,7 +22,7 @@ from workers.science.sharpness.top_eigenvalue_network import top_eigenvalue_netw
 
 # `service/specs/measures.py` has the names and parameters: `tests/contract/test_catalog.py` compares them.
 MEASURES: dict[str, Callable[..., MeasureReport]] = {
-    "closed_forms": penultimate,
+    "closed_forms": closed_forms,
     "hessian_trace_network": hessian_trace_network,
     "top_eigenvalue_network": top_eigenvalue_network,
     "sam_sharpness": sam_sharpness,
@@ -34,7 +34,7 @@ MEASURES: dict[str, Callable[..., MeasureReport]] = {
     "input_gradient_norm": input_gradient_norm,
     "input_curvature": input_curvature,
     "lipschitz": lipschitz,
-    "detector": detection,
+    "detector": detector,
 }
 
 __all__ = ["MEASURES", "Measure", "MeasureInput", "MeasureReport"]

@@ -24,7 +24,7 @@ def adaptive_average(
     images: int = 1024,
 ) -> MeasureReport:
     """`adaptive_average` and `adaptive_average_normalised`, the same draws for both, each with a `_standard_error`
-    over draws (null for one), on unaugmented training images; `log_adaptive_average`, null where the loss does not
+    over draws (null for one), on unaugmented training images; `log_adaptive_average`, null if the loss does not
     rise.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
@@ -47,7 +47,7 @@ def adaptive_average(
         inputs.report(draw + 1, draws)
     numbers: Numbers = {}
     for name, odds in after.items():
-        rises = [mean_increase(before[name], one)[0] for one in odds]
+        rises = [mean_increase(before[name], of_draw)[0] for of_draw in odds]
         numbers[name], log_rise = mean_increase(before[name], torch.stack(odds))
         numbers[f"{name}_standard_error"] = _standard_error(rises)
         if name == "adaptive_average":

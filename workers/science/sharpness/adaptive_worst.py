@@ -25,7 +25,7 @@ def adaptive_worst(
     images: int = 1024,
 ) -> MeasureReport:
     """`adaptive_worst` and `adaptive_worst_normalised` on unaugmented training images, `m` in each batch;
-    `log_adaptive_worst`, null where the loss does not rise.
+    `log_adaptive_worst`, null if the loss does not rise.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)

@@ -19,7 +19,7 @@ def asam_sharpness(
     m: int = 128,
     images: int = 1024,
 ) -> MeasureReport:
-    """`asam_sharpness` and `log_asam_sharpness` (null where the loss does not rise) on unaugmented training images, `m`
+    """`asam_sharpness` and `log_asam_sharpness` (null if the loss does not rise) on unaugmented training images, `m`
     in each batch.
 
     >>> import torch

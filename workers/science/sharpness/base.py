@@ -54,7 +54,7 @@ class MeasureInput:
 
 @dataclass(frozen=True)
 class MeasureReport:
-    """`numbers` by name, null where there is none; `curves` by name, lists that may be plotted against each other."""
+    """`numbers` by name, null if undefined; `curves` by name, lists that may be plotted against each other."""
 
     numbers: Numbers
     curves: Curves = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Measure(Protocol):
 
     It looks at the split that its definition names, and at no more than the first `images` of it. Keywords are the
     measure's own parameters, each with a default.
-    Raises `NonFinite` for NaN or infinities, `NoLinearHead` where the measure needs one, `ValueError` for bad values.
+    Raises `NonFinite` for NaN or infinities, `NoLinearHead` if the measure needs one, `ValueError` for bad values.
     """
 
     def __call__(self, model: nn.Module, inputs: MeasureInput) -> MeasureReport:

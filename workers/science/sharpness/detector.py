@@ -6,13 +6,13 @@ from torch import nn
 from workers.science.attacks.base import AttackInput, FeatureLoss
 from workers.science.attacks.pgd import pgd
 from workers.science.curvature import batches
-from workers.science.detector import LAMBDAS, clean_mean, detector, detector_numbers, flipped_pairs, hiding_loss
+from workers.science.detector import LAMBDAS, clean_mean, cross_validation, detector_numbers, flipped_pairs, hiding_loss
 from workers.science.heads import linear_head
 from workers.science.sharpness.base import MeasureInput, MeasureReport
 from workers.science.trajectory import Recorder, Trajectory
 
 
-def detection(
+def detector(
     model: nn.Module,
     inputs: MeasureInput,
     *,
@@ -23,8 +23,8 @@ def detection(
 ) -> MeasureReport:
     """Numbers as `detector.detector_numbers`: the stump against PGD-linf on the first test `images`, and against each
     of three attacks that climb `l - lambda (log kappa - mean clean log kappa)^2` instead, and the worst of them.
-    Curves: by fold, for the plain attack. The paper's are at s = 1. Null where fewer than five images flip. No
-    adaptive attack, and none of its numbers, where no clean-correct image has a log kappa to hide.
+    Curves: by fold, for the plain attack. The paper's are at s = 1. Null if fewer than five images flip. No
+    adaptive attack, and none of its numbers, if no clean-correct image has a log kappa to hide.
     """
     x, y = inputs.test(images)
     head = linear_head(model)
@@ -46,5 +46,5 @@ def detection(
     if (aim := clean_mean(plain)) is not None:
         for number, strength in enumerate(LAMBDAS, start=1):
             adaptive[strength] = attacked(number, hiding_loss(head.weight, head.bias, aim, strength))
-    by_fold = detector(*flipped_pairs(plain))[1]
+    by_fold = cross_validation(*flipped_pairs(plain))[1]
     return MeasureReport(detector_numbers(plain, adaptive), {name: [*values] for name, values in by_fold.items()})

@@ -26,7 +26,7 @@ def fisher_rao(
     images: int = 1024,
 ) -> MeasureReport:
     """`fisher_rao` and `log_fisher_rao` on training images, float64 from the features on. The logarithm is null for an
-    exact zero, and a number where the value is below what float64 holds.
+    exact zero, and a number if the value is below what float64 holds.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> with torch.no_grad(): _ = net[1].weight.zero_(), net[1].bias.copy_(torch.tensor([2.0, 0.0]))

@@ -1,7 +1,7 @@
 """Trace of the whole network's Hessian, and the share of every layer.
 
 A layer's block has `Tr H_ll = E[v^T H_ll v]` for v of independent signs (Hutchinson 1990). Every layer has probes of
-its own, with a product that differentiates by that layer alone: what other layers do is not in its estimate, and below
+its own, with a product that differentiates by that layer alone: other layers add no noise to its estimate, and below
 a head of zeros it is exactly 0. The network's trace is the sum over layers, as the trace is, with independent errors:
 a probe of all weights at once has the blocks between layers as further noise.
 H is that of the mean cross-entropy over unaugmented training images.
@@ -37,7 +37,7 @@ def hessian_trace_network(
     probes: int = 100,
     images: int = 1024,
 ) -> MeasureReport:
-    """`hessian_trace_network` and `..._standard_error`; `log_hessian_trace_network`, null where the trace is not
+    """`hessian_trace_network` and `..._standard_error`; `log_hessian_trace_network`, null if the trace is not
     positive; `hessian_trace_penultimate`, of the weight of the last linear layer alone, with its `_standard_error` and
     `_share`. Curves: `layer` (module names), `layer_probes`, `layer_trace`, `layer_trace_standard_error`,
     `layer_share`. Standard errors are those of means over probes; null for one probe.

@@ -5,6 +5,8 @@ at which the mean training accuracy over the draws is not more than 0.1 below th
 with the same draws at every sigma. All parameters are perturbed, those of batch norm too.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -27,8 +29,8 @@ def pac_bayes_flatness(
 ) -> MeasureReport:
     """`pac_bayes_flatness`, `pac_bayes_sigma`, and `pac_bayes_accuracy_drop`, the drop at that sigma.
 
-    sigma is sought between 2^-10 and 2^10; null where the accuracy never falls by `drop` there (an accuracy below
-    `drop`, say), or has fallen already at the smallest.
+    sigma is sought between 2^-10 and 2^10; null if the accuracy never falls by `drop` there (an accuracy below `drop`,
+    say), or has already fallen so far at the smallest.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x = torch.rand(64, 1, 1, 1); y = net(x).argmax(1)
@@ -54,6 +56,17 @@ def pac_bayes_flatness(
         inputs.report(min(done, DOUBLINGS + bisections + 1), DOUBLINGS + bisections + 1)
         return clean - sum(accuracies) / draws
 
+    sigma, fall_there = _largest_sigma(fall, drop, bisections) or (None, None)
+    flatness = None if sigma is None else sigma**-2
+    numbers: Numbers = {"pac_bayes_flatness": flatness, "pac_bayes_sigma": sigma, "pac_bayes_accuracy_drop": fall_there}
+    return MeasureReport(numbers)
+
+
+def _largest_sigma(fall: Callable[[float], float], drop: float, bisections: int) -> tuple[float, float] | None:
+    """The largest sigma with `fall(sigma) <= drop`, up to the bisections, and its fall.
+
+    None if `fall` is never above `drop`, or already is at the smallest sigma.
+    """
     low = 2.0**-10
     low_fall = fall(low)
     for _ in range(DOUBLINGS):
@@ -61,9 +74,9 @@ def pac_bayes_flatness(
             break
         low, low_fall = 2 * low, high_fall
     else:
-        low_fall = drop + 1
+        return None
     if low_fall > drop:
-        return MeasureReport({"pac_bayes_flatness": None, "pac_bayes_sigma": None, "pac_bayes_accuracy_drop": None})
+        return None
     high = 2 * low
     for _ in range(bisections):
         middle = (low + high) / 2
@@ -72,8 +85,7 @@ def pac_bayes_flatness(
             high = middle
         else:
             low, low_fall = middle, middle_fall
-    numbers: Numbers = {"pac_bayes_flatness": low**-2, "pac_bayes_sigma": low, "pac_bayes_accuracy_drop": low_fall}
-    return MeasureReport(numbers)
+    return low, low_fall
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def sam_sharpness(
 ) -> MeasureReport:
     """`sam_sharpness` on unaugmented training images; `rho` in units of the l2 norm of all weights, `m` images each.
 
-    `log_sam_sharpness` is its logarithm: null where the loss does not rise, a number where the rise is below 1e-308.
+    `log_sam_sharpness` is its logarithm: null if the loss does not rise, a number if the rise is below 1e-308.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> x, y = torch.rand(8, 1, 1, 1), torch.tensor([0, 1] * 4)
@@ -44,7 +44,7 @@ def one_step(
     model: nn.Module, inputs: MeasureInput, T: Parameters, *, rho: float, m: int, images: int
 ) -> tuple[float, float | None]:
     """Mean loss increase of the step `rho T^2 g / ||T g||`, the best one of `||delta / T|| <= rho` to first order, and
-    its logarithm (null where it is not positive).
+    its logarithm (null if it is not positive).
 
     On the first training `images`, `m` in each batch. `T` by parameter, as large as it; a batch whose gradient is
     exactly zero does not move. Exact at any confidence: the step is normalised before it is scaled, and the two losses

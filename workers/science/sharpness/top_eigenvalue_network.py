@@ -28,7 +28,7 @@ def top_eigenvalue_network(
     images: int = 1024,
 ) -> MeasureReport:
     """`top_eigenvalue_network` (largest, not largest in size), its `_residual`, `_iterations` and `_converged`:
-    whether the residual fell to `tolerance` times the value. `log_top_eigenvalue_network` is null where the value is
+    whether the residual fell to `tolerance` times the value. `log_top_eigenvalue_network` is null if the value is
     not positive.
 
     >>> import torch
@@ -50,15 +50,15 @@ def top_eigenvalue_network(
         return _flat(hessian_vector_product(model, x, y, _unflat(v, parameters), batch_size, log_unit))
 
     start = _flat(gaussian_like(parameters, inputs.generator()))
-    found = lanczos(product, start, iterations=iterations, tolerance=tolerance)
+    top = lanczos(product, start, iterations=iterations, tolerance=tolerance)
     unit = math.exp(log_unit)
     return MeasureReport(
         {
-            "top_eigenvalue_network": found.value * unit,
-            "log_top_eigenvalue_network": math.log(found.value) + log_unit if found.value > 0 else None,
-            "top_eigenvalue_network_residual": found.residual * unit,
-            "top_eigenvalue_network_iterations": found.iterations,
-            "top_eigenvalue_network_converged": int(found.converged),
+            "top_eigenvalue_network": top.value * unit,
+            "log_top_eigenvalue_network": math.log(top.value) + log_unit if top.value > 0 else None,
+            "top_eigenvalue_network_residual": top.residual * unit,
+            "top_eigenvalue_network_iterations": top.iterations,
+            "top_eigenvalue_network_converged": int(top.converged),
         }
     )
 
