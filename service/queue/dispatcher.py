@@ -21,6 +21,7 @@ from service.model.executor import (
     Reason,
     Succeeded,
 )
+from service.model.json import JsonObject
 from service.model.liveness import Liveness
 from service.queue import pausing
 from service.queue.claims import Claims
@@ -136,10 +137,10 @@ class Dispatcher:
         news = list(self._environment.news)
         if self.leading and wall - self._renewed_at < lease / 3 and not news:
             return
-        if not self.leading and self._another_leads():
-            self._seen_at = wall
-            return
         if not self.leading:
+            if self._another_leads():
+                self._seen_at = wall
+                return
             self._outbox.take_over()
         with self.database.write() as connection:
             if not self.leading and self.clock() - wall > lease / 2:
@@ -150,21 +151,18 @@ class Dispatcher:
             if not self.leading and last_leader is not None:
                 self._environment.take_over(environment.reported(last_leader.status), now)
                 self._claims.take_over(last_leader.status)
-            status = {"capacity": vars(self._claims.capacity()), "bundles": self._bundles}
-            status["set_aside"] = self._environment.as_status(now)
-            epoch = claiming.lead(connection, now, self.name, self._epoch, lease, status)
+            epoch = claiming.lead(connection, now, self.name, self._epoch, lease, self._status(now))
             if epoch is not None:
                 events = [Event(NEWS[verb], data=aside.as_data()) for verb, aside in news]
                 history.append(connection, now, self.name, events)
                 if wall - self._seen_at > lease / 2:
                     self._reap_from = now + lease  # the database may have been away: others could not renew either
                 claiming.renew(connection, now, self.name, lease)
-                unwritten = self._outbox.keys
-                if now >= self._reap_from and not unwritten:  # finished attempts first, then lost ones
+                if now >= self._reap_from and not self._outbox.messages:  # finished attempts first, then lost ones
                     claiming.reap(connection, now, self.name)
                 held = claiming.held_by(connection, self.name)
                 # Leases of an earlier run, or of a grant whose commit broke the connection: nothing of it runs.
-                unknown = held.keys() - self._running.keys() - unwritten
+                unknown = held.keys() - self._running.keys() - self._outbox.keys
                 taken = claiming.take_back(connection, now, self.name, [task_id for task_id, _ in unknown])
         del self._environment.news[: len(news)]
         self._seen_at = wall
@@ -176,6 +174,11 @@ class Dispatcher:
             self._cancel_unwanted(held)
         elif self.leading:
             self._step_down()
+
+    def _status(self, now: float) -> JsonObject:
+        """What the service says of the cluster, also after this dispatcher has ended."""
+        aside = self._environment.as_status(now)
+        return {"capacity": vars(self._claims.capacity()), "bundles": self._bundles, "set_aside": aside}
 
     def _another_leads(self) -> bool:
         """Read before writing, so that dispatchers that stand by do not queue up for the one writing transaction.

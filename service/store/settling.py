@@ -6,7 +6,7 @@ Thousands of jobs may share one task, so a change to all of them is one statemen
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, case, distinct, exists, func, select, update
+from sqlalchemy import ColumnElement, Connection, Select, Subquery, and_, case, distinct, exists, func, select, update
 
 from service.model.events import EventKind
 from service.model.jobs import ENDED_TASK, LIVE_JOB, JobState, TaskState, job_state
@@ -181,38 +181,13 @@ def rerank(
     the task has the rank of the highest-ranked job of the user whose turn is first. A task that only paused jobs need
     is paused and keeps its rank; a task that is resumed waits from now on.
     """
-    ids = select(tasks.c.id).where(which)
-    turn = [case(turns, value=jobs.c.user, else_=0)] if turns else []
-    best_first = (jobs.c.boosted.desc(), *turn, jobs.c.priority.desc(), jobs.c.sequence)
-    position = func.row_number().over(partition_by=job_tasks.c.task_id, order_by=best_first)
-    needed_by = func.count().over(partition_by=job_tasks.c.task_id)
-    first, last = (pick(jobs.c.user).over(partition_by=job_tasks.c.task_id) for pick in (func.min, func.max))
-    needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
-    by_rank = (
-        select(
-            job_tasks.c.task_id,
-            jobs.c.priority,
-            jobs.c.boosted,
-            jobs.c.user,
-            jobs.c.sequence,
-            position.label("place"),
-            needed_by.label("needed_by"),
-            (first != last).label("shared"),
-        )
-        .select_from(needing)
-        .where(job_tasks.c.task_id.in_(ids), jobs.c.state.in_(LIVE_JOB), UNPAUSED)
-        .subquery("by_rank")
-    )
+    by_rank = _ranked_jobs(select(tasks.c.id).where(which), turns or {})
     since = case((tasks.c.paused, now), else_=tasks.c.waiting_since)
     head_start = case((tasks.c.kind == "train", HEAD_START_SECONDS), else_=0.0)
     boost = case((by_rank.c.boosted, BOOST_SECONDS), else_=0.0)
+    of_best_job = ("priority", "sponsor", "sequence", "boosted", "needed_by", "shared")
     rank = {
-        "priority": by_rank.c.priority,
-        "sponsor": by_rank.c.user,
-        "sequence": by_rank.c.sequence,
-        "boosted": by_rank.c.boosted,
-        "needed_by": by_rank.c.needed_by,
-        "shared": by_rank.c.shared,
+        **{name: by_rank.c[name] for name in of_best_job},
         "waiting_since": since,
         "paused": False,
         "due": since - by_rank.c.priority * AGEING_SECONDS - head_start - boost,
@@ -222,6 +197,26 @@ def rerank(
     connection.execute(update(tasks).where(unranked, ~wanted, of_live_jobs(select(1)).exists()).values(paused=True))
     best = and_(tasks.c.id == by_rank.c.task_id, by_rank.c.place == 1)
     connection.execute(update(tasks).where(best).values(rank))
+
+
+def _ranked_jobs(task_ids: Select[str], turns: Mapping[str, int]) -> Subquery:
+    """Of each of these tasks, the live jobs that need it and are not paused, with their `place`: the best has 1."""
+    turn = [case(turns, value=jobs.c.user, else_=0)] if turns else []
+    best_first = (jobs.c.boosted.desc(), *turn, jobs.c.priority.desc(), jobs.c.sequence)
+    first, last = (pick(jobs.c.user).over(partition_by=job_tasks.c.task_id) for pick in (func.min, func.max))
+    needing = job_tasks.join(jobs, jobs.c.id == job_tasks.c.job_id).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id)
+    ranked = select(
+        job_tasks.c.task_id,
+        jobs.c.priority,
+        jobs.c.boosted,
+        jobs.c.user.label("sponsor"),
+        jobs.c.sequence,
+        func.row_number().over(order_by=best_first, partition_by=job_tasks.c.task_id).label("place"),
+        func.count().over(partition_by=job_tasks.c.task_id).label("needed_by"),
+        (first != last).label("shared"),
+    )
+    live = (job_tasks.c.task_id.in_(task_ids), jobs.c.state.in_(LIVE_JOB), UNPAUSED)
+    return ranked.select_from(needing).where(*live).subquery("by_rank")
 
 
 def of_live_jobs(query: Select[int], *, unpaused: bool = False) -> Select[int]:
