@@ -18,7 +18,7 @@ from service.store.own_weights import leave_out
 from service.store.result_tables import cells, number_names, results
 from service.store.retractions import RETRACTION, retraction_of
 from service.store.states import WEIGHTS_USED
-from service.store.tables import attack_results, attempts, job_tasks, jobs, measurements, tasks, trainings
+from service.store.tables import attempts, job_tasks, jobs, tasks, trainings
 from service.store.task_kinds import TASK_KINDS
 from service.store.values import Values
 
@@ -133,12 +133,12 @@ def _finished(job_ids: Sequence[str]) -> Select[str]:
     parts = [jobs.c[name] for name in ("finished_at", *PARTS.values())]
     numbers = [number.label(name) for name, (_, number) in FROM_TASKS.items()]
     weights = func.coalesce(WEIGHTS_USED, trainings.c.checkpoint_digest).label("weights_sha256")
+    query = select(*columns, *parts, *numbers, weights).select_from(jobs)
+    for kind in sorted({"train", *(kind for kind, _ in FROM_TASKS.values())}):  # each kind that a column is of
+        table = TASK_KINDS[kind].numbers
+        query = query.outerjoin(table, table.c.task_id == jobs.c[PARTS[kind]])
     return (
-        select(*columns, *parts, *numbers, weights)
-        .join(attack_results, attack_results.c.task_id == jobs.c.attack_task_id)
-        .outerjoin(measurements, measurements.c.task_id == jobs.c.measure_task_id)
-        .outerjoin(trainings, trainings.c.task_id == jobs.c.train_task_id)
-        .join(tasks, tasks.c.id == jobs.c.attack_task_id)
+        query.join(tasks, tasks.c.id == jobs.c.attack_task_id)
         .outerjoin(attempts, and_(attempts.c.task_id == tasks.c.id, attempts.c.number == tasks.c.attempt))
         .where(jobs.c.id.in_(listed(job_ids)))
         .order_by(jobs.c.sequence)

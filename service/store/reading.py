@@ -74,7 +74,7 @@ def roles(job: Job | Result, task: Task) -> list[str]:
     """The parts that this task plays in the job. At scale 1 the attack plays two: it is its own baseline."""
     kind = TASK_KINDS[task.kind]
     parts = [role for role, column in kind.roles.items() if getattr(job, column.name) == task.id]
-    return parts or [kind.unnamed]
+    return parts or ([kind.unnamed] if kind.unnamed else [])
 
 
 def progress_of_jobs(connection: Connection, job_ids: Sequence[str]) -> dict[str, float]:

@@ -13,12 +13,13 @@ class TaskKind:
     """`numbers` is the table of this kind's numbers. If `asked_for`, results can be filtered by each number.
 
     `roles` are the parts that tasks of this kind play in a job, with the columns of `jobs` that name these tasks.
-    `unnamed` is the part of a task that no column names: the training of a transfer's source, a further measure.
+    `unnamed` is the part of a task that no column names: the training of a transfer's source, a further measure. None
+    if there is no such task.
     """
 
     numbers: Table
     roles: Mapping[str, Column[str]]
-    unnamed: str = ""
+    unnamed: str | None = None
     asked_for: bool = False
 
     @property
