@@ -127,7 +127,7 @@ def _look(
     for decision in scheduling.choose(window, unlimited, replace(cluster, free_slots=len(window)), now):
         before |= dict.fromkeys(decision.task_ids, len(before))
     in_use = sum(quotas.devices_in_use(connection).values())
-    slots = claiming.places(connection)
+    slots = claiming.slots(connection)
     return _Look(now, stop, cluster, too_large, accounts, before, len(window), slots, in_use, kept, no_gpu)
 
 
@@ -175,7 +175,7 @@ def _queued(look: _Look, task: Task) -> tuple[str, int | None]:
     account, share = look.accounts.get(task.sponsor, NO_SHARE), look.cluster.share(task.kind)
     if scheduling.at_limit(account, account.devices, share):
         have = f"{account.devices:g} of {account.max_gpus:g} GPUs"
-        return f"{task.sponsor}, at whose expense it runs, uses {have} and may use no more at once", None
+        return f"{task.sponsor}, its sponsor, uses {have} and may use no more at once", None
     used = f"{task.sponsor} has used {account.device_seconds:.0f} device seconds at weight {account.weight:g}"
     why = f"{'an admin boosted it; ' if task.boosted else ''}{used}; priority {task.priority} among their own tasks"
     if task.id not in look.before:
@@ -194,7 +194,7 @@ def _nowhere(look: _Look, task: Task) -> str:
 
 def _full(look: _Look) -> str:
     full = look.slots and look.in_use >= look.slots
-    return f"; all {look.slots:g} places of the cluster are taken" if full else ""
+    return f"; all {look.slots:g} slots of the cluster are taken" if full else ""
 
 
 def _sentence(job: Job, tasks: Sequence[Task], lines: Sequence[JsonObject], paused: bool) -> str:

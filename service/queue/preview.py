@@ -108,7 +108,7 @@ def _eta(
     that of the longest training and the longest other task after it.
     """
     both = [*groups["under_way"], *groups["to_compute"]]
-    slots = claiming.places(connection)
+    slots = claiming.slots(connection)
     if not both:
         return {"eta_seconds": 0.0, "eta_reason": "everything is known"}
     if slots <= 0:
@@ -127,7 +127,7 @@ def _eta(
         longest[group.like.kind == "train"] = max(longest[group.like.kind == "train"], seconds)
     eta = max((work + queue["own_tasks_before"] * mean) / fair, sum(longest.values()))
     paused = "; the queue is paused" if queue["paused"] else ""
-    reason = f"at {fair:.3g} of {slots:.3g} places, {len(waiting) - 1} other users waiting{paused}"
+    reason = f"at {fair:.3g} of {slots:.3g} slots, {len(waiting) - 1} other users waiting{paused}"
     return {"eta_seconds": round(eta, 1), "eta_reason": reason}
 
 

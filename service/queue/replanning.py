@@ -55,7 +55,7 @@ def before_retry(
     try:
         plans = [(job, _plan(connection, job)) for job in ended]
     except _Refused as refused:
-        raise Conflict(f"it needs a retracted task, and {refused}: submit it anew") from None
+        raise Conflict(f"it needs a retracted task, and {refused}: submit it again") from None
     if plans:
         jobs.replan_jobs(connection, now, actor, plans)
 

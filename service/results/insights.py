@@ -63,7 +63,7 @@ class Insights(Results):
     def _sweeps(self, connection: Connection, sweeps: Sequence[Sweep]) -> list[JsonObject]:
         ids = [sweep.id for sweep in sweeps]
         jobs, counts = reading.job_counts(connection, ids), reading.task_counts(connection, ids)
-        seconds, slots = reading.seconds_by_kind(connection, ids), claiming.places(connection)
+        seconds, slots = reading.seconds_by_kind(connection, ids), claiming.slots(connection)
         tasks = {sweep_id: [count for count in counts if count.sweep_id == sweep_id] for sweep_id in ids}
         return [views.sweep_view(sweep, jobs[sweep.id], tasks[sweep.id], seconds[sweep.id], slots) for sweep in sweeps]
 

@@ -44,7 +44,7 @@ LEADER = "dispatcher"
 QUEUE = "default"
 REASONS = {
     "lease_expired": "its dispatcher was silent for a whole lease",
-    "given_back": "its dispatcher stopped, or started anew",
+    "given_back": "its dispatcher stopped, or started again",
 }
 
 
@@ -204,7 +204,7 @@ def queued_of(connection: Connection, sponsor: str, most: int) -> int:
     return int(connection.execute(select(func.count()).select_from(queued)).scalar_one())
 
 
-def places(connection: Connection) -> float:
+def slots(connection: Connection) -> float:
     """The GPUs of the leader's cluster, or its CPUs if it has no GPU; 0 if the leader has not reported them."""
     row = leader(connection)
     capacity = (row.status if row else {}).get("capacity", {})

@@ -501,7 +501,7 @@ class TestExplain:
         one.tick()
         sentence = explain(lab.database, SETTINGS, job)["sentence"]
         assert "train: it is next" in sentence
-        assert sentence.endswith("; all 1 places of the cluster are taken")
+        assert sentence.endswith("; all 1 slots of the cluster are taken")
 
     def test_what_no_node_is_large_enough_for(self, lab: Any) -> None:
         job = lab.submit()
@@ -530,7 +530,7 @@ class TestExplain:
         one.tick()
         other = lab.submit(user="bob", seed=5)
         limit(lab, "bob", max_gpus=1)
-        assert "bob, at whose expense it runs, uses 1 of 1 GPUs" in self.explain(lab, other)["sentence"]
+        assert "bob, its sponsor, uses 1 of 1 GPUs" in self.explain(lab, other)["sentence"]
         [grant] = workers.bundles[0].grants
         for attempt in range(1, 4):
             lab.record(Lost(grant.task_id, attempt, "worker_died", "SIGSEGV"))
@@ -580,7 +580,7 @@ class TestEstimates:
         total = sum(row["device_seconds_p50"] for row in by_kind.values())
         assert said["estimate"]["device_seconds_p50"] == pytest.approx(total)
         assert said["estimate"]["eta_seconds"] >= total / 4
-        assert said["estimate"]["eta_reason"] == "at 4 of 4 places, 0 other users waiting"
+        assert said["estimate"]["eta_reason"] == "at 4 of 4 slots, 0 other users waiting"
 
     def test_others_who_wait_and_limits_make_it_longer(self, lab: Any) -> None:
         for seed in range(3):

@@ -131,7 +131,7 @@ KINDS: dict[Kind, str] = {
 }
 HEAD = """# Every stored number
 
-Generated from `service/specs/numbers`; `python -m service.specs.numbers > workers/science/NUMBERS.md` writes it anew.
+Generated from `service/specs/numbers`; `python -m service.specs.numbers > workers/science/NUMBERS.md` writes it again.
 `GET /v1/catalog` and `uncanny catalog` show the same.
 
 Braces stand for parts of a name: `{split}` nothing (test images) or `train_`; `{population}` nothing (all images) or
