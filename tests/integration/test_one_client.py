@@ -33,7 +33,7 @@ from api.http.turns import Turns
 from service.errors import DatabaseAway
 from service.lab.access import Caller
 from service.results.insights import Insights
-from service.store import Database, database, reading
+from service.store import Database, postgresql, reading
 
 JOB = {"architecture": "mlp", "dataset": "digits", "attack": "pgd_l2", "samples": 20}
 JSON = {"Content-Type": "application/json"}
@@ -541,10 +541,10 @@ class TestFrozenPostgresql:
     @pytest.fixture
     def frozen(self, server_to_freeze: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Database, Any]]:
         """A database with a connection in its pool, and what freezes and thaws its server."""
-        monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
-        monkeypatch.setattr(database, "GRACE_SECONDS", 0.3)
-        monkeypatch.setattr(database, "PING_SECONDS", 0.3)
-        monkeypatch.setattr(database, "CONNECT_SECONDS", 2)
+        monkeypatch.setattr(postgresql, "BUSY_SECONDS", 0.1)
+        monkeypatch.setattr(postgresql, "GRACE_SECONDS", 0.3)
+        monkeypatch.setattr(postgresql, "PING_SECONDS", 0.3)
+        monkeypatch.setattr(postgresql, "CONNECT_SECONDS", 2)
         server = server_to_freeze
         url = server.get_uri("postgres").replace("postgresql://", "postgresql+psycopg://")
         made = Database(url, statement_seconds=0.4)
