@@ -243,6 +243,19 @@ class TestLosses:
         assert (scripted.grants[2].task_id, scripted.bundles[2].needs.gpus) == (first.task_id, 1.0)
         assert [row.device_share for row in lab.rows(attempts, task_id=first.task_id)] == [0.5, 1.0], "and pays for it"
 
+    def test_so_has_an_attack_while_others_on_its_checkpoint_share_one(self, lab: Any, scripted: Scripted) -> None:
+        scripted.room = Capacity(True, 8.0, 1.0)
+        lab.submit()
+        lab.succeed(*lab.grant("train"))
+        one = dispatcher(lab, scripted, gpus_per_task=0.5)
+        one.tick()
+        large = next(grant for grant in scripted.grants if grant.spec["kind"] == "attack")
+        others = [grant for grant in scripted.grants if grant is not large]
+        scripted.said = [Lost(large.task_id, 1, SHARED_MEMORY, "CUDA out of memory")]
+        scripted.said += [Succeeded(grant.task_id, 1, lab.outcome(grant)) for grant in others]
+        until(lambda: one.tick() and scripted.bundles[-1].needs.gpus == 1.0)
+        assert [grant.task_id for grant in scripted.bundles[-1].grants] == [large.task_id]
+
     def test_who_finds_no_memory_waits_longer_each_time(self, lab: Any, scripted: Scripted) -> None:
         scripted.room = Capacity(True, 8.0, 1.0)
         lab.submit()
