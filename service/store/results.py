@@ -54,18 +54,19 @@ class Columns(NamedTuple):
 
 @cache  # SQLAlchemy compiles a statement only once if it gets the same object again
 def _whole() -> Select[Any]:
+    """Whole results: the job's id, then `FLAGS`, `METRICS` and `AS_STORED`, in this order."""
     attack = tasks.alias("attack_task")
-    measured = [results.c[name] for name in METRICS]
+    of_results = (*METRICS, *FLAGS, *RETRACTION, "cell_id", "weights_sha256")
+    by_name = {
+        **jobs.c,
+        **{name: results.c[name] for name in of_results},
+        "attack_numbers": attack_results.c.numbers,
+        "measure_numbers": case((~left_out(results.c.measure_task_id), measurements.c.numbers)),
+        "attack_digest": func.coalesce(attack.c.former_digest, attack.c.digest),
+        "provenance": attempts.c.provenance,
+    }
     return (
-        select(
-            jobs,
-            *measured,
-            *(results.c[name] for name in ("cell_id", "weights_sha256", *FLAGS, *RETRACTION)),
-            attack_results.c.numbers.label("attack_numbers"),
-            case((~left_out(results.c.measure_task_id), measurements.c.numbers)).label("measure_numbers"),
-            func.coalesce(attack.c.former_digest, attack.c.digest).label("attack_digest"),
-            attempts.c.provenance,
-        )
+        select(jobs.c.id, *(by_name[name].label(name) for name in (*FLAGS, *METRICS, *AS_STORED)))
         .join(results, results.c.job_id == jobs.c.id)
         .join(attack_results, attack_results.c.task_id == jobs.c.attack_task_id)
         .outerjoin(measurements, measurements.c.task_id == jobs.c.measure_task_id)
@@ -146,11 +147,14 @@ def of_job(connection: Connection, job_id: str) -> Result | None:
 
 
 def _result(row: Row[Any]) -> Result:
+    """By position: a page has 5,000 values, and each name of a row is looked up."""
+    job_id, *values = row
+    metrics_at, stored_at = len(FLAGS), len(FLAGS) + len(METRICS)
     return Result(
-        job_id=row.id,
-        flags=names_of(*(getattr(row, name) for name in FLAGS)),
-        metrics={name: getattr(row, name) for name in METRICS},
-        **{name: getattr(row, name) for name in AS_STORED},
+        job_id=job_id,
+        flags=names_of(*values[:metrics_at]),
+        metrics=dict(zip(METRICS, values[metrics_at:stored_at], strict=True)),
+        **dict(zip(AS_STORED, values[stored_at:], strict=True)),
     )
 
 
