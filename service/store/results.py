@@ -148,10 +148,10 @@ def of_job(connection: Connection, job_id: str) -> Result | None:
 
 def _result(row: Row[Any]) -> Result:
     """By position: a page has 5,000 values, and each name of a row is looked up."""
-    job_id, *values = row
+    values = row[1:]
     metrics_at, stored_at = len(FLAGS), len(FLAGS) + len(METRICS)
     return Result(
-        job_id=job_id,
+        job_id=row[0],
         flags=names_of(*values[:metrics_at]),
         metrics=dict(zip(METRICS, values[metrics_at:stored_at], strict=True)),
         **dict(zip(AS_STORED, values[stored_at:], strict=True)),
