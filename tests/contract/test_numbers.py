@@ -213,6 +213,10 @@ def test_every_column_is_of_a_number_and_the_schema_of_results_names_columns() -
     assert len(set(METRICS)) == len(METRICS)
     declared = {name for name, field in Result.model_fields.items() if field.annotation == float | None}
     assert declared <= {*METRICS, *named("job")}
+    shown = Result.model_json_schema()["properties"]
+    for number in described():
+        for name in number["columns"]:
+            assert number["formula"] in shown[name]["description"]
 
 
 def test_the_page_of_the_science_is_the_dictionary() -> None:

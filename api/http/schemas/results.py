@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.http.schemas.examples import DIGEST, JOB_EXAMPLE, JOB_ID, RESULT_EXAMPLE
 from api.http.schemas.worst_cases import WorstCase
 from service.model.json import JsonObject
+from service.specs.numbers import METRICS, described
 
 WILSON = "Of the 95 % interval from its images (Wilson), for this one network."
 
@@ -46,6 +47,16 @@ class MixedWeights(BaseModel):
     weights_sha256: str = Field(description="What that task used or made.", examples=[DIGEST])
 
 
+def _with_metrics(schema: JsonObject) -> None:
+    """Name every headline number, with its formula: the table of numbers says which there are."""
+    described_by = {name: number for number in described() for name in number["columns"]}
+    for name in METRICS:
+        number = described_by[name]
+        shown = {"title": name.replace("_", " ").capitalize(), "anyOf": [{"type": "number"}, {"type": "null"}]}
+        shown["description"] = f"{number['formula']} ({number['unit']}); null: {number['null']}"
+        schema["properties"][name] = shown | schema["properties"].get(name, {})
+
+
 class Result(BaseModel):
     """One finished job: what was asked for, and what came out. Further numbers stand beside these by their names.
 
@@ -54,7 +65,7 @@ class Result(BaseModel):
     test_accuracy too.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_with_metrics)
 
     job_id: str = Field(examples=[JOB_ID])
     architecture: str = Field(examples=["simple_cnn"])
