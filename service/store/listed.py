@@ -18,6 +18,7 @@ from sqlalchemy import (
     literal_column,
     select,
 )
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement, GenericFunction
@@ -79,10 +80,14 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[Values]) ->
         placeholders = ", ".join("?" * len(is_json))
         connection.exec_driver_sql(f"INSERT INTO {into} VALUES ({placeholders})", [tuple(row) for row in values])
         return
-    cursor: Any = connection.connection.cursor()  # Any: only psycopg's cursors have `copy`
-    with cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
-        for row in values:
-            copy.write_row(row)
+    driver: Any = connection.dialect.loaded_dbapi  # Any: SQLAlchemy does not know which driver it has
+    cursor: Any = connection.connection.cursor()
+    try:
+        with cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
+            for row in values:
+                copy.write_row(row)
+    except driver.Error as error:  # as SQLAlchemy raises it for its own statements
+        raise DBAPIError.instance(f"COPY {into}", None, error, driver.Error, dialect=connection.dialect) from error
 
 
 def stored_json(value: object) -> str:
