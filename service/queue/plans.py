@@ -83,7 +83,9 @@ def _with_existing_arrays(connection: Connection, plans: Sequence[JobPlan]) -> l
     existing = existing_tasks(connection, [counterpart.digest for counterpart in counterparts.values()])
     computed = {digest for digest in existing if standing(digest, existing) != "to_compute"} | attacks.keys()
     counterparts = {
-        digest: counterpart for digest, counterpart in counterparts.items() if counterpart.digest in computed - {digest}
+        digest: counterpart
+        for digest, counterpart in counterparts.items()
+        if counterpart.digest != digest and counterpart.digest in computed
     }
     if not counterparts:
         return list(plans)
