@@ -32,18 +32,24 @@ def plans_of(
     """
     own: dict[str, RegisteredDataset] = {}
     weights = _Weights(connection, own)
-    plans: dict[JobSpec, JobPlan] = {}
-    for job in cells:
+    plans: dict[JobSpec, tuple[int, JobPlan]] = {}
+    errors: dict[int, InvalidSpec] = {}
+    # Seed by seed: the jobs of one network share tasks, and `plan_job` remembers only the last ones that it built.
+    for index, job in sorted(enumerate(cells), key=lambda cell: (cell[1].seed, cell[1].replicate)):
         try:
             if job.dataset.startswith(OWN_DATASET) and job.dataset not in own:
                 own[job.dataset] = _own_dataset(connection, job.dataset)
             dataset = own.get(job.dataset)
             whole, imported = weights.resolve(_sampled(job, dataset))
-            if whole not in plans:
-                plans[whole] = plan_job(whole, _reference(job.dataset, dataset), imported)
+            first, plan = plans.get(whole) or (index, plan_job(whole, _reference(job.dataset, dataset), imported))
+            plans[whole] = min(first, index), plan
         except InvalidSpec as error:
-            raise error if located is None else located(job, error) from None
-    return _with_existing_arrays(connection, list(plans.values()))
+            errors[index] = error
+    if errors:
+        index = min(errors)
+        raise errors[index] if located is None else located(cells[index], errors[index])
+    in_order = sorted(plans.values(), key=lambda numbered: numbered[0])
+    return _with_existing_arrays(connection, [plan for _, plan in in_order])
 
 
 def distinct_tasks(plans: Sequence[JobPlan]) -> dict[str, PlannedTask]:
