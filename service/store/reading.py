@@ -13,6 +13,7 @@ from service.store.conditions import condition
 from service.store.job_fields import JOBS
 from service.store.keyset import Order, Page, Position
 from service.store.listed import listed
+from service.store.settling import UNPAUSED
 from service.store.states import DIGEST
 from service.store.tables import attempts, job_tasks, jobs, sweeps, tasks
 from service.store.task_kinds import TASK_KINDS
@@ -205,3 +206,20 @@ def queue_counts(connection: Connection) -> tuple[dict[str, int], dict[str, dict
     for kind, state, count in connection.execute(of_kind):
         by_kind.setdefault(kind, {})[state] = count
     return {state: count for state, count in connection.execute(in_state)}, by_kind
+
+
+def live_jobs(connection: Connection) -> list[Job]:
+    """All jobs that have not ended, without those of paused sweeps, in the order of submission."""
+    query = select(jobs).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id).where(jobs.c.state.in_(LIVE_JOB), UNPAUSED)
+    return [Job(*row[:JOB_COLUMNS]) for row in connection.execute(query.order_by(jobs.c.sequence))]
+
+
+def progress_of_live(connection: Connection) -> dict[str, float]:
+    """How far the tasks are that live jobs need and that have begun: `digest -> fraction`, 1 for what has succeeded."""
+    live = select(job_tasks.c.task_id).join(jobs, jobs.c.id == job_tasks.c.job_id).where(jobs.c.state.in_(LIVE_JOB))
+    begun = tasks.c.state.in_((TaskState.RUNNING, TaskState.SUCCEEDED))
+    query = select(tasks.c.digest, tasks.c.state, tasks.c.progress).where(tasks.c.id.in_(live), begun)
+    return {
+        digest: 1.0 if state == TaskState.SUCCEEDED else min(float(progress), 1.0)
+        for digest, state, progress in connection.execute(query)
+    }
