@@ -54,14 +54,13 @@ class Submission:
 class Load:
     """Who submits what, in the order of time, and what users have used and may use; others have the settings' limits.
 
-    Data sets and weights of the jobs are those of the database `planning`, else only public ones. Tasks whose digests
-    are in `finished` have their outcome from the start.
+    Data sets and weights of the jobs are those of the database `planning`, and what has succeeded there is not computed
+    again. Without it, there are only public data sets, and nothing is known.
     """
 
     submissions: Iterable[Submission]
     users: Mapping[str, Account] = field(default_factory=dict)
     planning: Database | None = None
-    finished: frozenset[str] = frozenset()
 
 
 def nodes_with(gpus: float, cpus: float, gpus_per_node: int = GPUS_PER_NODE, name: str = "node") -> dict[str, Amounts]:
@@ -150,15 +149,16 @@ class _Simulation:
     def _submit(self, submission: Submission) -> None:
         with (self._load.planning or self.database).read() as connection:
             plans = plans_of(connection, submission.cells)
+            existing = joining.existing_tasks(connection, distinct_tasks(plans)) if self._load.planning else {}
         with self.database.write() as connection:
             job_ids = self._service.accept(
                 connection, submission.at, plans, user=submission.user, priority=submission.priority
             )
             for job_id in job_ids if submission.boosted else ():
                 changing.boost_job(connection, submission.at, NAME, job_id, boosted=True)
-            if finished := self._load.finished & distinct_tasks(plans).keys():
-                for _ in ("trainings", "the tasks that waited for them"):
-                    self._finish(connection, finished)
+            finished = [digest for digest, (_, state) in existing.items() if state is TaskState.SUCCEEDED]
+            for _ in ("trainings", "the tasks that waited for them") if finished else ():
+                self._finish(connection, finished)
 
     def _finish(self, connection: Connection, digests: Iterable[str]) -> None:
         """Let those of these tasks that are queued succeed at once, outside the cluster."""

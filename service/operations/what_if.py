@@ -57,14 +57,17 @@ def lab_of(database: Database, settings: Settings, stated: Mapping[Kind, float])
     Raises `InvalidSpec` for a job that this version refuses.
     """
     with database.read() as connection:
-        now, jobs, begun = database.now(connection), reading.live_jobs(connection), reading.progress_of_live(connection)
+        now, jobs, running = database.now(connection), reading.live_jobs(connection), reading.running_tasks(connection)
         names = {job.user for job in jobs}
         accounts = quotas.accounts(connection, now, names, settings.usage_half_life_seconds, settings.limits)
         leader = claiming.leader(connection)
-    finished = frozenset(digest for digest, fraction in begun.items() if fraction >= 1.0)
     accounts = {name: replace(account, devices=0.0) for name, account in accounts.items()}
-    load = Load(list(_submissions(jobs, now)), accounts, database, finished)
-    return Lab(load, _nodes(leader.status if leader else {}), TaskLengths(stated, _history(database), begun))
+    load = Load(list(_submissions(jobs, now)), accounts, database)
+    return Lab(
+        load,
+        _nodes(leader.status if leader else {}),
+        TaskLengths(stated, _history(database), {task.digest: task.progress for task in running}),
+    )
 
 
 def _submissions(jobs: list[Job], now: float) -> Iterator[Submission]:

@@ -212,14 +212,3 @@ def live_jobs(connection: Connection) -> list[Job]:
     """All jobs that have not ended, without those of paused sweeps, in the order of submission."""
     query = select(jobs).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id).where(jobs.c.state.in_(LIVE_JOB), UNPAUSED)
     return [Job(*row[:JOB_COLUMNS]) for row in connection.execute(query.order_by(jobs.c.sequence))]
-
-
-def progress_of_live(connection: Connection) -> dict[str, float]:
-    """How far the tasks are that live jobs need and that have begun: `digest -> fraction`, 1 for what has succeeded."""
-    live = select(job_tasks.c.task_id).join(jobs, jobs.c.id == job_tasks.c.job_id).where(jobs.c.state.in_(LIVE_JOB))
-    begun = tasks.c.state.in_((TaskState.RUNNING, TaskState.SUCCEEDED))
-    query = select(tasks.c.digest, tasks.c.state, tasks.c.progress).where(tasks.c.id.in_(live), begun)
-    return {
-        digest: 1.0 if state == TaskState.SUCCEEDED else min(float(progress), 1.0)
-        for digest, state, progress in connection.execute(query)
-    }

@@ -7,14 +7,16 @@ import pytest
 
 from service.errors import InvalidSpec
 from service.model.executor import Grant, Succeeded
-from service.operations.simulation import nodes_with, simulate
+from service.operations.simulation import Submission, nodes_with, simulate
 from service.operations.what_if import STATED_SECONDS, lab_of
 from service.settings import Settings
+from service.specs import JobSpec
 from service.store import claiming, users
 from service.store.simulated import have_used
 from service.store.tables import jobs, tasks
 
 SETTINGS = Settings()
+ONE_GPU = nodes_with(1, 4)
 SECONDS = {"train": 50.0, "measure": 5.0, "attack": 10.0, "control": 15.0}
 
 
@@ -44,11 +46,18 @@ def queued(lab: Any) -> Any:
 def test_what_is_unfinished_takes_the_time_that_such_tasks_took(queued: Any) -> None:
     before = queued.dump()
     now = lab_of(queued.database, SETTINGS, STATED_SECONDS)
-    done = simulate(now.load, nodes_with(1, 4), now.lengths, SETTINGS)
+    done = simulate(now.load, ONE_GPU, now.lengths, SETTINGS)
     assert queued.dump() == before
     assert (done.tasks, done.left, now.lengths.assumed) == (3 + 4, {}, {})
     assert done.makespan_seconds == pytest.approx(2 * (5 + 10 + 15) + 50, abs=0.1)
     assert {user.name: user.tasks for user in done.users} == {"ann": 3, "bob": 4}
+
+
+def test_what_a_file_adds_is_computed_only_if_the_store_has_it_not(queued: Any) -> None:
+    now = lab_of(queued.database, SETTINGS, STATED_SECONDS)
+    cells = [JobSpec.model_validate({**queued.BASE, "seed": seed, "scale": 1}) for seed in (1, 2)]
+    done = simulate(replace(now.load, submissions=[Submission(0.0, "eve", cells)]), ONE_GPU, now.lengths, SETTINGS)
+    assert (done.tasks, [user.name for user in done.users if user.tasks]) == (3, ["eve"])
 
 
 def test_a_running_task_goes_on_from_where_it_is(queued: Any) -> None:
@@ -56,7 +65,7 @@ def test_a_running_task_goes_on_from_where_it_is(queued: Any) -> None:
     with queued.database.write() as connection:
         connection.execute(tasks.update().where(tasks.c.id == training.task_id).values(progress=0.8))
     now = lab_of(queued.database, SETTINGS, STATED_SECONDS)
-    done = simulate(now.load, nodes_with(1, 4), now.lengths, SETTINGS)
+    done = simulate(now.load, ONE_GPU, now.lengths, SETTINGS)
     assert done.makespan_seconds == pytest.approx(2 * (5 + 10 + 15) + 10, abs=0.1)
 
 

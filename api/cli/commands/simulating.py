@@ -9,7 +9,7 @@ import typer
 
 from api.cli.commands.options import AsJson, BadUsage, Home, print_json, settings_of
 from api.cli.commands.submitting import is_sweep, read_spec
-from api.client.render import say, show, table
+from api.client.render import err, say, show, table
 from service.errors import InvalidSpec
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def simulate(
     load = _load(lab, settings, files or [], _numbers("--user", user), _numbers("--weight", weight))
     nodes = _nodes(lab.nodes, gpus, cpus)
     try:
-        report = simulate(load, nodes, lab.lengths, settings)
+        with err.status("simulating"):
+            report = simulate(load, nodes, lab.lengths, settings)
     except InvalidSpec as error:
         raise BadUsage(f"it cannot be simulated: {error}") from None
     finally:
