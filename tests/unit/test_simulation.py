@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 
 from api.cli import main as cli
+from service.lab.artifacts import Artifacts
 from service.model.executor import Bundle, Grant
 from service.model.scheduling import MAX_BUNDLE, Account
 from service.operations.simulation import Load, Submission, nodes_with, simulate
 from service.operations.simulation_report import Measured, Report, duration, report
 from service.queue.dispatcher import BATCH_WINDOW_SECONDS
+from service.queue.verbs import Service
 from service.queue.virtual import Idle, Run
 from service.settings import Settings, TaskResources
 from service.specs import JobSpec
+from service.store import Database, claiming, reading
 from service.store.simulated import Turn
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -186,6 +189,29 @@ def test_the_command_tells_people(uncanny: Any, tmp_path: Path) -> None:
     assert [line.split()[:3] for line in out.splitlines()[-2:]] == [["ann", "2", "4"], ["bob", "1", "4"]]
 
 
+def test_the_command_asks_the_store(uncanny: Any, tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/home/uncanny.db")
+    database.upgrade()
+    assert "all jobs of the store have ended" in uncanny("--from-store", "--gpus", "1")[2]
+    service = Service(database, Artifacts(str(tmp_path / "home" / "artifacts")))
+    for cell, user in zip(cells(networks=2), ("ann", "bob"), strict=True):
+        service.submit(cell, user=user)
+    assert "no dispatcher has reported a cluster" in uncanny("--from-store")[2]
+    with database.write() as connection:
+        node = {"cpus": 4.0, "gpus": 1.0, "nodes": [{"CPU": 4.0, "GPU": 1.0}], "names": ["here"]}
+        claiming.lead(connection, database.now(connection), "d1", None, 60.0, {"capacity": node})
+    as_it_is, more = (
+        json.loads(uncanny("--from-store", *words, "--weight", "ann=3", "--json")[1])
+        for words in ((), ("--gpus", "+1"))
+    )
+    assert (as_it_is["tasks"], as_it_is["devices"], more["tasks"], more["devices"]) == (8, 1, 8, 2)
+    assert as_it_is["makespan_seconds"] > 1.9 * more["makespan_seconds"]
+    assert {user["name"]: user["weight"] for user in more["users"]} == {"ann": 3, "bob": 1}
+    with database.read() as connection:
+        assert reading.queue_counts(connection)[0] == {"queued": 2}
+    database.close()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -196,6 +222,7 @@ def test_the_command_tells_people(uncanny: Any, tmp_path: Path) -> None:
         (("wrong.yaml", "--gpus", "1"), "wrong.yaml: /base/architecture: "),
         (("own.yaml", "--gpus", "1"), "it cannot be simulated: /dataset: npz:ours is not registered"),
         (("good.yaml", "--gpus", "many"), "--gpus: 'many' is no number"),
+        (("good.yaml", "--gpus", "1e9"), "--gpus: a cluster of 1,000,000,000 GPUs is too large"),
         (("good.yaml", "--gpus", "nan"), "--gpus: 'nan' is no number"),
         (("good.yaml", "--gpus", "+4"), "there is none: write --gpus 4"),
         (("good.yaml", "--gpus", "1", "--user", "ann"), "--user: 'ann' is not of the form NAME=NUMBER"),

@@ -20,29 +20,40 @@ if TYPE_CHECKING:
     from service.specs import JobSpec
 
 CPUS_PER_GPU = 4  # of nodes that are made up
+MOST_GPUS = 100_000
 WHO = "somebody"  # who submits the files if no user is named
 
 
+Files = Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="Sweeps to submit.")]
+Users = Annotated[
+    list[str] | None,
+    typer.Option("--user", metavar="NAME=WEIGHT", help="Who submits them; several take them in turn."),
+]
+FromStore = Annotated[
+    bool, typer.Option("--from-store", help="Take what is unfinished in the store, its cluster and its timings.")
+]
+Gpus = Annotated[str | None, typer.Option("--gpus", metavar="N|+N", help="GPUs, or that many more.")]
+Cpus = Annotated[
+    float | None,
+    typer.Option("--cpus", min=1, max=10 * MOST_GPUS, help=f"CPUs of these GPUs' nodes [{CPUS_PER_GPU} for each GPU]."),
+]
+Weights = Annotated[
+    list[str] | None, typer.Option("--weight", metavar="NAME=WEIGHT", help="What if that were a user's weight?")
+]
+Seconds = Annotated[
+    list[str] | None,
+    typer.Option("--seconds", metavar="KIND=SECONDS", help="How long a task runs that has no timings yet."),
+]
+
+
 def simulate(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE ...]", help="Sweeps to submit.")] = None,
-    user: Annotated[
-        list[str] | None,
-        typer.Option("--user", metavar="NAME=WEIGHT", help="Who submits them; several take them in turn."),
-    ] = None,
-    from_store: Annotated[
-        bool, typer.Option("--from-store", help="Take what is unfinished in the store, its cluster and its timings.")
-    ] = False,
-    gpus: Annotated[str | None, typer.Option("--gpus", metavar="N|+N", help="GPUs, or that many more.")] = None,
-    cpus: Annotated[
-        float | None, typer.Option("--cpus", min=1, help=f"CPUs of these GPUs' nodes [{CPUS_PER_GPU} for each GPU].")
-    ] = None,
-    weight: Annotated[
-        list[str] | None, typer.Option("--weight", metavar="NAME=WEIGHT", help="What if that were a user's weight?")
-    ] = None,
-    seconds: Annotated[
-        list[str] | None,
-        typer.Option("--seconds", metavar="KIND=SECONDS", help="How long a task runs that has no timings yet."),
-    ] = None,
+    files: Files = None,
+    user: Users = None,
+    from_store: FromStore = False,
+    gpus: Gpus = None,
+    cpus: Cpus = None,
+    weight: Weights = None,
+    seconds: Seconds = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -156,6 +167,8 @@ def _nodes(nodes: "Nodes | None", gpus: str | None, cpus: float | None) -> "Node
         return nodes
     more = gpus.startswith("+")
     count = _number("--gpus", gpus.removeprefix("+"), least=0.0)
+    if count > MOST_GPUS:
+        raise BadUsage(f"--gpus: a cluster of {count:,.0f} GPUs is too large (at most {MOST_GPUS:,})")
     made = nodes_with(
         count, cpus if cpus is not None else max(1.0, CPUS_PER_GPU * count), name="new" if more else "node"
     )
