@@ -93,10 +93,11 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """For people, without the users, of whom a table tells."""
-        yield f"{self.tasks:,} tasks in {duration(self.makespan_seconds)} on {self.devices:g} devices."
+        devices = _counted(self.devices, "device")
+        yield f"{_counted(self.tasks, 'task')} in {duration(self.makespan_seconds)} on {devices}."
         for kind, number in self.left.items():
             why = f": no node has {self.too_large[kind]}" if kind in self.too_large else ""
-            yield f"{number:,} tasks of the kind {kind} did not run{why}."
+            yield f"{_counted(number, 'task')} of the kind {kind} did not run{why}."
         yield (
             f"Devices: {_percent(self.busy)} busy; {_percent(self.idle_while_fits)} idle while a queued task would "
             f"have fit, {_percent(self.idle_behind_bundles)} while a task waited for others in its bundle."
@@ -104,10 +105,9 @@ class Report:
         if self.largest_deviation is None:
             yield "Fairness: no two users had tasks queued at the same time for long enough to be compared."
         else:
-            windows = "1 window" if self.windows == 1 else f"{self.windows:,} windows"
             yield (
-                f"Fairness: at most {_percent(self.largest_deviation)} from the share due by weight, in {windows} of "
-                f"{duration(self.window_seconds or 0.0)}."
+                f"Fairness: at most {_percent(self.largest_deviation)} from the share due by weight, in "
+                f"{_counted(self.windows, 'window')} of {duration(self.window_seconds or 0.0)}."
             )
         yield (
             f"Decisions: {self.decisions:,} for {self.bundles:,} bundles, in {self.rounds:,} rounds; "
@@ -296,6 +296,11 @@ def duration(seconds: float) -> str:
         if seconds >= 3 * size or (unit == "min" and seconds > 90):
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def _counted(number: float, noun: str) -> str:
+    written = f"{number:,.0f}" if number == int(number) else f"{number:g}"
+    return f"{written} {noun}" if number == 1 else f"{written} {noun}s"
 
 
 def _percent(share: float | None) -> str:

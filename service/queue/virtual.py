@@ -23,7 +23,7 @@ from service.model.executor import (
 )
 from service.model.ledger import Ledger
 from service.model.resources import Amounts, amounts, nodes_of
-from service.model.scheduling import has_room
+from service.model.scheduling import ROUNDING, has_room
 
 CHECKS = ("train_mode_modules", "random_forward_changed", "batch_dependent_changed", "eps_zero_changed")
 PANEL = ("fgsm", "noise", "margin", "square", "pgd", "more_steps")
@@ -165,7 +165,7 @@ class VirtualExecutor:
         self._note_idle(until)
 
     def _note_idle(self, until: float) -> None:
-        if until > self._at and self._free_devices > 0:
+        if until > self._at and self._free_devices > ROUNDING:
             fitting = [kinds for kinds, needs in self._kinds if any(has_room(free, needs) for free in self._free)]
             self.idle.append(Idle(self._at, until, self._free_devices, frozenset().union(*fitting)))
         self._at = max(self._at, until)

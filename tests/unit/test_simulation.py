@@ -95,7 +95,7 @@ class TestRuns:
         large = SETTINGS.model_copy(update={"resources": {"train": TaskResources(gpus=9)}})
         done = run(Submission(0.0, "ann", cells()), gpus=16, seconds=SECONDS, settings=large)
         assert (done.tasks, done.left) == (0, {"train": 1, "measure": 1, "attack": 1, "control": 1})
-        assert "1 tasks of the kind train did not run: no node has 1 CPU, 9 GPU." in list(done.lines())
+        assert "1 task of the kind train did not run: no node has 1 CPU, 9 GPU." in list(done.lines())
 
 
 def measured(**changed: Any) -> Measured:
@@ -184,7 +184,7 @@ def test_the_command_tells_people(uncanny: Any, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("{architecture: mlp, dataset: digits, attack: pgd_l2, samples: 20}")
     code, out, err = uncanny("job.yaml", "--user", "ann=2", "--user", "bob=1", "--gpus", "1")
     assert (code, err) == (0, "")
-    assert out.startswith("8 tasks in 23.3 min on 1 devices.")
+    assert out.startswith("8 tasks in 23.3 min on 1 device.")
     assert "Stated lengths were taken for 8 tasks" in out
     assert [line.split()[:3] for line in out.splitlines()[-2:]] == [["ann", "2", "4"], ["bob", "1", "4"]]
 
