@@ -17,6 +17,7 @@ from api.cli.commands import (
     operating,
     reading,
     serving,
+    simulating,
     storing,
     submitting,
 )
@@ -63,6 +64,7 @@ for command in (
     exporting.export,
     exporting.verify,
     asking.retract,
+    simulating.simulate,
 ):
     app.command(epilog=EPILOG)(command)
 for operation in (operating.doctor, operating.gc):

@@ -54,7 +54,7 @@ def cluster(
     needs = {kind: needs_of(settings, kind, capacity) for kind in KINDS}
     nowhere = too_large(settings, capacity)
     capacity = _part(capacity, only) if only else capacity
-    room, nodes = _totals(capacity), _nodes(capacity)
+    room, nodes = _totals(capacity), nodes_of(capacity)
     waiting = 0
     for taken in map(amounts, handed_over):
         somewhere = any(has_room(node, taken) for node in nodes)
@@ -77,7 +77,7 @@ def cluster(
 def too_large(settings: Settings, capacity: Capacity) -> dict[str, str]:
     """The kinds of task that no node of the cluster is large enough for, with what one of them takes, in words."""
     taken = {kind: amounts(needs_of(settings, kind, capacity)) for kind in KINDS}
-    nodes = _nodes(capacity)
+    nodes = nodes_of(capacity)
     return {
         kind: _in_words(of_kind)
         for kind, of_kind in taken.items()
@@ -92,6 +92,15 @@ def amounts(needs: Needs) -> Amounts:
     return {name: amount for name, amount in by_name.items() if amount}
 
 
+def nodes_of(capacity: Capacity) -> list[Amounts]:
+    """The resources of each node, under the names that `amounts` uses."""
+    nodes = capacity.nodes or ({"CPU": capacity.cpus, "GPU": capacity.gpus, "memory": ENDLESS},)
+    return [
+        {**node, **{f"GPU {name}": node.get("GPU", 0.0) for name in node if name.startswith("accelerator_type:")}}
+        for node in nodes
+    ]
+
+
 def _part(capacity: Capacity, names: Collection[str]) -> Capacity:
     """The capacity of these nodes only."""
     if not capacity.names:
@@ -101,17 +110,9 @@ def _part(capacity: Capacity, names: Collection[str]) -> Capacity:
     return replace(capacity, cpus=cpus, gpus=gpus, nodes=nodes)
 
 
-def _nodes(capacity: Capacity) -> list[Amounts]:
-    nodes = capacity.nodes or ({"CPU": capacity.cpus, "GPU": capacity.gpus, "memory": ENDLESS},)
-    return [
-        {**node, **{f"GPU {name}": node.get("GPU", 0.0) for name in node if name.startswith("accelerator_type:")}}
-        for node in nodes
-    ]
-
-
 def _totals(capacity: Capacity) -> Amounts:
     totals: Amounts = {}
-    for node in _nodes(capacity):
+    for node in nodes_of(capacity):
         for name, amount in node.items():
             totals[name] = totals.get(name, 0.0) + amount
     return totals

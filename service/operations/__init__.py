@@ -1,1 +1,1 @@
-"""Keeping a store in order: upgrades, backups, housekeeping, and a doctor that checks the whole installation."""
+"""Keeping a store in order: upgrades, backups, housekeeping, a doctor that checks all; and a load simulated on it."""

@@ -49,7 +49,7 @@ class Dispatcher:
     """Moves tasks from the store to an executor, and their outcomes back. It holds its leases under `name`.
 
     A dispatcher that is started under the name of a dead one takes over at once: the supervisor starts it so. Any other
-    waits for the lease to expire.
+    waits for the lease to expire. A simulation gives it another `clock` and another `sleep`.
     """
 
     database: Database
@@ -58,6 +58,7 @@ class Dispatcher:
     settings: Settings
     name: str
     clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
     _epoch: int | None = None  # the epoch of its leadership; None while it stands by
     _outbox: Outbox = field(init=False)
     _waking: Waking = field(init=False)
@@ -115,7 +116,7 @@ class Dispatcher:
         """Do one round. True while tasks run, so that the executor may send messages."""
         self._go_on()
         if self.leading:
-            self._claim()
+            self.claim()
         return bool(self._running)
 
     def _go_on(self) -> bool:
@@ -230,7 +231,7 @@ class Dispatcher:
         arrived: list[Message] = []
         messages = self.executor.poll(timeout_seconds)
         if messages and timeout_seconds:
-            time.sleep(BATCH_WINDOW_SECONDS)
+            self.sleep(BATCH_WINDOW_SECONDS)
             messages += self.executor.poll(0.0)
         for message in messages:
             key = (message.task_id, message.attempt)
@@ -265,7 +266,8 @@ class Dispatcher:
         pausing.pause_failing(self.database, self.name, self._still_leads, ended, self._failing)
         del self._environment.ended[: len(ended)]
 
-    def _claim(self) -> None:
+    def claim(self) -> int:
+        """Hand over the tasks that go next; returns the number of bundles."""
         for key in self._claims.misplaced(self._running):
             self._give_up(key, "given_back", "the nodes that it may go to have changed")
         bundles = self._claims.claim(self._epoch, self._running)
@@ -275,6 +277,7 @@ class Dispatcher:
             self._running |= {(grant.task_id, grant.attempt): bundle for grant in bundle.grants}
             self.executor.submit(bundle)
             log.info("handed over %s", ", ".join(map(str, bundle.grants)))
+        return len(bundles or ())
 
     def _still_leads(self, connection: Connection) -> bool:
         return claiming.still_leads(connection, self.name, self._epoch)
@@ -292,7 +295,7 @@ class Dispatcher:
             self._give_up(key, "given_back", why)
         while self._running and self.leading and time.monotonic() < deadline:
             if self._try(self._go_on) is None:
-                time.sleep(POLL_TIMEOUT_SECONDS)
+                self.sleep(POLL_TIMEOUT_SECONDS)
             for key in self._liveness.saved:
                 self._give_up(key, "given_back", f"{why}; its last epoch state is kept")
 

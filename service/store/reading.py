@@ -13,6 +13,7 @@ from service.store.conditions import condition
 from service.store.job_fields import JOBS
 from service.store.keyset import Order, Page, Position
 from service.store.listed import listed
+from service.store.settling import UNPAUSED
 from service.store.states import DIGEST
 from service.store.tables import attempts, job_tasks, jobs, sweeps, tasks
 from service.store.task_kinds import TASK_KINDS
@@ -205,3 +206,9 @@ def queue_counts(connection: Connection) -> tuple[dict[str, int], dict[str, dict
     for kind, state, count in connection.execute(of_kind):
         by_kind.setdefault(kind, {})[state] = count
     return {state: count for state, count in connection.execute(in_state)}, by_kind
+
+
+def live_jobs(connection: Connection) -> list[Job]:
+    """All jobs that have not ended, without those of paused sweeps, in the order of submission."""
+    query = select(jobs).outerjoin(sweeps, sweeps.c.id == jobs.c.sweep_id).where(jobs.c.state.in_(LIVE_JOB), UNPAUSED)
+    return [Job(*row[:JOB_COLUMNS]) for row in connection.execute(query.order_by(jobs.c.sequence))]

@@ -169,6 +169,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark-rounds", type=int, default=7, help="how often each side runs")
     parser.addoption("--benchmark-threads", type=int, default=2, help="threads of torch")
     parser.addoption("--benchmark-results", type=int, default=1_000_000, help="how many are generated (rows 9, 10)")
+    parser.addoption("--benchmark-large", action="store_true", help="a million tasks on 1,000 GPUs (row 12b): hours")
     parser.addoption("--benchmark-json", metavar="PATH", type=Path, help="append the lines of the tables, as JSON")
 
 

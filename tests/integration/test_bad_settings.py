@@ -36,8 +36,8 @@ OVER_HTTP = {
 }  # fmt: skip
 OF_FILES = {"verify"}
 OVER_A_SERVICE = {"demo"}  # `serve`, whose process has the sentence in its log
-NOT_OF_THE_ROOT = {"db upgrade", "db status", "db backup", "token create"}
-ONLY_WITH = {"token create": ["--direct"]}
+NOT_OF_THE_ROOT = {"db upgrade", "db status", "db backup", "token create", "simulate"}
+ONLY_WITH = {"token create": ["--direct"], "simulate": ["--from-store"]}
 FIRST = ("foreign", "no port", "no URL", "in memory")
 SEEN_BY = {"dispatch": FIRST[:2], "doctor": FIRST, "db restore": FIRST, "openapi": FIRST}
 """A process takes seconds; `openapi` connects to none, `restore` reads the backup first, `doctor` has many checks."""

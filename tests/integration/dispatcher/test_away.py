@@ -196,7 +196,7 @@ class TestAway:
         one._hold_leadership()
         with breaking_after_commit(monkeypatch, lab.database):
             with pytest.raises(DatabaseAway):
-                one._claim()
+                one.claim()
         assert scripted.bundles == []
         assert lab.task_states("train") == {"running": 1}
         passes(LEASE_SECONDS / 2)  # past the next heartbeat

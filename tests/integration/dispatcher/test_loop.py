@@ -288,7 +288,7 @@ class TestFrozen:
         with lab.database.write() as connection:
             take_the_lead(connection, "d2")
         before = lab.dump()
-        frozen._claim()
+        frozen.claim()
         assert (scripted.bundles, frozen.leading) == ([], False)
         assert lab.dump() == before
 
