@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from service.model.executor import Capacity, Grant, Needs
-from service.model.scheduling import Cluster, has_room
+from service.model.scheduling import NOWHERE, Cluster, has_room
 from service.settings import KINDS, Kind, Settings
 
 ENDLESS = 1e18
@@ -55,23 +55,25 @@ def cluster(
     nowhere = too_large(settings, capacity)
     capacity = _part(capacity, only) if only else capacity
     room, nodes = _totals(capacity), nodes_of(capacity)
-    waiting = 0
+    waiting, waits_for = 0, None
     for taken in map(amounts, handed_over):
         somewhere = any(has_room(node, taken) for node in nodes)
-        waiting += not (somewhere and has_room(room, taken))
+        if not (somewhere and has_room(room, taken)):
+            waiting += 1
+            waits_for = waits_for or (taken if somewhere else None)
         if somewhere:  # a bundle that fits no node takes nothing
             room |= {name: room.get(name, 0.0) - amount for name, amount in taken.items()}
     slots = int(max(capacity.cpus / settings.cpus_per_task, capacity.gpus))
     ahead = max(settings.lookahead, min(ended, AHEAD_PER_SLOT * slots)) if settings.lookahead else 0
     lookahead = max(0, ahead - waiting)
-    nobody_has = {"a node of that size": 1.0}  # so a kind that fits nowhere reserves nothing
+    nobody_has = {NOWHERE: 1.0}  # so a kind that fits nowhere reserves nothing
     by_kind: dict[str, Mapping[str, float]] = {
         kind: nobody_has if kind in nowhere else amounts(of_kind) for kind, of_kind in needs.items()
     }
     free = max(_fitting(room, of_kind) for of_kind in by_kind.values())
     shared = any(of_kind.gpus for of_kind in needs.values())
     shares: dict[str, float] = {kind: of_kind.gpus for kind, of_kind in needs.items()} if shared else {}
-    return Cluster(free + lookahead if capacity.ready else 0, shares, room, by_kind, lookahead)
+    return Cluster(free + lookahead if capacity.ready else 0, shares, room, by_kind, lookahead, waits_for)
 
 
 def too_large(settings: Settings, capacity: Capacity) -> dict[str, str]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 MAX_BUNDLE = 16  # tasks; more would keep a worker from others for too long
-RULE = 3  # version of these rules: the log replays only decisions of the same version
+RULE = 4  # version of these rules: the log replays only decisions of the same version
 AGEING_SECONDS = 3600.0  # of waiting count as much as one point of priority
 BOOST_SECONDS = 1e10  # a boosted task is due by so much earlier: longer than any clock has run
 HEAD_START_SECONDS = 1.0  # a training is due by so much earlier than tasks that were submitted with it
 TURN_SECONDS = 60.0  # assumed usage of each device of a running bundle, until it is known
+NOWHERE = "a node of that size"  # a resource that nobody has: what a kind needs that no node is large enough for
 ROUNDING = 1e-9  # ten tenths of a GPU are one
 
 
@@ -60,8 +61,9 @@ class Cluster:
     """How many more bundles fit, and the devices (a share of a GPU, or one slot) that a bundle of each kind takes.
 
     `room` has the free amount of each resource, `needs_by_kind` the amounts that a bundle of each kind takes.
-    `lookahead` bundles may wait for resources: they reserve them, so that small bundles behind a large one do not keep
-    the large one waiting for ever.
+    `lookahead` bundles may wait for resources, which they reserve. Only bundles of one size wait at a time, because the
+    executor starts a small bundle in the room that a large one waits for: `waits_for` is what those need that wait
+    already, None if there are none.
     """
 
     free_slots: int
@@ -69,6 +71,7 @@ class Cluster:
     room: Mapping[str, float] = field(default_factory=dict)
     needs_by_kind: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     lookahead: int = 0
+    waits_for: Mapping[str, float] | None = None
 
     def share(self, kind: str, whole: bool = False) -> float:
         share = self.share_by_kind.get(kind, 1.0)
@@ -98,30 +101,38 @@ class Decision:
 def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: Cluster, now: float) -> list[Decision]:
     """Up to `free_slots` bundles, in the order of the module's docstring. A user at their limit is passed over.
 
+    If the next task has no room, and bundles of another size wait in the executor already, its room is reserved: tasks
+    behind it run only in what is left. Without any lookahead nothing is reserved.
     Tasks on one checkpoint are spread over the free slots, so that a short queue uses the whole cluster.
     """
     lines = _lines(queue, now)
     checkpoints = Counter(task.train_digest for task in queue)
     devices = {sponsor: _account(accounts, sponsor).devices for sponsor in lines}
     decisions: list[Decision] = []
-    room, lookahead = dict(cluster.room), cluster.lookahead
+    room, lookahead, waits_for = dict(cluster.room), cluster.lookahead, cluster.waits_for
+    reserves = lookahead > 0 or waits_for is not None
+    blocked: set[tuple[str, bool]] = set()
     while len(decisions) < cluster.free_slots:
-        full = _full(cluster, room) if lookahead <= 0 else frozenset()
-        heads = {name: head for name, line in lines.items() if (head := line.head(full)) is not None}
+        if not reserves:
+            blocked = _full(cluster, room)
+        heads = {name: head for name, line in lines.items() if (head := line.head(blocked)) is not None}
         heads = {name: head for name, head in heads.items() if _fits(head, accounts, devices, cluster)}
         if not heads:
             break
         sponsor = min(heads, key=lambda name: _rank(heads[name], _account(accounts, name), devices[name]))
         head = heads[sponsor]
         needs = cluster.needs(head.kind, head.whole)
-        lookahead -= not has_room(room, needs)
-        room |= {name: room.get(name, 0.0) - amount for name, amount in needs.items()}
-        taken = [head]
-        if head.kind != "train":
-            mates = [task for task in lines[sponsor].mates(head) if cluster.needs(task.kind, task.whole) == needs]
-            slots = min(cluster.free_slots - len(decisions), checkpoints.total())
-            size = min(MAX_BUNDLE, -(-len(mates) // max(1, slots // len(checkpoints))))
-            taken = mates[:size] if size > 1 else taken
+        if not has_room(room, needs):
+            somewhere = NOWHERE not in needs
+            if lookahead <= 0 or (somewhere and waits_for not in (None, needs)):
+                blocked.add((head.kind, head.whole))
+                if somewhere:
+                    lookahead, room = 0, _without(room, needs)
+                continue
+            lookahead, waits_for = lookahead - 1, needs if somewhere else waits_for
+        room = _without(room, needs)
+        slots = min(cluster.free_slots - len(decisions), checkpoints.total())
+        taken = _bundle(head, lines[sponsor], cluster, max(1, slots // len(checkpoints)))
         lines[sponsor].take(taken)
         checkpoints[head.train_digest] -= len(taken)
         checkpoints += Counter()  # drops checkpoints without tasks
@@ -130,6 +141,16 @@ def choose(queue: Sequence[Waiting], accounts: Mapping[str, Account], cluster: C
         devices[sponsor] += share
         decisions.append(Decision(tuple(task.task_id for task in taken), sponsor, share, reason, head.whole))
     return decisions
+
+
+def _bundle(head: Waiting, line: "_Line", cluster: Cluster, slots: int) -> list[Waiting]:
+    """`head` and the tasks that go with it, if the tasks on its checkpoint are spread over `slots` bundles."""
+    if head.kind == "train":
+        return [head]
+    needs = cluster.needs(head.kind, head.whole)
+    mates = [task for task in line.mates(head) if cluster.needs(task.kind, task.whole) == needs]
+    size = min(MAX_BUNDLE, -(-len(mates) // slots))
+    return mates[:size] if size > 1 else [head]
 
 
 def short_of_mates(queue: Sequence[Waiting], now: float, count: int) -> list[Waiting]:
@@ -202,12 +223,12 @@ class _Line:
             if task.kind != "train":
                 self._by_bundle.setdefault(_bundle_of(task), []).append(task)
 
-    def head(self, full: Collection[tuple[str, bool]]) -> Waiting | None:
-        """The best task that is left; None if all that are left are of a kind, whole or not, that is in `full`."""
+    def head(self, blocked: Collection[tuple[str, bool]]) -> Waiting | None:
+        """The best task that is left, except for `blocked` kinds (whole or not); None if there is none."""
         for tasks in self._by_size.values():
             while tasks and tasks[0].task_id in self._taken:
                 tasks.popleft()
-        heads = [tasks[0] for size, tasks in self._by_size.items() if tasks and size not in full]
+        heads = [tasks[0] for size, tasks in self._by_size.items() if tasks and size not in blocked]
         return min(heads, key=lambda task: self._places[task.task_id], default=None)
 
     def mates(self, head: Waiting) -> list[Waiting]:
@@ -226,14 +247,19 @@ def _lines(queue: Sequence[Waiting], now: float) -> dict[str, _Line]:
     return {sponsor: _Line(own) for sponsor, own in tasks.items()}
 
 
-def _full(cluster: Cluster, room: Mapping[str, float]) -> frozenset[tuple[str, bool]]:
-    """The kinds of task, whole or not, that no free resources fit. Without lookahead they may not wait for any."""
-    return frozenset(
+def _full(cluster: Cluster, room: Mapping[str, float]) -> set[tuple[str, bool]]:
+    """The kinds of task, whole or not, that no free resources fit."""
+    return {
         (kind, whole)
         for kind in cluster.needs_by_kind
         for whole in (False, True)
         if not has_room(room, cluster.needs(kind, whole))
-    )
+    }
+
+
+def _without(room: Mapping[str, float], needs: Mapping[str, float]) -> dict[str, float]:
+    """What is left of the free resources, below 0 for those that are waited for."""
+    return {**room, **{name: room.get(name, 0.0) - amount for name, amount in needs.items()}}
 
 
 def _account(accounts: Mapping[str, Account], sponsor: str) -> Account:

@@ -4,7 +4,7 @@ import json
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -181,6 +181,30 @@ class TestWholeGpus:
         queue += [waiting("small", at=9)]
         sizes = [decision.task_ids for decision in choose(queue, {}, replace(self.SHARED, free_slots=1), NOW)]
         assert sizes == [("large0", "large1", "large2")]
+
+
+class TestLargeTasks:
+    """The executor starts small bundles in the room that a large one waits for, so they do not wait beside it."""
+
+    NEEDS: ClassVar[dict[str, dict[str, float]]] = {"train": {"GPU": 2.0}, "attack": {"GPU": 1.0}}
+
+    def chosen(self, free: float, lookahead: int, waits_for: float | None = None) -> list[tuple[str, ...]]:
+        queue = [waiting("large", "train", on="a"), *(waiting(f"small{i}", on=f"b{i}", at=1 + i) for i in range(9))]
+        waits = None if waits_for is None else {"GPU": waits_for}
+        cluster = Cluster(9, {}, {"GPU": free}, self.NEEDS, lookahead, waits)
+        return [decision.task_ids for decision in choose(queue, {}, cluster, NOW)]
+
+    def test_a_large_one_waits_and_small_ones_run_in_what_is_left(self) -> None:
+        assert self.chosen(1.0, 2) == [("large",)], "one of its two GPUs is free, and is kept for it"
+        assert self.chosen(3.0, 2) == [("large",), ("small0",), ("small1",), ("small2",)], "two small ones wait"
+        assert self.chosen(-2.0, 1, waits_for=2.0) == [("large",)]
+
+    def test_behind_small_ones_that_wait_already_its_room_is_kept(self) -> None:
+        assert self.chosen(1.0, 1, waits_for=1.0) == []
+        assert self.chosen(4.0, 1, waits_for=1.0)[0] == ("large",), "it has room"
+
+    def test_without_lookahead_what_fits_goes_first(self) -> None:
+        assert self.chosen(1.0, 0) == [("small0",)]
 
 
 class TestShortOfMates:

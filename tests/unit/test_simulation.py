@@ -80,9 +80,7 @@ class TestRuns:
         assert waits["ann"] is not None
         assert waits["ann"] <= (MAX_BUNDLE + 1) * 40.0 < done.makespan_seconds - 200.0
 
-    @pytest.mark.xfail(strict=True, reason="bundles of the lookahead take the GPUs that the large task waits for")
     def test_a_task_that_needs_two_gpus_is_not_starved_by_tasks_that_need_one(self) -> None:
-        """Ann's training is handed over first when the first bundles end, and starts when Bob's queue has ended."""
         large = SETTINGS.model_copy(update={"resources": {"train": TaskResources(gpus=2)}})
         flood = [cell for scale in range(1, 61) for cell in cells(scale=scale)]
         submissions = Submission(0.0, "bob", flood), Submission(200.0, "ann", cells(7))
