@@ -3,6 +3,7 @@
 from run_folder import RUN
 
 # isort: split
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -77,6 +78,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         said = "SKIPPED AS ROOT" if os.geteuid() == 0 and os.environ.get("CI") else "skipped"
         terminalreporter.write_line(f"{len(lacking)} {said}, {NEEDS} {lacking[0].partition(NEEDS)[2].strip()}")
     terminalreporter.write_line(f"{config.stash.get(QUARANTINED, 0)} quarantined")
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """A command that runs in this process sends its logs to a standard error which ends with the test."""
+    root, ours = logging.getLogger(), logging.getLogger("uncanny")
+    handlers, levels = list(root.handlers), (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ CELL = "architecture,dataset,scale,attack,attack.norm,attack.eps,attack.step_siz
 AGGREGATES = {
     "cell": {"by": CELL, "metrics": "robust_accuracy:mean,std,count"},
     "cell, two metrics": {"by": CELL, "metrics": "robust_accuracy:ci95,clean_accuracy:mean"},
-    "user, cell": {"by": f"user,{CELL}", "metrics": "robust_accuracy:mean"},
+    "user, cell, of one data set": {"by": f"user,{CELL}", "metrics": "robust_accuracy:mean", "dataset": "cifar10"},
     "a measure's, shared by jobs": {"by": CELL, "metrics": "log_relative_sharpness_median:mean"},
     "median": {"by": CELL, "metrics": "robust_accuracy:median"},
     "architecture, scale, mixed": {"by": "architecture,scale", "metrics": "robust_accuracy:mean,std,count"},
