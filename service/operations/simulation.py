@@ -192,10 +192,19 @@ class _Simulation:
             if (number := sum(counts.values()) - counts.get(TaskState.SUCCEEDED, 0))
         }
         measured = Measured(
-            self._executor.runs, self._executor.idle, every, accounts, self._executor.devices,
-            self._dispatcher.claims, self._rounds, self._seconds, self._statements, self._rows,
-            left, {kind: needs for kind, needs in self._too_large.items() if kind in left},
-        )  # fmt: skip
+            self._executor.runs,
+            self._executor.idle,
+            every,
+            accounts,
+            self._executor.devices,
+            self._dispatcher.claims,
+            self._rounds,
+            self._seconds,
+            self._statements,
+            self._rows,
+            left,
+            {kind: needs for kind, needs in self._too_large.items() if kind in left},
+        )
         return report(measured, self._settings.usage_half_life_seconds)
 
 

@@ -189,7 +189,7 @@ def _queue(connection: Connection, now: float, bundles: int) -> list[Waiting]:
     """
     queue = claiming.waiting(connection, now, QUEUE_WINDOW)
     if len(queue) < QUEUE_WINDOW // len(KINDS):
-        return queue  # these are all
+        return queue  # a short queue, of which little or nothing is hidden
     by_id = {task.task_id: task for task in queue}
     for task in scheduling.short_of_mates(queue, now, min(bundles, MAX_FILLED)):
         by_id |= {mate.task_id: mate for mate in claiming.mates_of(connection, now, task)}

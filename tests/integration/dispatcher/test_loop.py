@@ -28,6 +28,8 @@ from service.model.executor import (
     Progress,
     Succeeded,
 )
+from service.model.scheduling import MAX_BUNDLE
+from service.queue import claims
 from service.queue.dispatcher import Dispatcher
 from service.settings import Settings
 from service.store.tables import attempts, tasks
@@ -58,6 +60,16 @@ class TestFlow:
                 assert bundle.train_spec == trained[checkpoint].spec
                 assert bundle.checkpoint == lab.outcome(trained[checkpoint]).artifacts[0]
         assert len({bundle.id for bundle in executor.bundles}) == len(executor.bundles)
+
+    def test_bundles_are_filled_with_tasks_from_further_down_the_queue(
+        self, lab: Any, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Seven tasks on each checkpoint, of which the window of the queue shows three."""
+        monkeypatch.setattr(claims, "QUEUE_WINDOW", MAX_BUNDLE)
+        lab.submit_sweep({"scale": [1, 2, 5], "seed": list(range(20))})
+        lab.succeed(*lab.grant("train"))
+        dispatcher(lab, scripted).tick()
+        assert {len(bundle.grants) for bundle in scripted.bundles} == {7}
 
     def test_a_transfers_bundle_has_the_other_network_too(self, lab: Any) -> None:
         attack = {"type": "fgsm", "norm": "linf", "eps": 0.1}
