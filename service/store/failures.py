@@ -37,7 +37,7 @@ def translated() -> Iterator[None]:
         if not _is_away(error.orig):
             raise
         raise _away(error) from error
-    except _of_drivers("Error") as error:  # not wrapped by SQLAlchemy, such as an error of a COPY
+    except _of_drivers("Error") as error:  # a driver raised it outside of a statement of SQLAlchemy
         if _is_damaged(error):
             raise _damaged(error) from error
         if not isinstance(error, _of_drivers("OperationalError")) or not _is_away(error):
